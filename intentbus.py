@@ -1,0 +1,2740 @@
+#!/usr/bin/env python3
+"""intentbus: say "do this" here, have it done there. One file, no dependencies.
+
+    python intentbus.py serve                                            # the bus: HTTP + SQLite
+    python intentbus.py work --goal send_notification -- ./handler.sh    # a worker: polls outbound, runs a program
+    python intentbus.py publish send_notification '{"message": "hi"}'    # from cron, a shell, a script
+
+A publisher posts an intent: a goal, which says what to do, and a payload, which says with what.
+Workers claim the intents of their goals, one worker each, under a lease that they keep up while
+they work. A worker that falls silent loses its lease, and the intent goes to the next one.
+
+    publish            claim                 fulfill
+    --------> open --------------> claimed ----------> fulfilled
+               ^                    |    |
+               |  fail (backoff),   |    | fail or lost lease on the last attempt,
+               |  lost lease,       |    | fail with retry=false, cancel, expiry
+               |  release           |    v
+               '--------------------'   dead ---- retry ---> open
+
+The parts, top to bottom; each uses only those above it:
+
+     1. Settings   every number one may want to change
+     2. Errors     what can go wrong, with its HTTP status, on both sides of the wire
+     3. Intent     the record, and its life as pure functions of the time
+     4. Store      all the SQL; group commit; knows no clock and no HTTP
+     5. Bus        the rules: who may see what, waiting, waking; knows no SQL and no HTTP
+     6. Keys       who is asking
+     7. Fields     what a body or a query may hold, as data
+     8. Page       what a person sees who opens the bus in a browser
+     9. API        the endpoints, as a table; handle(request) -> response
+    10. Server     sockets and strict HTTP/1.1 around handle
+    11. Client     IntentClient: the Bus's verbs over HTTP
+    12. Worker     claim, run, keep the lease, report; a program as the handler
+    13. Commands   the command line
+"""
+
+import argparse
+import base64
+import collections
+import contextlib
+import errno
+import functools
+import hashlib
+import hmac
+import json
+import os
+import queue
+import random
+import re
+import socket
+import sys
+import threading
+import time
+import urllib.parse
+import warnings
+
+__version__ = "1.0.0"
+__all__ = ["API", "Bus", "Error", "Intent", "IntentClient", "Keys", "Reject", "Store", "Worker", "listen", "main"]
+
+
+# ---- 1. Settings ----
+# A number has its unit in its name and its reason beside it.
+
+LEASE_SECONDS = 60                  # a worker unheard of for this long has lost its intent
+LEASE_RANGE_SECONDS = (10, 3600)    # shorter cannot be kept up on a phone, longer hides a dead worker
+WAIT_MAX_SECONDS = 60               # a held request outlives no proxy's idle limit
+TTL_SECONDS = 7 * 86400             # nobody wants a notification of last week
+YEAR_SECONDS = 366 * 86400          # the longest delay, and the longest life of an intent
+RETENTION_SECONDS = 7 * 86400       # how long what has ended can still be asked for
+IDEMPOTENCY_SECONDS = 86400         # a publisher that retries does so within a day
+BACKOFF_MAX_SECONDS = 3600          # an intent that keeps failing is tried at least once an hour
+BACKOFF_JITTER_SECONDS = 2          # so that what failed together is not tried again together
+ERROR_CHARACTERS = 2000             # enough for a stack trace's end, little enough to list
+CLOCK_JUMP_SECONDS = 2              # NTP slews below this; more is somebody setting the clock
+
+BUSY_TIMEOUT_MS = 30000             # another program may hold the file for a backup
+SETTLE_ROWS = 500                   # one pass over what time has brought, so that nobody waits long behind it
+RECHECK_SECONDS = 1                 # rows written by another program are noticed this soon
+
+BODY_BYTES = 256 * 1024             # an intent says what to do; the data itself can live elsewhere
+JSON_DEPTH = 64                     # deeper is an attack on the parser's stack
+HEAD_LINE_BYTES = 8192              # RFC 9112, section 3: recommended at least 8000
+HEAD_LINES = 100                    # browsers behind proxies send about 30
+HEAD_SECONDS = 10                   # slower is a slowloris
+BODY_SECONDS = 30                   # 256 KiB over a poor mobile link
+IDLE_SECONDS = 75                   # longer than the 60 s that proxies keep a connection
+SEND_SECONDS = 30                   # a client that reads no answer is not waited for longer
+LINGER_SECONDS = 1                  # time for a refused client to read why
+SHUTDOWN_SECONDS = 4                # with the rest, within the 5 s of service managers
+CONNECTIONS = 8192                  # parked workers are cheap, but not free
+SPARE_FILES = 64                    # descriptors left to the database and the rest
+BACKLOG = 1024                      # 5, the default, stalls at 40 clients
+IDLE_THREADS = 64                   # kept for the next connections after a rush
+STACK_BYTES = 256 * 1024            # the default, 8 MiB, exhausts a 32-bit phone at 400 threads
+
+URL = "http://127.0.0.1:8787"
+KEY_FILE = "~/.apikey"
+CLIENT_SECONDS = 30                 # a request unanswered for this long is lost
+RETRIES = 4                         # about 10 s in all: a bus that restarts is back by then
+RETRY_SECONDS = 0.5                 # doubled each time, with full jitter
+RETRY_MAX_SECONDS = 8
+CLAIM_WAIT_SECONDS = 20             # below the idle limit of mobile carriers' NAT
+POLL_SECONDS = 5                    # between claims at a server that does not hold them
+PUBLISH_WAIT_SECONDS = 300          # publish --wait, if nothing else is said
+HANDLER_SECONDS = 300               # a handler that takes longer hangs
+KILL_AFTER_SECONDS = 5              # between TERM and KILL
+SLICE_SECONDS = 0.1                 # how soon a lost lease or a timeout ends a handler
+PIPE_SECONDS = 1                    # how long output is waited for after the handler has ended
+OUTPUT_BYTES = 128 * 1024           # of stdout, as the result; fits the body limit when escaped
+STDERR_BYTES = 2000                 # the last ones tell why
+ENVIRONMENT_BYTES = 64 * 1024       # half of what Linux allows one variable
+
+
+# ---- 2. Errors ----
+# A class is a status and a code; str(error) is one sentence that helps. The client raises what the server raised.
+
+class Error(Exception):
+    """What the bus refuses or cannot do; the base of all below.
+
+    `status` is the HTTP status, `code` the machine's word for it, `details` is what else the answer holds.
+    """
+
+    status, code = 500, "internal_error"
+
+    def __init__(self, message="Something went wrong inside the bus; its log says what.", code=None, **details):
+        super().__init__(message)
+        self.code = code or self.code
+        self.details = details
+
+
+class Invalid(Error):             status, code = 400, "invalid_request"          # it says something it may not
+class Unauthorized(Error):        status, code = 401, "unauthorized"             # no key, or an unknown one
+class Forbidden(Error):           status, code = 403, "forbidden"                # a known key that may not do this
+class NotFound(Error):            status, code = 404, "not_found"                # none for this caller; a lease that is lost
+class MethodNotAllowed(Error):    status, code = 405, "method_not_allowed"       # the path takes other methods
+class RequestTimeout(Error):      status, code = 408, "timeout"                  # the request did not arrive in time
+class Conflict(Error):            status, code = 409, "conflict"                 # not in a state that allows this
+class LengthRequired(Error):      status, code = 411, "length_required"          # a body without its length
+class PayloadTooLarge(Error):     status, code = 413, "payload_too_large"        # the body is over the limit
+class IdempotencyConflict(Error): status, code = 422, "idempotency_conflict"     # one key for two requests
+class RateLimited(Error):         status, code = 429, "rate_limited"             # too much, too fast
+class HeadersTooLarge(Error):     status, code = 431, "headers_too_large"        # a header line, or their number
+class Unavailable(Error):         status, code = 503, "database_busy"            # the same request may succeed later
+class StorageFull(Error):         status, code = 507, "storage_full"             # the disk under the database
+class Unreachable(Error):         status, code = 0, "unreachable"                # the client's: no bus answered
+class SetupError(Error):          status, code = 0, "setup"                      # this machine's: the sentence has the cure
+
+
+ERRORS = {kind.status: kind for kind in Error.__subclasses__() if kind.status}
+
+
+# ---- 3. Intent ----
+# The record, and its life. A method named for what happened returns the columns that it changes; the Store writes them.
+
+COLUMNS = (
+    "id", "namespace", "goal", "payload", "status", "owner", "visibility", "priority", "run_at", "ttl", "expires_at",
+    "max_attempts", "backoff_base", "target_worker", "required_capability", "claim_attempts", "claim_token_hash",
+    "claim_expires_at", "claim_owner", "claim_outcome", "worker_id", "result", "result_type", "last_error",
+    "created_at", "completed_at", "lane", "ready", "wake_at",
+)
+STATUS_FIELDS = (
+    "id", "namespace", "goal", "status", "priority", "visibility", "claim_attempts", "max_attempts", "run_at",
+    "claim_expires_at", "target_worker", "required_capability", "created_at", "completed_at", "last_error",
+)
+CLAIM_FIELDS = (
+    "id", "namespace", "goal", "payload", "claim_attempts", "max_attempts", "priority", "target_worker",
+    "required_capability", "claim_token", "claim_timeout", "claim_expires_at", "created_at",
+)
+
+
+def new_id(now):
+    """Return 32 hex digits that sort by time: 48 bits of milliseconds, then 80 random ones (as in RFC 9562, UUIDv7)."""
+    return f"{int(now * 1000) & 0xFFFFFFFFFFFF:012x}{os.urandom(10).hex()}"
+
+
+def no_such(intent_id):
+    """Return the error for an id that does not exist, or that the caller may not see."""
+    return NotFound(f"There is no intent {intent_id}.")
+
+
+def to_json(value):
+    """Return the compact JSON text of a value."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def lane(namespace, audience, target_worker, required_capability, goal, publisher):
+    """Return the lane of all intents that the same workers may take, and which wait in one order.
+
+    The audience is an owner's name, or empty for everyone. An empty goal or publisher stands for any: that is a
+    pattern of lanes. No part can hold a tab.
+    """
+    return "\t".join((namespace, audience, target_worker or "", required_capability or "", goal, publisher))
+
+
+def patterns(name):
+    """Return a lane and all the patterns that cover it."""
+    place, goal, publisher = name.rsplit("\t", 2)
+    return (name, f"{place}\t{goal}\t", f"{place}\t\t{publisher}", f"{place}\t\t")
+
+
+class Intent(dict):
+    """One unit of work: a dict whose keys read as attributes too, so intent["id"] is intent.id.
+
+    Times are Unix seconds. `wake_at` is when time itself will change it next: a delay that is over, a lease that
+    has run out, its expiry; None once it has ended. `ready` is 1 while it can be claimed.
+    """
+
+    __slots__ = ()
+
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"this intent has no {name}") from None
+
+    @classmethod
+    def new(cls, now, owner, *, goal, payload, namespace, visibility, priority, delay, run_at, ttl, max_attempts,
+            backoff_base, target_worker, required_capability):
+        """Return an intent as published now by an owner; the fields are those of a publish."""
+        start = now + delay if run_at is None else run_at
+        intent = cls.fromkeys(COLUMNS)
+        intent.update(
+            id=new_id(now), namespace=namespace, goal=goal, payload=to_json(payload), owner=owner,
+            visibility=visibility, priority=priority, ttl=ttl, expires_at=max(start, now) + ttl,
+            max_attempts=max_attempts, backoff_base=backoff_base, target_worker=target_worker,
+            required_capability=required_capability, claim_attempts=0, created_at=now,
+            lane=lane(namespace, owner if visibility == "private" else "", target_worker, required_capability, goal,
+                      owner))
+        intent.update(intent.opened(now, start))
+        return intent
+
+    def pick(self, fields):
+        """Return an intent of these fields only."""
+        return Intent((name, self[name]) for name in fields)
+
+    @property
+    def ended(self):
+        """Whether it is fulfilled or dead."""
+        return self.status in ("fulfilled", "dead")
+
+    def opened(self, now, run_at, **changes):
+        """It waits to be claimed, from run_at on."""
+        expires_at = changes.get("expires_at", self.expires_at)
+        if expires_at <= now:
+            return self.buried(now, "expired", **changes)
+        ready = run_at <= now
+        return dict(changes, status="open", ready=int(ready), run_at=run_at, claim_expires_at=None,
+                    wake_at=expires_at if ready else min(run_at, expires_at))
+
+    def claimed(self, now, token_hash, lease, owner, worker_id):
+        """A worker of an owner has it, until the lease runs out."""
+        return dict(self.extended(now, lease), status="claimed", ready=0, claim_attempts=self.claim_attempts + 1,
+                    claim_token_hash=token_hash, claim_owner=owner, worker_id=worker_id, claim_outcome=None)
+
+    def extended(self, now, seconds):
+        """Its lease ends that many seconds from now."""
+        return dict(claim_expires_at=now + seconds, wake_at=min(now + seconds, self.expires_at))
+
+    def fulfilled(self, now, result, result_type):
+        """The work is done."""
+        return dict(status="fulfilled", ready=0, completed_at=now, claim_expires_at=None, wake_at=None,
+                    claim_outcome="fulfilled", result=result if result_type == "text" else to_json(result),
+                    result_type=result_type)
+
+    def failed(self, now, error, retry, jitter):
+        """The work was tried in vain: again after a backoff, if an attempt is left."""
+        if not retry or self.status == "dead" or self.claim_attempts >= self.max_attempts:
+            return self.buried(now, error, claim_outcome="failed")
+        backoff = min(self.backoff_base * 2 ** self.claim_attempts + jitter, BACKOFF_MAX_SECONDS)
+        return self.opened(now, now + backoff, claim_outcome="failed", last_error=error)
+
+    def released(self, now, delay):
+        """A worker hands it back; that attempt does not count."""
+        return self.opened(now, now + delay if delay else self.run_at, claim_outcome="released",
+                           claim_attempts=max(self.claim_attempts - 1, 0), completed_at=None)
+
+    def buried(self, now, reason, **changes):
+        """It is a dead letter."""
+        return dict(changes, status="dead", ready=0, completed_at=now, last_error=reason, claim_expires_at=None,
+                    wake_at=None)
+
+    def cancelled(self, now):
+        """Nobody wants it any more; a worker that has it finds its lease lost."""
+        return self.buried(now, "Cancelled", claim_token_hash=None)
+
+    def retried(self, now):
+        """A dead letter gets a new life."""
+        return self.opened(now, now, claim_attempts=0, last_error=None, result=None, result_type=None,
+                           completed_at=None, claim_token_hash=None, expires_at=now + self.ttl)
+
+    def woken(self, now):
+        """Its wake_at has come: it expires, or its lease is lost, or its delay is over."""
+        if self.expires_at <= now:
+            return self.buried(now, "expired")
+        if self.status == "claimed" and self.claim_attempts >= self.max_attempts:
+            return self.buried(now, f"The lease was lost on attempt {self.claim_attempts} of {self.max_attempts}.")
+        return self.opened(now, self.run_at)
+
+
+
+# ---- 4. Store ----
+# All the SQL. One connection writes, and commits what queued up meanwhile as one transaction (group commit); others read.
+# One method is one operation; a rule passed in decides, inside the transaction, how an intent changes.
+
+SCHEMA = (
+    """
+    CREATE TABLE intents (
+        id                  TEXT PRIMARY KEY,
+        namespace           TEXT NOT NULL,
+        goal                TEXT NOT NULL,
+        payload             TEXT NOT NULL,
+        status              TEXT NOT NULL,
+        owner               TEXT NOT NULL,
+        visibility          TEXT NOT NULL,
+        priority            INTEGER NOT NULL,
+        run_at              DOUBLE PRECISION NOT NULL,
+        ttl                 DOUBLE PRECISION NOT NULL,
+        expires_at          DOUBLE PRECISION NOT NULL,
+        max_attempts        INTEGER NOT NULL,
+        backoff_base        DOUBLE PRECISION NOT NULL,
+        target_worker       TEXT,
+        required_capability TEXT,
+        claim_attempts      INTEGER NOT NULL,
+        claim_token_hash    TEXT,
+        claim_expires_at    DOUBLE PRECISION,
+        claim_owner         TEXT,
+        claim_outcome       TEXT,
+        worker_id           TEXT,
+        result              TEXT,
+        result_type         TEXT,
+        last_error          TEXT,
+        created_at          DOUBLE PRECISION NOT NULL,
+        completed_at        DOUBLE PRECISION,
+        lane                TEXT NOT NULL,
+        ready               INTEGER NOT NULL,
+        wake_at             DOUBLE PRECISION
+    )
+    """,
+    """
+    CREATE INDEX intents_ready
+    ON     intents (lane, priority DESC, run_at, claim_attempts, created_at, id)
+    WHERE  ready = 1
+    """,
+    "CREATE INDEX intents_wake ON intents (wake_at) WHERE wake_at IS NOT NULL",
+    "CREATE INDEX intents_completed ON intents (completed_at) WHERE completed_at IS NOT NULL",
+    """
+    CREATE TABLE idempotency (
+        caller     TEXT NOT NULL,
+        key        TEXT NOT NULL,
+        digest     TEXT NOT NULL,
+        answer     TEXT NOT NULL,
+        expires_at DOUBLE PRECISION NOT NULL,
+        PRIMARY KEY (caller, key)
+    )
+    """,
+    "CREATE INDEX idempotency_expires ON idempotency (expires_at)",
+)
+MIGRATIONS = (SCHEMA,)     # the n-th leads to schema version n; what is released is never edited, only added to
+
+INSERT = f"INSERT INTO intents ({', '.join(COLUMNS)}) VALUES (:{', :'.join(COLUMNS)})"
+UPDATE = """
+    UPDATE intents
+    SET    status = :status, ready = :ready, wake_at = :wake_at, run_at = :run_at, expires_at = :expires_at,
+           claim_attempts = :claim_attempts, claim_token_hash = :claim_token_hash, claim_owner = :claim_owner,
+           claim_expires_at = :claim_expires_at, claim_outcome = :claim_outcome, worker_id = :worker_id,
+           result = :result, result_type = :result_type, last_error = :last_error, completed_at = :completed_at
+    WHERE  id = :id
+"""
+HEAD_OF_LANE = """
+    SELECT   id, lane, priority, run_at, claim_attempts, created_at
+    FROM     intents
+    WHERE    ready = 1
+    AND      lane = :lane
+    ORDER BY priority DESC, run_at, claim_attempts, created_at, id
+    LIMIT    1
+"""
+HEAD_OF_NEXT_LANE = """
+    SELECT   id, lane, priority, run_at, claim_attempts, created_at
+    FROM     intents
+    WHERE    ready = 1
+    AND      lane > :after
+    AND      lane < :end
+    ORDER BY lane, priority DESC, run_at, claim_attempts, created_at, id
+    LIMIT    1
+"""
+
+
+def operation(method):
+    """Make a Store method one operation of the next commit: it returns once that is on disk."""
+    @functools.wraps(method)
+    def committed(self, *args, **kwargs):
+        return self._commit(functools.partial(method, self, *args, **kwargs))
+    return committed
+
+
+def lock_exclusively(file):
+    """Lock an open file for as long as this process keeps it open; raises OSError if another has it."""
+    try:
+        import fcntl
+    except ImportError:     # Windows
+        import msvcrt
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+class Job:
+    """An operation that waits for its commit."""
+
+    __slots__ = ("operation", "result", "error", "ended")
+
+    def __init__(self, operation):
+        self.operation, self.result, self.error, self.ended = operation, None, None, False
+
+
+class Store:
+    """The intents, in one SQLite file.
+
+    `on_commit(intents)` is called after each commit with the intents that it changed, outside of the transaction.
+    """
+
+    def __init__(self, path):
+        """Open or create the database; raises SetupError, in words, if that cannot be."""
+        import sqlite3
+        self.path = os.path.abspath(path)
+        self.on_commit = lambda intents: None
+        self.warning = None
+        self._jobs = collections.deque()
+        self._changed = []
+        self._writing = threading.Lock()
+        self._readers = []
+        if sqlite3.sqlite_version_info < (3, 35):
+            raise SetupError(f"intentbus needs SQLite 3.35 or newer; this Python has {sqlite3.sqlite_version}.")
+        try:
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+            self._guard = self._lock_file()
+            self._db = self._connect()
+            self._prepare()
+        except OSError as error:
+            raise SetupError(f"The database {self.path} cannot be opened: {error.strerror}.") from error
+        except sqlite3.Error as error:
+            raise SetupError(f"The database {self.path} cannot be used: {error}.") from error
+
+    def close(self):
+        """Write everything into the one file, and let go of it."""
+        with self._writing:
+            while self._readers:
+                self._readers.pop().close()
+            self._db.close()
+            self._guard.close()
+
+    # -- Reading --
+
+    def get(self, intent_id):
+        """Return the intent; raises NotFound."""
+        with self._reader() as db:
+            return self._one(db, intent_id)
+
+    def list(self, limit, owner=None, status=None, goal=None, namespace=None, before=None):
+        """Return up to limit intents, newest first, those whose id sorts before that one ('g' sorts after every id)."""
+        with self._reader() as db:
+            return db.execute("""
+                SELECT   *
+                FROM     intents
+                WHERE    id < COALESCE(:before, 'g')
+                AND      (:owner IS NULL OR owner = :owner)
+                AND      (:status IS NULL OR status = :status)
+                AND      (:goal IS NULL OR goal = :goal)
+                AND      (:namespace IS NULL OR namespace = :namespace)
+                ORDER BY id DESC
+                LIMIT    :limit
+            """, dict(owner=owner, status=status, goal=goal, namespace=namespace, before=before,
+                      limit=limit)).fetchall()
+
+    def next_wake(self):
+        """Return when time will next change an intent, or None."""
+        with self._reader() as db:
+            return db.execute("SELECT MIN(wake_at) AS wake_at FROM intents WHERE wake_at IS NOT NULL").fetchone().wake_at
+
+    def latest(self):
+        """Return the latest time on record, or 0 in a new file."""
+        with self._reader() as db:
+            newest = db.execute("SELECT MAX(id) AS id FROM intents").fetchone().id
+            completed = db.execute("""
+                SELECT MAX(completed_at) AS at
+                FROM   intents
+                WHERE  completed_at IS NOT NULL
+            """).fetchone().at
+        return max(int(newest[:12], 16) / 1000 if newest else 0, completed or 0)
+
+    def changed_elsewhere(self):
+        """Return whether another program has written to the file since the last call."""
+        with self._writing, self._translated():
+            version = self._db.execute("PRAGMA data_version").fetchone().data_version
+        changed, self._version = version != self._version, version
+        return changed
+
+    # -- Writing --
+
+    @operation
+    def add(self, intents, answer, now, memo=None):
+        """Store intents and return the answer to their publisher.
+
+        memo is (caller, key, digest) of an idempotency key: known with the same digest, the first answer is
+        returned and nothing stored; with another, IdempotencyConflict is raised.
+        """
+        if memo and (known := self._recall(*memo, now)):
+            return known
+        self._db.executemany(INSERT, intents)
+        self._changed += intents
+        if memo:
+            self._remember(*memo, answer, now)
+        return answer
+
+    @operation
+    def claim(self, lanes, now, rule):
+        """Change the first intent that is ready in these lanes by the rule and return it, or None.
+
+        lanes may be patterns, too.
+        """
+        self._settle(now)
+        while intent := self._first(lanes):
+            if intent.expires_at > now:
+                return self._change(intent, rule(intent))
+            self._change(intent, intent.woken(now))
+
+    @operation
+    def change(self, intent_id, rule):
+        """Change an intent by rule(intent), which returns changed columns or raises, and return it; raises NotFound."""
+        intent = self._one(self._db, intent_id)
+        return self._change(intent, rule(intent))
+
+    @operation
+    def change_dead(self, limit, rule, owner=None, goal=None, namespace=None):
+        """Change up to limit dead intents, oldest first, by rule(intent), and return their number."""
+        dead = self._db.execute("""
+            SELECT   *
+            FROM     intents
+            WHERE    completed_at IS NOT NULL
+            AND      status = 'dead'
+            AND      (:owner IS NULL OR owner = :owner)
+            AND      (:goal IS NULL OR goal = :goal)
+            AND      (:namespace IS NULL OR namespace = :namespace)
+            ORDER BY completed_at
+            LIMIT    :limit
+        """, dict(owner=owner, goal=goal, namespace=namespace, limit=limit)).fetchall()
+        for intent in dead:
+            self._change(intent, rule(intent))
+        return len(dead)
+
+    @operation
+    def settle(self, now):
+        """Carry out what time has brought, a bounded number at a time; return how many there were."""
+        return self._settle(now)
+
+    @operation
+    def shift(self, seconds):
+        """Move all that is to happen, and the age of what has, by so many seconds, as the clock was moved."""
+        self._db.execute("""
+            UPDATE intents
+            SET    run_at = run_at + :seconds,
+                   expires_at = expires_at + :seconds,
+                   claim_expires_at = claim_expires_at + :seconds,
+                   completed_at = completed_at + :seconds,
+                   wake_at = wake_at + :seconds
+        """, dict(seconds=seconds))
+        self._db.execute("UPDATE idempotency SET expires_at = expires_at + :seconds", dict(seconds=seconds))
+
+    @operation
+    def clean(self, now, retention):
+        """Delete what has ended longer ago than its retention, and idempotency keys that are over."""
+        self._db.execute("""
+            DELETE FROM intents
+            WHERE  id IN (SELECT   id
+                          FROM     intents
+                          WHERE    completed_at <= :until
+                          ORDER BY completed_at
+                          LIMIT    :rows)
+        """, dict(until=now - retention, rows=SETTLE_ROWS))
+        self._db.execute("DELETE FROM idempotency WHERE expires_at <= :now", dict(now=now))
+
+    # -- Inside the transaction --
+
+    def _first(self, lanes):
+        """Return the first intent that is ready in these lanes: one index entry is looked at for each lane in use."""
+        heads = [head for pattern in lanes for head in self._heads(pattern)]
+        if not heads:
+            return None
+        best = min(heads, key=lambda row: (-row.priority, row.run_at, row.claim_attempts, row.created_at, row.id))
+        return self._one(self._db, best.id)
+
+    def _heads(self, pattern):
+        """Yield the first ready row of a lane, or of each lane that a pattern covers."""
+        place, goal, publisher = pattern.rsplit("\t", 2)
+        if goal and publisher:
+            yield from self._db.execute(HEAD_OF_LANE, dict(lane=pattern))
+            return
+        prefix = f"{place}\t{goal}" if goal else place
+        after, end = prefix + "\t", prefix + "\n"     # the character that follows the tab: past all that start so
+        while head := self._db.execute(HEAD_OF_NEXT_LANE, dict(after=after, end=end)).fetchone():
+            if not publisher or head.lane.endswith("\t" + publisher):
+                yield head
+            after = head.lane
+
+    def _one(self, db, intent_id):
+        intent = db.execute("SELECT * FROM intents WHERE id = :id", dict(id=intent_id)).fetchone()
+        if intent is None:
+            raise no_such(intent_id)
+        return intent
+
+    def _change(self, intent, changes):
+        if not changes:
+            return intent
+        intent.update(changes)
+        self._db.execute(UPDATE, intent)
+        self._changed.append(intent)
+        return intent
+
+    def _settle(self, now):
+        due = self._db.execute("""
+            SELECT   *
+            FROM     intents
+            WHERE    wake_at <= :now
+            ORDER BY wake_at
+            LIMIT    :rows
+        """, dict(now=now, rows=SETTLE_ROWS)).fetchall()
+        for intent in due:
+            self._change(intent, intent.woken(now))
+        return len(due)
+
+    def _recall(self, caller, key, digest, now):
+        """Return the answer given to an idempotency key, if it is known."""
+        known = self._db.execute("""
+            SELECT digest, answer
+            FROM   idempotency
+            WHERE  caller = :caller
+            AND    key = :key
+            AND    expires_at > :now
+        """, dict(caller=caller, key=key, now=now)).fetchone()
+        if known and known.digest != digest:
+            raise IdempotencyConflict("Key reused with different payload: an Idempotency-Key stands for one request.")
+        return known and Intent(json.loads(known.answer))
+
+    def _remember(self, caller, key, digest, answer, now):
+        self._db.execute("""
+            INSERT INTO idempotency (caller, key, digest, answer, expires_at)
+            VALUES      (:caller, :key, :digest, :answer, :expires_at)
+            ON CONFLICT (caller, key) DO UPDATE
+            SET         digest = excluded.digest,
+                        answer = excluded.answer,
+                        expires_at = excluded.expires_at
+        """, dict(caller=caller, key=key, digest=digest, answer=to_json(answer), expires_at=now + IDEMPOTENCY_SECONDS))
+
+    # -- Group commit --
+
+    def _commit(self, run):
+        """Queue an operation, and once the writing lock is ours run all that are queued; return ours' result."""
+        job = Job(run)
+        self._jobs.append(job)
+        changed = ()
+        with self._writing:
+            if not job.ended:
+                changed = self._commit_queue()
+        if changed:
+            self.on_commit(changed)
+        if job.error:
+            raise job.error
+        return job.result
+
+    def _commit_queue(self):
+        """Run every queued operation in one transaction and return the intents that it changed."""
+        jobs = [self._jobs.popleft() for _ in range(len(self._jobs))]
+        self._changed = []
+        try:
+            with self._translated():
+                self._db.execute("BEGIN IMMEDIATE")
+                for job in jobs:
+                    self._attempt(job)
+                self._db.execute("COMMIT")
+        except Exception as error:     # the whole commit is lost, so every job in it has failed
+            self._changed = []
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            for job in jobs:
+                job.error = error
+        for job in jobs:
+            job.ended = True
+        return self._changed
+
+    def _attempt(self, job):
+        """Run one operation in a savepoint, so that its failure undoes nothing of its neighbours."""
+        mark = len(self._changed)
+        self._db.execute("SAVEPOINT job")
+        try:
+            job.result = job.operation()
+        except Exception as error:
+            if not self._db.in_transaction:     # SQLite has undone all of it, as it does when the disk is full
+                raise
+            job.error = error
+            del self._changed[mark:]
+            self._db.execute("ROLLBACK TO job")
+        self._db.execute("RELEASE job")
+
+    # -- Connections --
+
+    def _connect(self, readonly=False):
+        import sqlite3
+        db = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_MS / 1000, isolation_level=None, check_same_thread=False)
+        db.row_factory = lambda cursor, row: Intent(zip((column[0] for column in cursor.description), row))
+        db.execute(f"PRAGMA query_only = {int(readonly)}")
+        db.execute("PRAGMA synchronous = FULL")     # an answered publish survives a power cut
+        return db
+
+    @contextlib.contextmanager
+    def _reader(self):
+        """Lend a connection that cannot write."""
+        try:
+            db = self._readers.pop()
+        except IndexError:
+            db = self._connect(readonly=True)
+        try:
+            with self._translated():
+                yield db
+        finally:
+            self._readers.append(db)
+
+    @contextlib.contextmanager
+    def _translated(self):
+        """Turn what SQLite raises about the file into errors of ours."""
+        import sqlite3
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            if "full" in str(error):
+                raise StorageFull("The disk under the database is full; nothing of this request was stored.") from error
+            raise Unavailable(f"The database cannot be used just now ({error}); try again.") from error
+
+    def _lock_file(self):
+        """Hold a lock that ends with this process, so that no second bus serves the same file."""
+        guard = open(self.path + ".lock", "a")
+        try:
+            lock_exclusively(guard)
+        except OSError as error:
+            guard.close()
+            raise SetupError(f"Another bus is serving {self.path}; stop it, or give this one another --db.") from error
+        return guard
+
+    def _prepare(self):
+        """Bring the file to the journal mode and schema of this version."""
+        mode = self._db.execute("PRAGMA journal_mode = WAL").fetchone().journal_mode
+        if mode != "wal":
+            self.warning = f"{self.path} is on a file system without shared memory: the bus works, but slower."
+        version = self._db.execute("PRAGMA user_version").fetchone().user_version
+        if version > len(MIGRATIONS):
+            raise SetupError(f"The database {self.path} was written by a newer intentbus (schema {version}, "
+                             f"this one knows {len(MIGRATIONS)}); use that version, or another --db.")
+        if not version and self._db.execute("SELECT name FROM sqlite_master LIMIT 1").fetchone():
+            raise SetupError(f"The database {self.path} belongs to another program; give the bus another --db.")
+        self._db.execute("BEGIN IMMEDIATE")
+        for statements in MIGRATIONS[version:]:
+            for statement in statements:
+                self._db.execute(statement)
+        self._db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+        self._db.execute("COMMIT")
+        self._version = self._db.execute("PRAGMA data_version").fetchone().data_version
+
+
+# ---- 5. Bus ----
+# The rules. Every verb of IntentClient is one here, with the same arguments and errors, and `caller`: who asks.
+
+Caller = collections.namedtuple("Caller", "key_id owner role admin")
+OWNER = Caller(key_id="owner", owner="owner", role="both", admin=True)
+
+
+def hash_token(token):
+    """Return what is stored of a claim token, so that a copy of the file gives no lease away."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def lease_lost(intent):
+    """Return the error of a worker whose claim is not, or no longer, the latest one."""
+    return NotFound(f"The claim of intent {intent.id} is over, or is another's: drop the job.")
+
+
+def steady_clock():
+    """Return seconds that run evenly, also while the machine sleeps (CLOCK_BOOTTIME where there is one)."""
+    if hasattr(time, "CLOCK_BOOTTIME"):
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.monotonic()
+
+
+class Waiter:
+    """A request that is held until there is news of one of its keys."""
+
+    __slots__ = ("keys", "news", "deadline")
+
+    def __init__(self, keys, seconds):
+        self.keys, self.news, self.deadline = keys, threading.Event(), time.monotonic() + seconds
+
+    def wait(self):
+        """Return whether there was news before the deadline."""
+        return self.news.wait(max(0, self.deadline - time.monotonic()))
+
+
+class Waiting:
+    """The held requests, by what each waits for: a lane, or the end of an intent."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._held = {}     # key: {waiter: None}, the longest held first
+        self._closed = False
+
+    def hold(self, waiter):
+        """Put a waiter where news finds it; what happens from now on is not missed."""
+        with self._lock:
+            waiter.news.clear()
+            for key in waiter.keys:
+                self._held.setdefault(key, {})[waiter] = None
+            if self._closed:
+                waiter.deadline = 0
+
+    def leave(self, waiter):
+        """Take a waiter away; news that it had and did not use goes to the next one."""
+        with self._lock:
+            self._drop(waiter)
+        if waiter.news.is_set():
+            self.wake_one(waiter.keys)
+
+    def wake_one(self, keys):
+        """Wake the one that has waited longest for any of these keys."""
+        with self._lock:
+            for key in keys:
+                if key in self._held:
+                    return self._wake(next(iter(self._held[key])))
+
+    def wake_all(self, keys=None):
+        """Wake everyone that waits for one of these keys, or for anything."""
+        with self._lock:
+            for key in list(self._held if keys is None else keys):
+                for waiter in list(self._held.get(key, ())):
+                    self._wake(waiter)
+
+    def close(self):
+        """Send everyone home, now and from now on."""
+        with self._lock:
+            self._closed = True
+            for waiters in self._held.values():
+                for waiter in waiters:
+                    waiter.deadline = 0
+        self.wake_all()
+
+    def _wake(self, waiter):
+        self._drop(waiter)
+        waiter.news.set()
+
+    def _drop(self, waiter):
+        for key in waiter.keys:
+            waiters = self._held.get(key, {})
+            waiters.pop(waiter, None)
+            if not waiters:
+                self._held.pop(key, None)
+
+
+class Bus:
+    """Publish, claim, fulfill, fail: what may happen to an intent, and who may ask for it.
+
+    `clock` and `steady` return seconds; the second one runs evenly from wherever it started.
+    """
+
+    def __init__(self, store, require_claim_token=False, retention=RETENTION_SECONDS, clock=time.time,
+                 steady=steady_clock, jitter=random.random):
+        self.store, self.require_claim_token, self.retention = store, require_claim_token, retention
+        self._clock, self._steady, self._jitter = clock, steady, jitter
+        self._setting_clock = threading.Lock()
+        self._waiting = Waiting()
+        self._stopped = threading.Event()
+        self._alarm = threading.Condition()
+        self._alarm_at = 0
+        self._offset = max(self.store.latest(), clock()) - self._steady()
+        store.on_commit = self._announce
+
+    # -- Publishing --
+
+    def publish(self, goal, payload, *, namespace="default", visibility="private", priority=100, delay=0, run_at=None,
+                ttl=TTL_SECONDS, max_attempts=3, backoff_base=5, target_worker=None, required_capability=None,
+                idempotency_key=None, caller=OWNER):
+        """Store an intent and return {"id", "status", "namespace"}; it is on disk by then.
+
+        delay, ttl and backoff_base are seconds, run_at is Unix seconds. With an idempotency_key that was used for
+        the same intent, return the first answer; for another one, raise IdempotencyConflict.
+        """
+        fields = dict(goal=goal, payload=payload, namespace=namespace, visibility=visibility, priority=priority,
+                      delay=delay, run_at=run_at, ttl=ttl, max_attempts=max_attempts, backoff_base=backoff_base,
+                      target_worker=target_worker, required_capability=required_capability)
+        now = self.now()
+        if run_at is not None and (delay or run_at > now + YEAR_SECONDS):
+            raise Invalid("run_at must be Unix seconds within 366 days, and without a delay.", code="invalid_run_at")
+        intent = Intent.new(now, caller.owner, **fields)
+        answer = Intent(id=intent.id, status="published", namespace=namespace)
+        digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+        memo = (caller.key_id, idempotency_key, digest) if idempotency_key else None
+        return self.store.add([intent], answer, now, memo)
+
+    def cancel(self, intent_id, *, caller=OWNER):
+        """End an unfinished intent; raises Conflict if it has ended."""
+        def rule(intent):
+            self._require_publisher(intent, caller)
+            if intent.ended:
+                raise Conflict(f"This intent is {intent.status}; only an unfinished one can be cancelled.")
+            return intent.cancelled(self.now())
+        return self._outcome(self._change(intent_id, rule))
+
+    def retry(self, intent_id=None, *, goal=None, namespace=None, limit=1000, caller=OWNER):
+        """Open a dead intent anew, or up to limit of them by goal and namespace (then return {"retried": N})."""
+        now = self.now()
+        def rule(intent):
+            self._require_publisher(intent, caller)
+            if intent.status != "dead":
+                raise Conflict(f"This intent is {intent.status}; only a dead one can be retried.")
+            return intent.retried(now)
+        if intent_id:
+            return self._outcome(self._change(intent_id, rule))
+        owner = None if caller.admin else caller.owner
+        return Intent(retried=self.store.change_dead(limit, rule, owner, goal, namespace))
+
+    # -- Working --
+
+    def claim(self, goal=None, *, namespace="default", publisher=None, worker_id=None, capabilities=(), wait=0,
+              lease=LEASE_SECONDS, caller=OWNER, still_there=lambda: True):
+        """Take the first intent of a goal (a string, several, or None for any), or None if there is none.
+
+        wait and lease are seconds. still_there() tells whether the caller can still be answered.
+        """
+        if publisher not in (None, caller.owner) and not caller.admin:
+            raise Forbidden("A claim by publisher may name the caller only; the owner key may name anyone.")
+        goals = [goal] if isinstance(goal, str) else goal or [""]
+        lanes = [lane(namespace, audience, target, capability, goal, publisher or audience)
+                 for goal in goals
+                 for audience in (publisher or caller.owner, "")
+                 for target in dict.fromkeys((None, worker_id))
+                 for capability in (None, *capabilities)]
+        token = os.urandom(16).hex()
+
+        def attempt():
+            now = self.now()
+            return self.store.claim(lanes, now, lambda intent: intent.claimed(
+                now, hash_token(token), lease, caller.owner, worker_id))
+
+        intent = self._held(lanes, attempt, wait, still_there)
+        return intent and Intent(intent, payload=json.loads(intent.payload), claim_token=token,
+                                 claim_timeout=int(lease)).pick(CLAIM_FIELDS)
+
+    def extend_claim(self, intent_id, claim_token=None, seconds=LEASE_SECONDS, *, caller=OWNER):
+        """Let the lease end that many seconds from now; raises NotFound once it is over."""
+        def rule(intent):
+            if self._claim_outcome(intent, claim_token, caller) or intent.status != "claimed":
+                raise lease_lost(intent)
+            return intent.extended(self.now(), seconds)
+        intent = self._change(intent_id, rule)
+        return Intent(ok=True, id=intent.id, extended_by=seconds, claim_expires_at=intent.claim_expires_at)
+
+    def fulfill(self, intent_id, claim_token=None, result=None, result_type="json", *, caller=OWNER):
+        """Report the work done, with its result: any JSON value, or a string with result_type "text"."""
+        if result_type == "text" and not isinstance(result, str):
+            raise Invalid('result must be a string when result_type is "text".', code="invalid_result")
+        self._report("fulfilled", intent_id, claim_token, caller,
+                     lambda intent, now: intent.fulfilled(now, result, result_type))
+        return Intent(ok=True, id=intent_id)
+
+    def fail(self, intent_id, claim_token=None, error=None, retry=True, *, caller=OWNER):
+        """Report the work failed: it is tried again after a backoff, or dead if no attempt is left or retry is false."""
+        reason = (error or "The worker gave no reason.")[:ERROR_CHARACTERS]
+        jitter = self._jitter() * BACKOFF_JITTER_SECONDS
+        return self._outcome(self._report("failed", intent_id, claim_token, caller,
+                                          lambda intent, now: intent.failed(now, reason, retry, jitter)))
+
+    def release(self, intent_id, claim_token=None, delay=0, *, caller=OWNER):
+        """Hand an intent back as if it had not been claimed, to be claimed again after a delay in seconds."""
+        return self._outcome(self._report("released", intent_id, claim_token, caller,
+                                          lambda intent, now: intent.released(now, delay)))
+
+    # -- Looking --
+
+    def get_status(self, intent_id, *, caller=OWNER):
+        """Return the state of an intent, without payload and result."""
+        return self._visible(intent_id, caller).pick(STATUS_FIELDS)
+
+    def get_result(self, intent_id, wait=0, *, caller=OWNER, still_there=lambda: True):
+        """Return the state of an intent with its result, once it has ended or wait seconds are over."""
+        def attempt():
+            intent = self._visible(intent_id, caller)
+            return intent if intent.ended else None
+        intent = self._held((intent_id,), attempt, wait, still_there) or self._visible(intent_id, caller)
+        found = Intent(intent.pick(STATUS_FIELDS), result=intent.result, result_type=intent.result_type or "json")
+        if found.result is not None and found.result_type == "json":
+            found["result"] = json.loads(found.result)
+        if intent.last_error:
+            found["error"] = intent.last_error
+        return found
+
+    def list(self, *, status=None, goal=None, namespace=None, limit=50, before=None, payload=False, caller=OWNER):
+        """Return {"intents": newest first, "next": what to pass as before for the next page, or None}."""
+        self.settle()
+        owner = None if caller.admin else caller.owner
+        rows = self.store.list(limit + 1, owner, status, goal, namespace, before)
+        intents = [row.pick(STATUS_FIELDS) for row in rows[:limit]]
+        if payload:
+            for intent, row in zip(intents, rows):
+                intent["payload"] = json.loads(row.payload)
+        return Intent(intents=intents, next=intents[-1].id if len(rows) > limit else None)
+
+    def problem(self):
+        """Return, in a sentence, why the database cannot be written, or None if all is well."""
+        try:
+            self.store.clean(self.now(), self.retention)
+        except Error as error:
+            return str(error)
+
+    # -- Time --
+
+    def now(self):
+        """Return Unix seconds. If the clock has been set meanwhile, all that waits is first moved along with it."""
+        with self._setting_clock:
+            wall = self._clock()
+            offset = wall - self._steady()
+            if abs(offset - self._offset) > CLOCK_JUMP_SECONDS:
+                self.store.shift(offset - self._offset)
+            self._offset = offset
+            return wall
+
+    def settle(self):
+        """Carry out what time has brought. A claim does so by itself; this is for those who look or wait."""
+        while (wake_at := self.store.next_wake()) and wake_at <= self.now():
+            self.store.settle(self.now())
+
+    def tend(self):
+        """Settle whenever something is due, until stop(): run this in a thread where requests are held."""
+        while not self._stopped.is_set():
+            try:
+                self._tend_once()
+            except Unavailable:     # the next round may find it well again
+                self._stopped.wait(RECHECK_SECONDS)
+
+    def stop(self):
+        """Answer every held request now, and hold none any more."""
+        self._stopped.set()
+        self._waiting.close()
+        with self._alarm:
+            self._alarm.notify()
+
+    def _tend_once(self):
+        self._alarm_at = self.now() + RECHECK_SECONDS     # what is announced from here on can only bring it forward
+        self.settle()
+        self.store.clean(self.now(), self.retention)
+        if self.store.changed_elsewhere():
+            self._waiting.wake_all()
+        self._sleep_until(self.store.next_wake())
+
+    def _sleep_until(self, wake_at):
+        with self._alarm:
+            self._alarm_at = min(self._alarm_at, wake_at or self._alarm_at)
+            while not self._stopped.is_set() and (seconds := self._alarm_at - self.now()) > 0:
+                self._alarm.wait(seconds)
+
+    def _announce(self, intents):
+        """Wake whom a commit is news to."""
+        for intent in intents:
+            if intent.ready:
+                self._waiting.wake_one(patterns(intent.lane))
+            elif intent.ended:
+                self._waiting.wake_all((intent.id,))
+            elif intent.wake_at < self._alarm_at:
+                with self._alarm:
+                    self._alarm_at = intent.wake_at
+                    self._alarm.notify()
+
+    # -- Rules shared by several verbs --
+
+    def _held(self, keys, attempt, wait, still_there):
+        """Return what attempt() finds, tried again whenever there is news of these keys, for up to wait seconds."""
+        if not wait:
+            return attempt()
+        waiter = Waiter(keys, wait)
+        try:
+            while True:
+                self._waiting.hold(waiter)
+                found = attempt()
+                if found or not waiter.wait() or not still_there():
+                    return found
+        finally:
+            self._waiting.leave(waiter)
+
+    def _change(self, intent_id, rule):
+        """Change an intent by a rule, after what time has brought it meanwhile."""
+        self._fresh(intent_id)
+        return self.store.change(intent_id, rule)
+
+    def _report(self, outcome, intent_id, claim_token, caller, rule):
+        """End a claim with an outcome, by rule(intent, now); once more with the same outcome changes nothing."""
+        def once(intent):
+            if self._claim_outcome(intent, claim_token, caller) == outcome:
+                return {}
+            if intent.claim_outcome:
+                raise lease_lost(intent)
+            return rule(intent, self.now())
+        return self._change(intent_id, once)
+
+    def _claim_outcome(self, intent, claim_token, caller):
+        """Return how the latest claim was ended by its worker, None if it was not; raise NotFound if it is another's.
+
+        A token proves the claim, even after its lease. Without one, it is enough to be the claim's owner while it runs.
+        """
+        if claim_token is None:
+            if self.require_claim_token:
+                raise Invalid("claim_token is required on this bus.", code="invalid_claim_token")
+            if intent.status != "claimed" or intent.claim_owner != caller.owner:
+                raise lease_lost(intent)
+        elif not hmac.compare_digest(hash_token(claim_token), intent.claim_token_hash or ""):
+            raise lease_lost(intent)
+        return intent.claim_outcome
+
+    def _fresh(self, intent_id):
+        """Return an intent as it is now: time may have changed it, and nobody may have noticed yet."""
+        intent = self.store.get(intent_id)
+        now = self.now()
+        if intent.wake_at and intent.wake_at <= now:
+            return self.store.change(intent_id, lambda intent: intent.woken(now) if intent.wake_at else {})
+        return intent
+
+    def _visible(self, intent_id, caller):
+        intent = self._fresh(intent_id)
+        if not caller.admin and caller.owner not in (intent.owner, intent.claim_owner):
+            raise no_such(intent_id)
+        return intent
+
+    def _require_publisher(self, intent, caller):
+        if not caller.admin and caller.owner != intent.owner:
+            raise no_such(intent.id)
+
+    def _outcome(self, intent):
+        return Intent(ok=True, id=intent.id, status=intent.status, run_at=intent.run_at)
+
+
+# ---- 6. Keys ----
+# Who is asking: what a request presents becomes a Caller, or an error. And where this machine keeps its key.
+
+def presented_key(headers):
+    """Return the key in a request's headers (names in lower case), or None: X-API-KEY, Bearer or Basic, in this order."""
+    if "x-api-key" in headers:
+        return headers["x-api-key"]
+    scheme, _, credentials = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return credentials.strip()
+    if scheme.lower() == "basic":     # RFC 7617: base64 of user:password
+        try:
+            return base64.b64decode(credentials, validate=True).decode().partition(":")[2]
+        except ValueError:
+            return ""
+    return None
+
+
+class Keys:
+    """The keys of a bus."""
+
+    def __init__(self, owner_key):
+        self._owner_key = owner_key.encode()
+
+    def caller(self, headers):
+        """Return the Caller whose key these headers present; raises Unauthorized."""
+        key = presented_key(headers)
+        if key is None:
+            raise Unauthorized("Missing API key.")
+        if not hmac.compare_digest(key.encode(), self._owner_key):
+            raise Unauthorized("Invalid API key.")
+        return OWNER
+
+
+def read_key(path=KEY_FILE):
+    """Return the key in a file, or None if there is no such file.
+
+    Raises SetupError if the file is a link or another user's: somebody may have put it there.
+    """
+    path = os.path.expanduser(path)
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    if os.path.islink(path) or hasattr(os, "getuid") and status.st_uid != os.getuid():
+        raise SetupError(f"The key file {path} is a link or belongs to somebody else; make it a file of your own.")
+    if os.name == "posix" and status.st_mode & 0o077:
+        warnings.warn(f"Others can read the key file {path}; run: chmod 600 {path}")
+    try:
+        with open(path, encoding="utf-8") as file:
+            key = file.read().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SetupError(f"The key file {path} cannot be read: {error}.") from error
+    if not key or not key.isascii() or not key.isprintable():
+        raise SetupError(f"The key file {path} holds no key; put one line of ASCII text there, or remove it.")
+    return key
+
+
+def make_key(path=KEY_FILE):
+    """Write a new random key into a file that only its owner can read, and return the key."""
+    key = os.urandom(24).hex()
+    try:
+        descriptor = os.open(os.path.expanduser(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(key + "\n")
+    except OSError as error:
+        raise SetupError(f"The key file {path} cannot be made: {error.strerror}.") from error
+    return key
+
+
+# ---- 7. Fields ----
+# What a body or a query may hold, as data: name, rule, default. A rule returns the value, or raises ValueError with
+# the rest of the sentence that starts with the field's name.
+
+REQUIRED = object()
+TOKEN = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+JSON_MARKS = re.compile(rb'"(?:[^"\\]+|\\.)*"?|[\[{]|[\]}]', re.DOTALL)     # matches a string to its end, closed or not
+
+
+def anything(value):
+    """Accept any JSON value."""
+    return value
+
+
+def boolean(value):
+    """Accept true and false."""
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
+def number(low, high, kinds=(int, float), name="a number"):
+    """Accept a number from low to high."""
+    def rule(value):
+        if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+            raise ValueError(f"must be {name} from {low} to {high}")
+        return value
+    return rule
+
+
+def integer(low, high):
+    """Accept a whole number from low to high."""
+    return number(low, high, int, "a whole number")
+
+
+def choice(*words):
+    """Accept one of these words."""
+    def rule(value):
+        if value not in words:
+            raise ValueError("must be " + " or ".join(f'"{word}"' for word in words))
+        return value
+    return rule
+
+
+def text(low, high):
+    """Accept a string of that many characters, once trimmed, with no control characters."""
+    def rule(value):
+        if not isinstance(value, str) or not low <= len(value.strip()) <= high or CONTROL.search(value.strip()):
+            raise ValueError(f"must be a string of {low} to {high} characters, with no control characters")
+        return value.strip()
+    return rule
+
+
+def string(value):
+    """Accept any string."""
+    if not isinstance(value, str):
+        raise ValueError("must be a string")
+    return value
+
+
+def token(value):
+    """Accept a name such as a worker's or a capability's."""
+    if not isinstance(value, str) or not TOKEN.fullmatch(value):
+        raise ValueError("must be 1 to 64 characters of A-Z a-z 0-9 . _ : -")
+    return value
+
+
+def namespace(value):
+    """Accept the name of a namespace."""
+    if not isinstance(value, str) or not TOKEN.fullmatch(value) or ":" in value:
+        raise ValueError("must be 1 to 64 characters of A-Z a-z 0-9 . _ -")
+    return value
+
+
+def tokens(value):
+    """Accept names separated by commas."""
+    return tuple(token(part.strip()) for part in value.split(",") if part.strip())
+
+
+def each(rule):
+    """Accept a list of what a rule accepts, or a single one."""
+    return lambda value: [rule(item) for item in (value if isinstance(value, list) else [value])]
+
+
+def written(rule):
+    """Accept, in a query, the decimal digits of a number that a rule accepts."""
+    def read(value):
+        if not re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,9})?", value, re.ASCII):
+            return rule(value)
+        return rule(float(value) if "." in value else int(value))
+    return read
+
+
+PUBLISH = {
+    "goal": (text(1, 256), REQUIRED),
+    "payload": (anything, REQUIRED),
+    "namespace": (namespace, "default"),
+    "visibility": (choice("private", "public"), "private"),
+    "priority": (integer(0, 1000), 100),
+    "delay": (number(0, YEAR_SECONDS), 0),
+    "run_at": (number(0, 2 ** 40), None),
+    "max_attempts": (integer(1, 20), 3),
+    "backoff_base": (number(1, 3600), 5),
+    "target_worker": (token, None),
+    "required_capability": (token, None),
+    "ttl": (number(1, YEAR_SECONDS), TTL_SECONDS),
+    "reward": (anything, None),     # of the 1.x protocol, without effect
+}
+CLAIM = {
+    "goal": (each(text(1, 256)), None),
+    "namespace": (namespace, "default"),
+    "publisher": (text(1, 256), None),
+    "worker_id": (token, None),
+    "capabilities": (tokens, ()),
+    "wait": (written(number(0, WAIT_MAX_SECONDS)), 0),
+    "lease": (written(number(*LEASE_RANGE_SECONDS)), LEASE_SECONDS),
+}
+EXTEND = {"claim_token": (string, None), "seconds": (number(*LEASE_RANGE_SECONDS), LEASE_SECONDS)}
+FULFILL = {"claim_token": (string, None), "result": (anything, None), "result_type": (choice("json", "text"), "json")}
+FAIL = {"claim_token": (string, None), "error": (string, None), "retry": (boolean, True)}
+RELEASE = {"claim_token": (string, None), "delay": (number(0, YEAR_SECONDS), 0)}
+RESULT = {"wait": (written(number(0, WAIT_MAX_SECONDS)), 0)}
+LIST = {
+    "status": (choice("open", "claimed", "fulfilled", "dead"), None),
+    "goal": (text(1, 256), None),
+    "namespace": (namespace, None),
+    "limit": (written(integer(1, 500)), 50),
+    "before": (string, None),
+    "payload": (choice("0", "1"), "0"),
+}
+RETRY = {"goal": (text(1, 256), None), "namespace": (namespace, None), "limit": (integer(1, 1000), 1000)}
+HEADERS = {"idempotency_key": (text(1, 255), None)}
+
+
+def checked(values, fields, strict=False):
+    """Return the values of all fields, those that are absent or null by default; raises Invalid, naming the field.
+
+    strict refuses what is not in fields, so that a mistyped name does not vanish.
+    """
+    if not isinstance(values, dict):
+        raise Invalid('The body must be a JSON object, such as {"goal": "send_notification", "payload": "hi"}.')
+    if strict and (unknown := sorted(set(values) - set(fields))):
+        raise Invalid(f"Unknown field {unknown[0][:64]!r}; there are: {', '.join(fields)}.")
+    found = {}
+    for name, (rule, default) in fields.items():
+        value = values.get(name)
+        if value is None and default is REQUIRED:
+            raise Invalid(f"{name} is required.", code=f"invalid_{name}")
+        try:
+            found[name] = default if value is None else rule(value)
+        except ValueError as error:
+            raise Invalid(f"{name} {error}.", code=f"invalid_{name}") from error
+    return found
+
+
+def from_json(body):
+    """Return the value of a JSON text in bytes; raises Invalid for what cannot be stored as it is."""
+    if nesting(body) > JSON_DEPTH:
+        raise Invalid(f"The JSON is nested deeper than {JSON_DEPTH} levels.", code="invalid_json")
+    try:
+        value = json.loads(body.decode(), parse_constant=refuse_number, parse_float=finite)
+        if b"\\u" in body:
+            to_json(value).encode()     # half of a surrogate pair cannot be written as UTF-8
+    except UnicodeError as error:
+        raise Invalid("The JSON is not valid Unicode: UTF-8, with no lone surrogates.", code="invalid_json") from error
+    except ValueError as error:
+        raise Invalid(f"The body is not valid JSON: {error}.", code="invalid_json") from error
+    return value
+
+
+def nesting(body):
+    """Return how deep the brackets of a JSON text go; looked at before parsing, which takes stack for each level."""
+    if body.count(b"[") + body.count(b"{") <= JSON_DEPTH:
+        return 0
+    depth = deepest = 0
+    for mark in JSON_MARKS.finditer(body):
+        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(mark.group(), 0)
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def refuse_number(name):
+    """Refuse NaN and Infinity, which JSON does not have (RFC 8259, section 6)."""
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def finite(digits):
+    """Return the float of these digits; refuse one that is beyond its range."""
+    value = float(digits)
+    return value if abs(value) != float("inf") else refuse_number(digits[:32])
+
+
+# ---- 8. Page ----
+# What a person sees who opens the bus in a browser.
+
+HOME = f"""intentbus {__version__}: a job published here is done by a worker elsewhere.
+
+    python intentbus.py work --goal send_notification -- ./handler.sh
+    python intentbus.py publish send_notification '{{"message": "hi"}}'
+"""
+
+
+# ---- 9. API ----
+# The endpoints, and below them the table that says all: method, path, who may, endpoint.
+
+Response = collections.namedtuple("Response", "status headers body")
+REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+COMMON_HEADERS = (
+    ("X-Frame-Options", "DENY"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "no-referrer"),
+    ("Cache-Control", "no-store"),
+    ("X-Intent-Version", "7.61"),     # clients of the 2.x line compare its major number
+)
+
+
+class Request:
+    """What was asked: method, target as sent, headers by lower-case name, body bytes.
+
+    still_there() tells whether the client can still be answered. Raises Invalid if the target cannot be decoded.
+    """
+
+    def __init__(self, method, target, headers=None, body=b"", still_there=lambda: True):
+        self.method, self.headers, self.body, self.still_there = method, headers or {}, body, still_there
+        path, _, query = target.partition("?")
+        try:
+            self.path = urllib.parse.unquote(path, errors="strict")
+            self.query = urllib.parse.parse_qs(query, errors="strict", max_num_fields=100)
+        except ValueError as error:
+            raise Invalid("The path and query must be percent-encoded UTF-8, of at most 100 parameters.") from error
+        self.id = self.headers.get("x-request-id", "")
+        if not REQUEST_ID.fullmatch(self.id):
+            self.id = os.urandom(8).hex()
+        self.caller = None
+
+    def fields(self, fields, strict=False):
+        """Return the checked fields of the body; an empty one counts as {}."""
+        return checked(from_json(self.body) if self.body.strip() else {}, fields, strict)
+
+    def parameters(self, fields, **others):
+        """Return the checked parameters of the query; others are defaults that came another way, None if not."""
+        given = {name: values if len(values) > 1 else values[0] for name, values in self.query.items()}
+        return checked(dict(others, **given), fields)
+
+    @property
+    def idempotency_key(self):
+        """The checked Idempotency-Key, or None."""
+        return checked({"idempotency_key": self.headers.get("idempotency-key")}, HEADERS)["idempotency_key"]
+
+
+def home(api, request):
+    return 200, HOME
+
+
+def health(api, request):
+    problem = api.bus.problem()
+    return (503 if problem else 200), dict(ok=not problem, ts=int(time.time()), version=__version__,
+                                           **({"error": problem} if problem else {}))
+
+
+def publish(api, request):
+    fields = request.fields(PUBLISH, strict=True)
+    del fields["reward"]
+    return 201, api.bus.publish(**fields, idempotency_key=request.idempotency_key, caller=request.caller)
+
+
+def claim(api, request):
+    headers = request.headers
+    capabilities = headers.get("x-worker-capabilities", headers.get("x-worker-capability"))
+    fields = request.parameters(CLAIM, worker_id=headers.get("x-worker-id"),
+                                capabilities=request.query.get("capability", [capabilities])[0])
+    intent = api.bus.claim(**fields, caller=request.caller, still_there=request.still_there)
+    return (200, intent) if intent else (204, None)
+
+
+def extend_claim(api, request, intent_id):
+    return 200, api.bus.extend_claim(intent_id, **request.fields(EXTEND), caller=request.caller)
+
+
+def fulfill(api, request, intent_id):
+    return 200, api.bus.fulfill(intent_id, **request.fields(FULFILL), caller=request.caller)
+
+
+def fail(api, request, intent_id):
+    return 200, api.bus.fail(intent_id, **request.fields(FAIL), caller=request.caller)
+
+
+def release(api, request, intent_id):
+    return 200, api.bus.release(intent_id, **request.fields(RELEASE), caller=request.caller)
+
+
+def get_status(api, request, intent_id):
+    return 200, api.bus.get_status(intent_id, caller=request.caller)
+
+
+def get_result(api, request, intent_id):
+    return 200, api.bus.get_result(intent_id, **request.parameters(RESULT), caller=request.caller,
+                                   still_there=request.still_there)
+
+
+def list_intents(api, request):
+    fields = request.parameters(LIST)
+    return 200, api.bus.list(**dict(fields, payload=fields["payload"] == "1"), caller=request.caller)
+
+
+def cancel(api, request, intent_id):
+    return 200, api.bus.cancel(intent_id, caller=request.caller)
+
+
+def retry(api, request, intent_id):
+    return 200, api.bus.retry(intent_id, caller=request.caller)
+
+
+def retry_many(api, request):
+    return 200, api.bus.retry(**request.fields(RETRY), caller=request.caller)
+
+
+ROUTES = (
+    # method, path              who may     endpoint
+    ("GET",  "/",               None,      home),
+    ("GET",  "/health",         None,      health),
+    ("POST", "/intent",         "publish", publish),
+    ("POST", "/claim",          "work",    claim),
+    ("POST", "/extend_claim/*", "work",    extend_claim),
+    ("POST", "/fulfill/*",      "work",    fulfill),
+    ("POST", "/fail/*",         "work",    fail),
+    ("POST", "/release/*",      "work",    release),
+    ("GET",  "/status/*",       "either",  get_status),
+    ("GET",  "/result/*",       "either",  get_result),
+    ("GET",  "/intents",        "either",  list_intents),
+    ("POST", "/cancel/*",       "publish", cancel),
+    ("POST", "/retry/*",        "publish", retry),
+    ("POST", "/retry",          "publish", retry_many),
+)
+ROLES = {"publish": ("publish", "either"), "work": ("work", "either"), "both": ("publish", "work", "either")}
+
+
+class API:
+    """What answers requests: API(bus, keys).handle(request) -> Response."""
+
+    def __init__(self, bus, keys, max_body=BODY_BYTES):
+        self.bus, self.keys, self.max_body = bus, keys, max_body
+        self._routes = {}     # path: {method: (who may, endpoint)}
+        for method, path, who, endpoint in ROUTES:
+            self._routes.setdefault(path, {})[method] = who, endpoint
+
+    def handle(self, request):
+        """Answer a request. What it may not do is answered as an error; nothing is raised."""
+        try:
+            status, value = self._answer(request)
+        except Error as error:
+            return self.refusal(error, request.id)
+        except Exception:
+            import traceback
+            print(f"intentbus: request {request.id} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            return self.refusal(Error(), request.id)
+        return self._response(status, value, request.id, [("Retry-After", "1")] if status == 204 else [])
+
+    def refusal(self, error, request_id=""):
+        """Return the response for an error."""
+        headers = []
+        if error.status in (429, 503):
+            headers.append(("Retry-After", "1"))
+        if "allow" in error.details:
+            headers.append(("Allow", error.details["allow"]))
+        body = {"error": dict(error.details, code=error.code, message=str(error))}
+        return self._response(error.status, body, request_id or os.urandom(8).hex(), headers)
+
+    def _answer(self, request):
+        path, *parameters = self._place(request.path)
+        methods = self._routes.get(path)
+        if methods is None:
+            raise NotFound("There is no such path on this bus; the README lists those that are.")
+        method = "GET" if request.method == "HEAD" else request.method
+        if method not in methods:
+            allowed = ", ".join(sorted(methods))
+            raise MethodNotAllowed(f"{path} takes {allowed} only.", allow=allowed)
+        who, endpoint = methods[method]
+        if who:
+            request.caller = self.keys.caller(request.headers)
+            if who not in ROLES[request.caller.role]:
+                raise Forbidden(f"This key may {request.caller.role} only.")
+        return endpoint(self, request, *parameters)
+
+    def _place(self, path):
+        """Return the path of a route, and what stands in the place of its star."""
+        head, slash, rest = path[1:].partition("/")
+        return (path,) if not slash or not rest else (f"/{head}/*", rest)
+
+    def _response(self, status, value, request_id, headers):
+        text = isinstance(value, str)
+        body = b"" if value is None else (value if text else to_json(value)).encode()
+        kind = [("Content-Type", "text/plain; charset=utf-8" if text else "application/json")] if body else []
+        return Response(status, [*COMMON_HEADERS, ("X-Request-ID", request_id), *kind, *headers], body)
+
+
+# ---- 10. Server ----
+# Sockets around handle. Framing is strict (RFC 9112): what two programs could read in two ways is refused, and the
+# connection closed, so that nothing behind it is taken for a request.
+
+REASONS = {200: "OK", 201: "Created", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
+           404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 411: "Length Required",
+           413: "Content Too Large", 422: "Unprocessable Content", 429: "Too Many Requests",
+           431: "Request Header Fields Too Large", 500: "Internal Server Error", 503: "Service Unavailable",
+           507: "Insufficient Storage"}
+REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) (?:https?://[^/?\x00-\x20]*)?([/*][!-~]*) HTTP/1\.([01])")
+HEADER_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
+HEAD_END = re.compile(rb"\r?\n\r?\n")
+
+
+def parse_head(head):
+    """Return (method, target, HTTP minor version, headers by lower-case name) of the lines before a body, in bytes."""
+    first, *lines = head.decode("latin-1").split("\r\n")
+    if max(map(len, (first, *lines))) > HEAD_LINE_BYTES or len(lines) > HEAD_LINES:
+        raise HeadersTooLarge(f"A request has at most {HEAD_LINES} header lines of {HEAD_LINE_BYTES} bytes.")
+    start = REQUEST_LINE.fullmatch(first)
+    if not start:
+        raise Invalid("The request line must be METHOD /path HTTP/1.1.")
+    headers = {}
+    for line in lines:
+        field = HEADER_LINE.fullmatch(line)
+        if not field:
+            raise Invalid("A header line must be Name: value, with no space before the colon and no control character.")
+        name, value = field[1].lower(), field[2].rstrip(" \t")
+        if name in headers and name in ("host", "content-length", "transfer-encoding"):
+            raise Invalid(f"{field[1]} was sent twice.")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    if start[3] == "1" and "host" not in headers:
+        raise Invalid("An HTTP/1.1 request needs a Host header.")
+    return start[1], start[2], start[3], headers
+
+
+def body_length(headers, limit):
+    """Return the length of the body that these headers announce; raises what is wrong with it."""
+    length = headers.get("content-length", "0")
+    if "transfer-encoding" in headers:
+        if "content-length" in headers:
+            raise Invalid("Content-Length and Transfer-Encoding exclude each other.")
+        raise LengthRequired("Send the body with a Content-Length; chunked bodies are not taken.")
+    if not re.fullmatch("[0-9]+", length, re.ASCII):
+        raise Invalid("Content-Length must be decimal digits.")
+    if len(length) > 15 or int(length) > limit:
+        raise PayloadTooLarge(f"The body is over the limit of {limit} bytes.")
+    return int(length)
+
+
+class Connection:
+    """One client's connection: read a request, answer it, and again; it ends with its constructor, as in socketserver."""
+
+    def __init__(self, sock, address, server):
+        self.sock, self.peer, self.server = sock, address[0], server
+        self._received = bytearray()
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(OSError):     # the client is gone, and nobody is left to tell
+            while self._serve_one():
+                pass
+
+    def _serve_one(self):
+        """Answer one request; return whether the connection can take another."""
+        started = time.monotonic()
+        try:
+            request, version = self._read_request()
+        except Error as error:
+            self._send(self.server.api.refusal(error), keep=False)
+            self._linger()
+            return False
+        if request is None:
+            return False
+        response = self.server.api.handle(request)
+        wanted = request.headers.get("connection", "").lower()
+        keep = not self.server.stopping and ("keep-alive" in wanted if version == "0" else "close" not in wanted)
+        self._send(response, keep, bodiless=request.method == "HEAD")
+        self.server.log(request, response, self.peer, time.monotonic() - started)
+        return keep
+
+    def _read_request(self):
+        """Return the next request and its HTTP minor version, or (None, None) if the client has left."""
+        if not self._received and not self._receive(time.monotonic() + IDLE_SECONDS, idle=True):
+            return None, None
+        deadline = time.monotonic() + HEAD_SECONDS
+        while self._received[:2] == b"\r\n":     # RFC 9112, section 2.2: an empty line before a request is skipped
+            del self._received[:2]
+        while not (end := HEAD_END.search(self._received)):
+            if len(self._received) > HEAD_LINES * HEAD_LINE_BYTES:
+                raise HeadersTooLarge("The header lines are too long, or too many.")
+            if not self._receive(deadline):
+                return None, None
+        method, target, version, headers = parse_head(bytes(self._received[:end.start()]))
+        del self._received[:end.end()]
+        length = body_length(headers, self.server.api.max_body)
+        if length and headers.get("expect", "").lower() == "100-continue":
+            self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        deadline = time.monotonic() + BODY_SECONDS
+        while len(self._received) < length:
+            if not self._receive(deadline):
+                return None, None
+        body = bytes(self._received[:length])
+        del self._received[:length]
+        return Request(method, target, headers, body, self._still_there), version
+
+    def _receive(self, deadline, idle=False):
+        """Take in what has arrived; return False if the client has left, or was idle; raises RequestTimeout."""
+        try:
+            self.sock.settimeout(max(0.001, deadline - time.monotonic()))
+            data = self.sock.recv(65536)
+        except TimeoutError if sys.version_info >= (3, 10) else socket.timeout:
+            if idle:
+                return False
+            raise RequestTimeout("The request did not arrive in time.") from None
+        self._received += data
+        return bool(data)
+
+    def _still_there(self):
+        """Return whether the client has not hung up: there is more to read, or nothing yet, but no end."""
+        try:
+            self.sock.settimeout(0)
+            return socket.socket.recv(self.sock, 1, socket.MSG_PEEK) != b""
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
+    def _send(self, response, keep, bodiless=False):
+        """Write a response at once: in two pieces, Nagle's algorithm and delayed acknowledgements cost 40 ms."""
+        lines = [f"HTTP/1.1 {response.status} {REASONS[response.status]}",
+                 time.strftime("Date: %a, %d %b %Y %H:%M:%S GMT", time.gmtime())]
+        lines += [f"{name}: {value}" for name, value in response.headers]
+        if response.status != 204:
+            lines.append(f"Content-Length: {len(response.body)}")
+        if not keep:
+            lines.append("Connection: close")
+        self.sock.settimeout(SEND_SECONDS)
+        self.sock.sendall("\r\n".join(lines + ["", ""]).encode("latin-1") + (b"" if bodiless else response.body))
+
+    def _linger(self):
+        """Let a refused client read the answer: closing with its bytes unread would reset the connection at once."""
+        self.sock.shutdown(socket.SHUT_WR)
+        deadline = time.monotonic() + LINGER_SECONDS
+        with contextlib.suppress(Error):
+            while time.monotonic() < deadline and self._receive(deadline):
+                self._received.clear()
+
+
+class Threads:
+    """What ThreadingHTTPServer lacks: threads that serve one connection after the other, a limit, and a quiet end."""
+
+    request_queue_size = BACKLOG
+    daemon_threads = True
+    allow_reuse_address = os.name == "posix"     # elsewhere it would let a second server take the port
+
+    def serve_in(self, api, log):
+        """Take the API to serve, and whether to log each request."""
+        self.api, self._logging = api, log
+        self.stopping = False
+        self._limit = connection_limit()
+        self._open, self._idle = set(), 0
+        self._lock = threading.Lock()
+        self._work = queue.SimpleQueue()
+
+    def server_bind(self):
+        """Bind without looking up the name of this machine, which takes 30 s where there is no DNS."""
+        import socketserver
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
+
+    def process_request(self, sock, address):
+        """Give a connection to an idle thread, or to a new one."""
+        with self._lock:
+            if len(self._open) >= self._limit:
+                return self._turn_away(sock)
+            self._open.add(sock)
+            new = not self._idle
+            self._idle -= not new
+        if new:
+            threading.Thread(target=self._serve, args=(sock, address), daemon=True).start()
+        else:
+            self._work.put((sock, address))
+
+    def _serve(self, sock, address):
+        while True:
+            self.process_request_thread(sock, address)
+            with self._lock:
+                self._open.discard(sock)
+                if self._idle >= IDLE_THREADS:
+                    return
+                self._idle += 1
+            sock, address = self._work.get()
+
+    def _turn_away(self, sock):
+        response = self.api.refusal(Unavailable("The bus has too many connections; try again.", "too_many_connections"))
+        with contextlib.suppress(OSError):
+            sock.settimeout(0)
+            sock.sendall(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n"
+                         b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(response.body) + response.body)
+        self.shutdown_request(sock)
+
+    def handle_error(self, request, client_address):
+        """Say what went wrong with a connection, on stderr; the others go on."""
+        import traceback
+        print(f"intentbus: a connection failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+
+    def log(self, request, response, peer, seconds):
+        """Write a line of JSON about a request, if that is wanted."""
+        if self._logging:
+            print(to_json(dict(time=round(time.time(), 3), peer=peer, method=request.method, path=request.path,
+                               status=response.status, ms=round(seconds * 1000, 1), request_id=request.id)),
+                  file=sys.stderr, flush=True)
+
+    def close(self):
+        """Take no more requests, answer those that run, and return once they are, or after SHUTDOWN_SECONDS."""
+        self.stopping = True
+        self.shutdown()
+        self.server_close()
+        self.api.bus.stop()
+        deadline = time.monotonic() + SHUTDOWN_SECONDS
+        with self._lock:
+            for sock in self._open:
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RD)     # an idle thread reads the end, a busy one can still answer
+        while self._open and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+
+def connection_limit():
+    """Return how many connections this process may have, after raising its limit of open files as far as it goes."""
+    try:
+        import resource
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = CONNECTIONS + SPARE_FILES if hard == resource.RLIM_INFINITY else min(CONNECTIONS + SPARE_FILES, hard)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    except (ImportError, ValueError, OSError):
+        return CONNECTIONS
+    return CONNECTIONS if soft == resource.RLIM_INFINITY else min(CONNECTIONS, soft - SPARE_FILES)
+
+
+def http_server(api, host="127.0.0.1", port=8787, log=False):
+    """Return a server that is bound to host and port; port 0 picks a free one, see its server_port.
+
+    Call serve_forever() in one thread and close() in another. Raises SetupError if the address cannot be had.
+    """
+    from http.server import ThreadingHTTPServer
+    kind = type("Server", (Threads, ThreadingHTTPServer),
+                {"address_family": socket.AF_INET6 if ":" in host else socket.AF_INET})
+    threading.stack_size(STACK_BYTES)
+    try:
+        server = kind((host, port), Connection)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SetupError(f"The bus cannot listen on {host} port {port}: {reason}; choose another --port.") from error
+    server.serve_in(api, log)
+    threading.Thread(target=api.bus.tend, name="tend", daemon=True).start()
+    return server
+
+
+# ---- 11. Client ----
+# The Bus's verbs over HTTP, with its errors. What is safe to repeat is repeated when the network fails.
+
+class IntentClient:
+    """A bus somewhere else.
+
+    base_url, api_key and namespace default to INTENT_BUS_URL, INTENT_API_KEY (then the file ~/.apikey) and
+    INTENT_BUS_NAMESPACE. timeout is in seconds, for each try of a request. What is returned reads as x["id"] and as
+    x.id. Every verb raises the Error that the bus answered with, or Unreachable. See also listen().
+    """
+
+    def __init__(self, base_url=None, api_key=None, timeout=CLIENT_SECONDS, namespace=None):
+        import urllib.request
+        self.base_url = (base_url or os.environ.get("INTENT_BUS_URL") or URL).rstrip("/")
+        self.namespace = namespace or os.environ.get("INTENT_BUS_NAMESPACE") or "default"
+        self.timeout = timeout
+        place = urllib.parse.urlsplit(self.base_url)
+        if place.scheme not in ("http", "https") or not place.hostname:
+            raise SetupError(f"The URL of a bus is http://HOST:PORT or https://HOST, not {self.base_url!r}.")
+        self._key = api_key or os.environ.get("INTENT_API_KEY") or read_key()
+        if not self._key:
+            raise SetupError(f"No key: put the bus's into {KEY_FILE} or INTENT_API_KEY (on the bus's machine it is in "
+                             f"{KEY_FILE}, once serve has run).")
+        here = place.hostname in ("localhost", "::1") or place.hostname.startswith("127.")
+        if not here and place.scheme == "http":
+            warnings.warn(f"The key travels unencrypted to {place.hostname}; use https or a tunnel.")
+        self._opener = urllib.request.OpenerDirector()     # one that follows no redirect: it would carry the key along
+        for handler in (urllib.request.ProxyHandler({} if here else None), urllib.request.HTTPHandler(),
+                        urllib.request.HTTPSHandler()):
+            self._opener.add_handler(handler)
+
+    def publish(self, goal, payload, *, idempotency_key=None, **fields):
+        """Publish an intent; fields are those of Bus.publish. Repeated as needed, stored once."""
+        body = dict(dict(goal=goal, payload=payload, namespace=self.namespace), **fields)
+        return self._post("/intent", body, headers={"Idempotency-Key": idempotency_key or os.urandom(16).hex()})
+
+    def claim(self, goal=None, *, namespace=None, publisher=None, worker_id=None, capabilities=(), wait=0, lease=None):
+        """Claim an intent, or return None if there is none within wait seconds."""
+        query = dict(goal=goal, namespace=namespace or self.namespace, publisher=publisher, worker_id=worker_id,
+                     capabilities=",".join(capabilities) or None, wait=wait or None, lease=lease)
+        return self._call("POST", "/claim", query=query, retries=0, timeout=self.timeout + wait)
+
+    def extend_claim(self, intent_id, claim_token=None, seconds=LEASE_SECONDS):
+        """Let the lease end that many seconds from now; NotFound means that it is lost."""
+        return self._post(f"/extend_claim/{intent_id}", dict(claim_token=claim_token, seconds=seconds), retries=0)
+
+    def fulfill(self, intent_id, claim_token=None, result=None, result_type="json"):
+        """Report the work done."""
+        return self._post(f"/fulfill/{intent_id}", dict(claim_token=claim_token, result=result, result_type=result_type))
+
+    def fail(self, intent_id, claim_token=None, error=None, retry=True):
+        """Report the work failed; retry=False makes the intent a dead letter at once."""
+        return self._post(f"/fail/{intent_id}", dict(claim_token=claim_token, error=error, retry=retry))
+
+    def release(self, intent_id, claim_token=None, delay=0):
+        """Hand an intent back, its attempt not counted."""
+        return self._post(f"/release/{intent_id}", dict(claim_token=claim_token, delay=delay))
+
+    def get_status(self, intent_id):
+        """Return the state of an intent."""
+        return self._call("GET", f"/status/{intent_id}")
+
+    def get_result(self, intent_id, wait=0):
+        """Return the state of an intent with its result, once it has ended or wait seconds are over."""
+        return self._call("GET", f"/result/{intent_id}", query=dict(wait=wait or None), timeout=self.timeout + wait)
+
+    def list(self, *, status=None, goal=None, namespace=None, limit=50, before=None, payload=False):
+        """Return {"intents": newest first, "next": what to pass as before for the next page, or None}."""
+        page = self._call("GET", "/intents", query=dict(status=status, goal=goal, namespace=namespace, limit=limit,
+                                                        before=before, payload="1" if payload else None))
+        return Intent(page, intents=[Intent(intent) for intent in page.intents])
+
+    def cancel(self, intent_id):
+        """End an unfinished intent."""
+        return self._post(f"/cancel/{intent_id}", retries=0)
+
+    def retry(self, intent_id=None, *, goal=None, namespace=None, limit=1000):
+        """Open a dead intent anew, or up to limit of them."""
+        if intent_id:
+            return self._post(f"/retry/{intent_id}", retries=0)
+        return self._post("/retry", dict(goal=goal, namespace=namespace, limit=limit), retries=0)
+
+    def _post(self, path, body=None, **options):
+        return self._call("POST", path, body=body, **options)
+
+    def _call(self, method, path, body=None, query=None, headers=None, retries=RETRIES, timeout=None):
+        """Return the answer to a request, None for 204, after as many retries as it takes and is given."""
+        url = self.base_url + urllib.parse.quote(path)
+        if query := {name: value for name, value in (query or {}).items() if value is not None}:
+            url += "?" + urllib.parse.urlencode(query, doseq=True)
+        data = None if method == "GET" else b"" if body is None else to_json(body).encode()
+        for attempt in range(retries + 1):
+            try:
+                return self._once(method, url, data, headers or {}, timeout or self.timeout)
+            except (Unreachable, Unavailable, RateLimited) as error:
+                if attempt == retries:
+                    raise
+                pause = random.uniform(0, min(RETRY_SECONDS * 2 ** attempt, RETRY_MAX_SECONDS))
+                time.sleep(max(pause, error.details.get("retry_after", 0)))
+
+    def _once(self, method, url, data, headers, timeout):
+        import http.client
+        headers = dict(headers, **{"X-API-KEY": self._key, "User-Agent": f"intentbus/{__version__}"})
+        if data is not None:
+            headers["Content-Type"] = "application/json"
+        try:
+            request = urllib.request.Request(url, data, headers, method=method)
+            with self._opener.open(request, timeout=timeout) as response:
+                status, content, got = response.status, response.read(), response.headers
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", None) or error
+            raise Unreachable(f"The bus at {self.base_url} cannot be reached: {reason}.") from error
+        if status == 204:
+            return None
+        return self._read(status, content, got)
+
+    def _read(self, status, content, headers):
+        """Return what an answer holds, or raise the error that it says."""
+        if 300 <= status < 400:
+            raise Unreachable(f"{self.base_url} redirects to {headers.get('Location')}; give that as the bus's URL.")
+        try:
+            value = Intent(json.loads(content))
+            if status < 300:
+                return value
+            error = dict(value.error)
+        except (ValueError, TypeError, AttributeError):
+            raise Unreachable(f"{self.base_url} answered {status} without JSON: a proxy page answered, not a bus.") from None
+        raised = ERRORS.get(status, Error)(error.pop("message", ""), error.pop("code", None), **error)
+        with contextlib.suppress(ValueError):
+            raised.details["retry_after"] = min(float(headers.get("Retry-After", "")), RETRY_MAX_SECONDS)
+        raise raised
+
+
+# ---- 12. Worker ----
+# Claim, run, keep the lease, report. A handler is called with (intent, lease) and returns (result, result_type).
+
+class Reject(Exception):
+    """Raised by a handler for an intent that can never be done: it is a dead letter at once."""
+
+
+class HandlerFailed(Exception):
+    """The handler ran and did not succeed; the intent is tried again."""
+
+
+class Lease:
+    """A claim at work: while inside `with`, a thread extends it every third of its time.
+
+    `broken` is None, or why the handler must end: "lost" to another worker, or "stopped" from here.
+    """
+
+    def __init__(self, bus, intent, seconds):
+        self._bus, self._intent, self._seconds = bus, intent, seconds
+        self._done = threading.Event()
+        self.broken = None
+
+    def __enter__(self):
+        threading.Thread(target=self._keep, daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self._done.set()
+
+    def _keep(self):
+        due = steady_clock() + self._seconds / 3
+        while not self._done.wait(1):     # not until due: that wait would stand still while a phone sleeps
+            if steady_clock() < due:
+                continue
+            try:
+                self._bus.extend_claim(self._intent.id, self._intent.claim_token, self._seconds)
+                due = steady_clock() + self._seconds / 3
+            except NotFound:
+                self.broken = "lost"
+                return
+            except Error:     # the network may be back in a second
+                pass
+
+
+class Worker:
+    """Works off the intents of a goal, or several, that a Bus or an IntentClient has, with a handler.
+
+    concurrency handlers run at once; lease, max_time and poll are seconds. max_jobs ends it after as many intents,
+    drain when there is nothing more. say(sentence) is called with what happens.
+    """
+
+    def __init__(self, bus, goal, handler, *, concurrency=1, lease=LEASE_SECONDS, max_jobs=None, max_time=None,
+                 drain=False, poll=POLL_SECONDS, say=lambda sentence: None, **claim):
+        self._bus, self._handler, self._say = bus, handler, say
+        self._concurrency, self._lease, self._drain, self._poll = concurrency, lease, drain, poll
+        self._claim = functools.partial(bus.claim, goal, lease=lease, **claim)
+        self._deadline = time.monotonic() + (max_time or float("inf"))
+        self._tickets = max_jobs or float("inf")
+        self._lock = threading.Lock()
+        self._running = {}     # lease: intent
+        self._stopping = threading.Event()
+        self._news = queue.SimpleQueue()     # an item whenever a job or a thread has ended
+        self._failure = None
+
+    def run(self):
+        """Work until all is done; raises what stops it, after KeyboardInterrupt once the running handlers are done."""
+        threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self._concurrency)]
+        for thread in threads:
+            thread.start()
+        try:
+            self._wait_while(lambda: any(thread.is_alive() for thread in threads))
+        except KeyboardInterrupt:
+            self._wind_down()
+            raise
+        if self._failure:
+            raise self._failure
+
+    def stop(self):
+        """Claim nothing more; run() returns when what runs is done."""
+        self._stopping.set()
+
+    def _wind_down(self):
+        self.stop()
+        if self._running:
+            self._say(f"finishing {len(self._running)} more; interrupt again to hand them back")
+        try:
+            self._wait_while(lambda: self._running)
+        except KeyboardInterrupt:
+            for lease in list(self._running):
+                lease.broken = lease.broken or "stopped"
+            self._wait_while(lambda: self._running, KILL_AFTER_SECONDS + 2 * PIPE_SECONDS)
+            for intent in list(self._running.values()):     # its handler is a function, which nothing can end
+                self._report(intent, self._bus.release)
+
+    def _wait_while(self, condition, seconds=float("inf")):
+        deadline = time.monotonic() + seconds
+        while condition() and time.monotonic() < deadline:
+            with contextlib.suppress(queue.Empty):
+                self._news.get(timeout=1)
+
+    def _work(self):
+        """What each thread does: claim and do, until there is nothing more to do."""
+        try:
+            while self._take_ticket():
+                intent = self._next()
+                if intent:
+                    self._do(intent)
+                elif self._drain:
+                    return
+                else:
+                    self._return_ticket()
+        except Exception as error:
+            self._failure = error
+            self.stop()
+        finally:
+            self._news.put(None)
+
+    def _take_ticket(self):
+        with self._lock:
+            if self._stopping.is_set() or self._tickets < 1 or time.monotonic() >= self._deadline:
+                return False
+            self._tickets -= 1
+            return True
+
+    def _return_ticket(self):
+        with self._lock:
+            self._tickets += 1
+
+    def _next(self):
+        """Return a claimed intent, or None after waiting for one."""
+        wait = 0 if self._drain else max(0, min(CLAIM_WAIT_SECONDS, self._deadline - time.monotonic()))
+        started = time.monotonic()
+        try:
+            intent = self._claim(wait=wait)
+        except (Unreachable, Unavailable, RateLimited) as error:
+            if self._drain:
+                raise
+            self._say(f"{error} Trying again.")
+            self._stopping.wait(random.uniform(1, 2 * self._poll))
+            return None
+        if not intent and time.monotonic() - started < wait / 2:     # a bus that does not hold claims
+            self._stopping.wait(self._poll)
+        return intent
+
+    def _do(self, intent):
+        """Run the handler for an intent and report how it went."""
+        lease = Lease(self._bus, intent, self._lease)
+        self._running[lease] = intent
+        try:
+            if self._stopping.is_set():
+                self._report(intent, self._bus.release)
+                return
+            with lease:
+                report = self._run(intent, lease)
+            if lease.broken == "lost":
+                self._say(f"{intent.id} lost: its lease was over before it was done")
+            else:
+                self._report(intent, self._bus.release if lease.broken else report)
+        finally:
+            del self._running[lease]
+            self._news.put(None)
+
+    def _run(self, intent, lease):
+        """Run the handler and return how to report: a verb of the bus, but for id and token."""
+        try:
+            result, result_type = self._handler(intent, lease)
+            return functools.partial(self._bus.fulfill, result=result, result_type=result_type)
+        except Reject as error:
+            return functools.partial(self._bus.fail, error=str(error), retry=False)
+        except SetupError as error:     # our fault, not the intent's
+            self._failure = error
+            self.stop()
+            return self._bus.release
+        except Exception as error:
+            reason = str(error) if isinstance(error, HandlerFailed) else f"{type(error).__name__}: {error}"
+            return functools.partial(self._bus.fail, error=reason)
+
+    def _report(self, intent, report):
+        verb = getattr(report, "func", report).__name__
+        try:
+            report(intent.id, intent.claim_token)
+            self._say(f"{intent.id} {verb}" + (f": {report.keywords['error']}" if verb == "fail" else ""))
+        except NotFound:
+            self._say(f"{intent.id} lost: its lease was over before its {verb} arrived")
+        except (Invalid, PayloadTooLarge) as error:
+            self._report(intent, functools.partial(self._bus.fail, error=f"The result was refused: {error}", retry=False))
+        except Error as error:
+            self._say(f"{intent.id} {verb} could not be reported, so it will be done again: {error}")
+
+
+def listen(bus, goal, handler, *, full_envelope=False, **options):
+    """Call handler(payload) for each intent of a goal, until interrupted; with full_envelope, handler(intent).
+
+    What it returns is the result, any JSON value. False or an exception fails the intent, Reject for good. The lease
+    is kept up meanwhile. options are those of Worker and of IntentClient.claim.
+    """
+    def run(intent, lease):
+        result = handler(intent if full_envelope else intent.payload)
+        if result is False:
+            raise HandlerFailed("The handler returned False.")
+        to_json(result)     # what is no JSON value is the handler's failure
+        return result, "json"
+    with contextlib.suppress(KeyboardInterrupt):
+        Worker(bus, goal, run, **options).run()
+
+
+IntentClient.listen = listen     # a verb of the client, made of parts below it
+
+SECRETS = ("INTENT_API_KEY", "BUS_SECRET", "BUS_ADMIN_SECRET", "DASHBOARD_PASSWORD", "BUS_METRICS_TOKEN")
+PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}|\{([A-Za-z_]\w*)\}", re.ASCII)
+
+
+def plain(value):
+    """Return a JSON value as a program expects it: a string as it is, null as nothing, the rest as JSON."""
+    return value if isinstance(value, str) else "" if value is None else to_json(value)
+
+
+def fill(argument, intent):
+    """Return an argument with {id}, {goal}, {payload} and fields of the payload in place; {{name}} stays {name}."""
+    fields = intent.payload if isinstance(intent.payload, dict) else {}
+    known = dict(fields, id=intent.id, goal=intent.goal, payload=intent.payload)
+    def value(match):
+        if match[1]:
+            return f"{{{match[1]}}}"
+        if match[2] not in known:
+            raise Reject(f"The payload has no field {match[2]!r}, which the handler's arguments need.")
+        return plain(known[match[2]])
+    return PLACEHOLDER.sub(value, argument)
+
+
+def environment(intent):
+    """Return the environment of a handler: ours without our keys, and the intent's."""
+    variables = {name: value for name, value in os.environ.items() if name not in SECRETS}
+    given = dict(ID=intent.id, GOAL=intent.goal, NAMESPACE=intent.namespace, ATTEMPT=intent.claim_attempts,
+                 MAX_ATTEMPTS=intent.max_attempts, PAYLOAD=to_json(intent.payload))
+    if isinstance(intent.payload, dict):
+        given.update((f"PAYLOAD_{name}", value) for name, value in intent.payload.items()
+                     if re.fullmatch(r"\w+", name, re.ASCII) and not isinstance(value, (dict, list)))
+    for name, value in given.items():
+        if "\0" not in plain(value) and len(plain(value).encode()) <= ENVIRONMENT_BYTES:
+            variables[f"INTENT_{name}"] = plain(value)
+    return variables
+
+
+class Program:
+    """A handler that runs a program for each intent: payload on stdin, result on stdout, see the README's contract.
+
+    timeout and kill_after are seconds, max_output bytes; result is how stdout is read: auto, json, text or none.
+    Raises SetupError if there is no such program.
+    """
+
+    def __init__(self, arguments, timeout=HANDLER_SECONDS, kill_after=KILL_AFTER_SECONDS, max_output=OUTPUT_BYTES,
+                 result="auto"):
+        import shutil
+        self._program = shutil.which(arguments[0])
+        if not self._program:
+            raise SetupError(f"There is no program {arguments[0]!r} that can be run; check its path, and chmod +x it.")
+        self._arguments = arguments
+        self._timeout, self._kill_after = timeout, kill_after
+        self._max_output, self._result = max_output, result
+
+    def __call__(self, intent, lease):
+        process = self._start(intent)
+        pipes = Tap(process.stdout, self._max_output), Tap(process.stderr, -STDERR_BYTES)
+        try:
+            trouble = self._watch(process, pipes, lease)
+        finally:
+            self._signal(process, "SIGKILL")     # what it left behind ends with it
+            output, errors = (pipe.read() for pipe in pipes)
+        if trouble or process.returncode:
+            self._raise(trouble, process.returncode, errors.decode(errors="replace").strip())
+        return self._read(output)
+
+    def _start(self, intent):
+        import subprocess
+        import tempfile
+        arguments = [self._program, *(fill(argument, intent) for argument in self._arguments[1:])]
+        group = {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x200}     # a new group
+        with tempfile.TemporaryFile() as stdin:     # a file, since a pipe would block on a handler that does not read
+            stdin.write(to_json(intent.payload).encode() + b"\n")
+            stdin.seek(0)
+            try:
+                return subprocess.Popen(arguments, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                        env=environment(intent), **group)
+            except ValueError as error:     # a NUL in an argument
+                raise Reject(f"The payload cannot be an argument: {error}.") from error
+            except OSError as error:
+                if error.errno == errno.E2BIG:
+                    raise Reject("The payload is too long for an argument.") from error
+                raise SetupError(f"The handler {self._program} cannot be run: {error.strerror}; does it start with "
+                                 "#!, and is it executable?") from error
+
+    def _watch(self, process, pipes, lease):
+        """Wait for the process; end it when its time is over or its lease broken, and return why, or None."""
+        import subprocess
+        trouble, deadline = None, time.monotonic() + self._timeout
+        while process.poll() is None:
+            now = time.monotonic()
+            if not trouble and (lease.broken or now >= deadline):
+                trouble = lease.broken or f"timed out after {self._timeout:g} s"
+                self._signal(process, "SIGTERM")
+                deadline = now + self._kill_after
+            elif trouble and now >= deadline:
+                self._signal(process, "SIGKILL")
+            if pipes[0].ended.wait(SLICE_SECONDS):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(SLICE_SECONDS)
+        return trouble
+
+    def _signal(self, process, name):
+        """Send a signal to the process and all that it started."""
+        import signal
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.name == "posix":
+                os.killpg(process.pid, getattr(signal, name))
+            else:
+                process.kill()
+
+    def _raise(self, trouble, code, errors):
+        said = f": {errors}" if errors else ""
+        if trouble:
+            raise HandlerFailed(trouble + said)
+        if code == 100:
+            raise Reject(errors or "The handler rejected it with exit code 100.")
+        if code in (126, 127):
+            raise SetupError(f"The handler ended with exit code {code}, which means it cannot run here{said}")
+        raise HandlerFailed((f"exit code {code}" if code > 0 else f"killed by signal {-code}") + said)
+
+    def _read(self, output):
+        """Return the result that this output stands for, and its type."""
+        if self._result == "none" or self._result == "auto" and not output.strip():
+            return None, "json"
+        if self._result in ("auto", "json"):
+            try:
+                return from_json(output), "json"
+            except Invalid as error:
+                if self._result == "json":
+                    raise HandlerFailed(f"The handler's output is not JSON: {error}") from error
+        return output.decode(errors="replace").replace("\0", "").rstrip("\n"), "text"
+
+
+class Tap:
+    """Reads a pipe to its end in a thread, so that nobody blocks on it, and keeps the first bytes, or the last -keep."""
+
+    def __init__(self, pipe, keep):
+        self._pipe, self._keep, self._kept = pipe, keep, b""
+        self.ended = threading.Event()
+        threading.Thread(target=self._drain, daemon=True).start()
+
+    def read(self):
+        """Return what was kept; waits a moment for the end, which somebody may hold open."""
+        self.ended.wait(PIPE_SECONDS)
+        return self._kept
+
+    def _drain(self):
+        with self._pipe:
+            while data := os.read(self._pipe.fileno(), 65536):
+                kept = self._kept + data if self._keep < 0 or len(self._kept) < self._keep else self._kept
+                self._kept = kept[:self._keep] if self._keep > 0 else kept[self._keep:]
+        self.ended.set()
+
+
+# ---- 13. Commands ----
+# The command line. Flags stand on the function, its docstring is the help; stdout is data, stderr is talk.
+
+EXAMPLES = """examples:
+  python intentbus.py serve
+  python intentbus.py work --goal send_notification -- ./handler.sh
+  python intentbus.py publish send_notification '{"message": "hi"}'
+  python intentbus.py publish backup host=nas full:=true --wait=10m
+
+exit codes: 0 done; 1 the intent ended badly; 2 misused; 3 nothing there; 4 refused; 5 no bus to be reached;
+6 over a limit; 124 the wait is over; 130, 143 stopped by a signal"""
+EXIT_CODES = {400: 2, 401: 4, 403: 4, 404: 3, 409: 1, 413: 6, 422: 6, 429: 6}
+UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+COMMANDS = {}
+
+
+def say(*words):
+    """Tell the person at the terminal something, on stderr."""
+    print("intentbus:", *map(printable, words), file=sys.stderr, flush=True)
+
+
+def printable(value):
+    """Return the text of a value without what could command a terminal."""
+    return CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", str(value).replace("\n", " | "))
+
+
+def duration(words):
+    """Return the seconds of 90, 90s, 5m, 2h or 7d."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", words, re.ASCII)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{words!r} is not a duration such as 90, 90s, 5m, 2h or 7d")
+    return float(match[1]) * UNITS[match[2]]
+
+
+def whole(words):
+    """Return a whole number from 1 up."""
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", words, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{words!r} is not a whole number from 1 up")
+    return int(words)
+
+
+def flag(*names, **options):
+    """Return the arguments of an add_argument."""
+    return names, options
+
+
+def command(name, *flags):
+    """Make a function the command of that name: it takes the parsed arguments and returns the exit code, or None."""
+    def register(function):
+        COMMANDS[name] = function, flags
+        return function
+    return register
+
+
+CONNECTION = (
+    flag("--url", help=f"the bus (INTENT_BUS_URL; default {URL})"),
+    flag("--key-file", help=f"the file with the key (INTENT_API_KEY holds the key itself; default {KEY_FILE})"),
+    flag("--namespace", help="the part of the bus to use (INTENT_BUS_NAMESPACE; default default)"),
+)
+JSON_LINES = flag("--json", action="store_true", help="print JSON")
+
+
+def client(options):
+    """Return a client with the settings of these options."""
+    return IntentClient(options.url, options.key_file and required_key(options.key_file), namespace=options.namespace)
+
+
+def required_key(path):
+    """Return the key in a file that must be there."""
+    key = read_key(path)
+    if key is None:
+        raise SetupError(f"There is no key file {path}.")
+    return key
+
+
+@command("serve",
+         flag("--host", default="127.0.0.1", help="the address to listen on (default 127.0.0.1: this machine only)"),
+         flag("--port", type=int, default=8787, help="the port; 0 picks a free one (default 8787)"),
+         flag("--db", help="the database file (BUS_DB_PATH; default intentbus.db)"),
+         flag("--key-file", default=KEY_FILE, help=f"the file with the owner key (BUS_SECRET holds the key itself; default {KEY_FILE})"),
+         flag("--max-body", type=whole, default=BODY_BYTES, metavar="BYTES", help=f"the longest body taken (default {BODY_BYTES})"),
+         flag("--retention", type=duration, default=RETENTION_SECONDS, help="how long what has ended is kept (default 7d)"),
+         flag("--require-claim-token", action="store_true", help="refuse workers of the 1.x protocol, which send none"),
+         flag("--log", action="store_true", help="a line of JSON on stderr for each request"))
+def serve(options):
+    """Run the bus: HTTP in front of a SQLite file. Prints its URL once it listens; Ctrl-C or SIGTERM ends it well.
+
+    The first start makes the owner key. Put a TLS proxy or a tunnel in front before you listen beyond this machine.
+    """
+    import signal
+    key, source = owner_key(options.key_file)
+    store = Store(options.db or os.environ.get("BUS_DB_PATH") or "intentbus.db")
+    try:
+        bus = Bus(store, options.require_claim_token, options.retention)
+        server = http_server(API(bus, Keys(key), options.max_body), options.host, options.port, options.log)
+    except Error:
+        store.close()
+        raise
+    stop = threading.Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *_: stop.set())
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    print(f"http://{host}:{server.server_port}", flush=True)
+    welcome(store, source, options.host, f"http://{host}:{server.server_port}")
+    while not stop.wait(1):     # in slices, since Windows lets no signal through a longer wait
+        pass
+    server.close()
+    store.close()
+
+
+def owner_key(path):
+    """Return the owner key and where it is from; makes one if there is none."""
+    if key := os.environ.get("BUS_SECRET"):
+        return key, "in BUS_SECRET"
+    if key := read_key(path):
+        return key, f"in {path}"
+    return make_key(path), f"new, in {path}"
+
+
+def welcome(store, source, host, url):
+    """Say what a person wants to know who has just started a bus."""
+    here = f"{os.path.basename(sys.executable)} {os.path.basename(__file__)}"
+    where = "" if url == URL else f" --url {url}"
+    say(f"{__version__}, database {store.path}, the key is {source}")
+    if store.warning:
+        say(store.warning)
+    if host not in ("127.0.0.1", "::1", "localhost"):
+        say("this is plain HTTP, and not only this machine can reach it: put a TLS proxy or a tunnel in front")
+    say("next, in two other terminals:")
+    print(f"  {here} work{where} --goal hello\n  {here} publish{where} hello name=world", file=sys.stderr, flush=True)
+
+
+@command("publish", *CONNECTION,
+         flag("goal", help="what is to be done"),
+         flag("payload", nargs="*", help="JSON, name=text and name:=json pairs, @FILE, or - for stdin (the default, if redirected)"),
+         flag("--wait", type=lambda words: duration(words) if words else PUBLISH_WAIT_SECONDS, metavar="DURATION",
+              help="wait for the end (--wait=DURATION, default 5m), print the result, exit 1 if it ended badly"),
+         flag("--priority", type=int, help="0 to 1000, larger first (default 100)"),
+         flag("--delay", type=duration, help="do it that much later"),
+         flag("--ttl", type=duration, help="give it up when nobody has done it by then (default 7d)"),
+         flag("--max-attempts", type=int, help="1 to 20 (default 3)"),
+         flag("--backoff", dest="backoff_base", type=duration, help="before the second attempt, twice that; doubled each time (default 5s)"),
+         flag("--worker", dest="target_worker", help="only this worker may do it"),
+         flag("--capability", dest="required_capability", help="only a worker with this capability may do it"),
+         flag("--public", dest="visibility", action="store_const", const="public", help="workers of every owner may do it"),
+         flag("--idempotency-key", help="publishing again with the same key within a day stores nothing new"),
+         JSON_LINES)
+def publish_command(options):
+    """Publish an intent and print its id."""
+    names = ("priority", "delay", "ttl", "max_attempts", "backoff_base", "target_worker", "required_capability",
+             "visibility", "idempotency_key")
+    fields = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    bus = client(options)
+    answer = bus.publish(options.goal, payload(options.payload), **fields)
+    if options.wait is None:
+        print(to_json(answer) if options.json else answer.id)
+        return 0
+    return wait_for(bus, answer.id, options.wait, options.json)
+
+
+def payload(words):
+    """Return the payload that the words on a command line say."""
+    pairs = [re.fullmatch(r"(\w+)(:?=)(.*)", word, re.ASCII | re.DOTALL) for word in words]
+    if words and all(pairs):
+        return {name: given_json(value) if sign == ":=" else value for name, sign, value in map(re.Match.groups, pairs)}
+    if len(words) > 1:
+        raise Invalid("The payload is one JSON value (quote it for the shell), or name=text pairs.")
+    if words and not words[0].startswith("@") and words[0] != "-":
+        return given_json(words[0])
+    if words and words[0] != "-":
+        try:
+            with open(words[0][1:], "rb") as file:
+                return given_json(file.read())
+        except OSError as error:
+            raise SetupError(f"The payload file {words[0][1:]} cannot be read: {error.strerror}.") from error
+    if not words and sys.stdin.isatty():
+        raise Invalid("There is no payload: give JSON, name=text pairs, @FILE, or redirect stdin.")
+    return given_json(sys.stdin.buffer.read())
+
+
+def given_json(written):
+    """Return the value of JSON that a person wrote."""
+    try:
+        return from_json(written if isinstance(written, bytes) else written.encode())
+    except (Invalid, UnicodeError) as error:
+        shown = written[:60] if isinstance(written, str) else written[:60].decode(errors="replace")
+        raise Invalid(f"The payload {shown!r} is not JSON ({error}); a plain text needs quotes: '\"text\"'.") from error
+
+
+def wait_for(bus, intent_id, seconds, as_json):
+    """Print the result of an intent once it has ended; return the exit code."""
+    deadline = time.monotonic() + seconds
+    while True:
+        left = deadline - time.monotonic()
+        found = bus.get_result(intent_id, wait=max(0, min(CLAIM_WAIT_SECONDS, left)))
+        if found.status in ("fulfilled", "dead"):
+            return show_result(found, as_json)
+        if left <= 0:
+            say(f"{intent_id} is still {found.status}; ask again with: result {intent_id}")
+            return 124
+        if left > CLAIM_WAIT_SECONDS / 2:     # a bus that does not hold requests would be asked too often
+            time.sleep(0)
+
+
+def show_result(found, as_json):
+    """Print what came of an intent; return the exit code."""
+    if as_json:
+        print(to_json(found))
+    elif found.status == "fulfilled" and found.result is not None:
+        print(found.result if found.result_type == "text" else to_json(found.result))
+    if found.status == "dead":
+        say(f"{found.id} is dead: {found.last_error}")
+    return {"fulfilled": 0, "dead": 1}.get(found.status, 3)
+
+
+@command("work", *CONNECTION,
+         flag("--goal", action="append", help="what to do; may repeat; without it, anything"),
+         flag("-j", "--jobs", type=whole, default=1, metavar="N", help="how many at once (default 1)"),
+         flag("--once", dest="max_jobs", action="store_const", const=1, help="leave after one intent"),
+         flag("--max-jobs", type=whole, metavar="N", help="leave after N intents"),
+         flag("--drain", action="store_true", help="leave when there is nothing more to do"),
+         flag("--max-time", type=duration, help="claim nothing more after that long"),
+         flag("--timeout", type=duration, default=HANDLER_SECONDS, help="end a handler that takes longer (default 5m)"),
+         flag("--kill-after", type=duration, default=KILL_AFTER_SECONDS, help="between TERM and KILL (default 5s)"),
+         flag("--lease", type=duration, default=LEASE_SECONDS, help="10s to 1h; how long a silent worker keeps its intent (default 60s)"),
+         flag("--poll", type=duration, default=POLL_SECONDS, help="between claims at a bus that does not hold them (default 5s)"),
+         flag("--result", choices=("auto", "json", "text", "none"), default="auto", help="what the handler's stdout is (default auto)"),
+         flag("--max-output", type=whole, default=OUTPUT_BYTES, metavar="BYTES", help=f"stdout beyond that is cut (default {OUTPUT_BYTES})"),
+         flag("--worker-id", help="a name, for intents meant for this worker"),
+         flag("--capability", dest="capabilities", action="append", default=[], help="what this worker can do; may repeat"),
+         flag("program", nargs="*", help="the handler and its arguments, after --"))
+def work(options):
+    """Work off intents: run a program for each, its payload on stdin, its stdout the result.
+
+    {name} in an argument becomes that field of the payload, {id} {goal} {payload} likewise. Exit code 0 fulfils, 100
+    rejects for good, 126 and 127 stop the worker, any other fails for a retry. Without a program, prints each payload.
+    """
+    import signal
+    signal.signal(signal.SIGTERM, terminate)
+    handler = print_payload
+    if options.program:
+        handler = Program(options.program, options.timeout, options.kill_after, options.max_output, options.result)
+    if not LEASE_RANGE_SECONDS[0] <= options.lease <= LEASE_RANGE_SECONDS[1]:
+        raise Invalid("--lease is from 10s to 1h.")
+    Worker(client(options), options.goal, handler, concurrency=options.jobs, lease=options.lease, say=say,
+           max_jobs=options.max_jobs, max_time=options.max_time, drain=options.drain, poll=options.poll,
+           worker_id=options.worker_id, capabilities=options.capabilities).run()
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+def terminate(*_):
+    raise Terminated
+
+
+def print_payload(intent, lease):
+    """Handle an intent by printing its payload as a line of JSON."""
+    print(to_json(intent.payload), flush=True)
+    return None, "json"
+
+
+@command("status", *CONNECTION, flag("id", help="the id that publish printed"), JSON_LINES)
+def status(options):
+    """Print the state of an intent."""
+    found = client(options).get_status(options.id)
+    print(to_json(found) if options.json else found.status)
+    if found.last_error and not options.json:
+        say(found.last_error)
+
+
+@command("result", *CONNECTION, flag("id", help="the id that publish printed"),
+         flag("--wait", type=lambda words: duration(words) if words else PUBLISH_WAIT_SECONDS, metavar="DURATION",
+              help="wait for the end (--wait=DURATION, default 5m)"), JSON_LINES)
+def result(options):
+    """Print the result of an intent; exit 1 if it is dead, 3 if there is none yet."""
+    bus = client(options)
+    if options.wait is not None:
+        return wait_for(bus, options.id, options.wait, options.json)
+    found = bus.get_result(options.id)
+    if found.status in ("open", "claimed"):
+        say(f"{options.id} is still {found.status}")
+    return show_result(found, options.json)
+
+
+@command("list", *CONNECTION, flag("--status", choices=("open", "claimed", "fulfilled", "dead"), help="only these"),
+         flag("--goal", help="only these"), flag("--limit", type=whole, default=50, metavar="N", help="at most N (default 50)"),
+         JSON_LINES)
+def list_command(options):
+    """List intents, newest first: id, status, attempts, age, goal, last error."""
+    bus, before, left = client(options), None, options.limit
+    while left > 0:
+        page = bus.list(status=options.status, goal=options.goal, namespace=options.namespace, limit=min(left, 500),
+                        before=before)
+        for intent in page.intents:
+            print(to_json(intent) if options.json else row(intent))
+        left, before = left - len(page.intents), page.next
+        if not before:
+            break
+
+
+def row(intent):
+    """Return the line of an intent in a list."""
+    cells = (intent.id, f"{intent.status:9}", f"{intent.claim_attempts}/{intent.max_attempts}",
+             f"{age(time.time() - intent.created_at):>4}", intent.goal, intent.last_error or "")
+    return printable("  ".join(cells)).rstrip()
+
+
+def age(seconds):
+    """Return a span of time in its largest unit, such as 5m."""
+    unit = next((unit for unit in "dhm" if seconds >= UNITS[unit]), "s")
+    return f"{max(0, seconds) // UNITS[unit]:.0f}{unit}"
+
+
+@command("cancel", *CONNECTION, flag("id", help="the id that publish printed"), JSON_LINES)
+def cancel_command(options):
+    """End an intent that is not finished; a worker that has it drops it."""
+    answer = client(options).cancel(options.id)
+    print(to_json(answer) if options.json else answer.status)
+
+
+@command("retry", *CONNECTION, flag("id", nargs="?", help="the id that publish printed"),
+         flag("--goal", help="all dead intents of this goal, up to --limit"),
+         flag("--all", action="store_true", help="all dead intents, up to --limit"),
+         flag("--limit", type=whole, default=1000, metavar="N", help="at most N (default 1000)"), JSON_LINES)
+def retry_command(options):
+    """Open a dead intent anew, or many; prints the new status, or how many."""
+    if bool(options.id) + bool(options.goal) + options.all != 1:
+        raise Invalid("Say what to retry: an id, --goal GOAL or --all.")
+    answer = client(options).retry(options.id, goal=options.goal, namespace=options.namespace, limit=options.limit)
+    print(to_json(answer) if options.json else answer.status if options.id else answer.retried)
+
+
+def parser():
+    """Return the parser of the whole command line."""
+    parser = argparse.ArgumentParser(prog="intentbus.py", description='Say "do this" here, have it done there.',
+                                     epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"intentbus {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (function, flags) in COMMANDS.items():
+        first, _, rest = function.__doc__.partition("\n")
+        sub = commands.add_parser(name, help=first, description=function.__doc__.replace("\n    ", "\n"),
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+        for names, settings in flags:
+            sub.add_argument(*names, **settings)
+    return parser
+
+
+def main(arguments=None):
+    """Run a command and return its exit code."""
+    warnings.showwarning = lambda message, *rest: say(message)
+    words = sys.argv[1:] if arguments is None else arguments
+    end = words.index("--") if "--" in words else len(words)
+    words = ["--wait=" if word == "--wait" else word for word in words[:end]] + words[end:]     # its value is optional
+    options = parser().parse_args(words)
+    try:
+        return COMMANDS[options.command][0](options) or 0
+    except Error as error:
+        say(error)
+        if isinstance(error, SetupError):
+            return 2
+        return EXIT_CODES.get(error.status, 5)
+    except Terminated:
+        return 143
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:     # whoever read our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
