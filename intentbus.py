@@ -55,7 +55,7 @@ import urllib.parse
 import warnings
 
 __version__ = "1.0.0"
-__all__ = ["API", "Bus", "Error", "Intent", "IntentClient", "Keys", "Reject", "Store", "Worker", "listen", "main"]
+__all__ = ["API", "Bus", "Error", "Intent", "IntentClient", "Keys", "Record", "Reject", "Store", "Worker", "listen", "main"]
 
 
 # ---- 1. Settings ----
@@ -100,6 +100,7 @@ RETRIES = 4                         # about 10 s in all: a bus that restarts is 
 RETRY_SECONDS = 0.5                 # doubled each time, with full jitter
 RETRY_MAX_SECONDS = 8
 CLAIM_WAIT_SECONDS = 20             # below the idle limit of mobile carriers' NAT
+LEASE_CHECK_SECONDS = 1             # a worker whose phone slept finds out this soon that its lease is over
 POLL_SECONDS = 5                    # between claims at a server that does not hold them
 PUBLISH_WAIT_SECONDS = 300          # publish --wait, if nothing else is said
 HANDLER_SECONDS = 300               # a handler that takes longer hangs
@@ -153,10 +154,10 @@ ERRORS = {kind.status: kind for kind in Error.__subclasses__() if kind.status}
 # The record, and its life. A method named for what happened returns the columns that it changes; the Store writes them.
 
 COLUMNS = (
-    "id", "namespace", "goal", "payload", "status", "owner", "visibility", "priority", "run_at", "ttl", "expires_at",
-    "max_attempts", "backoff_base", "target_worker", "required_capability", "claim_attempts", "claim_token_hash",
-    "claim_expires_at", "claim_owner", "claim_outcome", "worker_id", "result", "result_type", "last_error",
-    "created_at", "completed_at", "lane", "ready", "wake_at",
+    "id", "namespace", "goal", "payload", "owner", "visibility", "priority", "ttl", "max_attempts", "backoff_base",
+    "target_worker", "required_capability", "created_at", "status", "run_at", "expires_at", "completed_at",
+    "last_error", "result", "result_type", "claim_attempts", "claim_token_hash", "claim_expires_at", "claim_owner",
+    "claim_outcome", "worker_id", "lane", "ready", "wake_at",
 )
 STATUS_FIELDS = (
     "id", "namespace", "goal", "status", "priority", "visibility", "claim_attempts", "max_attempts", "run_at",
@@ -198,12 +199,8 @@ def patterns(name):
     return (name, f"{place}\t{goal}\t", f"{place}\t\t{publisher}", f"{place}\t\t")
 
 
-class Intent(dict):
-    """One unit of work: a dict whose keys read as attributes too, so intent["id"] is intent.id.
-
-    Times are Unix seconds. `wake_at` is when time itself will change it next: a delay that is over, a lease that
-    has run out, its expiry; None once it has ended. `ready` is 1 while it can be claimed.
-    """
+class Record(dict):
+    """A dict whose keys read as attributes too: record["id"] is record.id."""
 
     __slots__ = ()
 
@@ -211,7 +208,21 @@ class Intent(dict):
         try:
             return self[name]
         except KeyError:
-            raise AttributeError(f"this intent has no {name}") from None
+            raise AttributeError(f"there is no {name} in this {type(self).__name__}") from None
+
+    def pick(self, fields):
+        """Return a record of these fields only."""
+        return Record((name, self[name]) for name in fields)
+
+
+class Intent(Record):
+    """One unit of work, as it is stored.
+
+    Times are Unix seconds. `wake_at` is when time itself will change it next: a delay that is over, a lease that
+    has run out, its expiry; None once it has ended. `ready` is 1 while it can be claimed.
+    """
+
+    __slots__ = ()
 
     @classmethod
     def new(cls, now, owner, *, goal, payload, namespace, visibility, priority, delay, run_at, ttl, max_attempts,
@@ -228,10 +239,6 @@ class Intent(dict):
                       owner))
         intent.update(intent.opened(now, start))
         return intent
-
-    def pick(self, fields):
-        """Return an intent of these fields only."""
-        return Intent((name, self[name]) for name in fields)
 
     @property
     def ended(self):
@@ -305,35 +312,19 @@ class Intent(dict):
 SCHEMA = (
     """
     CREATE TABLE intents (
-        id                  TEXT PRIMARY KEY,
-        namespace           TEXT NOT NULL,
-        goal                TEXT NOT NULL,
-        payload             TEXT NOT NULL,
-        status              TEXT NOT NULL,
-        owner               TEXT NOT NULL,
-        visibility          TEXT NOT NULL,
-        priority            INTEGER NOT NULL,
-        run_at              DOUBLE PRECISION NOT NULL,
-        ttl                 DOUBLE PRECISION NOT NULL,
-        expires_at          DOUBLE PRECISION NOT NULL,
-        max_attempts        INTEGER NOT NULL,
-        backoff_base        DOUBLE PRECISION NOT NULL,
-        target_worker       TEXT,
-        required_capability TEXT,
-        claim_attempts      INTEGER NOT NULL,
-        claim_token_hash    TEXT,
-        claim_expires_at    DOUBLE PRECISION,
-        claim_owner         TEXT,
-        claim_outcome       TEXT,
-        worker_id           TEXT,
-        result              TEXT,
-        result_type         TEXT,
-        last_error          TEXT,
-        created_at          DOUBLE PRECISION NOT NULL,
-        completed_at        DOUBLE PRECISION,
-        lane                TEXT NOT NULL,
-        ready               INTEGER NOT NULL,
-        wake_at             DOUBLE PRECISION
+        -- as published
+        id TEXT PRIMARY KEY, namespace TEXT NOT NULL, goal TEXT NOT NULL, payload TEXT NOT NULL, owner TEXT NOT NULL,
+        visibility TEXT NOT NULL, priority INTEGER NOT NULL, ttl DOUBLE PRECISION NOT NULL,
+        max_attempts INTEGER NOT NULL, backoff_base DOUBLE PRECISION NOT NULL, target_worker TEXT,
+        required_capability TEXT, created_at DOUBLE PRECISION NOT NULL,
+        -- where it stands
+        status TEXT NOT NULL, run_at DOUBLE PRECISION NOT NULL, expires_at DOUBLE PRECISION NOT NULL,
+        completed_at DOUBLE PRECISION, last_error TEXT, result TEXT, result_type TEXT,
+        -- the latest claim
+        claim_attempts INTEGER NOT NULL, claim_token_hash TEXT, claim_expires_at DOUBLE PRECISION, claim_owner TEXT,
+        claim_outcome TEXT, worker_id TEXT,
+        -- what the indexes need
+        lane TEXT NOT NULL, ready INTEGER NOT NULL, wake_at DOUBLE PRECISION
     )
     """,
     """
@@ -345,11 +336,7 @@ SCHEMA = (
     "CREATE INDEX intents_completed ON intents (completed_at) WHERE completed_at IS NOT NULL",
     """
     CREATE TABLE idempotency (
-        caller     TEXT NOT NULL,
-        key        TEXT NOT NULL,
-        digest     TEXT NOT NULL,
-        answer     TEXT NOT NULL,
-        expires_at DOUBLE PRECISION NOT NULL,
+        caller TEXT, key TEXT, digest TEXT NOT NULL, answer TEXT NOT NULL, expires_at DOUBLE PRECISION NOT NULL,
         PRIMARY KEY (caller, key)
     )
     """,
@@ -367,7 +354,7 @@ UPDATE = """
     WHERE  id = :id
 """
 HEAD_OF_LANE = """
-    SELECT   id, lane, priority, run_at, claim_attempts, created_at
+    SELECT   *
     FROM     intents
     WHERE    ready = 1
     AND      lane = :lane
@@ -375,7 +362,7 @@ HEAD_OF_LANE = """
     LIMIT    1
 """
 HEAD_OF_NEXT_LANE = """
-    SELECT   id, lane, priority, run_at, claim_attempts, created_at
+    SELECT   *
     FROM     intents
     WHERE    ready = 1
     AND      lane > :after
@@ -550,8 +537,8 @@ class Store:
 
     @operation
     def settle(self, now):
-        """Carry out what time has brought, a bounded number at a time; return how many there were."""
-        return self._settle(now)
+        """Carry out what time has brought, up to SETTLE_ROWS at a time."""
+        self._settle(now)
 
     @operation
     def shift(self, seconds):
@@ -583,11 +570,8 @@ class Store:
 
     def _first(self, lanes):
         """Return the first intent that is ready in these lanes: one index entry is looked at for each lane in use."""
-        heads = [head for pattern in lanes for head in self._heads(pattern)]
-        if not heads:
-            return None
-        best = min(heads, key=lambda row: (-row.priority, row.run_at, row.claim_attempts, row.created_at, row.id))
-        return self._one(self._db, best.id)
+        return min((head for pattern in lanes for head in self._heads(pattern)), default=None, key=lambda head: (
+            -head.priority, head.run_at, head.claim_attempts, head.created_at, head.id))
 
     def _heads(self, pattern):
         """Yield the first ready row of a lane, or of each lane that a pattern covers."""
@@ -626,7 +610,6 @@ class Store:
         """, dict(now=now, rows=SETTLE_ROWS)).fetchall()
         for intent in due:
             self._change(intent, intent.woken(now))
-        return len(due)
 
     def _recall(self, caller, key, digest, now):
         """Return the answer given to an idempotency key, if it is known."""
@@ -639,7 +622,7 @@ class Store:
         """, dict(caller=caller, key=key, now=now)).fetchone()
         if known and known.digest != digest:
             raise IdempotencyConflict("Key reused with different payload: an Idempotency-Key stands for one request.")
-        return known and Intent(json.loads(known.answer))
+        return known and Record(json.loads(known.answer))
 
     def _remember(self, caller, key, digest, answer, now):
         self._db.execute("""
@@ -792,14 +775,15 @@ def steady_clock():
 class Waiter:
     """A request that is held until there is news of one of its keys."""
 
-    __slots__ = ("keys", "news", "deadline")
+    __slots__ = ("keys", "news", "deadline", "dismissed")
 
     def __init__(self, keys, seconds):
         self.keys, self.news, self.deadline = keys, threading.Event(), time.monotonic() + seconds
+        self.dismissed = False
 
     def wait(self):
         """Return whether there was news before the deadline."""
-        return self.news.wait(max(0, self.deadline - time.monotonic()))
+        return self.news.wait(max(0, self.deadline - time.monotonic())) and not self.dismissed
 
 
 class Waiting:
@@ -817,7 +801,7 @@ class Waiting:
             for key in waiter.keys:
                 self._held.setdefault(key, {})[waiter] = None
             if self._closed:
-                waiter.deadline = 0
+                self._dismiss(waiter)
 
     def leave(self, waiter):
         """Take a waiter away; news that it had and did not use goes to the next one."""
@@ -844,10 +828,13 @@ class Waiting:
         """Send everyone home, now and from now on."""
         with self._lock:
             self._closed = True
-            for waiters in self._held.values():
-                for waiter in waiters:
-                    waiter.deadline = 0
-        self.wake_all()
+            for waiters in list(self._held.values()):
+                for waiter in list(waiters):
+                    self._dismiss(waiter)
+
+    def _dismiss(self, waiter):
+        waiter.dismissed = True
+        self._wake(waiter)
 
     def _wake(self, waiter):
         self._drop(waiter)
@@ -896,7 +883,7 @@ class Bus:
         if run_at is not None and (delay or run_at > now + YEAR_SECONDS):
             raise Invalid("run_at must be Unix seconds within 366 days, and without a delay.", code="invalid_run_at")
         intent = Intent.new(now, caller.owner, **fields)
-        answer = Intent(id=intent.id, status="published", namespace=namespace)
+        answer = Record(id=intent.id, status="published", namespace=namespace)
         digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
         memo = (caller.key_id, idempotency_key, digest) if idempotency_key else None
         return self.store.add([intent], answer, now, memo)
@@ -921,7 +908,7 @@ class Bus:
         if intent_id:
             return self._outcome(self._change(intent_id, rule))
         owner = None if caller.admin else caller.owner
-        return Intent(retried=self.store.change_dead(limit, rule, owner, goal, namespace))
+        return Record(retried=self.store.change_dead(limit, rule, owner, goal, namespace))
 
     # -- Working --
 
@@ -947,7 +934,7 @@ class Bus:
                 now, hash_token(token), lease, caller.owner, worker_id))
 
         intent = self._held(lanes, attempt, wait, still_there)
-        return intent and Intent(intent, payload=json.loads(intent.payload), claim_token=token,
+        return intent and Record(intent, payload=json.loads(intent.payload), claim_token=token,
                                  claim_timeout=int(lease)).pick(CLAIM_FIELDS)
 
     def extend_claim(self, intent_id, claim_token=None, seconds=LEASE_SECONDS, *, caller=OWNER):
@@ -957,7 +944,7 @@ class Bus:
                 raise lease_lost(intent)
             return intent.extended(self.now(), seconds)
         intent = self._change(intent_id, rule)
-        return Intent(ok=True, id=intent.id, extended_by=seconds, claim_expires_at=intent.claim_expires_at)
+        return Record(ok=True, id=intent.id, extended_by=seconds, claim_expires_at=intent.claim_expires_at)
 
     def fulfill(self, intent_id, claim_token=None, result=None, result_type="json", *, caller=OWNER):
         """Report the work done, with its result: any JSON value, or a string with result_type "text"."""
@@ -965,7 +952,7 @@ class Bus:
             raise Invalid('result must be a string when result_type is "text".', code="invalid_result")
         self._report("fulfilled", intent_id, claim_token, caller,
                      lambda intent, now: intent.fulfilled(now, result, result_type))
-        return Intent(ok=True, id=intent_id)
+        return Record(ok=True, id=intent_id)
 
     def fail(self, intent_id, claim_token=None, error=None, retry=True, *, caller=OWNER):
         """Report the work failed: it is tried again after a backoff, or dead if no attempt is left or retry is false."""
@@ -991,7 +978,7 @@ class Bus:
             intent = self._visible(intent_id, caller)
             return intent if intent.ended else None
         intent = self._held((intent_id,), attempt, wait, still_there) or self._visible(intent_id, caller)
-        found = Intent(intent.pick(STATUS_FIELDS), result=intent.result, result_type=intent.result_type or "json")
+        found = Record(intent.pick(STATUS_FIELDS), result=intent.result, result_type=intent.result_type or "json")
         if found.result is not None and found.result_type == "json":
             found["result"] = json.loads(found.result)
         if intent.last_error:
@@ -1007,7 +994,7 @@ class Bus:
         if payload:
             for intent, row in zip(intents, rows):
                 intent["payload"] = json.loads(row.payload)
-        return Intent(intents=intents, next=intents[-1].id if len(rows) > limit else None)
+        return Record(intents=intents, next=intents[-1].id if len(rows) > limit else None)
 
     def problem(self):
         """Return, in a sentence, why the database cannot be written, or None if all is well."""
@@ -1030,8 +1017,9 @@ class Bus:
 
     def settle(self):
         """Carry out what time has brought. A claim does so by itself; this is for those who look or wait."""
-        while (wake_at := self.store.next_wake()) and wake_at <= self.now():
-            self.store.settle(self.now())
+        now, wake_at = self.now(), self.store.next_wake()
+        if wake_at and wake_at <= now:
+            self.store.settle(now)
 
     def tend(self):
         """Settle whenever something is due, until stop(): run this in a thread where requests are held."""
@@ -1138,7 +1126,7 @@ class Bus:
             raise no_such(intent.id)
 
     def _outcome(self, intent):
-        return Intent(ok=True, id=intent.id, status=intent.status, run_at=intent.run_at)
+        return Record(ok=True, id=intent.id, status=intent.status, run_at=intent.run_at)
 
 
 # ---- 6. Keys ----
@@ -1216,30 +1204,23 @@ def make_key(path=KEY_FILE):
 # the rest of the sentence that starts with the field's name.
 
 REQUIRED = object()
-TOKEN = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 JSON_MARKS = re.compile(rb'"(?:[^"\\]+|\\.)*"?|[\[{]|[\]}]', re.DOTALL)     # matches a string to its end, closed or not
 
 
-def anything(value):
-    """Accept any JSON value."""
-    return value
-
-
-def boolean(value):
-    """Accept true and false."""
-    if not isinstance(value, bool):
-        raise ValueError("must be true or false")
-    return value
-
-
-def number(low, high, kinds=(int, float), name="a number"):
-    """Accept a number from low to high."""
+def must_be(words, accepts):
+    """Return the rule that accepts what a predicate does, and says in words what that is."""
     def rule(value):
-        if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-            raise ValueError(f"must be {name} from {low} to {high}")
+        if not accepts(value):
+            raise ValueError(f"must be {words}")
         return value
     return rule
+
+
+def number(low, high, kinds=(int, float), words="a number"):
+    """Accept a number from low to high."""
+    return must_be(f"{words} from {low} to {high}", lambda value: isinstance(value, kinds) and not isinstance(value, bool)
+                   and low <= value <= high)
 
 
 def integer(low, high):
@@ -1249,41 +1230,28 @@ def integer(low, high):
 
 def choice(*words):
     """Accept one of these words."""
-    def rule(value):
-        if value not in words:
-            raise ValueError("must be " + " or ".join(f'"{word}"' for word in words))
-        return value
-    return rule
+    return must_be(" or ".join(f'"{word}"' for word in words), lambda value: isinstance(value, str) and value in words)
 
 
 def text(low, high):
     """Accept a string of that many characters, once trimmed, with no control characters."""
-    def rule(value):
-        if not isinstance(value, str) or not low <= len(value.strip()) <= high or CONTROL.search(value.strip()):
-            raise ValueError(f"must be a string of {low} to {high} characters, with no control characters")
-        return value.strip()
-    return rule
+    accept = must_be(f"a string of {low} to {high} characters, with no control characters",
+                     lambda value: isinstance(value, str) and low <= len(value.strip()) <= high
+                     and not CONTROL.search(value.strip()))
+    return lambda value: accept(value).strip()
 
 
-def string(value):
-    """Accept any string."""
-    if not isinstance(value, str):
-        raise ValueError("must be a string")
-    return value
+def name(characters):
+    """Accept a string of 1 to 64 of these characters."""
+    return must_be(f"1 to 64 characters of {characters}", lambda value: isinstance(value, str) and re.fullmatch(
+        f"[{characters.replace(' ', '')}]{{1,64}}", value, re.ASCII))
 
 
-def token(value):
-    """Accept a name such as a worker's or a capability's."""
-    if not isinstance(value, str) or not TOKEN.fullmatch(value):
-        raise ValueError("must be 1 to 64 characters of A-Z a-z 0-9 . _ : -")
-    return value
-
-
-def namespace(value):
-    """Accept the name of a namespace."""
-    if not isinstance(value, str) or not TOKEN.fullmatch(value) or ":" in value:
-        raise ValueError("must be 1 to 64 characters of A-Z a-z 0-9 . _ -")
-    return value
+anything = must_be("any JSON value", lambda value: True)
+boolean = must_be("true or false", lambda value: isinstance(value, bool))
+string = must_be("a string", lambda value: isinstance(value, str))
+namespace = name("A-Z a-z 0-9 . _ -")
+token = name("A-Z a-z 0-9 . _ : -")
 
 
 def tokens(value):
@@ -1299,7 +1267,7 @@ def each(rule):
 def written(rule):
     """Accept, in a query, the decimal digits of a number that a rule accepts."""
     def read(value):
-        if not re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,9})?", value, re.ASCII):
+        if not re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,20})?", value, re.ASCII):
             return rule(value)
         return rule(float(value) if "." in value else int(value))
     return read
@@ -1340,7 +1308,7 @@ LIST = {
     "namespace": (namespace, None),
     "limit": (written(integer(1, 500)), 50),
     "before": (string, None),
-    "payload": (choice("0", "1"), "0"),
+    "payload": (written(integer(0, 1)), 0),
 }
 RETRY = {"goal": (text(1, 256), None), "namespace": (namespace, None), "limit": (integer(1, 1000), 1000)}
 HEADERS = {"idempotency_key": (text(1, 255), None)}
@@ -1453,8 +1421,11 @@ class Request:
 
     def parameters(self, fields, **others):
         """Return the checked parameters of the query; others are defaults that came another way, None if not."""
-        given = {name: values if len(values) > 1 else values[0] for name, values in self.query.items()}
-        return checked(dict(others, **given), fields)
+        for name, values in self.query.items():
+            if len(values) > 1 and name != "goal":
+                raise Invalid(f"{name} was given twice.", code=f"invalid_{name}" if name in fields else None)
+            others[name] = values if name == "goal" else values[0]
+        return checked(others, fields)
 
     @property
     def idempotency_key(self):
@@ -1468,8 +1439,8 @@ def home(api, request):
 
 def health(api, request):
     problem = api.bus.problem()
-    return (503 if problem else 200), dict(ok=not problem, ts=int(time.time()), version=__version__,
-                                           **({"error": problem} if problem else {}))
+    found = dict(ok=not problem, ts=int(time.time()), version=__version__)
+    return (503, dict(found, error=problem)) if problem else (200, found)
 
 
 def publish(api, request):
@@ -1487,46 +1458,23 @@ def claim(api, request):
     return (200, intent) if intent else (204, None)
 
 
-def extend_claim(api, request, intent_id):
-    return 200, api.bus.extend_claim(intent_id, **request.fields(EXTEND), caller=request.caller)
-
-
-def fulfill(api, request, intent_id):
-    return 200, api.bus.fulfill(intent_id, **request.fields(FULFILL), caller=request.caller)
-
-
-def fail(api, request, intent_id):
-    return 200, api.bus.fail(intent_id, **request.fields(FAIL), caller=request.caller)
-
-
-def release(api, request, intent_id):
-    return 200, api.bus.release(intent_id, **request.fields(RELEASE), caller=request.caller)
-
-
-def get_status(api, request, intent_id):
-    return 200, api.bus.get_status(intent_id, caller=request.caller)
-
-
-def get_result(api, request, intent_id):
+def result(api, request, intent_id):
     return 200, api.bus.get_result(intent_id, **request.parameters(RESULT), caller=request.caller,
                                    still_there=request.still_there)
 
 
-def list_intents(api, request):
-    fields = request.parameters(LIST)
-    return 200, api.bus.list(**dict(fields, payload=fields["payload"] == "1"), caller=request.caller)
+def body(verb, fields=None):
+    """Return the endpoint that calls a verb of the Bus with these fields of the body."""
+    def endpoint(api, request, *parameters):
+        return 200, getattr(api.bus, verb)(*parameters, **request.fields(fields or {}), caller=request.caller)
+    return endpoint
 
 
-def cancel(api, request, intent_id):
-    return 200, api.bus.cancel(intent_id, caller=request.caller)
-
-
-def retry(api, request, intent_id):
-    return 200, api.bus.retry(intent_id, caller=request.caller)
-
-
-def retry_many(api, request):
-    return 200, api.bus.retry(**request.fields(RETRY), caller=request.caller)
+def query(verb, fields=None):
+    """Return the endpoint that calls a verb of the Bus with these parameters of the query."""
+    def endpoint(api, request, *parameters):
+        return 200, getattr(api.bus, verb)(*parameters, **request.parameters(fields or {}), caller=request.caller)
+    return endpoint
 
 
 ROUTES = (
@@ -1535,16 +1483,16 @@ ROUTES = (
     ("GET",  "/health",         None,      health),
     ("POST", "/intent",         "publish", publish),
     ("POST", "/claim",          "work",    claim),
-    ("POST", "/extend_claim/*", "work",    extend_claim),
-    ("POST", "/fulfill/*",      "work",    fulfill),
-    ("POST", "/fail/*",         "work",    fail),
-    ("POST", "/release/*",      "work",    release),
-    ("GET",  "/status/*",       "either",  get_status),
-    ("GET",  "/result/*",       "either",  get_result),
-    ("GET",  "/intents",        "either",  list_intents),
-    ("POST", "/cancel/*",       "publish", cancel),
-    ("POST", "/retry/*",        "publish", retry),
-    ("POST", "/retry",          "publish", retry_many),
+    ("POST", "/extend_claim/*", "work",    body("extend_claim", EXTEND)),
+    ("POST", "/fulfill/*",      "work",    body("fulfill", FULFILL)),
+    ("POST", "/fail/*",         "work",    body("fail", FAIL)),
+    ("POST", "/release/*",      "work",    body("release", RELEASE)),
+    ("GET",  "/status/*",       "either",  query("get_status")),
+    ("GET",  "/result/*",       "either",  result),
+    ("GET",  "/intents",        "either",  query("list", LIST)),
+    ("POST", "/cancel/*",       "publish", body("cancel")),
+    ("POST", "/retry/*",        "publish", body("retry")),
+    ("POST", "/retry",          "publish", body("retry", RETRY)),
 )
 ROLES = {"publish": ("publish", "either"), "work": ("work", "either"), "both": ("publish", "work", "either")}
 
@@ -1907,7 +1855,7 @@ class IntentClient:
     def claim(self, goal=None, *, namespace=None, publisher=None, worker_id=None, capabilities=(), wait=0, lease=None):
         """Claim an intent, or return None if there is none within wait seconds."""
         query = dict(goal=goal, namespace=namespace or self.namespace, publisher=publisher, worker_id=worker_id,
-                     capabilities=",".join(capabilities) or None, wait=wait or None, lease=lease)
+                     capabilities=",".join(capabilities) or None, wait=round(wait, 3) or None, lease=lease)
         return self._call("POST", "/claim", query=query, retries=0, timeout=self.timeout + wait)
 
     def extend_claim(self, intent_id, claim_token=None, seconds=LEASE_SECONDS):
@@ -1932,13 +1880,14 @@ class IntentClient:
 
     def get_result(self, intent_id, wait=0):
         """Return the state of an intent with its result, once it has ended or wait seconds are over."""
-        return self._call("GET", f"/result/{intent_id}", query=dict(wait=wait or None), timeout=self.timeout + wait)
+        return self._call("GET", f"/result/{intent_id}", query=dict(wait=round(wait, 3) or None),
+                          timeout=self.timeout + wait)
 
     def list(self, *, status=None, goal=None, namespace=None, limit=50, before=None, payload=False):
         """Return {"intents": newest first, "next": what to pass as before for the next page, or None}."""
         page = self._call("GET", "/intents", query=dict(status=status, goal=goal, namespace=namespace, limit=limit,
                                                         before=before, payload="1" if payload else None))
-        return Intent(page, intents=[Intent(intent) for intent in page.intents])
+        return Record(page, intents=[Record(intent) for intent in page.intents])
 
     def cancel(self, intent_id):
         """End an unfinished intent."""
@@ -1989,7 +1938,7 @@ class IntentClient:
         if 300 <= status < 400:
             raise Unreachable(f"{self.base_url} redirects to {headers.get('Location')}; give that as the bus's URL.")
         try:
-            value = Intent(json.loads(content))
+            value = Record(json.loads(content))
             if status < 300:
                 return value
             error = dict(value.error)
@@ -2032,7 +1981,7 @@ class Lease:
 
     def _keep(self):
         due = steady_clock() + self._seconds / 3
-        while not self._done.wait(1):     # not until due: that wait would stand still while a phone sleeps
+        while not self._done.wait(LEASE_CHECK_SECONDS):     # not until due: waiting stands still while a phone sleeps
             if steady_clock() < due:
                 continue
             try:
@@ -2422,6 +2371,8 @@ CONNECTION = (
     flag("--key-file", help=f"the file with the key (INTENT_API_KEY holds the key itself; default {KEY_FILE})"),
     flag("--namespace", help="the part of the bus to use (INTENT_BUS_NAMESPACE; default default)"),
 )
+WAIT = flag("--wait", type=lambda words: duration(words) if words else PUBLISH_WAIT_SECONDS, metavar="DURATION",
+            help="wait for the end (--wait=DURATION, default 5m), print the result, exit 1 if it ended badly")
 JSON_LINES = flag("--json", action="store_true", help="print JSON")
 
 
@@ -2447,7 +2398,7 @@ def required_key(path):
          flag("--retention", type=duration, default=RETENTION_SECONDS, help="how long what has ended is kept (default 7d)"),
          flag("--require-claim-token", action="store_true", help="refuse workers of the 1.x protocol, which send none"),
          flag("--log", action="store_true", help="a line of JSON on stderr for each request"))
-def serve(options):
+def serve_command(options):
     """Run the bus: HTTP in front of a SQLite file. Prints its URL once it listens; Ctrl-C or SIGTERM ends it well.
 
     The first start makes the owner key. Put a TLS proxy or a tunnel in front before you listen beyond this machine.
@@ -2499,8 +2450,7 @@ def welcome(store, source, host, url):
 @command("publish", *CONNECTION,
          flag("goal", help="what is to be done"),
          flag("payload", nargs="*", help="JSON, name=text and name:=json pairs, @FILE, or - for stdin (the default, if redirected)"),
-         flag("--wait", type=lambda words: duration(words) if words else PUBLISH_WAIT_SECONDS, metavar="DURATION",
-              help="wait for the end (--wait=DURATION, default 5m), print the result, exit 1 if it ended badly"),
+         WAIT,
          flag("--priority", type=int, help="0 to 1000, larger first (default 100)"),
          flag("--delay", type=duration, help="do it that much later"),
          flag("--ttl", type=duration, help="give it up when nobody has done it by then (default 7d)"),
@@ -2557,15 +2507,14 @@ def wait_for(bus, intent_id, seconds, as_json):
     """Print the result of an intent once it has ended; return the exit code."""
     deadline = time.monotonic() + seconds
     while True:
-        left = deadline - time.monotonic()
-        found = bus.get_result(intent_id, wait=max(0, min(CLAIM_WAIT_SECONDS, left)))
+        until = min(deadline, time.monotonic() + CLAIM_WAIT_SECONDS)
+        found = bus.get_result(intent_id, wait=max(0, until - time.monotonic()))
         if found.status in ("fulfilled", "dead"):
             return show_result(found, as_json)
-        if left <= 0:
+        if time.monotonic() >= deadline:
             say(f"{intent_id} is still {found.status}; ask again with: result {intent_id}")
             return 124
-        if left > CLAIM_WAIT_SECONDS / 2:     # a bus that does not hold requests would be asked too often
-            time.sleep(0)
+        time.sleep(max(0, min(1, until - time.monotonic())))     # a bus that holds no request has answered at once
 
 
 def show_result(found, as_json):
@@ -2595,7 +2544,7 @@ def show_result(found, as_json):
          flag("--worker-id", help="a name, for intents meant for this worker"),
          flag("--capability", dest="capabilities", action="append", default=[], help="what this worker can do; may repeat"),
          flag("program", nargs="*", help="the handler and its arguments, after --"))
-def work(options):
+def work_command(options):
     """Work off intents: run a program for each, its payload on stdin, its stdout the result.
 
     {name} in an argument becomes that field of the payload, {id} {goal} {payload} likewise. Exit code 0 fulfils, 100
@@ -2628,7 +2577,7 @@ def print_payload(intent, lease):
 
 
 @command("status", *CONNECTION, flag("id", help="the id that publish printed"), JSON_LINES)
-def status(options):
+def status_command(options):
     """Print the state of an intent."""
     found = client(options).get_status(options.id)
     print(to_json(found) if options.json else found.status)
@@ -2637,9 +2586,8 @@ def status(options):
 
 
 @command("result", *CONNECTION, flag("id", help="the id that publish printed"),
-         flag("--wait", type=lambda words: duration(words) if words else PUBLISH_WAIT_SECONDS, metavar="DURATION",
-              help="wait for the end (--wait=DURATION, default 5m)"), JSON_LINES)
-def result(options):
+         WAIT, JSON_LINES)
+def result_command(options):
     """Print the result of an intent; exit 1 if it is dead, 3 if there is none yet."""
     bus = client(options)
     if options.wait is not None:

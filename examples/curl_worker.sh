@@ -1,0 +1,92 @@
+#!/bin/sh
+# A worker of nothing but curl (7.55 or newer) and a shell: runs a command for each intent of a goal.
+#
+#   examples/curl_worker.sh GOAL COMMAND [ARGUMENT...]      e.g.  examples/curl_worker.sh hello wc -c
+#
+# The command gets the claimed intent as JSON on stdin. Exit code 0: its stdout is the result, as text. 100: the
+# intent is dead at once. 126, 127: handed back, and this worker stops. Any other: tried again later. It must be done
+# within LEASE seconds (300). Ctrl-C or TERM: finish, then leave; once more: end the command, hand the intent back.
+# INTENT_BUS_URL, INTENT_API_KEY (or ~/.apikey) and INTENT_BUS_NAMESPACE as usual; ONCE=1 leaves after one intent.
+
+[ $# -ge 2 ] || { echo "usage: $0 GOAL COMMAND [ARGUMENT...]" >&2; exit 2; }
+goal=$1; shift
+url=${INTENT_BUS_URL:-http://127.0.0.1:8787}
+key=${INTENT_API_KEY:-$(cat "$HOME/.apikey")} && [ "$key" ] || exit 2
+unset INTENT_API_KEY                        # none of the command's business
+tmp=$(mktemp -d) || exit 2
+trap 'rm -rf "$tmp"' EXIT
+
+id='' running='' signals=0
+interrupted() {     # a claim ends at once, a command only when asked twice
+    signals=$((signals + 1))
+    if [ -z "$id" ] || [ $signals -gt 1 ]; then kill "$running" 2>/dev/null; fi
+}
+trap interrupted INT TERM
+
+await() {           # run in the background, where Ctrl-C does not reach it; code is its exit code
+    "$@" & running=$!
+    wait $running; code=$?
+    while kill -0 $running 2>/dev/null; do wait $running; code=$?; done     # a signal ended the wait, not the child
+}
+
+post() {            # PATH, curl's options: into $tmp/answer and $tmp/status; the key stays out of the arguments
+    path=$1; shift
+    exec curl -sS -X POST -H @- -o "$tmp/answer" -w '%{http_code}' -m 60 "$@" "${url%/}$path" >"$tmp/status" <<EOF
+X-API-KEY: $key
+EOF
+}
+
+command_of() { exec "$@" <"$tmp/intent" >"$tmp/output" 2>"$tmp/errors"; }
+
+json_string() {     # stdin as a JSON string (RFC 8259, section 7); NUL is left out
+    LC_ALL=C tr -d '\000' | LC_ALL=C awk '
+        BEGIN { for (i = 1; i < 32; i++) code[sprintf("%c", i)] = sprintf("\\u%04x", i)
+                code["\\"] = "\\\\"; code["\""] = "\\\""; printf "\"" }
+              { if (NR > 1) printf "\\n"
+                for (i = 1; i <= length($0); i++) { c = substr($0, i, 1); printf "%s", c in code ? code[c] : c } }
+        END   { printf "\"" }'
+}
+
+report() {          # fulfill, fail or release, and further fields; once more with the same token does no harm
+    printf '{"claim_token": "%s"%s}' "$token" "$2" >"$tmp/body"
+    await post "/$1/$id" -H 'Content-Type: application/json' --data-binary @"$tmp/body" --retry 4 --retry-connrefused
+    status=$(cat "$tmp/status")
+    case $status in
+        200) echo "$id $1" >&2 ;;
+        *) echo "$id $1 was not accepted: $status $(cat "$tmp/answer")" >&2 ;;
+    esac
+}
+
+claim() {           # an id and a token, or none; the token stands behind the payload, which may hold anything
+    id='' token=''
+    await post /claim -G --data-urlencode "goal=$goal" --data-urlencode "namespace=${INTENT_BUS_NAMESPACE:-default}" \
+        -d wait=20 -d "lease=${LEASE:-300}"
+    case $(cat "$tmp/status") in
+        200) cp "$tmp/answer" "$tmp/intent"
+             id=$(sed -n 's/^{"id": *"\([0-9a-f]*\)".*/\1/p' "$tmp/intent")
+             token=$(sed -n 's/.*"claim_token": *"\([0-9a-f]*\)".*/\1/p' "$tmp/intent") ;;
+        204) ;;
+        4*)  cat "$tmp/answer" >&2; exit 4 ;;
+        *)   [ $signals -gt 0 ] || await sleep 5 ;;     # curl has said what is wrong
+    esac
+}
+
+work() {            # run the command, and report how it went
+    await command_of "$@"
+    error=", \"error\": $( { echo "exit code $code"; tail -c 1900 "$tmp/errors"; } | LC_ALL=C tr -c '\n\t -~' '?' | json_string)"
+    if [ $signals -gt 1 ]; then report release; return; fi
+    case $code in
+        0) report fulfill ", \"result_type\": \"text\", \"result\": $(json_string <"$tmp/output")"
+           case $status in 400 | 413) report fail ', "retry": false, "error": "The output is too long, or no UTF-8."' ;; esac ;;
+        100) report fail "$error, \"retry\": false" ;;
+        126 | 127) report release; cat "$tmp/errors" >&2; exit 2 ;;
+        *) report fail "$error" ;;
+    esac
+}
+
+while [ $signals -eq 0 ]; do
+    claim
+    [ "$id" ] || continue
+    work "$@"
+    [ -z "$ONCE" ] || break
+done

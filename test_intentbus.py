@@ -1,0 +1,755 @@
+"""The tests of intentbus, in the order of its parts. Run: python -m pytest -q
+
+Real parts throughout: a real server on port 0, real processes, a real SQLite file. INTENTBUS_TEST_SLOW=1 adds the long ones.
+"""
+
+import ast
+import bisect
+import collections
+import contextlib
+import json
+import os
+import re
+import signal
+import sqlite3
+import stat
+import subprocess
+import symtable
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import intentbus
+from intentbus import API, Bus, Caller, Intent, IntentClient, Keys, Reject, Store, Worker, listen
+
+HERE = Path(__file__).parent
+SOURCE = (HERE / "intentbus.py").read_text()
+KEY = "k" * 48
+SLOW = pytest.mark.skipif(not os.environ.get("INTENTBUS_TEST_SLOW"), reason="INTENTBUS_TEST_SLOW is not set")
+POSIX = pytest.mark.skipif(os.name != "posix", reason="process groups and signals of POSIX")
+
+
+class Clock:
+    """A wall clock and a steady one, both moved by hand."""
+
+    def __init__(self):
+        self.wall, self.steady = 1_800_000_000.0, 5.0
+
+    def pass_(self, seconds):
+        self.wall += seconds
+        self.steady += seconds
+
+    def set(self, seconds):
+        self.wall += seconds
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = Store(tmp_path / "bus.db")
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def bus(store, clock):
+    """A bus at a time that stands still until a test moves it."""
+    bus = Bus(store, clock=lambda: clock.wall, steady=lambda: clock.steady, jitter=lambda: 0.5)
+    yield bus
+    bus.stop()
+
+
+@contextlib.contextmanager
+def serving(store, **options):
+    """A real server on a free port; yields the server, its bus as server.api.bus."""
+    server = intentbus.http_server(API(Bus(store), Keys(KEY), **options), port=0)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def server(store):
+    with serving(store) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server):
+    return IntentClient(f"http://127.0.0.1:{server.server_port}", KEY)
+
+
+def wait_until(fact, seconds=20):
+    """Return what fact() returns once that is true."""
+    deadline = time.monotonic() + seconds
+    pause = threading.Event()
+    while not (found := fact()):
+        assert time.monotonic() < deadline, "what was waited for did not come"
+        pause.wait(0.01)
+    return found
+
+
+def in_thread(function, *args, **kwargs):
+    """Run a function in a thread; return a function that waits for its result."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(function(*args, **kwargs)), daemon=True)
+    thread.start()
+
+    def result():
+        thread.join(20)
+        assert results, "the thread did not end"
+        return results[0]
+    return result
+
+
+def held(bus):
+    """How many requests a bus holds."""
+    return sum(map(len, bus._waiting._held.values()))
+
+
+# ---- 0. The whole ----
+
+def parts():
+    """The parts of the module: (number, name, first line)."""
+    return [(int(number), name, SOURCE[:SOURCE.index(f"# ---- {number}. {name} ----")].count("\n") + 1)
+            for number, name in re.findall(r"^# ---- (\d+)\. (\w+) ----$", SOURCE, re.M)]
+
+
+def test_the_map_in_the_docstring_is_the_outline_of_the_module():
+    in_docstring = re.findall(r"^ +(\d+)\. (\w+)", intentbus.__doc__, re.M)
+    assert [(int(number), name) for number, name in in_docstring] == [part[:2] for part in parts()]
+    assert [number for number, _, _ in parts()] == list(range(1, 14))
+
+
+def test_each_part_uses_only_the_parts_above_it():
+    lines = [first for _, _, first in parts()]
+    table = symtable.symtable(SOURCE, "intentbus.py", "exec")
+    defined = {}
+    for node in ast.parse(SOURCE).body:
+        for target in node.targets if isinstance(node, ast.Assign) else [node]:
+            defined.setdefault(getattr(target, "id", getattr(target, "name", None)), bisect.bisect(lines, node.lineno))
+    low = []
+    scopes = table.get_children()
+    while scopes:
+        scope = scopes.pop()
+        scopes += scope.get_children()
+        part = bisect.bisect(lines, scope.get_lineno())
+        low += [f"{scope.get_name()} (line {scope.get_lineno()}) uses {symbol.get_name()}" for symbol in scope.get_symbols()
+                if symbol.is_global() and symbol.is_referenced() and defined.get(symbol.get_name(), 0) > part]
+    assert defined["IntentClient"] == 11 and not low
+
+
+def test_only_the_standard_library_is_imported():
+    names = {alias.name for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.ImportFrom)}
+    if sys.version_info < (3, 10):
+        pytest.skip("this Python has no list of its standard library")
+    assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names
+
+
+def test_a_publish_pays_for_no_server_and_no_database():
+    code = ("import sys, intentbus; intentbus.IntentClient('http://127.0.0.1:9', 'k')\n"
+            "print({'sqlite3', 'http.server', 'socketserver', 'subprocess'} & set(sys.modules))")
+    assert run_python("-c", code).stdout == "set()\n"
+
+
+def test_nothing_is_released_before_its_number_has_a_unit():
+    numbers = re.findall(r"^([A-Z_]+) = \(?[\d.]+[^#]*(#.*)?$", SOURCE[:SOURCE.index("# ---- 2.")], re.M)
+    assert len(numbers) > 30
+    assert not [name for name, reason in numbers if not reason and not name.endswith("MAX_SECONDS")]
+
+
+# ---- 3. Intent ----
+
+def published(now=1000.0, **fields):
+    defaults = dict(goal="g", payload=1, namespace="default", visibility="private", priority=100, delay=0, run_at=None,
+                    ttl=3600, max_attempts=3, backoff_base=5, target_worker=None, required_capability=None)
+    return Intent.new(now, "owner", **dict(defaults, **fields))
+
+
+def claimed(**fields):
+    intent = published(**fields)
+    intent.update(intent.claimed(1000.0, "hash", 60, "owner", None))
+    return intent
+
+
+def test_ids_are_32_hex_digits_that_sort_by_time():
+    ids = [intentbus.new_id(1_800_000_000 + ms / 1000) for ms in range(100)]
+    assert ids == sorted(ids) and len(set(ids)) == 100
+    assert all(re.fullmatch("[0-9a-f]{32}", id) for id in ids)
+
+
+def test_an_intent_reads_both_ways():
+    intent = published()
+    assert intent["goal"] == intent.goal == "g"
+    with pytest.raises(AttributeError, match="there is no colour in this Intent"):
+        intent.colour
+
+
+@pytest.mark.parametrize("change, status, ready, wake_at", [
+    (lambda i: i.claimed(1000, "h", 60, "o", None), "claimed", 0, 1060),
+    (lambda i: i.claimed(1000, "h", 9999, "o", None), "claimed", 0, 4600),
+    (lambda i: i.fulfilled(1000, {"a": 1}, "json"), "fulfilled", 0, None),
+    (lambda i: i.failed(1000, "no", True, 1), "open", 0, 1011),
+    (lambda i: i.failed(1000, "no", False, 1), "dead", 0, None),
+    (lambda i: i.released(1000, 0), "open", 1, 4600),
+    (lambda i: i.released(1000, 7), "open", 0, 1007),
+    (lambda i: i.cancelled(1000), "dead", 0, None),
+    (lambda i: i.woken(1060), "open", 1, 4600),
+    (lambda i: i.woken(4600), "dead", 0, None),
+], ids=["claimed", "claimed beyond expiry", "fulfilled", "failed", "failed for good", "released", "released for later",
+        "cancelled", "lease over", "expired"])
+def test_what_happens_to_a_claimed_intent(change, status, ready, wake_at):
+    changes = change(claimed())
+    assert (changes.get("status", "claimed"), changes.get("ready", 0), changes["wake_at"]) == (status, ready, wake_at)
+
+
+@pytest.mark.parametrize("attempt, delay", [(1, 11), (2, 21), (3, 41), (10, 3600)])
+def test_backoff_doubles_with_each_attempt_up_to_an_hour(attempt, delay):
+    intent = claimed(max_attempts=20, ttl=86400)
+    intent["claim_attempts"] = attempt
+    assert intent.failed(1000, "no", True, jitter=1)["run_at"] == 1000 + delay
+
+
+# ---- 4. Store ----
+
+def add(store, *intents):
+    store.add(list(intents), Intent(), 0)
+
+
+def test_the_file_is_its_owners_alone_and_says_what_the_protocol_says(store):
+    add(store, published())
+    assert stat.S_IMODE(os.stat(store.path).st_mode) == 0o600 or os.name != "posix"
+    with contextlib.closing(sqlite3.connect(store.path)) as db:
+        assert db.execute("SELECT goal, status, priority, payload FROM intents").fetchall() == [("g", "open", 100, "1")]
+        assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert db.execute("PRAGMA user_version").fetchone() == (len(intentbus.MIGRATIONS),)
+
+
+def test_every_write_is_synced(store):
+    assert store._db.execute("PRAGMA synchronous").fetchone().synchronous == 2
+
+
+def test_operations_of_many_threads_share_commits_and_a_failure_hurts_nobody_else(store):
+    commits = []
+    store.on_commit = lambda intents: commits.append(len(intents))
+    errors = []
+
+    def publish(number):
+        try:
+            add(store, *[published(payload=number)] * (2 if number % 10 == 0 else 1))     # the same id twice: refused
+        except sqlite3.IntegrityError:
+            errors.append(number)
+
+    with store._writing:     # a slow commit: all that comes meanwhile queues up behind it
+        threads = [threading.Thread(target=publish, args=(number,)) for number in range(50)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(store._jobs) == 50)
+    for thread in threads:
+        thread.join()
+    assert sorted(errors) == [0, 10, 20, 30, 40]
+    assert commits == [45] and len(store.list(100)) == 45
+
+
+def test_a_commit_that_fails_fails_everyone_in_it_and_the_next_one_works(store, monkeypatch):
+    class Broken:
+        def __init__(self, db):
+            self.db = db
+
+        def __getattr__(self, name):
+            return getattr(self.db, name)
+
+        def execute(self, statement, *args):
+            if statement == "COMMIT":
+                raise sqlite3.OperationalError("database or disk is full")
+            return self.db.execute(statement, *args)
+
+    monkeypatch.setattr(store, "_db", Broken(store._db))
+    with pytest.raises(intentbus.StorageFull, match="nothing of this request was stored"):
+        add(store, published())
+    monkeypatch.undo()
+    add(store, published())
+    assert len(store.list(10)) == 1
+
+
+def test_a_second_store_on_the_same_file_is_refused_in_words(store):
+    with pytest.raises(intentbus.SetupError, match="Another bus is serving .*bus.db; stop it, or"):
+        Store(store.path)
+
+
+@POSIX
+def test_the_lock_of_a_killed_process_is_no_obstacle(tmp_path):
+    path = tmp_path / "bus.db"
+    process = subprocess.Popen([sys.executable, "-c", "import intentbus, sys; store = intentbus.Store(sys.argv[1])\n"
+                                "print('open', flush=True); input()", str(path)], cwd=HERE, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"open\n"
+    process.kill()
+    process.communicate()
+    Store(path).close()
+
+
+def plan(store, statement, **values):
+    rows = store._db.execute("EXPLAIN QUERY PLAN " + statement, values).fetchall()
+    return " / ".join(row.detail for row in rows)
+
+
+def test_claims_and_deadlines_neither_scan_nor_sort(store):
+    claims = [plan(store, intentbus.HEAD_OF_LANE, lane="x"), plan(store, intentbus.HEAD_OF_NEXT_LANE, after="a", end="b")]
+    assert claims == ["SEARCH intents USING INDEX intents_ready (lane=?)",
+                      "SEARCH intents USING INDEX intents_ready (lane>? AND lane<?)"]
+    statements = []
+    store._db.set_trace_callback(statements.append)
+    store.settle(1000)
+    store.clean(1000, 7)
+    store._db.set_trace_callback(None)
+    plans = [plan(store, s) for s in statements if re.match(r"\s*(SELECT|DELETE|UPDATE)", s)]
+    assert len(plans) == 3 and not [p for p in plans if "SCAN" in p or "TEMP B-TREE" in p]
+
+
+def test_the_next_wake_is_one_look_into_an_index(store):
+    add(store, published(), published(now=2000.0))
+    assert store.next_wake() == 1000 + 3600
+    assert "intents_wake" in plan(store, "SELECT MIN(wake_at) AS wake_at FROM intents WHERE wake_at IS NOT NULL")
+
+
+def test_what_has_ended_is_deleted_after_its_retention_and_not_before(store):
+    done, waiting = published(), published()
+    add(store, done, waiting)
+    store.change(done.id, lambda intent: intent.fulfilled(1000, None, "json"))
+    store.clean(1000 + 59, retention=60)
+    assert len(store.list(10)) == 2
+    store.clean(1000 + 60, retention=60)
+    assert [intent.id for intent in store.list(10)] == [waiting.id]
+
+
+@pytest.mark.parametrize("prepare, sentence", [
+    ("PRAGMA user_version = 999", "was written by a newer intentbus \\(schema 999"),
+    ("CREATE TABLE recipes (name)", "belongs to another program"),
+])
+def test_a_file_of_another_kind_is_refused_and_left_alone(tmp_path, prepare, sentence):
+    path = tmp_path / "other.db"
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute(prepare)
+        db.commit()
+    before = path.read_bytes()
+    with pytest.raises(intentbus.SetupError, match=sentence):
+        Store(path)
+    assert path.read_bytes()[100:] == before[100:]
+
+
+def test_what_is_no_database_is_refused_in_words(tmp_path):
+    (tmp_path / "notes.txt").write_text("milk, bread, and a lot of other things that are no database " * 20)
+    with pytest.raises(intentbus.SetupError, match="cannot be used: file is not a database"):
+        Store(tmp_path / "notes.txt")
+    with pytest.raises(intentbus.SetupError, match="cannot be opened: No such file or directory"):
+        Store(tmp_path / "nowhere" / "bus.db")
+
+
+# ---- 5. Bus ----
+
+ALICE = Caller("k1", "alice", "both", False)
+BOB = Caller("k2", "bob", "both", False)
+
+
+def test_an_intent_goes_from_its_publisher_to_a_worker_and_its_result_back(bus):
+    answer = bus.publish("greet", {"name": "Ada"})
+    intent = bus.claim("greet", worker_id="w1")
+    assert (intent.id, intent.payload, intent.claim_attempts, intent.claim_timeout) == (answer.id, {"name": "Ada"}, 1, 60)
+    bus.fulfill(intent.id, intent.claim_token, {"said": "hi"})
+    found = bus.get_result(answer.id)
+    assert (found.status, found.result, found.result_type) == ("fulfilled", {"said": "hi"}, "json")
+    assert bus.claim("greet") is None
+
+
+def test_a_silent_worker_loses_its_intent_to_another(bus, clock):
+    bus.publish("g", 1)
+    first = bus.claim("g")
+    clock.pass_(59.9)
+    assert bus.claim("g") is None
+    clock.pass_(0.1)
+    second = bus.claim("g")
+    assert (second.id, second.claim_attempts) == (first.id, 2)
+    for late in (bus.fulfill, bus.fail, bus.release, bus.extend_claim):
+        with pytest.raises(intentbus.NotFound, match="drop the job"):
+            late(first.id, first.claim_token)
+    bus.fulfill(second.id, second.claim_token)
+
+
+def test_work_done_after_the_lease_counts_unless_somebody_else_has_claimed_it(bus, clock):
+    bus.publish("g", 1, max_attempts=1)
+    intent = bus.claim("g")
+    clock.pass_(61)
+    assert bus.get_status(intent.id).status == "dead"
+    with pytest.raises(intentbus.NotFound):
+        bus.extend_claim(intent.id, intent.claim_token)
+    bus.fulfill(intent.id, intent.claim_token, "done")
+    assert bus.get_result(intent.id).result == "done"
+
+
+@pytest.mark.parametrize("verb, others", [("fulfill", ("fail", "release")), ("fail", ("fulfill", "release")),
+                                          ("release", ("fulfill", "fail"))])
+def test_a_report_may_be_repeated_and_not_be_contradicted(bus, verb, others):
+    bus.publish("g", 1)
+    intent = bus.claim("g")
+    first = getattr(bus, verb)(intent.id, intent.claim_token)
+    status = bus.get_status(intent.id)
+    assert getattr(bus, verb)(intent.id, intent.claim_token) == first
+    for other in others + ("extend_claim",):
+        with pytest.raises(intentbus.NotFound):
+            getattr(bus, other)(intent.id, intent.claim_token)
+    assert bus.get_status(intent.id) == status
+
+
+def test_without_a_token_the_owner_of_the_running_claim_may_report(bus, clock):
+    bus.publish("g", 1, visibility="public")
+    intent = bus.claim("g", caller=ALICE)
+    with pytest.raises(intentbus.NotFound):
+        bus.fulfill(intent.id, caller=BOB)
+    bus.fulfill(intent.id, caller=ALICE)
+    with pytest.raises(intentbus.NotFound):
+        bus.fulfill(intent.id, caller=ALICE)
+
+
+def test_a_bus_can_insist_on_tokens(store):
+    bus = Bus(store, require_claim_token=True)
+    bus.publish("g", 1)
+    intent = bus.claim("g")
+    with pytest.raises(intentbus.Invalid, match="claim_token is required"):
+        bus.fulfill(intent.id)
+    bus.fulfill(intent.id, intent.claim_token)
+
+
+def test_an_extension_moves_the_end_of_the_lease(bus, clock):
+    bus.publish("g", 1)
+    intent = bus.claim("g")
+    clock.pass_(50)
+    assert bus.extend_claim(intent.id, intent.claim_token, 30).claim_expires_at == clock.wall + 30
+    clock.pass_(29)
+    assert bus.claim("g") is None
+    clock.pass_(1)
+    assert bus.claim("g").id == intent.id
+
+
+def test_a_failure_is_tried_again_after_its_backoff_until_no_attempt_is_left(bus, clock):
+    bus.publish("g", 1, max_attempts=2, backoff_base=5)
+    intent = bus.claim("g")
+    answer = bus.fail(intent.id, intent.claim_token, "x" * 3000)
+    assert (answer.status, answer.run_at) == ("open", clock.wall + 5 * 2 + 1)
+    assert bus.get_status(intent.id).last_error == "x" * 2000
+    assert bus.claim("g") is None
+    clock.pass_(11)
+    again = bus.claim("g")
+    assert bus.fail(again.id, again.claim_token, "still no").status == "dead"
+    assert bus.get_result(again.id).error == "still no"
+
+
+def test_a_release_gives_the_attempt_back(bus, clock):
+    bus.publish("g", 1)
+    intent = bus.claim("g")
+    assert bus.release(intent.id, intent.claim_token, delay=30).run_at == clock.wall + 30
+    assert bus.claim("g") is None
+    clock.pass_(30)
+    assert bus.claim("g").claim_attempts == 1
+
+
+@pytest.mark.parametrize("claim_first", [False, True])
+def test_what_nobody_finishes_in_time_expires(bus, clock, claim_first):
+    answer = bus.publish("g", 1, ttl=30, delay=10)
+    clock.pass_(10)
+    if claim_first:
+        bus.claim("g")
+    clock.pass_(30)
+    assert bus.claim("g") is None
+    status = bus.get_status(answer.id)
+    assert (status.status, status.last_error, status.completed_at) == ("dead", "expired", clock.wall)
+
+
+def test_more_expired_intents_than_one_pass_settles_are_still_not_claimed(bus, clock, monkeypatch):
+    monkeypatch.setattr(intentbus, "SETTLE_ROWS", 2)
+    for number in range(5):
+        bus.publish("g", number, ttl=30)
+    bus.publish("g", "fresh", ttl=3600)
+    clock.pass_(31)
+    assert bus.claim("g").payload == "fresh"
+
+
+def test_intents_are_claimed_by_priority_then_time(bus, clock):
+    for payload, priority in (("a", 100), ("b", 500), ("c", 100), ("d", 0), ("e", 500)):
+        bus.publish("g", payload, priority=priority)
+        clock.pass_(0.01)
+    assert [bus.claim("g").payload for _ in range(5)] == ["b", "e", "a", "c", "d"]
+
+
+def test_without_a_goal_the_first_of_all_goals_is_claimed(bus, clock):
+    for goal, priority in (("b", 100), ("a", 100), ("c", 900)):
+        bus.publish(goal, goal, priority=priority)
+        clock.pass_(0.01)
+    bus.publish("z", "elsewhere", namespace="other", priority=1000)
+    assert [bus.claim().payload for _ in range(3)] == ["c", "b", "a"]
+    assert bus.claim() is None
+    assert bus.claim(["y", "z"], namespace="other").payload == "elsewhere"
+
+
+@pytest.mark.parametrize("fields, claim, taken", [
+    ({}, {}, True),
+    ({}, {"namespace": "other"}, False),
+    ({"target_worker": "w1"}, {}, False),
+    ({"target_worker": "w1"}, {"worker_id": "w2"}, False),
+    ({"target_worker": "w1"}, {"worker_id": "w1"}, True),
+    ({"required_capability": "gpu"}, {"capabilities": ("GPU", "gp")}, False),
+    ({"required_capability": "gpu"}, {"capabilities": ("cpu", "gpu")}, True),
+    ({"required_capability": "gpu", "target_worker": "w1"}, {"capabilities": ("gpu",)}, False),
+    ({}, {"caller": BOB}, False),
+    ({"visibility": "public"}, {"caller": BOB}, True),
+    ({"visibility": "public"}, {"caller": BOB, "publisher": "bob"}, False),
+    ({"visibility": "public"}, {"caller": ALICE, "publisher": "alice"}, True),
+    ({}, {"caller": intentbus.OWNER}, False),
+    ({}, {"caller": intentbus.OWNER, "publisher": "alice"}, True),
+])
+@pytest.mark.parametrize("goal", ["g", None])
+def test_who_may_take_what_alice_published(bus, fields, claim, taken, goal):
+    bus.publish("g", 1, caller=ALICE, **fields)
+    assert bool(bus.claim(goal, **dict({"caller": ALICE}, **claim))) == taken
+
+
+def test_only_an_admin_may_claim_what_another_published(bus):
+    with pytest.raises(intentbus.Forbidden):
+        bus.claim("g", publisher="alice", caller=BOB)
+
+
+def test_a_private_intent_is_invisible_to_others_as_if_it_did_not_exist(bus):
+    answer = bus.publish("g", 1, caller=ALICE)
+    for verb in (bus.get_status, bus.get_result, bus.cancel, bus.retry):
+        with pytest.raises(intentbus.NotFound, match=f"There is no intent {answer.id}"):
+            verb(answer.id, caller=BOB)
+    assert bus.list(caller=BOB).intents == [] and len(bus.list(caller=ALICE).intents) == 1
+    assert bus.get_status(answer.id).status == "open"
+
+
+def test_the_worker_of_a_public_intent_may_look_at_it_and_not_cancel_it(bus):
+    answer = bus.publish("g", 1, visibility="public", caller=ALICE)
+    bus.claim("g", caller=BOB)
+    assert bus.get_status(answer.id, caller=BOB).status == "claimed"
+    with pytest.raises(intentbus.NotFound):
+        bus.cancel(answer.id, caller=BOB)
+
+
+def test_an_idempotency_key_stores_one_intent_for_a_day(bus, clock):
+    first = bus.publish("g", {"b": 1, "a": 2}, idempotency_key="k")
+    assert bus.publish("g", {"a": 2, "b": 1}, idempotency_key="k") == first
+    assert bus.publish("g", 1, idempotency_key="k", caller=ALICE) != first
+    with pytest.raises(intentbus.IdempotencyConflict, match="Key reused with different payload"):
+        bus.publish("g", {"a": 3}, idempotency_key="k")
+    clock.pass_(86400)
+    assert bus.publish("g", {"a": 3}, idempotency_key="k") != first
+    assert len(bus.list().intents) == 3
+
+
+def test_cancel_ends_an_unfinished_intent_and_its_worker_learns_of_it(bus):
+    answer = bus.publish("g", 1)
+    intent = bus.claim("g")
+    assert bus.cancel(answer.id).status == "dead"
+    for verb in (bus.extend_claim, bus.fulfill):
+        with pytest.raises(intentbus.NotFound):
+            verb(intent.id, intent.claim_token)
+    with pytest.raises(intentbus.Conflict, match="This intent is dead"):
+        bus.cancel(answer.id)
+    assert bus.get_status(answer.id).last_error == "Cancelled"
+
+
+def test_retry_gives_dead_intents_a_new_life(bus, clock):
+    ids = [bus.publish(goal, 1).id for goal in ("a", "a", "b")]
+    with pytest.raises(intentbus.Conflict, match="only a dead one"):
+        bus.retry(ids[0])
+    for id in ids:
+        bus.cancel(id)
+        clock.pass_(1)
+    assert bus.retry(ids[2]).status == "open"
+    assert bus.retry(goal="a", limit=1).retried == 1
+    status = bus.get_status(ids[0])
+    assert (status.status, status.claim_attempts, status.last_error, status.completed_at) == ("open", 0, None, None)
+    assert bus.get_status(ids[1]).status == "dead"
+
+
+def test_a_list_is_newest_first_in_pages_and_without_payloads(bus, clock):
+    ids = []
+    for number in range(5):
+        ids.append(bus.publish("g", number).id)
+        clock.pass_(0.01)
+    page = bus.list(limit=3)
+    assert [intent.id for intent in page.intents] == ids[:1:-1] and "payload" not in page.intents[0]
+    page = bus.list(limit=3, before=page.next, payload=True)
+    assert [intent.payload for intent in page.intents] == [1, 0] and page.next is None
+    assert not bus.list(status="dead").intents and not bus.list(goal="x").intents
+
+
+# Waiting: a bus with a running clock, tended as a server does.
+
+@pytest.fixture
+def live(store):
+    bus = Bus(store)
+    threading.Thread(target=bus.tend, daemon=True).start()
+    yield bus
+    bus.stop()
+
+
+def test_a_held_claim_gets_what_is_published_and_wakes_nobody_else(live):
+    claims = [in_thread(live.claim, goal, wait=20) for goal in ("g", None, "other")]
+    wait_until(lambda: held(live) == 6)     # in the private and the public lane each
+    live.publish("g", 1)
+    assert wait_until(lambda: held(live) == 4)
+    assert claims[0]().payload == 1
+    live.publish("g", 2)
+    assert claims[1]().payload == 2
+    assert held(live) == 2
+
+
+@pytest.mark.parametrize("wake", [
+    lambda bus: bus.publish("g", 1, delay=0.05),
+    lambda bus: bus.retry(goal="dead"),
+    lambda bus, intent: bus.release(intent.id, intent.claim_token),
+    lambda bus, intent: bus.extend_claim(intent.id, intent.claim_token, 0.05),
+], ids=["a delay that is over", "a retry", "a release", "a lease that is over"])
+def test_a_held_claim_is_woken_by(live, wake):
+    live.cancel(live.publish("dead", 1).id)
+    live.publish("taken", 1)
+    taken = live.claim("taken")
+    claim = in_thread(live.claim, None, wait=20)
+    wait_until(lambda: held(live) == 2)
+    wake(*(live, taken)[:wake.__code__.co_argcount])
+    assert claim().payload == 1
+
+
+def test_news_for_a_client_that_hung_up_goes_to_the_next(live):
+    gone = threading.Event()
+    first = in_thread(live.claim, "g", wait=20, still_there=lambda: not gone.is_set())
+    wait_until(lambda: held(live) == 2)
+    second = in_thread(live.claim, "g", wait=20)
+    wait_until(lambda: held(live) == 4)
+    gone.set()
+    live.publish("g", 1)
+    assert first() is None and second().payload == 1
+
+
+def test_a_held_claim_is_empty_when_its_time_is_over(live):
+    assert live.claim("g", wait=0.05) is None
+    assert held(live) == 0
+
+
+def test_a_held_result_comes_when_the_intent_ends(live):
+    answer = live.publish("g", 1)
+    results = [in_thread(live.get_result, answer.id, wait=20) for _ in range(3)]
+    wait_until(lambda: held(live) == 3)
+    intent = live.claim("g")
+    live.fulfill(intent.id, intent.claim_token, "text", "text")
+    assert [result().result for result in results] == ["text"] * 3
+    assert live.get_result(live.publish("g", 1).id, wait=0.05).status == "open"
+
+
+def test_rows_written_by_another_program_are_noticed(live, store):
+    claim = in_thread(live.claim, "g", wait=20)
+    wait_until(lambda: held(live) == 2)
+    row = published(now=time.time())
+    with contextlib.closing(sqlite3.connect(store.path)) as db:
+        db.execute(intentbus.INSERT, row)
+        db.commit()
+    assert claim().id == row.id
+
+
+def test_many_threads_share_the_work_and_each_intent_is_claimed_once(live):
+    taken = collections.Counter()
+
+    def work():
+        while intent := live.claim("g"):
+            taken[intent.payload] += 1
+            live.fulfill(intent.id, intent.claim_token)
+
+    for number in range(400):
+        live.publish("g", number)
+    for thread in [in_thread(lambda: work() or True) for _ in range(8)]:
+        thread()
+    assert len(taken) == 400 and set(taken.values()) == {1}
+
+
+@pytest.mark.parametrize("jump", [3600, -3600, 10 * 366 * 86400, -50 * 366 * 86400])
+def test_a_jump_of_the_wall_clock_expires_nothing_and_stalls_nothing(bus, clock, jump):
+    bus.publish("leased", 1)
+    bus.publish("delayed", 2, delay=30)
+    intent = bus.claim("leased")
+    clock.set(jump)
+    clock.pass_(29)
+    assert bus.claim() is None
+    clock.pass_(1)
+    assert bus.claim().payload == 2
+    bus.extend_claim(intent.id, intent.claim_token)
+    clock.pass_(61)
+    assert bus.claim("leased").claim_attempts == 2
+    assert not bus.list(status="dead").intents
+
+
+def test_a_bus_that_starts_with_its_clock_set_back_carries_on(store, clock):
+    Bus(store, clock=lambda: clock.wall, steady=lambda: clock.steady).publish("g", 1, delay=30)
+    clock.set(-40 * 366 * 86400)
+    bus = Bus(store, clock=lambda: clock.wall, steady=lambda: clock.steady)
+    assert bus.claim("g") is None
+    clock.pass_(31)
+    assert bus.claim("g").payload == 1
+
+
+# ---- 6. Keys ----
+
+@pytest.mark.parametrize("headers, key", [
+    ({"x-api-key": "a b"}, "a b"),
+    ({"authorization": "Bearer abc"}, "abc"),
+    ({"authorization": "bearer  abc"}, "abc"),
+    ({"authorization": "Basic YWRtaW46c2U6Y3JldA=="}, "se:cret"),
+    ({"authorization": "Basic !!"}, ""),
+    ({"authorization": "Digest x"}, None),
+    ({"x-api-key": "first", "authorization": "Bearer second"}, "first"),
+    ({}, None),
+])
+def test_where_a_key_is_looked_for(headers, key):
+    assert intentbus.presented_key(headers) == key
+
+
+def test_a_new_key_file_is_its_owners_alone_and_reads_back(tmp_path):
+    path = str(tmp_path / "key")
+    assert intentbus.read_key(path) is None
+    key = intentbus.make_key(path)
+    assert intentbus.read_key(path) == key and len(key) == 48
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    with pytest.raises(intentbus.SetupError, match="cannot be made: File exists"):
+        intentbus.make_key(path)
+
+
+@POSIX
+def test_a_key_file_that_others_can_reach_is_refused_or_warned_of(tmp_path):
+    path = tmp_path / "key"
+    intentbus.make_key(path)
+    path.chmod(0o644)
+    with pytest.warns(UserWarning, match="chmod 600"):
+        intentbus.read_key(path)
+    (tmp_path / "link").symlink_to(path)
+    with pytest.raises(intentbus.SetupError, match="is a link or belongs to somebody else"):
+        intentbus.read_key(tmp_path / "link")
+    path.write_text("")
+    path.chmod(0o600)
+    with pytest.raises(intentbus.SetupError, match="holds no key"):
+        intentbus.read_key(path)
+
+
+# ---- 13. Commands ----
+
+def run_python(*arguments, **options):
+    return subprocess.run([sys.executable, *arguments], cwd=HERE, capture_output=True, text=True, timeout=30, **options)
