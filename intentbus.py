@@ -1424,7 +1424,7 @@ class Request:
         for name, values in self.query.items():
             if len(values) > 1 and name != "goal":
                 raise Invalid(f"{name} was given twice.", code=f"invalid_{name}" if name in fields else None)
-            others[name] = values if name == "goal" else values[0]
+            others[name] = values if len(values) > 1 else values[0]
         return checked(others, fields)
 
     @property

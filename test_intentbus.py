@@ -7,10 +7,12 @@ import ast
 import bisect
 import collections
 import contextlib
+import inspect
 import json
 import os
 import re
 import signal
+import socket
 import sqlite3
 import stat
 import subprocess
@@ -162,7 +164,7 @@ def test_a_publish_pays_for_no_server_and_no_database():
     assert run_python("-c", code).stdout == "set()\n"
 
 
-def test_nothing_is_released_before_its_number_has_a_unit():
+def test_every_setting_says_its_reason():
     numbers = re.findall(r"^([A-Z_]+) = \(?[\d.]+[^#]*(#.*)?$", SOURCE[:SOURCE.index("# ---- 2.")], re.M)
     assert len(numbers) > 30
     assert not [name for name, reason in numbers if not reason and not name.endswith("MAX_SECONDS")]
@@ -749,7 +751,539 @@ def test_a_key_file_that_others_can_reach_is_refused_or_warned_of(tmp_path):
         intentbus.read_key(path)
 
 
+# ---- 11. Client ----
+
+class Proxy:
+    """Passes requests on to a server, and drops the answers to the first so many."""
+
+    def __init__(self, port, drop=0):
+        self.port, self.drop, self.passed = port, drop, 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def run(self):
+        with contextlib.suppress(OSError):
+            while True:
+                with self.listener.accept()[0] as near, socket.create_connection(("127.0.0.1", self.port)) as far:
+                    answer = self.answer(near, far)
+                    self.passed += 1
+                    if self.passed > self.drop:
+                        near.sendall(answer)
+
+    def answer(self, near, far):
+        near.settimeout(0.2)     # urllib sends a body right behind its headers
+        with contextlib.suppress(TimeoutError, socket.timeout):
+            while data := near.recv(65536):
+                far.sendall(data)
+                if b"\r\n\r\n" in data and b"Content-Length: 0" in data or data.endswith(b"}"):
+                    break
+        return b"".join(iter(lambda: far.recv(65536), b""))
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(intentbus, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(intentbus, "RETRY_MAX_SECONDS", 0.01)
+
+
+def test_the_client_has_every_verb_of_the_bus_with_the_same_answers(client, server):
+    bus = server.api.bus
+    answer = client.publish("g", {"n": 1}, priority=7)
+    assert client.get_status(answer.id) == bus.get_status(answer["id"])
+    intent = client.claim("g", worker_id="w", capabilities=("a", "b"), wait=1)
+    assert (intent.priority, intent.payload) == (7, {"n": 1})
+    assert client.extend_claim(intent.id, intent.claim_token, 30).extended_by == 30
+    assert client.release(intent.id, intent.claim_token).status == "open"
+    intent = client.claim(["x", "g"])
+    assert client.fail(intent.id, intent.claim_token, "no", retry=False).status == "dead"
+    assert client.retry(intent.id).status == "open"
+    intent = client.claim()
+    assert client.fulfill(intent.id, intent.claim_token, "ok", "text").ok
+    assert client.get_result(intent.id, wait=5) == bus.get_result(intent.id)
+    assert client.cancel(client.publish("g", 1).id).status == "dead"
+    assert client.retry(goal="g").retried == 1
+    assert client.list(status="open").intents[0].goal == "g"
+    assert client.claim("nothing") is None
+
+
+def test_the_verbs_of_bus_and_client_take_the_same_arguments():
+    verbs = ("publish", "claim", "extend_claim", "fulfill", "fail", "release", "get_status", "get_result", "list", "cancel",
+             "retry")
+    for verb in verbs:
+        ours, theirs = (inspect.signature(getattr(kind, verb)).parameters for kind in (Bus, IntentClient))
+        assert set(theirs) - {"fields"} <= set(ours), verb
+        assert verb == "publish" or set(ours) - {"caller", "still_there"} <= set(theirs), verb
+
+
+@pytest.mark.parametrize("cause, kind, code", [
+    (lambda c: c.get_status("0" * 32), intentbus.NotFound, "not_found"),
+    (lambda c: c.publish("", 1), intentbus.Invalid, "invalid_goal"),
+    (lambda c: c.publish("g", 1, priorty=1), intentbus.Invalid, "invalid_request"),
+    (lambda c: c.publish("g", "x" * 300_000), intentbus.PayloadTooLarge, "payload_too_large"),
+    (lambda c: c.cancel(c.claim("g").id) and c.cancel(c.list().intents[0].id), intentbus.Conflict, "conflict"),
+])
+def test_the_client_raises_what_the_bus_raised(client, cause, kind, code):
+    client.publish("g", 1)
+    with pytest.raises(kind) as caught:
+        cause(client)
+    assert (type(caught.value), caught.value.code) == (kind, code) and str(caught.value).endswith(".")
+
+
+def test_a_lost_answer_to_a_publish_stores_no_second_intent(client, server, impatient):
+    proxy = Proxy(server.server_port, drop=3)
+    answer = IntentClient(proxy.url, KEY).publish("g", 1)
+    assert [intent.id for intent in client.list().intents] == [answer.id] and proxy.passed == 4
+
+
+def test_a_lost_answer_to_a_report_is_asked_for_again(client, server, impatient):
+    client.publish("g", 1)
+    intent = client.claim("g")
+    assert IntentClient(Proxy(server.server_port, drop=2).url, KEY).fulfill(intent.id, intent.claim_token, 5).ok
+    assert client.get_result(intent.id).result == 5
+
+
+def test_a_bus_that_stays_away_is_unreachable_in_words(impatient):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(intentbus.Unreachable, match=f"The bus at http://127.0.0.1:{port} cannot be reached: .*refused"):
+        IntentClient(f"http://127.0.0.1:{port}", KEY).get_status("x")
+
+
+@pytest.mark.parametrize("answer, sentence", [
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\n<html>Log in", "a proxy page answered, not a bus"),
+    (b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n", "answered 502 without JSON"),
+    (b"HTTP/1.1 302 Found\r\nLocation: https://x.example/\r\nContent-Length: 0\r\n\r\n", "redirects to https://x.example/"),
+    (b"SSH-2.0-OpenSSH_9.2\r\n", "cannot be reached"),
+    (b"", "cannot be reached"),
+])
+def test_what_is_no_bus_is_told_from_one(answer, sentence, impatient):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def answer_all():
+            with contextlib.suppress(OSError):
+                while True:
+                    with listener.accept()[0] as sock:
+                        sock.recv(65536)
+                        sock.sendall(answer)
+        threading.Thread(target=answer_all, daemon=True).start()
+        with pytest.raises(intentbus.Unreachable, match=re.escape(sentence)):
+            IntentClient(f"http://127.0.0.1:{listener.getsockname()[1]}", KEY).get_status("x")
+
+
+def test_where_the_client_finds_its_settings(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("INTENT_BUS_URL", "http://127.0.0.1:1/")
+    monkeypatch.setenv("INTENT_BUS_NAMESPACE", "home")
+    monkeypatch.delenv("INTENT_API_KEY", raising=False)
+    with pytest.raises(intentbus.SetupError, match="No key: put the bus's into ~/.apikey or INTENT_API_KEY"):
+        IntentClient()
+    key = intentbus.make_key()
+    found = IntentClient()
+    assert (found.base_url, found.namespace, found._key) == ("http://127.0.0.1:1", "home", key)
+    with pytest.raises(intentbus.SetupError, match="not 'ftp://x'"):
+        IntentClient("ftp://x")
+
+
+# ---- 12. Worker ----
+
+@pytest.fixture
+def quick_leases(monkeypatch):
+    monkeypatch.setattr(intentbus, "LEASE_CHECK_SECONDS", 0.01)
+
+
+def work(bus, goal, handler, **options):
+    """Work off all there is; return what was said."""
+    said = []
+    Worker(bus, goal, handler, drain=True, say=said.append, **options).run()
+    return said
+
+
+def script(tmp_path, text, name="handler.sh"):
+    path = tmp_path / name
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
+def run_handler(bus, tmp_path, text, payload, arguments=(), **options):
+    """Publish a payload, work it off with a shell script, and return how it ended."""
+    answer = bus.publish("g", payload)
+    work(bus, "g", intentbus.Program([script(tmp_path, "#!/bin/sh\n" + text), *arguments], **options))
+    return bus.get_result(answer.id)
+
+
+@pytest.mark.parametrize("either", ["bus", "client"])
+def test_listen_hands_payloads_to_a_function_and_returns_its_results(server, client, either):
+    bus = client if either == "client" else server.api.bus
+    answers = [bus.publish("double", n).id for n in (1, 2, "x", None or [])]
+    listen(bus, "double", lambda payload: {"twice": payload * 2}, drain=True)
+    assert [bus.get_result(id).result for id in answers] == [{"twice": 2}, {"twice": 4}, {"twice": "xx"}, {"twice": []}]
+
+
+def refuse(payload):
+    raise Reject("never")
+
+
+@pytest.mark.parametrize("handler, status, error", [
+    (lambda payload: False, "open", "The handler returned False."),
+    (lambda payload: 1 / 0, "open", "ZeroDivisionError: division by zero"),
+    (lambda payload: {1, 2}, "open", "TypeError: Object of type set is not JSON serializable"),
+    (refuse, "dead", "never"),
+    (lambda payload: "x" * 300_000, "dead", "The result was refused: The body is over the limit of 262144 bytes."),
+])
+def test_a_handler_that_does_not_succeed_fails_the_intent(client, handler, status, error):
+    answer = client.publish("g", 1)
+    client.listen("g", handler, drain=True)
+    found = client.get_status(answer.id)
+    assert (found.status, found.last_error) == (status, error)
+
+
+def test_a_handler_may_have_the_whole_intent(client):
+    client.publish("g", 1, priority=3)
+    seen = []
+    client.listen("g", seen.append, full_envelope=True, max_jobs=1)
+    assert (seen[0].priority, seen[0].claim_attempts) == (3, 1)
+
+
+def test_a_lease_is_kept_up_while_the_handler_works(live, quick_leases):
+    answer = live.publish("g", 1)
+    ends = []
+
+    def handler(intent):     # returns once its lease has been extended to twice its length
+        wait_until(lambda: ends.append(live.get_status(intent.id).claim_expires_at) or ends[-1] > intent.claim_expires_at + 0.6)
+        assert live.claim("g") is None
+
+    listen(live, "g", handler, full_envelope=True, drain=True, lease=0.6)
+    found = live.get_status(answer.id)
+    assert (found.status, found.claim_attempts) == ("fulfilled", 1)
+
+
+@POSIX
+def test_a_program_whose_lease_is_lost_is_ended_and_not_reported(live, quick_leases, tmp_path):
+    answer = live.publish("g", 1)
+    program = intentbus.Program([script(tmp_path, "#!/bin/sh\necho $$ > pid\nexec sleep 60\n")], kill_after=1)
+    said = []
+    worker = in_thread(lambda: Worker(live, "g", program, max_jobs=1, lease=0.3, say=said.append).run() or True)
+    wait_until(lambda: (HERE / "pid").exists() and (HERE / "pid").read_text().strip())
+    pid = int((HERE / "pid").read_text())
+    (HERE / "pid").unlink()
+    live.cancel(answer.id)
+    assert worker() and said == [f"{answer.id} lost: its lease was over before it was done"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_concurrent_workers_do_each_intent_once(live):
+    done = collections.Counter()
+    for number in range(200):
+        live.publish("g", number)
+    work(live, "g", lambda intent, lease: (done.update([intent.payload]), "json"), concurrency=8)
+    assert len(done) == 200 and set(done.values()) == {1}
+
+
+@POSIX
+@pytest.mark.parametrize("text, status, result", [
+    ("cat", "fulfilled", {"a": "b", "n": 3}),
+    ("true", "fulfilled", None),
+    ("echo hello; echo world", "fulfilled", "hello\nworld"),
+    ("echo '{\"ok\": 1}'", "fulfilled", {"ok": 1}),
+    ("printf '\\377'", "fulfilled", "\ufffd"),
+    ("exec 0<&-; echo done", "fulfilled", "done"),
+    ("echo $INTENT_GOAL $INTENT_NAMESPACE $INTENT_ATTEMPT/$INTENT_MAX_ATTEMPTS", "fulfilled", "g default 1/3"),
+    ("echo $INTENT_PAYLOAD; echo $INTENT_PAYLOAD_a$INTENT_PAYLOAD_n", "fulfilled", '{"a":"b","n":3}\nb3'),
+    ("echo \"<$INTENT_API_KEY$BUS_SECRET>\"", "fulfilled", "<>"),
+    ("sleep 60 & echo started", "fulfilled", "started"),
+    ("echo one >&2; echo two >&2; exit 3", "open", "exit code 3: one\ntwo"),
+    ("echo bad >&2; exit 100", "dead", "bad"),
+    ("exit 100", "dead", "The handler rejected it with exit code 100."),
+    ("kill -9 $$", "open", "killed by signal 9"),
+    ("head -c 5000 /dev/zero | tr '\\0' x >&2; exit 1", "open", "exit code 1: " + "x" * 1987),
+], ids=range(15))
+def test_what_a_program_does_and_what_becomes_of_the_intent(bus, tmp_path, monkeypatch, text, status, result):
+    monkeypatch.setenv("INTENT_API_KEY", "secret")
+    monkeypatch.setenv("BUS_SECRET", "secret")
+    found = run_handler(bus, tmp_path, text, {"a": "b", "n": 3})
+    assert (found.status, found.result if status == "fulfilled" else found.last_error) == (status, result)
+
+
+@POSIX
+@pytest.mark.parametrize("payload, argument, expected", [
+    ({"to": "a b; rm -rf / $(x) `y` \"'"}, "{to}", "a b; rm -rf / $(x) `y` \"'"),
+    ({"to": "-rf\nnewline"}, "x{to}y", "x-rf\nnewliney"),
+    ({"n": 1.5, "b": True, "z": None}, "{n},{b},{z}", "1.5,true,"),
+    ({"list": [1, {"a": 2}]}, "{list}", '[1,{"a":2}]'),
+    ({"id": "x"}, "{goal} {payload} {{payload}} {} {a-b} ${HOME}", 'g {"id":"x"} {payload} {} {a-b} $HOME-is-missing'),
+], ids=range(5))
+def test_fields_of_the_payload_become_one_argument_each(bus, tmp_path, payload, argument, expected):
+    if "missing" in expected:
+        argument, expected = argument.replace(" ${HOME}", ""), expected.replace(" $HOME-is-missing", "")
+    found = run_handler(bus, tmp_path, "printf '%s|' \"$@\"", payload, [argument, "end"], result="text")
+    assert found.result == f"{expected}|end|"
+
+
+@POSIX
+@pytest.mark.parametrize("payload, argument, error", [
+    ({"a": 1}, "{b}", "The payload has no field 'b', which the handler's arguments need."),
+    ("text", "{a}", "The payload has no field 'a', which the handler's arguments need."),
+    ({"a": "x\0y"}, "{a}", "The payload cannot be an argument: embedded null byte."),
+    ({"a": "x" * 200_000}, "{a}", "The payload is too long for an argument."),
+])
+def test_a_payload_that_fits_no_argument_is_rejected_for_good(bus, tmp_path, payload, argument, error):
+    found = run_handler(bus, tmp_path, "true", payload, [argument])
+    assert (found.status, found.last_error) == ("dead", error)
+
+
+@POSIX
+@pytest.mark.parametrize("text", ["exec sleep 60", "trap '' TERM; sleep 60 & wait; sleep 60"], ids=["ends", "ignores TERM"])
+def test_a_program_that_takes_too_long_is_ended(bus, tmp_path, text):
+    found = run_handler(bus, tmp_path, "echo waiting >&2\n" + text, 1, timeout=0.3, kill_after=0.1)
+    assert (found.status, found.last_error) == ("open", "timed out after 0.3 s: waiting")
+
+
+@POSIX
+def test_output_is_cut_and_nothing_blocks_on_it(bus, tmp_path):
+    found = run_handler(bus, tmp_path, "yes | head -c 3000000; yes err | head -c 1000000 >&2", "x" * 200_000,
+                        max_output=1000, result="text")
+    assert (found.status, len(found.result)) == ("fulfilled", 999)
+
+
+@POSIX
+@pytest.mark.parametrize("text, sentence", [
+    ("#!/bin/sh\nexit 127\n", "exit code 127, which means it cannot run here"),
+    ("#!/nowhere/sh\n", "cannot be run: No such file or directory; does it start with #!"),
+    ("\x7fELF nonsense", "cannot be run: Exec format error"),
+])
+def test_a_program_that_cannot_run_stops_the_worker_and_costs_no_attempt(bus, tmp_path, text, sentence):
+    answer = bus.publish("g", 1)
+    with pytest.raises(intentbus.SetupError, match=re.escape(sentence)):
+        work(bus, "g", intentbus.Program([script(tmp_path, text)]))
+    assert (bus.get_status(answer.id).status, bus.get_status(answer.id).claim_attempts) == ("open", 0)
+    with pytest.raises(intentbus.SetupError, match="There is no program './nothing.sh' that can be run"):
+        intentbus.Program(["./nothing.sh"])
+
+
+def test_a_worker_goes_on_when_the_bus_comes_back(store, impatient, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    said, done = [], []
+    client = IntentClient(f"http://127.0.0.1:{port}", KEY)
+    worker = Worker(client, "g", lambda intent, lease: (done.append(intent.payload), "json"), max_jobs=1, say=said.append,
+                    poll=0.5)
+    running = in_thread(lambda: worker.run() or True)
+    wait_until(lambda: any("cannot be reached" in sentence for sentence in said))
+    bus = Bus(store)
+    server = intentbus.http_server(API(bus, Keys(KEY)), port=port)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    bus.publish("g", "there")
+    assert running() and done == ["there"]
+    server.close()
+
+
 # ---- 13. Commands ----
+
+class Serve:
+    """`intentbus.py serve` as a process, in a directory and HOME of its own."""
+
+    def __init__(self, home, *arguments):
+        self.env = dict(os.environ, HOME=str(home), PYTHONUNBUFFERED="1")
+        for name in ("INTENT_API_KEY", "INTENT_BUS_URL", "INTENT_BUS_NAMESPACE", "BUS_SECRET", "BUS_DB_PATH"):
+            self.env.pop(name, None)
+        self.home = home
+        self.process = subprocess.Popen([sys.executable, HERE / "intentbus.py", "serve", "--port", "0", *arguments], cwd=home,
+                                        env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.url = self.process.stdout.readline().strip()
+        self.env["INTENT_BUS_URL"] = self.url
+
+    def run(self, *arguments, **options):
+        """Run a command to its end."""
+        return subprocess.run([sys.executable, HERE / "intentbus.py", *arguments], cwd=self.home, env=self.env, timeout=60,
+                              capture_output=True, text=True, **dict({"stdin": subprocess.DEVNULL}, **options)
+                              if "input" not in options else options)
+
+    def start(self, *arguments):
+        """Start a command."""
+        return subprocess.Popen([sys.executable, HERE / "intentbus.py", *arguments], cwd=self.home, env=self.env, text=True,
+                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def stop(self):
+        """End it well; return its exit code and what it said."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        output, errors = self.process.communicate(timeout=10)
+        return self.process.returncode, output, errors
+
+
+@pytest.fixture(scope="module")
+def serve(tmp_path_factory):
+    serve = Serve(tmp_path_factory.mktemp("home"))
+    yield serve
+    serve.stop()
+
 
 def run_python(*arguments, **options):
     return subprocess.run([sys.executable, *arguments], cwd=HERE, capture_output=True, text=True, timeout=30, **options)
+
+
+@POSIX
+def test_serve_makes_a_key_prints_its_url_and_ends_well(tmp_path):
+    serve = Serve(tmp_path)
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+", serve.url)
+    claim = serve.start("work", "--goal", "g")
+    published = serve.run("publish", "later", "1")
+    code, output, errors = serve.stop()
+    assert (code, output) == (0, "") and "Traceback" not in errors
+    assert "the key is new, in ~/.apikey" in errors and f"publish --url {serve.url} hello name=world" in errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".apikey", "intentbus.db", "intentbus.db.lock"]
+    with contextlib.closing(sqlite3.connect(tmp_path / "intentbus.db")) as db:
+        assert db.execute("SELECT id FROM intents").fetchall() == [(published.stdout.strip(),)]
+    claim.terminate()
+    assert claim.wait(10) == 143
+    claim.communicate()
+
+
+def test_a_session_from_publish_to_result(serve):
+    id = serve.run("publish", "greet", "name=Ada", "times:=2").stdout.strip()
+    assert serve.run("status", id).stdout == "open\n"
+    result = serve.run("result", id)
+    assert (result.returncode, result.stdout) == (3, "") and "is still open" in result.stderr
+    work = serve.run("work", "--goal", "greet", "--drain", "--", "echo", "hello {name} {times}")
+    assert (work.returncode, work.stdout) == (0, "") and f"{id} fulfill" in work.stderr
+    assert serve.run("result", id).stdout == "hello Ada 2\n"
+    assert re.fullmatch(rf"{id}  fulfilled  1/3    \ds  greet\n", serve.run("list", "--goal", "greet").stdout)
+    assert json.loads(serve.run("status", id, "--json").stdout)["status"] == "fulfilled"
+
+
+@POSIX
+def test_publish_wait_is_a_remote_command(serve):
+    worker = serve.start("work", "--goal", "remote", "-j", "2", "--", "sh", "-c", 'echo "$INTENT_PAYLOAD_say"; exit "{code}"')
+    ok = serve.run("publish", "remote", "say=hi", "code:=0", "--wait")
+    assert (ok.returncode, ok.stdout, ok.stderr) == (0, "hi\n", "")
+    bad = serve.run("publish", "--wait=20s", "remote", "say=no", "code:=100")
+    assert (bad.returncode, bad.stdout) == (1, "") and "is dead: The handler rejected it" in bad.stderr
+    late = serve.run("publish", "nobody", "1", "--wait=0.1s")
+    assert late.returncode == 124 and "is still open; ask again with: result " in late.stderr
+    worker.terminate()
+    assert worker.wait(10) == 143
+    worker.communicate()
+
+
+@pytest.mark.parametrize("words, stdin, payload", [
+    (['{"a": [1, null]}'], None, {"a": [1, None]}),
+    (['"text"'], None, "text"),
+    (["5"], None, 5),
+    (["-"], "[1]", [1]),
+    ([], '{"b": 2}\n', {"b": 2}),
+    (["@file.json"], None, {"from": "file"}),
+    (["name=a=b", "n:=1", "empty=", 'list:=["x"]'], None, {"name": "a=b", "n": 1, "empty": "", "list": ["x"]}),
+])
+def test_the_ways_to_say_a_payload(serve, words, stdin, payload):
+    (serve.home / "file.json").write_text('{"from": "file"}')
+    options = {"input": stdin} if stdin else {}
+    id = serve.run("publish", "ways", *words, "--priority", "9", "--delay", "2h", "--capability", "x", **options).stdout.strip()
+    intent = IntentClient(serve.url, intentbus.read_key(serve.home / ".apikey")).list(goal="ways", payload=True).intents[0]
+    assert (intent.id, intent.payload, intent.priority, intent.required_capability) == (id, payload, 9, "x")
+    assert round(intent.run_at - intent.created_at) == 7200
+
+
+def test_work_without_a_program_prints_the_payloads(serve):
+    for number in (1, 2):
+        serve.run("publish", "print", f"n:={number}")
+    work = serve.run("work", "--goal", "print", "--max-jobs", "2")
+    assert (work.returncode, work.stdout) == (0, '{"n":1}\n{"n":2}\n')
+
+
+def test_cancel_retry_and_list_from_the_command_line(serve):
+    id = serve.run("publish", "c", "1").stdout.strip()
+    assert serve.run("cancel", id).stdout == "dead\n"
+    assert serve.run("cancel", id).returncode == 1
+    assert "Cancelled" in serve.run("list", "--status", "dead", "--limit", "1").stdout
+    assert serve.run("retry", id).stdout == "open\n"
+    assert serve.run("retry", "--goal", "c").stdout == "0\n"
+    assert serve.run("cancel", "0" * 32).returncode == 3
+
+
+@POSIX
+def test_the_first_signal_lets_a_worker_finish_and_the_second_hands_back(serve, tmp_path):
+    fifo = tmp_path / "go"
+    os.mkfifo(fifo)
+    started = tmp_path / "started"
+    id = serve.run("publish", "slow", "1").stdout.strip()
+    worker = serve.start("work", "--goal", "slow", "--", "sh", "-c", f"touch {started}; cat {fifo}")
+    wait_until(started.exists)
+    worker.terminate()
+    assert "finishing 1 more" in worker.stderr.readline()
+    fifo.write_text("finished")
+    assert worker.wait(10) == 143
+    worker.communicate()
+    assert serve.run("result", id).stdout == "finished\n"
+
+    started.unlink()
+    id = serve.run("publish", "slow", "2").stdout.strip()
+    worker = serve.start("work", "--goal", "slow", "--", "sh", "-c", f"touch {started}; cat {fifo}")
+    wait_until(started.exists)
+    worker.send_signal(signal.SIGINT)
+    assert "finishing 1 more" in worker.stderr.readline()
+    worker.send_signal(signal.SIGINT)
+    assert worker.wait(10) == 130
+    worker.communicate()
+    status = json.loads(serve.run("status", id, "--json").stdout)
+    assert (status["status"], status["claim_attempts"]) == ("open", 0)
+
+
+def test_every_command_and_flag_explains_itself_and_is_in_the_readme(serve):
+    readme = (HERE / "README.md").read_text()
+    for name, (function, flags) in intentbus.COMMANDS.items():
+        assert f"`{name}" in readme and function.__doc__
+        for names, options in flags:
+            assert options["help"], names
+            assert not names[-1].startswith("--") or f"`{names[-1]}" in readme or f"{names[-1]}" in readme, (name, names)
+    assert serve.run("work", "--help").returncode == 0
+
+
+@pytest.mark.parametrize("words, seconds", [("90", 90), ("90s", 90), ("1.5m", 90), ("2h", 7200), ("7d", 604800)])
+def test_durations(words, seconds):
+    assert intentbus.duration(words) == seconds
+
+
+def test_what_is_printed_cannot_command_the_terminal(serve):
+    client = IntentClient(serve.url, intentbus.read_key(serve.home / ".apikey"))
+    intent = client.publish("escape", 1) and client.claim("escape")
+    client.fail(intent.id, intent.claim_token, "\x1b]0;owned\x07\x1b[2J\nsecond line", retry=False)
+    for output in (serve.run("list", "--status", "dead").stdout, serve.run("result", intent.id).stderr):
+        assert "\\x1b]0;owned\\x07" in output and not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", output)
+
+
+# ---- Long ones ----
+
+@SLOW
+@POSIX
+def test_ten_thousand_intents_are_done_once_each_by_eight_workers(serve, tmp_path):
+    client = IntentClient(serve.url, intentbus.read_key(serve.home / ".apikey"))
+    worker = serve.start("work", "--goal", "bulk", "-j", "8", "--max-jobs", "5000")
+    done = collections.Counter()
+    output = in_thread(lambda: [done.update([json.loads(line)]) for line in worker.stdout])
+    errors = in_thread(lambda: worker.stderr.read())
+    publishers = [in_thread(lambda first=first: [client.publish("bulk", n) for n in range(first, first + 1250)])
+                  for first in range(0, 10_000, 1250)]
+    listener = in_thread(lambda: listen(client, "bulk", lambda n: done.update([n]), concurrency=8, max_jobs=5000) or True)
+    for thread in publishers:
+        wait_until(lambda: sum(done.values()) == 10_000, 300)
+        thread()
+    assert worker.wait(10) == 0 and listener() and output() is not None and errors() is not None
+    assert len(done) == 10_000 and set(done.values()) == {1}
+
+
+@SLOW
+@POSIX
+def test_what_a_killed_worker_had_is_done_by_another_at_the_latest_a_lease_later(serve, tmp_path):
+    started = tmp_path / "started"
+    id = serve.run("publish", "kill", "1").stdout.strip()
+    first = serve.start("work", "--goal", "kill", "--lease", "10s", "--", "sh", "-c", f"echo $$ > {started}; exec sleep 60")
+    wait_until(lambda: started.exists() and started.read_text())
+    first.kill()
+    first.communicate()
+    killed = time.monotonic()
+    second = serve.run("work", "--goal", "kill", "--once", "--", "echo", "rescued")
+    assert (second.returncode, serve.run("result", id).stdout) == (0, "rescued\n")
+    assert time.monotonic() - killed < 10 + 2
+    os.kill(int(started.read_text()), signal.SIGKILL)

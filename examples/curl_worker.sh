@@ -16,17 +16,19 @@ unset INTENT_API_KEY                        # none of the command's business
 tmp=$(mktemp -d) || exit 2
 trap 'rm -rf "$tmp"' EXIT
 
-id='' running='' signals=0
-interrupted() {     # a claim ends at once, a command only when asked twice
+signals=0 patience=9 running=
+interrupted() {
     signals=$((signals + 1))
-    if [ -z "$id" ] || [ $signals -gt 1 ]; then kill "$running" 2>/dev/null; fi
+    if [ $signals -ge $patience ]; then kill "$running" 2>/dev/null; fi
 }
 trap interrupted INT TERM
 
-await() {           # run in the background, where Ctrl-C does not reach it; code is its exit code
+await() {           # PATIENCE, COMMAND: so many signals end it; Ctrl-C itself does not reach the background
+    patience=$1; shift
     "$@" & running=$!
     wait $running; code=$?
-    while kill -0 $running 2>/dev/null; do wait $running; code=$?; done     # a signal ended the wait, not the child
+    while kill -0 $running 2>/dev/null; do wait $running; code=$?; done     # a signal ends the wait, not the child
+    patience=9
 }
 
 post() {            # PATH, curl's options: into $tmp/answer and $tmp/status; the key stays out of the arguments
@@ -49,7 +51,7 @@ json_string() {     # stdin as a JSON string (RFC 8259, section 7); NUL is left 
 
 report() {          # fulfill, fail or release, and further fields; once more with the same token does no harm
     printf '{"claim_token": "%s"%s}' "$token" "$2" >"$tmp/body"
-    await post "/$1/$id" -H 'Content-Type: application/json' --data-binary @"$tmp/body" --retry 4 --retry-connrefused
+    await 9 post "/$1/$id" -H 'Content-Type: application/json' --data-binary @"$tmp/body" --retry 4 --retry-connrefused
     status=$(cat "$tmp/status")
     case $status in
         200) echo "$id $1" >&2 ;;
@@ -59,7 +61,7 @@ report() {          # fulfill, fail or release, and further fields; once more wi
 
 claim() {           # an id and a token, or none; the token stands behind the payload, which may hold anything
     id='' token=''
-    await post /claim -G --data-urlencode "goal=$goal" --data-urlencode "namespace=${INTENT_BUS_NAMESPACE:-default}" \
+    await 1 post /claim -G --data-urlencode "goal=$goal" --data-urlencode "namespace=${INTENT_BUS_NAMESPACE:-default}" \
         -d wait=20 -d "lease=${LEASE:-300}"
     case $(cat "$tmp/status") in
         200) cp "$tmp/answer" "$tmp/intent"
@@ -67,12 +69,12 @@ claim() {           # an id and a token, or none; the token stands behind the pa
              token=$(sed -n 's/.*"claim_token": *"\([0-9a-f]*\)".*/\1/p' "$tmp/intent") ;;
         204) ;;
         4*)  cat "$tmp/answer" >&2; exit 4 ;;
-        *)   [ $signals -gt 0 ] || await sleep 5 ;;     # curl has said what is wrong
+        *)   [ $signals -gt 0 ] || await 1 sleep 5 ;;     # curl has said what is wrong
     esac
 }
 
 work() {            # run the command, and report how it went
-    await command_of "$@"
+    await 2 command_of "$@"
     error=", \"error\": $( { echo "exit code $code"; tail -c 1900 "$tmp/errors"; } | LC_ALL=C tr -c '\n\t -~' '?' | json_string)"
     if [ $signals -gt 1 ]; then report release; return; fi
     case $code in

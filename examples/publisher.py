@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Have words counted elsewhere, and wait for the result: a publisher in Python.
 
     python examples/publisher.py to be or not to be

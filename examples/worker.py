@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Count words for whoever asks: a worker in Python.
 
     python examples/worker.py [HOW_MANY]      leaves after so many intents, or at Ctrl-C
