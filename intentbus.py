@@ -118,15 +118,16 @@ ENVIRONMENT_BYTES = 64 * 1024       # half of what Linux allows one variable
 class Error(Exception):
     """What the bus refuses or cannot do; the base of all below.
 
-    `status` is the HTTP status, `code` the machine's word for it, `details` is what else the answer holds.
+    `status` is the HTTP status, `code` the machine's word for it; `headers` and `details` are what else it answers.
     """
 
     status, code = 500, "internal_error"
 
-    def __init__(self, message="Something went wrong inside the bus; its log says what.", code=None, **details):
+    def __init__(self, message="Something went wrong inside the bus; its log says what.", code=None, headers=(),
+                 **details):
         super().__init__(message)
         self.code = code or self.code
-        self.details = details
+        self.headers, self.details = headers, details
 
 
 class Invalid(Error):             status, code = 400, "invalid_request"          # it says something it may not
@@ -1346,7 +1347,7 @@ def from_json(body):
     except UnicodeError as error:
         raise Invalid("The JSON is not valid Unicode: UTF-8, with no lone surrogates.", code="invalid_json") from error
     except ValueError as error:
-        raise Invalid(f"The body is not valid JSON: {error}.", code="invalid_json") from error
+        raise Invalid(f"This is not valid JSON: {error}.", code="invalid_json") from error
     return value
 
 
@@ -1520,11 +1521,7 @@ class API:
 
     def refusal(self, error, request_id=""):
         """Return the response for an error."""
-        headers = []
-        if error.status in (429, 503):
-            headers.append(("Retry-After", "1"))
-        if "allow" in error.details:
-            headers.append(("Allow", error.details["allow"]))
+        headers = [*error.headers, *([("Retry-After", "1")] if error.status in (429, 503) else [])]
         body = {"error": dict(error.details, code=error.code, message=str(error))}
         return self._response(error.status, body, request_id or os.urandom(8).hex(), headers)
 
@@ -1536,7 +1533,7 @@ class API:
         method = "GET" if request.method == "HEAD" else request.method
         if method not in methods:
             allowed = ", ".join(sorted(methods))
-            raise MethodNotAllowed(f"{path} takes {allowed} only.", allow=allowed)
+            raise MethodNotAllowed(f"{path} takes {allowed} only.", headers=[("Allow", allowed)])
         who, endpoint = methods[method]
         if who:
             request.caller = self.keys.caller(request.headers)
@@ -1850,7 +1847,10 @@ class IntentClient:
     def publish(self, goal, payload, *, idempotency_key=None, **fields):
         """Publish an intent; fields are those of Bus.publish. Repeated as needed, stored once."""
         body = dict(dict(goal=goal, payload=payload, namespace=self.namespace), **fields)
-        return self._post("/intent", body, headers={"Idempotency-Key": idempotency_key or os.urandom(16).hex()})
+        key = os.urandom(16).hex() if idempotency_key is None else idempotency_key
+        if not re.fullmatch("[ -~]{1,255}", key):
+            raise Invalid("An idempotency key is 1 to 255 printable ASCII characters.", code="invalid_idempotency_key")
+        return self._post("/intent", body, headers={"Idempotency-Key": key})
 
     def claim(self, goal=None, *, namespace=None, publisher=None, worker_id=None, capabilities=(), wait=0, lease=None):
         """Claim an intent, or return None if there is none within wait seconds."""
@@ -1907,7 +1907,10 @@ class IntentClient:
         url = self.base_url + urllib.parse.quote(path)
         if query := {name: value for name, value in (query or {}).items() if value is not None}:
             url += "?" + urllib.parse.urlencode(query, doseq=True)
-        data = None if method == "GET" else b"" if body is None else to_json(body).encode()
+        try:
+            data = None if method == "GET" else b"" if body is None else to_json(body).encode()
+        except (TypeError, ValueError) as error:
+            raise Invalid(f"This cannot be sent as JSON: {error}.") from error
         for attempt in range(retries + 1):
             try:
                 return self._once(method, url, data, headers or {}, timeout or self.timeout)
@@ -1952,6 +1955,9 @@ class IntentClient:
 
 # ---- 12. Worker ----
 # Claim, run, keep the lease, report. A handler is called with (intent, lease) and returns (result, result_type).
+
+REPORTED = {"fulfill": "fulfilled", "fail": "failed", "release": "released"}
+
 
 class Reject(Exception):
     """Raised by a handler for an intent that can never be done: it is a dead letter at once."""
@@ -2012,43 +2018,45 @@ class Worker:
         self._running = {}     # lease: intent
         self._stopping = threading.Event()
         self._news = queue.SimpleQueue()     # an item whenever a job or a thread has ended
+        self._interrupts = 0
         self._failure = None
 
     def run(self):
-        """Work until all is done; raises what stops it, after KeyboardInterrupt once the running handlers are done."""
+        """Work until all is done, or interrupt() or Ctrl-C ends it; raises what stops it."""
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self._concurrency)]
         for thread in threads:
             thread.start()
-        try:
-            self._wait_while(lambda: any(thread.is_alive() for thread in threads))
-        except KeyboardInterrupt:
+        self._wait_while(lambda: not self._interrupts and any(thread.is_alive() for thread in threads))
+        if self._interrupts:
             self._wind_down()
-            raise
         if self._failure:
             raise self._failure
 
-    def stop(self):
-        """Claim nothing more; run() returns when what runs is done."""
-        self._stopping.set()
+    def interrupt(self, *_):
+        """Claim nothing more and let what runs finish; the second time, end it and hand it back. For signal handlers."""
+        self._interrupts += 1
+        self._news.put(None)     # reentrant, which the methods of threading.Event are not
 
     def _wind_down(self):
-        self.stop()
+        self._stopping.set()
         if self._running:
             self._say(f"finishing {len(self._running)} more; interrupt again to hand them back")
-        try:
-            self._wait_while(lambda: self._running)
-        except KeyboardInterrupt:
-            for lease in list(self._running):
-                lease.broken = lease.broken or "stopped"
-            self._wait_while(lambda: self._running, KILL_AFTER_SECONDS + 2 * PIPE_SECONDS)
-            for intent in list(self._running.values()):     # its handler is a function, which nothing can end
-                self._report(intent, self._bus.release)
+        self._wait_while(lambda: self._running and self._interrupts < 2)
+        for lease in list(self._running):
+            lease.broken = lease.broken or "stopped"
+        self._wait_while(lambda: self._running, KILL_AFTER_SECONDS + 2 * PIPE_SECONDS)
+        for intent in list(self._running.values()):     # its handler is a function, which nothing can end
+            self._report(intent, self._bus.release)
 
     def _wait_while(self, condition, seconds=float("inf")):
         deadline = time.monotonic() + seconds
         while condition() and time.monotonic() < deadline:
-            with contextlib.suppress(queue.Empty):
+            try:
                 self._news.get(timeout=1)
+            except queue.Empty:
+                pass
+            except KeyboardInterrupt:
+                self.interrupt()
 
     def _work(self):
         """What each thread does: claim and do, until there is nothing more to do."""
@@ -2063,7 +2071,7 @@ class Worker:
                     self._return_ticket()
         except Exception as error:
             self._failure = error
-            self.stop()
+            self._stopping.set()
         finally:
             self._news.put(None)
 
@@ -2105,7 +2113,7 @@ class Worker:
             with lease:
                 report = self._run(intent, lease)
             if lease.broken == "lost":
-                self._say(f"{intent.id} lost: its lease was over before it was done")
+                self._say(f"{intent.id} lost: cancelled, or its lease was over before it was done")
             else:
                 self._report(intent, self._bus.release if lease.broken else report)
         finally:
@@ -2121,7 +2129,7 @@ class Worker:
             return functools.partial(self._bus.fail, error=str(error), retry=False)
         except SetupError as error:     # our fault, not the intent's
             self._failure = error
-            self.stop()
+            self._stopping.set()
             return self._bus.release
         except Exception as error:
             reason = str(error) if isinstance(error, HandlerFailed) else f"{type(error).__name__}: {error}"
@@ -2131,9 +2139,9 @@ class Worker:
         verb = getattr(report, "func", report).__name__
         try:
             report(intent.id, intent.claim_token)
-            self._say(f"{intent.id} {verb}" + (f": {report.keywords['error']}" if verb == "fail" else ""))
+            self._say(f"{intent.id} {REPORTED[verb]}" + (f": {report.keywords['error']}" if verb == "fail" else ""))
         except NotFound:
-            self._say(f"{intent.id} lost: its lease was over before its {verb} arrived")
+            self._say(f"{intent.id} lost: cancelled, or its lease was over before it was reported")
         except (Invalid, PayloadTooLarge) as error:
             self._report(intent, functools.partial(self._bus.fail, error=f"The result was refused: {error}", retry=False))
         except Error as error:
@@ -2141,7 +2149,7 @@ class Worker:
 
 
 def listen(bus, goal, handler, *, full_envelope=False, **options):
-    """Call handler(payload) for each intent of a goal, until interrupted; with full_envelope, handler(intent).
+    """Call handler(payload) for each intent of a goal, until Ctrl-C; with full_envelope, handler(intent).
 
     What it returns is the result, any JSON value. False or an exception fails the intent, Reject for good. The lease
     is kept up meanwhile. options are those of Worker and of IntentClient.claim.
@@ -2152,8 +2160,7 @@ def listen(bus, goal, handler, *, full_envelope=False, **options):
             raise HandlerFailed("The handler returned False.")
         to_json(result)     # what is no JSON value is the handler's failure
         return result, "json"
-    with contextlib.suppress(KeyboardInterrupt):
-        Worker(bus, goal, run, **options).run()
+    Worker(bus, goal, run, **options).run()
 
 
 IntentClient.listen = listen     # a verb of the client, made of parts below it
@@ -2182,7 +2189,8 @@ def fill(argument, intent):
 
 def environment(intent):
     """Return the environment of a handler: ours without our keys, and the intent's."""
-    variables = {name: value for name, value in os.environ.items() if name not in SECRETS}
+    variables = {name: value for name, value in os.environ.items()
+                 if name not in SECRETS and not name.startswith("INTENT_PAYLOAD")}
     given = dict(ID=intent.id, GOAL=intent.goal, NAMESPACE=intent.namespace, ATTEMPT=intent.claim_attempts,
                  MAX_ATTEMPTS=intent.max_attempts, PAYLOAD=to_json(intent.payload))
     if isinstance(intent.payload, dict):
@@ -2328,9 +2336,15 @@ UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 COMMANDS = {}
 
 
+def write_line(stream, line):
+    """Write a line in one piece, so that those of several threads do not mix."""
+    stream.write(line + "\n")
+    stream.flush()
+
+
 def say(*words):
     """Tell the person at the terminal something, on stderr."""
-    print("intentbus:", *map(printable, words), file=sys.stderr, flush=True)
+    write_line(sys.stderr, " ".join(["intentbus:", *map(printable, words)]))
 
 
 def printable(value):
@@ -2500,7 +2514,7 @@ def given_json(written):
         return from_json(written if isinstance(written, bytes) else written.encode())
     except (Invalid, UnicodeError) as error:
         shown = written[:60] if isinstance(written, str) else written[:60].decode(errors="replace")
-        raise Invalid(f"The payload {shown!r} is not JSON ({error}); a plain text needs quotes: '\"text\"'.") from error
+        raise Invalid(f"{error} Given was {shown!r}; a plain text needs quotes: '\"text\"'.") from error
 
 
 def wait_for(bus, intent_id, seconds, as_json):
@@ -2551,28 +2565,24 @@ def work_command(options):
     rejects for good, 126 and 127 stop the worker, any other fails for a retry. Without a program, prints each payload.
     """
     import signal
-    signal.signal(signal.SIGTERM, terminate)
     handler = print_payload
     if options.program:
         handler = Program(options.program, options.timeout, options.kill_after, options.max_output, options.result)
     if not LEASE_RANGE_SECONDS[0] <= options.lease <= LEASE_RANGE_SECONDS[1]:
         raise Invalid("--lease is from 10s to 1h.")
-    Worker(client(options), options.goal, handler, concurrency=options.jobs, lease=options.lease, say=say,
-           max_jobs=options.max_jobs, max_time=options.max_time, drain=options.drain, poll=options.poll,
-           worker_id=options.worker_id, capabilities=options.capabilities).run()
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
-
-
-def terminate(*_):
-    raise Terminated
+    worker = Worker(client(options), options.goal, handler, concurrency=options.jobs, lease=options.lease, say=say,
+                    max_jobs=options.max_jobs, max_time=options.max_time, drain=options.drain, poll=options.poll,
+                    worker_id=options.worker_id, capabilities=options.capabilities)
+    caught = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: (caught.append(number), worker.interrupt()))
+    worker.run()
+    return 128 + caught[0] if caught else 0
 
 
 def print_payload(intent, lease):
     """Handle an intent by printing its payload as a line of JSON."""
-    print(to_json(intent.payload), flush=True)
+    write_line(sys.stdout, to_json(intent.payload))
     return None, "json"
 
 
@@ -2675,8 +2685,6 @@ def main(arguments=None):
         if isinstance(error, SetupError):
             return 2
         return EXIT_CODES.get(error.status, 5)
-    except Terminated:
-        return 143
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:     # whoever read our output has had enough

@@ -968,7 +968,7 @@ def test_a_program_whose_lease_is_lost_is_ended_and_not_reported(live, quick_lea
     pid = int((HERE / "pid").read_text())
     (HERE / "pid").unlink()
     live.cancel(answer.id)
-    assert worker() and said == [f"{answer.id} lost: its lease was over before it was done"]
+    assert worker() and said == [f"{answer.id} lost: cancelled, or its lease was over before it was done"]
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
 
@@ -1147,7 +1147,7 @@ def test_a_session_from_publish_to_result(serve):
     result = serve.run("result", id)
     assert (result.returncode, result.stdout) == (3, "") and "is still open" in result.stderr
     work = serve.run("work", "--goal", "greet", "--drain", "--", "echo", "hello {name} {times}")
-    assert (work.returncode, work.stdout) == (0, "") and f"{id} fulfill" in work.stderr
+    assert (work.returncode, work.stdout) == (0, "") and f"{id} fulfilled" in work.stderr
     assert serve.run("result", id).stdout == "hello Ada 2\n"
     assert re.fullmatch(rf"{id}  fulfilled  1/3    \ds  greet\n", serve.run("list", "--goal", "greet").stdout)
     assert json.loads(serve.run("status", id, "--json").stdout)["status"] == "fulfilled"

@@ -32,7 +32,7 @@ await() {           # PATIENCE, COMMAND: so many signals end it; Ctrl-C itself d
 }
 
 post() {            # PATH, curl's options: into $tmp/answer and $tmp/status; the key stays out of the arguments
-    path=$1; shift
+    path=$1; shift; : >"$tmp/answer"
     exec curl -sS -X POST -H @- -o "$tmp/answer" -w '%{http_code}' -m 60 "$@" "${url%/}$path" >"$tmp/status" <<EOF
 X-API-KEY: $key
 EOF
