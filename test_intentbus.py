@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import sqlite3
@@ -1253,11 +1254,112 @@ def test_what_is_printed_cannot_command_the_terminal(serve):
         assert "\\x1b]0;owned\\x07" in output and not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", output)
 
 
+# ---- The README and the examples ----
+
+README = HERE / "README.md"
+
+
+def blocks(language):
+    """The code blocks of the README in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(), re.M | re.S)
+
+
+def shell(serve, command, **environment):
+    """Run a shell command as it would be typed in the project's directory."""
+    return subprocess.run(["sh", "-ec", command], cwd=HERE, env=dict(serve.env, **environment), capture_output=True,
+                          text=True, timeout=60, stdin=subprocess.DEVNULL)
+
+
+@POSIX
+@pytest.mark.parametrize("words", ["hello name=world", "curl -sS"])
+def test_the_shell_sessions_of_the_readme(serve, words):
+    if "curl" in words and not shutil.which("curl"):
+        pytest.skip("curl is not on this machine")
+    block = next(block for block in blocks("sh") if words in block)
+    found = shell(serve, block)
+    assert found.returncode == 0 and "hello, world" in found.stdout.splitlines()[-1], found.stderr
+
+
+def test_the_python_session_of_the_readme(serve):
+    found = subprocess.run([sys.executable, "-c", blocks("python")[0]], cwd=HERE, env=serve.env, capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (0, "hello, world\n"), found.stderr
+
+
+def test_the_readme_starts_the_bus_and_passes_the_tests_in_a_line_each():
+    assert blocks("sh")[:2] == ["python3 intentbus.py serve\n", "python3 -m venv .venv && .venv/bin/pip install -q pytest "
+                                "&& .venv/bin/python -m pytest -q\n"]
+
+
+def test_the_readme_names_every_route_and_field():
+    readme = README.read_text()
+    paths = {path.replace("/*", "/ID") for _, path, _, _ in intentbus.ROUTES}
+    assert not [path for path in paths if f"`{path}`" not in readme]
+    assert not [name for name in intentbus.PUBLISH if name != "reward" and f"`{name}`" not in readme]
+
+
+@POSIX
+@pytest.mark.parametrize("path", sorted((HERE / "examples").glob("*.sh")), ids=lambda path: path.name)
+def test_every_shell_example_says_how_to_run_it_and_parses(path):
+    assert path.read_text().startswith("#!/bin/sh\n# ") and path.name in path.read_text()[:500]
+    assert os.access(path, os.X_OK)
+    subprocess.run([shutil.which("dash") or "sh", "-n", path], check=True)
+
+
+@POSIX
+def test_cron_publishes_real_disk_figures_and_the_handler_delivers_them(serve):
+    bare = {"PATH": os.path.dirname(sys.executable) + ":/usr/bin:/bin"}
+    notified = serve.home / "notified.log"
+    assert shell(serve, "examples/cron_publish.sh 0 /", **bare).returncode == 0
+    again = shell(serve, "examples/cron_publish.sh 0 /", **bare)
+    assert (again.returncode, again.stdout) == (0, "")
+    work = shell(serve, f"{sys.executable} intentbus.py work --goal send_notification --drain -- ./examples/handler.sh",
+                 INTENTBUS_NOTIFY_FILE=str(notified), **bare)
+    assert work.returncode == 0
+    percent = re.search(r"/ is (\d+) % full: [\d.]+ of [\d.]+ GiB are free\.\n$", notified.read_text())[1]
+    assert notified.read_text().count("\n") == 1 and 0 <= int(percent) <= 100
+    assert shell(serve, "examples/cron_publish.sh 101 /", **bare).returncode == 0
+    assert shell(serve, "examples/cron_publish.sh 0 /", INTENT_BUS_URL="http://127.0.0.1:9/x", **bare).returncode == 1
+
+
+@POSIX
+@pytest.mark.parametrize("payload, status, line", [
+    ('{"message": "a\\nb\\u001b[2J", "title": "-t"}', "fulfilled", "-t: a b [2J"),
+    ('{"title": "x"}', "dead", None),
+])
+def test_the_notification_handler(serve, payload, status, line):
+    notified = serve.home / f"{status}.log"
+    id = serve.run("publish", "notify", payload).stdout.strip()
+    shell(serve, f"{sys.executable} intentbus.py work --goal notify --drain -- ./examples/handler.sh",
+          INTENTBUS_NOTIFY_FILE=str(notified), PATH="/usr/bin:/bin", DISPLAY="")
+    assert serve.run("status", id).stdout == status + "\n"
+    assert not line or notified.read_text().endswith(f"  {line}\n")
+
+
+def test_the_python_examples_work_together(serve):
+    worker = subprocess.Popen([sys.executable, HERE / "examples" / "worker.py", "1"], env=serve.env, stderr=subprocess.PIPE)
+    found = subprocess.run([sys.executable, HERE / "examples" / "publisher.py", "to", "be", "or", "notwithstanding"],
+                           env=serve.env, capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stdout) == (0, "4 words, the longest is 'notwithstanding'\n")
+    assert b"fulfilled" in worker.communicate(timeout=10)[1] and worker.returncode == 0
+
+
+@POSIX
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not on this machine")
+def test_a_worker_of_curl_and_a_shell(serve):
+    id = serve.run("publish", "curl", '{"claim_token": "00", "text": "a\\"b\\\\n"}').stdout.strip()
+    done = shell(serve, "examples/curl_worker.sh curl cat", ONCE="1")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(serve.run("result", id).stdout)["payload"] == {"claim_token": "00", "text": 'a"b\\n'}
+    id = serve.run("publish", "curl", "1").stdout.strip()
+    shell(serve, "examples/curl_worker.sh curl sh -c 'echo no >&2; exit 100'", ONCE="1")
+    assert "exit code 100\nno" in json.loads(serve.run("status", id, "--json").stdout)["last_error"]
+
+
 # ---- Long ones ----
 
 @SLOW
 @POSIX
-def test_ten_thousand_intents_are_done_once_each_by_eight_workers(serve, tmp_path):
+def test_slow_ten_thousand_intents_are_done_once_each_by_eight_workers(serve, tmp_path):
     client = IntentClient(serve.url, intentbus.read_key(serve.home / ".apikey"))
     worker = serve.start("work", "--goal", "bulk", "-j", "8", "--max-jobs", "5000")
     done = collections.Counter()
@@ -1275,7 +1377,7 @@ def test_ten_thousand_intents_are_done_once_each_by_eight_workers(serve, tmp_pat
 
 @SLOW
 @POSIX
-def test_what_a_killed_worker_had_is_done_by_another_at_the_latest_a_lease_later(serve, tmp_path):
+def test_slow_what_a_killed_worker_had_is_done_by_another_at_the_latest_a_lease_later(serve, tmp_path):
     started = tmp_path / "started"
     id = serve.run("publish", "kill", "1").stdout.strip()
     first = serve.start("work", "--goal", "kill", "--lease", "10s", "--", "sh", "-c", f"echo $$ > {started}; exec sleep 60")
