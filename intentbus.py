@@ -63,6 +63,7 @@ __all__ = ["API", "Bus", "Error", "Intent", "IntentClient", "Keys", "Record", "R
 
 LEASE_SECONDS = 60                  # a worker unheard of for this long has lost its intent
 LEASE_RANGE_SECONDS = (10, 3600)    # shorter cannot be kept up on a phone, longer hides a dead worker
+CLAIM_COMBINATIONS = 64             # goals times capabilities of one claim: each is a look into the index
 WAIT_MAX_SECONDS = 60               # a held request outlives no proxy's idle limit
 TTL_SECONDS = 7 * 86400             # nobody wants a notification of last week
 YEAR_SECONDS = 366 * 86400          # the longest delay, and the longest life of an intent
@@ -80,6 +81,7 @@ RECHECK_SECONDS = 1                 # rows written by another program are notice
 BODY_BYTES = 256 * 1024             # an intent says what to do; the data itself can live elsewhere
 JSON_DEPTH = 64                     # deeper is an attack on the parser's stack
 HEAD_LINE_BYTES = 8192              # RFC 9112, section 3: recommended at least 8000
+HEAD_BYTES = 65536                  # all of them; what one connection may make us hold
 HEAD_LINES = 100                    # browsers behind proxies send about 30
 HEAD_SECONDS = 10                   # slower is a slowloris
 BODY_SECONDS = 30                   # 256 KiB over a poor mobile link
@@ -103,6 +105,7 @@ CLAIM_WAIT_SECONDS = 20             # below the idle limit of mobile carriers' N
 LEASE_CHECK_SECONDS = 1             # a worker whose phone slept finds out this soon that its lease is over
 POLL_SECONDS = 5                    # between claims at a server that does not hold them
 PUBLISH_WAIT_SECONDS = 300          # publish --wait, if nothing else is said
+JOBS = 256                          # of one worker; each is a thread and a program
 HANDLER_SECONDS = 300               # a handler that takes longer hangs
 KILL_AFTER_SECONDS = 5              # between TERM and KILL
 SLICE_SECONDS = 0.1                 # how soon a lost lease or a timeout ends a handler
@@ -171,8 +174,11 @@ CLAIM_FIELDS = (
 
 
 def new_id(now):
-    """Return 32 hex digits that sort by time: 48 bits of milliseconds, then 80 random ones (as in RFC 9562, UUIDv7)."""
-    return f"{int(now * 1000) & 0xFFFFFFFFFFFF:012x}{os.urandom(10).hex()}"
+    """Return 32 hex digits that sort by time: 48 bits of milliseconds, 16 of their fraction, 64 random ones.
+
+    As UUIDv7 in RFC 9562, section 6.2, method 3, without its version bits.
+    """
+    return f"{int(now * 1000 * 65536) & 0xFFFFFFFFFFFFFFFF:016x}{os.urandom(8).hex()}"
 
 
 def no_such(intent_id):
@@ -343,6 +349,7 @@ SCHEMA = (
     """,
     "CREATE INDEX idempotency_expires ON idempotency (expires_at)",
 )
+APPLICATION_ID = 0x1B05     # in the file's header: the database is ours
 MIGRATIONS = (SCHEMA,)     # the n-th leads to schema version n; what is released is never edited, only added to
 
 INSERT = f"INSERT INTO intents ({', '.join(COLUMNS)}) VALUES (:{', :'.join(COLUMNS)})"
@@ -731,19 +738,21 @@ class Store:
 
     def _prepare(self):
         """Bring the file to the journal mode and schema of this version."""
-        mode = self._db.execute("PRAGMA journal_mode = WAL").fetchone().journal_mode
-        if mode != "wal":
-            self.warning = f"{self.path} is on a file system without shared memory: the bus works, but slower."
         version = self._db.execute("PRAGMA user_version").fetchone().user_version
+        owner = self._db.execute("PRAGMA application_id").fetchone().application_id
+        if owner != APPLICATION_ID and self._db.execute("SELECT name FROM sqlite_master LIMIT 1").fetchone():
+            raise SetupError(f"The database {self.path} belongs to another program; give the bus another --db.")
         if version > len(MIGRATIONS):
             raise SetupError(f"The database {self.path} was written by a newer intentbus (schema {version}, "
                              f"this one knows {len(MIGRATIONS)}); use that version, or another --db.")
-        if not version and self._db.execute("SELECT name FROM sqlite_master LIMIT 1").fetchone():
-            raise SetupError(f"The database {self.path} belongs to another program; give the bus another --db.")
+        mode = self._db.execute("PRAGMA journal_mode = WAL").fetchone().journal_mode
+        if mode != "wal":
+            self.warning = f"{self.path} is on a file system without shared memory: the bus works, but slower."
         self._db.execute("BEGIN IMMEDIATE")
         for statements in MIGRATIONS[version:]:
             for statement in statements:
                 self._db.execute(statement)
+        self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         self._db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
         self._db.execute("COMMIT")
         self._version = self._db.execute("PRAGMA data_version").fetchone().data_version
@@ -862,6 +871,7 @@ class Bus:
         self._setting_clock = threading.Lock()
         self._waiting = Waiting()
         self._stopped = threading.Event()
+        self._tender = threading.Thread(target=self._tend, daemon=True)
         self._alarm = threading.Condition()
         self._alarm_at = 0
         self._offset = max(self.store.latest(), clock()) - self._steady()
@@ -922,6 +932,8 @@ class Bus:
         if publisher not in (None, caller.owner) and not caller.admin:
             raise Forbidden("A claim by publisher may name the caller only; the owner key may name anyone.")
         goals = [goal] if isinstance(goal, str) else goal or [""]
+        if len(goals) * (1 + len(capabilities)) > CLAIM_COMBINATIONS:
+            raise Invalid(f"A claim may name at most {CLAIM_COMBINATIONS} goals times capabilities.")
         lanes = [lane(namespace, audience, target, capability, goal, publisher or audience)
                  for goal in goals
                  for audience in (publisher or caller.owner, "")
@@ -1022,13 +1034,9 @@ class Bus:
         if wake_at and wake_at <= now:
             self.store.settle(now)
 
-    def tend(self):
-        """Settle whenever something is due, until stop(): run this in a thread where requests are held."""
-        while not self._stopped.is_set():
-            try:
-                self._tend_once()
-            except Unavailable:     # the next round may find it well again
-                self._stopped.wait(RECHECK_SECONDS)
+    def start(self):
+        """Settle whenever something is due, until stop(): for a bus that holds requests."""
+        self._tender.start()
 
     def stop(self):
         """Answer every held request now, and hold none any more."""
@@ -1036,6 +1044,15 @@ class Bus:
         self._waiting.close()
         with self._alarm:
             self._alarm.notify()
+        if self._tender.is_alive():
+            self._tender.join()
+
+    def _tend(self):
+        while not self._stopped.is_set():
+            try:
+                self._tend_once()
+            except (Unavailable, StorageFull):     # the next round may find it well again
+                self._stopped.wait(RECHECK_SECONDS)
 
     def _tend_once(self):
         self._alarm_at = self.now() + RECHECK_SECONDS     # what is announced from here on can only bring it forward
@@ -1164,6 +1181,13 @@ class Keys:
         return OWNER
 
 
+def usable_key(key, where):
+    """Return a key that a header can carry; raises SetupError for what is none."""
+    if not re.fullmatch("[!-~]+", key):
+        raise SetupError(f"{where} holds no key: that is one word of printable ASCII characters.")
+    return key
+
+
 def read_key(path=KEY_FILE):
     """Return the key in a file, or None if there is no such file.
 
@@ -1181,11 +1205,11 @@ def read_key(path=KEY_FILE):
     try:
         with open(path, encoding="utf-8") as file:
             key = file.read().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SetupError(f"The key file {path} cannot be read: {error}.") from error
-    if not key or not key.isascii() or not key.isprintable():
-        raise SetupError(f"The key file {path} holds no key; put one line of ASCII text there, or remove it.")
-    return key
+    except UnicodeDecodeError:
+        key = ""
+    except OSError as error:
+        raise SetupError(f"The key file {path} cannot be read: {error.strerror}.") from error
+    return usable_key(key, f"The key file {path}")
 
 
 def make_key(path=KEY_FILE):
@@ -1347,7 +1371,8 @@ def from_json(body):
     except UnicodeError as error:
         raise Invalid("The JSON is not valid Unicode: UTF-8, with no lone surrogates.", code="invalid_json") from error
     except ValueError as error:
-        raise Invalid(f"This is not valid JSON: {error}.", code="invalid_json") from error
+        reason = "a number has too many digits" if "int_max_str_digits" in str(error) else error
+        raise Invalid(f"This is not valid JSON: {reason}.", code="invalid_json") from error
     return value
 
 
@@ -1376,11 +1401,7 @@ def finite(digits):
 # ---- 8. Page ----
 # What a person sees who opens the bus in a browser.
 
-HOME = f"""intentbus {__version__}: a job published here is done by a worker elsewhere.
-
-    python intentbus.py work --goal send_notification -- ./handler.sh
-    python intentbus.py publish send_notification '{{"message": "hi"}}'
-"""
+HOME = f"intentbus {__version__}: a job published here is done by a worker elsewhere.\n"
 
 
 # ---- 9. API ----
@@ -1397,6 +1418,12 @@ COMMON_HEADERS = (
 )
 
 
+def request_id(headers):
+    """Return the X-Request-ID of these headers, or a new one if it is missing or odd."""
+    given = headers.get("x-request-id", "")
+    return given if REQUEST_ID.fullmatch(given) else os.urandom(8).hex()
+
+
 class Request:
     """What was asked: method, target as sent, headers by lower-case name, body bytes.
 
@@ -1406,15 +1433,15 @@ class Request:
     def __init__(self, method, target, headers=None, body=b"", still_there=lambda: True):
         self.method, self.headers, self.body, self.still_there = method, headers or {}, body, still_there
         path, _, query = target.partition("?")
+        self.id = request_id(self.headers)
+        self.caller = None
         try:
+            if re.search("%(?![0-9A-Fa-f]{2})", target):
+                raise ValueError("a percent sign that starts no pair of hex digits")
             self.path = urllib.parse.unquote(path, errors="strict")
-            self.query = urllib.parse.parse_qs(query, errors="strict", max_num_fields=100)
+            self.query = urllib.parse.parse_qs(query, True, errors="strict", max_num_fields=100)
         except ValueError as error:
             raise Invalid("The path and query must be percent-encoded UTF-8, of at most 100 parameters.") from error
-        self.id = self.headers.get("x-request-id", "")
-        if not REQUEST_ID.fullmatch(self.id):
-            self.id = os.urandom(8).hex()
-        self.caller = None
 
     def fields(self, fields, strict=False):
         """Return the checked fields of the body; an empty one counts as {}."""
@@ -1519,11 +1546,11 @@ class API:
             return self.refusal(Error(), request.id)
         return self._response(status, value, request.id, [("Retry-After", "1")] if status == 204 else [])
 
-    def refusal(self, error, request_id=""):
+    def refusal(self, error, request_id):
         """Return the response for an error."""
         headers = [*error.headers, *([("Retry-After", "1")] if error.status in (429, 503) else [])]
         body = {"error": dict(error.details, code=error.code, message=str(error))}
-        return self._response(error.status, body, request_id or os.urandom(8).hex(), headers)
+        return self._response(error.status, body, request_id, headers)
 
     def _answer(self, request):
         path, *parameters = self._place(request.path)
@@ -1532,7 +1559,7 @@ class API:
             raise NotFound("There is no such path on this bus; the README lists those that are.")
         method = "GET" if request.method == "HEAD" else request.method
         if method not in methods:
-            allowed = ", ".join(sorted(methods))
+            allowed = ", ".join(sorted({*methods, *(["HEAD"] if "GET" in methods else [])}))
             raise MethodNotAllowed(f"{path} takes {allowed} only.", headers=[("Allow", allowed)])
         who, endpoint = methods[method]
         if who:
@@ -1562,9 +1589,9 @@ REASONS = {200: "OK", 201: "Created", 204: "No Content", 400: "Bad Request", 401
            413: "Content Too Large", 422: "Unprocessable Content", 429: "Too Many Requests",
            431: "Request Header Fields Too Large", 500: "Internal Server Error", 503: "Service Unavailable",
            507: "Insufficient Storage"}
-REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) (?:https?://[^/?\x00-\x20]*)?([/*][!-~]*) HTTP/1\.([01])")
+REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) (?:(?i:https?)://[^/?#\x00-\x20]+([/?]?[!-~]*)|([/*][!-~]*)) HTTP/1\.([01])")
 HEADER_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
-HEAD_END = re.compile(rb"\r?\n\r?\n")
+BARE_LF = re.compile(rb"(?<!\r)\n")
 
 
 def parse_head(head):
@@ -1584,9 +1611,22 @@ def parse_head(head):
         if name in headers and name in ("host", "content-length", "transfer-encoding"):
             raise Invalid(f"{field[1]} was sent twice.")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    if start[3] == "1" and "host" not in headers:
+    if start[4] == "1" and "host" not in headers:
         raise Invalid("An HTTP/1.1 request needs a Host header.")
-    return start[1], start[2], start[3], headers
+    target = start[3] or (start[2] if start[2].startswith("/") else "/" + start[2])     # the URL in full, as to a proxy
+    return start[1], target, start[4], headers
+
+
+def rendered(response, connection, bodiless=False):
+    """Return the bytes of a response: written at once, since in two pieces Nagle's algorithm can cost 40 ms."""
+    lines = [f"HTTP/1.1 {response.status} {REASONS[response.status]}",
+             time.strftime("Date: %a, %d %b %Y %H:%M:%S GMT", time.gmtime())]
+    lines += [f"{name}: {value}" for name, value in response.headers]
+    if response.status != 204:
+        lines.append(f"Content-Length: {len(response.body)}")
+    if connection:
+        lines.append(f"Connection: {connection}")
+    return "\r\n".join(lines + ["", ""]).encode("latin-1") + (b"" if bodiless else response.body)
 
 
 def body_length(headers, limit):
@@ -1608,9 +1648,9 @@ class Connection:
 
     def __init__(self, sock, address, server):
         self.sock, self.peer, self.server = sock, address[0], server
-        self._received = bytearray()
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._received, self._request_id = bytearray(), ""
         with contextlib.suppress(OSError):     # the client is gone, and nobody is left to tell
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             while self._serve_one():
                 pass
 
@@ -1620,7 +1660,7 @@ class Connection:
         try:
             request, version = self._read_request()
         except Error as error:
-            self._send(self.server.api.refusal(error), keep=False)
+            self._send(self.server.api.refusal(error, self._request_id or request_id({})), "close")
             self._linger()
             return False
         if request is None:
@@ -1628,26 +1668,27 @@ class Connection:
         response = self.server.api.handle(request)
         wanted = request.headers.get("connection", "").lower()
         keep = not self.server.stopping and ("keep-alive" in wanted if version == "0" else "close" not in wanted)
-        self._send(response, keep, bodiless=request.method == "HEAD")
+        self._send(response, "close" if not keep else "keep-alive" if version == "0" else "", request.method == "HEAD")
         self.server.log(request, response, self.peer, time.monotonic() - started)
         return keep
 
     def _read_request(self):
         """Return the next request and its HTTP minor version, or (None, None) if the client has left."""
-        if not self._received and not self._receive(time.monotonic() + IDLE_SECONDS, idle=True):
+        if not self._wait_for_request():
             return None, None
-        deadline = time.monotonic() + HEAD_SECONDS
-        while self._received[:2] == b"\r\n":     # RFC 9112, section 2.2: an empty line before a request is skipped
-            del self._received[:2]
-        while not (end := HEAD_END.search(self._received)):
-            if len(self._received) > HEAD_LINES * HEAD_LINE_BYTES:
-                raise HeadersTooLarge("The header lines are too long, or too many.")
+        deadline, self._request_id = time.monotonic() + HEAD_SECONDS, ""
+        while (end := self._received.find(b"\r\n\r\n")) < 0 or end > HEAD_BYTES:
+            if BARE_LF.search(self._received):
+                raise Invalid("Each line of the head must end with CR LF.")
+            if len(self._received) > HEAD_BYTES:
+                raise HeadersTooLarge(f"The head of a request has at most {HEAD_BYTES} bytes.")
             if not self._receive(deadline):
                 return None, None
-        method, target, version, headers = parse_head(bytes(self._received[:end.start()]))
-        del self._received[:end.end()]
+        method, target, version, headers = parse_head(bytes(self._received[:end]))
+        del self._received[:end + 4]
+        self._request_id = request_id(headers)
         length = body_length(headers, self.server.api.max_body)
-        if length and headers.get("expect", "").lower() == "100-continue":
+        if length and version == "1" and headers.get("expect", "").lower() == "100-continue":
             self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         deadline = time.monotonic() + BODY_SECONDS
         while len(self._received) < length:
@@ -1656,6 +1697,17 @@ class Connection:
         body = bytes(self._received[:length])
         del self._received[:length]
         return Request(method, target, headers, body, self._still_there), version
+
+    def _wait_for_request(self):
+        """Return whether a request has begun; RFC 9112, section 2.2: empty lines before it are skipped."""
+        deadline = time.monotonic() + IDLE_SECONDS
+        while True:
+            while self._received.startswith(b"\r\n"):
+                del self._received[:2]
+            if self._received and self._received != b"\r":
+                return True
+            if not self._receive(deadline, idle=True):
+                return False
 
     def _receive(self, deadline, idle=False):
         """Take in what has arrived; return False if the client has left, or was idle; raises RequestTimeout."""
@@ -1670,26 +1722,23 @@ class Connection:
         return bool(data)
 
     def _still_there(self):
-        """Return whether the client has not hung up: there is more to read, or nothing yet, but no end."""
+        """Return whether the client has not hung up; what it has sent meanwhile is taken in."""
         try:
             self.sock.settimeout(0)
-            return socket.socket.recv(self.sock, 1, socket.MSG_PEEK) != b""
+            while len(self._received) < HEAD_BYTES:
+                data = self.sock.recv(65536)
+                if not data:
+                    return False
+                self._received += data
         except BlockingIOError:
-            return True
+            pass
         except OSError:
             return False
+        return True
 
-    def _send(self, response, keep, bodiless=False):
-        """Write a response at once: in two pieces, Nagle's algorithm and delayed acknowledgements cost 40 ms."""
-        lines = [f"HTTP/1.1 {response.status} {REASONS[response.status]}",
-                 time.strftime("Date: %a, %d %b %Y %H:%M:%S GMT", time.gmtime())]
-        lines += [f"{name}: {value}" for name, value in response.headers]
-        if response.status != 204:
-            lines.append(f"Content-Length: {len(response.body)}")
-        if not keep:
-            lines.append("Connection: close")
+    def _send(self, response, connection, bodiless=False):
         self.sock.settimeout(SEND_SECONDS)
-        self.sock.sendall("\r\n".join(lines + ["", ""]).encode("latin-1") + (b"" if bodiless else response.body))
+        self.sock.sendall(rendered(response, connection, bodiless))
 
     def _linger(self):
         """Let a refused client read the answer: closing with its bytes unread would reset the connection at once."""
@@ -1730,10 +1779,15 @@ class Threads:
             self._open.add(sock)
             new = not self._idle
             self._idle -= not new
-        if new:
-            threading.Thread(target=self._serve, args=(sock, address), daemon=True).start()
-        else:
+        if not new:
             self._work.put((sock, address))
+            return
+        try:
+            threading.Thread(target=self._serve, args=(sock, address), daemon=True).start()
+        except RuntimeError:     # this machine gives us no more threads
+            with self._lock:
+                self._open.discard(sock)
+            self._turn_away(sock)
 
     def _serve(self, sock, address):
         while True:
@@ -1746,11 +1800,10 @@ class Threads:
             sock, address = self._work.get()
 
     def _turn_away(self, sock):
-        response = self.api.refusal(Unavailable("The bus has too many connections; try again.", "too_many_connections"))
+        error = Unavailable("The bus has too many connections; try again.", "too_many_connections")
         with contextlib.suppress(OSError):
             sock.settimeout(0)
-            sock.sendall(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n"
-                         b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(response.body) + response.body)
+            sock.sendall(rendered(self.api.refusal(error, request_id({})), "close"))
         self.shutdown_request(sock)
 
     def handle_error(self, request, client_address):
@@ -1809,7 +1862,7 @@ def http_server(api, host="127.0.0.1", port=8787, log=False):
         reason = getattr(error, "strerror", None) or error
         raise SetupError(f"The bus cannot listen on {host} port {port}: {reason}; choose another --port.") from error
     server.serve_in(api, log)
-    threading.Thread(target=api.bus.tend, name="tend", daemon=True).start()
+    api.bus.start()
     return server
 
 
@@ -1829,11 +1882,16 @@ class IntentClient:
         self.base_url = (base_url or os.environ.get("INTENT_BUS_URL") or URL).rstrip("/")
         self.namespace = namespace or os.environ.get("INTENT_BUS_NAMESPACE") or "default"
         self.timeout = timeout
-        place = urllib.parse.urlsplit(self.base_url)
-        if place.scheme not in ("http", "https") or not place.hostname:
-            raise SetupError(f"The URL of a bus is http://HOST:PORT or https://HOST, not {self.base_url!r}.")
-        self._key = api_key or os.environ.get("INTENT_API_KEY") or read_key()
-        if not self._key:
+        try:
+            place = urllib.parse.urlsplit(self.base_url)
+            sound = place.scheme in ("http", "https") and place.hostname and "@" not in place.netloc and place.port != 0
+        except ValueError:
+            sound = False
+        if not sound:
+            shown = self.base_url.rpartition("@")[2]     # what stands before it may be a password
+            raise SetupError(f"The URL of a bus is http://HOST:PORT or https://HOST, with no user in it, not {shown!r}.")
+        self._key = usable_key(api_key or os.environ.get("INTENT_API_KEY") or read_key() or "-", "INTENT_API_KEY")
+        if self._key == "-":
             raise SetupError(f"No key: put the bus's into {KEY_FILE} or INTENT_API_KEY (on the bus's machine it is in "
                              f"{KEY_FILE}, once serve has run).")
         here = place.hostname in ("localhost", "::1") or place.hostname.startswith("127.")
@@ -1904,13 +1962,12 @@ class IntentClient:
 
     def _call(self, method, path, body=None, query=None, headers=None, retries=RETRIES, timeout=None):
         """Return the answer to a request, None for 204, after as many retries as it takes and is given."""
-        url = self.base_url + urllib.parse.quote(path)
-        if query := {name: value for name, value in (query or {}).items() if value is not None}:
-            url += "?" + urllib.parse.urlencode(query, doseq=True)
+        query = {name: value for name, value in (query or {}).items() if value is not None}
         try:
+            url = self.base_url + urllib.parse.quote(path) + ("?" + urllib.parse.urlencode(query, True) if query else "")
             data = None if method == "GET" else b"" if body is None else to_json(body).encode()
         except (TypeError, ValueError) as error:
-            raise Invalid(f"This cannot be sent as JSON: {error}.") from error
+            raise Invalid(f"This cannot be sent as JSON in UTF-8: {error}.") from error
         for attempt in range(retries + 1):
             try:
                 return self._once(method, url, data, headers or {}, timeout or self.timeout)
@@ -1930,7 +1987,8 @@ class IntentClient:
             with self._opener.open(request, timeout=timeout) as response:
                 status, content, got = response.status, response.read(), response.headers
         except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", None) or error
+            reason = getattr(error, "reason", error)
+            reason = getattr(reason, "strerror", None) or reason or type(reason).__name__
             raise Unreachable(f"The bus at {self.base_url} cannot be reached: {reason}.") from error
         if status == 204:
             return None
@@ -1941,12 +1999,12 @@ class IntentClient:
         if 300 <= status < 400:
             raise Unreachable(f"{self.base_url} redirects to {headers.get('Location')}; give that as the bus's URL.")
         try:
-            value = Record(json.loads(content))
-            if status < 300:
-                return value
-            error = dict(value.error)
-        except (ValueError, TypeError, AttributeError):
-            raise Unreachable(f"{self.base_url} answered {status} without JSON: a proxy page answered, not a bus.") from None
+            value = json.loads(content)
+            if status < 300 and isinstance(value, dict):
+                return Record(value)
+            error = dict(value["error"])
+        except (ValueError, TypeError, KeyError):
+            raise Unreachable(f"{self.base_url} answered {status} without its JSON: a proxy page answered, not a bus.") from None
         raised = ERRORS.get(status, Error)(error.pop("message", ""), error.pop("code", None), **error)
         with contextlib.suppress(ValueError):
             raised.details["retry_after"] = min(float(headers.get("Retry-After", "")), RETRY_MAX_SECONDS)
@@ -2354,7 +2412,7 @@ def printable(value):
 
 def duration(words):
     """Return the seconds of 90, 90s, 5m, 2h or 7d."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", words, re.ASCII)
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)", words, re.ASCII)
     if not match:
         raise argparse.ArgumentTypeError(f"{words!r} is not a duration such as 90, 90s, 5m, 2h or 7d")
     return float(match[1]) * UNITS[match[2]]
@@ -2442,7 +2500,7 @@ def serve_command(options):
 def owner_key(path):
     """Return the owner key and where it is from; makes one if there is none."""
     if key := os.environ.get("BUS_SECRET"):
-        return key, "in BUS_SECRET"
+        return usable_key(key, "BUS_SECRET"), "in BUS_SECRET"
     if key := read_key(path):
         return key, f"in {path}"
     return make_key(path), f"new, in {path}"
@@ -2503,7 +2561,7 @@ def payload(words):
                 return given_json(file.read())
         except OSError as error:
             raise SetupError(f"The payload file {words[0][1:]} cannot be read: {error.strerror}.") from error
-    if not words and sys.stdin.isatty():
+    if not words and (sys.stdin is None or sys.stdin.isatty()):
         raise Invalid("There is no payload: give JSON, name=text pairs, @FILE, or redirect stdin.")
     return given_json(sys.stdin.buffer.read())
 
@@ -2568,6 +2626,8 @@ def work_command(options):
     handler = print_payload
     if options.program:
         handler = Program(options.program, options.timeout, options.kill_after, options.max_output, options.result)
+    if options.jobs > JOBS:
+        raise Invalid(f"-j is at most {JOBS}.")
     if not LEASE_RANGE_SECONDS[0] <= options.lease <= LEASE_RANGE_SECONDS[1]:
         raise Invalid("--lease is from 10s to 1h.")
     worker = Worker(client(options), options.goal, handler, concurrency=options.jobs, lease=options.lease, say=say,
@@ -2679,7 +2739,9 @@ def main(arguments=None):
     words = ["--wait=" if word == "--wait" else word for word in words[:end]] + words[end:]     # its value is optional
     options = parser().parse_args(words)
     try:
-        return COMMANDS[options.command][0](options) or 0
+        code = COMMANDS[options.command][0](options) or 0
+        sys.stdout.flush()
+        return code
     except Error as error:
         say(error)
         if isinstance(error, SetupError):
@@ -2687,9 +2749,11 @@ def main(arguments=None):
         return EXIT_CODES.get(error.status, 5)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:     # whoever read our output has had enough
+    except OSError as error:     # our output cannot be written: its reader has had enough, or the disk is full
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        if not isinstance(error, BrokenPipeError):
+            say(error.strerror)
+        return 0 if isinstance(error, BrokenPipeError) else 2
 
 
 if __name__ == "__main__":

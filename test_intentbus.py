@@ -4,12 +4,15 @@ Real parts throughout: a real server on port 0, real processes, a real SQLite fi
 """
 
 import ast
+import base64
 import bisect
 import collections
 import contextlib
+import http.client
 import inspect
 import json
 import os
+import queue
 import re
 import shutil
 import signal
@@ -29,6 +32,7 @@ import intentbus
 from intentbus import API, Bus, Caller, Intent, IntentClient, Keys, Reject, Store, Worker, listen
 
 HERE = Path(__file__).parent
+PROGRAM = str(HERE / "intentbus.py")
 SOURCE = (HERE / "intentbus.py").read_text()
 KEY = "k" * 48
 SLOW = pytest.mark.skipif(not os.environ.get("INTENTBUS_TEST_SLOW"), reason="INTENTBUS_TEST_SLOW is not set")
@@ -337,18 +341,18 @@ def test_what_has_ended_is_deleted_after_its_retention_and_not_before(store):
 
 
 @pytest.mark.parametrize("prepare, sentence", [
-    ("PRAGMA user_version = 999", "was written by a newer intentbus \\(schema 999"),
-    ("CREATE TABLE recipes (name)", "belongs to another program"),
+    (f"PRAGMA application_id = {intentbus.APPLICATION_ID}; PRAGMA user_version = 999", "was written by a newer intentbus \\(schema 999"),
+    ("CREATE TABLE recipes (name); PRAGMA user_version = 1", "belongs to another program"),
 ])
 def test_a_file_of_another_kind_is_refused_and_left_alone(tmp_path, prepare, sentence):
     path = tmp_path / "other.db"
     with contextlib.closing(sqlite3.connect(path)) as db:
-        db.execute(prepare)
+        db.executescript(prepare)
         db.commit()
     before = path.read_bytes()
     with pytest.raises(intentbus.SetupError, match=sentence):
         Store(path)
-    assert path.read_bytes()[100:] == before[100:]
+    assert path.read_bytes() == before
 
 
 def test_what_is_no_database_is_refused_in_words(tmp_path):
@@ -602,7 +606,7 @@ def test_a_list_is_newest_first_in_pages_and_without_payloads(bus, clock):
 @pytest.fixture
 def live(store):
     bus = Bus(store)
-    threading.Thread(target=bus.tend, daemon=True).start()
+    bus.start()
     yield bus
     bus.stop()
 
@@ -752,6 +756,835 @@ def test_a_key_file_that_others_can_reach_is_refused_or_warned_of(tmp_path):
         intentbus.read_key(path)
 
 
+# ---- 7. Fields ----
+NOBODY = "0" * 32     # an id that no intent has
+COMMON = {"x-frame-options": "DENY", "x-content-type-options": "nosniff", "referrer-policy": "no-referrer",
+          "cache-control": "no-store", "x-intent-version": "7.61"}
+
+
+class Served:
+    """A bus on a free port, and ways to talk to it."""
+
+    def __init__(self, folder):
+        self.db = str(folder / "bus.db")
+        self.store = intentbus.Store(self.db)
+        self.api = intentbus.API(intentbus.Bus(self.store), intentbus.Keys(KEY))
+        self.server = intentbus.http_server(self.api, port=0)
+        self.port = self.server.server_port
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self):
+        self.server.close()
+        self.store.close()
+
+    def connect(self):
+        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+
+    def talk(self, data):
+        """Send bytes and return all that comes until the server closes the connection."""
+        with self.connect() as sock:
+            with contextlib.suppress(ConnectionError):
+                sock.sendall(data)
+            return received(sock)
+
+    def send(self, data):
+        """Send bytes and return all responses that come until the server closes the connection."""
+        return responses(self.talk(data))
+
+    def ask(self, method, target, body=b"", key=KEY, **headers):
+        """Return the one response to a request; a body that is not bytes is sent as JSON."""
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        named = {"Host": "x", "Connection": "close", "Content-Length": len(body), "X-API-KEY": key}
+        named.update({name.replace("_", "-"): value for name, value in headers.items()})
+        head = "".join(f"{name}: {value}\r\n" for name, value in named.items() if value is not None)
+        response, = self.send(f"{method} {target} HTTP/1.1\r\n{head}\r\n".encode("latin-1") + body)
+        return response
+
+    def publish(self, **fields):
+        return self.ask("POST", "/intent", dict(dict(goal="g", payload=1), **fields)).json["id"]
+
+    def statuses(self):
+        return [intent["status"] for intent in self.ask("GET", "/intents").json["intents"]]
+
+
+class Response:
+    """What a server answered."""
+
+    def __init__(self, status, headers, body):
+        self.status, self.headers, self.body = status, headers, body
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+
+def received(sock):
+    """Return all bytes until the other side closes."""
+    data = b""
+    while more := sock.recv(65536):
+        data += more
+    return data
+
+
+def responses(data):
+    """Return the responses that these bytes are."""
+    found = []
+    while data:
+        head, end, data = data.partition(b"\r\n\r\n")
+        first, *lines = head.decode("latin-1").split("\r\n")
+        assert end and re.fullmatch(r"HTTP/1\.1 \d{3} [A-Z][A-Za-z ]+", first)
+        headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+        length = int(headers.get("content-length", 0))
+        found.append(Response(int(first.split()[1]), headers, data[:length]))
+        data = data[length:]
+    return found
+
+
+def clear(message):
+    """Whether a message is one sentence for a person: short, with a full stop, and nothing of the inside in it."""
+    inside = r"Traceback|File \"|\n|0x[0-9a-f]{6}|\bsys\.|sqlite|\b[A-Z]\w*(Error|Exception)\b|<class|object at"
+    return 15 <= len(message) <= 320 and message.endswith(".") and not re.search(inside, message)
+
+
+def assert_refusal(response, status, code, *words):
+    """Check what PROTOCOL.md, section 4, says of every error, and that the message has these words."""
+    assert (response.status, response.json["error"]["code"]) == (status, code), response.body
+    assert set(response.json) == {"error"}
+    assert clear(response.json["error"]["message"]), response.body
+    assert [word for word in words if word not in response.json["error"]["message"]] == [], response.body
+    assert_common_headers(response)
+    assert response.headers["content-type"] == "application/json"
+
+
+def assert_common_headers(response):
+    assert {name: response.headers.get(name) for name in COMMON} == COMMON
+    assert re.fullmatch(r"[A-Za-z0-9_.:-]{1,128}", response.headers["x-request-id"])
+
+
+def watch(thing, name):
+    """Return a queue of what each call of a method returns from now on."""
+    calls, method = queue.Queue(), getattr(thing, name)
+
+    def watched(*args, **kwargs):
+        result = method(*args, **kwargs)
+        calls.put(result)
+        return result
+    setattr(thing, name, watched)
+    return calls
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """One bus for all that is refused."""
+    served = Served(tmp_path_factory.mktemp("shared"))
+    yield served
+    served.close()
+
+
+@pytest.fixture
+def strict(shared):
+    """The shared bus; the test fails if the bus is not well after it, or has stored anything."""
+    before = shared.statuses()
+    yield shared
+    assert shared.statuses() == before
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A bus of one test's own."""
+    served = Served(tmp_path)
+    yield served
+    served.close()
+
+
+def case(what, sent, *expected):
+    """Return a row of a table: its name, what is sent, what is expected."""
+    return pytest.param(sent, expected, id=what)
+
+
+def a_publish(**fields):
+    """Return the body of a publish that would be fine but for these fields."""
+    return dict(dict(goal="g", payload=1), **fields)
+
+
+def raw(payload):
+    return b'{"goal": "g", "payload": %s}' % payload
+
+
+BAD_PUBLISHES = (
+    case("no body", b"", "invalid_goal", "goal is required"),
+    case("an empty object", {}, "invalid_goal", "goal is required"),
+    case("goal null", a_publish(goal=None), "invalid_goal", "goal is required"),
+    case("goal a number", a_publish(goal=7), "invalid_goal", "goal", "string", "1", "256"),
+    case("goal a list", a_publish(goal=["g"]), "invalid_goal", "goal", "string"),
+    case("goal empty", a_publish(goal=""), "invalid_goal", "goal", "1", "256"),
+    case("goal blank", a_publish(goal=" \t "), "invalid_goal", "goal", "1", "256"),
+    case("goal of 257", a_publish(goal="g" * 257), "invalid_goal", "goal", "256"),
+    case("goal with a line feed", a_publish(goal="a\nb"), "invalid_goal", "control"),
+    case("goal with NUL", a_publish(goal="a\0b"), "invalid_goal", "control"),
+    case("goal with DEL", a_publish(goal="a\x7fb"), "invalid_goal", "control"),
+    case("goal with C1", a_publish(goal="a\x9bb"), "invalid_goal", "control"),
+    case("payload missing", {"goal": "g"}, "invalid_payload", "payload is required"),
+    case("payload null", a_publish(payload=None), "invalid_payload", "payload is required"),
+    case("namespace a number", a_publish(namespace=1), "invalid_namespace", "namespace", "64"),
+    case("namespace empty", a_publish(namespace=""), "invalid_namespace", "namespace", "64"),
+    case("namespace of 65", a_publish(namespace="n" * 65), "invalid_namespace", "namespace", "64"),
+    case("namespace with a colon", a_publish(namespace="a:b"), "invalid_namespace", "A-Z a-z 0-9 . _ -"),
+    case("namespace with a space", a_publish(namespace="a b"), "invalid_namespace", "namespace"),
+    case("namespace with a line end", a_publish(namespace="a\n"), "invalid_namespace", "namespace"),
+    case("namespace not ASCII", a_publish(namespace="\u0663"), "invalid_namespace", "namespace"),
+    case("visibility unknown", a_publish(visibility="secret"), "invalid_visibility", '"private"', '"public"'),
+    case("visibility a list", a_publish(visibility=["public"]), "invalid_visibility", "visibility"),
+    case("visibility an object", a_publish(visibility={}), "invalid_visibility", "visibility"),
+    case("priority a string", a_publish(priority="5"), "invalid_priority", "priority", "0", "1000"),
+    case("priority true", a_publish(priority=True), "invalid_priority", "priority"),
+    case("priority 1.5", a_publish(priority=1.5), "invalid_priority", "whole"),
+    case("priority -1", a_publish(priority=-1), "invalid_priority", "0", "1000"),
+    case("priority 1001", a_publish(priority=1001), "invalid_priority", "1000"),
+    case("priority 2**63", a_publish(priority=2 ** 63), "invalid_priority", "1000"),
+    case("priority of 4000 digits", a_publish(priority=10 ** 4000), "invalid_priority", "1000"),
+    case("delay negative", a_publish(delay=-0.001), "invalid_delay", "delay", "0"),
+    case("delay over 366 days", a_publish(delay=366 * 86400 + 1), "invalid_delay", "31622400"),
+    case("delay a string", a_publish(delay="5"), "invalid_delay", "number"),
+    case("delay false", a_publish(delay=False), "invalid_delay", "number"),
+    case("delay huge", a_publish(delay=10 ** 400), "invalid_delay", "31622400"),
+    case("run_at a string", a_publish(run_at="tomorrow"), "invalid_run_at", "run_at", "number"),
+    case("run_at negative", a_publish(run_at=-1), "invalid_run_at", "run_at"),
+    case("run_at too late", a_publish(run_at=2 ** 40), "invalid_run_at", "366 days"),
+    case("run_at with delay", a_publish(run_at=1, delay=1), "invalid_run_at", "delay"),
+    case("ttl 0", a_publish(ttl=0), "invalid_ttl", "ttl", "1"),
+    case("ttl over 366 days", a_publish(ttl=1e9), "invalid_ttl", "31622400"),
+    case("ttl an object", a_publish(ttl={}), "invalid_ttl", "number"),
+    case("max_attempts 0", a_publish(max_attempts=0), "invalid_max_attempts", "1", "20"),
+    case("max_attempts 21", a_publish(max_attempts=21), "invalid_max_attempts", "1", "20"),
+    case("max_attempts 3.0", a_publish(max_attempts=3.0), "invalid_max_attempts", "whole"),
+    case("backoff_base 0.5", a_publish(backoff_base=0.5), "invalid_backoff_base", "1", "3600"),
+    case("backoff_base 3601", a_publish(backoff_base=3601), "invalid_backoff_base", "3600"),
+    case("target_worker empty", a_publish(target_worker=""), "invalid_target_worker", "64"),
+    case("target_worker a number", a_publish(target_worker=5), "invalid_target_worker", "64"),
+    case("target_worker with a tab", a_publish(target_worker="a\tb"), "invalid_target_worker", "64"),
+    case("capability with a comma", a_publish(required_capability="a,b"), "invalid_required_capability", "64"),
+    case("capability of 65", a_publish(required_capability="c" * 65), "invalid_required_capability", "64"),
+    case("a mistyped field", a_publish(priorty=5), "invalid_request", "'priorty'", "priority"),
+    case("two unknown fields", a_publish(zzz=1, aaa=2), "invalid_request", "'aaa'"),
+    case("a long unknown field", a_publish(**{"u" * 9999: 1}), "invalid_request", "u" * 60),
+    case("a control character in a field's name", a_publish(**{"a\nb\x1b": 1}), "invalid_request", "Unknown field"),
+)
+
+
+
+@pytest.mark.parametrize("body, expected", BAD_PUBLISHES)
+def test_a_publish_with_a_bad_field_is_refused_and_the_message_names_it(strict, body, expected):
+    response = strict.ask("POST", "/intent", body)
+    assert_refusal(response, 400, *expected)
+
+
+BAD_JSON = (
+    case("cut off", b'{"goal": "g", "payload": ', "invalid_json"),
+    case("not JSON", b"goal=g&payload=1", "invalid_json"),
+    case("single quotes", b"{'goal': 'g'}", "invalid_json"),
+    case("two values", raw(b"1") + b"{}", "invalid_json"),
+    case("a trailing comma", b'{"goal": "g", "payload": 1,}', "invalid_json"),
+    case("a byte order mark", b"\xef\xbb\xbf" + raw(b"1"), "invalid_json"),
+    case("a raw control character", raw(b'"\x01"'), "invalid_json"),
+    case("NaN", raw(b"NaN"), "invalid_json", "NaN"),
+    case("Infinity", raw(b"[Infinity]"), "invalid_json", "Infinity"),
+    case("-Infinity", raw(b"-Infinity"), "invalid_json", "Infinity"),
+    case("1e999", raw(b"1e999"), "invalid_json", "1e999"),
+    case("-1e999 in delay", b'{"goal": "g", "payload": 1, "delay": -1e999}', "invalid_json", "-1e999"),
+    case("an integer of 5000 digits", raw(b"9" * 5000), "invalid_json"),
+    case("an integer of 200000 digits", raw(b"9" * 200000), "invalid_json"),
+    case("a lone high surrogate", raw(b'"\\ud800"'), "invalid_json", "surrogate"),
+    case("a lone low surrogate in a name", raw(b'{"\\udc00": 1}'), "invalid_json", "surrogate"),
+    case("surrogates the wrong way round", raw(b'"\\udc00\\ud800"'), "invalid_json", "surrogate"),
+    case("a raw surrogate", raw(b'"\xed\xa0\x80"'), "invalid_json", "UTF-8"),
+    case("Latin-1", raw(b'"caf\xe9"'), "invalid_json", "UTF-8"),
+    case("UTF-16", json.dumps({"goal": "g"}).encode("utf-16"), "invalid_json", "UTF-8"),
+    case("an overlong slash", raw(b'"\xc0\xaf"'), "invalid_json", "UTF-8"),
+    case("100000 brackets", b"[" * 100000, "invalid_json", "64 levels"),
+    case("100000 brackets in the payload", raw(b"[" * 100000 + b"]" * 100000), "invalid_json", "64 levels"),
+    case("100000 braces", b'{"a":' * 40000, "invalid_json", "64 levels"),
+    case("nesting of 65", raw(b"[" * 64 + b"]" * 64), "invalid_json", "64 levels"),
+    case("100000 closing brackets", b"]" * 100000, "invalid_json"),
+    case("closing, then opening", b"]" * 1000 + b"[" * 1000, "invalid_json"),
+    case("100000 backslashes", b'"' + b"\\" * 100001, "invalid_json"),
+    case("a string", b'"text"', "invalid_request", "JSON object"),
+    case("a list", b"[]", "invalid_request", "JSON object"),
+    case("null", b"null", "invalid_request", "JSON object"),
+    case("a number", b"0", "invalid_request", "JSON object"),
+    case("true", b"true", "invalid_request", "JSON object"),
+)
+
+
+@pytest.mark.parametrize("body, expected", BAD_JSON)
+def test_a_body_that_is_not_a_json_object_is_refused(strict, body, expected):
+    response = strict.ask("POST", "/intent", body)
+    assert_refusal(response, 400, *expected)
+
+
+@pytest.mark.parametrize("path", [f"/{verb}/{NOBODY}" for verb in ("extend_claim", "fulfill", "fail", "release")] + ["/retry"])
+@pytest.mark.parametrize("body, expected", [
+    case("cut off", b'{"claim_token": ', "invalid_json"),
+    case("NaN", b'{"result": NaN}', "invalid_json", "NaN"),
+    case("Latin-1", b'{"error": "caf\xe9"}', "invalid_json", "UTF-8"),
+    case("1000 brackets", b"[" * 1000, "invalid_json", "64 levels"),
+    case("a list", b"[1]", "invalid_request", "JSON object"),
+])
+def test_every_endpoint_with_a_body_refuses_what_is_not_a_json_object(strict, path, body, expected):
+    assert_refusal(strict.ask("POST", path, body), 400, *expected)
+
+
+BAD_REPORTS = (
+    case("seconds 9", ("extend_claim", {"seconds": 9}), "invalid_seconds", "seconds", "10", "3600"),
+    case("seconds 3601", ("extend_claim", {"seconds": 3601}), "invalid_seconds", "10", "3600"),
+    case("seconds a string", ("extend_claim", {"seconds": "60"}), "invalid_seconds", "number"),
+    case("seconds true", ("extend_claim", {"seconds": True}), "invalid_seconds", "number"),
+    case("token a number", ("extend_claim", {"claim_token": 5}), "invalid_claim_token", "claim_token", "string"),
+    case("token a list", ("fulfill", {"claim_token": ["a"]}), "invalid_claim_token", "string"),
+    case("result_type unknown", ("fulfill", {"result_type": "xml"}), "invalid_result_type", '"json"', '"text"'),
+    case("result_type a list", ("fulfill", {"result_type": []}), "invalid_result_type", "result_type"),
+    case("text that is a number", ("fulfill", {"result": 5, "result_type": "text"}), "invalid_result", "string"),
+    case("text that is null", ("fulfill", {"result_type": "text"}), "invalid_result", "string"),
+    case("text that is an object", ("fulfill", {"result": {}, "result_type": "text"}), "invalid_result", "string"),
+    case("token an object", ("fail", {"claim_token": {}}), "invalid_claim_token", "string"),
+    case("error a number", ("fail", {"error": 5}), "invalid_error", "error", "string"),
+    case("error a list", ("fail", {"error": ["it broke"]}), "invalid_error", "string"),
+    case("retry a string", ("fail", {"retry": "false"}), "invalid_retry", "true or false"),
+    case("retry 0", ("fail", {"retry": 0}), "invalid_retry", "true or false"),
+    case("delay negative", ("release", {"delay": -1}), "invalid_delay", "delay", "0"),
+    case("delay too long", ("release", {"delay": 1e12}), "invalid_delay", "31622400"),
+    case("delay a string", ("release", {"delay": "5m"}), "invalid_delay", "number"),
+    case("token false", ("release", {"claim_token": False}), "invalid_claim_token", "string"),
+)
+
+
+@pytest.mark.parametrize("sent, expected", BAD_REPORTS)
+def test_a_report_with_a_bad_field_is_refused_and_the_message_names_it(strict, sent, expected):
+    verb, body = sent
+    assert_refusal(strict.ask("POST", f"/{verb}/{NOBODY}", body), 400, *expected)
+
+
+@pytest.mark.parametrize("body, expected", [
+    case("limit 0", {"limit": 0}, "invalid_limit", "limit", "1", "1000"),
+    case("limit 1001", {"limit": 1001}, "invalid_limit", "1000"),
+    case("limit 1.0", {"limit": 1.0}, "invalid_limit", "whole"),
+    case("limit a string", {"limit": "5"}, "invalid_limit", "whole"),
+    case("goal a list", {"goal": ["a"]}, "invalid_goal", "string"),
+    case("namespace bad", {"namespace": "a b"}, "invalid_namespace", "64"),
+])
+def test_a_retry_of_many_with_a_bad_field_is_refused(strict, body, expected):
+    assert_refusal(strict.ask("POST", "/retry", body), 400, *expected)
+
+
+BAD_QUERIES = (
+    case("wait a word", "POST /claim?wait=long", "invalid_wait", "wait", "0", "60"),
+    case("wait 61", "POST /claim?wait=61", "invalid_wait", "60"),
+    case("wait -1", "POST /claim?wait=-1", "invalid_wait", "0"),
+    case("wait nan", "POST /claim?wait=nan", "invalid_wait", "60"),
+    case("wait inf", "POST /claim?wait=inf", "invalid_wait", "60"),
+    case("wait 1e1", "POST /claim?wait=1e1", "invalid_wait", "60"),
+    case("wait 1_0", "POST /claim?wait=1_0", "invalid_wait", "60"),
+    case("wait in Arabic digits", "POST /claim?wait=%D9%A3", "invalid_wait", "60"),
+    case("wait twice", "POST /claim?wait=0&wait=1", "invalid_wait", "twice"),
+    case("lease 9", "POST /claim?lease=9", "invalid_lease", "10", "3600"),
+    case("lease of 99 digits", "POST /claim?lease=" + "9" * 99, "invalid_lease", "3600"),
+    case("goal of 257", "POST /claim?goal=" + "g" * 257, "invalid_goal", "256"),
+    case("goal blank", "POST /claim?goal=%20", "invalid_goal", "256"),
+    case("goal empty, as of an unset variable", "POST /claim?goal=", "invalid_goal", "256"),
+    case("one goal of two bad", "POST /claim?goal=a&goal=%0A", "invalid_goal", "256"),
+    case("goal with a tab", "POST /claim?goal=a%09b", "invalid_goal", "control"),
+    case("namespace bad", "POST /claim?namespace=a/b", "invalid_namespace", "64"),
+    case("worker_id bad", "POST /claim?worker_id=a%20b", "invalid_worker_id", "64"),
+    case("capabilities bad", "POST /claim?capabilities=gpu,a%20b", "invalid_capabilities", "64"),
+    case("publisher with NUL", "POST /claim?publisher=%00", "invalid_publisher", "256"),
+    case("result wait bad", f"GET /result/{NOBODY}?wait=x", "invalid_wait", "60"),
+    case("result wait 60.5", f"GET /result/{NOBODY}?wait=60.5", "invalid_wait", "60"),
+    case("limit 0", "GET /intents?limit=0", "invalid_limit", "1", "500"),
+    case("limit 501", "GET /intents?limit=501", "invalid_limit", "500"),
+    case("limit 5.0", "GET /intents?limit=5.0", "invalid_limit", "whole"),
+    case("limit a word", "GET /intents?limit=all", "invalid_limit", "500"),
+    case("limit +5", "GET /intents?limit=%2B5", "invalid_limit", "500"),
+    case("status unknown", "GET /intents?status=done", "invalid_status", '"open"', '"dead"'),
+    case("payload yes", "GET /intents?payload=yes", "invalid_payload", "payload", "0", "1"),
+    case("namespace bad in a list", "GET /intents?namespace=%00", "invalid_namespace", "64"),
+    case("a broken escape in the path", "GET /status/%zz", "invalid_request", "percent-encoded"),
+    case("a cut escape in the path", "GET /status/%4", "invalid_request", "percent-encoded"),
+    case("a broken escape in the query", "POST /claim?goal=%zz", "invalid_request", "percent-encoded"),
+    case("a path that is not UTF-8", "GET /status/%ff", "invalid_request", "percent-encoded"),
+    case("a surrogate in the path", "GET /status/%ed%a0%80", "invalid_request", "percent-encoded"),
+    case("a query that is not UTF-8", "POST /claim?goal=%c3", "invalid_request", "percent-encoded"),
+    case("1000 parameters", "POST /claim?" + "&".join(["goal=g"] * 1000), "invalid_request", "100"),
+)
+
+
+@pytest.mark.parametrize("sent, expected", BAD_QUERIES)
+def test_a_bad_path_or_query_is_refused(strict, sent, expected):
+    assert_refusal(strict.ask(*sent.split(" ")), 400, *expected)
+
+
+@pytest.mark.parametrize("target, headers, expected", [
+    ("/claim", {"X_Worker_ID": "a b"}, ("invalid_worker_id", "64")),
+    ("/claim", {"X_Worker_Capabilities": "gpu, a b"}, ("invalid_capabilities", "64")),
+    ("/claim", {"X_Worker_Capability": "c" * 65}, ("invalid_capabilities", "64")),
+    ("/intent", {"Idempotency_Key": "k" * 256}, ("invalid_idempotency_key", "255")),
+    ("/intent", {"Idempotency_Key": ""}, ("invalid_idempotency_key", "1")),
+    ("/intent", {"Idempotency_Key": "a\x85b"}, ("invalid_idempotency_key", "control")),
+])
+def test_a_bad_header_is_refused(strict, target, headers, expected):
+    response = strict.ask("POST", target, a_publish() if target == "/intent" else b"", **headers)
+    assert_refusal(response, 400, *expected)
+
+
+def test_the_largest_values_are_accepted(served):
+    limits = dict(goal="g" * 256, payload=[[]], namespace="n" * 64, visibility="public", priority=1000, delay=366 * 86400,
+                  max_attempts=20, backoff_base=3600, target_worker="a:" * 32, required_capability="c" * 64,
+                  ttl=366 * 86400, reward="anything")
+    assert served.ask("POST", "/intent", limits).status == 201
+    assert served.ask("POST", "/intent", raw(b"[" * 63 + b"]" * 63)).status == 201
+    assert served.ask("POST", "/intent", raw(b'"' + b"[" * 1000 + b'\\"[[["')).status == 201
+    assert served.ask("POST", "/intent", a_publish(payload=10 ** 1000, run_at=None, goal=" g ")).status == 201
+    assert served.statuses() == ["open"] * 4
+
+
+@pytest.mark.parametrize("goal", ["send", "send mail", "\u00e9t\u00e9", "a+b&c=d%"])
+def test_a_list_can_be_narrowed_to_a_goal(served, goal):
+    wanted, _ = served.publish(goal=goal), served.publish(goal="another")
+    response = served.ask("GET", "/intents?goal=" + intentbus.urllib.parse.quote(goal))
+    assert (response.status, [intent["id"] for intent in response.json["intents"]]) == (200, [wanted])
+
+
+# ---- 9. API ----
+
+ROUTES = (
+    ("GET", "/", None), ("GET", "/health", None), ("POST", "/intent", "key"), ("POST", "/claim", "key"),
+    ("POST", f"/extend_claim/{NOBODY}", "id"), ("POST", f"/fulfill/{NOBODY}", "id"), ("POST", f"/fail/{NOBODY}", "id"),
+    ("POST", f"/release/{NOBODY}", "id"), ("GET", f"/status/{NOBODY}", "id"), ("GET", f"/result/{NOBODY}", "id"),
+    ("GET", f"/result/{NOBODY}?wait=5", "id"), ("POST", f"/cancel/{NOBODY}", "id"), ("POST", f"/retry/{NOBODY}", "id"),
+    ("POST", "/retry", "key"), ("GET", "/intents", "key"),
+)
+KEYED = [route[:2] for route in ROUTES if route[2]]
+WITH_ID = [route[:2] for route in ROUTES if route[2] == "id"]
+
+
+@pytest.mark.parametrize("method, path", KEYED)
+def test_no_key_and_an_unknown_key_are_told_apart(strict, method, path):
+    missing, unknown = (strict.ask(method, path, a_publish(), key=key) for key in (None, "wrong"))
+    assert_refusal(missing, 401, "unauthorized")
+    assert_refusal(unknown, 401, "unauthorized")
+    assert missing.json["error"]["message"] == "Missing API key."
+    assert unknown.json["error"]["message"] == "Invalid API key."
+
+
+@pytest.mark.parametrize("headers", [
+    {"X_API_KEY": ""}, {"X_API_KEY": KEY + "x"}, {"X_API_KEY": KEY[:-1]}, {"X_API_KEY": KEY.upper()},
+    {"X_API_KEY": "\xe9\xff"}, {"X_API_KEY": f"{KEY}, {KEY}"}, {"X_API_KEY": "wrong", "Authorization": f"Bearer {KEY}"},
+    {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer "}, {"Authorization": "Bearer"},
+    {"Authorization": "Basic !!!"}, {"Authorization": "Basic"}, {"Authorization": "Basic \xe9"},
+    {"Authorization": "Basic " + base64.b64encode(b"\xff\xfe").decode()},
+    {"Authorization": "Basic " + base64.b64encode(KEY.encode()).decode()},
+], ids=repr)
+def test_a_key_that_is_not_the_bus_s_is_refused(strict, headers):
+    response = strict.ask("GET", "/intents", key=None, **headers)
+    assert_refusal(response, 401, "unauthorized")
+    assert response.json["error"]["message"] == "Invalid API key."
+
+
+@pytest.mark.parametrize("headers", [
+    {"x_api_key": KEY}, {"Authorization": f"Bearer {KEY}"}, {"AUTHORIZATION": f"bearer  {KEY}"},
+    {"Authorization": "Basic " + base64.b64encode(f"anyone:{KEY}".encode()).decode()},
+], ids=repr)
+def test_a_key_is_taken_in_any_of_three_ways(strict, headers):
+    assert strict.ask("GET", "/intents", key=None, **headers).status == 200
+
+
+@pytest.mark.parametrize("method, path", WITH_ID)
+def test_an_unknown_id_is_not_found(strict, method, path):
+    assert_refusal(strict.ask(method, path), 404, "not_found", NOBODY)
+
+
+@pytest.mark.parametrize("intent_id", ["x", "%00", "..", "a/b", "%2e%2e%2fintents", "%C3%A9", "'--", "0" * 31, "0" * 33, "*"])
+def test_an_id_that_is_none_is_not_found(strict, intent_id):
+    assert_refusal(strict.ask("GET", f"/status/{intent_id}"), 404, "not_found")
+
+
+@pytest.mark.parametrize("method, path", [
+    ("GET", "/nothing"), ("POST", "/intent/"), ("GET", "//"), ("GET", "/status"), ("GET", "/status/"), ("POST", "/retry/"),
+    ("GET", "/INTENTS"), ("GET", "/intents/"), ("POST", "/intent%00"), ("OPTIONS", "*"), ("GET", "/health/x"),
+])
+def test_an_unknown_path_is_not_found(strict, method, path):
+    assert_refusal(strict.ask(method, path), 404, "not_found", "path")
+
+
+@pytest.mark.parametrize("method, path", [route[:2] for route in ROUTES])
+def test_a_wrong_method_is_refused_with_those_that_are_right(strict, method, path):
+    response = strict.ask("DELETE", path, a_publish())
+    assert_refusal(response, 405, "method_not_allowed", method)
+    assert method in response.headers["allow"].split(", ")
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "PATCH", "OPTIONS", "TRACE", "BREW", "post"])
+def test_a_publish_is_a_post(strict, method):
+    head, _, _ = strict.talk(post(LENGTH, b"Connection: close").replace(b"POST", method.encode())).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 405 ") and b"\r\nAllow: POST" in head
+
+
+def test_an_error_is_a_code_and_a_message_and_nothing_else(strict):
+    assert set(strict.ask("DELETE", "/intent").json["error"]) == {"code", "message"}
+
+
+@pytest.mark.parametrize("verb", ["extend_claim", "fulfill", "fail", "release"])
+@pytest.mark.parametrize("token", ["", "wrong", "\0", "\u00e9", "0" * 32, "0" * 100000])
+def test_a_wrong_token_changes_nothing(served, verb, token):
+    served.publish()
+    claim = served.ask("POST", "/claim").json
+    response = served.ask("POST", f"/{verb}/{claim['id']}", {"claim_token": token})
+    assert_refusal(response, 404, "not_found", claim["id"])
+    status = served.ask("GET", f"/status/{claim['id']}").json
+    assert (status["status"], status["claim_expires_at"]) == ("claimed", claim["claim_expires_at"])
+
+
+@pytest.mark.parametrize("verb", ["cancel", "retry"])
+def test_what_has_come_to_another_end_is_a_conflict(served, verb):
+    intent_id = served.publish()
+    served.ask("POST", "/claim")
+    served.ask("POST", f"/fulfill/{intent_id}")
+    assert_refusal(served.ask("POST", f"/{verb}/{intent_id}"), 409, "conflict", "fulfilled")
+
+
+def test_an_idempotency_key_for_two_requests_is_refused(served):
+    first, same, other = (served.ask("POST", "/intent", a_publish(payload=payload), Idempotency_Key="k")
+                          for payload in ({"a": 1, "b": 2}, {"b": 2, "a": 1}, {"a": 1}))
+    assert (first.status, first.body) == (same.status, same.body)
+    assert_refusal(other, 422, "idempotency_conflict", "Key reused with different payload")
+    assert served.statuses() == ["open"]
+
+
+def test_a_body_over_the_limit_is_refused_before_it_is_sent(strict):
+    largest = 256 * 1024
+    head = "POST /intent HTTP/1.1\r\nHost: x\r\nX-API-KEY: %s\r\nContent-Length: %s\r\n\r\n"
+    for length in (largest + 1, 10 ** 12, 10 ** 30):
+        response, = strict.send((head % (KEY, length)).encode())
+        assert_refusal(response, 413, "payload_too_large", str(largest))
+        assert response.headers["connection"] == "close"
+    assert_refusal(strict.ask("POST", "/intent", b" " * largest), 400, "invalid_goal")
+
+
+def test_a_body_that_was_sent_although_over_the_limit_is_refused_in_words(strict):
+    assert_refusal(strict.ask("POST", "/intent", b"[" * 3_000_000), 413, "payload_too_large", str(256 * 1024))
+
+
+# ---- 10. Server ----
+
+BODY = b'{"goal":"g","payload":1}'
+SMUGGLED = (b"POST /intent HTTP/1.1\r\nHost: x\r\nX-API-KEY: %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s"
+            % (KEY.encode(), len(BODY), BODY))
+
+
+def post(*lines, end=b"\r\n"):
+    """Return a publish with these header lines after the necessary ones, and the body."""
+    return end.join((b"POST /intent HTTP/1.1", b"Host: x", b"X-API-KEY: " + KEY.encode(), *lines, b"", b"")) + BODY
+
+
+def get(line, *lines):
+    """Return a request of this request line and header lines."""
+    return b"\r\n".join((line, *lines, b"", b""))
+
+
+LENGTH = b"Content-Length: %d" % len(BODY)
+HEALTH = b"GET /health HTTP/1.1"
+FRAMING = (
+    case("two lengths", post(LENGTH, b"Content-Length: 0"), 400, "Content-Length", "twice"),
+    case("two equal lengths", post(LENGTH, LENGTH), 400, "Content-Length", "twice"),
+    case("two lengths of other case", post(LENGTH, b"content-LENGTH: 0"), 400, "twice"),
+    case("a list of lengths", post(b"Content-Length: 24, 24"), 400, "Content-Length", "digits"),
+    case("length and chunked", post(LENGTH, b"Transfer-Encoding: chunked"), 400, "Transfer-Encoding"),
+    case("chunked and length 0", post(b"Transfer-Encoding: chunked", b"Content-Length: 0"), 400, "Transfer-Encoding"),
+    case("two transfer encodings", post(b"Transfer-Encoding: x", b"Transfer-Encoding: chunked"), 400, "twice"),
+    case("chunked", post(b"Transfer-Encoding: chunked"), 411, "Content-Length", "chunked"),
+    case("identity", post(b"Transfer-Encoding: identity"), 411, "Content-Length"),
+    case("chunked in a GET", get(HEALTH, b"Host: x", b"transfer-encoding: \tChunked"), 411, "Content-Length"),
+    case("an empty transfer encoding", post(LENGTH, b"Transfer-Encoding:"), 400, "Transfer-Encoding"),
+    case("length +5", post(b"Content-Length: +24"), 400, "digits"),
+    case("length -1", post(b"Content-Length: -1"), 400, "digits"),
+    case("length 1_0", post(b"Content-Length: 2_4"), 400, "digits"),
+    case("length 0x18", post(b"Content-Length: 0x18"), 400, "digits"),
+    case("length 24.0", post(b"Content-Length: 24.0"), 400, "digits"),
+    case("length empty", post(b"Content-Length:"), 400, "digits"),
+    case("length with a space inside", post(b"Content-Length: 2 4"), 400, "digits"),
+    case("length in superscript", post(b"Content-Length: \xb2"), 400, "digits"),
+    case("a space before the colon", post(b"Content-Length : 24"), 400, "colon"),
+    case("a tab before the colon", post(b"Content-Length\t: 24"), 400, "colon"),
+    case("no colon", post(LENGTH, b"Nonsense"), 400, "Name: value"),
+    case("no name", post(LENGTH, b": value"), 400, "Name: value"),
+    case("a space in a name", post(LENGTH, b"X A: b"), 400, "Name: value"),
+    case("a name not ASCII", post(LENGTH, b"X-\xe9: b"), 400, "Name: value"),
+    case("NUL in a name", post(LENGTH, b"X\0: b"), 400, "control"),
+    case("NUL in a value", post(LENGTH, b"X: a\0b"), 400, "control"),
+    case("a bare CR in a value", post(LENGTH, b"X: a\rContent-Length: 0"), 400, "control"),
+    case("CR CR LF", post(LENGTH + b"\r"), 400, "control"),
+    case("a bare LF in a value", post(LENGTH, b"X: a\nContent-Length: 0"), 400, "control"),
+    case("only bare LF", post(LENGTH, end=b"\n"), 400),
+    case("a bare LF at the end", post(LENGTH)[:-len(BODY) - 4] + b"\n\n" + BODY, 400),
+    case("a bare LF before the empty line", post(LENGTH)[:-len(BODY) - 4] + b"\n\r\n" + BODY, 400),
+    case("a bare LF for the empty line", post(LENGTH)[:-len(BODY) - 4] + b"\r\n\n" + BODY, 400),
+    case("a request line that ends in LF", b"GET /health HTTP/1.1\nHost: x\r\n\r\n", 400),
+    case("ESC in a value", post(LENGTH, b"X: \x1b[2J"), 400, "control"),
+    case("DEL in a value", post(LENGTH, b"X: \x7f"), 400, "control"),
+    case("a folded line", post(LENGTH, b"X: a", b" Content-Length: 0"), 400),
+    case("a folded line with a tab", post(LENGTH, b"X: a", b"\tb"), 400),
+    case("a folded first header line", b"GET /health HTTP/1.1\r\n Host: x\r\n\r\n", 400),
+    case("no Host", get(HEALTH), 400, "Host"),
+    case("two Hosts", get(HEALTH, b"Host: x", b"Host: x"), 400, "Host", "twice"),
+    case("two Hosts in HTTP/1.0", get(b"GET /health HTTP/1.0", b"Host: x", b"HOST: y"), 400, "twice"),
+    case("no version", get(b"GET /health", b"Host: x"), 400, "METHOD /path HTTP/1.1"),
+    case("HTTP/0.9", get(b"GET /health HTTP/0.9", b"Host: x"), 400, "HTTP/1.1"),
+    case("HTTP/1.2", get(b"GET /health HTTP/1.2", b"Host: x"), 400, "HTTP/1.1"),
+    case("HTTP/2.0", get(b"GET /health HTTP/2.0", b"Host: x"), 400, "HTTP/1.1"),
+    case("the preface of HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400, "HTTP/1.1"),
+    case("http/1.1", get(b"GET /health http/1.1", b"Host: x"), 400, "HTTP/1.1"),
+    case("HTTP/1.1 and a space", get(HEALTH + b" ", b"Host: x"), 400, "HTTP/1.1"),
+    case("two spaces", get(b"GET  /health HTTP/1.1", b"Host: x"), 400, "METHOD /path"),
+    case("a tab for a space", get(b"GET\t/health\tHTTP/1.1", b"Host: x"), 400, "METHOD /path"),
+    case("a space in the path", get(b"GET /hea lth HTTP/1.1", b"Host: x"), 400, "METHOD /path"),
+    case("a path not ASCII", get(b"GET /caf\xc3\xa9 HTTP/1.1", b"Host: x"), 400, "METHOD /path"),
+    case("a path without a slash", get(b"GET health HTTP/1.1", b"Host: x"), 400, "/path"),
+    case("NUL in the path", get(b"GET /hea\0lth HTTP/1.1", b"Host: x"), 400, "/path"),
+    case("another scheme", get(b"GET ftp://x/health HTTP/1.1", b"Host: x"), 400, "/path"),
+    case("CONNECT", get(b"CONNECT x:80 HTTP/1.1", b"Host: x"), 400, "/path"),
+    case("a method with a colon", get(b"GE:T /health HTTP/1.1", b"Host: x"), 400, "METHOD"),
+    case("TLS", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400, "METHOD"),
+    case("a response", b"HTTP/1.1 200 OK\r\nHost: x\r\n\r\n", 400, "METHOD"),
+    case("a header line of 9 KB", get(HEALTH, b"Host: x", b"X: " + b"a" * 9216), 431, "8192"),
+    case("a request line of 9 KB", get(b"GET /" + b"a" * 9216 + b" HTTP/1.1", b"Host: x"), 431, "8192"),
+    case("101 headers", get(HEALTH, b"Host: x", *(b"X: a" for _ in range(100))), 431, "100"),
+    case("1000 headers", get(HEALTH, b"Host: x", *(b"X: a" for _ in range(1000))), 431, "100"),
+    case("an endless line", b"GET /" + b"a" * 2_000_000, 431),
+)
+CODES = {400: "invalid_request", 411: "length_required", 431: "headers_too_large"}
+
+
+@pytest.mark.parametrize("attack, expected", FRAMING)
+def test_what_can_be_read_in_two_ways_is_refused_and_nothing_behind_it_is_read(strict, attack, expected):
+    status, *words = expected
+    response, = strict.send(attack + SMUGGLED)
+    assert_refusal(response, status, CODES[status], *words)
+    assert response.headers["connection"] == "close"
+
+
+@pytest.mark.parametrize("target", [b"http://example.com/health", b"http://example.com:80/health?x", b"https://x/health",
+                                    b"HTTP://x/health", b"http://x", b"http://x?y"])
+def test_an_absolute_target_is_accepted(strict, target):
+    response, = strict.send(get(b"GET %s HTTP/1.1" % target, b"Host: x", b"Connection: close"))
+    assert response.status == 200
+
+
+@pytest.mark.parametrize("data", [
+    get(HEALTH, b"Host: x", b"Connection: close", *(b"X: a" for _ in range(98))),
+    get(HEALTH, b"Host: x", b"Connection: close", b"X: " + b"a" * 8189),
+    b"\r\n\r\n\r\n" + get(HEALTH, b"Host: x", b"Connection: close"),
+    get(HEALTH, b"Host: x", b"Connection: close", b"X:\t a \t", b"Y:", b"Z: caf\xe9", b"A: a:b"),
+    get(HEALTH, b"host:x", b"CONNECTION:close", b"content-length: 000"),
+], ids=["100 headers", "a line of 8 KiB", "empty lines before it", "odd values", "odd names"])
+def test_what_is_odd_but_clear_is_accepted(strict, data):
+    response, = strict.send(data)
+    assert response.status == 200
+
+
+@pytest.mark.parametrize("half", [
+    b"", b"\r\n", b"G", b"GET /health HTTP/1.1\r\n", b"GET /health HTTP/1.1\r\nHost: x\r\n",
+    post(b"Content-Length: 1000"), post(LENGTH)[:-1], post(LENGTH, b"Expect: 100-continue")[:-len(BODY)],
+])
+def test_a_client_that_leaves_in_the_middle_of_a_request_has_asked_nothing(strict, half):
+    with strict.connect() as sock:
+        sock.sendall(half)
+        sock.shutdown(socket.SHUT_WR)
+        assert received(sock) in (b"", b"HTTP/1.1 100 Continue\r\n\r\n")
+
+
+@pytest.mark.parametrize("half", [b"GET /health HT", post(LENGTH)[:-1]], ids=["head", "body"])
+def test_a_request_that_does_not_arrive_in_time_is_given_up(served, monkeypatch, half):
+    monkeypatch.setattr(intentbus, "HEAD_SECONDS", 0.05)
+    monkeypatch.setattr(intentbus, "BODY_SECONDS", 0.05)
+    response, = served.send(half)
+    assert_refusal(response, 408, "timeout", "in time")
+    assert response.headers["connection"] == "close"
+
+
+def test_one_connection_too_many_is_told_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(intentbus, "CONNECTIONS", 1)
+    served = Served(tmp_path)
+    with contextlib.closing(served), served.connect() as first:
+        first.sendall(get(HEALTH, b"Host: x"))
+        assert first.recv(9) == b"HTTP/1.1 "
+        response, = served.send(b"")
+    assert_refusal(response, 503, "too_many_connections", "connections")
+    assert int(response.headers["retry-after"]) > 0
+
+
+@pytest.mark.parametrize("status, lines", [(413, (b"Content-Length: 999999999",)), (411, (b"Transfer-Encoding: chunked",))])
+def test_a_request_refused_for_its_length_keeps_its_request_id(strict, status, lines):
+    response, = strict.send(post(b"X-Request-ID: mine-1", *lines)[:-len(BODY)])
+    assert (response.status, response.headers["x-request-id"]) == (status, "mine-1")
+
+
+def test_a_claim_cannot_keep_the_bus_busy_with_its_lanes(strict):
+    goals = "&".join(f"goal=none{number}" for number in range(90))
+    capabilities = ",".join(f"c{number}" for number in range(1300))
+    response = strict.ask("POST", f"/claim?{goals}", X_Worker_Capabilities=capabilities, X_Worker_ID="w")
+    assert response.status == 400     # 470,000 lanes to look at, while nobody else can write
+
+
+def test_a_connection_for_which_there_is_no_thread_is_not_counted_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(intentbus, "CONNECTIONS", 1)
+    served = Served(tmp_path)
+    def no_thread(self):
+        raise RuntimeError("can't start new thread")
+    with contextlib.closing(served):
+        with monkeypatch.context() as broken:
+            broken.setattr(threading.Thread, "start", no_thread)
+            with contextlib.suppress(ConnectionError):
+                served.talk(b"")
+        assert served.ask("GET", "/health").status == 200
+
+
+def test_a_connection_serves_several_requests(served):
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=10)
+    with contextlib.closing(connection):
+        statuses, sockets = [], set()
+        for method, path, body in (("POST", "/intent", BODY), ("GET", "/nothing", None), ("POST", "/intent", b"["),
+                                   ("POST", "/claim", b""), ("POST", "/claim", b""), ("GET", "/health", None)):
+            connection.request(method, path, body, {"X-API-KEY": KEY})
+            sockets.add(connection.sock)
+            with connection.getresponse() as response:
+                response.read()
+                statuses.append(response.status)
+    assert statuses == [201, 404, 400, 200, 204, 200]
+    assert len(sockets) == 1
+
+
+def test_pipelined_requests_are_answered_in_order(served):
+    numbered = [post(LENGTH, b"X-Request-ID: %d" % number) for number in range(20)]
+    last = get(b"GET /intents HTTP/1.1", b"Host: x", b"X-API-KEY: " + KEY.encode(), b"X-Request-ID: 20", b"Connection: close")
+    answers = served.send(b"".join(numbered) + last)
+    assert [answer.headers["x-request-id"] for answer in answers] == [str(number) for number in range(21)]
+    assert {intent["id"] for intent in answers[-1].json["intents"]} == {answer.json["id"] for answer in answers[:-1]}
+
+
+def test_a_request_in_single_bytes_is_understood(served):
+    with served.connect() as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for byte in b"\r\n\r\n" + post(LENGTH, b"Connection: close"):
+            sock.send(bytes([byte]))
+        response, = responses(received(sock))
+    assert response.status == 201
+
+
+@pytest.mark.parametrize("path, status", [("/", 200), ("/health", 200), ("/intents", 200), (f"/status/{NOBODY}", 404),
+                                          ("/claim", 405)])
+def test_head_is_get_without_the_body(strict, path, status):
+    lines = (b"Host: x", b"X-API-KEY: " + KEY.encode(), b"Connection: close")
+    head, _, body = strict.talk(get(b"HEAD %s HTTP/1.1" % path.encode(), *lines)).partition(b"\r\n\r\n")
+    response, = strict.send(get(b"GET %s HTTP/1.1" % path.encode(), *lines))
+    assert (head.split()[1], response.status, body) == (b"%d" % status, status, b"")
+    assert b"\r\nContent-Length: %d\r\n" % len(response.body) in head
+
+
+def test_a_client_that_waits_to_send_its_body_is_told_to_go_on(served):
+    request = post(LENGTH, b"Expect: 100-continue", b"Connection: close")
+    with served.connect() as sock, sock.makefile("rb") as answers:
+        sock.sendall(request[:-len(BODY)])
+        assert (answers.readline(), answers.readline()) == (b"HTTP/1.1 100 Continue\r\n", b"\r\n")
+        sock.sendall(BODY)
+        response, = responses(answers.read())
+    assert response.status == 201
+
+
+def test_a_client_that_waits_to_send_too_much_is_refused_instead(strict):
+    response, = strict.send(post(b"Content-Length: 300000", b"Expect: 100-continue")[:-len(BODY)])
+    assert_refusal(response, 413, "payload_too_large")
+
+
+@pytest.mark.parametrize("lines", [(), (b"Host: x",), (b"Connection: close",)])
+def test_http_1_0_closes(strict, lines):
+    response, = strict.send(get(b"GET /health HTTP/1.0", *lines) + SMUGGLED)
+    assert (response.status, response.headers["connection"]) == (200, "close")
+
+
+def test_http_1_0_is_not_told_to_continue(served):
+    answers = served.send(post(LENGTH, b"Expect: 100-continue").replace(b"HTTP/1.1", b"HTTP/1.0"))
+    assert [answer.status for answer in answers] == [201]
+
+
+@pytest.mark.parametrize("request_id", ["a", "Trace_1.2:3-4", "x" * 128])
+def test_a_request_id_is_echoed(strict, request_id):
+    for path in ("/health", "/nothing"):
+        assert strict.ask("GET", path, X_Request_ID=request_id).headers["x-request-id"] == request_id
+
+
+@pytest.mark.parametrize("request_id", ["", "a b", "x" * 129, "\xe9", "a;b", '"', None])
+def test_a_request_id_that_is_none_is_replaced(strict, request_id):
+    one, other = (strict.ask("GET", "/health", X_Request_ID=request_id).headers["x-request-id"] for _ in range(2))
+    assert re.fullmatch(r"[A-Za-z0-9_.:-]{1,128}", one)
+    assert len({one, other, request_id}) == 3
+
+
+def test_every_answer_has_the_common_headers(served):
+    served.publish()
+    for method, path in (("GET", "/"), ("GET", "/health"), ("GET", "/intents"), ("POST", "/claim"), ("POST", "/claim")):
+        assert_common_headers(served.ask(method, path))
+
+
+def test_nothing_to_claim_is_204_with_a_pause_and_no_body(strict):
+    response = strict.ask("POST", "/claim?goal=nothing")
+    assert (response.status, response.body, response.headers["retry-after"]) == (204, b"", "1")
+    assert not {"content-type", "content-length", "transfer-encoding"} & set(response.headers)
+
+
+def test_the_home_page_and_health_need_no_key(strict):
+    home, health = (strict.ask("GET", path, key=None) for path in ("/", "/health"))
+    assert (home.status, home.headers["content-type"]) == (200, "text/plain; charset=utf-8")
+    assert intentbus.__version__ in home.body.decode().splitlines()[0]
+    assert (health.status, health.json["ok"], health.json["version"]) == (200, True, intentbus.__version__)
+
+
+@pytest.mark.parametrize("query", ["wait=20", "wait=20&goal=g", "wait=60&goal=a&goal=g"])
+def test_nothing_is_claimed_for_a_client_that_hung_up_while_it_waited(served, query):
+    attempts, answers = watch(served.store, "claim"), watch(served.api, "handle")
+    with served.connect() as sock:
+        sock.sendall(get(f"POST /claim?{query} HTTP/1.1".encode(), b"Host: x", b"X-API-KEY: " + KEY.encode()))
+        assert attempts.get(timeout=10) is None     # it waits now
+    intent_id = served.publish()
+    assert sorted(answers.get(timeout=10).status for _ in range(2)) == [201, 204]
+    status = served.ask("GET", f"/status/{intent_id}").json
+    assert (status["status"], status["claim_attempts"]) == ("open", 0)
+
+
+def test_nothing_is_claimed_for_a_client_that_sent_more_and_hung_up(served):
+    attempts, answers = watch(served.store, "claim"), watch(served.api, "handle")
+    with served.connect() as sock:
+        sock.sendall(get(b"POST /claim?wait=20 HTTP/1.1", b"Host: x", b"X-API-KEY: " + KEY.encode()))
+        assert attempts.get(timeout=10) is None
+        sock.sendall(b"\r\n")
+    intent_id = served.publish()
+    assert sorted(answers.get(timeout=10).status for _ in range(2)) == [201, 204]
+    assert served.ask("GET", f"/status/{intent_id}").json["status"] == "open"
+
+
+def test_work_goes_to_the_next_client_when_the_first_has_hung_up(served):
+    attempts = watch(served.store, "claim")
+    wait = get(b"POST /claim?wait=20 HTTP/1.1", b"Host: x", b"X-API-KEY: " + KEY.encode(), b"Connection: close")
+    with served.connect() as gone, served.connect() as there:
+        gone.sendall(wait)
+        attempts.get(timeout=10)
+        there.sendall(wait)
+        attempts.get(timeout=10)
+        gone.close()
+        intent_id = served.publish()
+        response, = responses(received(there))
+    assert (response.status, response.json["id"], response.json["claim_attempts"]) == (200, intent_id, 1)
+
+
 # ---- 11. Client ----
 
 class Proxy:
@@ -847,13 +1680,13 @@ def test_a_lost_answer_to_a_report_is_asked_for_again(client, server, impatient)
 def test_a_bus_that_stays_away_is_unreachable_in_words(impatient):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    with pytest.raises(intentbus.Unreachable, match=f"The bus at http://127.0.0.1:{port} cannot be reached: .*refused"):
+    with pytest.raises(intentbus.Unreachable, match=f"The bus at http://127.0.0.1:{port} cannot be reached: Connection refused"):
         IntentClient(f"http://127.0.0.1:{port}", KEY).get_status("x")
 
 
 @pytest.mark.parametrize("answer, sentence", [
     (b"HTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\n<html>Log in", "a proxy page answered, not a bus"),
-    (b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n", "answered 502 without JSON"),
+    (b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n", "answered 502 without its JSON"),
     (b"HTTP/1.1 302 Found\r\nLocation: https://x.example/\r\nContent-Length: 0\r\n\r\n", "redirects to https://x.example/"),
     (b"SSH-2.0-OpenSSH_9.2\r\n", "cannot be reached"),
     (b"", "cannot be reached"),
@@ -881,7 +1714,7 @@ def test_where_the_client_finds_its_settings(monkeypatch, tmp_path):
     key = intentbus.make_key()
     found = IntentClient()
     assert (found.base_url, found.namespace, found._key) == ("http://127.0.0.1:1", "home", key)
-    with pytest.raises(intentbus.SetupError, match="not 'ftp://x'"):
+    with pytest.raises(intentbus.SetupError, match="The URL of a bus is http://HOST:PORT"):
         IntentClient("ftp://x")
 
 
@@ -1090,20 +1923,20 @@ class Serve:
         for name in ("INTENT_API_KEY", "INTENT_BUS_URL", "INTENT_BUS_NAMESPACE", "BUS_SECRET", "BUS_DB_PATH"):
             self.env.pop(name, None)
         self.home = home
-        self.process = subprocess.Popen([sys.executable, HERE / "intentbus.py", "serve", "--port", "0", *arguments], cwd=home,
+        self.process = subprocess.Popen([sys.executable, PROGRAM, "serve", "--port", "0", *arguments], cwd=home,
                                         env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.url = self.process.stdout.readline().strip()
         self.env["INTENT_BUS_URL"] = self.url
 
     def run(self, *arguments, **options):
         """Run a command to its end."""
-        return subprocess.run([sys.executable, HERE / "intentbus.py", *arguments], cwd=self.home, env=self.env, timeout=60,
+        return subprocess.run([sys.executable, PROGRAM, *arguments], cwd=self.home, env=self.env, timeout=60,
                               capture_output=True, text=True, **dict({"stdin": subprocess.DEVNULL}, **options)
                               if "input" not in options else options)
 
     def start(self, *arguments):
         """Start a command."""
-        return subprocess.Popen([sys.executable, HERE / "intentbus.py", *arguments], cwd=self.home, env=self.env, text=True,
+        return subprocess.Popen([sys.executable, PROGRAM, *arguments], cwd=self.home, env=self.env, text=True,
                                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def stop(self):
@@ -1252,6 +2085,204 @@ def test_what_is_printed_cannot_command_the_terminal(serve):
     client.fail(intent.id, intent.claim_token, "\x1b]0;owned\x07\x1b[2J\nsecond line", retry=False)
     for output in (serve.run("list", "--status", "dead").stdout, serve.run("result", intent.id).stderr):
         assert "\\x1b]0;owned\\x07" in output and not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", output)
+
+
+def run(*arguments, stdin=b"", **environment):
+    """Run a command as a process; return its exit code, stdout and stderr."""
+    env = dict({name: value for name, value in os.environ.items() if not name.startswith(("INTENT_", "BUS_"))}, **environment)
+    try:
+        done = subprocess.run([sys.executable, PROGRAM, *arguments], input=stdin, env=env, capture_output=True, timeout=10)
+    except subprocess.TimeoutExpired:
+        return None, "", "It did not end."
+    return done.returncode, done.stdout.decode(), done.stderr.decode(errors="replace")
+
+
+def assert_complaint(outcome, code, *words):
+    """Check that a command failed with this exit code, nothing on stdout, and one helpful sentence at the end of stderr."""
+    exit_code, out, err = outcome
+    assert (exit_code, out, "Traceback" in err) == (code, "", False), err
+    last = err.rstrip("\n").rpartition("\n")[2]
+    assert re.match(r"intentbus(\.py)?( \w+)?: ", last), err
+    assert [word for word in words if word not in last] == [], err
+    assert not re.search(r"\b[A-Z]\w*(Error|Exception)\b|Errno|\bsys\.|object at", last), err
+
+
+def foreign_files(folder):
+    """Put files into a folder that are no database of this bus, and return their paths."""
+    for name, statements in (("newer.db", "PRAGMA user_version = 999"), ("other.db", "CREATE TABLE contacts (name TEXT)"),
+                             ("version1.db", "CREATE TABLE contacts (name TEXT); PRAGMA user_version = 1")):
+        with contextlib.closing(sqlite3.connect(folder / name)) as db:
+            db.executescript(statements)
+    (folder / "text.db").write_text("Dear diary, this is not a database. " * 100)
+    return [folder / name for name in ("newer.db", "other.db", "version1.db", "text.db")]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with what commands may stumble over."""
+    folder = tmp_path_factory.mktemp("place")
+    foreign_files(folder)
+    (folder / "folder").mkdir()
+    (folder / "large.json").write_text(json.dumps("x" * 300_000))
+    (folder / "latin1.json").write_bytes(b'"caf\xe9"')
+    for name, key in (("good.key", KEY), ("wrong.key", "wrong"), ("empty.key", "")):
+        (folder / name).write_text(key)
+        (folder / name).chmod(0o600)
+    (folder / "link.key").symlink_to(folder / "good.key")
+    return folder
+
+
+def fill(words, strict, place):
+    """Return a command line with the places of the table filled in."""
+    return [word.format(dir=place, port=strict.port, db=strict.db, nobody=NOBODY) for word in words.split()]
+
+
+def test_a_file_that_is_not_the_bus_s_is_left_as_it_was(tmp_path):
+    for path in foreign_files(tmp_path):
+        before = path.read_bytes()
+        with pytest.raises(intentbus.SetupError):
+            intentbus.Bus(intentbus.Store(str(path)))
+        assert path.read_bytes() == before, path.name
+
+
+BAD_COMMANDS = (
+    case("no command", "", 2, "COMMAND"),
+    case("an unknown command", "frobnicate", 2, "frobnicate"),
+    case("serve: port in use", "serve --port {port} --db {dir}/new1.db", 2, "listen", "{port}", "--port"),
+    case("serve: port too high", "serve --port 99999 --db {dir}/new2.db", 2, "99999", "--port"),
+    case("serve: port a word", "serve --port http", 2, "--port", "http"),
+    case("serve: host unknown", "serve --host no.such.host.invalid --port 0 --db {dir}/new3.db", 2, "no.such.host.invalid"),
+    case("serve: database in no folder", "serve --port 0 --db {dir}/missing/served.db", 2, "{dir}/missing/served.db"),
+    case("serve: database a folder", "serve --port 0 --db {dir}/folder", 2, "{dir}/folder"),
+    case("serve: database of a newer schema", "serve --port 0 --db {dir}/newer.db", 2, "newer"),
+    case("serve: database of another program", "serve --port 0 --db {dir}/other.db", 2, "{dir}/other.db"),
+    case("serve: database of another program, with a version", "serve --port 0 --db {dir}/version1.db", 2, "{dir}/version1.db"),
+    case("serve: database not one", "serve --port 0 --db {dir}/text.db", 2, "{dir}/text.db"),
+    case("serve: database served already", "serve --port 0 --db {db}", 2, "{db}"),
+    case("serve: key file in no folder", "serve --port 0 --key-file {dir}/missing/key", 2, "{dir}/missing/key"),
+    case("serve: key file empty", "serve --port 0 --key-file {dir}/empty.key", 2, "{dir}/empty.key"),
+    case("serve: key file a link", "serve --port 0 --key-file {dir}/link.key", 2, "{dir}/link.key"),
+    case("serve: key file a folder", "serve --port 0 --key-file {dir}/folder", 2, "{dir}/folder"),
+    case("serve: max-body 0", "serve --max-body 0", 2, "--max-body", "1"),
+    case("serve: retention bad", "serve --retention soon", 2, "--retention", "7d"),
+    case("serve: argument unknown", "serve --nonsense", 2, "--nonsense"),
+    case("publish nothing", "publish", 2, "goal"),
+    case("publish bad JSON", "publish g {{", 2, "{{", "JSON"),
+    case("publish a bare word", "publish g hello", 2, "hello", "quotes"),
+    case("publish NaN", "publish g NaN", 2, "NaN"),
+    case("publish two values", "publish g 1 2", 2, "one JSON value"),
+    case("publish a pair of bad JSON", "publish g a:=b", 2, "'b'"),
+    case("publish nothing on stdin", "publish g", 2, "JSON"),
+    case("publish a missing file", "publish g @{dir}/missing", 2, "{dir}/missing"),
+    case("publish a folder", "publish g @{dir}/folder", 2, "{dir}/folder"),
+    case("publish Latin-1", "publish g @{dir}/latin1.json", 2, "UTF-8"),
+    case("publish with a bad delay", "publish g 1 --delay 5x", 2, "--delay", "5m"),
+    case("publish with a negative delay", "publish g 1 --delay=-5", 2, "--delay", "5m"),
+    case("publish with an endless delay", "publish g 1 --delay " + "9" * 400, 2, "delay"),
+    case("publish with a bad wait", "publish g 1 --wait=soon", 2, "--wait", "5m"),
+    case("publish with a bad priority", "publish g 1 --priority high", 2, "--priority", "high"),
+    case("publish over a limit", "publish g 1 --priority 1001", 2, "priority", "1000"),
+    case("publish with a bad namespace", "publish g 1 --namespace a/b", 2, "namespace", "64"),
+    case("publish too large", "publish g @{dir}/large.json", 6, "262144"),
+    case("publish with no key file", "publish g 1 --key-file {dir}/missing", 2, "{dir}/missing"),
+    case("publish with an unknown key", "publish g 1 --key-file {dir}/wrong.key", 4, "Invalid API key."),
+    case("publish to no URL", "publish g 1 --url bus.example.com", 2, "http://HOST:PORT"),
+    case("publish to a broken URL", "publish g 1 --url http://[::1", 2, "http://[::1"),
+    case("publish to no port", "publish g 1 --url http://127.0.0.1:99999", 2, "99999"),
+    case("publish to a port in words", "publish g 1 --url http://127.0.0.1:http", 2, "127.0.0.1:http"),
+    case("work without the program", "work --goal g -- {dir}/missing", 2, "{dir}/missing"),
+    case("work with a folder for a program", "work --goal g -- {dir}/folder", 2, "{dir}/folder"),
+    case("work with a bad timeout", "work --goal g --timeout x", 2, "--timeout", "5m"),
+    case("work with a short lease", "work --goal g --lease 5s", 2, "--lease", "10s", "1h"),
+    case("work with no jobs", "work --goal g -j 0", 2, "-j", "1"),
+    case("work with an unknown result", "work --goal g --result xml", 2, "--result", "json"),
+    case("work with an unknown key", "work --goal g --drain --key-file {dir}/wrong.key", 4, "Invalid API key."),
+    case("work with a bad goal", "work --drain --goal " + "g" * 257, 2, "goal", "256"),
+    case("work for no goal, as of an unset variable", "work --drain --goal=", 2, "goal"),
+    case("status of nothing", "status", 2, "id"),
+    case("status of an unknown id", "status {nobody}", 3, "{nobody}"),
+    case("status with an unknown key", "status {nobody} --key-file {dir}/wrong.key", 4, "Invalid API key."),
+    case("result of nothing", "result", 2, "id"),
+    case("result of an unknown id", "result {nobody}", 3, "{nobody}"),
+    case("result with a bad wait", "result {nobody} --wait=x", 2, "--wait"),
+    case("list of an unknown status", "list --status done", 2, "--status", "open"),
+    case("list with no limit", "list --limit 0", 2, "--limit"),
+    case("list with an argument", "list extra", 2, "extra"),
+    case("list with an unknown key", "list --key-file {dir}/wrong.key", 4, "Invalid API key."),
+    case("cancel nothing", "cancel", 2, "id"),
+    case("cancel an unknown id", "cancel {nobody}", 3, "{nobody}"),
+    case("retry nothing", "retry", 2, "--goal", "--all"),
+    case("retry one and all", "retry {nobody} --all", 2, "--goal", "--all"),
+    case("retry an unknown id", "retry {nobody}", 3, "{nobody}"),
+    case("retry over the limit", "retry --all --limit 1001", 2, "limit", "1000"),
+)
+
+
+@pytest.fixture(scope="module")
+def outcomes(shared, place):
+    """What came of each of the bad commands; they run side by side, since most of their time is Python's start."""
+    from concurrent.futures import ThreadPoolExecutor
+    lines = [parameters.values[0] for parameters in BAD_COMMANDS]
+    def outcome(words):
+        keys = {} if "key" in words else dict(INTENT_API_KEY=KEY, BUS_SECRET=KEY)
+        return run(*fill(words, shared, place), HOME=str(place), INTENT_BUS_URL=shared.url, **keys)
+    with ThreadPoolExecutor(8) as pool:
+        return dict(zip(lines, pool.map(outcome, lines)))
+
+
+@pytest.mark.parametrize("words, expected", BAD_COMMANDS)
+def test_a_command_that_cannot_be_done_says_why_in_a_sentence(strict, place, outcomes, words, expected):
+    code, *expected = expected
+    said = (fill(word, strict, place)[0] if word.startswith("{") else word for word in expected)
+    assert_complaint(outcomes[words], code, *said)
+
+
+UNSENDABLE = (
+    (["publish", b"\xff", "1"], {}), (["publish", "g", b"a=\xff"], {}), (["publish", "g", b'"\xff"'], {}),
+    (["status", b"\xff"], {}), (["list", "--goal", b"\xff"], {}), (["list", "--namespace", b"\xff"], {}),
+    (["publish", "g", "1", "--idempotency-key", "a\nb"], {}), (["publish", "g", "1", "--idempotency-key", "\u20ac"], {}),
+    (["list"], {"INTENT_API_KEY": "two\nlines"}), (["list"], {"INTENT_API_KEY": "\u20ac"}),
+)
+
+
+@pytest.mark.parametrize("arguments, environment", UNSENDABLE, ids=ascii)
+def test_text_that_cannot_be_sent_is_refused_in_a_sentence(strict, place, arguments, environment):
+    settings = dict(HOME=str(place), INTENT_BUS_URL=strict.url, INTENT_API_KEY=KEY, PYTHONUTF8="1")
+    assert_complaint(run(*arguments, **dict(settings, **environment)), 2)
+
+
+def test_no_payload_and_no_stdin_is_said_in_a_sentence(strict, place):
+    import shlex     # a shell, since only one starts a program without stdin
+    line = f"{shlex.quote(sys.executable)} {shlex.quote(PROGRAM)} publish g <&-"
+    env = dict(os.environ, INTENT_API_KEY=KEY, INTENT_BUS_URL=strict.url, HOME=str(place))
+    done = subprocess.run(["sh", "-c", line], env=env, capture_output=True, timeout=10)
+    assert_complaint((done.returncode, done.stdout.decode(), done.stderr.decode()), 2, "payload")
+
+
+def test_no_bus_is_exit_5(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(intentbus, "RETRY_SECONDS", 0)
+    monkeypatch.setenv("INTENT_API_KEY", KEY)
+    with socket.socket() as nobody:     # bound, but not listening: what connects is refused
+        nobody.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        for arguments in (["publish", "g", "1"], ["status", NOBODY], ["list"], ["work", "--drain"], ["cancel", NOBODY]):
+            code = intentbus.main([*arguments, "--url", url])
+            assert_complaint((code, *capsys.readouterr()), 5, url, "cannot be reached")
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 200 OK\r\n\r\n<html>Log in</html>", b"HTTP/1.1 302 Found\r\nLocation: /x\r\n\r\n",
+                                    b"HTTP/1.1 200 OK\r\n\r\n[]", b"SSH-2.0-OpenSSH\r\n", b"", b"\x15\x03\x01\x00\x02\x02\x46"])
+def test_what_is_not_a_bus_is_exit_5(monkeypatch, capsys, answer):
+    monkeypatch.setattr(intentbus, "RETRIES", 0)
+    monkeypatch.setenv("INTENT_API_KEY", KEY)
+    def answer_once(listener):
+        with listener.accept()[0] as sock:
+            sock.recv(65536)
+            sock.sendall(answer)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=answer_once, args=(listener,), daemon=True).start()
+        code = intentbus.main(["cancel", NOBODY, "--url", f"http://127.0.0.1:{listener.getsockname()[1]}"])
+    assert_complaint((code, *capsys.readouterr()), 5, "http://127.0.0.1")
 
 
 # ---- The README and the examples ----
