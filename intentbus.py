@@ -68,6 +68,14 @@ WAIT_MAX_SECONDS = 60               # a held request outlives no proxy's idle li
 TTL_SECONDS = 7 * 86400             # nobody wants a notification of last week
 YEAR_SECONDS = 366 * 86400          # the longest delay, and the longest life of an intent
 RETENTION_SECONDS = 7 * 86400       # how long what has ended can still be asked for
+SIGNATURE_SECONDS = 300             # how far clocks may differ; a nonce is remembered for as long
+RATE_PER_MINUTE = 600               # of an issued key; a worker that polls twice a second uses a fifth
+UNFINISHED = 2000                   # of an issued key; more means that nobody does the work
+FAILURES_PER_MINUTE = 30            # wrong keys from one address, before they are slowed
+FAILURE_SECONDS = 1                 # how long such an answer is held: guessing stays slow, a typing error cheap
+BULK_INTENTS = 1000                 # published at once: a commit that others wait for
+VALUE_TTL_SECONDS = 600             # of the key-value store, as in the 1.x protocol
+USAGE_SECONDS = 10                  # between writes of how often the keys were used
 IDEMPOTENCY_SECONDS = 86400         # a publisher that retries does so within a day
 BACKOFF_MAX_SECONDS = 3600          # an intent that keeps failing is tried at least once an hour
 BACKOFF_JITTER_SECONDS = 2          # so that what failed together is not tried again together
@@ -158,10 +166,14 @@ ERRORS = {kind.status: kind for kind in Error.__subclasses__() if kind.status}
 # The record, and its life. A method named for what happened returns the columns that it changes; the Store writes them.
 
 COLUMNS = (
-    "id", "namespace", "goal", "payload", "owner", "visibility", "priority", "ttl", "max_attempts", "backoff_base",
+    "id", "namespace", "goal", "payload", "owner", "publisher", "visibility", "priority", "ttl", "max_attempts", "backoff_base",
     "target_worker", "required_capability", "created_at", "status", "run_at", "expires_at", "completed_at",
     "last_error", "result", "result_type", "claim_attempts", "claim_token_hash", "claim_expires_at", "claim_owner",
     "claim_outcome", "worker_id", "lane", "ready", "wake_at",
+)
+PUBLISH_DEFAULTS = dict(
+    namespace="default", visibility="private", priority=100, delay=0, run_at=None, ttl=TTL_SECONDS, max_attempts=3,
+    backoff_base=5, target_worker=None, required_capability=None,
 )
 STATUS_FIELDS = (
     "id", "namespace", "goal", "status", "priority", "visibility", "claim_attempts", "max_attempts", "run_at",
@@ -232,18 +244,17 @@ class Intent(Record):
     __slots__ = ()
 
     @classmethod
-    def new(cls, now, owner, *, goal, payload, namespace, visibility, priority, delay, run_at, ttl, max_attempts,
-            backoff_base, target_worker, required_capability):
-        """Return an intent as published now by an owner; the fields are those of a publish."""
+    def new(cls, now, owner, publisher, fields):
+        """Return an intent as published now by a key of an owner, with these fields and PUBLISH_DEFAULTS."""
+        fields = Record(PUBLISH_DEFAULTS, **fields)
+        delay, run_at = fields.pop("delay"), fields.pop("run_at")
         start = now + delay if run_at is None else run_at
+        audience = owner if fields.visibility == "private" else ""
         intent = cls.fromkeys(COLUMNS)
         intent.update(
-            id=new_id(now), namespace=namespace, goal=goal, payload=to_json(payload), owner=owner,
-            visibility=visibility, priority=priority, ttl=ttl, expires_at=max(start, now) + ttl,
-            max_attempts=max_attempts, backoff_base=backoff_base, target_worker=target_worker,
-            required_capability=required_capability, claim_attempts=0, created_at=now,
-            lane=lane(namespace, owner if visibility == "private" else "", target_worker, required_capability, goal,
-                      owner))
+            fields, id=new_id(now), payload=to_json(fields.payload), owner=owner, publisher=publisher, claim_attempts=0,
+            created_at=now, expires_at=max(start, now) + fields.ttl,
+            lane=lane(fields.namespace, audience, fields.target_worker, fields.required_capability, fields.goal, owner))
         intent.update(intent.opened(now, start))
         return intent
 
@@ -321,7 +332,7 @@ SCHEMA = (
     CREATE TABLE intents (
         -- as published
         id TEXT PRIMARY KEY, namespace TEXT NOT NULL, goal TEXT NOT NULL, payload TEXT NOT NULL, owner TEXT NOT NULL,
-        visibility TEXT NOT NULL, priority INTEGER NOT NULL, ttl DOUBLE PRECISION NOT NULL,
+        publisher TEXT NOT NULL, visibility TEXT NOT NULL, priority INTEGER NOT NULL, ttl DOUBLE PRECISION NOT NULL,
         max_attempts INTEGER NOT NULL, backoff_base DOUBLE PRECISION NOT NULL, target_worker TEXT,
         required_capability TEXT, created_at DOUBLE PRECISION NOT NULL,
         -- where it stands
@@ -348,6 +359,33 @@ SCHEMA = (
     )
     """,
     "CREATE INDEX idempotency_expires ON idempotency (expires_at)",
+    """
+    CREATE TABLE tallies (
+        namespace TEXT, publisher TEXT, status TEXT, intents INTEGER NOT NULL,
+        PRIMARY KEY (namespace, publisher, status)
+    )
+    """,
+    """
+    CREATE TABLE keys (
+        key_id TEXT PRIMARY KEY, name TEXT NOT NULL, owner TEXT NOT NULL, role TEXT NOT NULL,
+        created_at DOUBLE PRECISION NOT NULL, last_used_at DOUBLE PRECISION, total_requests INTEGER NOT NULL,
+        revoked_at DOUBLE PRECISION
+    )
+    """,
+    """
+    CREATE TABLE nonces (
+        key_id TEXT, nonce TEXT, expires_at DOUBLE PRECISION NOT NULL,
+        PRIMARY KEY (key_id, nonce)
+    )
+    """,
+    "CREATE INDEX nonces_expires ON nonces (expires_at)",
+    """
+    CREATE TABLE pairs (
+        owner TEXT, key TEXT, value TEXT NOT NULL, expires_at DOUBLE PRECISION NOT NULL,
+        PRIMARY KEY (owner, key)
+    )
+    """,
+    "CREATE INDEX pairs_expires ON pairs (expires_at)",
 )
 APPLICATION_ID = 0x1B05     # in the file's header: the database is ours
 MIGRATIONS = (SCHEMA,)     # the n-th leads to schema version n; what is released is never edited, only added to
@@ -421,7 +459,7 @@ class Store:
         self.on_commit = lambda intents: None
         self.warning = None
         self._jobs = collections.deque()
-        self._changed = []
+        self._changed, self._moved = [], []     # by the transaction that runs: intents, and (intent, before, after)
         self._writing = threading.Lock()
         self._readers = []
         if sqlite3.sqlite_version_info < (3, 35):
@@ -467,6 +505,38 @@ class Store:
             """, dict(owner=owner, status=status, goal=goal, namespace=namespace, before=before,
                       limit=limit)).fetchall()
 
+    def tallies(self):
+        """Return {"namespace", "publisher", "status", "intents"} for each that there is: how many are stored."""
+        with self._reader() as db:
+            return db.execute("SELECT * FROM tallies WHERE intents > 0 ORDER BY namespace, publisher, status").fetchall()
+
+    def keys(self):
+        """Return the issued keys that are not revoked."""
+        with self._reader() as db:
+            return db.execute("SELECT * FROM keys WHERE revoked_at IS NULL ORDER BY created_at, key_id").fetchall()
+
+    def key(self, key_id):
+        """Return an issued key that is not revoked, or None."""
+        with self._reader() as db:
+            return db.execute("SELECT * FROM keys WHERE key_id = :key_id AND revoked_at IS NULL",
+                              dict(key_id=key_id)).fetchone()
+
+    def value(self, owner, key, now):
+        """Return the JSON text of an owner's value, or None."""
+        with self._reader() as db:
+            found = db.execute("""
+                SELECT value
+                FROM   pairs
+                WHERE  owner = :owner
+                AND    key = :key
+                AND    expires_at > :now
+            """, dict(owner=owner, key=key, now=now)).fetchone()
+        return found and found.value
+
+    def bytes(self):
+        """Return the sizes of the database and of its write-ahead log."""
+        return [os.path.getsize(path) if os.path.exists(path) else 0 for path in (self.path, self.path + "-wal")]
+
     def next_wake(self):
         """Return when time will next change an intent, or None."""
         with self._reader() as db:
@@ -493,16 +563,20 @@ class Store:
     # -- Writing --
 
     @operation
-    def add(self, intents, answer, now, memo=None):
-        """Store intents and return the answer to their publisher.
+    def add(self, intents, answer, now, memo=None, most=None):
+        """Store intents of one publisher and return the answer to it.
 
         memo is (caller, key, digest) of an idempotency key: known with the same digest, the first answer is
-        returned and nothing stored; with another, IdempotencyConflict is raised.
+        returned and nothing stored; with another, IdempotencyConflict is raised. most is how many unfinished
+        intents the publisher may have; with more, RateLimited is raised.
         """
         if memo and (known := self._recall(*memo, now)):
             return known
+        if most is not None and self._unfinished(intents[0].publisher) + len(intents) > most:
+            raise RateLimited(f"This key may have {most} unfinished intents; wait until some are done.", "limit_exceeded")
         self._db.executemany(INSERT, intents)
         self._changed += intents
+        self._moved += [(intent, None, intent.status) for intent in intents]
         if memo:
             self._remember(*memo, answer, now)
         return answer
@@ -545,8 +619,8 @@ class Store:
 
     @operation
     def settle(self, now):
-        """Carry out what time has brought, up to SETTLE_ROWS at a time."""
-        self._settle(now)
+        """Carry out what time has brought, up to SETTLE_ROWS at a time; return how many died of it, and how."""
+        return self._settle(now)
 
     @operation
     def shift(self, seconds):
@@ -559,20 +633,99 @@ class Store:
                    completed_at = completed_at + :seconds,
                    wake_at = wake_at + :seconds
         """, dict(seconds=seconds))
-        self._db.execute("UPDATE idempotency SET expires_at = expires_at + :seconds", dict(seconds=seconds))
+        for table in ("idempotency", "pairs"):
+            self._db.execute(f"UPDATE {table} SET expires_at = expires_at + :seconds", dict(seconds=seconds))
 
     @operation
     def clean(self, now, retention):
-        """Delete what has ended longer ago than its retention, and idempotency keys that are over."""
-        self._db.execute("""
+        """Delete what is over, up to SETTLE_ROWS intents at a time; return how many of each kind."""
+        ended = self._delete("""
             DELETE FROM intents
-            WHERE  id IN (SELECT   id
-                          FROM     intents
-                          WHERE    completed_at <= :until
-                          ORDER BY completed_at
-                          LIMIT    :rows)
+            WHERE       id IN (SELECT   id
+                               FROM     intents
+                               WHERE    completed_at <= :until
+                               ORDER BY completed_at
+                               LIMIT    :rows)
+            RETURNING   namespace, publisher, status
         """, dict(until=now - retention, rows=SETTLE_ROWS))
-        self._db.execute("DELETE FROM idempotency WHERE expires_at <= :now", dict(now=now))
+        counts = Record(fulfilled_deleted=sum(row.status == "fulfilled" for row in ended),
+                        dead_deleted=sum(row.status == "dead" for row in ended))
+        for name, table in (("store", "pairs"), ("idempotency", "idempotency"), ("nonces", "nonces")):
+            counts[f"{name}_deleted"] = self._db.execute(f"DELETE FROM {table} WHERE expires_at <= :now",
+                                                         dict(now=now)).rowcount
+        return counts
+
+    @operation
+    def purge(self, namespace):
+        """Delete up to SETTLE_ROWS intents of a namespace, or of all, whatever their state; return how many."""
+        return len(self._delete("""
+            DELETE FROM intents
+            WHERE       id IN (SELECT id
+                               FROM   intents
+                               WHERE  (:namespace IS NULL OR namespace = :namespace)
+                               LIMIT  :rows)
+            RETURNING   namespace, publisher, status
+        """, dict(namespace=namespace, rows=SETTLE_ROWS)))
+
+    @operation
+    def add_key(self, key_id, name, owner, role, now):
+        """Store an issued key."""
+        self._db.execute("""
+            INSERT INTO keys (key_id, name, owner, role, created_at, total_requests)
+            VALUES      (:key_id, :name, :owner, :role, :now, 0)
+        """, dict(key_id=key_id, name=name, owner=owner, role=role, now=now))
+
+    @operation
+    def revoke_key(self, key_id, now):
+        """Mark an issued key as revoked; return whether there was one."""
+        return self._db.execute("""
+            UPDATE keys
+            SET    revoked_at = :now
+            WHERE  key_id = :key_id
+            AND    revoked_at IS NULL
+        """, dict(key_id=key_id, now=now)).rowcount == 1
+
+    @operation
+    def count_usage(self, usage):
+        """Add to how often and when keys were used: (requests, last time, key id) of each."""
+        self._db.executemany("""
+            UPDATE keys
+            SET    total_requests = total_requests + ?,
+                   last_used_at = ?
+            WHERE  key_id = ?
+        """, usage)
+
+    @operation
+    def use_nonce(self, key_id, nonce, expires_at):
+        """Remember a nonce; return whether it is new."""
+        return self._db.execute("""
+            INSERT INTO nonces (key_id, nonce, expires_at)
+            VALUES      (:key_id, :nonce, :expires_at)
+            ON CONFLICT DO NOTHING
+        """, dict(key_id=key_id, nonce=nonce, expires_at=expires_at)).rowcount == 1
+
+    @operation
+    def set_value(self, owner, key, value, expires_at, now, if_absent):
+        """Store a JSON text under a key; with if_absent only if there is none; return whether it was."""
+        return self._db.execute("""
+            INSERT INTO pairs (owner, key, value, expires_at)
+            VALUES      (:owner, :key, :value, :expires_at)
+            ON CONFLICT (owner, key) DO UPDATE
+            SET         value = excluded.value,
+                        expires_at = excluded.expires_at
+            WHERE       NOT :if_absent
+            OR          pairs.expires_at <= :now
+        """, dict(owner=owner, key=key, value=value, expires_at=expires_at, now=now, if_absent=if_absent)).rowcount == 1
+
+    @operation
+    def delete_value(self, owner, key, now):
+        """Delete a key; return whether there was a value."""
+        return self._db.execute("""
+            DELETE FROM pairs
+            WHERE       owner = :owner
+            AND         key = :key
+            RETURNING   expires_at > :now AS live
+        """, dict(owner=owner, key=key, now=now)).fetchall() == [{"live": 1}]
 
     # -- Inside the transaction --
 
@@ -603,10 +756,39 @@ class Store:
     def _change(self, intent, changes):
         if not changes:
             return intent
+        before = intent.status
         intent.update(changes)
         self._db.execute(UPDATE, intent)
+        self._moved.append((intent, before, intent.status))
         self._changed.append(intent)
         return intent
+
+    def _delete(self, statement, values):
+        rows = self._db.execute(statement, values).fetchall()
+        self._moved += [(row, row.status, None) for row in rows]
+        return rows
+
+    def _unfinished(self, publisher):
+        return self._db.execute("""
+            SELECT COALESCE(SUM(intents), 0) AS intents
+            FROM   tallies
+            WHERE  publisher = :publisher
+            AND    status IN ('open', 'claimed')
+        """, dict(publisher=publisher)).fetchone().intents
+
+    def _tally(self):
+        """Bring the tallies up to date with what this transaction has moved from one status to another."""
+        moved = collections.Counter()
+        for intent, before, after in self._moved:
+            if before != after:
+                moved[intent.namespace, intent.publisher, before] -= 1
+                moved[intent.namespace, intent.publisher, after] += 1
+        self._db.executemany("""
+            INSERT INTO tallies (namespace, publisher, status, intents)
+            VALUES      (?, ?, ?, ?)
+            ON CONFLICT (namespace, publisher, status) DO UPDATE
+            SET         intents = tallies.intents + excluded.intents
+        """, [(*key, number) for key, number in moved.items() if number and key[2]])
 
     def _settle(self, now):
         due = self._db.execute("""
@@ -616,8 +798,12 @@ class Store:
             ORDER BY wake_at
             LIMIT    :rows
         """, dict(now=now, rows=SETTLE_ROWS)).fetchall()
+        counts = Record(expired_open_dead=0, expired_claims_dead=0)
         for intent in due:
-            self._change(intent, intent.woken(now))
+            claimed = intent.status == "claimed"
+            if self._change(intent, intent.woken(now)).ended:
+                counts["expired_claims_dead" if claimed else "expired_open_dead"] += 1
+        return counts
 
     def _recall(self, caller, key, digest, now):
         """Return the answer given to an idempotency key, if it is known."""
@@ -661,12 +847,13 @@ class Store:
     def _commit_queue(self):
         """Run every queued operation in one transaction and return the intents that it changed."""
         jobs = [self._jobs.popleft() for _ in range(len(self._jobs))]
-        self._changed = []
+        self._changed, self._moved = [], []
         try:
             with self._translated():
                 self._db.execute("BEGIN IMMEDIATE")
                 for job in jobs:
                     self._attempt(job)
+                self._tally()
                 self._db.execute("COMMIT")
         except Exception as error:     # the whole commit is lost, so every job in it has failed
             self._changed = []
@@ -680,7 +867,7 @@ class Store:
 
     def _attempt(self, job):
         """Run one operation in a savepoint, so that its failure undoes nothing of its neighbours."""
-        mark = len(self._changed)
+        changed, moved = len(self._changed), len(self._moved)
         self._db.execute("SAVEPOINT job")
         try:
             job.result = job.operation()
@@ -688,7 +875,7 @@ class Store:
             if not self._db.in_transaction:     # SQLite has undone all of it, as it does when the disk is full
                 raise
             job.error = error
-            del self._changed[mark:]
+            del self._changed[changed:], self._moved[moved:]
             self._db.execute("ROLLBACK TO job")
         self._db.execute("RELEASE job")
 
@@ -761,8 +948,8 @@ class Store:
 # ---- 5. Bus ----
 # The rules. Every verb of IntentClient is one here, with the same arguments and errors, and `caller`: who asks.
 
-Caller = collections.namedtuple("Caller", "key_id owner role admin")
-OWNER = Caller(key_id="owner", owner="owner", role="both", admin=True)
+Caller = collections.namedtuple("Caller", "key_id owner role admin most")     # most: of unfinished intents, or None
+OWNER = Caller(key_id="owner", owner="owner", role="both", admin=True, most=None)
 
 
 def hash_token(token):
@@ -819,6 +1006,11 @@ class Waiting:
             self._drop(waiter)
         if waiter.news.is_set():
             self.wake_one(waiter.keys)
+
+    def number(self):
+        """Return how many there are."""
+        with self._lock:
+            return len(set().union(*self._held.values()))
 
     def wake_one(self, keys):
         """Wake the one that has waited longest for any of these keys."""
@@ -879,25 +1071,27 @@ class Bus:
 
     # -- Publishing --
 
-    def publish(self, goal, payload, *, namespace="default", visibility="private", priority=100, delay=0, run_at=None,
-                ttl=TTL_SECONDS, max_attempts=3, backoff_base=5, target_worker=None, required_capability=None,
-                idempotency_key=None, caller=OWNER):
+    def publish(self, goal, payload, *, idempotency_key=None, caller=OWNER, **fields):
         """Store an intent and return {"id", "status", "namespace"}; it is on disk by then.
 
-        delay, ttl and backoff_base are seconds, run_at is Unix seconds. With an idempotency_key that was used for
-        the same intent, return the first answer; for another one, raise IdempotencyConflict.
+        fields are those of PUBLISH_DEFAULTS; delay, ttl and backoff_base are seconds, run_at is Unix seconds. With an
+        idempotency_key that was used for the same intent, return the first answer; for another one, raise
+        IdempotencyConflict.
         """
-        fields = dict(goal=goal, payload=payload, namespace=namespace, visibility=visibility, priority=priority,
-                      delay=delay, run_at=run_at, ttl=ttl, max_attempts=max_attempts, backoff_base=backoff_base,
-                      target_worker=target_worker, required_capability=required_capability)
+        return self._publish([dict(fields, goal=goal, payload=payload)], idempotency_key, caller, lambda intents: Record(
+            id=intents[0].id, status="published", namespace=intents[0].namespace))
+
+    def publish_many(self, intents, *, idempotency_key=None, caller=OWNER):
+        """Store intents, each a dict of what publish takes, all or none, and return {"ids"}."""
+        return self._publish(intents, idempotency_key, caller, lambda intents: Record(
+            ids=[intent.id for intent in intents]))
+
+    def _publish(self, wanted, idempotency_key, caller, answer):
         now = self.now()
-        if run_at is not None and (delay or run_at > now + YEAR_SECONDS):
-            raise Invalid("run_at must be Unix seconds within 366 days, and without a delay.", code="invalid_run_at")
-        intent = Intent.new(now, caller.owner, **fields)
-        answer = Record(id=intent.id, status="published", namespace=namespace)
-        digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+        intents = [Intent.new(now, caller.owner, caller.key_id, fields) for fields in wanted]
+        digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
         memo = (caller.key_id, idempotency_key, digest) if idempotency_key else None
-        return self.store.add([intent], answer, now, memo)
+        return self.store.add(intents, answer(intents), now, memo, caller.most) if intents else answer(intents)
 
     def cancel(self, intent_id, *, caller=OWNER):
         """End an unfinished intent; raises Conflict if it has ended."""
@@ -1008,6 +1202,64 @@ class Bus:
             for intent, row in zip(intents, rows):
                 intent["payload"] = json.loads(row.payload)
         return Record(intents=intents, next=intents[-1].id if len(rows) > limit else None)
+
+    # -- Keys and values --
+
+    def set(self, key, value, ttl=VALUE_TTL_SECONDS, if_absent=False, *, caller=OWNER):
+        """Keep a JSON value for ttl seconds; with if_absent, raises Conflict if the key is taken: a lock."""
+        now = self.now()
+        if not self.store.set_value(caller.owner, key, to_json(value), now + ttl, now, if_absent):
+            raise Conflict(f"The key {key} is taken.")
+        return Record(ok=True)
+
+    def get(self, key, *, caller=OWNER):
+        """Return the value of a key; raises NotFound."""
+        value = self.store.value(caller.owner, key, self.now())
+        if value is None:
+            raise NotFound(f"There is no value for {key}.")
+        return json.loads(value)
+
+    def delete(self, key, *, caller=OWNER):
+        """Forget a key; return whether there was a value."""
+        return Record(ok=True, deleted=self.store.delete_value(caller.owner, key, self.now()))
+
+    # -- Administration: the caller is known to be an admin --
+
+    def purge(self, namespace=None):
+        """Delete all intents of a namespace, or of every one; return how many."""
+        total = 0
+        while deleted := self.store.purge(namespace):
+            total += deleted
+        return total
+
+    def cleanup(self):
+        """Carry out all that time has brought, and delete all that is over; return how many of what kind."""
+        counts, step = collections.Counter(), None
+        while step is None or any(step.values()):
+            step = Record(self.store.settle(self.now()), **self.store.clean(self.now(), self.retention))
+            counts.update(step)
+        return Record(counts)
+
+    def inspect(self, intent_id):
+        """Return everything about an intent but its claim token."""
+        intent = self._fresh(intent_id)
+        hidden = ("claim_token_hash", "lane", "ready", "wake_at", "claim_outcome")
+        return Record({name: value for name, value in intent.items() if name not in hidden}, payload=json.loads(intent.payload))
+
+    def dead(self, limit=100):
+        """Return the newest dead letters."""
+        return [Record(intent_id=intent.id, namespace=intent.namespace, goal=intent.goal, attempts=intent.claim_attempts,
+                       reason=intent.last_error, created_at=intent.created_at) for intent in self.store.list(limit, status="dead")]
+
+    def summary(self):
+        """Return how the bus is, at a glance: intents by namespace and status, sizes in bytes, requests held."""
+        intents = {}
+        for row in self.store.tallies():
+            states = intents.setdefault(row.namespace, {})
+            states[row.status] = states.get(row.status, 0) + row.intents
+        database, log = self.store.bytes()
+        return Record(version=__version__, now=self.now(), intents=intents, keys=len(self.store.keys()),
+                      held_requests=self._waiting.number(), database_bytes=database, wal_bytes=log)
 
     def problem(self):
         """Return, in a sentence, why the database cannot be written, or None if all is well."""
@@ -1150,35 +1402,198 @@ class Bus:
 # ---- 6. Keys ----
 # Who is asking: what a request presents becomes a Caller, or an error. And where this machine keeps its key.
 
+ISSUED = re.compile(r"tk_([0-9a-f]{16})[0-9a-f]{40}")
+
+
 def presented_key(headers):
     """Return the key in a request's headers (names in lower case), or None: X-API-KEY, Bearer or Basic, in this order."""
+    scheme, _, credentials = headers.get("authorization", "").partition(" ")
     if "x-api-key" in headers:
         return headers["x-api-key"]
-    scheme, _, credentials = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return credentials.strip()
-    if scheme.lower() == "basic":     # RFC 7617: base64 of user:password
-        try:
-            return base64.b64decode(credentials, validate=True).decode().partition(":")[2]
-        except ValueError:
-            return ""
-    return None
+    return basic_credentials(headers)[1]
+
+
+def basic_credentials(headers):
+    """Return (user, password) as HTTP Basic has them (RFC 7617), or (None, None)."""
+    scheme, _, credentials = headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "basic":
+        return None, None
+    try:
+        user, _, password = base64.b64decode(credentials, validate=True).decode().partition(":")
+    except ValueError:
+        return "", ""
+    return user, password
+
+
+def sign(key, method, path, pairs, timestamp, nonce, body):
+    """Return the signature of a request: HMAC-SHA256 over its canonical form, as PROTOCOL 2.0 says.
+
+    path is decoded, pairs are the decoded names and values of the query, body is bytes.
+    """
+    quote = functools.partial(urllib.parse.quote, safe="")
+    query = "&".join(f"{quote(name)}={quote(value)}" for name, value in sorted(pairs))
+    head = "\n".join((method.upper(), f"{path}?{query}" if query else path, timestamp, nonce, ""))
+    return hmac.new(key.encode(), head.encode() + body, hashlib.sha256).hexdigest()
+
+
+def same(given, secret):
+    """Return whether two strings are equal, in a time that does not tell where they differ."""
+    return hmac.compare_digest((given or "").encode(), secret.encode())
+
+
+class Allowance:
+    """So many a minute for each name, and as many at once (a token bucket)."""
+
+    def __init__(self, per_minute):
+        self._per_second, self._most = per_minute / 60, per_minute
+        self._left = {}     # name: (how many, as of when)
+        self._lock = threading.Lock()
+
+    def take(self, name, number=1):
+        """Use it up by a number, less than 0 to give back; return how many seconds to wait if there is not enough."""
+        now = time.monotonic()
+        with self._lock:
+            if len(self._left) > 10000:     # addresses are many; forgetting them favours nobody for long
+                self._left.clear()
+            left, since = self._left.get(name, (self._most, now))
+            left = min(self._most, left + (now - since) * self._per_second)
+            if left < number:
+                return (number - left) / self._per_second
+            self._left[name] = min(self._most, left - number), now
+            return 0
 
 
 class Keys:
-    """The keys of a bus."""
+    """The keys of a bus, and what may be done without one.
 
-    def __init__(self, owner_key):
-        self._owner_key = owner_key.encode()
+    The owner key may do everything. An issued key is its id and a MAC of that under the owner key, so the store knows
+    ids only. An admin presents admin_secret or dashboard_password; where neither is set, the owner key.
+    """
 
-    def caller(self, headers):
-        """Return the Caller whose key these headers present; raises Unauthorized."""
-        key = presented_key(headers)
-        if key is None:
+    def __init__(self, owner_key, store, admin_secret=None, dashboard_password=None, metrics_token=None,
+                 require_signatures=False, rate=RATE_PER_MINUTE, clock=time.time):
+        self._owner_key, self._store, self._clock = owner_key, store, clock
+        self._admin_secret, self._dashboard_password = admin_secret, dashboard_password
+        self._metrics_token, self._require_signatures = metrics_token, require_signatures
+        self._rate, self._failures = Allowance(rate), Allowance(FAILURES_PER_MINUTE)
+        self._usage, self._written = {}, time.monotonic()     # key id: (requests, last time)
+
+    def caller(self, request):
+        """Return the Caller of a request; raises Unauthorized, Forbidden for its signature, RateLimited."""
+        headers = request.headers
+        presented = presented_key(headers)
+        signed = "x-signature" in headers
+        if presented is None and not (signed and "x-key-id" in headers):
             raise Unauthorized("Missing API key.")
-        if not hmac.compare_digest(key.encode(), self._owner_key):
-            raise Unauthorized("Invalid API key.")
-        return OWNER
+        issued = ISSUED.fullmatch(presented or "")
+        key_id = headers["x-key-id"] if presented is None else issued[1] if issued else "owner"
+        key, caller = self._key(key_id), self._known(key_id)     # the same work for keys that are, were and never were
+        if not same(key if presented is None else presented, key) or not caller:
+            raise self._failed(request, Unauthorized("Invalid API key."))
+        if signed or self._require_signatures:
+            self._check_signature(request, key_id, key)
+        if caller.most is not None:
+            self._count(caller)
+        return caller
+
+    def require_admin(self, request):
+        """Raise Unauthorized unless a request has the admin's credentials."""
+        user, password = basic_credentials(request.headers)
+        sound = False
+        if self._admin_secret:
+            sound = same(request.headers.get("x-admin-token"), self._admin_secret)
+        if self._dashboard_password:
+            sound = sound or user == "admin" and same(password, self._dashboard_password)
+        if not self._admin_secret and not self._dashboard_password:
+            with contextlib.suppress(Unauthorized):
+                sound = self.caller(request).admin
+        if not sound:
+            raise self._failed(request, Unauthorized("Authentication required.",
+                                                     headers=[("WWW-Authenticate", 'Basic realm="Intent Bus"')]))
+
+    def require_metrics(self, request):
+        """Raise Unauthorized unless a request may read the metrics."""
+        if not self._metrics_token or not same(presented_key(request.headers), self._metrics_token):
+            self.require_admin(request)
+
+    def owner_of(self, publisher, request):
+        """Return the owner that a request means by a publisher: a name, a key id, or the caller's own key."""
+        if publisher is None or same(publisher, presented_key(request.headers) or ""):
+            return publisher and request.caller.owner
+        row = self._store.key(publisher)
+        return row.owner if row else publisher
+
+    def not_counted(self, caller):
+        """Take a request off the caller's rate: a claim that found nothing."""
+        if caller.most is not None:
+            self._rate.take(caller.key_id, -1)
+
+    def generate(self, owner, name, role, now):
+        """Issue a key; return it, this once, with all about it."""
+        key_id = os.urandom(8).hex()
+        self._store.add_key(key_id, name, owner, role, now)
+        return Record(api_key=self._key(key_id), key_id=key_id, name=name, owner=owner, role=role)
+
+    def revoke(self, api_key=None, key_id=None):
+        """End an issued key, given itself or its id; raises NotFound."""
+        issued = ISSUED.fullmatch(api_key or "")
+        if not self._store.revoke_key(issued[1] if issued else key_id or "", self._clock()):
+            raise NotFound("There is no such key.")
+        return Record(ok=True)
+
+    def list(self):
+        """Return what is known of each issued key."""
+        self._write_usage()
+        return [row.pick(("key_id", "name", "owner", "role", "created_at", "last_used_at", "total_requests"))
+                for row in self._store.keys()]
+
+    def _key(self, key_id):
+        if key_id == "owner":
+            return self._owner_key
+        return f"tk_{key_id}{hmac.new(self._owner_key.encode(), b'issued ' + key_id.encode(), 'sha256').hexdigest()[:40]}"
+
+    def _known(self, key_id):
+        row = self._store.key(key_id)
+        return OWNER if key_id == "owner" else row and Caller(row.key_id, row.owner, row.role, False, UNFINISHED)
+
+    def _check_signature(self, request, key_id, key):
+        timestamp, nonce, signature = (request.headers.get(f"x-{name}") for name in ("timestamp", "nonce", "signature"))
+        refused = functools.partial(Forbidden, code="invalid_signature")
+        now = self._clock()
+        if not (timestamp and nonce and signature):
+            raise refused("Missing required signature headers.")
+        if not re.fullmatch(r"-?[0-9]{1,15}(\.[0-9]{1,9})?", timestamp, re.ASCII):
+            raise refused("Invalid timestamp")
+        if abs(float(timestamp) - now) > SIGNATURE_SECONDS:
+            raise refused("Stale timestamp", server_time=now)
+        signatures = [sign(key, request.method, path, request.pairs, timestamp, nonce, request.body)
+                      for path in (request.path, request.raw_path)]
+        if not any([same(signature, expected) for expected in signatures]):
+            raise self._failed(request, refused("Bad signature"))
+        if not self._store.use_nonce(key_id, nonce, now + 2 * SIGNATURE_SECONDS):
+            raise refused("Replay detected")
+
+    def _failed(self, request, error):
+        """Return an error about credentials, later than that if this address has had many."""
+        if self._failures.take(request.peer):
+            time.sleep(FAILURE_SECONDS)
+        return error
+
+    def _count(self, caller):
+        """Count a request of an issued key; raises RateLimited if there were too many."""
+        if wait := self._rate.take(caller.key_id):
+            raise RateLimited("This key sends too many requests; slow down.", headers=[("Retry-After", str(int(wait) + 1))])
+        requests, _ = self._usage.get(caller.key_id, (0, 0))
+        self._usage[caller.key_id] = requests + 1, self._clock()
+        if time.monotonic() - self._written > USAGE_SECONDS:
+            self._write_usage()
+
+    def _write_usage(self):
+        usage, self._usage, self._written = self._usage, {}, time.monotonic()
+        if usage:
+            self._store.count_usage([(requests, last, key_id) for key_id, (requests, last) in usage.items()])
 
 
 def usable_key(key, where):
@@ -1298,19 +1713,22 @@ def written(rule):
     return read
 
 
+RULES = {
+    "namespace": namespace,
+    "visibility": choice("private", "public"),
+    "priority": integer(0, 1000),
+    "delay": number(0, YEAR_SECONDS),
+    "run_at": number(0, 2 ** 40),
+    "ttl": number(1, YEAR_SECONDS),
+    "max_attempts": integer(1, 20),
+    "backoff_base": number(1, 3600),
+    "target_worker": token,
+    "required_capability": token,
+}
 PUBLISH = {
     "goal": (text(1, 256), REQUIRED),
     "payload": (anything, REQUIRED),
-    "namespace": (namespace, "default"),
-    "visibility": (choice("private", "public"), "private"),
-    "priority": (integer(0, 1000), 100),
-    "delay": (number(0, YEAR_SECONDS), 0),
-    "run_at": (number(0, 2 ** 40), None),
-    "max_attempts": (integer(1, 20), 3),
-    "backoff_base": (number(1, 3600), 5),
-    "target_worker": (token, None),
-    "required_capability": (token, None),
-    "ttl": (number(1, YEAR_SECONDS), TTL_SECONDS),
+    **{name: (RULES[name], default) for name, default in PUBLISH_DEFAULTS.items()},
     "reward": (anything, None),     # of the 1.x protocol, without effect
 }
 CLAIM = {
@@ -1336,6 +1754,15 @@ LIST = {
     "payload": (written(integer(0, 1)), 0),
 }
 RETRY = {"goal": (text(1, 256), None), "namespace": (namespace, None), "limit": (integer(1, 1000), 1000)}
+SET = {
+    "value": (anything, REQUIRED),
+    "ttl": (number(1, 86400), VALUE_TTL_SECONDS),
+    "if_absent": (boolean, False),
+}
+SET_QUERY = {"value": (string, REQUIRED), "ttl": (written(number(1, 86400)), VALUE_TTL_SECONDS)}
+GENERATE_KEY = {"owner": (text(1, 64), "owner"), "name": (text(1, 64), ""), "role": (choice("publish", "work", "both"), "both")}
+REVOKE_KEY = {"api_key": (string, None), "key_id": (string, None)}
+PURGE = {"confirm": (boolean, False), "namespace": (namespace, None)}
 HEADERS = {"idempotency_key": (text(1, 255), None)}
 
 
@@ -1425,34 +1852,43 @@ def request_id(headers):
 
 
 class Request:
-    """What was asked: method, target as sent, headers by lower-case name, body bytes.
+    """What was asked: method, target as sent, headers by lower-case name, body bytes, the client's address.
 
-    still_there() tells whether the client can still be answered. Raises Invalid if the target cannot be decoded.
+    secure tells whether it came encrypted; still_there() whether the client can still be answered. Raises Invalid if
+    the target cannot be decoded.
     """
 
-    def __init__(self, method, target, headers=None, body=b"", still_there=lambda: True):
-        self.method, self.headers, self.body, self.still_there = method, headers or {}, body, still_there
-        path, _, query = target.partition("?")
+    def __init__(self, method, target, headers=None, body=b"", peer="", secure=False, still_there=lambda: True):
+        self.method, self.headers, self.body, self.peer, self.secure = method, headers or {}, body, peer, secure
+        self.still_there = still_there
         self.id = request_id(self.headers)
-        self.caller = None
+        self.caller, self.may_wait = None, True
+        self.raw_path, _, query = target.partition("?")
         try:
             if re.search("%(?![0-9A-Fa-f]{2})", target):
                 raise ValueError("a percent sign that starts no pair of hex digits")
-            self.path = urllib.parse.unquote(path, errors="strict")
-            self.query = urllib.parse.parse_qs(query, True, errors="strict", max_num_fields=100)
+            self.path = urllib.parse.unquote(self.raw_path, errors="strict")
+            self.pairs = urllib.parse.parse_qsl(query, True, errors="strict", max_num_fields=100)
         except ValueError as error:
             raise Invalid("The path and query must be percent-encoded UTF-8, of at most 100 parameters.") from error
 
-    def fields(self, fields, strict=False):
-        """Return the checked fields of the body; an empty one counts as {}."""
-        return checked(from_json(self.body) if self.body.strip() else {}, fields, strict)
+    def json(self):
+        """Return the value of the body; an empty one counts as {}."""
+        return from_json(self.body) if self.body.strip() else {}
+
+    def fields(self, fields):
+        """Return the checked fields of the body."""
+        return checked(self.json(), fields)
 
     def parameters(self, fields, **others):
         """Return the checked parameters of the query; others are defaults that came another way, None if not."""
-        for name, values in self.query.items():
-            if len(values) > 1 and name != "goal":
+        for name, value in self.pairs:
+            if name == "goal" and "goal" in others:
+                others[name] = [*others[name], value] if isinstance(others[name], list) else [others[name], value]
+            elif others.get(name) is not None:
                 raise Invalid(f"{name} was given twice.", code=f"invalid_{name}" if name in fields else None)
-            others[name] = values if len(values) > 1 else values[0]
+            else:
+                others[name] = value
         return checked(others, fields)
 
     @property
@@ -1471,24 +1907,130 @@ def health(api, request):
     return (503, dict(found, error=problem)) if problem else (200, found)
 
 
-def publish(api, request):
-    fields = request.fields(PUBLISH, strict=True)
+def publishable(api, body):
+    """Return the checked fields of one intent to publish."""
+    fields = checked(body, PUBLISH, strict=True)
     del fields["reward"]
+    if fields["run_at"] is not None and (fields["delay"] or fields["run_at"] > api.bus.now() + YEAR_SECONDS):
+        raise Invalid("run_at must be Unix seconds within 366 days, and without a delay.", code="invalid_run_at")
+    return fields
+
+
+def publish(api, request):
+    fields = publishable(api, request.json())
     return 201, api.bus.publish(**fields, idempotency_key=request.idempotency_key, caller=request.caller)
+
+
+def publish_many(api, request):
+    lines = request.headers.get("content-type", "").partition(";")[0].strip() == "application/x-ndjson"
+    bodies = [from_json(line) for line in request.body.splitlines() if line.strip()] if lines else request.json()
+    if not isinstance(bodies, list) or len(bodies) > BULK_INTENTS:
+        raise Invalid(f"The body must be a JSON array of at most {BULK_INTENTS} intents, or as many lines of NDJSON.")
+    intents = []
+    for index, body in enumerate(bodies):
+        try:
+            intents.append(publishable(api, body))
+        except Invalid as error:
+            raise Invalid(f"Intent {index}: {error}", error.code) from error
+    return 201, api.bus.publish_many(intents, idempotency_key=request.idempotency_key, caller=request.caller)
 
 
 def claim(api, request):
     headers = request.headers
+    fields = request.parameters(dict(CLAIM, capability=(tokens, ())))
     capabilities = headers.get("x-worker-capabilities", headers.get("x-worker-capability"))
-    fields = request.parameters(CLAIM, worker_id=headers.get("x-worker-id"),
-                                capabilities=request.query.get("capability", [capabilities])[0])
+    said = checked({"worker_id": headers.get("x-worker-id"), "capabilities": capabilities}, CLAIM)
+    fields["capabilities"] = fields["capabilities"] or fields["capability"] or said["capabilities"]
+    fields["worker_id"] = fields["worker_id"] or said["worker_id"]
+    del fields["capability"]
+    fields["wait"] *= request.may_wait
+    fields["publisher"] = api.keys.owner_of(fields["publisher"], request)
     intent = api.bus.claim(**fields, caller=request.caller, still_there=request.still_there)
+    if not intent:
+        api.keys.not_counted(request.caller)
     return (200, intent) if intent else (204, None)
 
 
 def result(api, request, intent_id):
-    return 200, api.bus.get_result(intent_id, **request.parameters(RESULT), caller=request.caller,
-                                   still_there=request.still_there)
+    wait = request.parameters(RESULT)["wait"] * request.may_wait
+    return 200, api.bus.get_result(intent_id, wait, caller=request.caller, still_there=request.still_there)
+
+
+def set_value(api, request, key):
+    fields = request.parameters(SET_QUERY) if request.pairs and not request.body.strip() else request.fields(SET)
+    return 200, api.bus.set(key, **fields, caller=request.caller)
+
+
+def get_value(api, request, key):
+    return 200, {"value": api.bus.get(key, caller=request.caller)}
+
+
+def generate_key(api, request):
+    return 201, api.keys.generate(**request.fields(GENERATE_KEY), now=api.bus.now())
+
+
+def revoke_key(api, request):
+    return 200, api.keys.revoke(**request.fields(REVOKE_KEY))
+
+
+def list_keys(api, request):
+    return 200, api.keys.list()
+
+
+def purge(api, request):
+    fields = request.fields(PURGE)
+    if not fields["confirm"]:
+        raise Invalid('This deletes for good: say {"confirm": true}.', code="confirmation_required")
+    return 200, {"ok": True, "deleted": api.bus.purge(fields["namespace"])}
+
+
+def cleanup(api, request):
+    return 200, api.bus.cleanup()
+
+
+def inspect(api, request, intent_id):
+    return 200, api.bus.inspect(intent_id)
+
+
+def dead(api, request):
+    return 200, api.bus.dead()
+
+
+def dead_letter(api, request, intent_id):
+    intent = api.bus.inspect(intent_id)
+    if intent.status != "dead":
+        raise NotFound(f"There is no dead intent {intent_id}.")
+    return 200, dict(intent, intent_id=intent.id, attempts=intent.claim_attempts, reason=intent.last_error)
+
+
+def summary(api, request):
+    return 200, api.bus.summary()
+
+
+def metrics(api, request):
+    found = api.bus.summary()
+    return 200, exposition(
+        ("intent_bus_intents_total", "gauge", "Intents stored, by status and namespace.",
+         [(dict(status=status, namespace=name), number) for name, states in found.intents.items()
+          for status, number in states.items()]),
+        ("intent_bus_dead_letters_total", "gauge", "Dead intents.",
+         [({}, sum(states.get("dead", 0) for states in found.intents.values()))]),
+        ("intent_bus_tester_keys_total", "gauge", "Issued keys.", [({}, found["keys"])]),
+        ("intentbus_held_requests", "gauge", "Requests that wait for news.", [({}, found.held_requests)]),
+        ("intentbus_database_bytes", "gauge", "Size of the database file.", [({}, found.database_bytes)]),
+        ("intentbus_wal_bytes", "gauge", "Size of the write-ahead log.", [({}, found.wal_bytes)]),
+        ("intentbus_build_info", "gauge", "The version that runs.", [(dict(version=__version__), 1)]))
+
+
+def exposition(*families):
+    """Return (name, type, help, [(labels, value)]) families in the text format of Prometheus, version 0.0.4."""
+    lines = []
+    for name, kind, words, samples in families:
+        lines += [f"# HELP {name} {words}", f"# TYPE {name} {kind}"]
+        for labels, value in samples:
+            inside = ",".join(f"{label}={to_json(text)}" for label, text in labels.items())
+            lines.append(f"{name}{{{inside}}} {value}" if inside else f"{name} {value}")
+    return "\n".join(lines) + "\n"
 
 
 def body(verb, fields=None):
@@ -1506,33 +2048,59 @@ def query(verb, fields=None):
 
 
 ROUTES = (
-    # method, path              who may     endpoint
-    ("GET",  "/",               None,      home),
-    ("GET",  "/health",         None,      health),
-    ("POST", "/intent",         "publish", publish),
-    ("POST", "/claim",          "work",    claim),
-    ("POST", "/extend_claim/*", "work",    body("extend_claim", EXTEND)),
-    ("POST", "/fulfill/*",      "work",    body("fulfill", FULFILL)),
-    ("POST", "/fail/*",         "work",    body("fail", FAIL)),
-    ("POST", "/release/*",      "work",    body("release", RELEASE)),
-    ("GET",  "/status/*",       "either",  query("get_status")),
-    ("GET",  "/result/*",       "either",  result),
-    ("GET",  "/intents",        "either",  query("list", LIST)),
-    ("POST", "/cancel/*",       "publish", body("cancel")),
-    ("POST", "/retry/*",        "publish", body("retry")),
-    ("POST", "/retry",          "publish", body("retry", RETRY)),
+    # method, path                      who may     endpoint
+    ("GET",  "/",                       None,      home),
+    ("GET",  "/health",                 None,      health),
+    ("POST", "/intent",                 "publish", publish),
+    ("POST", "/intents",                "publish", publish_many),
+    ("POST", "/claim",                  "work",    claim),
+    ("POST", "/extend_claim/*",         "work",    body("extend_claim", EXTEND)),
+    ("POST", "/fulfill/*",              "work",    body("fulfill", FULFILL)),
+    ("POST", "/fail/*",                 "work",    body("fail", FAIL)),
+    ("POST", "/release/*",              "work",    body("release", RELEASE)),
+    ("GET",  "/status/*",               "look",    query("get_status")),
+    ("GET",  "/result/*",               "look",    result),
+    ("GET",  "/intents",                "look",    query("list", LIST)),
+    ("POST", "/cancel/*",               "manage",  body("cancel")),
+    ("POST", "/retry/*",                "manage",  body("retry")),
+    ("POST", "/retry",                  "manage",  body("retry", RETRY)),
+    ("POST", "/set/*",                  "keep",    set_value),
+    ("GET",  "/get/*",                  "keep",    get_value),
+    ("POST", "/delete/*",               "keep",    body("delete")),
+    ("POST", "/admin/generate_key",     "admin",   generate_key),
+    ("POST", "/admin/revoke_key",       "admin",   revoke_key),
+    ("GET",  "/admin/keys",             "admin",   list_keys),
+    ("POST", "/admin/purge",            "admin",   purge),
+    ("POST", "/admin/cleanup",          "admin",   cleanup),
+    ("GET",  "/admin/intents/*",        "admin",   inspect),
+    ("POST", "/admin/intents/*/cancel", "admin",   body("cancel")),
+    ("POST", "/admin/intents/*/retry",  "admin",   body("retry")),
+    ("GET",  "/admin/dead",             "admin",   dead),
+    ("GET",  "/admin/dead/*",           "admin",   dead_letter),
+    ("GET",  "/admin/summary",          "admin",   summary),
+    ("GET",  "/metrics",                "metrics", metrics),
 )
-ROLES = {"publish": ("publish", "either"), "work": ("work", "either"), "both": ("publish", "work", "either")}
+ROLES = {
+    "publish": ("publish", "look", "manage", "keep"),
+    "work": ("work", "look", "keep"),
+    "both": ("publish", "work", "look", "manage", "keep"),
+}
 
 
 class API:
-    """What answers requests: API(bus, keys).handle(request) -> Response."""
+    """What answers requests: API(bus, keys).handle(request) -> Response.
 
-    def __init__(self, bus, keys, max_body=BODY_BYTES):
+    enforce_https refuses what did not come encrypted; maintenance answers 503 to all but / and /health.
+    """
+
+    def __init__(self, bus, keys, max_body=BODY_BYTES, enforce_https=False, maintenance=False):
         self.bus, self.keys, self.max_body = bus, keys, max_body
+        self._enforce_https, self._maintenance = enforce_https, maintenance
         self._routes = {}     # path: {method: (who may, endpoint)}
         for method, path, who, endpoint in ROUTES:
             self._routes.setdefault(path, {})[method] = who, endpoint
+        self._patterns = [(path, re.compile(re.escape(path).replace(r"\*", "(.+)"), re.DOTALL))
+                          for path in sorted(self._routes, key=len, reverse=True) if "*" in path]
 
     def handle(self, request):
         """Answer a request. What it may not do is answered as an error; nothing is raised."""
@@ -1563,15 +2131,30 @@ class API:
             raise MethodNotAllowed(f"{path} takes {allowed} only.", headers=[("Allow", allowed)])
         who, endpoint = methods[method]
         if who:
-            request.caller = self.keys.caller(request.headers)
+            self._authorize(who, request)
+        return endpoint(self, request, *parameters)
+
+    def _authorize(self, who, request):
+        """Find out who is asking, or raise why that may not be."""
+        if self._maintenance:
+            raise Unavailable("The bus is under maintenance; try again later.", "maintenance")
+        if self._enforce_https and not request.secure:
+            raise Forbidden("This bus takes https only.", "https_required")
+        if who == "metrics":
+            self.keys.require_metrics(request)
+        elif who == "admin" or who in ("look", "manage") and "x-admin-token" in request.headers:
+            self.keys.require_admin(request)
+            request.caller = OWNER
+        else:
+            request.caller = self.keys.caller(request)
             if who not in ROLES[request.caller.role]:
                 raise Forbidden(f"This key may {request.caller.role} only.")
-        return endpoint(self, request, *parameters)
 
     def _place(self, path):
         """Return the path of a route, and what stands in the place of its star."""
-        head, slash, rest = path[1:].partition("/")
-        return (path,) if not slash or not rest else (f"/{head}/*", rest)
+        if path in self._routes and "*" not in path:
+            return (path,)
+        return next(((route, match[1]) for route, pattern in self._patterns if (match := pattern.fullmatch(path))), (path,))
 
     def _response(self, status, value, request_id, headers):
         text = isinstance(value, str)
@@ -1696,7 +2279,7 @@ class Connection:
                 return None, None
         body = bytes(self._received[:length])
         del self._received[:length]
-        return Request(method, target, headers, body, self._still_there), version
+        return Request(method, target, headers, body, *self.server.origin(headers, self.peer), self._still_there), version
 
     def _wait_for_request(self):
         """Return whether a request has begun; RFC 9112, section 2.2: empty lines before it are skipped."""
@@ -1730,10 +2313,8 @@ class Connection:
                 if not data:
                     return False
                 self._received += data
-        except BlockingIOError:
-            pass
-        except OSError:
-            return False
+        except OSError as error:     # nothing more has come, in words of TCP or of TLS; or it is gone
+            return isinstance(error, BlockingIOError) or type(error).__name__ == "SSLWantReadError"
         return True
 
     def _send(self, response, connection, bodiless=False):
@@ -1756,9 +2337,9 @@ class Threads:
     daemon_threads = True
     allow_reuse_address = os.name == "posix"     # elsewhere it would let a second server take the port
 
-    def serve_in(self, api, log):
-        """Take the API to serve, and whether to log each request."""
-        self.api, self._logging = api, log
+    def serve_in(self, api, log, trust_proxy, tls):
+        """Take the API to serve, and the options of http_server."""
+        self.api, self._logging, self._trust_proxy, self._tls = api, log, trust_proxy, tls
         self.stopping = False
         self._limit = connection_limit()
         self._open, self._idle = set(), 0
@@ -1770,6 +2351,19 @@ class Threads:
         import socketserver
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
+
+    def get_request(self):
+        """Accept a connection; its TLS handshake is made by the thread that reads it first."""
+        sock, address = super().get_request()
+        if self._tls:
+            sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        return sock, address
+
+    def origin(self, headers, peer):
+        """Return the client's address, and whether it sent the request encrypted; a trusted proxy knows better."""
+        if not self._trust_proxy:
+            return peer, bool(self._tls)
+        return forwarded(headers, peer, bool(self._tls))
 
     def process_request(self, sock, address):
         """Give a connection to an idle thread, or to a new one."""
@@ -1827,10 +2421,16 @@ class Threads:
         deadline = time.monotonic() + SHUTDOWN_SECONDS
         with self._lock:
             for sock in self._open:
-                with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_RD)     # an idle thread reads the end, a busy one can still answer
+                with contextlib.suppress(OSError):     # an idle thread reads the end, a busy one can still answer
+                    socket.socket.shutdown(sock, socket.SHUT_RD)     # not that of TLS, which would end the encryption
         while self._open and time.monotonic() < deadline:
             time.sleep(0.01)
+
+
+def forwarded(headers, peer, secure):
+    """Return what a proxy says of the client: its address (the last one, which the proxy itself has seen), and if https."""
+    peer = headers.get("x-forwarded-for", peer).rpartition(",")[2].strip()
+    return peer, headers.get("x-forwarded-proto", "https" if secure else "").rpartition(",")[2].strip() == "https"
 
 
 def connection_limit():
@@ -1847,68 +2447,157 @@ def connection_limit():
     return CONNECTIONS if soft == resource.RLIM_INFINITY else min(CONNECTIONS, soft - SPARE_FILES)
 
 
-def http_server(api, host="127.0.0.1", port=8787, log=False):
+def http_server(api, host="127.0.0.1", port=8787, log=False, trust_proxy=False, tls=None):
     """Return a server that is bound to host and port; port 0 picks a free one, see its server_port.
 
-    Call serve_forever() in one thread and close() in another. Raises SetupError if the address cannot be had.
+    log writes a line for each request, trust_proxy believes X-Forwarded-*, tls is (certificate file, key file). Call
+    serve_forever() in one thread and close() in another. Raises SetupError if the address cannot be had.
     """
     from http.server import ThreadingHTTPServer
     kind = type("Server", (Threads, ThreadingHTTPServer),
                 {"address_family": socket.AF_INET6 if ":" in host else socket.AF_INET})
     threading.stack_size(STACK_BYTES)
+    context = tls and tls_context(*tls)
     try:
         server = kind((host, port), Connection)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise SetupError(f"The bus cannot listen on {host} port {port}: {reason}; choose another --port.") from error
-    server.serve_in(api, log)
+    server.serve_in(api, log, trust_proxy, context)
     api.bus.start()
     return server
+
+
+def tls_context(certificate, key):
+    """Return the TLS settings of a server; raises SetupError if the files are not what they should be."""
+    import ssl
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(certificate, key)
+    except OSError as error:
+        raise SetupError(f"The TLS certificate {certificate} and key {key} cannot be used: {error.strerror or error}.") from error
+    return context
+
+
+def owner_key(path=KEY_FILE):
+    """Return the owner key and where it is from: BUS_SECRET, or a file, which is made if there is none."""
+    if key := os.environ.get("BUS_SECRET"):
+        return usable_key(key, "BUS_SECRET"), "in BUS_SECRET"
+    if key := read_key(path):
+        return key, f"in {path}"
+    return make_key(path), f"new, in {path}"
+
+
+def api_of(store, key, require_claim_token=False, retention=RETENTION_SECONDS, rate=RATE_PER_MINUTE, max_body=BODY_BYTES,
+           require_signatures=False):
+    """Return the API of a store, with what the environment says: secrets, and BUS_* switches that are set to 1."""
+    def switch(name):
+        return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
+    keys = Keys(key, store, os.environ.get("BUS_ADMIN_SECRET"), os.environ.get("DASHBOARD_PASSWORD"),
+                os.environ.get("BUS_METRICS_TOKEN"), require_signatures or switch("BUS_REQUIRE_SIGNATURES"), rate)
+    return API(Bus(store, require_claim_token, retention), keys, max_body, switch("BUS_ENFORCE_HTTPS"),
+               switch("BUS_MAINTENANCE_MODE"))
+
+
+@functools.lru_cache(maxsize=None)
+def wsgi_api(process):
+    """Return the API of this process: a forked worker opens the database anew."""
+    return api_of(Store(os.environ.get("BUS_DB_PATH") or "intentbus.db"), owner_key()[0])
+
+
+def application(environ, start_response):
+    """Serve the bus under WSGI (PEP 3333), with the settings of the environment; needs no thread of its own.
+
+    A request is held only where others can be answered meanwhile. One process may serve a database at a time.
+    """
+    api = wsgi_api(os.getpid())
+    headers = {name[5:].replace("_", "-").lower(): value for name, value in environ.items() if name.startswith("HTTP_")}
+    headers["content-type"] = environ.get("CONTENT_TYPE", "")
+    try:
+        body = environ["wsgi.input"].read(body_length({"content-length": environ.get("CONTENT_LENGTH") or "0"}, api.max_body))
+        target = urllib.parse.quote(environ.get("PATH_INFO", "/").encode("latin-1")) or "/"
+        peer, secure = environ.get("REMOTE_ADDR", ""), environ.get("wsgi.url_scheme") == "https"
+        if os.environ.get("BUS_TRUST_PROXY"):
+            peer, secure = forwarded(headers, peer, secure)
+        request = Request(environ["REQUEST_METHOD"], f"{target}?{environ.get('QUERY_STRING', '')}", headers, body, peer, secure)
+        request.may_wait = environ.get("wsgi.multithread", False)
+        response = api.handle(request)
+    except Error as error:
+        response = api.refusal(error, request_id(headers))
+    length = [] if response.status == 204 else [("Content-Length", str(len(response.body)))]
+    start_response(f"{response.status} {REASONS[response.status]}", [*response.headers, *length])
+    return [b"" if environ["REQUEST_METHOD"] == "HEAD" else response.body]
 
 
 # ---- 11. Client ----
 # The Bus's verbs over HTTP, with its errors. What is safe to repeat is repeated when the network fails.
 
+def bus_place(url):
+    """Return the parts of the URL of a bus; raises SetupError for what is none."""
+    try:
+        place = urllib.parse.urlsplit(url)
+        if place.scheme in ("http", "https") and place.hostname and "@" not in place.netloc and place.port != 0:
+            return place
+    except ValueError:
+        pass
+    shown = url.rpartition("@")[2]     # what stands before it may be a password
+    raise SetupError(f"The URL of a bus is http://HOST:PORT or https://HOST, with no user in it, not {shown!r}.")
+
+
+def client_tls(ca):
+    """Return the TLS settings of a client that trusts the certificates in a file."""
+    import ssl
+    try:
+        return ssl.create_default_context(cafile=ca)
+    except OSError as error:
+        raise SetupError(f"The certificates in {ca} cannot be used: {error.strerror or error}.") from error
+
+
 class IntentClient:
     """A bus somewhere else.
 
     base_url, api_key and namespace default to INTENT_BUS_URL, INTENT_API_KEY (then the file ~/.apikey) and
-    INTENT_BUS_NAMESPACE. timeout is in seconds, for each try of a request. What is returned reads as x["id"] and as
-    x.id. Every verb raises the Error that the bus answered with, or Unreachable. See also listen().
+    INTENT_BUS_NAMESPACE. timeout is in seconds, for each try of a request; ca is a file of certificates to trust. Every
+    request is signed; the key itself is sent only over https or to this machine. What is returned reads as x["id"] and
+    as x.id. Every verb raises the Error that the bus answered with, or Unreachable. See also listen().
     """
 
-    def __init__(self, base_url=None, api_key=None, timeout=CLIENT_SECONDS, namespace=None):
+    def __init__(self, base_url=None, api_key=None, timeout=CLIENT_SECONDS, namespace=None, ca=None):
         import urllib.request
         self.base_url = (base_url or os.environ.get("INTENT_BUS_URL") or URL).rstrip("/")
         self.namespace = namespace or os.environ.get("INTENT_BUS_NAMESPACE") or "default"
         self.timeout = timeout
-        try:
-            place = urllib.parse.urlsplit(self.base_url)
-            sound = place.scheme in ("http", "https") and place.hostname and "@" not in place.netloc and place.port != 0
-        except ValueError:
-            sound = False
-        if not sound:
-            shown = self.base_url.rpartition("@")[2]     # what stands before it may be a password
-            raise SetupError(f"The URL of a bus is http://HOST:PORT or https://HOST, with no user in it, not {shown!r}.")
+        place = bus_place(self.base_url)
         self._key = usable_key(api_key or os.environ.get("INTENT_API_KEY") or read_key() or "-", "INTENT_API_KEY")
         if self._key == "-":
             raise SetupError(f"No key: put the bus's into {KEY_FILE} or INTENT_API_KEY (on the bus's machine it is in "
                              f"{KEY_FILE}, once serve has run).")
         here = place.hostname in ("localhost", "::1") or place.hostname.startswith("127.")
-        if not here and place.scheme == "http":
-            warnings.warn(f"The key travels unencrypted to {place.hostname}; use https or a tunnel.")
+        issued = ISSUED.fullmatch(self._key)
+        self._identity = ({"X-API-KEY": self._key} if here or place.scheme == "https" else
+                          {"X-Key-ID": issued[1] if issued else "owner"})
+        self._path, self._clock_offset = urllib.parse.unquote(place.path), 0
         self._opener = urllib.request.OpenerDirector()     # one that follows no redirect: it would carry the key along
         for handler in (urllib.request.ProxyHandler({} if here else None), urllib.request.HTTPHandler(),
-                        urllib.request.HTTPSHandler()):
+                        urllib.request.HTTPSHandler(context=ca and client_tls(ca))):
             self._opener.add_handler(handler)
 
     def publish(self, goal, payload, *, idempotency_key=None, **fields):
         """Publish an intent; fields are those of Bus.publish. Repeated as needed, stored once."""
-        body = dict(dict(goal=goal, payload=payload, namespace=self.namespace), **fields)
+        return self._publish("/intent", dict(dict(goal=goal, payload=payload, namespace=self.namespace), **fields),
+                             idempotency_key)
+
+    def publish_many(self, intents, *, idempotency_key=None):
+        """Publish up to 1,000 intents, each a dict of what publish takes, all or none, and return {"ids"}."""
+        return self._publish("/intents", [dict({"namespace": self.namespace}, **intent) for intent in intents],
+                             idempotency_key)
+
+    def _publish(self, path, body, idempotency_key):
         key = os.urandom(16).hex() if idempotency_key is None else idempotency_key
         if not re.fullmatch("[ -~]{1,255}", key):
             raise Invalid("An idempotency key is 1 to 255 printable ASCII characters.", code="invalid_idempotency_key")
-        return self._post("/intent", body, headers={"Idempotency-Key": key})
+        return self._post(path, body, headers={"Idempotency-Key": key})
 
     def claim(self, goal=None, *, namespace=None, publisher=None, worker_id=None, capabilities=(), wait=0, lease=None):
         """Claim an intent, or return None if there is none within wait seconds."""
@@ -1957,10 +2646,28 @@ class IntentClient:
             return self._post(f"/retry/{intent_id}", retries=0)
         return self._post("/retry", dict(goal=goal, namespace=namespace, limit=limit), retries=0)
 
+    def set(self, key, value, ttl=VALUE_TTL_SECONDS, if_absent=False):
+        """Keep a JSON value for ttl seconds; with if_absent, raises Conflict if the key is taken: a lock."""
+        return self._post(f"/set/{key}", dict(value=value, ttl=ttl, if_absent=if_absent), retries=0 if if_absent else RETRIES)
+
+    def get(self, key):
+        """Return the value of a key; raises NotFound."""
+        return self._call("GET", f"/get/{key}").value
+
+    def delete(self, key):
+        """Forget a key; return whether there was a value."""
+        return self._post(f"/delete/{key}", retries=0)
+
+    def admin(self, verb, **body):
+        """Ask for an /admin/ endpoint, by GET if there is no body, with BUS_ADMIN_SECRET if that is set."""
+        token = os.environ.get("BUS_ADMIN_SECRET")
+        return self._call("POST" if body else "GET", f"/admin/{verb}", body=body or None, retries=0,
+                          headers={"X-Admin-Token": token} if token else {}, kind=list if verb == "keys" else dict)
+
     def _post(self, path, body=None, **options):
         return self._call("POST", path, body=body, **options)
 
-    def _call(self, method, path, body=None, query=None, headers=None, retries=RETRIES, timeout=None):
+    def _call(self, method, path, body=None, query=None, headers=None, retries=RETRIES, timeout=None, kind=dict):
         """Return the answer to a request, None for 204, after as many retries as it takes and is given."""
         query = {name: value for name, value in (query or {}).items() if value is not None}
         try:
@@ -1970,18 +2677,34 @@ class IntentClient:
             raise Invalid(f"This cannot be sent as JSON in UTF-8: {error}.") from error
         for attempt in range(retries + 1):
             try:
-                return self._once(method, url, data, headers or {}, timeout or self.timeout)
+                return self._once(method, path, query, url, data, headers or {}, timeout or self.timeout, kind)
             except (Unreachable, Unavailable, RateLimited) as error:
                 if attempt == retries:
                     raise
                 pause = random.uniform(0, min(RETRY_SECONDS * 2 ** attempt, RETRY_MAX_SECONDS))
                 time.sleep(max(pause, error.details.get("retry_after", 0)))
 
-    def _once(self, method, url, data, headers, timeout):
+    def _once(self, method, path, query, url, data, headers, *options):
+        """Send a request, once more if the bus says how far our clock is off."""
+        try:
+            return self._send(method, url, data, self._signed(method, path, query, data, headers), *options)
+        except Forbidden as error:
+            if "server_time" not in error.details:
+                raise
+            self._clock_offset = error.details["server_time"] - time.time()
+            return self._send(method, url, data, self._signed(method, path, query, data, headers), *options)
+
+    def _signed(self, method, path, query, data, headers):
+        """Return the headers of a request, with its signature."""
+        pairs = urllib.parse.parse_qsl(urllib.parse.urlencode(query, True), True)
+        timestamp, nonce = f"{time.time() + self._clock_offset:.3f}", os.urandom(16).hex()
+        return dict(headers, **self._identity, **{
+            "User-Agent": f"intentbus/{__version__}", "Content-Type": "application/json", "X-Timestamp": timestamp,
+            "X-Nonce": nonce, "X-Signature": sign(self._key, method, self._path + path, pairs, timestamp, nonce,
+                                data or b"")})
+
+    def _send(self, method, url, data, headers, timeout, kind):
         import http.client
-        headers = dict(headers, **{"X-API-KEY": self._key, "User-Agent": f"intentbus/{__version__}"})
-        if data is not None:
-            headers["Content-Type"] = "application/json"
         try:
             request = urllib.request.Request(url, data, headers, method=method)
             with self._opener.open(request, timeout=timeout) as response:
@@ -1992,16 +2715,16 @@ class IntentClient:
             raise Unreachable(f"The bus at {self.base_url} cannot be reached: {reason}.") from error
         if status == 204:
             return None
-        return self._read(status, content, got)
+        return self._read(status, content, got, kind)
 
-    def _read(self, status, content, headers):
+    def _read(self, status, content, headers, kind):
         """Return what an answer holds, or raise the error that it says."""
         if 300 <= status < 400:
             raise Unreachable(f"{self.base_url} redirects to {headers.get('Location')}; give that as the bus's URL.")
         try:
             value = json.loads(content)
-            if status < 300 and isinstance(value, dict):
-                return Record(value)
+            if status < 300 and isinstance(value, kind):
+                return Record(value) if kind is dict else [Record(item) for item in value]
             error = dict(value["error"])
         except (ValueError, TypeError, KeyError):
             raise Unreachable(f"{self.base_url} answered {status} without its JSON: a proxy page answered, not a bus.") from None
@@ -2442,6 +3165,7 @@ CONNECTION = (
     flag("--url", help=f"the bus (INTENT_BUS_URL; default {URL})"),
     flag("--key-file", help=f"the file with the key (INTENT_API_KEY holds the key itself; default {KEY_FILE})"),
     flag("--namespace", help="the part of the bus to use (INTENT_BUS_NAMESPACE; default default)"),
+    flag("--ca", metavar="FILE", help="trust the certificates in this file, besides those of the system"),
 )
 WAIT = flag("--wait", type=lambda words: duration(words) if words else PUBLISH_WAIT_SECONDS, metavar="DURATION",
             help="wait for the end (--wait=DURATION, default 5m), print the result, exit 1 if it ended badly")
@@ -2450,7 +3174,8 @@ JSON_LINES = flag("--json", action="store_true", help="print JSON")
 
 def client(options):
     """Return a client with the settings of these options."""
-    return IntentClient(options.url, options.key_file and required_key(options.key_file), namespace=options.namespace)
+    return IntentClient(options.url, options.key_file and required_key(options.key_file), namespace=options.namespace,
+                        ca=options.ca)
 
 
 def required_key(path):
@@ -2468,7 +3193,13 @@ def required_key(path):
          flag("--key-file", default=KEY_FILE, help=f"the file with the owner key (BUS_SECRET holds the key itself; default {KEY_FILE})"),
          flag("--max-body", type=whole, default=BODY_BYTES, metavar="BYTES", help=f"the longest body taken (default {BODY_BYTES})"),
          flag("--retention", type=duration, default=RETENTION_SECONDS, help="how long what has ended is kept (default 7d)"),
+         flag("--rate-limit", type=whole, default=RATE_PER_MINUTE, metavar="N",
+              help=f"requests a minute of an issued key (default {RATE_PER_MINUTE})"),
          flag("--require-claim-token", action="store_true", help="refuse workers of the 1.x protocol, which send none"),
+         flag("--require-signatures", action="store_true", help="refuse requests that are not signed (BUS_REQUIRE_SIGNATURES)"),
+         flag("--tls-cert", metavar="FILE", help="speak https, with this certificate (PEM)"),
+         flag("--tls-key", metavar="FILE", help="and its key (default: in the same file)"),
+         flag("--trust-proxy", action="store_true", help="believe X-Forwarded-For and -Proto (BUS_TRUST_PROXY)"),
          flag("--log", action="store_true", help="a line of JSON on stderr for each request"))
 def serve_command(options):
     """Run the bus: HTTP in front of a SQLite file. Prints its URL once it listens; Ctrl-C or SIGTERM ends it well.
@@ -2479,8 +3210,11 @@ def serve_command(options):
     key, source = owner_key(options.key_file)
     store = Store(options.db or os.environ.get("BUS_DB_PATH") or "intentbus.db")
     try:
-        bus = Bus(store, options.require_claim_token, options.retention)
-        server = http_server(API(bus, Keys(key), options.max_body), options.host, options.port, options.log)
+        api = api_of(store, key, options.require_claim_token, options.retention, options.rate_limit, options.max_body,
+                     options.require_signatures)
+        server = http_server(api, options.host, options.port, options.log,
+                             options.trust_proxy or bool(os.environ.get("BUS_TRUST_PROXY")),
+                             options.tls_cert and (options.tls_cert, options.tls_key or options.tls_cert))
     except Error:
         store.close()
         raise
@@ -2489,31 +3223,23 @@ def serve_command(options):
         signal.signal(name, lambda *_: stop.set())
     threading.Thread(target=server.serve_forever, daemon=True).start()
     host = f"[{options.host}]" if ":" in options.host else options.host
-    print(f"http://{host}:{server.server_port}", flush=True)
-    welcome(store, source, options.host, f"http://{host}:{server.server_port}")
+    url = f"http{'s' if options.tls_cert else ''}://{host}:{server.server_port}"
+    print(url, flush=True)
+    welcome(store, source, url, options.host in ("127.0.0.1", "::1", "localhost") or options.tls_cert)
     while not stop.wait(1):     # in slices, since Windows lets no signal through a longer wait
         pass
     server.close()
     store.close()
 
 
-def owner_key(path):
-    """Return the owner key and where it is from; makes one if there is none."""
-    if key := os.environ.get("BUS_SECRET"):
-        return usable_key(key, "BUS_SECRET"), "in BUS_SECRET"
-    if key := read_key(path):
-        return key, f"in {path}"
-    return make_key(path), f"new, in {path}"
-
-
-def welcome(store, source, host, url):
+def welcome(store, source, url, safe):
     """Say what a person wants to know who has just started a bus."""
     here = f"{os.path.basename(sys.executable)} {os.path.basename(__file__)}"
     where = "" if url == URL else f" --url {url}"
     say(f"{__version__}, database {store.path}, the key is {source}")
     if store.warning:
         say(store.warning)
-    if host not in ("127.0.0.1", "::1", "localhost"):
+    if not safe:
         say("this is plain HTTP, and not only this machine can reach it: put a TLS proxy or a tunnel in front")
     say("next, in two other terminals:")
     print(f"  {here} work{where} --goal hello\n  {here} publish{where} hello name=world", file=sys.stderr, flush=True)
@@ -2532,18 +3258,61 @@ def welcome(store, source, host, url):
          flag("--capability", dest="required_capability", help="only a worker with this capability may do it"),
          flag("--public", dest="visibility", action="store_const", const="public", help="workers of every owner may do it"),
          flag("--idempotency-key", help="publishing again with the same key within a day stores nothing new"),
+         flag("--lines", action="store_true", help="an intent for each line of stdin, its text the payload"),
+         flag("--jsonl", action="store_true", help="an intent for each line of stdin, its JSON the payload"),
          JSON_LINES)
 def publish_command(options):
-    """Publish an intent and print its id."""
+    """Publish an intent and print its id. With --lines or --jsonl, one for each line of stdin, a thousand at a time."""
     names = ("priority", "delay", "ttl", "max_attempts", "backoff_base", "target_worker", "required_capability",
              "visibility", "idempotency_key")
     fields = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     bus = client(options)
+    if options.lines or options.jsonl:
+        return publish_lines(bus, options, fields)
     answer = bus.publish(options.goal, payload(options.payload), **fields)
     if options.wait is None:
         print(to_json(answer) if options.json else answer.id)
         return 0
     return wait_for(bus, answer.id, options.wait, options.json)
+
+
+def publish_lines(bus, options, fields):
+    """Publish an intent for each line of stdin and print the ids; on a terminal, say how far it is."""
+    if options.payload or options.wait is not None:
+        raise Invalid("--lines and --jsonl take the payloads from stdin, and do not wait.")
+    key, published = fields.pop("idempotency_key", None), 0
+    for number, lines in enumerate(batches(sys.stdin.buffer)):
+        intents = [dict(fields, goal=options.goal, payload=given_json(line) if options.jsonl else line_text(line))
+                   for line in lines]
+        ids = bus.publish_many(intents, idempotency_key=key and f"{key} {number}").ids
+        print("\n".join(ids))
+        published += len(ids)
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\rintentbus: {published} published")
+    if sys.stderr.isatty():
+        sys.stderr.write("\n")
+
+
+def batches(stream):
+    """Yield lists of the lines that are not blank: up to BULK_INTENTS, and what fits a body."""
+    lines, room = [], BODY_BYTES // 2
+    for line in stream:
+        if lines and (len(lines) == BULK_INTENTS or room < 4 * len(line) + 512):
+            yield lines
+            lines, room = [], BODY_BYTES // 2
+        if line.strip():
+            lines.append(line)
+            room -= len(line) + 128
+    if lines:
+        yield lines
+
+
+def line_text(line):
+    """Return the text of a line of bytes, without its end."""
+    try:
+        return line.decode().rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise Invalid("A line of stdin is not UTF-8.") from error
 
 
 def payload(words):
@@ -2716,16 +3485,101 @@ def retry_command(options):
     print(to_json(answer) if options.json else answer.status if options.id else answer.retried)
 
 
+@command("set", *CONNECTION, flag("key"), flag("value", help="JSON, or text"),
+         flag("--ttl", type=duration, default=VALUE_TTL_SECONDS, help="how long it is kept, up to 1d (default 10m)"),
+         flag("--if-absent", action="store_true", help="only if there is none: exit 1 if the key is taken, a lock"))
+def set_command(options):
+    """Keep a value for a while."""
+    try:
+        value = from_json(options.value.encode())
+    except (Invalid, UnicodeError):
+        value = options.value
+    client(options).set(options.key, value, options.ttl, options.if_absent)
+
+
+@command("get", *CONNECTION, flag("key"))
+def get_command(options):
+    """Print a value that set has kept: a text as it is, the rest as JSON; exit 3 if there is none."""
+    print(plain(client(options).get(options.key)))
+
+
+@command("del", *CONNECTION, flag("key"))
+def delete_command(options):
+    """Forget a value; exit 3 if there was none."""
+    return 0 if client(options).delete(options.key).deleted else 3
+
+
+@command("keys add", *CONNECTION, flag("name", help="whose or what for"),
+         flag("--owner", default="owner", help="keys of one owner share their private intents (default owner, as the owner key)"),
+         flag("--role", choices=("publish", "work", "both"), default="both", help="what the key may do (default both)"))
+def keys_add(options):
+    """Issue a key and print it, this once."""
+    made = client(options).admin("generate_key", name=options.name, owner=options.owner, role=options.role)
+    say(f"id {made.key_id}, owner {made.owner}, role {made.role}; the key is shown only now")
+    print(made.api_key)
+
+
+@command("keys list", *CONNECTION, JSON_LINES)
+def keys_list(options):
+    """List the issued keys: id, role, owner, requests, last use, name."""
+    for key in client(options).admin("keys"):
+        used = age(time.time() - key.last_used_at) if key.last_used_at else "never"
+        print(to_json(key) if options.json else printable(
+            f"{key.key_id}  {key.role:7}  {key.owner}  {key.total_requests}  {used}  {key.name}"))
+
+
+@command("keys revoke", *CONNECTION, flag("key_id", help="the id that keys list prints"))
+def keys_revoke(options):
+    """End an issued key."""
+    client(options).admin("revoke_key", key_id=options.key_id)
+
+
+@command("stats", *CONNECTION)
+def stats(options):
+    """Print how the bus is, as JSON: intents by namespace and status, sizes, requests held."""
+    print(json.dumps(client(options).admin("summary"), indent=2))
+
+
+@command("purge", *CONNECTION, flag("--yes", action="store_true", help="really"))
+def purge_command(options):
+    """Delete all intents for good, or those of a --namespace; prints how many."""
+    if not options.yes:
+        raise Invalid("This deletes intents for good, whatever their state: say --yes.")
+    where = {"namespace": options.namespace} if options.namespace else {}
+    print(client(options).admin("purge", confirm=True, **where).deleted)
+
+
+@command("backup", flag("file", help="the file to write; it must not exist"),
+         flag("--db", help="the database file (BUS_DB_PATH; default intentbus.db)"))
+def backup(options):
+    """Copy the database of a bus, running or not, into a file that serve --db can use."""
+    import pathlib
+    import sqlite3
+    source = pathlib.Path(options.db or os.environ.get("BUS_DB_PATH") or "intentbus.db").resolve()
+    try:
+        os.close(os.open(options.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        with contextlib.closing(sqlite3.connect(f"{source.as_uri()}?mode=ro", uri=True)) as here, \
+                contextlib.closing(sqlite3.connect(options.file)) as there:
+            here.backup(there)
+    except (OSError, sqlite3.Error) as error:
+        raise SetupError(f"{source} cannot be copied to {options.file}: {getattr(error, 'strerror', None) or error}.") from error
+
+
 def parser():
     """Return the parser of the whole command line."""
     parser = argparse.ArgumentParser(prog="intentbus.py", description='Say "do this" here, have it done there.',
                                      epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"intentbus {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    groups = {"": parser.add_subparsers(metavar="COMMAND", required=True)}
     for name, (function, flags) in COMMANDS.items():
+        group, _, word = name.rpartition(" ")
+        if group not in groups:
+            within = groups[""].add_parser(group, help=f"{group} add, list, revoke", description=f"Commands about {group}.")
+            groups[group] = within.add_subparsers(metavar="COMMAND", required=True)
         first, _, rest = function.__doc__.partition("\n")
-        sub = commands.add_parser(name, help=first, description=function.__doc__.replace("\n    ", "\n"),
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub = groups[group].add_parser(word, help=first, description=function.__doc__.replace("\n    ", "\n"),
+                                       formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub.set_defaults(command=function)
         for names, settings in flags:
             sub.add_argument(*names, **settings)
     return parser
@@ -2739,7 +3593,7 @@ def main(arguments=None):
     words = ["--wait=" if word == "--wait" else word for word in words[:end]] + words[end:]     # its value is optional
     options = parser().parse_args(words)
     try:
-        code = COMMANDS[options.command][0](options) or 0
+        code = options.command(options) or 0
         sys.stdout.flush()
         return code
     except Error as error:

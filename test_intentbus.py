@@ -76,7 +76,7 @@ def bus(store, clock):
 @contextlib.contextmanager
 def serving(store, **options):
     """A real server on a free port; yields the server, its bus as server.api.bus."""
-    server = intentbus.http_server(API(Bus(store), Keys(KEY), **options), port=0)
+    server = intentbus.http_server(API(Bus(store), Keys(KEY, store), **options), port=0)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     try:
         yield server
@@ -178,9 +178,7 @@ def test_every_setting_says_its_reason():
 # ---- 3. Intent ----
 
 def published(now=1000.0, **fields):
-    defaults = dict(goal="g", payload=1, namespace="default", visibility="private", priority=100, delay=0, run_at=None,
-                    ttl=3600, max_attempts=3, backoff_base=5, target_worker=None, required_capability=None)
-    return Intent.new(now, "owner", **dict(defaults, **fields))
+    return Intent.new(now, "owner", "owner", dict(dict(goal="g", payload=1, ttl=3600), **fields))
 
 
 def claimed(**fields):
@@ -365,8 +363,8 @@ def test_what_is_no_database_is_refused_in_words(tmp_path):
 
 # ---- 5. Bus ----
 
-ALICE = Caller("k1", "alice", "both", False)
-BOB = Caller("k2", "bob", "both", False)
+ALICE = Caller("k1", "alice", "both", False, None)
+BOB = Caller("k2", "bob", "both", False, None)
 
 
 def test_an_intent_goes_from_its_publisher_to_a_worker_and_its_result_back(bus):
@@ -768,7 +766,7 @@ class Served:
     def __init__(self, folder):
         self.db = str(folder / "bus.db")
         self.store = intentbus.Store(self.db)
-        self.api = intentbus.API(intentbus.Bus(self.store), intentbus.Keys(KEY))
+        self.api = intentbus.API(intentbus.Bus(self.store), intentbus.Keys(KEY, self.store))
         self.server = intentbus.http_server(self.api, port=0)
         self.port = self.server.server_port
         self.url = f"http://127.0.0.1:{self.port}"
@@ -1906,7 +1904,7 @@ def test_a_worker_goes_on_when_the_bus_comes_back(store, impatient, monkeypatch)
     running = in_thread(lambda: worker.run() or True)
     wait_until(lambda: any("cannot be reached" in sentence for sentence in said))
     bus = Bus(store)
-    server = intentbus.http_server(API(bus, Keys(KEY)), port=port)
+    server = intentbus.http_server(API(bus, Keys(KEY, store)), port=port)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     bus.publish("g", "there")
     assert running() and done == ["there"]
