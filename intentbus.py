@@ -166,10 +166,10 @@ ERRORS = {kind.status: kind for kind in Error.__subclasses__() if kind.status}
 # The record, and its life. A method named for what happened returns the columns that it changes; the Store writes them.
 
 COLUMNS = (
-    "id", "namespace", "goal", "payload", "owner", "publisher", "visibility", "priority", "ttl", "max_attempts", "backoff_base",
-    "target_worker", "required_capability", "created_at", "status", "run_at", "expires_at", "completed_at",
-    "last_error", "result", "result_type", "claim_attempts", "claim_token_hash", "claim_expires_at", "claim_owner",
-    "claim_outcome", "worker_id", "lane", "ready", "wake_at",
+    "id", "namespace", "goal", "payload", "owner", "publisher", "visibility", "priority", "ttl", "max_attempts",
+    "backoff_base", "target_worker", "required_capability", "created_at", "status", "run_at", "expires_at",
+    "completed_at", "last_error", "result", "result_type", "claim_attempts", "claim_token_hash", "claim_expires_at",
+    "claim_owner", "claim_outcome", "worker_id", "lane", "ready", "wake_at",
 )
 PUBLISH_DEFAULTS = dict(
     namespace="default", visibility="private", priority=100, delay=0, run_at=None, ttl=TTL_SECONDS, max_attempts=3,
@@ -327,8 +327,7 @@ class Intent(Record):
 # All the SQL. One connection writes, and commits what queued up meanwhile as one transaction (group commit); others read.
 # One method is one operation; a rule passed in decides, inside the transaction, how an intent changes.
 
-SCHEMA = (
-    """
+SCHEMA = """
     CREATE TABLE intents (
         -- as published
         id TEXT PRIMARY KEY, namespace TEXT NOT NULL, goal TEXT NOT NULL, payload TEXT NOT NULL, owner TEXT NOT NULL,
@@ -343,50 +342,25 @@ SCHEMA = (
         claim_outcome TEXT, worker_id TEXT,
         -- what the indexes need
         lane TEXT NOT NULL, ready INTEGER NOT NULL, wake_at DOUBLE PRECISION
-    )
-    """,
-    """
-    CREATE INDEX intents_ready
-    ON     intents (lane, priority DESC, run_at, claim_attempts, created_at, id)
-    WHERE  ready = 1
-    """,
-    "CREATE INDEX intents_wake ON intents (wake_at) WHERE wake_at IS NOT NULL",
-    "CREATE INDEX intents_completed ON intents (completed_at) WHERE completed_at IS NOT NULL",
-    """
-    CREATE TABLE idempotency (
-        caller TEXT, key TEXT, digest TEXT NOT NULL, answer TEXT NOT NULL, expires_at DOUBLE PRECISION NOT NULL,
-        PRIMARY KEY (caller, key)
-    )
-    """,
-    "CREATE INDEX idempotency_expires ON idempotency (expires_at)",
-    """
-    CREATE TABLE tallies (
+    );
+    CREATE INDEX intents_ready ON intents (lane, priority DESC, run_at, claim_attempts, created_at, id) WHERE ready = 1;
+    CREATE INDEX intents_wake ON intents (wake_at) WHERE wake_at IS NOT NULL;
+    CREATE INDEX intents_completed ON intents (completed_at) WHERE completed_at IS NOT NULL;
+    CREATE TABLE tallies (     -- how many intents there are of each kind
         namespace TEXT, publisher TEXT, status TEXT, intents INTEGER NOT NULL,
         PRIMARY KEY (namespace, publisher, status)
-    )
-    """,
-    """
+    );
     CREATE TABLE keys (
         key_id TEXT PRIMARY KEY, name TEXT NOT NULL, owner TEXT NOT NULL, role TEXT NOT NULL,
         created_at DOUBLE PRECISION NOT NULL, last_used_at DOUBLE PRECISION, total_requests INTEGER NOT NULL,
         revoked_at DOUBLE PRECISION
-    )
-    """,
-    """
-    CREATE TABLE nonces (
-        key_id TEXT, nonce TEXT, expires_at DOUBLE PRECISION NOT NULL,
-        PRIMARY KEY (key_id, nonce)
-    )
-    """,
-    "CREATE INDEX nonces_expires ON nonces (expires_at)",
-    """
-    CREATE TABLE pairs (
-        owner TEXT, key TEXT, value TEXT NOT NULL, expires_at DOUBLE PRECISION NOT NULL,
-        PRIMARY KEY (owner, key)
-    )
-    """,
-    "CREATE INDEX pairs_expires ON pairs (expires_at)",
-)
+    );
+    CREATE TABLE memos (     -- what is remembered for a while: values of owners, answers to idempotency keys, nonces
+        kind TEXT, owner TEXT, key TEXT, value TEXT NOT NULL, expires_at DOUBLE PRECISION NOT NULL,
+        PRIMARY KEY (kind, owner, key)
+    );
+    CREATE INDEX memos_expires ON memos (expires_at)
+"""
 APPLICATION_ID = 0x1B05     # in the file's header: the database is ours
 MIGRATIONS = (SCHEMA,)     # the n-th leads to schema version n; what is released is never edited, only added to
 
@@ -521,17 +495,10 @@ class Store:
             return db.execute("SELECT * FROM keys WHERE key_id = :key_id AND revoked_at IS NULL",
                               dict(key_id=key_id)).fetchone()
 
-    def value(self, owner, key, now):
-        """Return the JSON text of an owner's value, or None."""
+    def recall(self, kind, owner, key, now):
+        """Return the memo of that kind, owner and key, or None."""
         with self._reader() as db:
-            found = db.execute("""
-                SELECT value
-                FROM   pairs
-                WHERE  owner = :owner
-                AND    key = :key
-                AND    expires_at > :now
-            """, dict(owner=owner, key=key, now=now)).fetchone()
-        return found and found.value
+            return self._recall(db, kind, owner, key, now)
 
     def bytes(self):
         """Return the sizes of the database and of its write-ahead log."""
@@ -563,22 +530,25 @@ class Store:
     # -- Writing --
 
     @operation
-    def add(self, intents, answer, now, memo=None, most=None):
+    def add(self, intents, answer, now, idempotency=None, most=None):
         """Store intents of one publisher and return the answer to it.
 
-        memo is (caller, key, digest) of an idempotency key: known with the same digest, the first answer is
-        returned and nothing stored; with another, IdempotencyConflict is raised. most is how many unfinished
-        intents the publisher may have; with more, RateLimited is raised.
+        idempotency is (caller, key, digest): when that key is known with the same digest, the first answer is returned
+        and nothing stored; with another, IdempotencyConflict is raised. most is how many unfinished intents the
+        publisher may have; with more, RateLimited is raised.
         """
-        if memo and (known := self._recall(*memo, now)):
-            return known
+        caller, key, digest = idempotency or (None, None, None)
+        if key and (known := self._recall(self._db, "idempotency", caller, key, now)):
+            if not known.startswith(digest):
+                raise IdempotencyConflict("Key reused with different payload: an Idempotency-Key stands for one request.")
+            return Record(json.loads(known[len(digest):]))
         if most is not None and self._unfinished(intents[0].publisher) + len(intents) > most:
             raise RateLimited(f"This key may have {most} unfinished intents; wait until some are done.", "limit_exceeded")
         self._db.executemany(INSERT, intents)
         self._changed += intents
         self._moved += [(intent, None, intent.status) for intent in intents]
-        if memo:
-            self._remember(*memo, answer, now)
+        if key:
+            self._remember("idempotency", caller, key, digest + to_json(answer), now + IDEMPOTENCY_SECONDS)
         return answer
 
     @operation
@@ -633,8 +603,7 @@ class Store:
                    completed_at = completed_at + :seconds,
                    wake_at = wake_at + :seconds
         """, dict(seconds=seconds))
-        for table in ("idempotency", "pairs"):
-            self._db.execute(f"UPDATE {table} SET expires_at = expires_at + :seconds", dict(seconds=seconds))
+        self._db.execute("UPDATE memos SET expires_at = expires_at + :seconds WHERE kind != 'nonces'", dict(seconds=seconds))
 
     @operation
     def clean(self, now, retention):
@@ -648,12 +617,9 @@ class Store:
                                LIMIT    :rows)
             RETURNING   namespace, publisher, status
         """, dict(until=now - retention, rows=SETTLE_ROWS))
-        counts = Record(fulfilled_deleted=sum(row.status == "fulfilled" for row in ended),
-                        dead_deleted=sum(row.status == "dead" for row in ended))
-        for name, table in (("store", "pairs"), ("idempotency", "idempotency"), ("nonces", "nonces")):
-            counts[f"{name}_deleted"] = self._db.execute(f"DELETE FROM {table} WHERE expires_at <= :now",
-                                                         dict(now=now)).rowcount
-        return counts
+        forgotten = self._db.execute("DELETE FROM memos WHERE expires_at <= :now RETURNING kind", dict(now=now)).fetchall()
+        kinds = collections.Counter([row.status for row in ended] + [row.kind for row in forgotten])
+        return Record({f"{kind}_deleted": kinds[kind] for kind in ("fulfilled", "dead", "store", "idempotency", "nonces")})
 
     @operation
     def purge(self, namespace):
@@ -696,36 +662,25 @@ class Store:
         """, usage)
 
     @operation
-    def use_nonce(self, key_id, nonce, expires_at):
-        """Remember a nonce; return whether it is new."""
-        return self._db.execute("""
-            INSERT INTO nonces (key_id, nonce, expires_at)
-            VALUES      (:key_id, :nonce, :expires_at)
-            ON CONFLICT DO NOTHING
-        """, dict(key_id=key_id, nonce=nonce, expires_at=expires_at)).rowcount == 1
+    def remember(self, kind, owner, key, value, expires_at):
+        """Remember a text, in place of an older one."""
+        self._remember(kind, owner, key, value, expires_at)
 
     @operation
-    def set_value(self, owner, key, value, expires_at, now, if_absent):
-        """Store a JSON text under a key; with if_absent only if there is none; return whether it was."""
-        return self._db.execute("""
-            INSERT INTO pairs (owner, key, value, expires_at)
-            VALUES      (:owner, :key, :value, :expires_at)
-            ON CONFLICT (owner, key) DO UPDATE
-            SET         value = excluded.value,
-                        expires_at = excluded.expires_at
-            WHERE       NOT :if_absent
-            OR          pairs.expires_at <= :now
-        """, dict(owner=owner, key=key, value=value, expires_at=expires_at, now=now, if_absent=if_absent)).rowcount == 1
+    def remember_first(self, kind, owner, key, value, expires_at, now):
+        """Remember a text unless there is one; return whether it was."""
+        if self._recall(self._db, kind, owner, key, now) is not None:
+            return False
+        self._remember(kind, owner, key, value, expires_at)
+        return True
 
     @operation
-    def delete_value(self, owner, key, now):
-        """Delete a key; return whether there was a value."""
-        return self._db.execute("""
-            DELETE FROM pairs
-            WHERE       owner = :owner
-            AND         key = :key
-            RETURNING   expires_at > :now AS live
-        """, dict(owner=owner, key=key, now=now)).fetchall() == [{"live": 1}]
+    def forget(self, kind, owner, key, now):
+        """Forget a memo; return whether there was one."""
+        known = self._recall(self._db, kind, owner, key, now) is not None
+        self._db.execute("DELETE FROM memos WHERE kind = :kind AND owner = :owner AND key = :key",
+                         dict(kind=kind, owner=owner, key=key))
+        return known
 
     # -- Inside the transaction --
 
@@ -805,28 +760,25 @@ class Store:
                 counts["expired_claims_dead" if claimed else "expired_open_dead"] += 1
         return counts
 
-    def _recall(self, caller, key, digest, now):
-        """Return the answer given to an idempotency key, if it is known."""
-        known = self._db.execute("""
-            SELECT digest, answer
-            FROM   idempotency
-            WHERE  caller = :caller
+    def _recall(self, db, kind, owner, key, now):
+        found = db.execute("""
+            SELECT value
+            FROM   memos
+            WHERE  kind = :kind
+            AND    owner = :owner
             AND    key = :key
             AND    expires_at > :now
-        """, dict(caller=caller, key=key, now=now)).fetchone()
-        if known and known.digest != digest:
-            raise IdempotencyConflict("Key reused with different payload: an Idempotency-Key stands for one request.")
-        return known and Record(json.loads(known.answer))
+        """, dict(kind=kind, owner=owner, key=key, now=now)).fetchone()
+        return found and found.value
 
-    def _remember(self, caller, key, digest, answer, now):
+    def _remember(self, kind, owner, key, value, expires_at):
         self._db.execute("""
-            INSERT INTO idempotency (caller, key, digest, answer, expires_at)
-            VALUES      (:caller, :key, :digest, :answer, :expires_at)
-            ON CONFLICT (caller, key) DO UPDATE
-            SET         digest = excluded.digest,
-                        answer = excluded.answer,
+            INSERT INTO memos (kind, owner, key, value, expires_at)
+            VALUES      (:kind, :owner, :key, :value, :expires_at)
+            ON CONFLICT (kind, owner, key) DO UPDATE
+            SET         value = excluded.value,
                         expires_at = excluded.expires_at
-        """, dict(caller=caller, key=key, digest=digest, answer=to_json(answer), expires_at=now + IDEMPOTENCY_SECONDS))
+        """, dict(kind=kind, owner=owner, key=key, value=value, expires_at=expires_at))
 
     # -- Group commit --
 
@@ -936,8 +888,8 @@ class Store:
         if mode != "wal":
             self.warning = f"{self.path} is on a file system without shared memory: the bus works, but slower."
         self._db.execute("BEGIN IMMEDIATE")
-        for statements in MIGRATIONS[version:]:
-            for statement in statements:
+        for script in MIGRATIONS[version:]:
+            for statement in script.split(";"):
                 self._db.execute(statement)
         self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         self._db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
@@ -1090,8 +1042,8 @@ class Bus:
         now = self.now()
         intents = [Intent.new(now, caller.owner, caller.key_id, fields) for fields in wanted]
         digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
-        memo = (caller.key_id, idempotency_key, digest) if idempotency_key else None
-        return self.store.add(intents, answer(intents), now, memo, caller.most) if intents else answer(intents)
+        idempotency = (caller.key_id, idempotency_key, digest) if idempotency_key else None
+        return self.store.add(intents, answer(intents), now, idempotency, caller.most) if intents else answer(intents)
 
     def cancel(self, intent_id, *, caller=OWNER):
         """End an unfinished intent; raises Conflict if it has ended."""
@@ -1208,20 +1160,23 @@ class Bus:
     def set(self, key, value, ttl=VALUE_TTL_SECONDS, if_absent=False, *, caller=OWNER):
         """Keep a JSON value for ttl seconds; with if_absent, raises Conflict if the key is taken: a lock."""
         now = self.now()
-        if not self.store.set_value(caller.owner, key, to_json(value), now + ttl, now, if_absent):
+        memo = ("store", caller.owner, key, to_json(value), now + ttl)
+        if not if_absent:
+            self.store.remember(*memo)
+        elif not self.store.remember_first(*memo, now):
             raise Conflict(f"The key {key} is taken.")
         return Record(ok=True)
 
     def get(self, key, *, caller=OWNER):
         """Return the value of a key; raises NotFound."""
-        value = self.store.value(caller.owner, key, self.now())
+        value = self.store.recall("store", caller.owner, key, self.now())
         if value is None:
             raise NotFound(f"There is no value for {key}.")
         return json.loads(value)
 
     def delete(self, key, *, caller=OWNER):
         """Forget a key; return whether there was a value."""
-        return Record(ok=True, deleted=self.store.delete_value(caller.owner, key, self.now()))
+        return Record(ok=True, deleted=self.store.forget("store", caller.owner, key, self.now()))
 
     # -- Administration: the caller is known to be an admin --
 
@@ -1572,7 +1527,7 @@ class Keys:
                       for path in (request.path, request.raw_path)]
         if not any([same(signature, expected) for expected in signatures]):
             raise self._failed(request, refused("Bad signature"))
-        if not self._store.use_nonce(key_id, nonce, now + 2 * SIGNATURE_SECONDS):
+        if not self._store.remember_first("nonces", key_id, nonce, "", now + 2 * SIGNATURE_SECONDS, now):
             raise refused("Replay detected")
 
     def _failed(self, request, error):
