@@ -1180,14 +1180,16 @@ class Bus:
 
     # -- Administration: the caller is known to be an admin --
 
-    def purge(self, namespace=None):
-        """Delete all intents of a namespace, or of every one; return how many."""
+    def purge(self, confirm=False, namespace=None, *, caller=OWNER):
+        """Delete all intents of a namespace, or of every one, if confirm says so."""
+        if not confirm:
+            raise Invalid('This deletes for good: say {"confirm": true}.', code="confirmation_required")
         total = 0
         while deleted := self.store.purge(namespace):
             total += deleted
-        return total
+        return Record(ok=True, deleted=total)
 
-    def cleanup(self):
+    def cleanup(self, *, caller=OWNER):
         """Carry out all that time has brought, and delete all that is over; return how many of what kind."""
         counts, step = collections.Counter(), None
         while step is None or any(step.values()):
@@ -1195,18 +1197,27 @@ class Bus:
             counts.update(step)
         return Record(counts)
 
-    def inspect(self, intent_id):
+    def inspect(self, intent_id, *, caller=OWNER):
         """Return everything about an intent but its claim token."""
         intent = self._fresh(intent_id)
         hidden = ("claim_token_hash", "lane", "ready", "wake_at", "claim_outcome")
-        return Record({name: value for name, value in intent.items() if name not in hidden}, payload=json.loads(intent.payload))
+        return Record({name: value for name, value in intent.items() if name not in hidden},
+                      payload=json.loads(intent.payload))
 
-    def dead(self, limit=100):
+    def dead_letter(self, intent_id, *, caller=OWNER):
+        """Return everything about a dead intent."""
+        intent = self.inspect(intent_id)
+        if intent.status != "dead":
+            raise NotFound(f"There is no dead intent {intent_id}.")
+        return Record(intent, intent_id=intent.id, attempts=intent.claim_attempts, reason=intent.last_error)
+
+    def dead(self, limit=100, *, caller=OWNER):
         """Return the newest dead letters."""
         return [Record(intent_id=intent.id, namespace=intent.namespace, goal=intent.goal, attempts=intent.claim_attempts,
-                       reason=intent.last_error, created_at=intent.created_at) for intent in self.store.list(limit, status="dead")]
+                       reason=intent.last_error, created_at=intent.created_at)
+                for intent in self.store.list(limit, status="dead")]
 
-    def summary(self):
+    def summary(self, *, caller=OWNER):
         """Return how the bus is, at a glance: intents by namespace and status, sizes in bytes, requests held."""
         intents = {}
         for row in self.store.tallies():
@@ -1305,8 +1316,11 @@ class Bus:
 
     def _change(self, intent_id, rule):
         """Change an intent by a rule, after what time has brought it meanwhile."""
-        self._fresh(intent_id)
-        return self.store.change(intent_id, rule)
+        now = self.now()
+        def after_time(intent):
+            woken = intent.woken(now) if intent.wake_at and intent.wake_at <= now else {}
+            return dict(woken, **rule(Intent(intent, **woken)))
+        return self.store.change(intent_id, after_time)
 
     def _report(self, outcome, intent_id, claim_token, caller, rule):
         """End a claim with an outcome, by rule(intent, now); once more with the same outcome changes nothing."""
@@ -1335,10 +1349,7 @@ class Bus:
     def _fresh(self, intent_id):
         """Return an intent as it is now: time may have changed it, and nobody may have noticed yet."""
         intent = self.store.get(intent_id)
-        now = self.now()
-        if intent.wake_at and intent.wake_at <= now:
-            return self.store.change(intent_id, lambda intent: intent.woken(now) if intent.wake_at else {})
-        return intent
+        return self._change(intent_id, lambda intent: {}) if intent.wake_at and intent.wake_at <= self.now() else intent
 
     def _visible(self, intent_id, caller):
         intent = self._fresh(intent_id)
@@ -1434,6 +1445,7 @@ class Keys:
         self._metrics_token, self._require_signatures = metrics_token, require_signatures
         self._rate, self._failures = Allowance(rate), Allowance(FAILURES_PER_MINUTE)
         self._usage, self._written = {}, time.monotonic()     # key id: (requests, last time)
+        self._lock = threading.Lock()
 
     def caller(self, request):
         """Return the Caller of a request; raises Unauthorized, Forbidden for its signature, RateLimited."""
@@ -1540,13 +1552,15 @@ class Keys:
         """Count a request of an issued key; raises RateLimited if there were too many."""
         if wait := self._rate.take(caller.key_id):
             raise RateLimited("This key sends too many requests; slow down.", headers=[("Retry-After", str(int(wait) + 1))])
-        requests, _ = self._usage.get(caller.key_id, (0, 0))
-        self._usage[caller.key_id] = requests + 1, self._clock()
+        with self._lock:
+            requests, _ = self._usage.get(caller.key_id, (0, 0))
+            self._usage[caller.key_id] = requests + 1, self._clock()
         if time.monotonic() - self._written > USAGE_SECONDS:
             self._write_usage()
 
     def _write_usage(self):
-        usage, self._usage, self._written = self._usage, {}, time.monotonic()
+        with self._lock:
+            usage, self._usage, self._written = self._usage, {}, time.monotonic()
         if usage:
             self._store.count_usage([(requests, last, key_id) for key_id, (requests, last) in usage.items()])
 
@@ -1932,36 +1946,6 @@ def list_keys(api, request):
     return 200, api.keys.list()
 
 
-def purge(api, request):
-    fields = request.fields(PURGE)
-    if not fields["confirm"]:
-        raise Invalid('This deletes for good: say {"confirm": true}.', code="confirmation_required")
-    return 200, {"ok": True, "deleted": api.bus.purge(fields["namespace"])}
-
-
-def cleanup(api, request):
-    return 200, api.bus.cleanup()
-
-
-def inspect(api, request, intent_id):
-    return 200, api.bus.inspect(intent_id)
-
-
-def dead(api, request):
-    return 200, api.bus.dead()
-
-
-def dead_letter(api, request, intent_id):
-    intent = api.bus.inspect(intent_id)
-    if intent.status != "dead":
-        raise NotFound(f"There is no dead intent {intent_id}.")
-    return 200, dict(intent, intent_id=intent.id, attempts=intent.claim_attempts, reason=intent.last_error)
-
-
-def summary(api, request):
-    return 200, api.bus.summary()
-
-
 def metrics(api, request):
     found = api.bus.summary()
     return 200, exposition(
@@ -2025,14 +2009,14 @@ ROUTES = (
     ("POST", "/admin/generate_key",     "admin",   generate_key),
     ("POST", "/admin/revoke_key",       "admin",   revoke_key),
     ("GET",  "/admin/keys",             "admin",   list_keys),
-    ("POST", "/admin/purge",            "admin",   purge),
-    ("POST", "/admin/cleanup",          "admin",   cleanup),
-    ("GET",  "/admin/intents/*",        "admin",   inspect),
+    ("POST", "/admin/purge",            "admin",   body("purge", PURGE)),
+    ("POST", "/admin/cleanup",          "admin",   body("cleanup")),
+    ("GET",  "/admin/intents/*",        "admin",   query("inspect")),
     ("POST", "/admin/intents/*/cancel", "admin",   body("cancel")),
     ("POST", "/admin/intents/*/retry",  "admin",   body("retry")),
-    ("GET",  "/admin/dead",             "admin",   dead),
-    ("GET",  "/admin/dead/*",           "admin",   dead_letter),
-    ("GET",  "/admin/summary",          "admin",   summary),
+    ("GET",  "/admin/dead",             "admin",   query("dead")),
+    ("GET",  "/admin/dead/*",           "admin",   query("dead_letter")),
+    ("GET",  "/admin/summary",          "admin",   query("summary")),
     ("GET",  "/metrics",                "metrics", metrics),
 )
 ROLES = {
@@ -2071,7 +2055,8 @@ class API:
 
     def refusal(self, error, request_id):
         """Return the response for an error."""
-        headers = [*error.headers, *([("Retry-After", "1")] if error.status in (429, 503) else [])]
+        later = error.status in (429, 503) and "Retry-After" not in dict(error.headers)
+        headers = [*error.headers, *([("Retry-After", "1")] if later else [])]
         body = {"error": dict(error.details, code=error.code, message=str(error))}
         return self._response(error.status, body, request_id, headers)
 
@@ -2532,7 +2517,7 @@ class IntentClient:
         issued = ISSUED.fullmatch(self._key)
         self._identity = ({"X-API-KEY": self._key} if here or place.scheme == "https" else
                           {"X-Key-ID": issued[1] if issued else "owner"})
-        self._path, self._clock_offset = urllib.parse.unquote(place.path), 0
+        self._clock_offset = 0
         self._opener = urllib.request.OpenerDirector()     # one that follows no redirect: it would carry the key along
         for handler in (urllib.request.ProxyHandler({} if here else None), urllib.request.HTTPHandler(),
                         urllib.request.HTTPSHandler(context=ca and client_tls(ca))):
@@ -2655,8 +2640,7 @@ class IntentClient:
         timestamp, nonce = f"{time.time() + self._clock_offset:.3f}", os.urandom(16).hex()
         return dict(headers, **self._identity, **{
             "User-Agent": f"intentbus/{__version__}", "Content-Type": "application/json", "X-Timestamp": timestamp,
-            "X-Nonce": nonce, "X-Signature": sign(self._key, method, self._path + path, pairs, timestamp, nonce,
-                                data or b"")})
+            "X-Nonce": nonce, "X-Signature": sign(self._key, method, path, pairs, timestamp, nonce, data or b"")})
 
     def _send(self, method, url, data, headers, timeout, kind):
         import http.client
