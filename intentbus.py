@@ -909,9 +909,9 @@ def hash_token(token):
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def lease_lost(intent):
-    """Return the error of a worker whose claim is not, or no longer, the latest one."""
-    return NotFound(f"The claim of intent {intent.id} is over, or is another's: drop the job.")
+def lease_lost(intent_id):
+    """Return the error of a worker whose claim is not, or no longer, the latest one; the same for an unknown id."""
+    return NotFound(f"The claim of intent {intent_id} is over, or is another's: drop the job.")
 
 
 def steady_clock():
@@ -1100,9 +1100,9 @@ class Bus:
         """Let the lease end that many seconds from now; raises NotFound once it is over."""
         def rule(intent):
             if self._claim_outcome(intent, claim_token, caller) or intent.status != "claimed":
-                raise lease_lost(intent)
+                raise lease_lost(intent.id)
             return intent.extended(self.now(), seconds)
-        intent = self._change(intent_id, rule)
+        intent = self._change_claim(intent_id, rule)
         return Record(ok=True, id=intent.id, extended_by=seconds, claim_expires_at=intent.claim_expires_at)
 
     def fulfill(self, intent_id, claim_token=None, result=None, result_type="json", *, caller=OWNER):
@@ -1328,9 +1328,16 @@ class Bus:
             if self._claim_outcome(intent, claim_token, caller) == outcome:
                 return {}
             if intent.claim_outcome:
-                raise lease_lost(intent)
+                raise lease_lost(intent.id)
             return rule(intent, self.now())
-        return self._change(intent_id, once)
+        return self._change_claim(intent_id, once)
+
+    def _change_claim(self, intent_id, rule):
+        """Change an intent for its worker, who is not told whether others' intents exist."""
+        try:
+            return self._change(intent_id, rule)
+        except NotFound:
+            raise lease_lost(intent_id) from None
 
     def _claim_outcome(self, intent, claim_token, caller):
         """Return how the latest claim was ended by its worker, None if it was not; raise NotFound if it is another's.
@@ -1341,9 +1348,9 @@ class Bus:
             if self.require_claim_token:
                 raise Invalid("claim_token is required on this bus.", code="invalid_claim_token")
             if intent.status != "claimed" or intent.claim_owner != caller.owner:
-                raise lease_lost(intent)
+                raise lease_lost(intent.id)
         elif not hmac.compare_digest(hash_token(claim_token), intent.claim_token_hash or ""):
-            raise lease_lost(intent)
+            raise lease_lost(intent.id)
         return intent.claim_outcome
 
     def _fresh(self, intent_id):
@@ -3106,7 +3113,7 @@ CONNECTION = (
     flag("--namespace", help="the part of the bus to use (INTENT_BUS_NAMESPACE; default default)"),
     flag("--ca", metavar="FILE", help="trust the certificates in this file, besides those of the system"),
 )
-WAIT = flag("--wait", type=lambda words: duration(words) if words else PUBLISH_WAIT_SECONDS, metavar="DURATION",
+WAIT = flag("--wait", type=lambda words: duration(words) if words else PUBLISH_WAIT_SECONDS, metavar="=DURATION",
             help="wait for the end (--wait=DURATION, default 5m), print the result, exit 1 if it ended badly")
 JSON_LINES = flag("--json", action="store_true", help="print JSON")
 
@@ -3424,7 +3431,7 @@ def retry_command(options):
     print(to_json(answer) if options.json else answer.status if options.id else answer.retried)
 
 
-@command("set", *CONNECTION, flag("key"), flag("value", help="JSON, or text"),
+@command("set", *CONNECTION, flag("key", help="its name"), flag("value", help="JSON, or text"),
          flag("--ttl", type=duration, default=VALUE_TTL_SECONDS, help="how long it is kept, up to 1d (default 10m)"),
          flag("--if-absent", action="store_true", help="only if there is none: exit 1 if the key is taken, a lock"))
 def set_command(options):
@@ -3436,13 +3443,13 @@ def set_command(options):
     client(options).set(options.key, value, options.ttl, options.if_absent)
 
 
-@command("get", *CONNECTION, flag("key"))
+@command("get", *CONNECTION, flag("key", help="its name"))
 def get_command(options):
     """Print a value that set has kept: a text as it is, the rest as JSON; exit 3 if there is none."""
     print(plain(client(options).get(options.key)))
 
 
-@command("del", *CONNECTION, flag("key"))
+@command("del", *CONNECTION, flag("key", help="its name"))
 def delete_command(options):
     """Forget a value; exit 3 if there was none."""
     return 0 if client(options).delete(options.key).deleted else 3

@@ -2321,7 +2321,7 @@ def test_the_readme_starts_the_bus_and_passes_the_tests_in_a_line_each():
 
 def test_the_readme_names_every_route_and_field():
     readme = README.read_text()
-    paths = {path.replace("/*", "/ID") for _, path, _, _ in intentbus.ROUTES}
+    paths = {path.replace("*", "KEY" if who == "keep" else "ID") for _, path, who, _ in intentbus.ROUTES}
     assert not [path for path in paths if f"`{path}`" not in readme]
     assert not [name for name in intentbus.PUBLISH if name != "reward" and f"`{name}`" not in readme]
 

@@ -1,0 +1,49 @@
+#!/bin/sh
+# A signed request of nothing but curl and openssl: over plain HTTP, and the key itself never leaves this machine.
+#
+#   examples/signed_request.sh POST /intent '{"goal": "hello", "payload": {"name": "world"}}'
+#   examples/signed_request.sh GET /status/ID
+#   examples/signed_request.sh POST /fulfill/ID - <answer.json
+#
+# Prints the answer. Exit code 0: done; 1: refused, the answer says why; 2: misused; 5: the bus cannot be reached.
+# INTENT_BUS_URL, INTENT_API_KEY (or ~/.apikey) as usual. The body may be read on the way, so may the answer, but not
+# changed: the signature covers it. It covers a query too, in the order that PROTOCOL 2.0 wants: none is taken here.
+
+[ $# -ge 2 ] || { echo "usage: $0 METHOD PATH [BODY, or - for stdin]" >&2; exit 2; }
+case $2 in /*[?#%\ ]* | [!/]*) echo "The path is /like/this: no query, and nothing that needs a percent sign." >&2; exit 2 ;; esac
+method=$1 path=$2 url=${INTENT_BUS_URL:-http://127.0.0.1:8787}
+key=${INTENT_API_KEY:-$(cat "$HOME/.apikey")} && [ "$key" ] || exit 2
+unset INTENT_API_KEY
+umask 077
+tmp=$(mktemp -d) || exit 2
+trap 'rm -rf "$tmp"' EXIT
+trap 'exit 130' INT TERM
+if [ "$3" = - ]; then cat; else printf %s "$3"; fi >"$tmp/body"
+
+# openssl takes the key of an HMAC as an argument only, which every user of this machine can see. So the HMAC is made
+# of plain hashes, as RFC 2104 says: H((key xor opad) + H((key xor ipad) + text)). printf is part of the shell.
+
+hash() { openssl dgst -sha256 -binary; }
+octal() { od -An -v -to1; }
+bytes() { printf %b "$(printf '\\0%s' $*)"; }       # the bytes of octal numbers
+
+xored() {           # NUMBER: the key, padded to 64 bytes, each byte xor that
+    left=64
+    for byte in $key_bytes; do printf '%03o ' $((0$byte ^ $1)); left=$((left - 1)); done
+    while [ $left -gt 0 ]; do printf '%03o ' "$1"; left=$((left - 1)); done
+}
+
+if [ ${#key} -gt 64 ]; then key_bytes=$(printf %s "$key" | hash | octal); else key_bytes=$(printf %s "$key" | octal); fi
+time=$(date +%s) nonce=$(openssl rand -hex 16)
+inner=$({ bytes "$(xored 54)"; printf '%s\n' "$method" "$path" "$time" "$nonce"; cat "$tmp/body"; } | hash | octal)
+signature=$({ bytes "$(xored 92)"; bytes "$inner"; } | hash | od -An -v -tx1 | tr -d ' \n')
+
+id=owner            # an issued key starts with its id
+case $key in tk_*) [ ${#key} -ne 59 ] || { id=${key#tk_}; id=${id%"${id#????????????????}"}; } ;; esac
+
+set -- -sS -X "$method" -o "$tmp/answer" -w '%{http_code}' -m 60 -H "X-Key-ID: $id" -H "X-Timestamp: $time" \
+    -H "X-Nonce: $nonce" -H "X-Signature: $signature" -H 'Content-Type: application/json'
+[ "$method" = GET ] || set -- "$@" --data-binary @"$tmp/body"
+status=$(curl "$@" "${url%/}$path") || exit 5
+[ ! -s "$tmp/answer" ] || { cat "$tmp/answer"; echo; }
+case $status in 2*) ;; *) exit 1 ;; esac
