@@ -542,7 +542,7 @@ class Store:
             if not known.startswith(digest):
                 raise IdempotencyConflict("Key reused with different payload: an Idempotency-Key stands for one request.")
             return Record(json.loads(known[len(digest):]))
-        if most is not None and self._unfinished(intents[0].publisher) + len(intents) > most:
+        if most is not None and intents and self._unfinished(intents[0].publisher) + len(intents) > most:
             raise RateLimited(f"This key may have {most} unfinished intents; wait until some are done.", "limit_exceeded")
         self._db.executemany(INSERT, intents)
         self._changed += intents
@@ -729,7 +729,9 @@ class Store:
             FROM   tallies
             WHERE  publisher = :publisher
             AND    status IN ('open', 'claimed')
-        """, dict(publisher=publisher)).fetchone().intents
+        """, dict(publisher=publisher)).fetchone().intents + sum(
+            (after in ("open", "claimed")) - (before in ("open", "claimed"))
+            for intent, before, after in self._moved if intent.publisher == publisher)
 
     def _tally(self):
         """Bring the tallies up to date with what this transaction has moved from one status to another."""
@@ -930,9 +932,9 @@ class Waiter:
         self.keys, self.news, self.deadline = keys, threading.Event(), time.monotonic() + seconds
         self.dismissed = False
 
-    def wait(self):
-        """Return whether there was news before the deadline."""
-        return self.news.wait(max(0, self.deadline - time.monotonic())) and not self.dismissed
+    def wait(self, most):
+        """Return whether there was news before the deadline, and before so many seconds were over."""
+        return self.news.wait(max(0, min(most, self.deadline - time.monotonic())))
 
 
 class Waiting:
@@ -1017,7 +1019,7 @@ class Bus:
         self._stopped = threading.Event()
         self._tender = threading.Thread(target=self._tend, daemon=True)
         self._alarm = threading.Condition()
-        self._alarm_at = 0
+        self._alarm_at = self._next_round = 0
         self._offset = max(self.store.latest(), clock()) - self._steady()
         store.on_commit = self._announce
 
@@ -1030,20 +1032,21 @@ class Bus:
         idempotency_key that was used for the same intent, return the first answer; for another one, raise
         IdempotencyConflict.
         """
-        return self._publish([dict(fields, goal=goal, payload=payload)], idempotency_key, caller, lambda intents: Record(
-            id=intents[0].id, status="published", namespace=intents[0].namespace))
+        intents = [dict(fields, goal=goal, payload=payload)]
+        return self._publish(intents, idempotency_key, caller, lambda ids: Record(
+            id=ids[0], status="published", namespace=intents[0].get("namespace", PUBLISH_DEFAULTS["namespace"])))
 
     def publish_many(self, intents, *, idempotency_key=None, caller=OWNER):
         """Store intents, each a dict of what publish takes, all or none, and return {"ids"}."""
-        return self._publish(intents, idempotency_key, caller, lambda intents: Record(
-            ids=[intent.id for intent in intents]))
+        return self._publish(intents, idempotency_key, caller, lambda ids: Record(ids=ids))
 
-    def _publish(self, wanted, idempotency_key, caller, answer):
+    def _publish(self, wanted, idempotency_key, caller, answer_with):
         now = self.now()
         intents = [Intent.new(now, caller.owner, caller.key_id, fields) for fields in wanted]
-        digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
-        idempotency = (caller.key_id, idempotency_key, digest) if idempotency_key else None
-        return self.store.add(intents, answer(intents), now, idempotency, caller.most) if intents else answer(intents)
+        answer = answer_with([intent.id for intent in intents])
+        asked = json.dumps([list(answer), wanted], sort_keys=True)     # one key for /intent and /intents is a conflict too
+        idempotency = (caller.key_id, idempotency_key, hashlib.sha256(asked.encode()).hexdigest())
+        return self.store.add(intents, answer, now, idempotency if idempotency_key else None, caller.most)
 
     def cancel(self, intent_id, *, caller=OWNER):
         """End an unfinished intent; raises Conflict if it has ended."""
@@ -1137,9 +1140,7 @@ class Bus:
             intent = self._visible(intent_id, caller)
             return intent if intent.ended else None
         intent = self._held((intent_id,), attempt, wait, still_there) or self._visible(intent_id, caller)
-        found = Record(intent.pick(STATUS_FIELDS), result=intent.result, result_type=intent.result_type or "json")
-        if found.result is not None and found.result_type == "json":
-            found["result"] = json.loads(found.result)
+        found = Record(intent.pick(STATUS_FIELDS), result=self._result(intent), result_type=intent.result_type or "json")
         if intent.last_error:
             found["error"] = intent.last_error
         return found
@@ -1202,7 +1203,7 @@ class Bus:
         intent = self._fresh(intent_id)
         hidden = ("claim_token_hash", "lane", "ready", "wake_at", "claim_outcome")
         return Record({name: value for name, value in intent.items() if name not in hidden},
-                      payload=json.loads(intent.payload))
+                      payload=json.loads(intent.payload), result=self._result(intent))
 
     def dead_letter(self, intent_id, *, caller=OWNER):
         """Return everything about a dead intent."""
@@ -1265,6 +1266,13 @@ class Bus:
         if self._tender.is_alive():
             self._tender.join()
 
+    def tend_sometimes(self):
+        """Do what start() does in a thread, once in RECHECK_SECONDS at most: for a bus without a thread of its own."""
+        if time.monotonic() >= self._next_round:
+            self._next_round = time.monotonic() + RECHECK_SECONDS
+            self.settle()
+            self.store.clean(self.now(), self.retention)
+
     def _tend(self):
         while not self._stopped.is_set():
             try:
@@ -1304,13 +1312,16 @@ class Bus:
         """Return what attempt() finds, tried again whenever there is news of these keys, for up to wait seconds."""
         if not wait:
             return attempt()
-        waiter = Waiter(keys, wait)
+        waiter, tended = Waiter(keys, wait), self._tender.is_alive()
         try:
             while True:
                 self._waiting.hold(waiter)
                 found = attempt()
-                if found or not waiter.wait() or not still_there():
+                if found or time.monotonic() >= waiter.deadline:
                     return found
+                news = waiter.wait(wait if tended else RECHECK_SECONDS)     # untended, it looks for itself
+                if waiter.dismissed or tended and not news or not still_there():
+                    return None
         finally:
             self._waiting.leave(waiter)
 
@@ -1367,6 +1378,9 @@ class Bus:
     def _require_publisher(self, intent, caller):
         if not caller.admin and caller.owner != intent.owner:
             raise no_such(intent.id)
+
+    def _result(self, intent):
+        return json.loads(intent.result) if intent.result_type == "json" else intent.result
 
     def _outcome(self, intent):
         return Record(ok=True, id=intent.id, status=intent.status, run_at=intent.run_at)
@@ -1446,11 +1460,12 @@ class Keys:
     """
 
     def __init__(self, owner_key, store, admin_secret=None, dashboard_password=None, metrics_token=None,
-                 require_signatures=False, rate=RATE_PER_MINUTE, clock=time.time):
+                 require_signatures=False, rate=RATE_PER_MINUTE, most=None, clock=time.time):
         self._owner_key, self._store, self._clock = owner_key, store, clock
         self._admin_secret, self._dashboard_password = admin_secret, dashboard_password
         self._metrics_token, self._require_signatures = metrics_token, require_signatures
         self._rate, self._failures = Allowance(rate), Allowance(FAILURES_PER_MINUTE)
+        self._most = UNFINISHED if most is None else most
         self._usage, self._written = {}, time.monotonic()     # key id: (requests, last time)
         self._lock = threading.Lock()
 
@@ -1481,11 +1496,16 @@ class Keys:
         if self._dashboard_password:
             sound = sound or user == "admin" and same(password, self._dashboard_password)
         if not self._admin_secret and not self._dashboard_password:
-            with contextlib.suppress(Unauthorized):
-                sound = self.caller(request).admin
+            with contextlib.suppress(Unauthorized):     # a browser, which signs nothing, or any of the ways of a key
+                sound = user == "admin" and same(password, self._owner_key) or self.caller(request).admin
         if not sound:
             raise self._failed(request, Unauthorized("Authentication required.",
                                                      headers=[("WWW-Authenticate", 'Basic realm="Intent Bus"')]))
+
+    def presents_admin(self, request):
+        """Return whether a request comes with an admin's credentials, right or wrong, rather than with a key."""
+        return "x-admin-token" in request.headers or bool(
+            self._dashboard_password) and basic_credentials(request.headers)[0] == "admin"
 
     def require_metrics(self, request):
         """Raise Unauthorized unless a request may read the metrics."""
@@ -1519,7 +1539,7 @@ class Keys:
 
     def list(self):
         """Return what is known of each issued key."""
-        self._write_usage()
+        self.write_usage()
         return [row.pick(("key_id", "name", "owner", "role", "created_at", "last_used_at", "total_requests"))
                 for row in self._store.keys()]
 
@@ -1530,7 +1550,7 @@ class Keys:
 
     def _known(self, key_id):
         row = self._store.key(key_id)
-        return OWNER if key_id == "owner" else row and Caller(row.key_id, row.owner, row.role, False, UNFINISHED)
+        return OWNER if key_id == "owner" else row and Caller(row.key_id, row.owner, row.role, False, self._most)
 
     def _check_signature(self, request, key_id, key):
         timestamp, nonce, signature = (request.headers.get(f"x-{name}") for name in ("timestamp", "nonce", "signature"))
@@ -1546,7 +1566,7 @@ class Keys:
                       for path in (request.path, request.raw_path)]
         if not any([same(signature, expected) for expected in signatures]):
             raise self._failed(request, refused("Bad signature"))
-        if not self._store.remember_first("nonces", key_id, nonce, "", now + 2 * SIGNATURE_SECONDS, now):
+        if not self._store.remember_first("nonces", key_id, nonce, "", now + 2 * SIGNATURE_SECONDS + 1, now):
             raise refused("Replay detected")
 
     def _failed(self, request, error):
@@ -1563,9 +1583,10 @@ class Keys:
             requests, _ = self._usage.get(caller.key_id, (0, 0))
             self._usage[caller.key_id] = requests + 1, self._clock()
         if time.monotonic() - self._written > USAGE_SECONDS:
-            self._write_usage()
+            self.write_usage()
 
-    def _write_usage(self):
+    def write_usage(self):
+        """Store how often the keys were used since the last time."""
         with self._lock:
             usage, self._usage, self._written = self._usage, {}, time.monotonic()
         if usage:
@@ -1735,8 +1756,12 @@ SET = {
     "ttl": (number(1, 86400), VALUE_TTL_SECONDS),
     "if_absent": (boolean, False),
 }
-SET_QUERY = {"value": (string, REQUIRED), "ttl": (written(number(1, 86400)), VALUE_TTL_SECONDS)}
-GENERATE_KEY = {"owner": (text(1, 64), "owner"), "name": (text(1, 64), ""), "role": (choice("publish", "work", "both"), "both")}
+SET_QUERY = {
+    "value": (string, REQUIRED),
+    "ttl": (written(number(1, 86400)), VALUE_TTL_SECONDS),
+    "if_absent": (lambda value: choice("true", "false")(value) == "true", False),
+}
+GENERATE_KEY = {"owner": (text(1, 64), REQUIRED), "name": (text(1, 64), ""), "role": (choice("publish", "work", "both"), "both")}
 REVOKE_KEY = {"api_key": (string, None), "key_id": (string, None)}
 PURGE = {"confirm": (boolean, False), "namespace": (namespace, None)}
 HEADERS = {"idempotency_key": (text(1, 255), None)}
@@ -1898,14 +1923,14 @@ def publish(api, request):
 
 
 def publish_many(api, request):
-    lines = request.headers.get("content-type", "").partition(";")[0].strip() == "application/x-ndjson"
-    bodies = [from_json(line) for line in request.body.splitlines() if line.strip()] if lines else request.json()
+    lines = request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/x-ndjson"
+    bodies = [line for line in request.body.splitlines() if line.strip()] if lines else request.json()
     if not isinstance(bodies, list) or len(bodies) > BULK_INTENTS:
         raise Invalid(f"The body must be a JSON array of at most {BULK_INTENTS} intents, or as many lines of NDJSON.")
     intents = []
     for index, body in enumerate(bodies):
         try:
-            intents.append(publishable(api, body))
+            intents.append(publishable(api, from_json(body) if lines else body))
         except Invalid as error:
             raise Invalid(f"Intent {index}: {error}", error.code) from error
     return 201, api.bus.publish_many(intents, idempotency_key=request.idempotency_key, caller=request.caller)
@@ -2033,6 +2058,21 @@ ROLES = {
 }
 
 
+def respond(status, value, request_id, headers=()):
+    """Return the response with a value: text, what JSON can say, or None for no body."""
+    text = isinstance(value, str)
+    body = b"" if value is None else (value if text else to_json(value)).encode()
+    kind = [("Content-Type", "text/plain; charset=utf-8" if text else "application/json")] if body else []
+    return Response(status, [*COMMON_HEADERS, ("X-Request-ID", request_id), *kind, *headers], body)
+
+
+def refusal(error, request_id):
+    """Return the response for an error."""
+    later = error.status in (429, 503) and "Retry-After" not in dict(error.headers)
+    return respond(error.status, {"error": dict(error.details, code=error.code, message=str(error))}, request_id,
+                   [*error.headers, *([("Retry-After", "1")] if later else [])])
+
+
 class API:
     """What answers requests: API(bus, keys).handle(request) -> Response.
 
@@ -2053,19 +2093,12 @@ class API:
         try:
             status, value = self._answer(request)
         except Error as error:
-            return self.refusal(error, request.id)
+            return refusal(error, request.id)
         except Exception:
             import traceback
             print(f"intentbus: request {request.id} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-            return self.refusal(Error(), request.id)
-        return self._response(status, value, request.id, [("Retry-After", "1")] if status == 204 else [])
-
-    def refusal(self, error, request_id):
-        """Return the response for an error."""
-        later = error.status in (429, 503) and "Retry-After" not in dict(error.headers)
-        headers = [*error.headers, *([("Retry-After", "1")] if later else [])]
-        body = {"error": dict(error.details, code=error.code, message=str(error))}
-        return self._response(error.status, body, request_id, headers)
+            return refusal(Error(), request.id)
+        return respond(status, value, request.id, [("Retry-After", "1")] if status == 204 else [])
 
     def _answer(self, request):
         path, *parameters = self._place(request.path)
@@ -2089,7 +2122,7 @@ class API:
             raise Forbidden("This bus takes https only.", "https_required")
         if who == "metrics":
             self.keys.require_metrics(request)
-        elif who == "admin" or who in ("look", "manage") and "x-admin-token" in request.headers:
+        elif who == "admin" or who in ("look", "manage") and self.keys.presents_admin(request):
             self.keys.require_admin(request)
             request.caller = OWNER
         else:
@@ -2102,13 +2135,6 @@ class API:
         if path in self._routes and "*" not in path:
             return (path,)
         return next(((route, match[1]) for route, pattern in self._patterns if (match := pattern.fullmatch(path))), (path,))
-
-    def _response(self, status, value, request_id, headers):
-        text = isinstance(value, str)
-        body = b"" if value is None else (value if text else to_json(value)).encode()
-        kind = [("Content-Type", "text/plain; charset=utf-8" if text else "application/json")] if body else []
-        return Response(status, [*COMMON_HEADERS, ("X-Request-ID", request_id), *kind, *headers], body)
-
 
 # ---- 10. Server ----
 # Sockets around handle. Framing is strict (RFC 9112): what two programs could read in two ways is refused, and the
@@ -2190,7 +2216,7 @@ class Connection:
         try:
             request, version = self._read_request()
         except Error as error:
-            self._send(self.server.api.refusal(error, self._request_id or request_id({})), "close")
+            self._send(refusal(error, self._request_id or request_id({})), "close")
             self._linger()
             return False
         if request is None:
@@ -2199,7 +2225,7 @@ class Connection:
         wanted = request.headers.get("connection", "").lower()
         keep = not self.server.stopping and ("keep-alive" in wanted if version == "0" else "close" not in wanted)
         self._send(response, "close" if not keep else "keep-alive" if version == "0" else "", request.method == "HEAD")
-        self.server.log(request, response, self.peer, time.monotonic() - started)
+        self.server.log(request, response, time.monotonic() - started)
         return keep
 
     def _read_request(self):
@@ -2344,7 +2370,7 @@ class Threads:
         error = Unavailable("The bus has too many connections; try again.", "too_many_connections")
         with contextlib.suppress(OSError):
             sock.settimeout(0)
-            sock.sendall(rendered(self.api.refusal(error, request_id({})), "close"))
+            sock.sendall(rendered(refusal(error, request_id({})), "close"))
         self.shutdown_request(sock)
 
     def handle_error(self, request, client_address):
@@ -2352,10 +2378,10 @@ class Threads:
         import traceback
         print(f"intentbus: a connection failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
 
-    def log(self, request, response, peer, seconds):
+    def log(self, request, response, seconds):
         """Write a line of JSON about a request, if that is wanted."""
         if self._logging:
-            print(to_json(dict(time=round(time.time(), 3), peer=peer, method=request.method, path=request.path,
+            print(to_json(dict(time=round(time.time(), 3), peer=request.peer, method=request.method, path=request.path,
                                status=response.status, ms=round(seconds * 1000, 1), request_id=request.id)),
                   file=sys.stderr, flush=True)
 
@@ -2372,6 +2398,7 @@ class Threads:
                     socket.socket.shutdown(sock, socket.SHUT_RD)     # not that of TLS, which would end the encryption
         while self._open and time.monotonic() < deadline:
             time.sleep(0.01)
+        self.api.keys.write_usage()
 
 
 def forwarded(headers, peer, secure):
@@ -2436,15 +2463,21 @@ def owner_key(path=KEY_FILE):
     return make_key(path), f"new, in {path}"
 
 
-def api_of(store, key, require_claim_token=False, retention=RETENTION_SECONDS, rate=RATE_PER_MINUTE, max_body=BODY_BYTES,
-           require_signatures=False):
+def switched_on(name):
+    """Return whether an environment variable says yes."""
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
+
+
+def api_of(store, key, require_claim_token=False, retention=RETENTION_SECONDS, rate=RATE_PER_MINUTE, most=UNFINISHED,
+           max_body=BODY_BYTES, require_signatures=False):
     """Return the API of a store, with what the environment says: secrets, and BUS_* switches that are set to 1."""
-    def switch(name):
-        return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
     keys = Keys(key, store, os.environ.get("BUS_ADMIN_SECRET"), os.environ.get("DASHBOARD_PASSWORD"),
-                os.environ.get("BUS_METRICS_TOKEN"), require_signatures or switch("BUS_REQUIRE_SIGNATURES"), rate)
-    return API(Bus(store, require_claim_token, retention), keys, max_body, switch("BUS_ENFORCE_HTTPS"),
-               switch("BUS_MAINTENANCE_MODE"))
+                os.environ.get("BUS_METRICS_TOKEN"), require_signatures or switched_on("BUS_REQUIRE_SIGNATURES"), rate, most)
+    return API(Bus(store, require_claim_token, retention), keys, max_body, switched_on("BUS_ENFORCE_HTTPS"),
+               switched_on("BUS_MAINTENANCE_MODE"))
+
+
+WSGI_STARTING = threading.Lock()     # of the first requests, one opens the database
 
 
 @functools.lru_cache(maxsize=None)
@@ -2456,29 +2489,46 @@ def wsgi_api(process):
 def application(environ, start_response):
     """Serve the bus under WSGI (PEP 3333), with the settings of the environment; needs no thread of its own.
 
-    A request is held only where others can be answered meanwhile. One process may serve a database at a time.
+    A request is held only where others can be answered meanwhile. One process at a time may serve a database.
     """
-    api = wsgi_api(os.getpid())
     headers = {name[5:].replace("_", "-").lower(): value for name, value in environ.items() if name.startswith("HTTP_")}
     headers["content-type"] = environ.get("CONTENT_TYPE", "")
+    if environ.get("CONTENT_LENGTH"):
+        headers["content-length"] = environ["CONTENT_LENGTH"]
     try:
-        body = environ["wsgi.input"].read(body_length({"content-length": environ.get("CONTENT_LENGTH") or "0"}, api.max_body))
-        target = urllib.parse.quote(environ.get("PATH_INFO", "/").encode("latin-1")) or "/"
-        peer, secure = environ.get("REMOTE_ADDR", ""), environ.get("wsgi.url_scheme") == "https"
-        if os.environ.get("BUS_TRUST_PROXY"):
-            peer, secure = forwarded(headers, peer, secure)
-        request = Request(environ["REQUEST_METHOD"], f"{target}?{environ.get('QUERY_STRING', '')}", headers, body, peer, secure)
-        request.may_wait = environ.get("wsgi.multithread", False)
-        response = api.handle(request)
+        with WSGI_STARTING:
+            api = wsgi_api(os.getpid())
+        api.bus.tend_sometimes()
+        response = api.handle(wsgi_request(environ, headers, api.max_body))
+    except SetupError as error:
+        response = refusal(Unavailable(str(error), "maintenance"), request_id(headers))
     except Error as error:
-        response = api.refusal(error, request_id(headers))
+        response = refusal(error, request_id(headers))
     length = [] if response.status == 204 else [("Content-Length", str(len(response.body)))]
     start_response(f"{response.status} {REASONS[response.status]}", [*response.headers, *length])
     return [b"" if environ["REQUEST_METHOD"] == "HEAD" else response.body]
 
 
+def wsgi_request(environ, headers, max_body):
+    """Return the request that a WSGI environment describes."""
+    length = body_length(headers, max_body)
+    body = environ["wsgi.input"].read(length)
+    if len(body) < length:
+        raise Invalid("The body ended before its Content-Length.")
+    origin = environ.get("REMOTE_ADDR", ""), environ.get("wsgi.url_scheme") == "https"
+    if switched_on("BUS_TRUST_PROXY"):
+        origin = forwarded(headers, *origin)
+    path = urllib.parse.quote(environ.get("PATH_INFO", "").encode("latin-1")) or "/"
+    request = Request(environ["REQUEST_METHOD"], f"{path}?{environ.get('QUERY_STRING', '')}", headers, body, *origin)
+    request.may_wait = bool(environ.get("wsgi.multithread"))
+    return request
+
+
 # ---- 11. Client ----
 # The Bus's verbs over HTTP, with its errors. What is safe to repeat is repeated when the network fails.
+
+THIS_MACHINE = re.compile(r"localhost|::1|127(\.[0-9]{1,3}){3}")
+
 
 def bus_place(url):
     """Return the parts of the URL of a bus; raises SetupError for what is none."""
@@ -2496,7 +2546,9 @@ def client_tls(ca):
     """Return the TLS settings of a client that trusts the certificates in a file."""
     import ssl
     try:
-        return ssl.create_default_context(cafile=ca)
+        context = ssl.create_default_context()
+        context.load_verify_locations(cafile=ca)
+        return context
     except OSError as error:
         raise SetupError(f"The certificates in {ca} cannot be used: {error.strerror or error}.") from error
 
@@ -2520,10 +2572,10 @@ class IntentClient:
         if self._key == "-":
             raise SetupError(f"No key: put the bus's into {KEY_FILE} or INTENT_API_KEY (on the bus's machine it is in "
                              f"{KEY_FILE}, once serve has run).")
-        here = place.hostname in ("localhost", "::1") or place.hostname.startswith("127.")
+        here = THIS_MACHINE.fullmatch(place.hostname)
         issued = ISSUED.fullmatch(self._key)
-        self._identity = ({"X-API-KEY": self._key} if here or place.scheme == "https" else
-                          {"X-Key-ID": issued[1] if issued else "owner"})
+        self._private = bool(here) or place.scheme == "https"
+        self._identity = {"X-API-KEY": self._key} if self._private else {"X-Key-ID": issued[1] if issued else "owner"}
         self._clock_offset = 0
         self._opener = urllib.request.OpenerDirector()     # one that follows no redirect: it would carry the key along
         for handler in (urllib.request.ProxyHandler({} if here else None), urllib.request.HTTPHandler(),
@@ -2606,10 +2658,14 @@ class IntentClient:
         return self._post(f"/delete/{key}", retries=0)
 
     def admin(self, verb, **body):
-        """Ask for an /admin/ endpoint, by GET if there is no body, with BUS_ADMIN_SECRET if that is set."""
-        token = os.environ.get("BUS_ADMIN_SECRET")
+        """Ask for an /admin/ endpoint, by GET if there is no body, with BUS_ADMIN_SECRET or DASHBOARD_PASSWORD if set."""
+        token, password = os.environ.get("BUS_ADMIN_SECRET"), os.environ.get("DASHBOARD_PASSWORD")
+        if (token or password) and not self._private:
+            raise SetupError("The admin's secret is sent only over https, or to this machine; use one of them.")
+        basic = "Basic " + base64.b64encode(f"admin:{password}".encode()).decode()
+        secret = {"X-Admin-Token": token} if token else {"Authorization": basic} if password else {}
         return self._call("POST" if body else "GET", f"/admin/{verb}", body=body or None, retries=0,
-                          headers={"X-Admin-Token": token} if token else {}, kind=list if verb == "keys" else dict)
+                          headers=secret, kind=list if verb == "keys" else dict)
 
     def _post(self, path, body=None, **options):
         return self._call("POST", path, body=body, **options)
@@ -2657,6 +2713,8 @@ class IntentClient:
                 status, content, got = response.status, response.read(), response.headers
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
+            if distrust := getattr(reason, "verify_message", None):
+                reason = f"its certificate is not trusted ({distrust}); see --ca"
             reason = getattr(reason, "strerror", None) or reason or type(reason).__name__
             raise Unreachable(f"The bus at {self.base_url} cannot be reached: {reason}.") from error
         if status == 204:
@@ -3141,6 +3199,8 @@ def required_key(path):
          flag("--retention", type=duration, default=RETENTION_SECONDS, help="how long what has ended is kept (default 7d)"),
          flag("--rate-limit", type=whole, default=RATE_PER_MINUTE, metavar="N",
               help=f"requests a minute of an issued key (default {RATE_PER_MINUTE})"),
+         flag("--max-unfinished", type=whole, default=UNFINISHED, metavar="N",
+              help=f"intents that an issued key may have waiting or running (default {UNFINISHED})"),
          flag("--require-claim-token", action="store_true", help="refuse workers of the 1.x protocol, which send none"),
          flag("--require-signatures", action="store_true", help="refuse requests that are not signed (BUS_REQUIRE_SIGNATURES)"),
          flag("--tls-cert", metavar="FILE", help="speak https, with this certificate (PEM)"),
@@ -3153,13 +3213,15 @@ def serve_command(options):
     The first start makes the owner key. Put a TLS proxy or a tunnel in front before you listen beyond this machine.
     """
     import signal
+    if options.tls_key and not options.tls_cert:
+        raise Invalid("--tls-key needs --tls-cert.")
     key, source = owner_key(options.key_file)
     store = Store(options.db or os.environ.get("BUS_DB_PATH") or "intentbus.db")
     try:
-        api = api_of(store, key, options.require_claim_token, options.retention, options.rate_limit, options.max_body,
-                     options.require_signatures)
+        api = api_of(store, key, options.require_claim_token, options.retention, options.rate_limit,
+                     options.max_unfinished, options.max_body, options.require_signatures)
         server = http_server(api, options.host, options.port, options.log,
-                             options.trust_proxy or bool(os.environ.get("BUS_TRUST_PROXY")),
+                             options.trust_proxy or switched_on("BUS_TRUST_PROXY"),
                              options.tls_cert and (options.tls_cert, options.tls_key or options.tls_cert))
     except Error:
         store.close()
@@ -3227,11 +3289,11 @@ def publish_lines(bus, options, fields):
     if options.payload or options.wait is not None:
         raise Invalid("--lines and --jsonl take the payloads from stdin, and do not wait.")
     key, published = fields.pop("idempotency_key", None), 0
-    for number, lines in enumerate(batches(sys.stdin.buffer)):
-        intents = [dict(fields, goal=options.goal, payload=given_json(line) if options.jsonl else line_text(line))
-                   for line in lines]
-        ids = bus.publish_many(intents, idempotency_key=key and f"{key} {number}").ids
-        print("\n".join(ids))
+    read = given_json if options.jsonl else line_text
+    intents = (dict(fields, goal=options.goal, payload=read(line)) for line in sys.stdin.buffer if line.strip())
+    for number, batch in enumerate(batches(intents)):
+        ids = bus.publish_many(batch, idempotency_key=key and f"{key} {number}").ids
+        print("\n".join(map(to_json, ({"id": id} for id in ids)) if options.json else ids))
         published += len(ids)
         if sys.stderr.isatty():
             sys.stderr.write(f"\rintentbus: {published} published")
@@ -3239,18 +3301,18 @@ def publish_lines(bus, options, fields):
         sys.stderr.write("\n")
 
 
-def batches(stream):
-    """Yield lists of the lines that are not blank: up to BULK_INTENTS, and what fits a body."""
-    lines, room = [], BODY_BYTES // 2
-    for line in stream:
-        if lines and (len(lines) == BULK_INTENTS or room < 4 * len(line) + 512):
-            yield lines
-            lines, room = [], BODY_BYTES // 2
-        if line.strip():
-            lines.append(line)
-            room -= len(line) + 128
-    if lines:
-        yield lines
+def batches(intents):
+    """Yield lists of intents: up to BULK_INTENTS, and what fits a body."""
+    batch, size = [], 0
+    for intent in intents:
+        weight = len(to_json(intent).encode()) + 100     # the client adds the namespace
+        if batch and (len(batch) == BULK_INTENTS or size + weight > BODY_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(intent)
+        size += weight
+    if batch:
+        yield batch
 
 
 def line_text(line):
@@ -3502,12 +3564,18 @@ def backup(options):
     import pathlib
     import sqlite3
     source = pathlib.Path(options.db or os.environ.get("BUS_DB_PATH") or "intentbus.db").resolve()
+    made = False
     try:
+        if not source.is_file():
+            raise FileNotFoundError(errno.ENOENT, "there is no such database")
         os.close(os.open(options.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        made = True
         with contextlib.closing(sqlite3.connect(f"{source.as_uri()}?mode=ro", uri=True)) as here, \
                 contextlib.closing(sqlite3.connect(options.file)) as there:
             here.backup(there)
     except (OSError, sqlite3.Error) as error:
+        if made:
+            os.unlink(options.file)
         raise SetupError(f"{source} cannot be copied to {options.file}: {getattr(error, 'strerror', None) or error}.") from error
 
 
@@ -3538,6 +3606,8 @@ def main(arguments=None):
     end = words.index("--") if "--" in words else len(words)
     words = ["--wait=" if word == "--wait" else word for word in words[:end]] + words[end:]     # its value is optional
     options = parser().parse_args(words)
+    if getattr(options, "namespace", "") is None:
+        options.namespace = os.environ.get("INTENT_BUS_NAMESPACE") or None
     try:
         code = options.command(options) or 0
         sys.stdout.flush()

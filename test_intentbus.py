@@ -8,8 +8,10 @@ import base64
 import bisect
 import collections
 import contextlib
+import hmac
 import http.client
 import inspect
+import io
 import json
 import os
 import queue
@@ -24,6 +26,11 @@ import symtable
 import sys
 import threading
 import time
+import urllib.parse
+import urllib.request
+import wsgiref.simple_server
+import wsgiref.util
+import wsgiref.validate
 from pathlib import Path
 
 import pytest
@@ -37,6 +44,8 @@ SOURCE = (HERE / "intentbus.py").read_text()
 KEY = "k" * 48
 SLOW = pytest.mark.skipif(not os.environ.get("INTENTBUS_TEST_SLOW"), reason="INTENTBUS_TEST_SLOW is not set")
 POSIX = pytest.mark.skipif(os.name != "posix", reason="process groups and signals of POSIX")
+CURL = pytest.mark.skipif(not shutil.which("curl"), reason="curl is not on this machine")
+OPENSSL = pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not on this machine")
 
 
 class Clock:
@@ -121,6 +130,234 @@ def in_thread(function, *args, **kwargs):
 def held(bus):
     """How many requests a bus holds."""
     return sum(map(len, bus._waiting._held.values()))
+
+
+NOBODY = "0" * 32     # an id that no intent has
+COMMON = {"x-frame-options": "DENY", "x-content-type-options": "nosniff", "referrer-policy": "no-referrer",
+          "cache-control": "no-store", "x-intent-version": "7.61"}
+
+
+class Served:
+    """A bus on a free port, and ways to talk to it."""
+
+    def __init__(self, folder):
+        self.db = str(folder / "bus.db")
+        self.store = intentbus.Store(self.db)
+        self.api = intentbus.API(intentbus.Bus(self.store), intentbus.Keys(KEY, self.store))
+        self.server = intentbus.http_server(self.api, port=0)
+        self.port = self.server.server_port
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self):
+        self.server.close()
+        self.store.close()
+
+    def connect(self):
+        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+
+    def talk(self, data):
+        """Send bytes and return all that comes until the server closes the connection."""
+        with self.connect() as sock:
+            with contextlib.suppress(ConnectionError):
+                sock.sendall(data)
+            return received(sock)
+
+    def send(self, data):
+        """Send bytes and return all responses that come until the server closes the connection."""
+        return responses(self.talk(data))
+
+    def ask(self, method, target, body=b"", key=KEY, **headers):
+        """Return the one response to a request; a body that is not bytes is sent as JSON."""
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        named = {"Host": "x", "Connection": "close", "Content-Length": len(body), "X-API-KEY": key}
+        named.update({name.replace("_", "-"): value for name, value in headers.items()})
+        head = "".join(f"{name}: {value}\r\n" for name, value in named.items() if value is not None)
+        response, = self.send(f"{method} {target} HTTP/1.1\r\n{head}\r\n".encode("latin-1") + body)
+        return response
+
+    def publish(self, **fields):
+        return self.ask("POST", "/intent", dict(dict(goal="g", payload=1), **fields)).json["id"]
+
+    def statuses(self):
+        return [intent["status"] for intent in self.ask("GET", "/intents").json["intents"]]
+
+
+class Response:
+    """What a server answered."""
+
+    def __init__(self, status, headers, body):
+        self.status, self.headers, self.body = status, headers, body
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+
+def received(sock):
+    """Return all bytes until the other side closes."""
+    data = b""
+    while more := sock.recv(65536):
+        data += more
+    return data
+
+
+def responses(data):
+    """Return the responses that these bytes are."""
+    found = []
+    while data:
+        head, end, data = data.partition(b"\r\n\r\n")
+        first, *lines = head.decode("latin-1").split("\r\n")
+        assert end and re.fullmatch(r"HTTP/1\.1 \d{3} [A-Z][A-Za-z ]+", first)
+        headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+        length = int(headers.get("content-length", 0))
+        found.append(Response(int(first.split()[1]), headers, data[:length]))
+        data = data[length:]
+    return found
+
+
+def clear(message):
+    """Whether a message is one sentence for a person: short, with a full stop, and nothing of the inside in it."""
+    inside = r"Traceback|File \"|\n|0x[0-9a-f]{6}|\bsys\.|sqlite|\b[A-Z]\w*(Error|Exception)\b|<class|object at"
+    return 15 <= len(message) <= 320 and message.endswith(".") and not re.search(inside, message)
+
+
+def assert_refusal(response, status, code, *words):
+    """Check what PROTOCOL.md, section 4, says of every error, and that the message has these words."""
+    assert (response.status, response.json["error"]["code"]) == (status, code), response.body
+    assert set(response.json) == {"error"}
+    assert clear(response.json["error"]["message"]), response.body
+    assert [word for word in words if word not in response.json["error"]["message"]] == [], response.body
+    assert_common_headers(response)
+    assert response.headers["content-type"] == "application/json"
+
+
+def assert_common_headers(response):
+    assert {name: response.headers.get(name) for name in COMMON} == COMMON
+    assert re.fullmatch(r"[A-Za-z0-9_.:-]{1,128}", response.headers["x-request-id"])
+
+
+def watch(thing, name):
+    """Return a queue of what each call of a method returns from now on."""
+    calls, method = queue.Queue(), getattr(thing, name)
+
+    def watched(*args, **kwargs):
+        result = method(*args, **kwargs)
+        calls.put(result)
+        return result
+    setattr(thing, name, watched)
+    return calls
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """One bus for all that is refused."""
+    served = Served(tmp_path_factory.mktemp("shared"))
+    yield served
+    served.close()
+
+
+@pytest.fixture
+def strict(shared):
+    """The shared bus; the test fails if the bus is not well after it, or has stored anything."""
+    before = shared.statuses()
+    yield shared
+    assert shared.statuses() == before
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A bus of one test's own."""
+    served = Served(tmp_path)
+    yield served
+    served.close()
+
+
+def case(what, sent, *expected):
+    """Return a row of a table: its name, what is sent, what is expected."""
+    return pytest.param(sent, expected, id=what)
+
+
+ADMIN_SECRET = "a" * 40
+
+
+class Bespoke(Served):
+    """A bus whose parts have options of their own; it can be restarted on its file."""
+
+    def __init__(self, folder, key=KEY, clock=None, keys=(), api=(), server=()):
+        self.made = folder, key, clock, keys, api, server
+        self.db = str(folder / "bus.db")
+        self.store = Store(self.db)
+        clocks = dict(clock=lambda: clock.wall, steady=lambda: clock.steady) if clock else {}
+        self.keys = Keys(key, self.store, **dict(keys, **{name: clocks[name] for name in clocks if name == "clock"}))
+        self.api = API(Bus(self.store, **clocks), self.keys, **dict(api))
+        self.server = intentbus.http_server(self.api, port=0, **dict(server))
+        self.port = self.server.server_port
+        self.url = f"http{'s' if dict(server).get('tls') else ''}://127.0.0.1:{self.port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def restart(self, **changes):
+        """Stop it and start it again on the same file."""
+        self.close()
+        names = ("folder", "key", "clock", "keys", "api", "server")
+        self.__init__(**dict(zip(names, self.made), **changes))
+
+    def issue(self, owner="ann", role="both", name=None, **headers):
+        """Return a new issued key, as the answer to its making."""
+        made = self.ask("POST", "/admin/generate_key", dict(owner=owner, role=role, name=name), **headers)
+        assert made.status == 201, made.body
+        return intentbus.Record(made.json)
+
+
+@pytest.fixture
+def started(tmp_path):
+    """Start buses with options; each is closed at the end."""
+    with contextlib.ExitStack() as stack:
+        def start(**options):
+            bus = Bespoke(tmp_path, **options)
+            stack.callback(lambda: bus.close())
+            return bus
+        yield start
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """Wrong keys are many here, and need not be slowed."""
+    monkeypatch.setattr(intentbus, "FAILURE_SECONDS", 0)
+
+
+def at_once(number, function):
+    """Call function(0), function(1)... in as many threads at the same moment; return what they return or raise."""
+    barrier, results = threading.Barrier(number), queue.Queue()
+
+    def run(index):
+        barrier.wait(20)
+        try:
+            results.put(function(index))
+        except Exception as error:
+            results.put(error)
+    for index in range(number):
+        threading.Thread(target=run, args=(index,), daemon=True).start()
+    return [results.get(timeout=20) for _ in range(number)]
+
+
+def signed(method, canonical, body=b"", key=KEY, timestamp=None, nonce=None, **others):
+    """Return the headers of a request signed as PROTOCOL.md, section 3, says; canonical is PATH[?QUERY]."""
+    timestamp, nonce = timestamp or repr(time.time()), nonce or os.urandom(8).hex()
+    said = "\n".join((method, canonical, timestamp, nonce, "")).encode() + body
+    signature = hmac.new(key.encode(), said, "sha256").hexdigest()
+    return dict(dict(X_Timestamp=timestamp, X_Nonce=nonce, X_Signature=signature), **others)
+
+
+def assert_signature_refused(response, message):
+    assert (response.status, response.json["error"]["code"]) == (403, "invalid_signature"), response.body
+    assert response.json["error"]["message"] == message
+    assert_common_headers(response)
+
+
+def a_publish(**fields):
+    """Return the body of a publish that would be fine but for these fields."""
+    return dict(dict(goal="g", payload=1), **fields)
 
 
 # ---- 0. The whole ----
@@ -754,157 +991,486 @@ def test_a_key_file_that_others_can_reach_is_refused_or_warned_of(tmp_path):
         intentbus.read_key(path)
 
 
-# ---- 7. Fields ----
-NOBODY = "0" * 32     # an id that no intent has
-COMMON = {"x-frame-options": "DENY", "x-content-type-options": "nosniff", "referrer-policy": "no-referrer",
-          "cache-control": "no-store", "x-intent-version": "7.61"}
-
-
-class Served:
-    """A bus on a free port, and ways to talk to it."""
-
-    def __init__(self, folder):
-        self.db = str(folder / "bus.db")
-        self.store = intentbus.Store(self.db)
-        self.api = intentbus.API(intentbus.Bus(self.store), intentbus.Keys(KEY, self.store))
-        self.server = intentbus.http_server(self.api, port=0)
-        self.port = self.server.server_port
-        self.url = f"http://127.0.0.1:{self.port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def close(self):
-        self.server.close()
-        self.store.close()
-
-    def connect(self):
-        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
-
-    def talk(self, data):
-        """Send bytes and return all that comes until the server closes the connection."""
-        with self.connect() as sock:
-            with contextlib.suppress(ConnectionError):
-                sock.sendall(data)
-            return received(sock)
-
-    def send(self, data):
-        """Send bytes and return all responses that come until the server closes the connection."""
-        return responses(self.talk(data))
-
-    def ask(self, method, target, body=b"", key=KEY, **headers):
-        """Return the one response to a request; a body that is not bytes is sent as JSON."""
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        named = {"Host": "x", "Connection": "close", "Content-Length": len(body), "X-API-KEY": key}
-        named.update({name.replace("_", "-"): value for name, value in headers.items()})
-        head = "".join(f"{name}: {value}\r\n" for name, value in named.items() if value is not None)
-        response, = self.send(f"{method} {target} HTTP/1.1\r\n{head}\r\n".encode("latin-1") + body)
-        return response
-
-    def publish(self, **fields):
-        return self.ask("POST", "/intent", dict(dict(goal="g", payload=1), **fields)).json["id"]
-
-    def statuses(self):
-        return [intent["status"] for intent in self.ask("GET", "/intents").json["intents"]]
-
-
-class Response:
-    """What a server answered."""
-
-    def __init__(self, status, headers, body):
-        self.status, self.headers, self.body = status, headers, body
-
-    @property
-    def json(self):
-        return json.loads(self.body)
-
-
-def received(sock):
-    """Return all bytes until the other side closes."""
-    data = b""
-    while more := sock.recv(65536):
-        data += more
-    return data
-
-
-def responses(data):
-    """Return the responses that these bytes are."""
-    found = []
-    while data:
-        head, end, data = data.partition(b"\r\n\r\n")
-        first, *lines = head.decode("latin-1").split("\r\n")
-        assert end and re.fullmatch(r"HTTP/1\.1 \d{3} [A-Z][A-Za-z ]+", first)
-        headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
-        length = int(headers.get("content-length", 0))
-        found.append(Response(int(first.split()[1]), headers, data[:length]))
-        data = data[length:]
-    return found
-
-
-def clear(message):
-    """Whether a message is one sentence for a person: short, with a full stop, and nothing of the inside in it."""
-    inside = r"Traceback|File \"|\n|0x[0-9a-f]{6}|\bsys\.|sqlite|\b[A-Z]\w*(Error|Exception)\b|<class|object at"
-    return 15 <= len(message) <= 320 and message.endswith(".") and not re.search(inside, message)
-
-
-def assert_refusal(response, status, code, *words):
-    """Check what PROTOCOL.md, section 4, says of every error, and that the message has these words."""
-    assert (response.status, response.json["error"]["code"]) == (status, code), response.body
-    assert set(response.json) == {"error"}
-    assert clear(response.json["error"]["message"]), response.body
-    assert [word for word in words if word not in response.json["error"]["message"]] == [], response.body
-    assert_common_headers(response)
-    assert response.headers["content-type"] == "application/json"
-
-
-def assert_common_headers(response):
-    assert {name: response.headers.get(name) for name in COMMON} == COMMON
-    assert re.fullmatch(r"[A-Za-z0-9_.:-]{1,128}", response.headers["x-request-id"])
-
-
-def watch(thing, name):
-    """Return a queue of what each call of a method returns from now on."""
-    calls, method = queue.Queue(), getattr(thing, name)
-
-    def watched(*args, **kwargs):
-        result = method(*args, **kwargs)
-        calls.put(result)
-        return result
-    setattr(thing, name, watched)
-    return calls
+# Who may do what, on a bus with an admin secret. publish, work, both: roles of keys of ann, whose intent and value it is;
+# other: a key of bob; owner: the owner key; admin: X-Admin-Token alone; signed, forged, replayed: ann's key of both roles.
+# {open}, {claimed} and {dead} are an intent of ann's in that state, a claimed one held by a key of hers.
+CALLERS = "none unknown revoked publish work both other owner admin signed forged replayed".split()
+MATRIX = """
+                                      none unkn revo publ work both othe owne admi sign forg repl
+    GET  /                             200  200  200  200  200  200  200  200  200  200  200  200
+    GET  /health                       200  200  200  200  200  200  200  200  200  200  200  200
+    POST /intent                       401  401  401  201  403  201  201  201  401  201  403  403
+    POST /intents                      401  401  401  201  403  201  201  201  401  201  403  403
+    POST /claim                        401  401  401  403  200  200  204  204  401  200  403  403
+    POST /extend_claim/{claimed}       401  401  401  403  200  200  404  404  401  200  403  403
+    POST /fulfill/{claimed}            401  401  401  403  200  200  404  404  401  200  403  403
+    POST /fail/{claimed}               401  401  401  403  200  200  404  404  401  200  403  403
+    POST /release/{claimed}            401  401  401  403  200  200  404  404  401  200  403  403
+    GET  /status/{open}                401  401  401  200  200  200  404  200  200  200  403  403
+    GET  /result/{open}                401  401  401  200  200  200  404  200  200  200  403  403
+    GET  /intents                      401  401  401  200  200  200  200  200  200  200  403  403
+    POST /cancel/{open}                401  401  401  200  403  200  404  200  200  200  403  403
+    POST /retry/{dead}                 401  401  401  200  403  200  404  200  200  200  403  403
+    POST /retry                        401  401  401  200  403  200  200  200  200  200  403  403
+    POST /set/new                      401  401  401  200  200  200  200  200  401  200  403  403
+    GET  /get/k                        401  401  401  200  200  200  404  404  401  200  403  403
+    POST /delete/k                     401  401  401  200  200  200  200  200  401  200  403  403
+    POST /admin/generate_key           401  401  401  401  401  401  401  401  201  401  401  401
+    POST /admin/revoke_key             401  401  401  401  401  401  401  401  404  401  401  401
+    GET  /admin/keys                   401  401  401  401  401  401  401  401  200  401  401  401
+    POST /admin/purge                  401  401  401  401  401  401  401  401  400  401  401  401
+    POST /admin/cleanup                401  401  401  401  401  401  401  401  200  401  401  401
+    GET  /admin/intents/{open}         401  401  401  401  401  401  401  401  200  401  401  401
+    POST /admin/intents/{open}/cancel  401  401  401  401  401  401  401  401  200  401  401  401
+    POST /admin/intents/{dead}/retry   401  401  401  401  401  401  401  401  200  401  401  401
+    GET  /admin/dead                   401  401  401  401  401  401  401  401  200  401  401  401
+    GET  /admin/dead/{dead}            401  401  401  401  401  401  401  401  200  401  401  401
+    GET  /admin/summary                401  401  401  401  401  401  401  401  200  401  401  401
+    GET  /metrics                      401  401  401  401  401  401  401  401  200  401  401  401
+"""
+MATRIX = [line.split() for line in MATRIX.strip().splitlines()[1:]]
+ANN = Caller("a", "ann", "both", False, None)
+BODIES = {"/intent": a_publish(goal="new"), "/intents": [a_publish(goal="new")], "/set/new": {"value": 1},
+          "/admin/generate_key": {"owner": "new"}}
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    """One bus for all that is refused."""
-    served = Served(tmp_path_factory.mktemp("shared"))
-    yield served
-    served.close()
+def guarded(tmp_path_factory):
+    """A bus with an admin secret, and a key of each kind."""
+    bus = Bespoke(tmp_path_factory.mktemp("guarded"), keys=dict(admin_secret=ADMIN_SECRET, rate=100_000))
+    admin = bus.admin = dict(key=None, X_Admin_Token=ADMIN_SECRET)
+    bus.issued = {name: bus.issue(owner, role, **admin).api_key for name, owner, role in (
+        ("publish", "ann", "publish"), ("work", "ann", "work"), ("both", "ann", "both"), ("other", "bob", "both"),
+        ("revoked", "ann", "both"))}
+    assert bus.ask("POST", "/admin/revoke_key", {"api_key": bus.issued["revoked"]}, **admin).status == 200
+    yield bus
+    bus.close()
 
 
 @pytest.fixture
-def strict(shared):
-    """The shared bus; the test fails if the bus is not well after it, or has stored anything."""
-    before = shared.statuses()
-    yield shared
-    assert shared.statuses() == before
+def emptied(guarded):
+    """The guarded bus, without the intents of the tests before."""
+    assert guarded.ask("POST", "/admin/purge", {"confirm": True}, **guarded.admin).status == 200
+    return guarded
 
 
-@pytest.fixture
-def served(tmp_path):
-    """A bus of one test's own."""
-    served = Served(tmp_path)
-    yield served
-    served.close()
+def prepared(bus, state):
+    """Return the id of a new private intent of ann's, open, claimed by her, or dead."""
+    goal = os.urandom(8).hex()
+    intent_id = bus.api.bus.publish(goal, 1, caller=ANN).id
+    if state == "claimed":
+        assert bus.api.bus.claim(goal, caller=ANN).id == intent_id
+    if state == "dead":
+        bus.api.bus.cancel(intent_id, caller=ANN)
+    return intent_id
 
 
-def case(what, sent, *expected):
-    """Return a row of a table: its name, what is sent, what is expected."""
-    return pytest.param(sent, expected, id=what)
+def asked_by(bus, who, method, path, body):
+    """Send a request as one of CALLERS."""
+    key = {"none": None, "admin": None, "unknown": "wrong", "owner": KEY}.get(who, bus.issued.get(who, bus.issued["both"]))
+    sent = json.dumps(body).encode()
+    headers = {"X_Admin_Token": ADMIN_SECRET} if who == "admin" else {}
+    if who in ("signed", "forged", "replayed"):
+        headers = signed(method, path, sent + b" " * (who == "forged"), key)
+    if who == "replayed":
+        assert bus.ask("GET", "/get/x", key=key, **signed("GET", "/get/x", key=key, nonce=headers["X_Nonce"])).status == 404
+    return bus.ask(method, path, sent, key, **headers)
 
 
-def a_publish(**fields):
-    """Return the body of a publish that would be fine but for these fields."""
-    return dict(dict(goal="g", payload=1), **fields)
+@pytest.mark.parametrize("method, path, statuses", [(row[0], row[1], row[2:]) for row in MATRIX],
+                         ids=[" ".join(row[:2]) for row in MATRIX])
+def test_who_may_do_what(emptied, method, path, statuses):
+    state, found = re.search("{(.*)}", path), {}
+    for who in CALLERS:
+        intent_id = prepared(emptied, state[1] if state else "open")
+        emptied.api.bus.set("k", 1, caller=ANN)
+        response = asked_by(emptied, who, method, re.sub("{.*}", intent_id, path), BODIES.get(path, {}))
+        found[who] = str(response.status)
+        if response.status in (401, 403):
+            assert response.json["error"]["code"] == ("unauthorized" if response.status == 401 else "invalid_signature"
+                                                      if who in ("forged", "replayed") else "forbidden")
+    assert found == dict(zip(CALLERS, statuses))
 
+
+def test_the_matrix_has_every_route():
+    paths = [re.sub("{.*}|(?<=/)(k|new)$", "*", row[1]) for row in MATRIX]
+    assert list(zip([row[0] for row in MATRIX], paths)) == [route[:2] for route in intentbus.ROUTES]
+
+
+def basic(user, password):
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
+@pytest.mark.parametrize("settings, headers, status", [
+    ({}, dict(key=KEY), 200),
+    ({}, dict(Authorization=f"Bearer {KEY}"), 200),
+    ({}, dict(Authorization=basic("admin", KEY)), 200),
+    ({}, dict(X_Key_ID="owner", **signed("GET", "/admin/keys")), 200),
+    ({}, {}, 401),
+    ({}, dict(X_Admin_Token=""), 401),
+    ({}, dict(X_Admin_Token=ADMIN_SECRET), 401),
+    ({}, dict(Authorization=basic("admin", "")), 401),
+    (dict(admin_secret=ADMIN_SECRET), dict(X_Admin_Token=ADMIN_SECRET), 200),
+    (dict(admin_secret=ADMIN_SECRET), dict(X_Admin_Token=ADMIN_SECRET, key=KEY), 200),
+    (dict(admin_secret=ADMIN_SECRET), dict(X_Admin_Token=ADMIN_SECRET[1:]), 401),
+    (dict(admin_secret=ADMIN_SECRET), dict(X_Admin_Token="\xe9"), 401),
+    (dict(admin_secret=ADMIN_SECRET), dict(key=ADMIN_SECRET), 401),
+    (dict(admin_secret=ADMIN_SECRET), dict(Authorization=basic("admin", KEY)), 401),
+    (dict(dashboard_password="pw"), dict(Authorization=basic("admin", "pw")), 200),
+    (dict(dashboard_password="pw"), dict(Authorization=basic("root", "pw")), 401),
+    (dict(dashboard_password="pw"), dict(Authorization=basic("admin", KEY)), 401),
+    (dict(dashboard_password="pw"), dict(key=KEY), 401),
+    (dict(dashboard_password="pw"), dict(X_Admin_Token="pw"), 401),
+    (dict(dashboard_password="pw", admin_secret=ADMIN_SECRET), dict(Authorization=basic("admin", "pw")), 200),
+    (dict(dashboard_password="pw", admin_secret=ADMIN_SECRET), dict(X_Admin_Token=ADMIN_SECRET), 200),
+])
+def test_what_makes_an_admin(started, settings, headers, status):
+    response = started(keys=settings).ask("GET", "/admin/keys", **dict(dict(key=None), **headers))
+    assert response.status == status
+    if status == 401:
+        assert_refusal(response, 401, "unauthorized", "Authentication required")
+        assert response.headers["www-authenticate"] == 'Basic realm="Intent Bus"'
+
+
+def test_a_key_that_is_valid_but_not_an_admins_gets_the_same_refusal(served):
+    key = served.ask("POST", "/admin/generate_key", {"owner": "ann"}).json["api_key"]
+    valid, unknown, none = (served.ask("GET", "/admin/keys", key=key) for key in (key, "wrong", None))
+    assert valid.body == unknown.body == none.body and b"Authentication required" in valid.body
+    assert valid.headers["www-authenticate"] == 'Basic realm="Intent Bus"'
+
+
+@pytest.mark.parametrize("headers, status", [
+    (dict(Authorization="Bearer metrics"), 200), (dict(Authorization="Bearer wrong"), 401), ({}, 401), (dict(key=KEY), 200),
+])
+def test_the_metrics_have_a_token_of_their_own(started, headers, status):
+    bus = started(keys=dict(metrics_token="metrics"))
+    assert bus.ask("GET", "/metrics", **dict(dict(key=None), **headers)).status == status
+    assert bus.ask("GET", "/admin/keys", key="metrics").status == 401
+
+
+# -- Signatures --
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(X_Timestamp=None), "Missing required signature headers."),
+    (dict(X_Nonce=None), "Missing required signature headers."),
+    (dict(X_Nonce=""), "Missing required signature headers."),
+    (dict(X_Signature=""), "Missing required signature headers."),
+    (dict(X_Timestamp="yesterday"), "Invalid timestamp"),
+    (dict(X_Timestamp="nan"), "Invalid timestamp"),
+    (dict(X_Timestamp="inf"), "Invalid timestamp"),
+    (dict(X_Timestamp="1_800_000_000"), "Invalid timestamp"),
+    (dict(X_Timestamp="\xb2"), "Invalid timestamp"),
+    (dict(X_Timestamp="1"), "Stale timestamp"),
+    (dict(X_Timestamp="-1"), "Stale timestamp"),
+    (dict(X_Timestamp="99999999999"), "Stale timestamp"),
+    (dict(X_Signature="0" * 64), "Bad signature"),
+    (dict(X_Signature="\xe9"), "Bad signature"),
+    (dict(X_Nonce="another"), "Bad signature"),
+], ids=repr)
+def test_a_signature_that_is_none_is_refused_in_the_protocols_words(strict, changes, message):
+    assert_signature_refused(strict.ask("GET", "/get/x", **dict(signed("GET", "/get/x"), **changes)), message)
+
+
+@pytest.mark.parametrize("sign", [
+    lambda headers: dict(headers, X_Signature=headers["X_Signature"].upper()),
+    lambda headers: signed("POST", "/get/x"),
+    lambda headers: signed("GET", "/get/y"),
+    lambda headers: signed("GET", "/get/x?a=1"),
+    lambda headers: signed("GET", "/get/x", b" "),
+    lambda headers: signed("GET", "/get/x", key="wrong"),
+], ids=["upper case", "method", "path", "query", "body", "key"])
+def test_a_signature_covers_the_whole_request(strict, sign):
+    assert_signature_refused(strict.ask("GET", "/get/x", **sign(signed("GET", "/get/x"))), "Bad signature")
+
+
+@pytest.mark.parametrize("target, canonical", [
+    ("/get/x", "/get/x"),
+    ("/get/x?", "/get/x"),
+    ("/get/my%20key", "/get/my key"),
+    ("/get/my%20key", "/get/my%20key"),
+    ("/get/%C3%A9", "/get/\u00e9"),
+    ("/get/%c3%a9", "/get/%c3%a9"),
+    ("/get/a%2Fb", "/get/a/b"),
+    ("/get/a+b", "/get/a+b"),
+    ("/get/x?a=&b", "/get/x?a=&b="),
+    ("/get/x?a=2&a=1&a=2", "/get/x?a=1&a=2&a=2"),
+    ("/get/x?b=1&a=2&B=3", "/get/x?B=3&a=2&b=1"),
+    ("/get/x?q=%C3%A9", "/get/x?q=%C3%A9"),
+    ("/get/x?%C3%A9=1", "/get/x?%C3%A9=1"),
+    ("/get/x?q=a/b", "/get/x?q=a%2Fb"),
+    ("/get/x?q=a%20b", "/get/x?q=a%20b"),
+    ("/get/x?q=a+b", "/get/x?q=a%20b"),
+    ("/get/x?q=a%2Bb", "/get/x?q=a%2Bb"),
+    ("/get/x?q=%7e%2d", "/get/x?q=~-"),
+    ("/get/x?q=a=b%26c", "/get/x?q=a%3Db%26c"),
+])
+def test_the_canonical_form_of_path_and_query(strict, target, canonical):
+    assert_refusal(strict.ask("GET", target, **signed("GET", canonical)), 404, "not_found")
+
+
+def test_the_signed_body_is_the_bytes_that_were_sent(served):
+    body = b' { "value" : "caf\xc3\xa9" }\n'
+    assert served.ask("POST", "/set/k", body, **signed("POST", "/set/k", body)).status == 200
+    assert_signature_refused(served.ask("POST", "/set/k", body, **signed("POST", "/set/k", body.strip())), "Bad signature")
+
+
+@pytest.mark.parametrize("issued", [False, True])
+def test_a_key_id_stands_for_a_key_that_stays_at_home(started, issued):
+    bus = started()
+    made = bus.issue() if issued else intentbus.Record(api_key=KEY, key_id="owner")
+    headers = signed("GET", "/intents", key=made.api_key, X_Key_ID=made.key_id)
+    assert bus.ask("GET", "/intents", key=None, **headers).status == 200
+    assert_signature_refused(bus.ask("GET", "/intents", key=None, **headers), "Replay detected")
+    for without in ("X_Signature", "X_Key_ID"):
+        refused = bus.ask("GET", "/intents", key=None, **dict(headers, **{without: None}))
+        assert refused.status == 401 and refused.json["error"]["message"] == "Missing API key."
+    unknown = bus.ask("GET", "/intents", key=None, **dict(headers, X_Key_ID="0" * 16))
+    assert unknown.status == 401 and unknown.json["error"]["message"] == "Invalid API key."
+
+
+def test_of_many_simultaneous_copies_of_a_request_one_is_accepted(served):
+    body = json.dumps(a_publish()).encode()
+    headers = signed("POST", "/intent", body)
+    answers = at_once(50, lambda index: served.ask("POST", "/intent", body, **headers))
+    refused = [answer for answer in answers if answer.status != 201]
+    assert len(refused) == 49 and served.statuses() == ["open"]
+    for answer in refused:
+        assert_signature_refused(answer, "Replay detected")
+
+
+def test_a_restart_does_not_reopen_the_window_for_replays(started):
+    bus, headers = started(), signed("GET", "/get/x")
+    assert bus.ask("GET", "/get/x", **headers).status == 404
+    bus.restart()
+    assert_signature_refused(bus.ask("GET", "/get/x", **headers), "Replay detected")
+
+
+def test_a_nonce_is_each_keys_own(started):
+    bus = started()
+    ann, bob = bus.issue("ann").api_key, bus.issue("bob").api_key
+    for key in (KEY, ann, bob):
+        assert bus.ask("GET", "/get/x", key=key, **signed("GET", "/get/x", key=key, nonce="same")).status == 404
+
+
+def remembers(bus, text):
+    """Whether a text is in the tables of a bus."""
+    with contextlib.closing(sqlite3.connect(bus.db)) as db:
+        return text in "\n".join(db.iterdump())
+
+
+@pytest.mark.parametrize("ahead", [-300, 0, 300])
+def test_a_nonce_is_remembered_while_its_timestamp_is_good_and_then_forgotten(started, clock, ahead):
+    bus = started(clock=clock)
+    headers = signed("GET", "/get/x", timestamp=str(int(clock.wall + ahead)))
+    assert bus.ask("GET", "/get/x", **headers).status == 404
+    clock.pass_(300 + ahead)     # the last moment of the timestamp
+    bus.ask("POST", "/admin/cleanup")
+    assert_signature_refused(bus.ask("GET", "/get/x", **headers), "Replay detected")
+    assert remembers(bus, headers["X_Nonce"])
+    clock.pass_(1200)
+    bus.ask("POST", "/admin/cleanup")
+    assert not remembers(bus, headers["X_Nonce"])
+    assert_signature_refused(bus.ask("GET", "/get/x", **headers), "Stale timestamp")
+
+
+def test_a_stale_timestamp_is_told_the_time(started, clock):
+    bus = started(clock=clock)
+    stale = bus.ask("GET", "/get/x", **signed("GET", "/get/x", timestamp=str(int(clock.wall - 301))))
+    assert_signature_refused(stale, "Stale timestamp")
+    assert stale.json["error"]["server_time"] == clock.wall
+
+
+def test_a_bus_can_insist_on_signatures(started):
+    bus = started(keys=dict(require_signatures=True))
+    assert_signature_refused(bus.ask("GET", "/get/x"), "Missing required signature headers.")
+    assert_signature_refused(bus.ask("GET", "/admin/keys"), "Missing required signature headers.")
+    assert bus.ask("GET", "/get/x", **signed("GET", "/get/x")).status == 404
+    assert bus.ask("GET", "/health", key=None).status == 200
+    assert IntentClient(bus.url, KEY).publish("g", 1).status == "published"
+
+
+# -- Issued keys --
+
+def test_an_issued_key_is_shown_once_used_listed_and_revoked(started, clock):
+    bus = started(clock=clock)
+    made = bus.issue("ann", "work", "laptop")
+    assert set(made) == {"api_key", "owner", "name", "role", "key_id"} and re.fullmatch(r"tk_[0-9a-zA-Z_-]{32,}", made.api_key)
+    listed = {"key_id": made.key_id, "name": "laptop", "owner": "ann", "role": "work", "created_at": clock.wall,
+              "last_used_at": None, "total_requests": 0}
+    assert bus.ask("GET", "/admin/keys").json == [listed]
+    assert [bus.ask("GET", "/intents", key=made.api_key).status for _ in range(3)] == [200] * 3
+    assert bus.ask("GET", "/admin/keys").json == [dict(listed, last_used_at=clock.wall, total_requests=3)]
+    assert bus.ask("POST", "/admin/revoke_key", {"key_id": made.key_id}).json == {"ok": True}
+    assert_refusal(bus.ask("GET", "/intents", key=made.api_key), 401, "unauthorized", "Invalid API key.")
+    assert_refusal(bus.ask("POST", "/admin/revoke_key", {"api_key": made.api_key}), 404, "not_found")
+    assert bus.ask("GET", "/admin/keys").json == []
+
+
+@pytest.mark.parametrize("body, code", [
+    ({"owner": ""}, "invalid_owner"), ({"owner": 1}, "invalid_owner"), ({"owner": "a\tb"}, "invalid_owner"),
+    ({"owner": "ann", "role": "admin"}, "invalid_role"), ({"owner": "ann", "role": 1}, "invalid_role"),
+    ({"owner": "ann", "name": []}, "invalid_name"), ([], "invalid_request"),
+], ids=repr)
+def test_a_key_is_not_issued_for_what_is_no_owner_name_or_role(strict, body, code):
+    assert_refusal(strict.ask("POST", "/admin/generate_key", body), 400, code)
+    assert strict.ask("GET", "/admin/keys").json == []
+
+
+@pytest.mark.parametrize("body", [{}, {"key_id": "owner"}, {"api_key": KEY}, {"api_key": "tk_" + "0" * 56}, {"key_id": ""}],
+                         ids=repr)
+def test_what_is_no_issued_key_cannot_be_revoked(strict, body):
+    assert_refusal(strict.ask("POST", "/admin/revoke_key", body), 404, "not_found")
+    assert strict.ask("GET", "/intents").status == 200
+
+
+def test_keys_of_one_owner_share_their_private_intents(started):
+    bus = started()
+    first, second, worker = (bus.issue("ann", role).api_key for role in ("both", "both", "work"))
+    intent_id = bus.ask("POST", "/intent", a_publish(), first).json["id"]
+    assert bus.ask("GET", f"/status/{intent_id}", key=second).status == 200
+    assert bus.ask("POST", "/claim", key=worker).json["id"] == intent_id
+    assert bus.ask("POST", f"/fulfill/{intent_id}", key=second).status == 200
+    assert bus.ask("GET", f"/result/{intent_id}", key=first).json["status"] == "fulfilled"
+
+
+@pytest.mark.parametrize("state", ["open", "claimed", "dead"])
+@pytest.mark.parametrize("method, path", [route[:2] for route in intentbus.ROUTES if route[1].endswith("/*")
+                                          and not route[1].startswith(("/admin", "/set", "/get", "/delete"))])
+def test_another_owners_intent_looks_like_one_that_does_not_exist(guarded, method, path, state):
+    intent_id, key = prepared(guarded, state), guarded.issued["other"]
+    for body in (b"", {"claim_token": "wrong"}):
+        theirs, nobodys = (guarded.ask(method, path.replace("*", id), body, key) for id in (intent_id, NOBODY))
+        assert theirs.status == nobodys.status == 404
+        assert theirs.body.decode().replace(intent_id, NOBODY) == nobodys.body.decode()
+
+
+def test_another_owner_neither_lists_nor_claims_nor_reads(emptied):
+    prepared(emptied, "open")
+    emptied.ask("POST", "/set/mine", {"value": 1}, emptied.issued["both"])
+    other = emptied.issued["other"]
+    assert emptied.ask("GET", "/intents", key=other).json == {"intents": [], "next": None}
+    assert emptied.ask("POST", "/claim", key=other).status == 204
+    assert emptied.ask("GET", "/get/mine", key=other).status == 404
+    assert emptied.ask("POST", "/delete/mine", key=other).json == {"ok": True, "deleted": False}
+    assert len(emptied.ask("GET", "/intents", key=emptied.issued["both"]).json["intents"]) == 1
+
+
+def test_a_claim_may_name_the_callers_own_key_its_id_or_its_owner_as_publisher(started):
+    bus = started()
+    ann, bob = bus.issue("ann"), bus.issue("bob")
+    for publisher in (ann.api_key, ann.key_id, "ann"):
+        bus.ask("POST", "/intent", a_publish(), ann.api_key)
+        assert bus.ask("POST", f"/claim?publisher={publisher}", key=ann.api_key).status == 200
+    for publisher in (bob.key_id, "bob", bob.api_key, KEY, "nobody"):
+        assert_refusal(bus.ask("POST", f"/claim?publisher={publisher}", key=ann.api_key), 403, "forbidden")
+    for publisher in (ann.key_id, "ann"):
+        bus.ask("POST", "/intent", a_publish(), ann.api_key)
+        assert bus.ask("POST", f"/claim?publisher={publisher}").status == 200
+    assert bus.ask("POST", "/claim?publisher=nobody").status == 204
+
+
+def test_issued_keys_outlive_a_restart_and_not_the_owner_key(started):
+    bus = started()
+    kept, revoked = bus.issue(), bus.issue()
+    bus.ask("POST", "/admin/revoke_key", {"key_id": revoked.key_id})
+    bus.restart()
+    assert [bus.ask("GET", "/intents", key=made.api_key).status for made in (kept, revoked)] == [200, 401]
+    bus.restart(key="another" * 8)
+    assert [bus.ask("GET", "/intents", key=key).status for key in (kept.api_key, KEY, "another" * 8)] == [401, 401, 200]
+
+
+def test_how_often_a_key_was_used_outlives_a_restart(started):
+    bus = started()
+    key = bus.issue().api_key
+    bus.ask("GET", "/intents", key=key)
+    bus.restart()
+    assert [listed["total_requests"] for listed in bus.ask("GET", "/admin/keys").json] == [1]
+
+
+def test_every_request_of_many_threads_is_counted(started):
+    bus = started()
+    key = bus.issue().api_key
+    at_once(10, lambda index: [bus.ask("GET", "/intents", key=key) for _ in range(10)])
+    assert [listed["total_requests"] for listed in bus.ask("GET", "/admin/keys").json] == [100]
+
+
+def test_no_secret_is_in_the_file_the_log_or_an_answer(started, capsys):
+    bus = started(keys=dict(admin_secret=ADMIN_SECRET, metrics_token="m" * 40), server=dict(log=True))
+    admin = dict(key=None, X_Admin_Token=ADMIN_SECRET)
+    key = bus.issue(**admin).api_key
+    bus.ask("POST", "/intent", a_publish(visibility="public"), key, Idempotency_Key="i")
+    token = bus.ask("POST", f"/claim?publisher={key}", key=key).json["claim_token"]
+    intent_id = bus.ask("GET", "/intents", key=key).json["intents"][0]["id"]
+    answers = [bus.ask("POST", f"/fail/{intent_id}", {"claim_token": token, "retry": False}, key),
+               bus.ask("POST", f"/fulfill/{intent_id}", {"claim_token": token}, key),
+               bus.ask("GET", "/intents?payload=1", key=key), bus.ask("GET", f"/result/{intent_id}"),
+               bus.ask("GET", "/intents", key=key + "x"), bus.ask("GET", "/metrics", key="m" * 40),
+               bus.ask("POST", "/admin/revoke_key", {"api_key": key + "x"}, **admin),
+               *[bus.ask("GET", path, **admin) for path in ("/admin/keys", "/admin/summary", "/admin/dead", "/metrics",
+                                                            f"/admin/intents/{intent_id}", f"/admin/dead/{intent_id}")]]
+    IntentClient(bus.url, key).set("k", 1)
+    files = [Path(path).read_bytes() for path in (bus.db, bus.db + "-wal")]
+    bus.close()
+    log = capsys.readouterr().err
+    assert log.count("\n") > 15 and [json.loads(line) for line in log.splitlines()][0]["status"] == 201
+    places = [*files, Path(bus.db).read_bytes(), log.encode(), *[answer.body for answer in answers]]
+    for secret in (KEY, key, key[19:], ADMIN_SECRET, "m" * 40, token):
+        assert not [place[:80] for place in places if secret.encode() in place], secret
+
+
+# -- Limits --
+
+def test_an_issued_key_that_asks_too_much_is_told_when_to_come_back(started):
+    bus = started(keys=dict(rate=3))
+    key = bus.issue().api_key
+    assert [bus.ask("POST", "/claim", key=key).status for _ in range(10)] == [204] * 10     # not counted
+    assert [bus.ask("GET", "/intents", key=key).status for _ in range(3)] == [200] * 3
+    refused = bus.ask("GET", "/intents", key=key)
+    assert_refusal(refused, 429, "rate_limited")
+    assert bus.ask("POST", "/intent", a_publish(), key).status == 429
+    assert bus.ask("GET", "/intents", key=bus.issue().api_key).status == 200
+    assert [bus.ask("GET", "/intents").status for _ in range(10)] == [200] * 10
+
+
+def test_a_refusal_says_once_when_to_come_back(started):
+    bus = started(keys=dict(rate=3))
+    key = bus.issue().api_key
+    told = watch(bus, "talk")
+    while bus.ask("GET", "/intents", key=key).status != 429:
+        pass
+    last = [told.get() for _ in range(told.qsize())][-1]
+    assert len(re.findall(rb"\r\nRetry-After: \d+\r\n", last)) == 1
+    assert int(re.search(rb"\r\nRetry-After: (\d+)\r\n", last)[1]) > 1     # 20 s are needed for one more of 3 a minute
+
+
+def test_an_issued_key_may_have_so_many_unfinished_intents(started, monkeypatch):
+    monkeypatch.setattr(intentbus, "UNFINISHED", 3)
+    bus = started()
+    key = bus.issue().api_key
+    assert bus.ask("POST", "/intents", [a_publish()] * 3, key, Idempotency_Key="i").status == 201
+    for path, body in (("/intent", a_publish()), ("/intents", [a_publish()])):
+        refused = bus.ask("POST", path, body, key)
+        assert_refusal(refused, 429, "limit_exceeded", "3")
+        assert refused.headers["retry-after"] == "1"
+    assert bus.ask("POST", "/intents", [a_publish()] * 3, key, Idempotency_Key="i").status == 201     # a repeat is no more
+    claim = bus.ask("POST", "/claim", key=key).json
+    assert bus.ask("POST", "/intent", a_publish(), key).status == 429
+    bus.ask("POST", f"/fulfill/{claim['id']}", key=key)
+    assert bus.ask("POST", "/intent", a_publish(), key).status == 201
+    assert bus.ask("POST", "/intents", [a_publish()] * 10).status == 201
+
+
+def test_publishes_of_one_commit_share_the_limit(started, monkeypatch):
+    monkeypatch.setattr(intentbus, "UNFINISHED", 5)
+    bus = started()
+    key = bus.issue().api_key
+    with bus.store._writing:     # a slow commit: all that comes meanwhile queues up behind it
+        answers = [in_thread(bus.ask, "POST", "/intent", a_publish(), key) for _ in range(20)]
+        wait_until(lambda: len(bus.store._jobs) == 20)
+    assert sorted(answer().status for answer in answers) == [201] * 5 + [429] * 15
+
+
+# ---- 7. Fields ----
 
 def raw(payload):
     return b'{"goal": "g", "payload": %s}' % payload
@@ -1272,6 +1838,343 @@ def test_a_body_that_was_sent_although_over_the_limit_is_refused_in_words(strict
     assert_refusal(strict.ask("POST", "/intent", b"[" * 3_000_000), 413, "payload_too_large", str(256 * 1024))
 
 
+# -- Bulk --
+
+def ndjson(bus, *lines, **headers):
+    return bus.ask("POST", "/intents", b"\n".join(lines), Content_Type="application/x-ndjson", **headers)
+
+
+@pytest.mark.parametrize("kind", [None, "application/json", "text/plain"])
+def test_many_intents_are_published_at_once_in_order(served, kind):
+    answer = served.ask("POST", "/intents", [a_publish(payload=number) for number in range(1000)], Content_Type=kind)
+    assert answer.status == 201 and set(answer.json) == {"ids"} and len(set(answer.json["ids"])) == 1000
+    listed = served.ask("GET", "/intents?payload=1&limit=500").json["intents"]
+    assert {intent["id"]: intent["payload"] for intent in listed}.items() <= dict(zip(answer.json["ids"], range(1000))).items()
+
+
+@pytest.mark.parametrize("kind", ["application/x-ndjson", "application/x-ndjson; charset=utf-8", "Application/X-NDJSON"])
+def test_lines_of_json_are_published_too(served, kind):
+    body = b'{"goal": "a", "payload": "1"}\r\n\n{"goal": "b", "payload": "\xe2\x80\xa8"}'
+    answer = served.ask("POST", "/intents", body, Content_Type=kind)
+    assert answer.status == 201 and len(answer.json["ids"]) == 2
+    assert {intent["payload"] for intent in served.ask("GET", "/intents?payload=1").json["intents"]} == {"1", "\u2028"}
+
+
+@pytest.mark.parametrize("body", [[], b"[]"])
+def test_nothing_is_published_of_an_empty_list(strict, body):
+    answer = strict.ask("POST", "/intents", body)
+    assert (answer.status, answer.json) == (201, {"ids": []})
+
+
+@pytest.mark.parametrize("bad, code, words", [
+    (a_publish(goal=""), "invalid_goal", ["goal"]),
+    (a_publish(priority="5"), "invalid_priority", ["priority"]),
+    (a_publish(priorty=5), "invalid_request", ["priorty"]),
+    ("text", "invalid_request", ["object"]),
+    (None, "invalid_request", ["object"]),
+    ([a_publish()], "invalid_request", ["object"]),
+], ids=repr)
+def test_one_bad_intent_refuses_all_and_is_named_by_its_index(strict, bad, code, words):
+    bodies = [a_publish(), a_publish(), bad, a_publish(goal="")]
+    for answer in (strict.ask("POST", "/intents", bodies), ndjson(strict, *[json.dumps(body).encode() for body in bodies])):
+        assert_refusal(answer, 400, code, "2", *words)
+
+
+@pytest.mark.parametrize("bad", [b"{", b"NaN", b'{"goal": "g", "payload": "\\ud800"}', b"\xff"])
+def test_a_line_that_is_not_json_is_named_by_its_index(strict, bad):
+    good = json.dumps(a_publish()).encode()
+    assert_refusal(ndjson(strict, *[good] * 7, bad, good), 400, "invalid_json", " 7")
+
+
+def test_the_first_bad_line_is_the_one_that_is_named(strict):
+    assert_refusal(ndjson(strict, b'{"goal": "", "payload": 1}', b"{"), 400, "invalid_goal", " 0")
+
+
+@pytest.mark.parametrize("body", [[a_publish()] * 1001, a_publish(), "text", b""], ids=["1001", "object", "string", "none"])
+def test_what_is_no_list_of_up_to_a_thousand_is_refused(strict, body):
+    assert_refusal(strict.ask("POST", "/intents", body), 400, "invalid_request", "1000")
+
+
+def test_a_repeated_bulk_publish_stores_nothing_more(served):
+    first, same, other = (served.ask("POST", "/intents", body, Idempotency_Key="k") for body in (
+        [a_publish(payload={"a": 1, "b": 2}), a_publish()], b'[{"payload":{"b":2,"a":1},"goal":"g"}, {"goal":"g","payload":1}]',
+        [a_publish()]))
+    assert (first.status, first.body) == (same.status, same.body)
+    assert_refusal(other, 422, "idempotency_conflict", "Key reused with different payload")
+    assert served.statuses() == ["open", "open"]
+
+
+def test_a_bulk_publish_of_one_is_not_the_same_request_as_a_publish(served):
+    assert served.ask("POST", "/intent", a_publish(), Idempotency_Key="k").status == 201
+    assert_refusal(served.ask("POST", "/intents", [a_publish()], Idempotency_Key="k"), 422, "idempotency_conflict")
+    assert served.ask("POST", "/intents", [a_publish()], Idempotency_Key="l").status == 201
+    assert_refusal(served.ask("POST", "/intent", a_publish(), Idempotency_Key="l"), 422, "idempotency_conflict")
+
+
+def test_an_idempotency_key_is_each_callers_own(started):
+    bus = started()
+    keys = [KEY, bus.issue("ann").api_key, bus.issue("bob").api_key]
+    ids = {bus.ask("POST", "/intent", a_publish(payload=key[:3]), key, Idempotency_Key="k").json["id"] for key in keys}
+    assert len(ids) == 3
+
+
+def test_simultaneous_copies_of_a_publish_get_the_same_answer(served):
+    answers = at_once(20, lambda index: served.ask("POST", "/intent", a_publish(), Idempotency_Key="k"))
+    assert {(answer.status, answer.body) for answer in answers} == {(201, answers[0].body)}
+    assert served.statuses() == ["open"]
+
+
+def test_a_claim_of_several_goals_gets_the_first_of_any(served):
+    low, high, other = (served.publish(goal=goal, priority=priority) for goal, priority in (("a", 1), ("b", 2), ("c", 3)))
+    claims = [served.ask("POST", "/claim?goal=a&goal=b") for _ in range(3)]
+    assert [claim.status for claim in claims] == [200, 200, 204]
+    assert [claim.json["id"] for claim in claims[:2]] == [high, low]
+
+
+# -- Keys and values --
+
+@pytest.mark.parametrize("name", ["k", "my key", "a/b", "/", "caf\u00e9/\u65e5\u672c", "100%", "a+b", "a?b#c&d=e", "..", "*",
+                                  "\n\0"])
+def test_a_value_is_kept_under_any_name(client, name):
+    assert client.set(name, {"a": [1, "\u00e9"]}).ok
+    assert client.get(name) == {"a": [1, "\u00e9"]}
+    assert client.delete(name) == {"ok": True, "deleted": True}
+    assert client.delete(name) == {"ok": True, "deleted": False}
+    with pytest.raises(intentbus.NotFound):
+        client.get(name)
+
+
+@pytest.mark.parametrize("value", [0, False, "", [], {}, 1.5, "text", {"deep": [None]}], ids=repr)
+def test_any_json_value_but_null_is_kept(served, value):
+    assert served.ask("POST", "/set/k", {"value": value, "ttl": 86400}).json == {"ok": True}
+    assert served.ask("GET", "/get/k").json == {"value": value}
+
+
+@pytest.mark.parametrize("target, body, code", [
+    ("/set/k", b"", "invalid_value"), ("/set/k", {"value": None}, "invalid_value"), ("/set/k", [1], "invalid_request"),
+    ("/set/k", {"value": 1, "ttl": 0}, "invalid_ttl"), ("/set/k", {"value": 1, "ttl": 86401}, "invalid_ttl"),
+    ("/set/k", {"value": 1, "ttl": "60"}, "invalid_ttl"), ("/set/k", {"value": 1, "if_absent": "yes"}, "invalid_if_absent"),
+    ("/set/k?ttl=60", b"", "invalid_value"), ("/set/k?value=1&ttl=0", b"", "invalid_ttl"),
+    ("/set/k?value=1&ttl=soon", b"", "invalid_ttl"),
+])
+def test_a_bad_value_is_refused(strict, target, body, code):
+    assert_refusal(strict.ask("POST", target, body), 400, code)
+    assert strict.ask("GET", "/get/k").status == 404
+
+
+@pytest.mark.parametrize("query, value", [("value=hello", "hello"), ("value=&ttl=60", ""), ("value=5", "5"),
+                                          ("ttl=1.5&value=a+b%2F%C3%A9", "a b/\u00e9")])
+def test_clients_of_the_first_protocol_set_values_in_the_query(served, query, value):
+    assert served.ask("POST", f"/set/k?{query}").json == {"ok": True}
+    assert served.ask("GET", "/get/k").json == {"value": value}
+
+
+@pytest.mark.parametrize("target, body, seconds", [("/set/k", {"value": 1}, 600), ("/set/k", {"value": 1, "ttl": 30}, 30),
+                                                   ("/set/k?value=1&ttl=30", b"", 30), ("/set/k?value=1", b"", 600)])
+def test_a_value_is_forgotten_after_its_time_and_its_lock_is_free(started, clock, target, body, seconds):
+    bus = started(clock=clock)
+    bus.ask("POST", target, body)
+    clock.pass_(seconds - 1)
+    assert_refusal(bus.ask("POST", "/set/k", {"value": 2, "if_absent": True}), 409, "conflict")
+    assert bus.ask("GET", "/get/k").status == 200
+    clock.pass_(1)
+    assert_refusal(bus.ask("GET", "/get/k"), 404, "not_found")
+    assert bus.ask("POST", "/delete/k").json["deleted"] is False
+    assert bus.ask("POST", "/set/k", {"value": 2, "if_absent": True}).status == 200
+
+
+def test_each_owner_has_values_of_its_own(started):
+    bus = started()
+    ann, same, bob = (bus.issue(owner).api_key for owner in ("ann", "ann", "bob"))
+    for key, value in ((KEY, 0), (ann, 1), (bob, 2)):
+        assert bus.ask("POST", "/set/k", {"value": value, "if_absent": True}, key).status == 200
+    assert [bus.ask("GET", "/get/k", key=key).json["value"] for key in (KEY, ann, same, bob)] == [0, 1, 1, 2]
+    assert bus.ask("POST", "/delete/k", key=same).json["deleted"] is True
+    assert [bus.ask("GET", "/get/k", key=key).status for key in (KEY, ann, bob)] == [200, 404, 200]
+
+
+def test_of_many_that_want_a_lock_one_gets_it(served):
+    answers = at_once(20, lambda index: (served.ask("POST", "/set/lock", {"value": index, "if_absent": True}), index))
+    winner, = [index for answer, index in answers if answer.status == 200]
+    assert [answer.status for answer, _ in answers].count(409) == 19
+    assert served.ask("GET", "/get/lock").json == {"value": winner}
+
+
+# -- Administration --
+
+@pytest.fixture
+def lived_in(started):
+    """A bus with an intent in every state, a key, and its admin answers: (status, JSON) by path."""
+    bus = started()
+    bus.issue("ann", "work", "laptop")
+    bus.states = {}
+    for state in ("claimed", "fulfilled", "dead", "open"):
+        bus.states[state] = bus.publish(goal=state, namespace="n1", payload={"s": state})
+        if state in ("claimed", "fulfilled"):
+            assert bus.ask("POST", f"/claim?goal={state}&namespace=n1").status == 200
+    bus.ask("POST", f"/fulfill/{bus.states['fulfilled']}", {"result": {"said": "hi"}})
+    bus.ask("POST", f"/cancel/{bus.states['dead']}")
+    bus.publish()
+    return bus
+
+
+DEAD_LETTER = {"intent_id", "namespace", "goal", "attempts", "reason", "created_at"}
+STATUS = {"id", "namespace", "goal", "status", "priority", "visibility", "claim_attempts", "max_attempts", "run_at",
+          "claim_expires_at", "target_worker", "required_capability", "created_at", "completed_at", "last_error"}
+COUNTS = {"expired_open_dead", "expired_claims_dead", "fulfilled_deleted", "dead_deleted", "store_deleted",
+          "idempotency_deleted", "nonces_deleted"}
+
+
+@pytest.mark.parametrize("method, path, fields", [
+    ("POST", "/admin/cleanup", COUNTS),
+    ("GET", "/admin/keys", {"key_id", "name", "owner", "role", "created_at", "last_used_at", "total_requests"}),
+    ("GET", "/admin/intents/{open}", STATUS | {"payload", "expires_at", "result"}),
+    ("POST", "/admin/intents/{open}/cancel", {"ok", "id", "status"}),
+    ("POST", "/admin/intents/{claimed}/cancel", {"ok", "id", "status"}),
+    ("POST", "/admin/intents/{dead}/retry", {"ok", "id", "status"}),
+    ("GET", "/admin/dead", DEAD_LETTER),
+    ("GET", "/admin/dead/{dead}", DEAD_LETTER | {"payload", "publisher", "visibility"}),
+    ("GET", "/admin/summary", set()),
+])
+def test_the_shape_of_what_an_admin_is_told(lived_in, method, path, fields):
+    answer = lived_in.ask(method, path.format(**lived_in.states))
+    assert answer.status == 200 and answer.headers["content-type"] == "application/json"
+    assert_common_headers(answer)
+    for found in answer.json if isinstance(answer.json, list) else [answer.json]:
+        assert fields <= set(found)
+    assert isinstance(answer.json, list) == (path in ("/admin/keys", "/admin/dead")) and answer.json
+
+
+@pytest.mark.parametrize("method, path, status, code", [
+    ("GET", f"/admin/intents/{NOBODY}", 404, "not_found"), ("GET", f"/admin/dead/{NOBODY}", 404, "not_found"),
+    ("GET", "/admin/dead/{open}", 404, "not_found"), ("POST", f"/admin/intents/{NOBODY}/cancel", 404, "not_found"),
+    ("POST", "/admin/intents/{dead}/cancel", 409, "conflict"), ("POST", "/admin/intents/{open}/retry", 409, "conflict"),
+    ("POST", "/admin/intents/{fulfilled}/retry", 409, "conflict"), ("POST", "/admin/purge", 400, "confirmation_required"),
+    ("GET", "/admin/nothing", 404, "not_found"), ("GET", "/admin/purge", 405, "method_not_allowed"),
+])
+def test_what_an_admin_is_refused(lived_in, method, path, status, code):
+    assert_refusal(lived_in.ask(method, path.format(**lived_in.states)), status, code)
+
+
+def test_an_admin_sees_everything_of_an_intent_but_its_token(lived_in):
+    done, held = (lived_in.ask("GET", f"/admin/intents/{lived_in.states[state]}") for state in ("fulfilled", "claimed"))
+    assert (done.json["payload"], done.json["result"], done.json["status"]) == ({"s": "fulfilled"}, {"said": "hi"}, "fulfilled")
+    assert held.json["claim_owner"] == "owner" and b"token" not in held.body
+
+
+def test_the_dead_letters_are_the_newest_hundred(served):
+    ids = served.ask("POST", "/intents", [a_publish(payload=number) for number in range(102)]).json["ids"]
+    for intent_id in ids:
+        served.api.bus.cancel(intent_id)
+    letters = served.ask("GET", "/admin/dead").json
+    assert [letter["intent_id"] for letter in letters] == sorted(ids, reverse=True)[:100]
+    assert {(letter["reason"], letter["attempts"]) for letter in letters} == {("Cancelled", 0)}
+
+
+def test_the_summary_counts_intents_by_namespace_and_status(lived_in):
+    found = lived_in.ask("GET", "/admin/summary").json
+    assert found["intents"] == {"default": {"open": 1}, "n1": dict.fromkeys(("open", "claimed", "fulfilled", "dead"), 1)}
+    assert (found["keys"], found["version"]) == (1, intentbus.__version__)
+
+
+@pytest.mark.parametrize("body, status, left", [
+    ({"confirm": True, "namespace": "n1"}, 200, {"default": {"open": 1}}), ({"confirm": True}, 200, {}),
+    ({"confirm": True, "namespace": "no"}, 200, None), ({}, 400, None), ({"confirm": False}, 400, None),
+    ({"confirm": "yes"}, 400, None), ({"confirm": 1}, 400, None), ({"confirm": True, "namespace": ""}, 400, None),
+    ({"namespace": "n1"}, 400, None),
+], ids=repr)
+def test_a_purge_deletes_a_namespace_or_all_once_confirmed(lived_in, body, status, left):
+    before = lived_in.ask("GET", "/admin/summary").json["intents"]
+    left = before if left is None else left
+    answer = lived_in.ask("POST", "/admin/purge", body)
+    assert answer.status == status
+    if status == 200:
+        gone = sum(sum(states.values()) for name, states in before.items() if name not in left)
+        assert answer.json == {"ok": True, "deleted": gone}
+    remaining = {name: {status: number for status, number in states.items() if number}
+                 for name, states in lived_in.ask("GET", "/admin/summary").json["intents"].items()}
+    assert {name: states for name, states in remaining.items() if states} == left
+
+
+def test_a_cleanup_says_how_many_of_each_kind_are_gone(started, clock):
+    bus = started(clock=clock)
+    bus.api.bus.stop()     # so that nothing is cleaned up behind our back
+    for goal, fields in (("done", {}), ("dead", {}), ("left", dict(ttl=8 * 86400)), ("lost", dict(max_attempts=1, ttl=9e6)),
+                         ("kept", dict(ttl=9e6))):
+        bus.publish(goal=goal, **fields)
+    done, lost = (bus.ask("POST", f"/claim?goal={goal}").json["id"] for goal in ("done", "lost"))
+    bus.ask("POST", f"/fulfill/{done}")
+    bus.ask("POST", f"/cancel/{bus.ask('GET', '/intents?goal=dead').json['intents'][0]['id']}")
+    bus.ask("POST", "/set/k", {"value": 1}, **signed("POST", "/set/k", b'{"value": 1}', timestamp=str(int(clock.wall))))
+    bus.ask("POST", "/intent", a_publish(ttl=9e6), Idempotency_Key="i")
+    clock.pass_(8 * 86400)
+    assert bus.ask("POST", "/admin/cleanup").json == dict.fromkeys(COUNTS, 1)
+    assert bus.ask("POST", "/admin/cleanup").json == dict.fromkeys(COUNTS, 0)
+    assert sorted(bus.statuses()) == ["dead", "dead", "open", "open"]
+
+
+SAMPLE = re.compile(r'([a-zA-Z_:][a-zA-Z0-9_:]*)'
+                    r'(?:\{((?:[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\[\\"n])*"(?:,(?=[a-zA-Z_]))?)+)\})?'
+                    r' ([+-]?(?:[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?|Inf)|NaN)')
+
+
+def exposed(text):
+    """Return {name: {labels: value}} of the text format of Prometheus 0.0.4, read strictly; labels as (name, value) pairs."""
+    families, name = {}, None
+    assert text.endswith("\n") and not text.endswith("\n\n")
+    lines = iter(text[:-1].split("\n"))
+    for line in lines:
+        if line.startswith("# HELP "):
+            name = line.split(" ")[2]
+            assert name not in families and len(line.split(" ", 3)[3]) > 5
+            assert re.fullmatch(f"# TYPE {name} (counter|gauge)", next(lines))
+            families[name] = {}
+            continue
+        sample = SAMPLE.fullmatch(line)
+        assert sample and sample[1] == name, line
+        labels = tuple(re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', sample[2] or ""))
+        assert labels not in families[name] and len(dict(labels)) == len(labels)
+        families[name][labels] = float(sample[3])
+    return families
+
+
+def test_the_metrics_are_what_prometheus_reads(lived_in):
+    answer = lived_in.ask("GET", "/metrics")
+    assert answer.status == 200 and answer.headers["content-type"].startswith("text/plain")
+    found = exposed(answer.body.decode())
+    counts = {(dict(labels)["namespace"], dict(labels)["status"]): value
+              for labels, value in found["intent_bus_intents_total"].items()}
+    assert counts == {("default", "open"): 1, **{("n1", state): 1 for state in ("open", "claimed", "fulfilled", "dead")}}
+    assert found["intent_bus_dead_letters_total"] == found["intent_bus_tester_keys_total"] == {(): 1}
+
+
+def test_the_metrics_of_an_empty_bus_are_readable_too(served):
+    found = exposed(served.ask("GET", "/metrics").body.decode())
+    assert found["intent_bus_intents_total"] == {} and found["intent_bus_dead_letters_total"] == {(): 0}
+
+
+def test_a_bus_under_maintenance_says_so_and_is_alive(started):
+    bus = started(api=dict(maintenance=True))
+    for method, path in [route[:2] for route in intentbus.ROUTES if route[2]]:
+        refused = bus.ask(method, path.replace("*", NOBODY))
+        assert_refusal(refused, 503, "maintenance")
+        assert refused.headers["retry-after"]
+    assert [bus.ask("GET", path, key=None).status for path in ("/", "/health")] == [200, 200]
+
+
+@pytest.mark.parametrize("trust_proxy, headers, status", [
+    (False, {}, 403), (False, dict(X_Forwarded_Proto="https"), 403), (True, {}, 403), (True, dict(X_Forwarded_Proto="http"), 403),
+    (True, dict(X_Forwarded_Proto="https"), 200), (True, dict(X_Forwarded_Proto="https, http"), 403),
+])
+def test_a_bus_can_insist_on_https(started, trust_proxy, headers, status):
+    bus = started(api=dict(enforce_https=True), server=dict(trust_proxy=trust_proxy))
+    answer = bus.ask("GET", "/intents", **headers)
+    assert answer.status == status
+    if status == 403:
+        assert_refusal(answer, 403, "https_required")
+    assert bus.ask("GET", "/health", key=None).status == 200
+
+
 # ---- 10. Server ----
 
 BODY = b'{"goal":"g","payload":1}'
@@ -1583,6 +2486,200 @@ def test_work_goes_to_the_next_client_when_the_first_has_hung_up(served):
     assert (response.status, response.json["id"], response.json["claim_attempts"]) == (200, intent_id, 1)
 
 
+@pytest.mark.parametrize("trust_proxy, peer", [(True, "203.0.113.7"), (False, "127.0.0.1")])
+def test_the_log_names_the_client_as_a_trusted_proxy_does(started, capsys, trust_proxy, peer):
+    bus = started(server=dict(log=True, trust_proxy=trust_proxy))
+    bus.ask("GET", "/health", X_Forwarded_For="198.51.100.1, 203.0.113.7")
+    bus.close()
+    assert json.loads(capsys.readouterr().err)["peer"] == peer
+
+
+class QuietHandler(wsgiref.simple_server.WSGIRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def wsgi(tmp_path, monkeypatch):
+    """intentbus.application with a file of its own, to be called."""
+    for name in [name for name in os.environ if name.startswith(("BUS_", "DASHBOARD_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("BUS_DB_PATH", str(tmp_path / "wsgi.db"))
+    monkeypatch.setenv("BUS_SECRET", KEY)
+    intentbus.wsgi_api.cache_clear()
+    yield wsgi_call
+    api = intentbus.wsgi_api(os.getpid())
+    api.bus.stop()
+    api.bus.store.close()
+    intentbus.wsgi_api.cache_clear()
+
+
+def wsgi_call(method, target, body=b"", **environ):
+    """Call the application as a WSGI server does; return its response."""
+    path, _, query = target.partition("?")
+    environ = dict({"REQUEST_METHOD": method, "PATH_INFO": urllib.parse.unquote(path, "latin-1"), "QUERY_STRING": query,
+                    "CONTENT_LENGTH": str(len(body)), "HTTP_X_API_KEY": KEY, "SCRIPT_NAME": "",
+                    "wsgi.input": io.BytesIO(body)}, **environ)
+    wsgiref.util.setup_testing_defaults(environ)
+    started = []
+    answer = intentbus.application(environ, lambda status, headers, error=None: started.extend((status, headers)))
+    body = b"".join(answer)
+    getattr(answer, "close", bool)()
+    return Response(int(started[0][:3]), {name.lower(): value for name, value in started[1]}, body)
+
+
+@pytest.fixture(params=["server", "wsgi"])
+def bus_url(request):
+    """The URL of a bus behind our server, and behind another's WSGI server."""
+    if request.param == "server":
+        yield request.getfixturevalue("served").url
+        return
+    request.getfixturevalue("wsgi")
+    server = wsgiref.simple_server.make_server("127.0.0.1", 0, wsgiref.validate.validator(intentbus.application),
+                                               handler_class=QuietHandler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_round_trip_through_either_server(bus_url):
+    bus = IntentClient(bus_url, KEY)
+    first, second = bus.publish("caf\u00e9 & co", {"n": "\u65e5"}), bus.publish_many([dict(goal="b", payload=2)]).ids[0]
+    intent = bus.claim(["caf\u00e9 & co", "x"], worker_id="w", capabilities=("a", "b"))
+    assert (intent.id, intent.payload) == (first.id, {"n": "\u65e5"})
+    assert bus.fulfill(intent.id, intent.claim_token, {"said": "\u00e9"}).ok
+    assert bus.get_result(first.id, wait=5).result == {"said": "\u00e9"}
+    assert bus.cancel(second).status == "dead" and bus.claim() is None
+    assert bus.set("my k\u00e9y/1", 1).ok and bus.get("my k\u00e9y/1") == 1
+    assert {intent.id for intent in bus.list().intents} == {first.id, second}
+    with pytest.raises(intentbus.NotFound):
+        bus.get_status(NOBODY)
+
+
+@pytest.mark.parametrize("environ, expected", [
+    ({"CONTENT_LENGTH": "262145"}, (413, "payload_too_large")), ({"CONTENT_LENGTH": "9" * 30}, (413, "payload_too_large")),
+    ({"CONTENT_LENGTH": "x"}, (400, "invalid_request")), ({"CONTENT_LENGTH": "-1"}, (400, "invalid_request")),
+    ({"CONTENT_LENGTH": "+5"}, (400, "invalid_request")), ({"CONTENT_LENGTH": "1_0"}, (400, "invalid_request")),
+    ({"CONTENT_LENGTH": "\u0665"}, (400, "invalid_request")), ({"CONTENT_LENGTH": ""}, (400, "invalid_goal")),
+    ({"CONTENT_LENGTH": "100"}, (400, "invalid_request")),     # the client left in the middle of its body
+    ({"CONTENT_LENGTH": "", "HTTP_TRANSFER_ENCODING": "chunked"}, (411, "length_required")),
+    ({"HTTP_X_API_KEY": "wrong"}, (401, "unauthorized")), ({"REQUEST_METHOD": "DELETE"}, (405, "method_not_allowed")),
+    ({"QUERY_STRING": "a=%zz"}, (400, "invalid_request")), ({"PATH_INFO": "/nothing"}, (404, "not_found")),
+    ({"PATH_INFO": "/\xff"}, (400, "invalid_request")), ({"PATH_INFO": ""}, (405, "method_not_allowed")),
+], ids=repr)
+def test_what_wsgi_brings_is_refused_as_our_server_refuses_it(wsgi, environ, expected):
+    response = wsgi("POST", "/intent", b'{"goal": "g", "payload": 1}', **environ)
+    assert_refusal(response, *expected)
+    assert wsgi("GET", "/intents").json["intents"] == []
+
+
+@pytest.mark.parametrize("method, target, status", [("GET", "/", 200), ("HEAD", "/health", 200), ("POST", "/claim", 204),
+                                                    ("POST", "/claim?wait=30", 204), ("GET", "/metrics", 200),
+                                                    ("HEAD", "/intents", 200)])
+def test_what_wsgi_answers_is_valid(wsgi, monkeypatch, method, target, status):
+    monkeypatch.setattr(intentbus, "application", wsgiref.validate.validator(intentbus.application))
+    response = wsgi(method, target, **{"wsgi.multithread": False})
+    assert response.status == status and (response.body == b"") == (method == "HEAD" or status == 204)
+    assert_common_headers(response)
+
+
+@pytest.mark.parametrize("settings, environ, target, status", [
+    (dict(BUS_MAINTENANCE_MODE="1"), {}, "/intents", 503), (dict(BUS_MAINTENANCE_MODE="1"), {}, "/health", 200),
+    (dict(BUS_MAINTENANCE_MODE="0"), {}, "/intents", 200), (dict(BUS_REQUIRE_SIGNATURES="1"), {}, "/intents", 403),
+    (dict(BUS_REQUIRE_SIGNATURES="false"), {}, "/intents", 200), (dict(BUS_ADMIN_SECRET="s"), {}, "/admin/keys", 401),
+    (dict(BUS_ADMIN_SECRET="s"), {"HTTP_X_ADMIN_TOKEN": "s"}, "/admin/keys", 200),
+    (dict(BUS_ADMIN_SECRET=""), {}, "/admin/keys", 200),
+    (dict(DASHBOARD_PASSWORD="p"), {}, "/admin/keys", 401),
+    (dict(DASHBOARD_PASSWORD="p"), {"HTTP_AUTHORIZATION": basic("admin", "p")}, "/admin/keys", 200),
+    (dict(BUS_METRICS_TOKEN="t"), {"HTTP_X_API_KEY": "t"}, "/metrics", 200), (dict(BUS_ENFORCE_HTTPS="1"), {}, "/intents", 403),
+    (dict(BUS_ENFORCE_HTTPS="1"), {"wsgi.url_scheme": "https"}, "/intents", 200),
+    (dict(BUS_ENFORCE_HTTPS="1"), {"HTTP_X_FORWARDED_PROTO": "https"}, "/intents", 403),
+    (dict(BUS_ENFORCE_HTTPS="1", BUS_TRUST_PROXY="1"), {"HTTP_X_FORWARDED_PROTO": "https"}, "/intents", 200),
+    (dict(BUS_ENFORCE_HTTPS="1", BUS_TRUST_PROXY="0"), {"HTTP_X_FORWARDED_PROTO": "https"}, "/intents", 403),
+], ids=repr)
+def test_the_environment_sets_a_wsgi_bus_up(wsgi, monkeypatch, settings, environ, target, status):
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert wsgi("GET", target, **environ).status == status
+
+
+def test_the_first_requests_of_a_wsgi_bus_may_come_together(wsgi):
+    answers = at_once(8, lambda index: wsgi("GET", "/intents"))
+    assert [answer for answer in answers if answer.status != 200] == []
+
+
+def test_a_claim_held_under_wsgi_gets_what_becomes_due(wsgi):
+    wsgi("POST", "/intent", b'{"goal": "g", "payload": 1, "delay": 0.1}')
+    assert wsgi("POST", "/claim?wait=1", **{"wsgi.multithread": True}).status == 200
+
+
+def certificate(folder, name):
+    """Make a certificate of this machine with the openssl program; return its file and that of its key."""
+    if not shutil.which("openssl"):
+        pytest.skip("openssl is not on this machine")
+    files = [str(folder / f"{name}.{end}") for end in ("crt", "key")]
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days",
+                    "2", "-subj", f"/CN={name}", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-addext",
+                    "keyUsage=critical,digitalSignature,keyCertSign", "-out", files[0], "-keyout", files[1]],
+                   check=True, capture_output=True)
+    return files
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tls")
+    return certificate(folder, "ours"), certificate(folder, "another")
+
+
+@pytest.fixture
+def encrypted(started, certificates):
+    return started(api=dict(enforce_https=True), server=dict(tls=certificates[0]))
+
+
+def test_a_client_that_trusts_the_certificate_talks_tls(encrypted, certificates):
+    bus = IntentClient(encrypted.url, KEY, ca=certificates[0][0])
+    intent_id = bus.publish("g", "x" * 200_000).id
+    intent = bus.claim("g", wait=5)
+    assert (intent.id, len(intent.payload)) == (intent_id, 200_000)
+    assert bus.fulfill(intent_id, intent.claim_token, "ok").ok and bus.get_result(intent_id, wait=5).result == "ok"
+    late = in_thread(bus.claim, "g", wait=20)
+    wait_until(lambda: held(encrypted.api.bus))
+    bus.publish("g", 2)
+    assert late().payload == 2
+
+
+def test_a_client_that_does_not_trust_the_certificate_says_so_in_words(encrypted, certificates, impatient):
+    for ca in (None, certificates[1][0]):
+        with pytest.raises(intentbus.Unreachable, match="cannot be reached: .*certificate") as caught:
+            IntentClient(encrypted.url, KEY, ca=ca).publish("g", 1)
+        assert not re.search(r"_ssl\.c|\[SSL", str(caught.value))
+    with pytest.raises(intentbus.Unreachable, match="cannot be reached"):
+        IntentClient(encrypted.url.replace("https", "http"), KEY).publish("g", 1)
+    assert encrypted.api.bus.list().intents == []
+
+
+def test_a_ca_is_trusted_besides_those_of_the_system(encrypted, certificates, monkeypatch, impatient):
+    monkeypatch.setenv("SSL_CERT_FILE", certificates[0][0])
+    assert IntentClient(encrypted.url, KEY, ca=certificates[1][0]).publish("g", 1).status == "published"
+
+
+def test_who_speaks_no_tls_is_cut_off_and_holds_up_nobody(encrypted, certificates):
+    with encrypted.connect():     # and says nothing
+        assert b"HTTP/1.1 200" not in encrypted.talk(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert IntentClient(encrypted.url, KEY, ca=certificates[0][0]).publish("g", 1).status == "published"
+
+
+def test_tls_from_the_command_line(tmp_path, certificates):
+    cert, key = certificates[0]
+    serve = Serve(tmp_path, "--tls-cert", cert, "--tls-key", key)
+    assert serve.url.startswith("https://127.0.0.1:")
+    published = serve.run("publish", "g", "n:=1", "--ca", cert)
+    assert published.returncode == 0 and re.fullmatch("[0-9a-f]{32}\n", published.stdout)
+    assert serve.run("status", published.stdout.strip(), "--ca", cert).stdout == "open\n"
+    assert serve.stop()[0] == 0
+
+
 # ---- 11. Client ----
 
 class Proxy:
@@ -1714,6 +2811,61 @@ def test_where_the_client_finds_its_settings(monkeypatch, tmp_path):
     assert (found.base_url, found.namespace, found._key) == ("http://127.0.0.1:1", "home", key)
     with pytest.raises(intentbus.SetupError, match="The URL of a bus is http://HOST:PORT"):
         IntentClient("ftp://x")
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """The requests that clients send; nothing leaves this machine."""
+    requests = []
+
+    def open(self, request, data=None, timeout=None):
+        requests.append(request)
+        raise OSError("no network")
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", open)
+    monkeypatch.setattr(intentbus, "RETRY_SECONDS", 0)
+    return requests
+
+
+HERE_OR_ENCRYPTED = ("http://127.0.0.1:8787", "http://localhost", "http://127.1.2.3", "http://[::1]:8787", "https://bus.example",
+                     "https://10.0.0.1", "HTTP://LOCALHOST:1")
+IN_THE_OPEN = ("http://bus.example", "http://10.0.0.1:8787", "http://localhost.example", "http://127.0.0.1.example",
+               "http://127.example.com", "http://[::2]", "http://0.0.0.0")
+
+
+@pytest.mark.parametrize("key, key_id", [("tk_" + "ab" * 28, "ab" * 8), (KEY, "owner")])
+@pytest.mark.parametrize("url, safe", [(url, True) for url in HERE_OR_ENCRYPTED] + [(url, False) for url in IN_THE_OPEN])
+def test_the_key_itself_is_sent_only_encrypted_or_to_this_machine(sent, url, safe, key, key_id):
+    bus = IntentClient(url, key, timeout=5)
+    for ask in (lambda: bus.publish("g", 1), lambda: bus.claim("g"), lambda: bus.get_result("x"), lambda: bus.set("k", 1)):
+        with pytest.raises(intentbus.Unreachable):
+            ask()
+        headers = {name.lower(): value for name, value in sent[-1].header_items()}
+        assert headers.get("x-api-key") == (key if safe else None) and headers.get("x-key-id") == (None if safe else key_id)
+        assert {"x-timestamp", "x-nonce", "x-signature"} <= set(headers)
+        assert safe or key not in f"{headers} {sent[-1].full_url} {sent[-1].data}"
+
+
+def test_the_admin_secret_is_not_sent_in_the_open(sent, monkeypatch):
+    monkeypatch.setenv("BUS_ADMIN_SECRET", ADMIN_SECRET)
+    with pytest.raises(intentbus.Error):
+        IntentClient("http://bus.example", KEY).admin("keys")
+    assert ADMIN_SECRET not in str([request.header_items() for request in sent])
+
+
+def test_a_key_that_stays_at_home_works(served, monkeypatch):
+    bus = IntentClient("http://bus.example", KEY)
+    bus.base_url = served.url
+    assert bus.get_status(bus.publish("g", 1).id).status == "open"
+
+
+def test_a_client_corrects_its_clock(started, monkeypatch):
+    real = time.time
+    bus = started(keys=dict(clock=real))
+    monkeypatch.setattr(time, "time", lambda: real() + 7200)
+    answers = watch(bus.api, "handle")
+    slow = IntentClient(bus.url, KEY)
+    assert slow.publish("g", 1).status == slow.publish("g", 2).status == "published"
+    assert [answers.get().status for _ in range(answers.qsize())] == [403, 201, 201]
 
 
 # ---- 12. Worker ----
@@ -2283,6 +3435,142 @@ def test_what_is_not_a_bus_is_exit_5(monkeypatch, capsys, answer):
     assert_complaint((code, *capsys.readouterr()), 5, "http://127.0.0.1")
 
 
+def at(bus, *arguments, stdin=b"", **environment):
+    """Run a command against a bus; return its exit code, stdout and stderr."""
+    return run(*arguments, stdin=stdin, INTENT_BUS_URL=bus.url, **dict(dict(INTENT_API_KEY=KEY), **environment))
+
+
+def test_keys_are_added_listed_and_revoked(served):
+    code, key, words = at(served, "keys", "add", "laptop", "--owner", "ann", "--role", "work")
+    key, key_id = key.strip(), re.search("id (\\w+)", words)[1]
+    assert code == 0 and key.startswith("tk_") and key not in words
+    assert at(served, "publish", "g", "1", INTENT_API_KEY=key)[0] == 4 and served.ask("POST", "/claim", key=key).status == 204
+    code, lines, _ = at(served, "keys", "list")
+    assert code == 0 and re.fullmatch(rf"{key_id}  work     ann  2  \d+s  laptop\n", lines)
+    assert json.loads(at(served, "keys", "list", "--json")[1])["key_id"] == key_id
+    assert at(served, "keys", "revoke", key_id)[:2] == (0, "")
+    assert at(served, "keys", "revoke", key_id)[0] == 3
+    assert served.ask("POST", "/claim", key=key).status == 401 and served.ask("GET", "/admin/keys").json == []
+
+
+def test_keys_are_an_admins_business(started):
+    bus = started(keys=dict(admin_secret=ADMIN_SECRET))
+    assert_complaint(at(bus, "keys", "add", "x"), 4, "Authentication required")
+    code, key, _ = at(bus, "keys", "add", "x", BUS_ADMIN_SECRET=ADMIN_SECRET)
+    assert code == 0 and bus.ask("GET", "/intents", key=key.strip()).status == 200
+
+
+def test_values_and_locks_from_the_command_line(served):
+    assert at(served, "set", "my key/1", '{"a": [1]}')[:2] == (0, "")
+    assert at(served, "get", "my key/1")[:2] == (0, '{"a":[1]}\n')
+    assert at(served, "set", "lock", "plain text", "--if-absent", "--ttl", "1h")[0] == 0
+    assert_complaint(at(served, "set", "lock", "you", "--if-absent"), 1, "lock")
+    assert at(served, "get", "lock")[1] == "plain text\n"
+    assert at(served, "del", "lock")[:2] == (0, "")
+    assert at(served, "del", "lock")[0] == 3
+    assert_complaint(at(served, "get", "lock"), 3, "lock")
+
+
+@pytest.mark.parametrize("flag, payload", [("--lines", str), ("--jsonl", int)])
+def test_a_line_of_stdin_is_an_intent(served, flag, payload):
+    lines = "\n".join(map(str, range(2500)))
+    code, out, _ = at(served, "publish", "bulk", flag, "--priority", "7", stdin=lines.encode() + b"\n\n")
+    ids = out.split()
+    assert code == 0 and len(set(ids)) == 2500
+    assert served.ask("GET", "/admin/summary").json["intents"] == {"default": {"open": 2500}}
+    for index in (0, 999, 1000, 2499):
+        found = served.ask("GET", f"/admin/intents/{ids[index]}").json
+        assert (found["payload"], found["priority"], found["goal"]) == (payload(index), 7, "bulk")
+
+
+def test_lines_fit_the_limit_whatever_their_goal(served):
+    code, out, words = at(served, "publish", "g" * 256, "--lines", "--worker", "w" * 64, stdin=b"x\n" * 1200)
+    assert (code, len(out.split())) == (0, 1200), words
+
+
+@pytest.mark.parametrize("words, stdin", [(["--lines"], b"\xff\n"), (["--jsonl"], b"1\n{\n"), (["--lines", "1"], b""),
+                                          (["--lines", "--wait"], b"x\n")])
+def test_lines_that_cannot_be_published_publish_nothing(strict, words, stdin):
+    assert_complaint(at(strict, "publish", "g", *words, stdin=stdin), 2)
+
+
+def test_repeated_lines_with_an_idempotency_key_are_stored_once(served):
+    first, second = (at(served, "publish", "g", "--lines", "--idempotency-key", "nightly", stdin=b"a\n" * 1500) for _ in "12")
+    assert first[:2] == second[:2] and len(set(first[1].split())) == 1500
+
+
+def test_a_worker_of_two_goals_does_both_and_no_other(served):
+    for goal in "abc":
+        served.publish(goal=goal, payload=goal)
+    code, out, _ = at(served, "work", "--goal", "a", "--goal", "b", "--drain")
+    assert (code, sorted(out.split())) == (0, ['"a"', '"b"'])
+    assert sorted(served.statuses()) == ["fulfilled", "fulfilled", "open"]
+
+
+def test_stats_and_purge(served):
+    served.publish()
+    served.publish(namespace="n1")
+    code, out, _ = at(served, "stats")
+    assert code == 0 and json.loads(out)["intents"] == {"default": {"open": 1}, "n1": {"open": 1}}
+    assert_complaint(at(served, "purge"), 2, "--yes")
+    assert at(served, "purge", "--yes", "--namespace", "n1")[:2] == (0, "1\n")
+    assert at(served, "purge", "--yes")[:2] == (0, "1\n") and served.statuses() == []
+
+
+def test_a_purge_keeps_to_the_namespace_of_the_environment(served):
+    served.publish()
+    served.publish(namespace="scratch")
+    assert at(served, "purge", "--yes", INTENT_BUS_NAMESPACE="scratch")[:2] == (0, "1\n")
+    assert served.statuses() == ["open"]
+
+
+def contents(path):
+    """How many intents a file holds by status, counted and as its tallies say; and what SQLite says of the file."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        return (dict(db.execute("SELECT status, COUNT(*) FROM intents GROUP BY status").fetchall()),
+                dict(db.execute("SELECT status, SUM(intents) FROM tallies GROUP BY status HAVING SUM(intents) > 0").fetchall()),
+                db.execute("PRAGMA integrity_check").fetchall())
+
+
+def test_the_backup_of_a_busy_bus_is_a_bus(started, tmp_path, monkeypatch):
+    bus = started()
+    key, copy, done = bus.issue().api_key, tmp_path / "copy" / "bus.db", threading.Event()
+    copy.parent.mkdir()
+    bus.ask("POST", "/intents", [a_publish()] * 500)
+    bus.ask("POST", "/claim")
+    publishing = in_thread(lambda: [bus.publish() for _ in iter(done.is_set, True)])
+    try:
+        assert run("backup", str(copy), "--db", bus.db)[:2] == (0, "")
+    finally:
+        done.set()
+    counted, tallied, integrity = contents(copy)
+    assert integrity == [("ok",)] and counted == tallied and counted["claimed"] == 1
+    assert 499 <= counted["open"] <= 499 + len(publishing())
+    assert stat.S_IMODE(copy.stat().st_mode) == 0o600 or os.name != "posix"
+    restored = Bespoke(copy.parent)
+    assert restored.ask("GET", "/intents", key=key).status == 200 and restored.ask("POST", "/claim").status == 200
+    assert restored.ask("GET", "/admin/summary").json["intents"]["default"]["claimed"] == 2
+    restored.close()
+
+
+def test_a_backup_of_a_bus_at_rest_has_everything(started, tmp_path):
+    bus = started()
+    bus.ask("POST", "/intents", [a_publish()] * 10)
+    bus.ask("POST", f"/cancel/{bus.publish()}")
+    bus.close()
+    assert run("backup", str(tmp_path / "copy.db"), BUS_DB_PATH=bus.db)[0] == 0
+    assert contents(tmp_path / "copy.db") == contents(bus.db) == ({"open": 10, "dead": 1}, {"open": 10, "dead": 1}, [("ok",)])
+
+
+def test_a_backup_overwrites_nothing_and_leaves_nothing_of_one_that_failed(served, tmp_path):
+    there = tmp_path / "there.txt"
+    there.write_text("dear")
+    assert_complaint(run("backup", str(there), "--db", served.db), 2, "exists")
+    assert there.read_text() == "dear"
+    assert_complaint(run("backup", str(tmp_path / "copy.db"), "--db", str(tmp_path / "nowhere.db")), 2, "nowhere.db")
+    assert not (tmp_path / "copy.db").exists() and not (tmp_path / "nowhere.db").exists()
+
+
 # ---- The README and the examples ----
 
 README = HERE / "README.md"
@@ -2347,7 +3635,7 @@ def test_cron_publishes_real_disk_figures_and_the_handler_delivers_them(serve):
     percent = re.search(r"/ is (\d+) % full: [\d.]+ of [\d.]+ GiB are free\.\n$", notified.read_text())[1]
     assert notified.read_text().count("\n") == 1 and 0 <= int(percent) <= 100
     assert shell(serve, "examples/cron_publish.sh 101 /", **bare).returncode == 0
-    assert shell(serve, "examples/cron_publish.sh 0 /", INTENT_BUS_URL="http://127.0.0.1:9/x", **bare).returncode == 1
+    assert shell(serve, "examples/cron_publish.sh 0 /", INTENT_BUS_URL="ftp://x", **bare).returncode == 1
 
 
 @POSIX
@@ -2382,6 +3670,447 @@ def test_a_worker_of_curl_and_a_shell(serve):
     id = serve.run("publish", "curl", "1").stdout.strip()
     shell(serve, "examples/curl_worker.sh curl sh -c 'echo no >&2; exit 100'", ONCE="1")
     assert "exit code 100\nno" in json.loads(serve.run("status", id, "--json").stdout)["last_error"]
+
+
+@POSIX
+@CURL
+@OPENSSL
+@pytest.mark.parametrize("kind", ["owner", "issued", "long"])
+def test_a_request_signed_by_a_shell_carries_no_key(tmp_path, kind):
+    if kind == "long":
+        (tmp_path / ".apikey").write_text("100%" * 25 + "\n")     # beyond the block of the hash, so it is hashed first
+        (tmp_path / ".apikey").chmod(0o600)
+    serve = Serve(tmp_path, "--require-signatures")
+    spy = tmp_path / "curl"     # notes what curl is called with, which is all that leaves the machine
+    spy.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >>"$HOME/seen"\nexec {shutil.which("curl")} "$@"\n')
+    spy.chmod(0o755)
+    key = serve.run("keys", "add", "phone").stdout.strip() if kind == "issued" else (tmp_path / ".apikey").read_text().strip()
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **({"INTENT_API_KEY": key} if kind == "issued" else {})}
+    try:
+        made = shell(serve, """examples/signed_request.sh POST /intent '{"goal": "é", "payload": "100%"}'""", **environment)
+        assert made.returncode == 0, made.stdout + made.stderr
+        id = json.loads(made.stdout)["id"]
+        found = shell(serve, f"examples/signed_request.sh GET /status/{id}", **environment)
+        assert json.loads(found.stdout)["goal"] == "é"
+        assert shell(serve, f"printf '{{}}' | examples/signed_request.sh POST /cancel/{id} -", **environment).returncode == 0
+        assert serve.run("status", id).stdout == "dead\n"
+        seen = (tmp_path / "seen").read_text()
+        assert key not in seen and f"X-Key-ID: {key[3:19] if kind == 'issued' else 'owner'}\n" in seen
+        wrong = shell(serve, "examples/signed_request.sh GET /intents", **dict(environment, INTENT_API_KEY="wrong"))
+        assert wrong.returncode == 1 and "Bad signature" in wrong.stdout
+        assert shell(serve, "examples/signed_request.sh GET '/intents?limit=1'", **environment).returncode == 2
+        gone = shell(serve, "examples/signed_request.sh GET /intents", INTENT_BUS_URL="http://127.0.0.1:9", **environment)
+        assert gone.returncode == 5
+    finally:
+        serve.stop()
+
+
+@POSIX
+def test_of_many_cron_jobs_one_wins(serve):
+    jobs = [subprocess.Popen(["sh", "examples/lock.sh", "nightly", "1h", "sh", "-c", f"echo {n}; exit 9"], cwd=HERE, env=serve.env,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for n in range(6)]
+    told = [job.communicate(timeout=60) for job in jobs]
+    assert sorted(job.returncode for job in jobs) == [9, 75, 75, 75, 75, 75], told
+    assert [output for output, _ in told].count("") == 5 and not any(errors for _, errors in told)
+    assert shell(serve, "examples/lock.sh 'another one' 5m").returncode == 0
+    assert shell(serve, "examples/lock.sh 'another one' 5m").returncode == 75
+    assert shell(serve, "examples/lock.sh nightly 2d touch never").returncode == 2
+    unreachable = shell(serve, "examples/lock.sh nightly 1h echo never", INTENT_BUS_URL="http://127.0.0.1:9")
+    assert (unreachable.returncode, unreachable.stdout) == (5, "") and "cannot be reached" in unreachable.stderr
+
+
+@POSIX
+def test_a_remote_shell_runs_what_is_on_its_list_and_nothing_else(serve):
+    there = subprocess.Popen(["sh", "examples/remote_shell.sh", "serve", "phone"], cwd=HERE, env=serve.env,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        asked = shell(serve, "examples/remote_shell.sh run system")
+        assert (asked.returncode, asked.stdout) == (0, subprocess.run(["uname", "-a"], capture_output=True, text=True).stdout)
+        asked = shell(serve, "examples/remote_shell.sh run disk phone")
+        assert asked.returncode == 0 and "Filesystem" in asked.stdout
+        for name in ("date; touch /tmp/x", "-h", "../../bin/date", ""):
+            asked = shell(serve, f"examples/remote_shell.sh run '{name}'")
+            assert (asked.returncode, asked.stdout) == (1, "") and f"There is no command '{name}' here" in asked.stderr
+        asked = shell(serve, "examples/remote_shell.sh run battery")
+        assert asked.returncode == 1 and "There is no program 'termux-battery-status' on this machine." in asked.stderr
+        assert there.poll() is None
+    finally:
+        there.terminate()
+        assert there.wait(10) == 143
+    assert shell(serve, "examples/remote_shell.sh run").returncode == 2
+
+
+PYTHONANYWHERE = """
+import importlib.util, json, os, sys, threading, urllib.request, wsgiref.simple_server, wsgiref.validate
+
+spec = importlib.util.spec_from_file_location("wsgi", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+
+class Quiet(wsgiref.simple_server.WSGIRequestHandler):
+    def log_message(self, *_):
+        pass
+
+site = wsgiref.simple_server.make_server("127.0.0.1", 0, wsgiref.validate.validator(module.application), handler_class=Quiet)
+threading.Thread(target=site.serve_forever, daemon=True).start()
+
+def ask(path, body=None):
+    key = open(os.path.expanduser("~/.apikey")).read().strip() if body is not None else ""
+    request = urllib.request.Request(f"http://127.0.0.1:{site.server_port}{path}", body, {"X-API-KEY": key})
+    with urllib.request.urlopen(request, timeout=20) as response:
+        return response.status, response.read()
+
+assert json.loads(ask("/health")[1])["ok"] is True
+assert ask("/intent", b'{"goal": "g", "payload": 1}')[0] == 201
+assert ask("/claim?goal=g&wait=20", b"")[0] == 200
+assert ask("/claim?goal=g&wait=20", b"")[0] == 204     # at once: the only worker must not be held
+assert os.path.exists(os.path.expanduser("~/intentbus.db"))
+site.shutdown()
+"""
+
+
+def test_the_wsgi_file_for_pythonanywhere(tmp_path):
+    (tmp_path / "intentbus").mkdir()
+    shutil.copy(HERE / "intentbus.py", tmp_path / "intentbus")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("BUS_", "INTENT_"))}
+    found = subprocess.run([sys.executable, "-c", PYTHONANYWHERE, HERE / "examples" / "pythonanywhere_wsgi.py"], cwd=tmp_path,
+                           env=dict(environment, HOME=str(tmp_path)), capture_output=True, text=True, timeout=60)
+    assert found.returncode == 0, found.stderr
+
+
+@POSIX
+def test_the_readme_on_bulk_and_the_key_value_store(serve):
+    block = next(block for block in blocks("sh") if "--lines" in block)
+    found = shell(serve, block)
+    assert found.returncode == 0, found.stderr
+    assert re.fullmatch(r"(?:[0-9a-f]{32}\n){4}\{\"celsius\":19\.5\}\n", found.stdout)
+    assert shell(serve, block.splitlines()[-1]).returncode == 1
+    listed = [json.loads(line) for line in serve.run("list", "--goal", "resize", "--json").stdout.splitlines()]
+    assert [intent["priority"] for intent in listed] == [500, 500, 100, 100]
+
+
+@POSIX
+def test_the_readme_on_keys(serve):
+    words = {}
+    for block in blocks("console"):
+        for line in block.splitlines():
+            if line.startswith("$ python3 intentbus.py keys"):
+                key_id = words.get("id", "")
+                said = shell(serve, re.sub(r"(revoke) \w+", rf"\1 {key_id}", line[2:]))
+                assert said.returncode == 0, said.stderr
+                words["id"] = said.stdout[3:19] if said.stdout.startswith("tk_") else key_id
+    assert len(words["id"]) == 16 and words["id"] not in serve.run("keys", "list").stdout
+
+
+def test_the_readme_says_where_each_variable_of_the_environment_belongs():
+    used = set(re.findall(r"\"(BUS_[A-Z_]+|INTENT_BUS_[A-Z_]+|INTENT_API_KEY|DASHBOARD_PASSWORD)\"", (HERE / "intentbus.py").read_text()))
+    readme = (HERE / "README.md").read_text()
+    assert not [name for name in used if f"`{name}`" not in readme]
+    assert readme.count("\n") <= 300
+
+
+# ---- The published clients ----
+# intent-bus 1.3.2, 2.0.3 and 2.1.2 from PyPI, each with the Python of a virtual environment of its own.
+
+CLIENTS = os.environ.get("INTENTBUS_TEST_CLIENTS", "")
+PUBLISHED = pytest.mark.skipif(not CLIENTS, reason="INTENTBUS_TEST_CLIENTS is not set")
+VERSIONS = pytest.mark.parametrize("version", ["1.3.2", "2.0.3", "2.1.2"])
+
+PRELUDE = """
+import os
+from intent_bus import IntentClient, __version__
+from intent_bus.exceptions import *
+
+bus = IntentClient(os.environ["INTENT_BUS_URL"])
+lease_lost = IntentBusLeaseLostError if __version__ >= "2.1" else IntentBusError
+
+def id_of(published):
+    return published["id"] if isinstance(published, dict) else published.id
+
+def ticket(job):     # what names a claim: 2.1 has tokens
+    return dict(intent_id=job["id"], **({"claim_token": job["claim_token"]} if __version__ >= "2.1" else {}))
+
+def error_of(kind, function, *arguments, **options):
+    try:
+        function(*arguments, **options)
+    except IntentBusError as error:
+        assert type(error) is kind, (type(error), error)
+        return str(error)
+    raise AssertionError("no error")
+"""
+
+SCENARIOS = {     # what it prints: the id of an intent, and its status and result in the end
+    "a job is done": ("fulfilled", {"n": [1, "é", None]}, """
+id = id_of(bus.publish("job", {"text": "é", "n": [1, 2.5, None]}, namespace="n.1"))
+job = bus.claim("job", namespace="n.1", worker_id="w", capabilities="a,b")
+assert (job.status_code, job["id"], job["payload"]) == (200, id, {"text": "é", "n": [1, 2.5, None]})
+assert (job["goal"], job["namespace"], job["claim_attempts"], job["claim_timeout"]) == ("job", "n.1", 1, 60)
+assert bus.fulfill(**ticket(job), result={"n": [1, "é", None]}, result_type="json")["ok"] is True
+if __version__ >= "2":
+    assert bus.get_status(id).status == "fulfilled" and bus.get_status(id).error is None
+    found = bus.get_result(id)
+    assert (found.result, found.result_type) == ({"n": [1, "é", None]}, "json") and found.completed_at >= found.run_at
+print(id)
+"""),
+    "a text is the result": ("fulfilled", "two\nlines", """
+id = id_of(bus.publish("text", "a payload of text", visibility="public"))
+job = bus.claim("text")
+assert bus.fulfill(**ticket(job), result="two\\nlines", result_type="text")["ok"] is True
+if __version__ >= "2":
+    assert (bus.get_result(id).result, bus.get_result(id).result_type) == ("two\\nlines", "text")
+print(id)
+"""),
+    "no result": ("fulfilled", None, """
+id = id_of(bus.publish("none", []))
+job = bus.claim("none")
+assert bus.fulfill(**ticket(job))["ok"] is True
+if __version__ >= "2":
+    assert (bus.get_result(id).result, bus.get_result(id).result_type) == (None, "json")
+print(id)
+"""),
+    "a job fails": ("dead", None, """
+options = dict(max_attempts=1, backoff_base=1.5, priority=900, target_worker="w", required_capability="gpu") if __version__ >= "2" else {}
+id = id_of(bus.publish("fail", 1, **options))
+if options:
+    assert not bus.claim("fail") and not bus.claim("fail", worker_id="w") and bus.claim("fail").retry_after == 1
+job = bus.claim("fail", worker_id="w", capabilities="gpu,ocr")
+answer = bus.fail(**ticket(job), error="no paper")
+assert (answer["ok"], answer["status"]) == (True, "dead" if options else "open")
+if __version__ >= "2":
+    assert (bus.get_status(id).status, bus.get_status(id).error) == ("dead", "no paper")
+    assert (bus.get_result(id).result, bus.get_result(id).error) == (None, "no paper")
+print(id)
+"""),
+    "nothing to do": (None, None, """
+job = bus.claim("nobody publishes this")
+assert (job.status_code, job.retry_after, bool(job)) == (204, 1, False)
+"""),
+    "a lease is kept, and lost": ("fulfilled", None, """
+id = id_of(bus.publish("lease", {}))
+job = bus.claim("lease")
+if __version__ >= "2":
+    answer = bus.extend_claim(**ticket(job), seconds=120)
+    assert (answer["ok"], answer["extended_by"]) == (True, 120)
+if __version__ >= "2.1":
+    error_of(lease_lost, bus.fulfill, id, "0" * 32)
+    error_of(lease_lost, bus.fail, id, "0" * 32)
+    error_of(lease_lost, bus.extend_claim, id, "0" * 32)
+bus.fulfill(**ticket(job))
+if __version__ >= "2":
+    assert error_of(lease_lost, bus.extend_claim, **ticket(job)).startswith("not_found: ")
+assert error_of(lease_lost, bus.fail, **ticket(job)).startswith("not_found: ")
+print(id)
+"""),
+    "keys and values": (None, None, """
+for key in ("plain", "my key", "a/b", "é~%", "100%25", "a+b"):
+    for value in ("text", 7, 2.5, True, {"a": [1, "é"]}, [], ""):
+        assert bus.set(key, value, ttl=60) == {"ok": True}
+        assert bus.get(key) == value, (key, value)
+assert error_of(IntentBusError, bus.get, "never set").startswith("not_found: ")
+"""),
+    "names that need quoting in a query": ("fulfilled", None, """
+goal = "a b&c=d/é~+100%"
+id = id_of(bus.publish(goal, {}))
+job = bus.claim(goal, publisher=bus.api_key)
+bus.fulfill(**ticket(job))
+print(id)
+"""),
+    "an idempotency key": ("open", None, """
+import secrets
+key = secrets.token_hex(16)
+id = id_of(bus.publish("once", {"a": 1, "b": 2}, idempotency_key=key))
+assert id_of(bus.publish("once", {"b": 2, "a": 1}, idempotency_key=key)) == id
+assert "Key reused with different payload" in error_of(IntentBusError, bus.publish, "once", {"a": 2}, idempotency_key=key)
+print(id)
+"""),
+    "a worker's loop": ("fulfilled", {"echo": "hi"}, """
+id = id_of(bus.publish("loop", "hi"))
+bus.publish("loop", "leave")
+
+def handler(payload):
+    if payload == "leave":
+        raise KeyboardInterrupt
+    return {"result": {"echo": payload}}
+
+if __version__ >= "2":
+    from intent_bus import WorkerRuntime
+    WorkerRuntime(bus, worker_id="w", poll_interval=0.1).listen("loop", handler)
+else:
+    bus.listen("loop", handler, poll_interval=0.1)
+print(id)
+"""),
+    "a handler that fails": ("open", None, """
+id = id_of(bus.publish("wrong", "hi"))
+bus.publish("wrong", "leave")
+
+def handler(payload):
+    if payload == "leave":
+        raise KeyboardInterrupt
+    raise RuntimeError("no paper")
+
+if __version__ >= "2":
+    import logging
+    from intent_bus import WorkerRuntime
+    logging.disable()
+    WorkerRuntime(bus, poll_interval=0.1).listen("wrong", handler)
+    assert bus.get_status(id).error == "no paper"
+else:
+    bus.listen("wrong", handler, poll_interval=0.1)
+print(id)
+"""),
+    "a wrong key": (None, None, """
+bus = IntentClient(os.environ["INTENT_BUS_URL"], "wrong")
+for verb, arguments in (("publish", ("g", 1)), ("claim", ("g",)), ("set", ("k", 1)), ("get", ("k",))):
+    assert error_of(IntentBusAuthError, getattr(bus, verb), *arguments) == "unauthorized: Invalid API key."
+"""),
+    "a bad request": (None, None, """
+assert error_of(IntentBusError, bus.publish, "g" * 257, 1).startswith("invalid_goal: ")
+assert error_of(IntentBusError, bus.publish, "g", 1, namespace="a b").startswith("invalid_namespace: ")
+"""),
+}
+
+TOOL = """
+import os, runpy, signal, sys
+import intent_bus
+import intent_bus.exceptions
+
+intent_bus.IntentBusError = intent_bus.exceptions.IntentBusError     # the tool of 2.0.3 imports it, its package lacks it
+start = intent_bus.IntentClient.__init__     # the tool has no option for the address, so its default is changed
+start.__defaults__ = (os.environ["INTENT_BUS_URL"], *start.__defaults__[1:])
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv = ["intent-bus", *sys.argv[1:]]
+runpy.run_path(os.path.join(os.path.dirname(sys.executable), "intent-bus"), run_name="__main__")
+"""
+
+
+def published_tool(version, text, *arguments):
+    """The command line that runs a script with a published client."""
+    return [os.path.join(CLIENTS, version, "bin", "python"), "-u", "-c", text, *arguments]
+
+
+def with_client(serve, version, text, *arguments, **environment):
+    """Run a script with a published client; return what it printed."""
+    found = subprocess.run(published_tool(version, text, *arguments), env=dict(serve.env, **environment), capture_output=True,
+                           text=True, timeout=60, stdin=subprocess.DEVNULL)
+    assert found.returncode == 0, found.stdout + found.stderr
+    return found.stdout
+
+
+@pytest.fixture(scope="module", params=[(), ("--require-signatures", "--rate-limit", "6000")], ids=["owner key", "issued key, signed"])
+def old_bus(request, tmp_path_factory):
+    serve = Serve(tmp_path_factory.mktemp("old"), *request.param)
+    if request.param:
+        serve.env["INTENT_API_KEY"] = serve.run("keys", "add", "old", "--owner", "alice").stdout.strip()
+    yield serve
+    serve.stop()
+
+
+@PUBLISHED
+@VERSIONS
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_published_client_works_unmodified(old_bus, version, scenario):
+    status, result, text = SCENARIOS[scenario]
+    id = with_client(old_bus, version, PRELUDE + text).strip()
+    if version < "2" and status == "dead":
+        status = "open"     # 1.x cannot say how many attempts there may be
+    assert bool(id) == bool(status)
+    if status:
+        found = json.loads(old_bus.run("result", id, "--json").stdout)
+        assert (found["status"], found["result"]) == (status, result)
+
+
+@PUBLISHED
+@VERSIONS
+def test_a_published_client_is_told_of_the_rate_limit(tmp_path, version):
+    serve = Serve(tmp_path, "--rate-limit", "5")
+    try:
+        key = serve.run("keys", "add", "old", "--role", "work").stdout.strip()
+        text = """
+errors = [error_of((lease_lost, IntentBusRateLimitError)[n == 5], bus.fail, **ticket({"id": "0" * 32, "claim_token": "x"}))
+          for n in range(6)]
+assert errors[5].startswith("rate_limited: "), errors
+assert error_of(IntentBusRateLimitError, bus.claim, "g") == errors[5]
+"""
+        with_client(serve, version, PRELUDE + text, INTENT_API_KEY=key)
+    finally:
+        serve.stop()
+
+
+@PUBLISHED
+@VERSIONS
+def test_a_published_command_line_works(old_bus, version):
+    goal, payload = f"tool {version}", '{"text": "é"}'
+    if version == "2.0.3":     # its publish fails before it sends anything: it reads an option that it does not have
+        id = old_bus.run("publish", goal, payload, "--namespace", "n").stdout.strip()
+    else:
+        said = with_client(old_bus, version, TOOL, "publish", goal, payload, "-n", "n", "-p")
+        id = re.search(r"pub_done +\| ID: ([0-9a-f]{32})", said)[1]
+    once = with_client(old_bus, version, TOOL, "listen", goal, "-n", "n", "-w", "w", "-c", "a,b", "--once")
+    assert id in once and '"text": "é"' in once and "fulfilled" in once
+    assert "idle" in with_client(old_bus, version, TOOL, "listen", goal, "-n", "n", "--once")
+    found = json.loads(old_bus.run("result", id, "--json").stdout)
+    assert (found["status"], found["result"]) == ("fulfilled", {"status": "processed_by_cli"} if version >= "2" else None)
+    if version >= "2.1":
+        assert f"ID: {id} | State: fulfilled | Goal: {goal}" in with_client(old_bus, version, TOOL, "status", id)
+        assert '"status": "processed_by_cli"' in with_client(old_bus, version, TOOL, "result", id)
+        assert "not_found: There is no intent" in with_client(old_bus, version, TOOL, "status", "0" * 32)
+
+
+@POSIX
+@PUBLISHED
+@VERSIONS
+def test_a_published_worker_runs_until_ctrl_c(old_bus, version):
+    worker = subprocess.Popen(published_tool(version, TOOL, "listen", f"loop {version}", "--interval", "0.2"), env=old_bus.env,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    ids = [old_bus.run("publish", f"loop {version}", "1").stdout.strip() for _ in range(2)]
+    for id in ids:
+        wait_until(lambda: old_bus.run("status", id).stdout == "fulfilled\n")
+    worker.send_signal(signal.SIGINT)
+    output, _ = worker.communicate(timeout=10)
+    assert worker.returncode == 0, output
+    assert "Protocol Mismatch" not in output and "Traceback" not in output
+
+
+OLD_WORKER = """     # of the 1.x line: no claim token, no signature, no body where none is needed
+auth="X-API-KEY: $(cat "$HOME/.apikey")" bus=$INTENT_BUS_URL
+id_of() { sed -n 's/^{"id":"\\([0-9a-f]*\\)".*/\\1/p'; }
+post() { curl -sS -X POST -H "$auth" "$@"; }
+
+published=$(post "$bus/intent" -H 'Content-Type: application/json' -d '{"goal": "old", "payload": {"n": 1}, "reward": 5}' | id_of)
+[ "$(post "$bus/claim?goal=old" | id_of)" = "$published" ]
+post "$bus/fulfill/$published"
+[ "$(post -o /dev/null -w '%{http_code}' "$bus/claim?goal=old")" = 204 ]
+
+failed=$(post "$bus/intent" -d '{"goal": "old", "payload": "x"}' | id_of)
+[ "$(post "$bus/claim?goal=old" | id_of)" = "$failed" ]
+post "$bus/fail/$failed" -d '{"error": "no paper"}'
+
+post "$bus/set/my%20key?value=a%20value&ttl=60"
+[ "$(curl -sS -H "$auth" "$bus/get/my%20key")" = '{"value":"a value"}' ]
+echo " $published $failed"
+"""
+
+
+@POSIX
+@CURL
+def test_a_worker_of_the_1_x_protocol_sends_no_token(serve):
+    done = shell(serve, OLD_WORKER)
+    assert done.returncode == 0, done.stdout + done.stderr
+    fulfilled, failed = done.stdout.split()[-2:]
+    assert serve.run("status", fulfilled).stdout == "fulfilled\n"
+    found = json.loads(serve.run("status", failed, "--json").stdout)
+    assert (found["status"], found["last_error"], found["claim_attempts"]) == ("open", "no paper", 1)
+
+
+@POSIX
+@CURL
+def test_a_worker_without_a_token_is_refused_where_tokens_are_required(tmp_path):
+    serve = Serve(tmp_path, "--require-claim-token")
+    try:
+        refused = shell(serve, OLD_WORKER + "exit 9")
+        assert "claim_token is required on this bus." in refused.stdout + refused.stderr
+    finally:
+        serve.stop()
 
 
 # ---- Long ones ----
