@@ -1,6 +1,7 @@
 """The tests of intentbus, in the order of its parts. Run: python -m pytest -q
 
-Real parts throughout: a real server on port 0, real processes, a real SQLite file. INTENTBUS_TEST_SLOW=1 adds the long ones.
+Real parts throughout: a real server on port 0, real processes, a real SQLite file. INTENTBUS_TEST_SLOW=1 adds the long
+ones; INTENTBUS_TEST_CLIENTS names a directory of virtual environments with the published clients, see .ci/run.
 """
 
 import ast
@@ -2670,6 +2671,7 @@ def test_who_speaks_no_tls_is_cut_off_and_holds_up_nobody(encrypted, certificate
         assert IntentClient(encrypted.url, KEY, ca=certificates[0][0]).publish("g", 1).status == "published"
 
 
+@SLOW
 def test_tls_from_the_command_line(tmp_path, certificates):
     cert, key = certificates[0]
     serve = Serve(tmp_path, "--tls-cert", cert, "--tls-key", key)
@@ -3675,7 +3677,7 @@ def test_a_worker_of_curl_and_a_shell(serve):
 @POSIX
 @CURL
 @OPENSSL
-@pytest.mark.parametrize("kind", ["owner", "issued", "long"])
+@pytest.mark.parametrize("kind", [pytest.param("issued", marks=SLOW), pytest.param("long", marks=SLOW), "owner"])
 def test_a_request_signed_by_a_shell_carries_no_key(tmp_path, kind):
     if kind == "long":
         (tmp_path / ".apikey").write_text("100%" * 25 + "\n")     # beyond the block of the hash, so it is hashed first
@@ -3705,6 +3707,7 @@ def test_a_request_signed_by_a_shell_carries_no_key(tmp_path, kind):
         serve.stop()
 
 
+@SLOW
 @POSIX
 def test_of_many_cron_jobs_one_wins(serve):
     jobs = [subprocess.Popen(["sh", "examples/lock.sh", "nightly", "1h", "sh", "-c", f"echo {n}; exit 9"], cwd=HERE, env=serve.env,
@@ -3719,6 +3722,7 @@ def test_of_many_cron_jobs_one_wins(serve):
     assert (unreachable.returncode, unreachable.stdout) == (5, "") and "cannot be reached" in unreachable.stderr
 
 
+@SLOW
 @POSIX
 def test_a_remote_shell_runs_what_is_on_its_list_and_nothing_else(serve):
     there = subprocess.Popen(["sh", "examples/remote_shell.sh", "serve", "phone"], cwd=HERE, env=serve.env,
@@ -3778,6 +3782,7 @@ def test_the_wsgi_file_for_pythonanywhere(tmp_path):
     assert found.returncode == 0, found.stderr
 
 
+@SLOW
 @POSIX
 def test_the_readme_on_bulk_and_the_key_value_store(serve):
     block = next(block for block in blocks("sh") if "--lines" in block)
@@ -4091,6 +4096,7 @@ echo " $published $failed"
 """
 
 
+@SLOW
 @POSIX
 @CURL
 def test_a_worker_of_the_1_x_protocol_sends_no_token(serve):
@@ -4102,6 +4108,7 @@ def test_a_worker_of_the_1_x_protocol_sends_no_token(serve):
     assert (found["status"], found["last_error"], found["claim_attempts"]) == ("open", "no paper", 1)
 
 
+@SLOW
 @POSIX
 @CURL
 def test_a_worker_without_a_token_is_refused_where_tokens_are_required(tmp_path):
@@ -4117,7 +4124,7 @@ def test_a_worker_without_a_token_is_refused_where_tokens_are_required(tmp_path)
 
 @SLOW
 @POSIX
-def test_slow_ten_thousand_intents_are_done_once_each_by_eight_workers(serve, tmp_path):
+def test_ten_thousand_intents_are_done_once_each_by_eight_workers(serve, tmp_path):
     client = IntentClient(serve.url, intentbus.read_key(serve.home / ".apikey"))
     worker = serve.start("work", "--goal", "bulk", "-j", "8", "--max-jobs", "5000")
     done = collections.Counter()
@@ -4135,7 +4142,7 @@ def test_slow_ten_thousand_intents_are_done_once_each_by_eight_workers(serve, tm
 
 @SLOW
 @POSIX
-def test_slow_what_a_killed_worker_had_is_done_by_another_at_the_latest_a_lease_later(serve, tmp_path):
+def test_what_a_killed_worker_had_is_done_by_another_at_the_latest_a_lease_later(serve, tmp_path):
     started = tmp_path / "started"
     id = serve.run("publish", "kill", "1").stdout.strip()
     first = serve.start("work", "--goal", "kill", "--lease", "10s", "--", "sh", "-c", f"echo $$ > {started}; exec sleep 60")
