@@ -1291,8 +1291,9 @@ class Bus:
     def _sleep_until(self, wake_at):
         with self._alarm:
             self._alarm_at = min(self._alarm_at, wake_at or self._alarm_at)
-            while not self._stopped.is_set() and (seconds := self._alarm_at - self.now()) > 0:
-                self._alarm.wait(seconds)
+            while not self._stopped.is_set() and (seconds := min(self._alarm_at - self.now(), RECHECK_SECONDS)) > 0:
+                if not self._alarm.wait(seconds):     # not until alarm_at: the clock may be set meanwhile
+                    return
 
     def _announce(self, intents):
         """Wake whom a commit is news to."""

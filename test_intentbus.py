@@ -941,6 +941,19 @@ def test_a_jump_of_the_wall_clock_expires_nothing_and_stalls_nothing(bus, clock,
     assert not bus.list(status="dead").intents
 
 
+@pytest.mark.parametrize("jump", [3600, -3600])
+def test_a_jump_of_the_clock_does_not_stall_who_waits(store, jump):
+    ahead = [0]
+    bus = Bus(store, clock=lambda: time.time() + ahead[0])
+    bus.start()
+    claim = in_thread(bus.claim, "g", wait=20)
+    wait_until(lambda: held(bus) == 2)
+    bus.publish("g", 1, delay=0.2)
+    ahead[0] = jump
+    assert claim().payload == 1
+    bus.stop()
+
+
 def test_a_bus_that_starts_with_its_clock_set_back_carries_on(store, clock):
     Bus(store, clock=lambda: clock.wall, steady=lambda: clock.steady).publish("g", 1, delay=30)
     clock.set(-40 * 366 * 86400)
