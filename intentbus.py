@@ -1547,7 +1547,8 @@ class Keys:
     def _key(self, key_id):
         if key_id == "owner":
             return self._owner_key
-        return f"tk_{key_id}{hmac.new(self._owner_key.encode(), b'issued ' + key_id.encode(), 'sha256').hexdigest()[:40]}"
+        mac = hmac.new(self._owner_key.encode(), b"issued " + key_id.encode(), hashlib.sha256).hexdigest()
+        return f"tk_{key_id}{mac[:40]}"
 
     def _known(self, key_id):
         row = self._store.key(key_id)
@@ -1579,7 +1580,8 @@ class Keys:
     def _count(self, caller):
         """Count a request of an issued key; raises RateLimited if there were too many."""
         if wait := self._rate.take(caller.key_id):
-            raise RateLimited("This key sends too many requests; slow down.", headers=[("Retry-After", str(int(wait) + 1))])
+            raise RateLimited("This key sends too many requests; slow down.",
+                              headers=[("Retry-After", str(int(wait) + 1))])
         with self._lock:
             requests, _ = self._usage.get(caller.key_id, (0, 0))
             self._usage[caller.key_id] = requests + 1, self._clock()
@@ -1762,7 +1764,11 @@ SET_QUERY = {
     "ttl": (written(number(1, 86400)), VALUE_TTL_SECONDS),
     "if_absent": (lambda value: choice("true", "false")(value) == "true", False),
 }
-GENERATE_KEY = {"owner": (text(1, 64), REQUIRED), "name": (text(1, 64), ""), "role": (choice("publish", "work", "both"), "both")}
+GENERATE_KEY = {
+    "owner": (text(1, 64), REQUIRED),
+    "name": (text(1, 64), ""),
+    "role": (choice("publish", "work", "both"), "both"),
+}
 REVOKE_KEY = {"api_key": (string, None), "key_id": (string, None)}
 PURGE = {"confirm": (boolean, False), "namespace": (namespace, None)}
 HEADERS = {"idempotency_key": (text(1, 255), None)}
@@ -2146,8 +2152,9 @@ REASONS = {200: "OK", 201: "Created", 204: "No Content", 400: "Bad Request", 401
            413: "Content Too Large", 422: "Unprocessable Content", 429: "Too Many Requests",
            431: "Request Header Fields Too Large", 500: "Internal Server Error", 503: "Service Unavailable",
            507: "Insufficient Storage"}
-REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) (?:(?i:https?)://[^/?#\x00-\x20]+([/?]?[!-~]*)|([/*][!-~]*)) HTTP/1\.([01])")
-HEADER_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
+TOKEN = r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)"     # RFC 9110, section 5.6.2
+REQUEST_LINE = re.compile(TOKEN + r" (?:(?i:https?)://[^/?#\x00-\x20]+([/?]?[!-~]*)|([/*][!-~]*)) HTTP/1\.([01])")
+HEADER_LINE = re.compile(TOKEN + r":[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 BARE_LF = re.compile(rb"(?<!\r)\n")
 
 
@@ -2451,7 +2458,8 @@ def tls_context(certificate, key):
     try:
         context.load_cert_chain(certificate, key)
     except OSError as error:
-        raise SetupError(f"The TLS certificate {certificate} and key {key} cannot be used: {error.strerror or error}.") from error
+        raise SetupError(f"The TLS certificate {certificate} and key {key} cannot be used: "
+                         f"{error.strerror or error}.") from error
     return context
 
 
@@ -2732,7 +2740,8 @@ class IntentClient:
                 return Record(value) if kind is dict else [Record(item) for item in value]
             error = dict(value["error"])
         except (ValueError, TypeError, KeyError):
-            raise Unreachable(f"{self.base_url} answered {status} without its JSON: a proxy page answered, not a bus.") from None
+            raise Unreachable(f"{self.base_url} answered {status} without its JSON: a proxy page answered, "
+                              "not a bus.") from None
         raised = ERRORS.get(status, Error)(error.pop("message", ""), error.pop("code", None), **error)
         with contextlib.suppress(ValueError):
             raised.details["retry_after"] = min(float(headers.get("Retry-After", "")), RETRY_MAX_SECONDS)
@@ -3195,15 +3204,15 @@ def required_key(path):
          flag("--host", default="127.0.0.1", help="the address to listen on (default 127.0.0.1: this machine only)"),
          flag("--port", type=int, default=8787, help="the port; 0 picks a free one (default 8787)"),
          flag("--db", help="the database file (BUS_DB_PATH; default intentbus.db)"),
-         flag("--key-file", default=KEY_FILE, help=f"the file with the owner key (BUS_SECRET holds the key itself; default {KEY_FILE})"),
-         flag("--max-body", type=whole, default=BODY_BYTES, metavar="BYTES", help=f"the longest body taken (default {BODY_BYTES})"),
+         flag("--key-file", default=KEY_FILE, help=f"the owner key's file (BUS_SECRET is the key itself; default {KEY_FILE})"),
+         flag("--max-body", type=whole, default=BODY_BYTES, metavar="BYTES", help=f"of a request (default {BODY_BYTES})"),
          flag("--retention", type=duration, default=RETENTION_SECONDS, help="how long what has ended is kept (default 7d)"),
          flag("--rate-limit", type=whole, default=RATE_PER_MINUTE, metavar="N",
               help=f"requests a minute of an issued key (default {RATE_PER_MINUTE})"),
          flag("--max-unfinished", type=whole, default=UNFINISHED, metavar="N",
               help=f"intents that an issued key may have waiting or running (default {UNFINISHED})"),
          flag("--require-claim-token", action="store_true", help="refuse workers of the 1.x protocol, which send none"),
-         flag("--require-signatures", action="store_true", help="refuse requests that are not signed (BUS_REQUIRE_SIGNATURES)"),
+         flag("--require-signatures", action="store_true", help="refuse what is not signed (BUS_REQUIRE_SIGNATURES)"),
          flag("--tls-cert", metavar="FILE", help="speak https, with this certificate (PEM)"),
          flag("--tls-key", metavar="FILE", help="and its key (default: in the same file)"),
          flag("--trust-proxy", action="store_true", help="believe X-Forwarded-For and -Proto (BUS_TRUST_PROXY)"),
@@ -3256,13 +3265,13 @@ def welcome(store, source, url, safe):
 
 @command("publish", *CONNECTION,
          flag("goal", help="what is to be done"),
-         flag("payload", nargs="*", help="JSON, name=text and name:=json pairs, @FILE, or - for stdin (the default, if redirected)"),
+         flag("payload", nargs="*", help="JSON, or name=text and name:=json pairs, or @FILE, or - or nothing for stdin"),
          WAIT,
          flag("--priority", type=int, help="0 to 1000, larger first (default 100)"),
          flag("--delay", type=duration, help="do it that much later"),
          flag("--ttl", type=duration, help="give it up when nobody has done it by then (default 7d)"),
          flag("--max-attempts", type=int, help="1 to 20 (default 3)"),
-         flag("--backoff", dest="backoff_base", type=duration, help="before the second attempt, twice that; doubled each time (default 5s)"),
+         flag("--backoff", dest="backoff_base", type=duration, help="twice that before attempt 2, then doubled (default 5s)"),
          flag("--worker", dest="target_worker", help="only this worker may do it"),
          flag("--capability", dest="required_capability", help="only a worker with this capability may do it"),
          flag("--public", dest="visibility", action="store_const", const="public", help="workers of every owner may do it"),
@@ -3387,10 +3396,10 @@ def show_result(found, as_json):
          flag("--max-time", type=duration, help="claim nothing more after that long"),
          flag("--timeout", type=duration, default=HANDLER_SECONDS, help="end a handler that takes longer (default 5m)"),
          flag("--kill-after", type=duration, default=KILL_AFTER_SECONDS, help="between TERM and KILL (default 5s)"),
-         flag("--lease", type=duration, default=LEASE_SECONDS, help="10s to 1h; how long a silent worker keeps its intent (default 60s)"),
-         flag("--poll", type=duration, default=POLL_SECONDS, help="between claims at a bus that does not hold them (default 5s)"),
-         flag("--result", choices=("auto", "json", "text", "none"), default="auto", help="what the handler's stdout is (default auto)"),
-         flag("--max-output", type=whole, default=OUTPUT_BYTES, metavar="BYTES", help=f"stdout beyond that is cut (default {OUTPUT_BYTES})"),
+         flag("--lease", type=duration, default=LEASE_SECONDS, help="10s to 1h: after that long a silence, it is lost (default 60s)"),
+         flag("--poll", type=duration, default=POLL_SECONDS, help="between claims at a bus that holds none (default 5s)"),
+         flag("--result", choices=("auto", "json", "text", "none"), default="auto", help="how stdout is read (default auto)"),
+         flag("--max-output", type=whole, default=OUTPUT_BYTES, metavar="BYTES", help=f"of stdout (default {OUTPUT_BYTES})"),
          flag("--worker-id", help="a name, for intents meant for this worker"),
          flag("--capability", dest="capabilities", action="append", default=[], help="what this worker can do; may repeat"),
          flag("program", nargs="*", help="the handler and its arguments, after --"))
@@ -3447,7 +3456,8 @@ def result_command(options):
 
 
 @command("list", *CONNECTION, flag("--status", choices=("open", "claimed", "fulfilled", "dead"), help="only these"),
-         flag("--goal", help="only these"), flag("--limit", type=whole, default=50, metavar="N", help="at most N (default 50)"),
+         flag("--goal", help="only these"),
+         flag("--limit", type=whole, default=50, metavar="N", help="at most N (default 50)"),
          JSON_LINES)
 def list_command(options):
     """List intents, newest first: id, status, attempts, age, goal, last error."""
@@ -3519,7 +3529,7 @@ def delete_command(options):
 
 
 @command("keys add", *CONNECTION, flag("name", help="whose or what for"),
-         flag("--owner", default="owner", help="keys of one owner share their private intents (default owner, as the owner key)"),
+         flag("--owner", default="owner", help="whose intents it shares (default owner: the owner key's)"),
          flag("--role", choices=("publish", "work", "both"), default="both", help="what the key may do (default both)"))
 def keys_add(options):
     """Issue a key and print it, this once."""
@@ -3577,7 +3587,8 @@ def backup(options):
     except (OSError, sqlite3.Error) as error:
         if made:
             os.unlink(options.file)
-        raise SetupError(f"{source} cannot be copied to {options.file}: {getattr(error, 'strerror', None) or error}.") from error
+        reason = getattr(error, "strerror", None) or error
+        raise SetupError(f"{source} cannot be copied to {options.file}: {reason}.") from error
 
 
 def parser():
