@@ -322,7 +322,6 @@ class Intent(Record):
         return self.opened(now, self.run_at)
 
 
-
 # ---- 4. Store ----
 # All the SQL. One connection writes, and commits what queued up meanwhile as one transaction (group commit); others read.
 # One method is one operation; a rule passed in decides, inside the transaction, how an intent changes.
@@ -398,17 +397,6 @@ def operation(method):
     def committed(self, *args, **kwargs):
         return self._commit(functools.partial(method, self, *args, **kwargs))
     return committed
-
-
-def lock_exclusively(file):
-    """Lock an open file for as long as this process keeps it open; raises OSError if another has it."""
-    try:
-        import fcntl
-    except ImportError:     # Windows
-        import msvcrt
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class Job:
@@ -871,7 +859,12 @@ class Store:
         """Hold a lock that ends with this process, so that no second bus serves the same file."""
         guard = open(self.path + ".lock", "a")
         try:
-            lock_exclusively(guard)
+            if os.name == "posix":
+                import fcntl
+                fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                import msvcrt
+                msvcrt.locking(guard.fileno(), msvcrt.LK_NBLCK, 1)
         except OSError as error:
             guard.close()
             raise SetupError(f"Another bus is serving {self.path}; stop it, or give this one another --db.") from error
@@ -984,9 +977,8 @@ class Waiting:
         """Send everyone home, now and from now on."""
         with self._lock:
             self._closed = True
-            for waiters in list(self._held.values()):
-                for waiter in list(waiters):
-                    self._dismiss(waiter)
+            for waiter in set().union(*self._held.values()):
+                self._dismiss(waiter)
 
     def _dismiss(self, waiter):
         waiter.dismissed = True
@@ -1618,10 +1610,8 @@ def read_key(path=KEY_FILE):
     if os.name == "posix" and status.st_mode & 0o077:
         warnings.warn(f"Others can read the key file {path}; run: chmod 600 {path}")
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:     # what is not UTF-8 is no usable key either
             key = file.read().strip()
-    except UnicodeDecodeError:
-        key = ""
     except OSError as error:
         raise SetupError(f"The key file {path} cannot be read: {error.strerror}.") from error
     return usable_key(key, f"The key file {path}")
@@ -1754,11 +1744,7 @@ LIST = {
     "payload": (written(integer(0, 1)), 0),
 }
 RETRY = {"goal": (text(1, 256), None), "namespace": (namespace, None), "limit": (integer(1, 1000), 1000)}
-SET = {
-    "value": (anything, REQUIRED),
-    "ttl": (number(1, 86400), VALUE_TTL_SECONDS),
-    "if_absent": (boolean, False),
-}
+SET = {"value": (anything, REQUIRED), "ttl": (number(1, 86400), VALUE_TTL_SECONDS), "if_absent": (boolean, False)}
 SET_QUERY = {
     "value": (string, REQUIRED),
     "ttl": (written(number(1, 86400)), VALUE_TTL_SECONDS),
@@ -1888,16 +1874,15 @@ class Request:
         """Return the checked fields of the body."""
         return checked(self.json(), fields)
 
-    def parameters(self, fields, **others):
-        """Return the checked parameters of the query; others are defaults that came another way, None if not."""
-        for name, value in self.pairs:
-            if name == "goal" and "goal" in others:
-                others[name] = [*others[name], value] if isinstance(others[name], list) else [others[name], value]
-            elif others.get(name) is not None:
+    def parameters(self, fields):
+        """Return the checked parameters of the query; only goal may be given more than once."""
+        found = dict(self.pairs)
+        for name in found:
+            values = [value for other, value in self.pairs if other == name]
+            if len(values) > 1 and name != "goal":
                 raise Invalid(f"{name} was given twice.", code=f"invalid_{name}" if name in fields else None)
-            else:
-                others[name] = value
-        return checked(others, fields)
+            found[name] = values if len(values) > 1 else values[0]
+        return checked(found, fields)
 
     @property
     def idempotency_key(self):
@@ -2011,18 +1996,15 @@ def exposition(*families):
     return "\n".join(lines) + "\n"
 
 
-def body(verb, fields=None):
-    """Return the endpoint that calls a verb of the Bus with these fields of the body."""
+def calling(read, verb, fields=None):
+    """Return the endpoint that calls a verb of the Bus with the fields that read(request, fields) finds."""
     def endpoint(api, request, *parameters):
-        return 200, getattr(api.bus, verb)(*parameters, **request.fields(fields or {}), caller=request.caller)
+        return 200, getattr(api.bus, verb)(*parameters, **read(request, fields or {}), caller=request.caller)
     return endpoint
 
 
-def query(verb, fields=None):
-    """Return the endpoint that calls a verb of the Bus with these parameters of the query."""
-    def endpoint(api, request, *parameters):
-        return 200, getattr(api.bus, verb)(*parameters, **request.parameters(fields or {}), caller=request.caller)
-    return endpoint
+body = functools.partial(calling, Request.fields)
+query = functools.partial(calling, Request.parameters)
 
 
 ROUTES = (
@@ -2142,6 +2124,7 @@ class API:
         if path in self._routes and "*" not in path:
             return (path,)
         return next(((route, match[1]) for route, pattern in self._patterns if (match := pattern.fullmatch(path))), (path,))
+
 
 # ---- 10. Server ----
 # Sockets around handle. Framing is strict (RFC 9112): what two programs could read in two ways is refused, and the
@@ -2355,8 +2338,7 @@ class Threads:
             new = not self._idle
             self._idle -= not new
         if not new:
-            self._work.put((sock, address))
-            return
+            return self._work.put((sock, address))
         try:
             threading.Thread(target=self._serve, args=(sock, address), daemon=True).start()
         except RuntimeError:     # this machine gives us no more threads
@@ -2863,7 +2845,8 @@ class Worker:
                 elif self._drain:
                     return
                 else:
-                    self._return_ticket()
+                    with self._lock:
+                        self._tickets += 1
         except Exception as error:
             self._failure = error
             self._stopping.set()
@@ -2876,10 +2859,6 @@ class Worker:
                 return False
             self._tickets -= 1
             return True
-
-    def _return_ticket(self):
-        with self._lock:
-            self._tickets += 1
 
     def _next(self):
         """Return a claimed intent, or None after waiting for one."""
@@ -3188,16 +3167,10 @@ JSON_LINES = flag("--json", action="store_true", help="print JSON")
 
 def client(options):
     """Return a client with the settings of these options."""
-    return IntentClient(options.url, options.key_file and required_key(options.key_file), namespace=options.namespace,
-                        ca=options.ca)
-
-
-def required_key(path):
-    """Return the key in a file that must be there."""
-    key = read_key(path)
-    if key is None:
-        raise SetupError(f"There is no key file {path}.")
-    return key
+    key = options.key_file and read_key(options.key_file)
+    if options.key_file and key is None:
+        raise SetupError(f"There is no key file {options.key_file}.")
+    return IntentClient(options.url, key, namespace=options.namespace, ca=options.ca)
 
 
 @command("serve",
@@ -3442,8 +3415,7 @@ def status_command(options):
         say(found.last_error)
 
 
-@command("result", *CONNECTION, flag("id", help="the id that publish printed"),
-         WAIT, JSON_LINES)
+@command("result", *CONNECTION, flag("id", help="the id that publish printed"), WAIT, JSON_LINES)
 def result_command(options):
     """Print the result of an intent; exit 1 if it is dead, 3 if there is none yet."""
     bus = client(options)
@@ -3457,8 +3429,7 @@ def result_command(options):
 
 @command("list", *CONNECTION, flag("--status", choices=("open", "claimed", "fulfilled", "dead"), help="only these"),
          flag("--goal", help="only these"),
-         flag("--limit", type=whole, default=50, metavar="N", help="at most N (default 50)"),
-         JSON_LINES)
+         flag("--limit", type=whole, default=50, metavar="N", help="at most N (default 50)"), JSON_LINES)
 def list_command(options):
     """List intents, newest first: id, status, attempts, age, goal, last error."""
     bus, before, left = client(options), None, options.limit
@@ -3564,8 +3535,7 @@ def purge_command(options):
     """Delete all intents for good, or those of a --namespace; prints how many."""
     if not options.yes:
         raise Invalid("This deletes intents for good, whatever their state: say --yes.")
-    where = {"namespace": options.namespace} if options.namespace else {}
-    print(client(options).admin("purge", confirm=True, **where).deleted)
+    print(client(options).admin("purge", confirm=True, namespace=options.namespace).deleted)
 
 
 @command("backup", flag("file", help="the file to write; it must not exist"),
@@ -3626,9 +3596,7 @@ def main(arguments=None):
         return code
     except Error as error:
         say(error)
-        if isinstance(error, SetupError):
-            return 2
-        return EXIT_CODES.get(error.status, 5)
+        return 2 if isinstance(error, SetupError) else EXIT_CODES.get(error.status, 5)
     except KeyboardInterrupt:
         return 130
     except OSError as error:     # our output cannot be written: its reader has had enough, or the disk is full
