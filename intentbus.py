@@ -80,6 +80,7 @@ IDEMPOTENCY_SECONDS = 86400         # a publisher that retries does so within a 
 BACKOFF_MAX_SECONDS = 3600          # an intent that keeps failing is tried at least once an hour
 BACKOFF_JITTER_SECONDS = 2          # so that what failed together is not tried again together
 ERROR_CHARACTERS = 2000             # enough for a stack trace's end, little enough to list
+FOREVER = 2.0 ** 60                 # Unix seconds beyond every clock
 CLOCK_JUMP_SECONDS = 2              # NTP slews below this; more is somebody setting the clock
 
 BUSY_TIMEOUT_MS = 30000             # another program may hold the file for a backup
@@ -506,7 +507,9 @@ class Store:
                 FROM   intents
                 WHERE  completed_at IS NOT NULL
             """).fetchone().at
-        return max(int(newest[:12], 16) / 1000 if newest else 0, completed or 0)
+            shifted, shifted_at = json.loads(self._recall(db, "clock", "", "", 0) or "[null, 0]")
+        created = int(newest[:12], 16) / 1000 if newest else 0
+        return max(shifted_at if shifted and newest and newest <= shifted else created, completed or 0)
 
     def changed_elsewhere(self):
         """Return whether another program has written to the file since the last call."""
@@ -581,8 +584,8 @@ class Store:
         return self._settle(now)
 
     @operation
-    def shift(self, seconds):
-        """Move all that is to happen, and the age of what has, by so many seconds, as the clock was moved."""
+    def shift(self, seconds, now):
+        """Move all that is to happen, and the age of what has, by so many seconds, as the clock was moved to now."""
         self._db.execute("""
             UPDATE intents
             SET    run_at = run_at + :seconds,
@@ -591,7 +594,10 @@ class Store:
                    completed_at = completed_at + :seconds,
                    wake_at = wake_at + :seconds
         """, dict(seconds=seconds))
-        self._db.execute("UPDATE memos SET expires_at = expires_at + :seconds WHERE kind != 'nonces'", dict(seconds=seconds))
+        self._db.execute("UPDATE memos SET expires_at = expires_at + :seconds WHERE kind != 'nonces'",
+                         dict(seconds=seconds))
+        newest = self._db.execute("SELECT MAX(id) AS id FROM intents").fetchone().id
+        self._remember("clock", "", "", to_json([newest, now]), FOREVER)     # ids keep the time that they were made at
 
     @operation
     def clean(self, now, retention):
@@ -797,14 +803,17 @@ class Store:
                     self._attempt(job)
                 self._tally()
                 self._db.execute("COMMIT")
-        except Exception as error:     # the whole commit is lost, so every job in it has failed
+        except BaseException as error:     # the whole commit is lost, so every job in it has failed
             self._changed = []
+            for job in jobs:
+                job.error = error if isinstance(error, Exception) else Unavailable("The bus was interrupted; try again.")
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
+            if not isinstance(error, Exception):
+                raise
+        finally:
             for job in jobs:
-                job.error = error
-        for job in jobs:
-            job.ended = True
+                job.ended = True
         return self._changed
 
     def _attempt(self, job):
@@ -919,11 +928,11 @@ def steady_clock():
 class Waiter:
     """A request that is held until there is news of one of its keys."""
 
-    __slots__ = ("keys", "news", "deadline", "dismissed")
+    __slots__ = ("keys", "news", "about", "deadline", "dismissed")
 
     def __init__(self, keys, seconds):
         self.keys, self.news, self.deadline = keys, threading.Event(), time.monotonic() + seconds
-        self.dismissed = False
+        self.about, self.dismissed = (), False     # the keys of the news, which another can use in our place
 
     def wait(self, most):
         """Return whether there was news before the deadline, and before so many seconds were over."""
@@ -939,20 +948,21 @@ class Waiting:
         self._closed = False
 
     def hold(self, waiter):
-        """Put a waiter where news finds it; what happens from now on is not missed."""
+        """Put a waiter where news finds it, and return what its news so far was about; none is missed from now on."""
         with self._lock:
             waiter.news.clear()
+            about, waiter.about = waiter.about, ()
             for key in waiter.keys:
                 self._held.setdefault(key, {})[waiter] = None
             if self._closed:
                 self._dismiss(waiter)
+        return about
 
     def leave(self, waiter):
         """Take a waiter away; news that it had and did not use goes to the next one."""
         with self._lock:
             self._drop(waiter)
-        if waiter.news.is_set():
-            self.wake_one(waiter.keys)
+        self.wake_one(waiter.about)
 
     def number(self):
         """Return how many there are."""
@@ -964,7 +974,7 @@ class Waiting:
         with self._lock:
             for key in keys:
                 if key in self._held:
-                    return self._wake(next(iter(self._held[key])))
+                    return self._wake(next(iter(self._held[key])), keys)
 
     def wake_all(self, keys=None):
         """Wake everyone that waits for one of these keys, or for anything."""
@@ -984,8 +994,9 @@ class Waiting:
         waiter.dismissed = True
         self._wake(waiter)
 
-    def _wake(self, waiter):
+    def _wake(self, waiter, about=()):
         self._drop(waiter)
+        waiter.about = about
         waiter.news.set()
 
     def _drop(self, waiter):
@@ -1042,11 +1053,12 @@ class Bus:
 
     def cancel(self, intent_id, *, caller=OWNER):
         """End an unfinished intent; raises Conflict if it has ended."""
+        now = self.now()     # before the rule, here and below: inside a commit, now() could wait for another commit
         def rule(intent):
             self._require_publisher(intent, caller)
             if intent.ended:
                 raise Conflict(f"This intent is {intent.status}; only an unfinished one can be cancelled.")
-            return intent.cancelled(self.now())
+            return intent.cancelled(now)
         return self._outcome(self._change(intent_id, rule))
 
     def retry(self, intent_id=None, *, goal=None, namespace=None, limit=1000, caller=OWNER):
@@ -1093,10 +1105,11 @@ class Bus:
 
     def extend_claim(self, intent_id, claim_token=None, seconds=LEASE_SECONDS, *, caller=OWNER):
         """Let the lease end that many seconds from now; raises NotFound once it is over."""
+        now = self.now()
         def rule(intent):
             if self._claim_outcome(intent, claim_token, caller) or intent.status != "claimed":
                 raise lease_lost(intent.id)
-            return intent.extended(self.now(), seconds)
+            return intent.extended(now, seconds)
         intent = self._change_claim(intent_id, rule)
         return Record(ok=True, id=intent.id, extended_by=seconds, claim_expires_at=intent.claim_expires_at)
 
@@ -1235,7 +1248,7 @@ class Bus:
             wall = self._clock()
             offset = wall - self._steady()
             if abs(offset - self._offset) > CLOCK_JUMP_SECONDS:
-                self.store.shift(offset - self._offset)
+                self.store.shift(offset - self._offset, wall)
             self._offset = offset
             return wall
 
@@ -1283,8 +1296,11 @@ class Bus:
     def _sleep_until(self, wake_at):
         with self._alarm:
             self._alarm_at = min(self._alarm_at, wake_at or self._alarm_at)
-            while not self._stopped.is_set() and (seconds := min(self._alarm_at - self.now(), RECHECK_SECONDS)) > 0:
-                if not self._alarm.wait(seconds):     # not until alarm_at: the clock may be set meanwhile
+        while not self._stopped.is_set():
+            now = self.now()     # not under the lock of the alarm: it may commit, and a commit announces
+            with self._alarm:
+                seconds = min(self._alarm_at - now, RECHECK_SECONDS)     # not until alarm_at: the clock may be set
+                if seconds <= 0 or self._stopped.is_set() or not self._alarm.wait(seconds):
                     return
 
     def _announce(self, intents):
@@ -1308,8 +1324,10 @@ class Bus:
         waiter, tended = Waiter(keys, wait), self._tender.is_alive()
         try:
             while True:
-                self._waiting.hold(waiter)
+                about = self._waiting.hold(waiter)
                 found = attempt()
+                if found and about and found.lane != about[0]:     # it came for one intent, and took another
+                    self._waiting.wake_one(about)
                 if found or time.monotonic() >= waiter.deadline:
                     return found
                 news = waiter.wait(wait if tended else RECHECK_SECONDS)     # untended, it looks for itself
@@ -1328,12 +1346,13 @@ class Bus:
 
     def _report(self, outcome, intent_id, claim_token, caller, rule):
         """End a claim with an outcome, by rule(intent, now); once more with the same outcome changes nothing."""
+        now = self.now()
         def once(intent):
             if self._claim_outcome(intent, claim_token, caller) == outcome:
                 return {}
             if intent.claim_outcome:
                 raise lease_lost(intent.id)
-            return rule(intent, self.now())
+            return rule(intent, now)
         return self._change_claim(intent_id, once)
 
     def _change_claim(self, intent_id, rule):
@@ -2821,7 +2840,8 @@ class Worker:
         self._wait_while(lambda: self._running and self._interrupts < 2)
         for lease in list(self._running):
             lease.broken = lease.broken or "stopped"
-        self._wait_while(lambda: self._running, KILL_AFTER_SECONDS + 2 * PIPE_SECONDS)
+        grace = getattr(self._handler, "kill_after", KILL_AFTER_SECONDS)
+        self._wait_while(lambda: self._running, grace + 2 * PIPE_SECONDS + 2 * SLICE_SECONDS)
         for intent in list(self._running.values()):     # its handler is a function, which nothing can end
             self._report(intent, self._bus.release)
 
@@ -2888,8 +2908,10 @@ class Worker:
                 report = self._run(intent, lease)
             if lease.broken == "lost":
                 self._say(f"{intent.id} lost: cancelled, or its lease was over before it was done")
+            elif lease.broken and getattr(report, "func", None) != self._bus.fulfill:     # what is done stays done
+                self._report(intent, self._bus.release)
             else:
-                self._report(intent, self._bus.release if lease.broken else report)
+                self._report(intent, report)
         finally:
             del self._running[lease]
             self._news.put(None)
@@ -2932,7 +2954,7 @@ def listen(bus, goal, handler, *, full_envelope=False, **options):
         result = handler(intent if full_envelope else intent.payload)
         if result is False:
             raise HandlerFailed("The handler returned False.")
-        to_json(result)     # what is no JSON value is the handler's failure
+        to_json(result).encode()     # what is no JSON value, or no Unicode, is the handler's failure
         return result, "json"
     Worker(bus, goal, run, **options).run()
 
@@ -2990,7 +3012,7 @@ class Program:
         if not self._program:
             raise SetupError(f"There is no program {arguments[0]!r} that can be run; check its path, and chmod +x it.")
         self._arguments = arguments
-        self._timeout, self._kill_after = timeout, kill_after
+        self._timeout, self.kill_after = timeout, kill_after
         self._max_output, self._result = max_output, result
 
     def __call__(self, intent, lease):
@@ -3033,7 +3055,7 @@ class Program:
             if not trouble and (lease.broken or now >= deadline):
                 trouble = lease.broken or f"timed out after {self._timeout:g} s"
                 self._signal(process, "SIGTERM")
-                deadline = now + self._kill_after
+                deadline = now + self.kill_after
             elif trouble and now >= deadline:
                 self._signal(process, "SIGKILL")
             if pipes[0].ended.wait(SLICE_SECONDS):

@@ -13,6 +13,7 @@ import hmac
 import http.client
 import inspect
 import io
+import itertools
 import json
 import os
 import queue
@@ -885,6 +886,21 @@ def test_news_for_a_client_that_hung_up_goes_to_the_next(live):
     assert first() is None and second().payload == 1
 
 
+def test_news_that_was_not_used_goes_to_one_who_can_use_it(live):
+    gone = threading.Event()
+    first = in_thread(live.claim, ["x", "y"], wait=20, still_there=lambda: not gone.is_set())
+    wait_until(lambda: held(live) == 4)
+    second = in_thread(live.claim, "x", wait=20)
+    wait_until(lambda: held(live) == 6)
+    third = in_thread(live.claim, "y", wait=20)
+    wait_until(lambda: held(live) == 8)
+    gone.set()
+    live.publish("y", "y")
+    assert third().payload == "y" and first() is None
+    live.publish("x", "x")
+    assert second().payload == "x"
+
+
 def test_a_held_claim_is_empty_when_its_time_is_over(live):
     assert live.claim("g", wait=0.05) is None
     assert held(live) == 0
@@ -952,6 +968,30 @@ def test_a_jump_of_the_clock_does_not_stall_who_waits(store, jump):
     ahead[0] = jump
     assert claim().payload == 1
     bus.stop()
+
+
+def test_a_clock_that_is_set_in_the_middle_of_everything_blocks_nothing(store):
+    ticks = itertools.count(1_800_000_000, 10)     # it jumps whenever somebody looks
+    bus = Bus(store, clock=lambda: float(next(ticks)))
+
+    def work():
+        for end in (bus.fulfill, bus.fail, bus.release):
+            bus.publish("g", 1)
+            intent = bus.claim("g")
+            bus.extend_claim(intent.id, intent.claim_token)
+            end(intent.id, intent.claim_token)
+        return bus.cancel(intent.id).status
+    assert in_thread(work)() == "dead"
+
+
+def test_a_clock_set_back_is_not_counted_again_at_each_start(store, clock):
+    bus = Bus(store, clock=lambda: clock.wall, steady=lambda: clock.steady)
+    id = bus.publish("g", 1, ttl=3600).id
+    clock.set(-50 * 366 * 86400)
+    for _ in range(3):
+        bus = Bus(store, clock=lambda: clock.wall, steady=lambda: clock.steady)
+        bus.settle()
+        assert (bus.get_status(id).status, round(store.get(id).expires_at - clock.wall)) == ("open", 3600)
 
 
 def test_a_bus_that_starts_with_its_clock_set_back_carries_on(store, clock):
@@ -2970,6 +3010,20 @@ def test_a_program_whose_lease_is_lost_is_ended_and_not_reported(live, quick_lea
     assert worker() and said == [f"{answer.id} lost: cancelled, or its lease was over before it was done"]
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_what_is_done_in_spite_of_two_interrupts_is_reported_done(live):
+    answer = live.publish("g", 1)
+
+    def handler(intent, lease):
+        wait_until(lambda: lease.broken)
+        return "done", "json"
+    worker = Worker(live, "g", handler, max_jobs=1)
+    running = in_thread(lambda: worker.run() or True)
+    wait_until(lambda: worker._running)
+    worker.interrupt()
+    worker.interrupt()
+    assert running() and live.get_result(answer.id).result == "done"
 
 
 def test_concurrent_workers_do_each_intent_once(live):
