@@ -784,7 +784,7 @@ class Store:
         self._jobs.append(job)
         changed = ()
         with self._writing:
-            if not job.ended:
+            while not job.ended:
                 changed = self._commit_queue()
         if changed:
             self.on_commit(changed)
@@ -803,10 +803,14 @@ class Store:
                     self._attempt(job)
                 self._tally()
                 self._db.execute("COMMIT")
-        except BaseException as error:     # the whole commit is lost, so every job in it has failed
+        except BaseException as error:     # the whole commit is lost: one job's fault, or everybody's
             self._changed = []
+            at_fault = [job for job in jobs if job.error]
+            self._jobs.extendleft(job for job in reversed(jobs) if at_fault and not job.error)     # once more, without it
+            jobs = at_fault or jobs
             for job in jobs:
-                job.error = error if isinstance(error, Exception) else Unavailable("The bus was interrupted; try again.")
+                job.error = job.error or (
+                    error if isinstance(error, Exception) else Unavailable("The bus was interrupted; try again."))
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             if not isinstance(error, Exception):
@@ -817,18 +821,15 @@ class Store:
         return self._changed
 
     def _attempt(self, job):
-        """Run one operation in a savepoint, so that its failure undoes nothing of its neighbours."""
-        changed, moved = len(self._changed), len(self._moved)
-        self._db.execute("SAVEPOINT job")
+        """Run one operation. What it refuses hurts no neighbour; raises what fails after it has written something."""
+        before = self._db.total_changes
         try:
-            job.result = job.operation()
+            with self._translated():
+                job.result = job.operation()
         except Exception as error:
-            if not self._db.in_transaction:     # SQLite has undone all of it, as it does when the disk is full
-                raise
             job.error = error
-            del self._changed[changed:], self._moved[moved:]
-            self._db.execute("ROLLBACK TO job")
-        self._db.execute("RELEASE job")
+            if self._db.total_changes != before or not self._db.in_transaction:     # SQLite ends it when the disk is full
+                raise
 
     # -- Connections --
 
