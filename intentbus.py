@@ -43,6 +43,7 @@ import functools
 import hashlib
 import hmac
 import json
+import operator
 import os
 import queue
 import random
@@ -199,9 +200,7 @@ def no_such(intent_id):
     return NotFound(f"There is no intent {intent_id}.")
 
 
-def to_json(value):
-    """Return the compact JSON text of a value."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode     # compact text
 
 
 def lane(namespace, audience, target_worker, required_capability, goal, publisher):
@@ -323,6 +322,10 @@ class Intent(Record):
         return self.opened(now, self.run_at)
 
 
+for column in COLUMNS:     # attributes as a Record has them, ten times faster: each request reads dozens
+    setattr(Intent, column, property(operator.itemgetter(column)))
+
+
 # ---- 4. Store ----
 # All the SQL. One connection writes, and commits what queued up meanwhile as one transaction (group commit); others read.
 # One method is one operation; a rule passed in decides, inside the transaction, how an intent changes.
@@ -364,6 +367,7 @@ SCHEMA = """
 APPLICATION_ID = 0x1B05     # in the file's header: the database is ours
 MIGRATIONS = (SCHEMA,)     # the n-th leads to schema version n; what is released is never edited, only added to
 
+FIRST = operator.itemgetter(0)     # of what describes a column: its name
 INSERT = f"INSERT INTO intents ({', '.join(COLUMNS)}) VALUES (:{', :'.join(COLUMNS)})"
 UPDATE = """
     UPDATE intents
@@ -836,7 +840,7 @@ class Store:
     def _connect(self, readonly=False):
         import sqlite3
         db = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_MS / 1000, isolation_level=None, check_same_thread=False)
-        db.row_factory = lambda cursor, row: Intent(zip((column[0] for column in cursor.description), row))
+        db.row_factory = lambda cursor, row: Intent(zip(map(FIRST, cursor.description), row))
         db.execute(f"PRAGMA query_only = {int(readonly)}")
         db.execute("PRAGMA synchronous = FULL")     # an answered publish survives a power cut
         return db
@@ -1048,9 +1052,11 @@ class Bus:
         now = self.now()
         intents = [Intent.new(now, caller.owner, caller.key_id, fields) for fields in wanted]
         answer = answer_with([intent.id for intent in intents])
-        asked = json.dumps([list(answer), wanted], sort_keys=True)     # one key for /intent and /intents is a conflict too
-        idempotency = (caller.key_id, idempotency_key, hashlib.sha256(asked.encode()).hexdigest())
-        return self.store.add(intents, answer, now, idempotency if idempotency_key else None, caller.most)
+        idempotency = None
+        if idempotency_key:
+            asked = json.dumps([list(answer), wanted], sort_keys=True)     # one key for /intent and /intents is a conflict too
+            idempotency = caller.key_id, idempotency_key, hashlib.sha256(asked.encode()).hexdigest()
+        return self.store.add(intents, answer, now, idempotency, caller.most)
 
     def cancel(self, intent_id, *, caller=OWNER):
         """End an unfinished intent; raises Conflict if it has ended."""
@@ -1563,8 +1569,10 @@ class Keys:
         return f"tk_{key_id}{mac[:40]}"
 
     def _known(self, key_id):
+        if key_id == "owner":
+            return OWNER
         row = self._store.key(key_id)
-        return OWNER if key_id == "owner" else row and Caller(row.key_id, row.owner, row.role, False, self._most)
+        return row and Caller(row.key_id, row.owner, row.role, False, self._most)
 
     def _check_signature(self, request, key_id, key):
         timestamp, nonce, signature = (request.headers.get(f"x-{name}") for name in ("timestamp", "nonce", "signature"))
@@ -1862,7 +1870,7 @@ COMMON_HEADERS = (
 def request_id(headers):
     """Return the X-Request-ID of these headers, or a new one if it is missing or odd."""
     given = headers.get("x-request-id", "")
-    return given if REQUEST_ID.fullmatch(given) else os.urandom(8).hex()
+    return given if REQUEST_ID.fullmatch(given) else f"{random.getrandbits(64):016x}"
 
 
 class Request:
