@@ -396,21 +396,26 @@ HEAD_OF_NEXT_LANE = """
 """
 
 
-def operation(method):
+def operation(method, synced=True):
     """Make a Store method one operation of the next commit: it returns once that is on disk."""
     @functools.wraps(method)
     def committed(self, *args, **kwargs):
-        return self._commit(functools.partial(method, self, *args, **kwargs))
+        return self._commit(functools.partial(method, self, *args, **kwargs), synced)
     return committed
+
+
+def unsynced(method):
+    """Make a Store method an operation that a power cut may undo, but never once something after it is on disk."""
+    return operation(method, synced=False)
 
 
 class Job:
     """An operation that waits for its commit."""
 
-    __slots__ = ("operation", "result", "error", "ended")
+    __slots__ = ("operation", "synced", "result", "error", "ended")
 
-    def __init__(self, operation):
-        self.operation, self.result, self.error, self.ended = operation, None, None, False
+    def __init__(self, operation, synced):
+        self.operation, self.synced, self.result, self.error, self.ended = operation, synced, None, None, False
 
 
 class Store:
@@ -427,7 +432,7 @@ class Store:
         self.warning = None
         self._jobs = collections.deque()
         self._changed, self._moved = [], []     # by the transaction that runs: intents, and (intent, before, after)
-        self._writing = threading.Lock()
+        self._writing, self._synced = threading.Lock(), True
         self._readers = []
         if sqlite3.sqlite_version_info < (3, 35):
             raise SetupError(f"intentbus needs SQLite 3.35 or newer; this Python has {sqlite3.sqlite_version}.")
@@ -546,7 +551,7 @@ class Store:
             self._remember("idempotency", caller, key, digest + to_json(answer), now + IDEMPOTENCY_SECONDS)
         return answer
 
-    @operation
+    @unsynced     # a claim that a power cut undoes is made again
     def claim(self, lanes, now, rule):
         """Change the first intent that is ready in these lanes by the rule and return it, or None.
 
@@ -667,10 +672,12 @@ class Store:
     @operation
     def remember_first(self, kind, owner, key, value, expires_at, now):
         """Remember a text unless there is one; return whether it was."""
-        if self._recall(self._db, kind, owner, key, now) is not None:
-            return False
-        self._remember(kind, owner, key, value, expires_at)
-        return True
+        return self._remember_first(kind, owner, key, value, expires_at, now)
+
+    @unsynced     # what the request itself writes is synced after it
+    def use_nonce(self, key_id, nonce, expires_at, now):
+        """Remember a nonce; return whether it was new."""
+        return self._remember_first("nonces", key_id, nonce, "", expires_at, now)
 
     @operation
     def forget(self, kind, owner, key, now):
@@ -771,6 +778,12 @@ class Store:
         """, dict(kind=kind, owner=owner, key=key, now=now)).fetchone()
         return found and found.value
 
+    def _remember_first(self, kind, owner, key, value, expires_at, now):
+        if self._recall(self._db, kind, owner, key, now) is not None:
+            return False
+        self._remember(kind, owner, key, value, expires_at)
+        return True
+
     def _remember(self, kind, owner, key, value, expires_at):
         self._db.execute("""
             INSERT INTO memos (kind, owner, key, value, expires_at)
@@ -782,9 +795,9 @@ class Store:
 
     # -- Group commit --
 
-    def _commit(self, run):
+    def _commit(self, run, synced):
         """Queue an operation, and once the writing lock is ours run all that are queued; return ours' result."""
-        job = Job(run)
+        job = Job(run, synced)
         self._jobs.append(job)
         changed = ()
         with self._writing:
@@ -802,6 +815,7 @@ class Store:
         self._changed, self._moved = [], []
         try:
             with self._translated():
+                self._sync(any(job.synced for job in jobs))
                 self._db.execute("BEGIN IMMEDIATE")
                 for job in jobs:
                     self._attempt(job)
@@ -834,6 +848,12 @@ class Store:
             job.error = error
             if self._db.total_changes != before or not self._db.in_transaction:     # SQLite ends it when the disk is full
                 raise
+
+    def _sync(self, wanted):
+        """Have the next commits on disk before they return, or later: a write-ahead log stays whole either way."""
+        if wanted != self._synced and self.warning is None:
+            self._db.execute(f"PRAGMA synchronous = {'FULL' if wanted else 'NORMAL'}")
+            self._synced = wanted
 
     # -- Connections --
 
@@ -1588,7 +1608,7 @@ class Keys:
                       for path in (request.path, request.raw_path)]
         if not any([same(signature, expected) for expected in signatures]):
             raise self._failed(request, refused("Bad signature"))
-        if not self._store.remember_first("nonces", key_id, nonce, "", now + 2 * SIGNATURE_SECONDS + 1, now):
+        if not self._store.use_nonce(key_id, nonce, now + 2 * SIGNATURE_SECONDS + 1, now):
             raise refused("Replay detected")
 
     def _failed(self, request, error):
