@@ -86,6 +86,8 @@ CLOCK_JUMP_SECONDS = 2              # NTP slews below this; more is somebody set
 
 BUSY_TIMEOUT_MS = 30000             # another program may hold the file for a backup
 SETTLE_ROWS = 500                   # one pass over what time has brought, so that nobody waits long behind it
+WAL_BYTES = 8 * 2 ** 20             # a longer log is waited for until it can be cut: half of what is promised
+WAL_PATIENCE_SECONDS = 1            # for a reader that is in the way of that; then again once the log has grown by half
 RECHECK_SECONDS = 1                 # rows written by another program are noticed this soon
 
 BODY_BYTES = 256 * 1024             # an intent says what to do; the data itself can live elsewhere
@@ -161,6 +163,7 @@ class Unreachable(Error):         status, code = 0, "unreachable"               
 class SetupError(Error):          status, code = 0, "setup"                      # this machine's: the sentence has the cure
 
 
+PASSING = (RequestTimeout, RateLimited, Unavailable, StorageFull, Unreachable)     # the same request may succeed later
 ERRORS = {kind.status: kind for kind in Error.__subclasses__() if kind.status}
 
 
@@ -438,6 +441,7 @@ class Store:
             raise SetupError(f"intentbus needs SQLite 3.35 or newer; this Python has {sqlite3.sqlite_version}.")
         try:
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+            self._file, self._cut_at = os.stat(self.path), WAL_BYTES
             self._guard = self._lock_file()
             self._db = self._connect()
             self._prepare()
@@ -621,6 +625,7 @@ class Store:
             RETURNING   namespace, publisher, status
         """, dict(until=now - retention, rows=SETTLE_ROWS))
         forgotten = self._db.execute("DELETE FROM memos WHERE expires_at <= :now RETURNING kind", dict(now=now)).fetchall()
+        self._db.execute("DELETE FROM tallies WHERE intents = 0")     # a publisher may use a new namespace each time
         kinds = collections.Counter([row.status for row in ended] + [row.kind for row in forgotten])
         return Record({f"{kind}_deleted": kinds[kind] for kind in ("fulfilled", "dead", "store", "idempotency", "nonces")})
 
@@ -803,6 +808,7 @@ class Store:
         with self._writing:
             while not job.ended:
                 changed = self._commit_queue()
+                self._cut_log()
         if changed:
             self.on_commit(changed)
         if job.error:
@@ -815,6 +821,7 @@ class Store:
         self._changed, self._moved = [], []
         try:
             with self._translated():
+                self._require_file()
                 self._sync(any(job.synced for job in jobs))
                 self._db.execute("BEGIN IMMEDIATE")
                 for job in jobs:
@@ -855,6 +862,31 @@ class Store:
             self._db.execute(f"PRAGMA synchronous = {'FULL' if wanted else 'NORMAL'}")
             self._synced = wanted
 
+    def _cut_log(self):
+        """Cut the write-ahead log if it has grown long, as it does while there is always somebody reading."""
+        import sqlite3
+        with contextlib.suppress(OSError, sqlite3.Error):     # what was committed is; the next commit meets the trouble
+            if (length := os.path.getsize(self.path + "-wal")) <= self._cut_at:
+                return
+            deadline = time.monotonic() + WAL_PATIENCE_SECONDS
+            self._db.execute("PRAGMA busy_timeout = 0")     # SQLite would wait for all readers to be away at one moment
+            while blocked := self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone().busy:
+                if time.monotonic() >= deadline:
+                    break
+                time.sleep(0.005)
+            self._db.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+            self._cut_at = length + WAL_BYTES // 2 if blocked else WAL_BYTES
+
+    def _require_file(self):
+        """Raise Unavailable if the path leads elsewhere by now: what is written would be gone with the process."""
+        try:
+            there = os.stat(self.path)
+        except OSError:
+            there = None
+        if not there or not os.path.samestat(there, self._file):
+            raise Unavailable(f"The database {self.path} was deleted or replaced while the bus was using it; put the "
+                              "right file there and restart the bus.")
+
     # -- Connections --
 
     def _connect(self, readonly=False):
@@ -884,10 +916,12 @@ class Store:
         import sqlite3
         try:
             yield
-        except sqlite3.OperationalError as error:
-            if "full" in str(error):
+        except sqlite3.IntegrityError:     # a fault of ours, not of the file
+            raise
+        except sqlite3.DatabaseError as error:
+            if "full" in str(error) or getattr(error, "sqlite_errorname", "") == "SQLITE_IOERR_WRITE":     # over a quota
                 raise StorageFull("The disk under the database is full; nothing of this request was stored.") from error
-            raise Unavailable(f"The database cannot be used just now ({error}); try again.") from error
+            raise Unavailable(f"The database cannot be used just now: {error}.") from error
 
     def _lock_file(self):
         """Hold a lock that ends with this process, so that no second bus serves the same file."""
@@ -1047,7 +1081,8 @@ class Bus:
         self._stopped = threading.Event()
         self._tender = threading.Thread(target=self._tend, daemon=True)
         self._alarm = threading.Condition()
-        self._alarm_at = self._next_round = 0
+        self._alarm_at = self._next_round = self._next_probe = 0
+        self._problem = None
         self._offset = max(self.store.latest(), clock()) - self._steady()
         store.on_commit = self._announce
 
@@ -1261,11 +1296,15 @@ class Bus:
                       held_requests=self._waiting.number(), database_bytes=database, wal_bytes=log)
 
     def problem(self):
-        """Return, in a sentence, why the database cannot be written, or None if all is well."""
-        try:
-            self.store.clean(self.now(), self.retention)
-        except Error as error:
-            return str(error)
+        """Return, in a sentence, why the database cannot be written, or None if all is well; tried once a second at most."""
+        if time.monotonic() >= self._next_probe:
+            self._next_probe = time.monotonic() + RECHECK_SECONDS
+            try:
+                self.store.remember("probe", "", "", "", self.now() + RECHECK_SECONDS)
+                self._problem = None
+            except Error as error:
+                self._problem = str(error)
+        return self._problem
 
     # -- Time --
 
@@ -2720,7 +2759,7 @@ class IntentClient:
         for attempt in range(retries + 1):
             try:
                 return self._once(method, path, query, url, data, headers or {}, timeout or self.timeout, kind)
-            except (Unreachable, Unavailable, RateLimited) as error:
+            except PASSING as error:
                 if attempt == retries:
                     raise
                 pause = random.uniform(0, min(RETRY_SECONDS * 2 ** attempt, RETRY_MAX_SECONDS))
@@ -2915,7 +2954,7 @@ class Worker:
         started = time.monotonic()
         try:
             intent = self._claim(wait=wait)
-        except (Unreachable, Unavailable, RateLimited) as error:
+        except PASSING as error:
             if self._drain:
                 raise
             self._say(f"{error} Trying again.")

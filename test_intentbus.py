@@ -526,6 +526,29 @@ def test_a_commit_that_fails_fails_everyone_in_it_and_the_next_one_works(store, 
     assert len(store.list(10)) == 1
 
 
+def test_readers_in_the_way_do_not_let_the_log_grow_without_end(store, monkeypatch):
+    monkeypatch.setattr(intentbus, "WAL_BYTES", 400_000)
+    store._cut_at, done = 400_000, threading.Event()
+
+    def read():     # two of these, so that there is always somebody with a view of the file
+        with contextlib.closing(sqlite3.connect(store.path, isolation_level=None)) as reader:
+            while not done.is_set():
+                reader.execute("BEGIN")
+                reader.execute("SELECT COUNT(*) FROM intents").fetchone()
+                done.wait(0.01)
+                reader.execute("COMMIT")
+        return True
+
+    readers = [in_thread(read), in_thread(read)]
+    lengths = []
+    for _ in range(40):
+        add(store, published(payload="x" * 40_000))
+        lengths.append(store.bytes()[1])
+    done.set()
+    assert all(reader() for reader in readers)
+    assert max(lengths) < 3 * 400_000 < 40 * 40_000 < store.bytes()[0] + 400_000
+
+
 def test_a_second_store_on_the_same_file_is_refused_in_words(store):
     with pytest.raises(intentbus.SetupError, match="Another bus is serving .*bus.db; stop it, or"):
         Store(store.path)
@@ -2735,6 +2758,102 @@ def test_tls_from_the_command_line(tmp_path, certificates):
     assert serve.stop()[0] == 0
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def fill_up(place):
+    """Fill a file system to its last byte, and return the file that takes the room."""
+    filler = place / "filler"
+    with contextlib.suppress(OSError), open(filler, "ab", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    return filler
+
+
+def test_a_full_disk_is_said_loses_nothing_and_is_forgotten_once_there_is_room(small_disk, monkeypatch):
+    monkeypatch.setattr(intentbus, "RECHECK_SECONDS", 0.1)
+    bus = Bespoke(small_disk)
+    answered = [bus.publish(payload="x" * 5000) for _ in range(20)]
+    claimed = bus.ask("POST", "/claim").json
+    filler = fill_up(small_disk)
+    while (answer := bus.ask("POST", "/intent", a_publish(payload="x" * 5000))).status == 201:     # what the log has room for
+        answered.append(answer.json["id"])
+    assert_refusal(answer, 507, "storage_full", "disk", "full", "nothing of this request was stored")
+    token = {"claim_token": claimed["claim_token"], "result": "y" * 5000}
+    assert_refusal(bus.ask("POST", f"/fulfill/{claimed['id']}", token), 507, "storage_full", "full")
+    health = wait_until(lambda: (answer := bus.ask("GET", "/health", key=None)).status == 503 and answer)
+    assert health.json["ok"] is False and clear(health.json["error"]) and "full" in health.json["error"]
+    assert bus.ask("GET", f"/status/{claimed['id']}").json["status"] == "claimed"
+    filler.unlink()
+    wait_until(lambda: bus.ask("GET", "/health", key=None).status == 200)
+    assert bus.ask("POST", f"/fulfill/{claimed['id']}", token).status == 200
+    answered.append(bus.publish())
+    bus.restart()
+    stored = {row["id"]: row["status"] for row in bus.ask("GET", "/intents?limit=500").json["intents"]}
+    assert sorted(stored) == sorted(answered) and stored[claimed["id"]] == "fulfilled"
+    with contextlib.closing(sqlite3.connect(bus.db)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    bus.close()
+
+
+def test_a_worker_outlasts_a_full_disk_at_the_bus(small_disk, impatient, monkeypatch):
+    monkeypatch.setattr(intentbus, "RETRIES", 10_000)
+    bus = Bespoke(small_disk)
+    client = IntentClient(bus.url, KEY)
+    ids = [client.publish("g", number).id for number in range(3)]
+
+    def handler(number):
+        if number == 1:
+            filler = fill_up(small_disk)
+            in_thread(lambda: wait_until(lambda: bus.ask("GET", "/health", key=None).status == 503) and filler.unlink())
+        return "y" * 50_000
+    listen(client, "g", handler, max_jobs=3, poll=0.01)
+    assert [client.get_status(id).status for id in ids] == ["fulfilled"] * 3
+    bus.close()
+
+
+@POSIX
+@pytest.mark.parametrize("happens", ("deleted", "replaced"))
+def test_a_bus_whose_file_is_gone_accepts_nothing_more(served, happens, monkeypatch):
+    monkeypatch.setattr(intentbus, "RECHECK_SECONDS", 0.1)
+    kept = served.publish()
+    os.rename(served.db, served.db + ".away")
+    if happens == "replaced":
+        shutil.copy(served.db + ".away", served.db)
+    assert_refusal(served.ask("POST", "/intent", a_publish()), 503, "database_busy", "deleted or replaced", "restart")
+    assert_refusal(served.ask("POST", "/claim"), 503, "database_busy", "deleted or replaced")
+    assert served.ask("GET", "/health", key=None).json["error"].startswith("The database ")
+    os.rename(served.db + ".away", served.db)
+    assert served.ask("POST", "/claim").json["id"] == kept
+    wait_until(lambda: served.ask("GET", "/health", key=None).status == 200)
+
+
+def test_a_damaged_file_is_refused_in_words_and_nothing_is_accepted_on_top(started):
+    bus = started()
+    for _ in range(200):
+        bus.publish(payload="x" * 1000)
+    bus.close()
+    with open(bus.db, "r+b") as file:
+        file.seek(8 * 4096)
+        file.write(os.urandom(100 * 4096))
+    with contextlib.suppress(intentbus.Unavailable):     # it may be noticed at once
+        bus = Bespoke(Path(bus.db).parent)
+        answers = [bus.ask("POST", "/intent", a_publish()), bus.ask("POST", "/claim"), bus.ask("GET", "/intents")]
+        assert {answer.status for answer in answers} & {503} and not {answer.status for answer in answers} & {500}
+        for answer in answers:
+            assert answer.status < 300 or assert_refusal(answer, 503, "database_busy", "cannot be used") is None
+        bus.close()
+
+
 # ---- 11. Client ----
 
 class Proxy:
@@ -4188,6 +4307,67 @@ def test_a_worker_without_a_token_is_refused_where_tokens_are_required(tmp_path)
 
 
 # ---- Long ones ----
+
+def figure(what, text):
+    """Keep a measured figure for whoever reads the run: pytest -rP shows it."""
+    print(f"FIGURE {what}: {text}")
+
+
+def memory(process):
+    """The resident memory of a process in MB."""
+    with open(f"/proc/{process.pid}/status") as status:
+        return int(re.search(r"VmRSS:\s+(\d+) kB", status.read())[1]) / 1000
+
+
+@SLOW
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from /proc")
+def test_an_hours_load_leaves_log_file_and_memory_bounded(tmp_path):
+    serve = Serve(tmp_path, "--retention", "3s", "--db", "bus.db")
+    key, jobs, done, samples = intentbus.read_key(tmp_path / ".apikey"), queue.SimpleQueue(), queue.SimpleQueue(), []
+
+    def load():
+        link = http.client.HTTPConnection(serve.url[7:], timeout=30)
+
+        def ask(path, body=None):
+            link.request("POST", path, body and json.dumps(body), {"X-API-KEY": key})
+            return json.loads(link.getresponse().read())
+        while jobs.get() is not None:
+            ask("/intent", {"goal": "g", "payload": "x" * 500})
+            claimed = ask("/claim?goal=g")
+            ask(f"/fulfill/{claimed['id']}", {"claim_token": claimed["claim_token"], "result": "y" * 200})
+            done.put(1)
+        return True
+
+    def read():     # a program that looks at the file, and keeps each view of it for a while
+        with contextlib.closing(sqlite3.connect(tmp_path / "bus.db", isolation_level=None)) as reader:
+            while not finished.is_set():
+                reader.execute("BEGIN")
+                reader.execute("SELECT COUNT(*) FROM intents").fetchone()
+                finished.wait(0.3)
+                reader.execute("COMMIT")
+        return True
+
+    finished = threading.Event()
+    threads = [in_thread(load) for _ in range(8)] + [in_thread(read)]
+    for number in range(12_000):
+        jobs.put(number)
+    for number in range(12_000):
+        if number % 100 == 0:
+            sizes = [os.path.getsize(tmp_path / name) / 1e6 for name in ("bus.db", "bus.db-wal")]
+            samples.append((number, *sizes, memory(serve.process)))
+        done.get(timeout=60)
+    finished.set()
+    for _ in threads:
+        jobs.put(None)
+    assert all(thread() for thread in threads)
+    early = next(sample for sample in samples if sample[0] >= 4000)
+    late = samples[-1]
+    figure("an hour's load", f"12,000 intents; largest log {max(sample[2] for sample in samples):.1f} MB; file "
+           f"{early[1]:.1f} MB after a third, {late[1]:.1f} MB at the end; memory {early[3]:.1f} and {late[3]:.1f} MB")
+    assert max(sample[2] for sample in samples) < 16
+    assert late[1] < 1.5 * early[1] + 1 and late[3] < 1.1 * early[3] + 2
+    assert serve.stop()[0] == 0
+
 
 @SLOW
 @POSIX
