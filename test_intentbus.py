@@ -3188,7 +3188,7 @@ def test_a_claim_repeated_with_its_token_is_the_same_claim_with_a_new_lease(bus,
 
 
 def test_a_claim_repeated_after_its_life_is_over_takes_the_next(bus, clock):
-    bus.publish("g", "short", ttl=30)
+    bus.publish("g", "short", ttl=30, priority=200)
     bus.publish("g", "long")
     assert bus.claim("g", claim_token="t" * 32).payload == "short"
     clock.pass_(31)
