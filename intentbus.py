@@ -83,6 +83,7 @@ BACKOFF_JITTER_SECONDS = 2          # so that what failed together is not tried 
 ERROR_CHARACTERS = 2000             # enough for a stack trace's end, little enough to list
 FOREVER = 2.0 ** 60                 # Unix seconds beyond every clock
 CLOCK_JUMP_SECONDS = 2              # NTP slews below this; more is somebody setting the clock
+CLOCK_RECORD_SECONDS = 60           # how often the time is put on record while something waits: what a crash forgets
 
 BUSY_TIMEOUT_MS = 30000             # another program may hold the file for a backup
 SETTLE_ROWS = 500                   # one pass over what time has brought, so that nobody waits long behind it
@@ -276,8 +277,9 @@ class Intent(Record):
                     wake_at=expires_at if ready else min(run_at, expires_at))
 
     def claimed(self, now, token_hash, lease, owner, worker_id):
-        """A worker of an owner has it, until the lease runs out."""
-        return dict(self.extended(now, lease), status="claimed", ready=0, claim_attempts=self.claim_attempts + 1,
+        """A worker of an owner has it, until the lease runs out; if it had it already, that is no new attempt."""
+        attempts = self.claim_attempts + (self.status != "claimed")
+        return dict(self.extended(now, lease), status="claimed", ready=0, claim_attempts=attempts,
                     claim_token_hash=token_hash, claim_owner=owner, worker_id=worker_id, claim_outcome=None)
 
     def extended(self, now, seconds):
@@ -368,7 +370,8 @@ SCHEMA = """
     CREATE INDEX memos_expires ON memos (expires_at)
 """
 APPLICATION_ID = 0x1B05     # in the file's header: the database is ours
-MIGRATIONS = (SCHEMA,)     # the n-th leads to schema version n; what is released is never edited, only added to
+BY_TOKEN = "CREATE INDEX intents_token ON intents (claim_token_hash) WHERE status = 'claimed'"
+MIGRATIONS = (SCHEMA, BY_TOKEN)     # the n-th leads to schema version n; what is released is never edited, only added to
 
 FIRST = operator.itemgetter(0)     # of what describes a column: its name
 INSERT = f"INSERT INTO intents ({', '.join(COLUMNS)}) VALUES (:{', :'.join(COLUMNS)})"
@@ -379,6 +382,13 @@ UPDATE = """
            claim_expires_at = :claim_expires_at, claim_outcome = :claim_outcome, worker_id = :worker_id,
            result = :result, result_type = :result_type, last_error = :last_error, completed_at = :completed_at
     WHERE  id = :id
+"""
+CLAIMED_WITH = """
+    SELECT *
+    FROM   intents
+    WHERE  claim_token_hash = :token_hash
+    AND    claim_owner = :owner
+    AND    status = 'claimed'
 """
 HEAD_OF_LANE = """
     SELECT   *
@@ -512,7 +522,7 @@ class Store:
             return db.execute("SELECT MIN(wake_at) AS wake_at FROM intents WHERE wake_at IS NOT NULL").fetchone().wake_at
 
     def latest(self):
-        """Return the latest time on record, or 0 in a new file."""
+        """Return the latest time on record, 0 in a new file; and [offset, boot] as they were last noted, if they were."""
         with self._reader() as db:
             newest = db.execute("SELECT MAX(id) AS id FROM intents").fetchone().id
             completed = db.execute("""
@@ -520,9 +530,9 @@ class Store:
                 FROM   intents
                 WHERE  completed_at IS NOT NULL
             """).fetchone().at
-            shifted, shifted_at = json.loads(self._recall(db, "clock", "", "", 0) or "[null, 0]")
-        created = int(newest[:12], 16) / 1000 if newest else 0
-        return max(shifted_at if shifted and newest and newest <= shifted else created, completed or 0)
+            known, noted_at, *noted = json.loads(self._recall(db, "clock", "", "", 0) or "[null, 0]")
+        created = int(newest[:12], 16) / 1000 if newest and newest > (known or "") else 0
+        return max(noted_at, created, completed or 0), noted
 
     def changed_elsewhere(self):
         """Return whether another program has written to the file since the last call."""
@@ -556,13 +566,14 @@ class Store:
         return answer
 
     @unsynced     # a claim that a power cut undoes is made again
-    def claim(self, lanes, now, rule):
+    def claim(self, lanes, now, rule, token_hash=None, owner=None):
         """Change the first intent that is ready in these lanes by the rule and return it, or None.
 
-        lanes may be patterns, too.
+        lanes may be patterns, too. What the owner has claimed with that token comes first: its answer was lost.
         """
         self._settle(now)
-        while intent := self._first(lanes):
+        again = dict(token_hash=token_hash, owner=owner)
+        while intent := token_hash and self._db.execute(CLAIMED_WITH, again).fetchone() or self._first(lanes):
             if intent.expires_at > now:
                 return self._change(intent, rule(intent))
             self._change(intent, intent.woken(now))
@@ -597,7 +608,12 @@ class Store:
         return self._settle(now)
 
     @operation
-    def shift(self, seconds, now):
+    def note_clock(self, now, offset, boot):
+        """Put on record what time it is, and how far that is from the steady clock of this boot of the machine."""
+        self._note_clock(now, offset, boot)
+
+    @operation
+    def shift(self, seconds, now, offset, boot):
         """Move all that is to happen, and the age of what has, by so many seconds, as the clock was moved to now."""
         self._db.execute("""
             UPDATE intents
@@ -607,10 +623,9 @@ class Store:
                    completed_at = completed_at + :seconds,
                    wake_at = wake_at + :seconds
         """, dict(seconds=seconds))
-        self._db.execute("UPDATE memos SET expires_at = expires_at + :seconds WHERE kind != 'nonces'",
-                         dict(seconds=seconds))
-        newest = self._db.execute("SELECT MAX(id) AS id FROM intents").fetchone().id
-        self._remember("clock", "", "", to_json([newest, now]), FOREVER)     # ids keep the time that they were made at
+        self._db.execute("UPDATE memos SET expires_at = expires_at + :seconds WHERE kind != 'nonces' OR :seconds > 0",
+                         dict(seconds=seconds))     # set back, the clock will come to a nonce's time once more
+        self._note_clock(now, offset, boot)
 
     @operation
     def clean(self, now, retention):
@@ -625,7 +640,8 @@ class Store:
             RETURNING   namespace, publisher, status
         """, dict(until=now - retention, rows=SETTLE_ROWS))
         forgotten = self._db.execute("DELETE FROM memos WHERE expires_at <= :now RETURNING kind", dict(now=now)).fetchall()
-        self._db.execute("DELETE FROM tallies WHERE intents = 0")     # a publisher may use a new namespace each time
+        if ended:     # a publisher may use a new namespace each time
+            self._db.execute("DELETE FROM tallies WHERE intents = 0")
         kinds = collections.Counter([row.status for row in ended] + [row.kind for row in forgotten])
         return Record({f"{kind}_deleted": kinds[kind] for kind in ("fulfilled", "dead", "store", "idempotency", "nonces")})
 
@@ -771,6 +787,10 @@ class Store:
             if self._change(intent, intent.woken(now)).ended:
                 counts["expired_claims_dead" if claimed else "expired_open_dead"] += 1
         return counts
+
+    def _note_clock(self, now, offset, boot):
+        newest = self._db.execute("SELECT MAX(id) AS id FROM intents").fetchone().id     # ids keep the time they were made at
+        self._remember("clock", "", "", to_json([newest, now, offset, boot]), FOREVER)
 
     def _recall(self, db, kind, owner, key, now):
         found = db.execute("""
@@ -984,6 +1004,13 @@ def steady_clock():
     return time.monotonic()
 
 
+def this_boot():
+    """Return what names the time since this machine was started, in which its steady clock runs on; None if unknown."""
+    with contextlib.suppress(OSError):
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip() if hasattr(time, "CLOCK_BOOTTIME") else None
+
+
 class Waiter:
     """A request that is held until there is news of one of its keys."""
 
@@ -1069,11 +1096,11 @@ class Waiting:
 class Bus:
     """Publish, claim, fulfill, fail: what may happen to an intent, and who may ask for it.
 
-    `clock` and `steady` return seconds; the second one runs evenly from wherever it started.
+    `clock` and `steady` return seconds; the second one runs evenly from wherever it started, `boot` names that start.
     """
 
     def __init__(self, store, require_claim_token=False, retention=RETENTION_SECONDS, clock=time.time,
-                 steady=steady_clock, jitter=random.random):
+                 steady=steady_clock, jitter=random.random, boot=this_boot):
         self.store, self.require_claim_token, self.retention = store, require_claim_token, retention
         self._clock, self._steady, self._jitter = clock, steady, jitter
         self._setting_clock = threading.Lock()
@@ -1083,7 +1110,8 @@ class Bus:
         self._alarm = threading.Condition()
         self._alarm_at = self._next_round = self._next_probe = 0
         self._problem = None
-        self._offset = max(self.store.latest(), clock()) - self._steady()
+        self._boot, self._note_at = boot(), 0
+        self._offset = self._offset_on_record()
         store.on_commit = self._announce
 
     # -- Publishing --
@@ -1139,10 +1167,11 @@ class Bus:
     # -- Working --
 
     def claim(self, goal=None, *, namespace="default", publisher=None, worker_id=None, capabilities=(), wait=0,
-              lease=LEASE_SECONDS, caller=OWNER, still_there=lambda: True):
+              lease=LEASE_SECONDS, claim_token=None, caller=OWNER, still_there=lambda: True):
         """Take the first intent of a goal (a string, several, or None for any), or None if there is none.
 
-        wait and lease are seconds. still_there() tells whether the caller can still be answered.
+        wait and lease are seconds. A claim repeated with a claim_token of one's own takes the same intent again, as one
+        attempt. still_there() tells whether the caller can still be answered.
         """
         if publisher not in (None, caller.owner) and not caller.admin:
             raise Forbidden("A claim by publisher may name the caller only; the owner key may name anyone.")
@@ -1154,12 +1183,13 @@ class Bus:
                  for audience in (publisher or caller.owner, "")
                  for target in dict.fromkeys((None, worker_id))
                  for capability in (None, *capabilities)]
-        token = os.urandom(16).hex()
+        token = claim_token or os.urandom(16).hex()
+        token_hash = hash_token(token)
 
         def attempt():
             now = self.now()
             return self.store.claim(lanes, now, lambda intent: intent.claimed(
-                now, hash_token(token), lease, caller.owner, worker_id))
+                now, token_hash, lease, caller.owner, worker_id), claim_token and token_hash, caller.owner)
 
         intent = self._held(lanes, attempt, wait, still_there)
         return intent and Record(intent, payload=json.loads(intent.payload), claim_token=token,
@@ -1314,9 +1344,18 @@ class Bus:
             wall = self._clock()
             offset = wall - self._steady()
             if abs(offset - self._offset) > CLOCK_JUMP_SECONDS:
-                self.store.shift(offset - self._offset, wall)
+                self.store.shift(offset - self._offset, wall, offset, self._boot)
             self._offset = offset
             return wall
+
+    def _offset_on_record(self):
+        """Return how far the clock was from the steady one before this bus was started: it may have been set since."""
+        latest, noted = self.store.latest()
+        if self._boot and self._boot in noted:
+            return noted[0]
+        wall = self._clock()
+        slept = latest and wall - latest > YEAR_SECONDS     # rather a wrong clock than a bus that was off for a year
+        return (latest if slept else max(latest, wall)) - self._steady()
 
     def settle(self):
         """Carry out what time has brought. A claim does so by itself; this is for those who look or wait."""
@@ -1341,8 +1380,15 @@ class Bus:
         """Do what start() does in a thread, once in RECHECK_SECONDS at most: for a bus without a thread of its own."""
         if time.monotonic() >= self._next_round:
             self._next_round = time.monotonic() + RECHECK_SECONDS
-            self.settle()
-            self.store.clean(self.now(), self.retention)
+            self._tidy()
+
+    def _tidy(self):
+        """Settle, delete what is over, and put the time on record."""
+        self.settle()
+        self.store.clean(self.now(), self.retention)
+        if self._steady() >= self._note_at and self.store.next_wake():
+            self._note_at = self._steady() + CLOCK_RECORD_SECONDS
+            self.store.note_clock(self.now(), self._offset, self._boot)
 
     def _tend(self):
         while not self._stopped.is_set():
@@ -1350,11 +1396,13 @@ class Bus:
                 self._tend_once()
             except (Unavailable, StorageFull):     # the next round may find it well again
                 self._stopped.wait(RECHECK_SECONDS)
+        with contextlib.suppress(Unavailable, StorageFull):
+            self._note_at = 0
+            self._tidy()
 
     def _tend_once(self):
         self._alarm_at = self.now() + RECHECK_SECONDS     # what is announced from here on can only bring it forward
-        self.settle()
-        self.store.clean(self.now(), self.retention)
+        self._tidy()
         if self.store.changed_elsewhere():
             self._waiting.wake_all()
         self._sleep_until(self.store.next_wake())
@@ -1845,6 +1893,7 @@ GENERATE_KEY = {
 REVOKE_KEY = {"api_key": (string, None), "key_id": (string, None)}
 PURGE = {"confirm": (boolean, False), "namespace": (namespace, None)}
 HEADERS = {"idempotency_key": (text(1, 255), None)}
+CLAIM_HEADERS = {"worker_id": (token, None), "capabilities": (tokens, ()), "claim_token": (text(32, 64), None)}
 
 
 def checked(values, fields, strict=False):
@@ -2019,13 +2068,15 @@ def claim(api, request):
     headers = request.headers
     fields = request.parameters(dict(CLAIM, capability=(tokens, ())))
     capabilities = headers.get("x-worker-capabilities", headers.get("x-worker-capability"))
-    said = checked({"worker_id": headers.get("x-worker-id"), "capabilities": capabilities}, CLAIM)
+    said = checked({"worker_id": headers.get("x-worker-id"), "capabilities": capabilities,
+                    "claim_token": headers.get("x-claim-token")}, CLAIM_HEADERS)
     fields["capabilities"] = fields["capabilities"] or fields["capability"] or said["capabilities"]
     fields["worker_id"] = fields["worker_id"] or said["worker_id"]
     del fields["capability"]
     fields["wait"] *= request.may_wait
     fields["publisher"] = api.keys.owner_of(fields["publisher"], request)
-    intent = api.bus.claim(**fields, caller=request.caller, still_there=request.still_there)
+    intent = api.bus.claim(**fields, claim_token=said["claim_token"], caller=request.caller,
+                           still_there=request.still_there)
     if not intent:
         api.keys.not_counted(request.caller)
     return (200, intent) if intent else (204, None)
@@ -2676,11 +2727,16 @@ class IntentClient:
             raise Invalid("An idempotency key is 1 to 255 printable ASCII characters.", code="invalid_idempotency_key")
         return self._post(path, body, headers={"Idempotency-Key": key})
 
-    def claim(self, goal=None, *, namespace=None, publisher=None, worker_id=None, capabilities=(), wait=0, lease=None):
-        """Claim an intent, or return None if there is none within wait seconds."""
+    def claim(self, goal=None, *, namespace=None, publisher=None, worker_id=None, capabilities=(), wait=0, lease=None,
+              claim_token=None):
+        """Claim an intent, or return None if there is none within wait seconds.
+
+        Repeated as needed, claimed once; with a claim_token (32 to 64 characters, new ones), repeating is the caller's.
+        """
         query = dict(goal=goal, namespace=namespace or self.namespace, publisher=publisher, worker_id=worker_id,
                      capabilities=",".join(capabilities) or None, wait=round(wait, 3) or None, lease=lease)
-        return self._call("POST", "/claim", query=query, retries=0, timeout=self.timeout + wait)
+        return self._call("POST", "/claim", query=query, retries=0 if claim_token else RETRIES, timeout=self.timeout + wait,
+                          headers={"X-Claim-Token": claim_token or os.urandom(16).hex()})
 
     def extend_claim(self, intent_id, claim_token=None, seconds=LEASE_SECONDS):
         """Let the lease end that many seconds from now; NotFound means that it is lost."""
@@ -2811,7 +2867,7 @@ class IntentClient:
         except (ValueError, TypeError, KeyError):
             raise Unreachable(f"{self.base_url} answered {status} without its JSON: a proxy page answered, "
                               "not a bus.") from None
-        raised = ERRORS.get(status, Error)(error.pop("message", ""), error.pop("code", None), **error)
+        raised = ERRORS.get(status, Unavailable if status in (502, 504) else Error)(error.pop("message", ""), error.pop("code", None), **error)
         with contextlib.suppress(ValueError):
             raised.details["retry_after"] = min(float(headers.get("Retry-After", "")), RETRY_MAX_SECONDS)
         raise raised
@@ -2950,16 +3006,18 @@ class Worker:
 
     def _next(self):
         """Return a claimed intent, or None after waiting for one."""
-        wait = 0 if self._drain else max(0, min(CLAIM_WAIT_SECONDS, self._deadline - time.monotonic()))
-        started = time.monotonic()
-        try:
-            intent = self._claim(wait=wait)
-        except PASSING as error:
-            if self._drain:
-                raise
-            self._say(f"{error} Trying again.")
-            self._stopping.wait(random.uniform(1, 2 * self._poll))
-            return None
+        if self._drain:
+            return self._claim()
+        wait = max(0, min(CLAIM_WAIT_SECONDS, self._deadline - time.monotonic()))
+        started, token = time.monotonic(), os.urandom(16).hex()
+        while True:     # with the same token: the answer that was lost may have been an intent
+            try:
+                intent = self._claim(wait=wait, claim_token=token)
+                break
+            except PASSING as error:
+                self._say(f"{error} Trying again.")
+            if self._stopping.wait(random.uniform(1, 2 * self._poll)) or time.monotonic() >= self._deadline:
+                return None
         if not intent and time.monotonic() - started < wait / 2:     # a bus that does not hold claims
             self._stopping.wait(self._poll)
         return intent

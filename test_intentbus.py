@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import queue
+import random
 import re
 import shutil
 import signal
@@ -1026,6 +1027,227 @@ def test_a_bus_that_starts_with_its_clock_set_back_carries_on(store, clock):
     assert bus.claim("g").payload == 1
 
 
+HOUR, YEARS = 3600, 10 * 366 * 86400
+TO_1970 = 100 - 1_800_000_000     # from where the manual clock starts
+CLOCK_STEPS = {"an hour back": [-HOUR], "an hour ahead": [HOUR], "ten years ahead": [YEARS], "1970": [TO_1970],
+               "1970, then now": [TO_1970, -TO_1970], "ten years ahead, then now": [YEARS, -YEARS],
+               "an hour back, then now": [-HOUR, HOUR], "forth and back": [HOUR, -2 * HOUR, YEARS, HOUR - YEARS]}
+over_clock_steps = pytest.mark.parametrize("steps", CLOCK_STEPS.values(), ids=CLOCK_STEPS)
+
+
+def started_bus(store, clock, boot="this"):
+    """A bus as after a start, its time moved by hand; it has had its first look around, as a server's has."""
+    bus = Bus(store, clock=lambda: clock.wall, steady=lambda: clock.steady, jitter=lambda: 0.5, boot=lambda: boot)
+    bus._tidy()
+    return bus
+
+
+def populate(bus):
+    """Publish one intent that is claimed for a minute, one due in 100 s, one that fails into 41 s, one that dies in 200 s."""
+    bus.publish("claimed", 1)
+    bus.publish("delayed", 1, delay=100)
+    bus.publish("failed", 1, backoff_base=20)
+    bus.publish("short", 1, ttl=200, visibility="public")
+    failed = bus.claim("failed")
+    bus.fail(failed.id, failed.claim_token)
+    bus.set("value", 1, ttl=300)
+    bus.publish("once", 1, ttl=9999, delay=9000, idempotency_key="key")
+    bus._tidy()
+    return bus.claim("claimed", lease=60)
+
+
+def assert_time_is_as_it_was(bus, clock, taken):
+    """Check what has become of what populate() left, ten seconds of steady time later; time passes on the way."""
+    dead = lambda: [intent.goal for intent in bus.list(status="dead").intents]
+    assert bus.claim(["claimed", "delayed", "failed"]) is None and not dead()
+    assert bus.extend_claim(taken.id, taken.claim_token, 60).ok
+    clock.pass_(30)     # 40
+    assert bus.claim(["claimed", "delayed", "failed"]) is None
+    clock.pass_(2)
+    assert bus.claim("failed").claim_attempts == 2 and bus.claim("delayed") is None
+    clock.pass_(30)     # 72
+    assert bus.claim("claimed").claim_attempts == 2
+    clock.pass_(27)
+    assert bus.claim("delayed") is None
+    clock.pass_(2)      # 101
+    assert bus.claim("delayed").claim_attempts == 1 and not dead()
+    clock.pass_(98)
+    assert not dead() and bus.get("value") == 1
+    clock.pass_(2)      # 201
+    assert dead() == ["short"]
+    clock.pass_(100)
+    with pytest.raises(intentbus.NotFound):
+        bus.get("value")
+    first = bus.publish("once", 1, ttl=9999, delay=9000, idempotency_key="key")
+    assert len(bus.list(goal="once").intents) == 1 and bus.list(goal="once").intents[0].id == first.id
+
+
+@over_clock_steps
+@pytest.mark.parametrize("down", [False, True], ids=["while it runs", "while it is down"])
+def test_time_goes_on_as_it_was_when_the_clock_is_set(store, clock, steps, down):
+    bus = started_bus(store, clock)
+    taken = populate(bus)
+    for step in steps:
+        clock.set(step)
+        clock.pass_(10 / len(steps))
+        bus = started_bus(store, clock) if down else bus
+        bus._tidy()
+    assert_time_is_as_it_was(bus, clock, taken)
+
+
+@pytest.mark.parametrize("boots", [[-HOUR], [TO_1970], [TO_1970, -TO_1970], [YEARS], [YEARS, -YEARS], [-HOUR, HOUR]], ids=str)
+def test_a_machine_that_starts_with_a_wrong_clock_goes_on_from_the_time_on_record(store, clock, boots):
+    bus = started_bus(store, clock)
+    taken = populate(bus)
+    clock.steady = 3     # it was off for 10 s by the wall, which a clock that is wrong does not tell
+    clock.set(boots[0])
+    clock.pass_(10)
+    bus = started_bus(store, clock, "another")
+    for step in boots[1:]:
+        clock.set(step)
+        bus._tidy()
+    clock.pass_(10)     # what it was off for is lost to the delays, and only that
+    assert_time_is_as_it_was(bus, clock, taken)
+
+
+def test_a_bus_that_was_off_with_a_right_clock_knows_how_long(store, clock):
+    bus = started_bus(store, clock)
+    bus.publish("g", 1, delay=1000)
+    bus.publish("short", 1, ttl=1000)
+    bus._tidy()
+    clock.wall += 1001
+    clock.steady = 1
+    bus = started_bus(store, clock, "another")
+    assert bus.claim("g").payload == 1 and [intent.goal for intent in bus.list(status="dead").intents] == ["short"]
+
+
+def test_the_time_is_put_on_record_when_a_bus_ends(store):
+    ahead, rows = [0], lambda: json.loads(store.recall("clock", "", "", 0))
+    bus = Bus(store, clock=lambda: time.time() + ahead[0])
+    bus.start()
+    bus.publish("g", 1)
+    wait_until(lambda: store.recall("clock", "", "", 0))
+    before = rows()[1]
+    bus.stop()
+    assert rows()[1] > before and rows()[3] == intentbus.this_boot()
+
+
+class Expected:
+    """What steady time should do to an intent."""
+
+    def __init__(self, due, expires):
+        self.due, self.expires, self.leased_until, self.token, self.attempts = due, expires, 0, None, 0
+
+
+class Trial:
+    """Random operations on a bus whose clock is set at random, checked against a model that knows steady time only."""
+
+    TOLERANCE = 0.01     # seconds; sums of floats
+
+    def __init__(self, store, seed):
+        self.store, self.random, self.clock = store, random.Random(seed), Clock()
+        self.bus, self.model, self.steps = started_bus(store, self.clock), {}, 0
+        self.publish()
+        self.bus._tidy()
+
+    def run(self, number):
+        verbs = [self.publish, self.claim, self.claim, self.claim, self.extend, self.fail, self.release, self.fulfill,
+                 self.pass_time, self.pass_time, self.set_clock, self.restart, lambda: self.bus._tidy()]
+        for _ in range(number):
+            self.random.choice(verbs)()
+            self.check_the_dead()
+
+    @property
+    def now(self):
+        return self.clock.steady
+
+    def publish(self):
+        delay, ttl = self.random.choice([0, 0, 1, 60, 500]), self.random.choice([30, 300, 3000])
+        id = self.bus.publish("g", 1, delay=delay, ttl=ttl, max_attempts=20).id
+        self.model[id] = Expected(self.now + delay, self.now + delay + ttl)
+
+    def claim(self):
+        lease = self.random.choice([10, 60, 600])
+        intent = self.bus.claim("g", lease=lease)
+        if not intent:
+            late = [known for known in self.model.values() if known.attempts < 20 and self.now < known.expires - self.TOLERANCE
+                    and self.now > max(known.due, known.leased_until) + self.TOLERANCE]
+            assert not late, "a delay or a lease that is over did not bring it back"
+            return
+        known = self.model[intent.id]
+        assert known.leased_until <= self.now + self.TOLERANCE, "claimed inside a live lease"
+        assert known.due <= self.now + self.TOLERANCE, "claimed before its time"
+        assert known.expires > self.now - self.TOLERANCE, "claimed after its life"
+        known.leased_until, known.token, known.attempts = self.now + lease, intent.claim_token, intent.claim_attempts
+
+    def held(self):
+        """Return an intent under a lease and its id, or (None, None)."""
+        live = [(id, known) for id, known in self.model.items()
+                if min(known.leased_until, known.expires) > self.now + self.TOLERANCE]
+        return self.random.choice(live) if live else (None, None)
+
+    def extend(self):
+        id, known = self.held()
+        if id:
+            assert self.bus.extend_claim(id, known.token, 60).ok, "a live lease was not extended"
+            known.leased_until = self.now + 60
+
+    def fail(self):
+        id, known = self.held()
+        if id and known.attempts < 10:
+            assert self.bus.fail(id, known.token).status in ("open", "dead")
+            known.leased_until, known.due = 0, self.now + min(5 * 2 ** known.attempts + 1, 3600)
+
+    def release(self):
+        id, known = self.held()
+        if id:
+            delay = self.random.choice([0, 20])
+            self.bus.release(id, known.token, delay)
+            known.leased_until, known.due, known.attempts = 0, self.now + delay, known.attempts - 1
+
+    def fulfill(self):
+        id, known = self.held()
+        if id:
+            assert self.bus.fulfill(id, known.token).ok
+            del self.model[id]
+
+    def pass_time(self):
+        self.clock.pass_(self.random.choice([0.5, 5, 20, 61, 400]))
+
+    def set_clock(self):
+        self.steps += 1
+        target = self.random.choice([HOUR, -HOUR, 601, -601, 3, -3, YEARS, -YEARS, 100 - self.clock.wall,
+                                     1_800_000_000 - self.clock.wall])
+        self.clock.set(max(target, 10 - self.clock.wall))     # the time of a machine is not below 0
+
+    def restart(self):
+        if self.random.random() < 0.5:
+            self.set_clock()
+        self.bus = started_bus(self.store, self.clock)
+
+    def check_the_dead(self):
+        for intent in self.bus.list(status="dead", limit=500).intents:
+            known = self.model.pop(intent.id, None)
+            assert not known or known.attempts >= 20 or known.expires <= self.now + self.TOLERANCE, "dead before its time"
+        self.bus.retention = 1e12
+
+
+def assert_trial(folder, seed, number):
+    """Run one trial; return how often its clock was set."""
+    with contextlib.closing(Store(folder / f"{seed}.db")) as store:
+        trial = Trial(store, seed)
+        try:
+            trial.run(number)
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+        return trial.steps
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_the_clock_is_set_to_leases_delays_and_lives_keep_steady_time(tmp_path, seed):
+    assert assert_trial(tmp_path, seed, 120)
+
+
 # ---- 6. Keys ----
 
 @pytest.mark.parametrize("headers, key", [
@@ -1545,6 +1767,31 @@ def test_publishes_of_one_commit_share_the_limit(started, monkeypatch):
         answers = [in_thread(bus.ask, "POST", "/intent", a_publish(), key) for _ in range(20)]
         wait_until(lambda: len(bus.store._jobs) == 20)
     assert sorted(answer().status for answer in answers) == [201] * 5 + [429] * 15
+
+
+@pytest.mark.parametrize("steps", [[HOUR, -HOUR], [YEARS, -YEARS], [-HOUR, HOUR], [-HOUR, 2 * HOUR, -HOUR]], ids=str)
+def test_a_clock_that_is_set_and_set_right_again_opens_no_window_for_replays(started, clock, steps):
+    bus = started(clock=clock)
+    sent = signed("GET", "/get/x", timestamp=f"{clock.wall:.3f}")
+    assert bus.ask("GET", "/get/x", **sent).status == 404
+    for step in steps:
+        clock.set(step)
+        bus.api.bus.cleanup()     # what a tending bus does by itself
+        assert bus.ask("GET", "/get/x", **sent).status == 403
+    clock.pass_(299)
+    bus.api.bus.cleanup()
+    assert_signature_refused(bus.ask("GET", "/get/x", **sent), "Replay detected")
+
+
+@pytest.mark.parametrize("step", [HOUR, -HOUR, YEARS, TO_1970])
+def test_a_rate_limit_is_neither_lifted_nor_prolonged_by_a_clock_that_is_set(started, clock, step):
+    bus = started(clock=clock, keys=dict(rate=3))
+    key = bus.issue().api_key
+    statuses = lambda: [bus.ask("GET", "/get/x", key=key).status for _ in range(4)]
+    assert statuses() == [404, 404, 404, 429]
+    clock.set(step)
+    refused = bus.ask("GET", "/get/x", key=key)
+    assert refused.status == 429 and int(refused.headers["retry-after"]) <= 21
 
 
 # ---- 7. Fields ----
@@ -2884,6 +3131,84 @@ class Proxy:
         return b"".join(iter(lambda: far.recv(65536), b""))
 
 
+class Weather:
+    """Passes requests on to a server, and lets each meet the fate that fate(path) names; counts them in met.
+
+    ok, or what a network does: the answer is lost, or cut in the middle, or later than the client waits; the request
+    is lost; a proxy answers a page or JSON of its own in place of the bus, which has done what was asked.
+    """
+
+    FATES = ("answer lost", "half an answer", "half a head", "late answer", "request lost", "502 page", "503 page", "504 JSON")
+    INSTEAD = {"502 page": b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 13\r\n\r\n<html>Oh no!\n",
+               "503 page": b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 0\r\nContent-Length: 4\r\n\r\nBusy",
+               "504 JSON": b"HTTP/1.1 504 Gateway Timeout\r\nContent-Length: 50\r\n\r\n"
+                           b'{"error": {"code": 504, "message": "upstream...."}}'[:50]}
+
+    def __init__(self, port, fate):
+        self.port, self.fate, self.met, self.lock = port, fate, collections.Counter(), threading.Lock()
+        self.patience = 20     # seconds
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+    def run(self):
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self.serve, args=(self.listener.accept()[0],), daemon=True).start()
+
+    def serve(self, near):
+        with near, contextlib.suppress(OSError):
+            request = self.request(near)
+            if not request:
+                return
+            with self.lock:
+                fate = self.fate(request.split()[1].decode())
+                self.met[fate] += 1
+            answer = b"" if fate == "request lost" else self.answer(request)
+            if fate == "late answer":
+                near.settimeout(self.patience)
+                near.recv(1)     # until the client has given up, or this has
+            elif fate != "answer lost":
+                near.sendall(self.spoilt(fate, answer))
+
+    def spoilt(self, fate, answer):
+        head, _, body = answer.partition(b"\r\n\r\n")
+        cut = {"half an answer": len(head) + 4 + len(body) // 2, "half a head": len(head) // 2}.get(fate, len(answer))
+        return self.INSTEAD.get(fate, answer[:cut])
+
+    def request(self, near):
+        data = b""
+        while b"\r\n\r\n" not in data:
+            if not (more := near.recv(65536)):
+                return b""
+            data += more
+        length = int((re.search(rb"(?i)\r\ncontent-length: *(\d+)", data) or [0, 0])[1])
+        while len(data) < data.index(b"\r\n\r\n") + 4 + length:
+            data += near.recv(65536)
+        return data
+
+    def answer(self, request):
+        with socket.create_connection(("127.0.0.1", self.port)) as far:
+            far.sendall(request)
+            return received(far)
+
+
+@pytest.fixture
+def weather(server):
+    """Start proxies before the server; each is closed at the end."""
+    with contextlib.ExitStack() as stack:
+        def start(fate):
+            weather = Weather(server.server_port, fate)
+            stack.callback(weather.close)
+            return weather
+        yield start
+
+
 @pytest.fixture
 def impatient(monkeypatch):
     monkeypatch.setattr(intentbus, "RETRY_SECONDS", 0.01)
@@ -2944,6 +3269,49 @@ def test_a_lost_answer_to_a_report_is_asked_for_again(client, server, impatient)
     intent = client.claim("g")
     assert IntentClient(Proxy(server.server_port, drop=2).url, KEY).fulfill(intent.id, intent.claim_token, 5).ok
     assert client.get_result(intent.id).result == 5
+
+
+@pytest.mark.parametrize("fate", Weather.FATES)
+def test_what_the_network_does_to_one_try_is_made_good_by_the_next(client, weather, impatient, fate):
+    seen = collections.Counter()
+
+    def first_try_of_each(path):
+        seen[path.partition("?")[0]] += 1
+        return fate if seen[path.partition("?")[0]] == 1 else "ok"
+    proxy = weather(first_try_of_each)
+    bus = IntentClient(proxy.url, KEY, timeout=0.3 if fate == "late answer" else 10)
+    ids = [bus.publish("g", 1, max_attempts=1).id for _ in range(2)]
+    first, second = bus.claim("g"), bus.claim("g")
+    bus.fulfill(first.id, first.claim_token, "done")
+    bus.fail(second.id, second.claim_token, "no")
+    assert [(client.get_status(id).status, client.get_status(id).claim_attempts) for id in ids] == [
+        ("fulfilled", 1), ("dead", 1)]
+    assert len(client.list().intents) == 2 and client.get_status(second.id).last_error == "no"
+    assert proxy.met[fate] == 4
+
+
+def test_a_claim_repeated_with_its_token_is_the_same_claim_with_a_new_lease(bus, clock):
+    bus.publish("g", 1)
+    bus.publish("g", 2)
+    mine = bus.claim("g", claim_token="t" * 32)
+    clock.pass_(50)
+    again = bus.claim("g", claim_token="t" * 32)
+    assert (again.id, again.claim_attempts, again.claim_token) == (mine.id, 1, "t" * 32)
+    assert again.claim_expires_at == clock.wall + 60
+    assert bus.claim("g", claim_token="t" * 32, caller=BOB) is None
+    other = bus.claim("g", claim_token="u" * 32)
+    assert other.id != mine.id and bus.claim("g") is None
+    clock.pass_(61)
+    assert {bus.claim("g").claim_attempts for _ in range(2)} == {2}     # the leases were over, and others have them
+    assert bus.claim("g", claim_token="t" * 32) is None
+
+
+def test_a_claim_repeated_after_its_life_is_over_takes_the_next(bus, clock):
+    bus.publish("g", "short", ttl=30, priority=200)
+    bus.publish("g", "long")
+    assert bus.claim("g", claim_token="t" * 32).payload == "short"
+    clock.pass_(31)
+    assert bus.claim("g", claim_token="t" * 32).payload == "long"
 
 
 def test_a_bus_that_stays_away_is_unreachable_in_words(impatient):
@@ -3249,6 +3617,17 @@ def test_a_worker_goes_on_when_the_bus_comes_back(store, impatient, monkeypatch)
     bus.publish("g", "there")
     assert running() and done == ["there"]
     server.close()
+
+
+def test_a_worker_whose_claims_are_answered_by_nobody_gets_them_later_as_one_attempt(client, weather, impatient):
+    ids = [client.publish("g", number, max_attempts=1).id for number in range(2)]
+    fates = iter(["answer lost", "504 JSON", "ok", "ok", "503 page"])
+    proxy = weather(lambda path: next(fates, "ok"))
+    said, done = [], []
+    Worker(IntentClient(proxy.url, KEY), "g", lambda intent, lease: (done.append(intent.payload), "json"), max_jobs=2,
+           poll=0, say=said.append).run()
+    assert sorted(done) == [0, 1] and sum("Trying again." in sentence for sentence in said) == 3
+    assert {(client.get_status(id).status, client.get_status(id).claim_attempts) for id in ids} == {("fulfilled", 1)}
 
 
 # ---- 13. Commands ----
@@ -3606,6 +3985,21 @@ def test_no_bus_is_exit_5(monkeypatch, capsys, tmp_path):
         for arguments in (["publish", "g", "1"], ["status", NOBODY], ["list"], ["work", "--drain"], ["cancel", NOBODY]):
             code = intentbus.main([*arguments, "--url", url])
             assert_complaint((code, *capsys.readouterr()), 5, url, "cannot be reached")
+
+
+@POSIX
+@pytest.mark.parametrize("skew", [7200, -7200])
+def test_the_commands_of_a_machine_with_a_wrong_clock_do_their_work(started, tmp_path, skew):
+    bus = started(keys=dict(require_signatures=True))
+    answers = watch(bus.api, "handle")
+    (tmp_path / "sitecustomize.py").write_text(f"import time\nright = time.time\ntime.time = lambda: right() + {skew}\n")
+    wrong = dict(PYTHONPATH=str(tmp_path), HOME=str(tmp_path))
+    worker = subprocess.Popen([sys.executable, PROGRAM, "work", "--goal", "g", "--once", "--", "cat"], stderr=subprocess.PIPE,
+                              env=dict(os.environ, INTENT_API_KEY=KEY, INTENT_BUS_URL=bus.url, **wrong))
+    code, output, errors = at(bus, "publish", "g", "5", "--wait", **wrong)
+    assert (code, output, errors) == (0, "5\n", "") and worker.wait(20) == 0 and b"fulfilled" in worker.communicate()[1]
+    statuses = collections.Counter(answers.get().status for _ in range(answers.qsize()))
+    assert statuses[403] == 2 and set(statuses) == {200, 201, 403}     # one refusal for each process to learn from
 
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 200 OK\r\n\r\n<html>Log in</html>", b"HTTP/1.1 302 Found\r\nLocation: /x\r\n\r\n",
@@ -4401,3 +4795,103 @@ def test_what_a_killed_worker_had_is_done_by_another_at_the_latest_a_lease_later
     assert (second.returncode, serve.run("result", id).stdout) == (0, "rescued\n")
     assert time.monotonic() - killed < 10 + 2
     os.kill(int(started.read_text()), signal.SIGKILL)
+
+
+def is_report_or_claim(path):
+    return path.startswith(("/intent", "/claim", "/fulfill/", "/fail/"))
+
+
+@SLOW
+@POSIX
+@pytest.mark.parametrize("fates, most", [(("answer lost",), 1000), (Weather.FATES, 400)], ids=["lost answers", "all sorts"])
+def test_answers_that_are_lost_cost_no_intent_and_no_second_run(client, weather, impatient, tmp_path, fates, most):
+    seed = 4
+    chance, log = random.Random(seed), tmp_path / "log"
+    spoil = lambda path: is_report_or_claim(path) and sum(
+        proxy.met[fate] for fate in fates) < most and chance.random() < 0.3
+    proxy = weather(lambda path: chance.choice(fates) if spoil(path) else "ok")
+    proxy.patience = 1.5
+    bus = IntentClient(proxy.url, KEY, timeout=1 if len(fates) > 1 else 30)
+    number, ids, runs = most * 4 // 5, [], []
+
+    def publish(first):     # until there is an answer, as a script would that has an idempotency key of its own
+        for n in range(first, number, 4):
+            while True:
+                with contextlib.suppress(intentbus.Unreachable, intentbus.Unavailable):
+                    ids.append(bus.publish("listen" if n % 2 else "work", n, backoff_base=1, idempotency_key=f"n{n}").id)
+                    break
+        return True
+
+    def handler(intent):     # one in five fails at first
+        runs.append((intent.id, intent.claim_attempts))
+        return intent.payload % 5 or intent.claim_attempts > 1 or False
+
+    program = script(tmp_path, f'#!/bin/sh\necho "$INTENT_ID $INTENT_ATTEMPT" >> {log}\n'
+                               '[ $(($1 % 5)) != 0 ] || [ "$INTENT_ATTEMPT" -gt 1 ]\n')
+    jobs = [sum(1 + (n % 5 == 0) for n in range(odd, number, 2)) for odd in (0, 1)]
+    worker = subprocess.Popen([sys.executable, PROGRAM, "work", "--goal", "work", "-j", "16", "--poll", "0.1", "--max-jobs",
+                               str(jobs[0]), "--", program, "{payload}"], stderr=subprocess.DEVNULL,
+                              env=dict(os.environ, INTENT_API_KEY=KEY, INTENT_BUS_URL=proxy.url, HOME=str(tmp_path)))
+    try:
+        publishers = [in_thread(publish, first) for first in range(4)]
+        listener = in_thread(lambda: bus.listen("listen", handler, full_envelope=True, concurrency=16, poll=0.1,
+                                                max_jobs=jobs[1]) or True)
+        wait_until(lambda: len(ids) == number, 60)
+        done = lambda: sum(states.get("fulfilled", 0) for states in bus_summary(client).values())
+        wait_until(lambda: done() == number, 60)
+        assert all(thread() for thread in publishers) and listener() and worker.wait(30) == 0
+    finally:
+        worker.kill()
+        worker.wait()
+    runs += [(id, int(attempt)) for id, attempt in map(str.split, log.read_text().splitlines())]
+    met = sum(proxy.met[fate] for fate in fates)
+    figure("lost answers" if len(fates) == 1 else "bad weather",
+           f"{met} of {sum(proxy.met.values())} requests spoilt, {number} intents, {number - len(set(ids))} duplicates, "
+           f"{len(runs) - len(set(runs))} runs twice (seed {seed}): {dict(proxy.met)}")
+    assert met == most and len(set(ids)) == number, seed
+    assert sum(bus_summary(client)["default"].values()) == number
+    assert len(runs) == len(set(runs)) == sum(jobs), seed     # each attempt ran once, and none was spent on a lost answer
+
+
+def bus_summary(client):
+    """Return how many intents there are, by namespace and status."""
+    return client.admin("summary")["intents"]
+
+
+@SLOW
+@POSIX
+def test_a_worker_asleep_past_its_lease_ends_its_program_and_reports_nothing(serve, tmp_path):
+    client = IntentClient(serve.url, intentbus.read_key(serve.home / ".apikey"))
+    texts = {"long": "echo $$ > long; exec sleep 60", "short": "echo $$ > short; read x < gate; echo stale"}
+    os.mkfifo(tmp_path / "gate")
+    workers, jobs = {}, {}
+    for goal, text in texts.items():
+        jobs[goal] = client.publish(goal, 1).id
+        workers[goal] = serve.start("work", "--goal", goal, "--lease", "10s", "--once", "--", "sh", "-c",
+                                    f"cd {tmp_path} && {text}")
+    for goal in texts:
+        wait_until(lambda: (tmp_path / goal).exists() and (tmp_path / goal).read_text().strip())
+        workers[goal].send_signal(signal.SIGSTOP)
+    second = {goal: client.claim(goal, wait=20) for goal in texts}     # the workers sleep past their leases
+    assert {goal: (job.id, job.claim_attempts) for goal, job in second.items()} == {goal: (jobs[goal], 2) for goal in texts}
+    (tmp_path / "gate").write_text("go on\n")     # this program ends while its worker is asleep
+    for worker in workers.values():
+        worker.send_signal(signal.SIGCONT)
+    for goal, worker in workers.items():
+        said = worker.communicate(timeout=20)[1]
+        assert f"{jobs[goal]} lost" in said and "fulfilled" not in said, said
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / goal).read_text()), 0)
+        assert client.get_status(jobs[goal]).status == "claimed"
+        assert client.fulfill(jobs[goal], second[goal].claim_token, "second").ok
+        assert client.get_result(jobs[goal]).result == "second"
+    figure("workers asleep past their lease", "2 stopped, 2 leases lost, 0 stale reports accepted, 0 programs left")
+
+
+@SLOW
+def test_leases_delays_and_lives_keep_steady_time_through_a_thousand_settings_of_the_clock(tmp_path):
+    seeds = range(100, 120)
+    steps = sum(assert_trial(tmp_path, seed, 500) for seed in seeds)
+    figure("clock steps", f"{steps} in {len(seeds) * 500} random operations (seeds {seeds[0]} to {seeds[-1]}), 0 double "
+                          "claims, 0 early deaths, 0 delays missed")
+    assert steps > 1000
