@@ -9,11 +9,11 @@ It starts the bus itself, and beanstalkd and redis-server if they are installed,
 databases in a directory of its own, and ends them all. A peer that is missing is a row that says so. RQ needs a Python
 that can import rq: --rq-python. For millions of rows allow a kilobyte of disk for each.
 
-The figures are medians of rounds in which the peers take turns. What makes the load is the same code for all of them, in
-processes of its own: a client is a coroutine that yields a request and is sent the answer, and one process drives many
-over keep-alive connections. The column "load" is the share of a core that those processes took beside us and beside the
-peer: far below 100 % times their number (2 from 21 clients on), they are not what is measured. "server" is the same of
-the server. A ratio is intentbus to peer. Targets are aims, for a machine with nothing else to do; nothing fails here.
+The figures are medians of rounds in which the peers take turns; a ratio is intentbus to peer. What makes the load is the
+same code for all of them, in processes of its own: a client is a coroutine that yields a request and is sent the answer,
+and one process drives many over keep-alive connections. The column "load" is the share of a core that those processes
+took, beside intentbus / beside the peer: far below 100 % times their number (2 from 21 clients on), they are not what is
+measured. "server" is the same of the server. Targets are aims for a machine with nothing else to do; nothing fails here.
 """
 
 import argparse
@@ -66,7 +66,8 @@ def bus_requests(close, signed):
         return f"X-Timestamp: {now}\r\nX-Nonce: {nonce}\r\nX-Signature: {made}\r\n"
 
     def request(path, body=b""):
-        return f"POST {path}{fixed}{signature(path, body) if signed else ''}Content-Length: {len(body)}\r\n\r\n".encode() + body
+        head = f"POST {path}{fixed}{signature(path, body) if signed else ''}Content-Length: {len(body)}\r\n\r\n"
+        return head.encode() + body
     return request
 
 
@@ -135,9 +136,9 @@ class Client:
     def __init__(self, selector, port, script, answer, close, done):
         self._selector, self._port, self._script, self._answer = selector, port, script, answer
         self._close, self._done = close, done
-        self._connect()
         self._playing = script()
-        self._ask(next(self._playing))
+        self._connect()
+        self._sock.sendall(next(self._playing))
 
     def _connect(self):
         self._sock, self._received = connected(self._port), b""
@@ -166,9 +167,6 @@ class Client:
             self._done()
             self._playing = self._script()
             request = next(self._playing)
-        self._ask(request)
-
-    def _ask(self, request):
         self._sock.sendall(request)
 
 
@@ -325,8 +323,8 @@ class Bench:
 
     def redis(self):
         """Run redis-server with an append-only file and an fsync a second, or yield None."""
-        return self._peer("redis-server" if self.rq_version else "no RQ, no Redis", "--port", [
-            "--bind", "127.0.0.1", "--save", "", "--appendonly", "yes", "--appendfsync", "everysec", "--dir", self.place()], {})
+        flags = "--bind 127.0.0.1 --appendonly yes --appendfsync everysec".split()
+        return self._peer("redis-server" if self.rq_version else "", "--port", [*flags, "--save", "", "--dir", self.place()], {})
 
     def speed(self, server, script, clients, **more):
         """Return the function that measures the Speed of a script once, or None for a missing server."""
@@ -340,9 +338,14 @@ class Bench:
     def compare(self, what, ours, peers, target, peer="beanstalkd"):
         """Return the row of two speeds."""
         ours, peers = self.medians(ours, peers)
-        return row(what, ours.rate, peers.rate if peers else NOT_HERE, target, peer, "/s",
+        return row(what, ours.rate, peers.rate if peers else NOT_HERE, target, peer, "1/s",
                    load=[found.load for found in (ours, peers) if found],
                    server=[found.server for found in (ours, peers) if found])
+
+    def compare_cycles(self, bus, peer, clients, target=""):
+        """Return the row of full cycles with so many clients."""
+        return self.compare(f"full cycles, {clients} client{'s' * (clients > 1)}", self.speed(bus, "cycle", clients),
+                            self.speed(peer, "beanstalkd", clients), target)
 
     def grown(self, rows):
         """Return a file with at least so many rows; see fill()."""
@@ -373,11 +376,6 @@ def row(what, ours, peers=None, target="", peer="", unit="", **more):
     both = all(isinstance(number, (int, float)) for number in (ours, peers))
     return dict(what=what, intentbus=ours, peer=peer, peers=peers, ratio=ours / peers if both and peers else None,
                 target=target, unit=unit, **more)
-
-
-def percentile(values, part):
-    """Return the value that such a part of them does not exceed."""
-    return sorted(values)[min(len(values) - 1, int(len(values) * part))]
 
 
 def plot(names, points, unit):
@@ -421,7 +419,7 @@ def mix(now):
 
 
 class Stored:
-    """A bus in this process, all of it but the sockets, whose commits do not wait for the disk: that wait hides the rest."""
+    """A bus in this process, without sockets, whose commits do not wait for the disk: that would hide all the rest."""
 
     def __init__(self, path):
         self.path, self.rows, self._began = path, 0, time.time() - 3 * 86400
@@ -453,7 +451,7 @@ class Stored:
             INSERT INTO intents ({columns})
             SELECT {", ".join(copied.values())}
             FROM   numbers CROSS JOIN kinds ON kinds.rowid = number * 7 % 150 + 1
-        """, dict(first=self.rows, last=rows, began=int(self._began * 1000) << 16, apart=(1000 << 16) // ROWS_PER_SECOND))
+        """, dict(first=self.rows, last=rows, began=int(self._began * 1000) << 16, apart=65_536_000 // ROWS_PER_SECOND))
         db.execute("DELETE FROM tallies")
         db.execute("""
             INSERT INTO tallies (namespace, publisher, status, intents)
@@ -484,6 +482,9 @@ class Stored:
         return 1000 * (time.perf_counter() - began)
 
 
+VERBS = ("publish", "claim", "fulfil")
+
+
 def lives(number, *buses, **claim):
     """Return, for each bus, the median milliseconds of publish, claim and fulfil; they take turns."""
     times = [[bus.life(**claim) for bus in buses] for _ in range(number)]
@@ -506,9 +507,8 @@ def section(function):
 def cycles(bench):
     """Full cycles (publish, claim, fulfil; put, reserve, delete), each commit synced to disk."""
     with bench.bus() as bus, bench.beanstalkd() as peer:
-        for clients, target in ((1, ">= 0.5"), (8, ">= 1.0"), (40, ">= 1.2")):
-            yield bench.compare(f"full cycles, {clients} client{'s' * (clients > 1)}", bench.speed(bus, "cycle", clients),
-                                bench.speed(peer, "beanstalkd", clients), target)
+        for number, target in ((1, ">= 0.5"), (8, ">= 1.0"), (40, ">= 1.2")):
+            yield bench.compare_cycles(bus, peer, number, target)
         yield bench.compare("the same, signed", bench.speed(bus, "cycle", 40, signed=True),
                             bench.speed(peer, "beanstalkd", 40), "")
         yield bench.compare("the same, a connection per request", bench.speed(bus, "cycle", 40, close=True),
@@ -533,7 +533,7 @@ def slow_disk(bench):
     """Full cycles where each fsync takes longer, for both servers."""
     what, shim = f"full cycles, 40 clients, fsync + {SLOW_FSYNC_MS} ms", f"{bench.place()}/slow_fsync.so"
     if not (sys.platform == "linux" and shutil.which("cc")):
-        yield row(what, "no cc here", target=">= 8", unit="/s")
+        yield row(what, "no cc here", target=">= 8", unit="1/s")
         return
     subprocess.run(["cc", "-shared", "-fPIC", "-o", shim, "-x", "c", "-", "-ldl"], check=True, text=True,
                    input=SLOW_FSYNC % (1000 * SLOW_FSYNC_MS))
@@ -547,8 +547,7 @@ def clients(bench):
     points, names = [], ["intentbus", "beanstalkd"]
     with bench.bus() as bus, bench.beanstalkd() as peer:
         for number in (1, 2, 4, 8, 16, 40, 100, 200):
-            found = bench.compare(f"full cycles, {number} client{'s' * (number > 1)}", bench.speed(bus, "cycle", number),
-                                  bench.speed(peer, "beanstalkd", number), "")
+            found = bench.compare_cycles(bus, peer, number)
             points.append((number, [found["intentbus"], found["peers"]][:2 if peer else 1]))
             yield found
     yield plot(names[:2 if peer else 1], points, "cycles/s")
@@ -558,13 +557,21 @@ def clients(bench):
 def polls(bench):
     """Claims that find nothing, against publishes."""
     with bench.bus() as bus:
-        yield bench.compare("empty claims, 8 clients", bench.speed(bus, "claim", 8), bench.speed(bus, "publish", 8), ">= 3",
-                            "publishes")
+        yield bench.compare("empty claims, 8 clients", bench.speed(bus, "claim", 8),
+                            bench.speed(bus, "publish", 8), ">= 3", "publishes")
 
 
 def client_of(server):
     """Return an IntentClient of the bus."""
     return intentbus.IntentClient(f"http://127.0.0.1:{server.port}")
+
+
+def wall_ms(server, *command):
+    """Return the milliseconds that a command takes, with the bus as its bus."""
+    began = time.perf_counter()
+    subprocess.run(command, env=dict(os.environ, INTENT_BUS_URL=f"http://127.0.0.1:{server.port}"), check=True,
+                   stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return 1000 * (time.perf_counter() - began)
 
 
 def publish_jobs(server, goal, number):
@@ -615,7 +622,8 @@ def listen(bench):
         def ours():
             publish_jobs(bus, "listen", number)
             return printed_rate(sys.executable, HERE, "listen", bus.port, "listen", number)
-        yield bench.compare("listen, a trivial handler", ours, rq_rate(bench, redis, "simple", number), ">= 4", "RQ SimpleWorker")
+        yield bench.compare("listen, a trivial handler", ours, rq_rate(bench, redis, "simple", number), ">= 4",
+                            "RQ SimpleWorker")
 
 
 @section
@@ -625,11 +633,8 @@ def programs(bench):
     with bench.bus() as bus, bench.redis() as redis:
         def ours():
             publish_jobs(bus, "programs", number)
-            began = time.monotonic()
-            subprocess.run([sys.executable, PROGRAM, "work", "--goal", "programs", "--drain", "-j", "4", "--",
-                            shutil.which("true")], env=dict(os.environ, INTENT_BUS_URL=f"http://127.0.0.1:{bus.port}"),
-                           stderr=subprocess.DEVNULL, check=True)
-            return Speed(number / (time.monotonic() - began), math.nan, math.nan)
+            took = wall_ms(bus, sys.executable, PROGRAM, *"work --goal programs --drain -j 4 --".split(), shutil.which("true"))
+            return Speed(1000 * number / took, math.nan, math.nan)
         yield bench.compare("work -j 4 -- true", ours, rq_rate(bench, redis, "forking", number), ">= 5", "RQ Worker")
         ended = client_of(bus).admin("summary").intents["default"]
         if ended != {"fulfilled": number * bench.options.rounds}:
@@ -644,11 +649,9 @@ def growth(bench):
     points = []
     for size in sizes:
         points.append((size, lives(bench.many(1000), bench.grown(size), goal="resize")[0]))
-        publish, claim, fulfil = points[-1][1]
-        yield row(f"publish, {size:,} rows", publish, unit="ms")
-        yield row(f"claim, {size:,} rows", claim, unit="ms")
-        yield row(f"fulfil, {size:,} rows", fulfil, unit="ms")
-    yield plot(["publish", "claim", "fulfil"], points, "ms")
+        for verb, median in zip(VERBS, points[-1][1]):
+            yield row(f"{verb}, {size:,} rows", median, unit="ms", plotted=True)
+    yield plot(VERBS, points, "ms")
 
 
 @section
@@ -656,7 +659,8 @@ def rows(bench):
     """A full table against an empty one; in this process, without the disk's fsync."""
     began = time.monotonic()
     full, empty = bench.grown(bench.options.rows), Stored(f"{bench.place()}/empty.db")
-    yield f"filled to {full.rows:,} rows ({os.path.getsize(full.path) / 1e6:,.0f} MB) in {time.monotonic() - began:.1f} s"
+    size, took = os.path.getsize(full.path) / 1e6, time.monotonic() - began
+    yield f"filled to {full.rows:,} rows, {size:,.0f} MB, in {took:.1f} s, by SQL from copies of 150 intents"
     for name, claim in (("goal given", dict(goal="resize")), ("goal not given", {}),
                         ("two capabilities", dict(goal="resize", capabilities=("gpu", "arm")))):
         among, alone = lives(bench.many(1000), full, empty, **claim)
@@ -665,15 +669,21 @@ def rows(bench):
     yield row(f"fulfil, {full.rows:,} rows", among[2], alone[2], "", "empty table", "ms")
     some = full.bus.list(limit=1).intents[0]["id"]
     for name, path in (("status", f"/status/{some}"), ("list", "/intents"), ("list, of a goal", "/intents?goal=goal-7"),
-                       ("list, of a goal that nobody has", "/intents?goal=nobody"), ("list, dead", "/intents?status=dead"),
+                       ("list, of an unknown goal", "/intents?goal=unknown"), ("list, dead", "/intents?status=dead"),
                        ("summary", "/admin/summary"), ("metrics", "/metrics")):
-        yield row(f"{name}, {full.rows:,} rows", statistics.median(full.get_ms(path) for _ in range(5)), target="<= 50 ms",
-                  unit="ms")
+        median = statistics.median(full.get_ms(path) for _ in range(5))
+        yield row(f"{name}, {full.rows:,} rows", median, target="<= 50 ms", unit="ms")
 
 
 def held(server):
     """Return how many requests the bus holds."""
     return client_of(server).admin("summary").held_requests
+
+
+def delays(what, times, median="", p99=""):
+    """Yield the rows of how long something took, with the targets of median and 99th percentile."""
+    yield row(f"{what}, median", statistics.median(times), target=median, unit="ms")
+    yield row("the same, p99", sorted(times)[int(0.99 * len(times))], target=p99, unit="ms")
 
 
 def ask(sock, request):
@@ -703,8 +713,7 @@ def handoff(bench):
             intent = client.publish("handoff", 1)
             times.append(1000 * (client.get_result(intent.id, wait=PATIENCE_SECONDS).result - called))
         worker.wait(PATIENCE_SECONDS)
-        yield row("publish() to handler start in listen(), median", statistics.median(times), target="< 2 ms", unit="ms")
-        yield row("the same, p99", percentile(times, 0.99), target="< 10 ms", unit="ms")
+        yield from delays("publish() to handler start in listen()", times, "< 2 ms", "< 10 ms")
         request, times = bus_requests(False, False), []
         with connected(bus.port) as publisher, connected(bus.port) as waiting:
             for _ in range(number):
@@ -713,8 +722,7 @@ def handoff(bench):
                 sent = ask(publisher, next(bus_publish(request, "raw")))
                 times.append(1000 * (receive(waiting)[1] - sent))
                 receive(publisher)
-        yield row("publish sent to claim answered, median", statistics.median(times), unit="ms")
-        yield row("the same, p99", percentile(times, 0.99), unit="ms")
+        yield from delays("publish sent to claim answered", times)
 
 
 @section
@@ -743,8 +751,7 @@ def parked(bench):
         yield row(f"memory with {workers:,} parked workers", memory, target="<= 60 MB", unit="MB")
         yield row("of which for them", memory - before, unit="MB")
         yield row("CPU while nothing happens", idle, target="< 1 %", unit="%")
-        yield row("publish sent to claim answered, median", statistics.median(times), unit="ms")
-        yield row("the same, p99", percentile(times, 0.99), target="< 2 ms", unit="ms")
+        yield from delays("publish sent to claim answered", times, "", "< 2 ms")
 
 
 def allow_files(number):
@@ -760,20 +767,10 @@ def allow_files(number):
 def process(bench):
     """What cron starts: a process that publishes."""
     with bench.bus() as bus:
-        environment = dict(os.environ, INTENT_BUS_URL=f"http://127.0.0.1:{bus.port}")
-        python, times = [sys.executable, "-I", "-S"], []
-        for _ in range(bench.many(20)):
-            times.append([wall_ms([*python, *rest], environment) for rest in (
-                (PROGRAM, "publish", "cron", "{}"), ("-c", "import urllib.request"))])
+        times = [[wall_ms(bus, sys.executable, "-I", "-S", *rest) for rest in (
+            (PROGRAM, "publish", "cron", "{}"), ("-c", "import urllib.request"))] for _ in range(bench.many(20))]
         ours, peers = map(statistics.median, zip(*times))
         yield row("publish, the whole process", ours, peers, "<= 1.2", "import urllib.request", "ms")
-
-
-def wall_ms(command, environment):
-    """Return the milliseconds that a command takes."""
-    began = time.perf_counter()
-    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
-    return 1000 * (time.perf_counter() - began)
 
 
 @section
@@ -799,11 +796,12 @@ def floor(bench):
         db.execute("INSERT INTO rows (payload) VALUES (?)", (PAYLOAD * 10,))
     commits = db.execute("SELECT MAX(number) FROM rows").fetchone()[0] / took
     db.close()
-    yield row("SQLite commits, synchronous=FULL, one connection", commits, unit="/s")
+    yield row("SQLite commits, synchronous=FULL, one connection", commits, unit="1/s")
     server = start([sys.executable, HERE, "httpd"], stderr=subprocess.DEVNULL)
     found, = bench.medians(bench.speed(Server(int(server.stdout.readline()), server.pid), "publish", 8))
     end(server)
-    yield row("requests of an empty http.server, 8 clients", found.rate, unit="/s", load=[found.load], server=[found.server])
+    yield row("requests of an empty http.server, 8 clients", found.rate, unit="1/s", load=[found.load],
+              server=[found.server])
 
 
 class Empty(http.server.BaseHTTPRequestHandler):
@@ -833,18 +831,19 @@ def httpd_role():
 
 def machine(bench):
     """Return what the figures are of: the machine, the versions, and what each server does before it answers."""
-    with contextlib.suppress(OSError, IndexError):
-        cpu = pathlib.Path("/proc/cpuinfo").read_text().partition("model name")[2].split("\n")[0].strip("\t :")
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        cpu = pathlib.Path("/proc/cpuinfo").read_text().partition("model name")[2].split("\n")[0].strip("\t :") or cpu
     beanstalkd = shutil.which("beanstalkd") and first_line("beanstalkd", "-v")
     redis = shutil.which("redis-server") and bench.rq_version
     return {
-        "CPU": f"{os.cpu_count()} x {locals().get('cpu') or platform.processor() or platform.machine()}",
+        "CPU": f"{os.cpu_count()} x {cpu}",
         "system": f"{platform.system()} {platform.release()}, load average " + " ".join(
             f"{number:.1f}" for number in getattr(os, "getloadavg", tuple)()),
         "Python": f"{platform.python_version()}, SQLite {sqlite3.sqlite_version}",
         "directory": f"{bench.directory} on {file_system(bench.directory)}",
         "measured": f"{bench.options.rounds} rounds of {bench.options.seconds:g} s",
-        "intentbus": f"{intentbus.__version__}: SQLite in WAL mode, synchronous=FULL, an fsync before each answer to a write",
+        "intentbus": f"{intentbus.__version__}: SQLite's WAL, synchronous=FULL, an fsync before each answer to a write",
         "beanstalkd": f"{beanstalkd}: -b DIR -f0, an fsync before each answer to a write" if beanstalkd else NOT_HERE,
         "RQ": f"{redis} on {first_line('redis-server', '--version')[:21]}: appendfsync everysec" if redis else NOT_HERE,
     }
@@ -860,11 +859,11 @@ def file_system(path):
     return max(within)[1] if within else "an unknown file system"
 
 
-def shown(value, unit=""):
+def shown(value):
     """Return a value as the table shows it."""
     if not isinstance(value, (int, float)):
         return value or ""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" + (" " + unit if unit.isalpha() or unit == "%" else unit)
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def percents(shares):
@@ -872,14 +871,14 @@ def percents(shares):
     return " / ".join(f"{100 * share:.0f} %" for share in shares if not math.isnan(share))
 
 
-LINE = "{:<46} {:>11} {:>11}  {:<22}{:>6}  {:<9} {:<15}{}"
+LINE = "{:<46} {:<4}{:>13} {:>9}  {:<22}{:>6}  {:<9} {:<14} {}"     # what, unit, ..., load, server
 
 
 def table_line(found):
     """Return a row as a line of text."""
-    return LINE.format(found["what"], shown(found["intentbus"], found["unit"]), shown(found["peers"], found["unit"]),
-                       found["peer"], f"{found['ratio']:.2f}" if found["ratio"] else "", found["target"],
-                       percents(found.get("load", ())), percents(found.get("server", ()))).rstrip()
+    ratio = f"{found['ratio']:.2f}" if found["ratio"] else ""
+    return LINE.format(found["what"], found["unit"], shown(found["intentbus"]), shown(found["peers"]), found["peer"], ratio,
+                       found["target"], percents(found.get("load", ())), percents(found.get("server", ()))).rstrip()
 
 
 def report(bench, names):
@@ -888,13 +887,16 @@ def report(bench, names):
     about, results = machine(bench), []
     for name, value in about.items():
         say(f"{name + ':':<12} {value}")
-    say("\n" + LINE.format("what", "intentbus", "peer", "", "ratio", "target", "load", "server"))
+    say("\n" + LINE.format("what", "unit", "intentbus", "peer", "", "ratio", "target", "load", "server"))
     for name in names:
         say(f"\n{name}: {SECTIONS[name].__doc__}")
         for found in SECTIONS[name](bench):
-            if isinstance(found, dict):
-                results.append(dict(section=name, **found))
-            say(found if isinstance(found, str) else table_line(found))
+            if isinstance(found, str):
+                say(found)
+                continue
+            results.append(dict(section=name, **found))
+            if not found.get("plotted"):
+                say(table_line(found))
     if bench.options.json:
         print(json.dumps(dict(machine=about, rows=results), indent=1, default=str))
 
@@ -934,7 +936,7 @@ def main(arguments):
         if name.startswith(("BUS_", "INTENT_", "DASHBOARD_")):     # settings of another bus
             del os.environ[name]
     os.environ["BUS_SECRET"] = os.environ["INTENT_API_KEY"] = secrets.token_hex(24)
-    with tempfile.TemporaryDirectory(dir=options.dir, ignore_cleanup_errors=True) as directory:
+    with tempfile.TemporaryDirectory(dir=options.dir) as directory:
         try:
             report(Bench(options, directory), options.only.split(","))
         except KeyboardInterrupt:
