@@ -9,11 +9,11 @@ It starts the bus itself, and beanstalkd and redis-server if they are installed,
 databases in a directory of its own, and ends them all. A peer that is missing is a row that says so. RQ needs a Python
 that can import rq: --rq-python. For millions of rows allow a kilobyte of disk for each.
 
-The figures are medians of rounds in which the peers take turns; a ratio is intentbus to peer. What makes the load is the
-same code for all of them, in processes of its own: a client is a coroutine that yields a request and is sent the answer,
-and one process drives many over keep-alive connections. The column "load" is the share of a core that those processes
-took, beside intentbus / beside the peer: far below 100 % times their number (2 from 21 clients on), they are not what is
-measured. "server" is the same of the server. Targets are aims for a machine with nothing else to do; nothing fails here.
+The figures are medians of rounds in which the peers take turns; a ratio is intentbus to peer. What makes the load is
+the same code for all of them, in processes of its own: a client is a coroutine that yields a request and is sent the
+answer, and one process drives many over keep-alive connections. The column "load" is the share of a core that those
+processes took, beside intentbus / beside the peer: far below 100 % times their number (2 from 21 clients on), they are
+not what is measured. "server" is the same of the server. Targets are aims, for a machine with nothing else to do.
 """
 
 import argparse
@@ -131,12 +131,10 @@ SCRIPTS = {
 # ---- The load: who asks ----
 
 class Client:
-    """A connection that plays a script over and over; done() is called at each end of it."""
+    """A connection that asks what a coroutine yields, and sends it the answers."""
 
-    def __init__(self, selector, port, script, answer, close, done):
-        self._selector, self._port, self._script, self._answer = selector, port, script, answer
-        self._close, self._done = close, done
-        self._playing = script()
+    def __init__(self, selector, port, playing, answer, close):
+        self._selector, self._port, self._playing, self._answer, self._close = selector, port, playing, answer, close
         self._connect()
         self._sock.sendall(next(self._playing))
 
@@ -161,13 +159,7 @@ class Client:
         if self._close:
             self.end()
             self._connect()
-        try:
-            request = self._playing.send(answer)
-        except StopIteration:
-            self._done()
-            self._playing = self._script()
-            request = next(self._playing)
-        self._sock.sendall(request)
+        self._sock.sendall(self._playing.send(answer))
 
 
 def play(port, script, goal, clients, start, seconds, most=None, close=False, signed=False):
@@ -175,22 +167,27 @@ def play(port, script, goal, clients, start, seconds, most=None, close=False, si
 
     Times are those of time.monotonic(), which all processes share.
     """
-    ends, selector = collections.Counter(), selectors.DefaultSelector()
+    ends, selector, request = 0, selectors.DefaultSelector(), bus_requests(close, signed)
     script, answer = SCRIPTS[script]
-    crowd = [Client(selector, port, functools.partial(script, bus_requests(close, signed), goal), answer, close,
-                    functools.partial(ends.update, ("all",))) for _ in range(clients)]
+
+    def playing():
+        nonlocal ends
+        while True:
+            yield from script(request, goal)
+            ends += 1
 
     def play_until(time_is_up):
         while not time_is_up():
             for ready, _ in selector.select(0.1):
                 ready.data()
+    crowd = [Client(selector, port, playing(), answer, close) for _ in range(clients)]
     play_until(lambda: time.monotonic() >= start)
-    before, cpu, began = ends["all"], time.process_time(), time.monotonic()
-    play_until(lambda: time.monotonic() >= began + seconds or most and ends["all"] - before >= most)
+    before, cpu, began = ends, time.process_time(), time.monotonic()
+    play_until(lambda: time.monotonic() >= began + seconds or most and ends - before >= most)
     took = time.monotonic() - began
     for client in crowd:
         client.end()
-    return dict(number=ends["all"] - before, seconds=took, cpu=time.process_time() - cpu)
+    return dict(number=ends - before, seconds=took, cpu=time.process_time() - cpu)
 
 
 def load_role():
@@ -323,8 +320,8 @@ class Bench:
 
     def redis(self):
         """Run redis-server with an append-only file and an fsync a second, or yield None."""
-        flags = "--bind 127.0.0.1 --appendonly yes --appendfsync everysec".split()
-        return self._peer("redis-server" if self.rq_version else "", "--port", [*flags, "--save", "", "--dir", self.place()], {})
+        flags = [*"--bind 127.0.0.1 --appendonly yes --appendfsync everysec --dir".split(), self.place(), "--save", ""]
+        return self._peer("redis-server" if self.rq_version else "", "--port", flags, {})
 
     def speed(self, server, script, clients, **more):
         """Return the function that measures the Speed of a script once, or None for a missing server."""
@@ -422,7 +419,7 @@ class Stored:
     """A bus in this process, without sockets, whose commits do not wait for the disk: that would hide all the rest."""
 
     def __init__(self, path):
-        self.path, self.rows, self._began = path, 0, time.time() - 3 * 86400
+        self.path, self.rows, self.seconds, self._began = path, 0, 0, time.time() - 3 * 86400
         self._open()
 
     def _open(self):
@@ -433,6 +430,9 @@ class Stored:
 
     def fill(self, rows):
         """Bring the file to so many rows: SQLite itself copies mix(), with ids and times of their own."""
+        if rows <= self.rows:
+            return
+        began = time.monotonic()
         self.store.close()
         db = sqlite3.connect(self.path, isolation_level=None)
         for pragma in ("journal_mode = OFF", "synchronous = OFF", "cache_size = -200000"):
@@ -459,8 +459,8 @@ class Stored:
         """)
         db.execute("COMMIT")
         db.close()
-        self.rows = max(rows, self.rows)
         self._open()
+        self.rows, self.seconds = rows, self.seconds + time.monotonic() - began
 
     def life(self, **claim):
         """Publish, claim and fulfil; return the milliseconds of each."""
@@ -633,7 +633,7 @@ def programs(bench):
     with bench.bus() as bus, bench.redis() as redis:
         def ours():
             publish_jobs(bus, "programs", number)
-            took = wall_ms(bus, sys.executable, PROGRAM, *"work --goal programs --drain -j 4 --".split(), shutil.which("true"))
+            took = wall_ms(bus, sys.executable, PROGRAM, *"work --goal programs --drain -j 4 -- true".split())
             return Speed(1000 * number / took, math.nan, math.nan)
         yield bench.compare("work -j 4 -- true", ours, rq_rate(bench, redis, "forking", number), ">= 5", "RQ Worker")
         ended = client_of(bus).admin("summary").intents["default"]
@@ -657,10 +657,9 @@ def growth(bench):
 @section
 def rows(bench):
     """A full table against an empty one; in this process, without the disk's fsync."""
-    began = time.monotonic()
     full, empty = bench.grown(bench.options.rows), Stored(f"{bench.place()}/empty.db")
-    size, took = os.path.getsize(full.path) / 1e6, time.monotonic() - began
-    yield f"filled to {full.rows:,} rows, {size:,.0f} MB, in {took:.1f} s, by SQL from copies of 150 intents"
+    size = os.path.getsize(full.path) / 1e6
+    yield f"filled to {full.rows:,} rows, {size:,.0f} MB, in {full.seconds:.1f} s, by SQL from copies of 150 intents"
     for name, claim in (("goal given", dict(goal="resize")), ("goal not given", {}),
                         ("two capabilities", dict(goal="resize", capabilities=("gpu", "arm")))):
         among, alone = lives(bench.many(1000), full, empty, **claim)
@@ -796,7 +795,7 @@ def floor(bench):
         db.execute("INSERT INTO rows (payload) VALUES (?)", (PAYLOAD * 10,))
     commits = db.execute("SELECT MAX(number) FROM rows").fetchone()[0] / took
     db.close()
-    yield row("SQLite commits, synchronous=FULL, one connection", commits, unit="1/s")
+    yield row("SQLite commits, FULL, one connection", commits, unit="1/s")
     server = start([sys.executable, HERE, "httpd"], stderr=subprocess.DEVNULL)
     found, = bench.medians(bench.speed(Server(int(server.stdout.readline()), server.pid), "publish", 8))
     end(server)
@@ -821,7 +820,7 @@ class Empty(http.server.BaseHTTPRequestHandler):
 
 def httpd_role():
     """Serve, and print the port."""
-    http.server.ThreadingHTTPServer.request_queue_size = 1024     # with 5, the default, clients wait a second to connect
+    http.server.ThreadingHTTPServer.request_queue_size = 1024     # with 5, the default, clients wait to connect
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Empty) as server:
         print(server.server_port, flush=True)
         server.serve_forever()
@@ -877,8 +876,9 @@ LINE = "{:<46} {:<4}{:>13} {:>9}  {:<22}{:>6}  {:<9} {:<14} {}"     # what, unit
 def table_line(found):
     """Return a row as a line of text."""
     ratio = f"{found['ratio']:.2f}" if found["ratio"] else ""
-    return LINE.format(found["what"], found["unit"], shown(found["intentbus"]), shown(found["peers"]), found["peer"], ratio,
-                       found["target"], percents(found.get("load", ())), percents(found.get("server", ()))).rstrip()
+    load, server = percents(found.get("load", ())), percents(found.get("server", ()))
+    return LINE.format(found["what"], found["unit"], shown(found["intentbus"]), shown(found["peers"]), found["peer"],
+                       ratio, found["target"], load, server).rstrip()
 
 
 def report(bench, names):
@@ -898,7 +898,8 @@ def report(bench, names):
             if not found.get("plotted"):
                 say(table_line(found))
     if bench.options.json:
-        print(json.dumps(dict(machine=about, rows=results), indent=1, default=str))
+        known = json.loads(json.dumps(results), parse_constant=lambda not_a_number: None)
+        print(json.dumps(dict(machine=about, rows=known), indent=1))
 
 
 def options_of(arguments):
