@@ -130,6 +130,21 @@ SCRIPTS = {
 
 # ---- The load: who asks ----
 
+def connected(port):
+    """Return a connection to a port of this machine."""
+    sock = socket.create_connection(("127.0.0.1", port), PATIENCE_SECONDS)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def arrived(sock):
+    """Return what has arrived, at least a byte."""
+    received = sock.recv(65536)
+    if not received:
+        raise ConnectionError("The server has hung up.")
+    return received
+
+
 class Client:
     """A connection that asks what a coroutine yields, and sends it the answers."""
 
@@ -148,10 +163,7 @@ class Client:
 
     def receive(self):
         """Take what has arrived, and ask on once it is all there."""
-        arrived = self._sock.recv(65536)
-        if not arrived:
-            raise ConnectionError("The server has hung up.")
-        self._received += arrived
+        self._received += arrived(self._sock)
         answer = self._answer(self._received)
         if answer is None:
             return
@@ -228,13 +240,6 @@ Server = collections.namedtuple("Server", "port pid")
 STARTED = []     # processes, of which none outlives this one
 
 
-def connected(port):
-    """Return a connection to a port of this machine."""
-    sock = socket.create_connection(("127.0.0.1", port), PATIENCE_SECONDS)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return sock
-
-
 def start(arguments, stdout=subprocess.PIPE, **options):
     """Start a process that ends with this one; Ctrl-C reaches only this one, which then ends it."""
     process = subprocess.Popen(list(map(str, arguments)), stdout=stdout, start_new_session=True, **options)
@@ -269,6 +274,22 @@ def memory_mb(pid):
         return int(status.partition("VmRSS:")[2].split()[0]) / 1024
     except FileNotFoundError:
         return math.nan
+
+
+def answers(port):
+    """Return whether there is a server at a port."""
+    with contextlib.suppress(OSError):
+        connected(port).close()
+        return True
+
+
+def wait_until(fact):
+    """Return once fact() is true."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not fact():
+        if time.monotonic() > deadline:
+            raise TimeoutError("what was waited for did not come")
+        time.sleep(0.005)
 
 
 def first_line(*command):
@@ -350,22 +371,6 @@ class Bench:
             self._grown = Stored(f"{self.place()}/bus.db")
         self._grown.fill(rows)
         return self._grown
-
-
-def answers(port):
-    """Return whether there is a server at a port."""
-    with contextlib.suppress(OSError):
-        connected(port).close()
-        return True
-
-
-def wait_until(fact):
-    """Return once fact() is true."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not fact():
-        if time.monotonic() > deadline:
-            raise TimeoutError("what was waited for did not come")
-        time.sleep(0.005)
 
 
 def row(what, ours, peers=None, target="", peer="", unit="", **more):
@@ -696,7 +701,7 @@ def receive(sock):
     """Return the answer that comes, and the time at which it had come."""
     received = b""
     while (answer := http_answer(received)) is None:
-        received += sock.recv(65536)
+        received += arrived(sock)
     return answer, time.monotonic()
 
 
