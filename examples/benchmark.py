@@ -7,7 +7,7 @@
 
 It starts the bus itself, and beanstalkd and redis-server if they are installed, on free ports of this machine and with
 databases in a directory of its own, and ends them all. A peer that is missing is a row that says so. RQ needs a Python
-that can import rq: --rq-python. For millions of rows allow a kilobyte of disk for each.
+that can import rq: --rq-python. Big tables take half a kilobyte of disk a row.
 
 The figures are medians of rounds in which the peers take turns; a ratio is intentbus to peer. What makes the load is
 the same code for all of them, in processes of its own: a client is a coroutine that yields a request and is sent the
