@@ -4243,6 +4243,19 @@ def test_the_python_examples_work_together(serve):
 
 
 @POSIX
+def test_the_benchmark_measures_and_says_what_is_not_here(tmp_path):
+    found = subprocess.run([sys.executable, HERE / "examples" / "benchmark.py", "--only", "cycles", "--seconds", "0.05", "--rounds",
+                            "1", "--dir", tmp_path, "--json"], env=dict(os.environ, PATH="/nowhere"), capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    rows = {row["what"]: row for row in json.loads(found.stdout)["rows"]}
+    assert list(rows) == ["full cycles, 1 client", "full cycles, 8 clients", "full cycles, 40 clients", "the same, signed",
+                          "the same, a connection per request"]
+    assert all(row["intentbus"] > 0 and what in found.stderr for what, row in rows.items())
+    assert [row["peers"] for row in rows.values()][:4] == ["not here"] * 4 and rows["the same, a connection per request"]["ratio"]
+    assert not list(tmp_path.iterdir())
+
+
+@POSIX
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not on this machine")
 def test_a_worker_of_curl_and_a_shell(serve):
     id = serve.run("publish", "curl", '{"claim_token": "00", "text": "a\\"b\\\\n"}').stdout.strip()
