@@ -958,6 +958,18 @@ class Store:
             raise SetupError(f"Another bus is serving {self.path}; stop it, or give this one another --db.") from error
         return guard
 
+    def _logs_ahead(self):
+        """Return whether the file can have a write-ahead log; where memory cannot be shared, the first read fails."""
+        import sqlite3
+        try:
+            mode = self._db.execute("PRAGMA journal_mode = WAL").fetchone().journal_mode
+            self._db.execute("SELECT name FROM sqlite_master LIMIT 1")
+        except sqlite3.OperationalError:
+            with contextlib.suppress(sqlite3.OperationalError):
+                self._db.execute("PRAGMA journal_mode = DELETE")     # in vain, but it lets go of the log
+            return False
+        return mode == "wal"
+
     def _prepare(self):
         """Bring the file to the journal mode and schema of this version."""
         version = self._db.execute("PRAGMA user_version").fetchone().user_version
@@ -967,8 +979,9 @@ class Store:
         if version > len(MIGRATIONS):
             raise SetupError(f"The database {self.path} was written by a newer intentbus (schema {version}, "
                              f"this one knows {len(MIGRATIONS)}); use that version, or another --db.")
-        mode = self._db.execute("PRAGMA journal_mode = WAL").fetchone().journal_mode
-        if mode != "wal":
+        if not self._logs_ahead():
+            for setting in ("locking_mode = EXCLUSIVE", "journal_mode = DELETE", "locking_mode = NORMAL"):
+                self._db.execute(f"PRAGMA {setting}")     # a log that nobody shares needs no shared memory to be ended
             self.warning = f"{self.path} is on a file system without shared memory: the bus works, but slower."
         self._db.execute("BEGIN IMMEDIATE")
         for script in MIGRATIONS[version:]:

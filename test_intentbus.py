@@ -624,6 +624,176 @@ def test_what_is_no_database_is_refused_in_words(tmp_path):
         Store(tmp_path / "nowhere" / "bus.db")
 
 
+VERSION_1 = """
+    PRAGMA application_id = 6917;
+    PRAGMA user_version = 1;
+    CREATE TABLE intents (
+        -- as published
+        id TEXT PRIMARY KEY, namespace TEXT NOT NULL, goal TEXT NOT NULL, payload TEXT NOT NULL, owner TEXT NOT NULL,
+        publisher TEXT NOT NULL, visibility TEXT NOT NULL, priority INTEGER NOT NULL, ttl DOUBLE PRECISION NOT NULL,
+        max_attempts INTEGER NOT NULL, backoff_base DOUBLE PRECISION NOT NULL, target_worker TEXT,
+        required_capability TEXT, created_at DOUBLE PRECISION NOT NULL,
+        -- where it stands
+        status TEXT NOT NULL, run_at DOUBLE PRECISION NOT NULL, expires_at DOUBLE PRECISION NOT NULL,
+        completed_at DOUBLE PRECISION, last_error TEXT, result TEXT, result_type TEXT,
+        -- the latest claim
+        claim_attempts INTEGER NOT NULL, claim_token_hash TEXT, claim_expires_at DOUBLE PRECISION, claim_owner TEXT,
+        claim_outcome TEXT, worker_id TEXT,
+        -- what the indexes need
+        lane TEXT NOT NULL, ready INTEGER NOT NULL, wake_at DOUBLE PRECISION
+    );
+    CREATE INDEX intents_ready ON intents (lane, priority DESC, run_at, claim_attempts, created_at, id) WHERE ready = 1;
+    CREATE INDEX intents_wake ON intents (wake_at) WHERE wake_at IS NOT NULL;
+    CREATE INDEX intents_completed ON intents (completed_at) WHERE completed_at IS NOT NULL;
+    CREATE TABLE tallies (     -- how many intents there are of each kind
+        namespace TEXT, publisher TEXT, status TEXT, intents INTEGER NOT NULL,
+        PRIMARY KEY (namespace, publisher, status)
+    );
+    CREATE TABLE keys (
+        key_id TEXT PRIMARY KEY, name TEXT NOT NULL, owner TEXT NOT NULL, role TEXT NOT NULL,
+        created_at DOUBLE PRECISION NOT NULL, last_used_at DOUBLE PRECISION, total_requests INTEGER NOT NULL,
+        revoked_at DOUBLE PRECISION
+    );
+    CREATE TABLE memos (     -- what is remembered for a while: values of owners, answers to idempotency keys, nonces
+        kind TEXT, owner TEXT, key TEXT, value TEXT NOT NULL, expires_at DOUBLE PRECISION NOT NULL,
+        PRIMARY KEY (kind, owner, key)
+    );
+    CREATE INDEX memos_expires ON memos (expires_at);
+    INSERT INTO intents VALUES ('01a3185c5000000083840ad7522dab4e', 'home', 'g', '{"n":1}', 'owner', 'owner',
+        'private', 7, 604800.0, 3, 5.0, NULL, NULL, 1800000000.0, 'open', 1800000000.0, 1800604800.0, NULL, NULL,
+        NULL, NULL, 0, NULL, NULL, NULL, NULL, NULL, 'home\towner\t\t\tg\towner', 1, 1800604800.0);
+    INSERT INTO intents VALUES ('01a3185c50000000bf2686c0d946683b', 'default', 'g', '"later"', 'owner', 'owner',
+        'private', 100, 604800.0, 3, 5.0, NULL, NULL, 1800000000.0, 'open', 1800003600.0, 1800608400.0, NULL, NULL,
+        NULL, NULL, 0, NULL, NULL, NULL, NULL, NULL, 'default\towner\t\t\tg\towner', 0, 1800003600.0);
+    INSERT INTO intents VALUES ('01a3185c500000001c89eb7b2266193d', 'default', 'held', '[1,2]', 'owner', 'owner',
+        'private', 100, 604800.0, 3, 5.0, NULL, NULL, 1800000000.0, 'claimed', 1800000000.0, 1800604800.0, NULL, NULL,
+        NULL, NULL, 1, '86d35aaba1b22866bfbce1572a1ad608d2f1115c5e9bbfe1a4b19f42f0529088', 1800000060.0, 'owner',
+        NULL, 'phone', 'default\towner\t\t\theld\towner', 0, 1800000060.0);
+    INSERT INTO intents VALUES ('01a3185c500000006f604259ccc43707', 'default', 'done', '1', 'owner', 'owner',
+        'private', 100, 604800.0, 3, 5.0, NULL, NULL, 1800000000.0, 'fulfilled', 1800000000.0, 1800604800.0,
+        1800000000.0, NULL, '{"ok":true}', 'json', 1,
+        '016c8da5c2ba8bef7417151c69fa23ef8daffd14e2599c95c5be6f650d4fac39', NULL, 'owner', 'fulfilled', NULL,
+        'default\towner\t\t\tdone\towner', 0, NULL);
+    INSERT INTO intents VALUES ('01a3185c50000000f0fc14c7dcc52374', 'default', 'bad', '1', 'owner', 'owner',
+        'private', 100, 604800.0, 1, 5.0, NULL, NULL, 1800000000.0, 'dead', 1800000000.0, 1800604800.0, 1800000000.0,
+        'no such host', NULL, NULL, 1, 'b02b85802a7fa5a3556c944e5f76771ca32cd01574e2a2c0d58310d096264ac5', NULL,
+        'owner', 'failed', NULL, 'default\towner\t\t\tbad\towner', 0, NULL);
+    INSERT INTO intents VALUES ('01a3185c50000000a4b769131362d556', 'default', 'again', '1', 'owner', 'owner',
+        'public', 100, 604800.0, 3, 5.0, NULL, NULL, 1800000000.0, 'open', 1800000011.0, 1800604800.0, NULL,
+        'try later', NULL, NULL, 1, '44bab2894eddfdfae7e2cfb4125f9e57c84032ecfde3cd9423e8bc1830803258', NULL, 'owner',
+        'failed', NULL, 'default\t\t\t\tagain\towner', 0, 1800000011.0);
+    INSERT INTO tallies VALUES ('home', 'owner', 'open', 1);
+    INSERT INTO tallies VALUES ('default', 'owner', 'open', 2);
+    INSERT INTO tallies VALUES ('default', 'owner', 'claimed', 1);
+    INSERT INTO tallies VALUES ('default', 'owner', 'fulfilled', 1);
+    INSERT INTO tallies VALUES ('default', 'owner', 'dead', 1);
+    INSERT INTO keys VALUES ('a29f44ae718dbcd2', 'phone', 'ann', 'both', 1800000000.0, NULL, 0, NULL);
+    INSERT INTO keys VALUES ('0900d449d078bd2c', 'lost', 'ann', 'work', 1800000000.0, NULL, 0, 1800000000.0);
+    INSERT INTO memos VALUES ('idempotency', 'owner', 'once',
+        '5f99bdfe13f23ac5a4aa2de41f1e880fde7380a8f8b7c92209ea7044d5463b55{"id":"01a3185c500000006f604259ccc43707","status":"published","namespace":"default"}',
+        1800086400.0);
+    INSERT INTO memos VALUES ('store', 'owner', 'thermostat', '{"celsius":19.5}', 1800086400.0);
+"""     # a database of schema version 1, as the first release wrote it: never to be edited
+
+
+def test_a_database_of_the_first_release_opens_and_works(tmp_path, clock):
+    with contextlib.closing(sqlite3.connect(tmp_path / "bus.db")) as old:
+        old.executescript(VERSION_1)
+    store = Store(tmp_path / "bus.db")
+    bus = Bus(store, clock=lambda: clock.wall, steady=lambda: clock.steady, boot=lambda: None)
+    ids = [row.id for row in bus.list().intents]
+    assert sorted(bus.get_status(id).status for id in ids) == ["claimed", "dead", "fulfilled", "open", "open", "open"]
+    assert bus.claim("g", namespace="home").payload == {"n": 1} and bus.claim("g") is None
+    held, token = "01a3185c500000001c89eb7b2266193d", "d900b70fb64ae815002f4c7207f0fd34"
+    assert bus.fulfill(held, token, "late but done").ok
+    done = "01a3185c500000006f604259ccc43707"
+    assert bus.get_result(done).result == {"ok": True}
+    assert bus.publish("done", 1, idempotency_key="once").id == done
+    assert bus.retry("01a3185c50000000f0fc14c7dcc52374").status == "open"
+    assert bus.get("thermostat") == {"celsius": 19.5}
+    clock.pass_(3600)
+    assert (bus.claim("g").payload, bus.claim("again").claim_attempts) == ("later", 2)
+    assert {row["status"]: row["intents"] for row in store.tallies() if row.namespace == "default"} == dict(
+        claimed=2, fulfilled=2, open=1)
+    keys = Keys(KEY, store, clock=lambda: clock.wall)
+    issued = "tk_a29f44ae718dbcd208bcad3244b2fcf55a6dd5b901e11d081bc66bb5"
+    assert keys.caller(intentbus.Request("GET", "/", {"x-api-key": issued})).owner == "ann"
+    with pytest.raises(intentbus.Unauthorized):
+        keys.caller(intentbus.Request("GET", "/", {"x-api-key": "tk_0900d449d078bd2c2b15b029c6da9659a8ac186bb58148e5c3116884"}))
+    with store._reader() as db:
+        assert db.execute("PRAGMA user_version").fetchone().user_version == len(intentbus.MIGRATIONS)
+    bus.stop()
+    store.close()
+
+
+SLOW_MIGRATION = """
+    INSERT INTO tallies VALUES ('half', 'a', 'migration', 1);
+    WITH RECURSIVE endless (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM endless) SELECT COUNT(*) FROM endless
+"""
+
+
+def locked(path):
+    """Whether somebody is writing to a database."""
+    with contextlib.closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as db:
+        try:
+            db.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            return True
+
+
+def test_a_migration_that_is_killed_leaves_the_file_as_it_was(tmp_path):
+    with contextlib.closing(Store(tmp_path / "bus.db")) as store:
+        add(store, published())
+    code = f"import intentbus; intentbus.MIGRATIONS += ({SLOW_MIGRATION!r},); intentbus.Store('bus.db')"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=dict(os.environ, PYTHONPATH=str(HERE)))
+    wait_until(lambda: locked(tmp_path / "bus.db"))
+    process.kill()
+    process.wait()
+    with contextlib.closing(Store(tmp_path / "bus.db")) as store:
+        assert len(store.list(10)) == 1 and [row.status for row in store.tallies()] == ["open"]
+
+
+NO_SHARED_MEMORY = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+static void *refuse(const char *name, void *at, size_t length, int how, int flags, int file, off_t offset) {
+    char link[64], path[4096];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", file);
+    ssize_t size = file < 0 ? -1 : readlink(link, path, sizeof path);
+    if (size > 4 && !memcmp(path + size - 4, "-shm", 4)) { errno = ENODEV; return MAP_FAILED; }
+    void *(*real)(void *, size_t, int, int, int, off_t) = dlsym(RTLD_NEXT, name);
+    return real(at, length, how, flags, file, offset);
+}
+void *mmap(void *a, size_t l, int h, int f, int d, off_t o) { return refuse("mmap", a, l, h, f, d, o); }
+void *mmap64(void *a, size_t l, int h, int f, int d, off_t o) { return refuse("mmap64", a, l, h, f, d, o); }
+"""
+
+
+def preloaded(folder, source):
+    """Compile a library that goes between a program and the system; return the environment that loads it."""
+    if not sys.platform.startswith("linux") or not shutil.which("cc"):
+        pytest.skip("this needs Linux and a C compiler")
+    (folder / "between.c").write_text(source)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", "between.so", "between.c", "-ldl"], cwd=folder, check=True)
+    return {"LD_PRELOAD": str(folder / "between.so")}
+
+
+def test_where_a_file_system_has_no_shared_memory_the_bus_works_and_says_so(tmp_path):
+    bus = Serve(tmp_path, **preloaded(tmp_path, NO_SHARED_MEMORY))
+    id = bus.run("publish", "g", "1").stdout.strip()
+    assert bus.run("work", "--goal", "g", "--once").stdout == "1\n"
+    assert bus.run("status", id).stdout == "fulfilled\n"
+    with contextlib.closing(sqlite3.connect(tmp_path / "intentbus.db")) as db:
+        assert db.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+    code, _, said = bus.stop()
+    assert code == 0 and "without shared memory: the bus works, but slower" in said
+
+
 # ---- 5. Bus ----
 
 ALICE = Caller("k1", "alice", "both", False, None)
@@ -3635,13 +3805,13 @@ def test_a_worker_whose_claims_are_answered_by_nobody_gets_them_later_as_one_att
 class Serve:
     """`intentbus.py serve` as a process, in a directory and HOME of its own."""
 
-    def __init__(self, home, *arguments):
+    def __init__(self, home, *arguments, **environment):
         self.env = dict(os.environ, HOME=str(home), PYTHONUNBUFFERED="1")
         for name in ("INTENT_API_KEY", "INTENT_BUS_URL", "INTENT_BUS_NAMESPACE", "BUS_SECRET", "BUS_DB_PATH"):
             self.env.pop(name, None)
         self.home = home
         self.process = subprocess.Popen([sys.executable, PROGRAM, "serve", "--port", "0", *arguments], cwd=home,
-                                        env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                                        env=dict(self.env, **environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.url = self.process.stdout.readline().strip()
         self.env["INTENT_BUS_URL"] = self.url
 
