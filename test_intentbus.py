@@ -4890,6 +4890,216 @@ def figure(what, text):
     print(f"FIGURE {what}: {text}")
 
 
+def talking(url, key):
+    """Return ask(path, body), which posts over one kept connection and returns (status, answer)."""
+    link = http.client.HTTPConnection(url.partition("//")[2], timeout=20)
+
+    def ask(path, body=None):
+        link.request("POST", path, None if body is None else json.dumps(body), {"X-API-KEY": key})
+        answer = link.getresponse()
+        content = answer.read()
+        return answer.status, content and json.loads(content)
+    return ask
+
+
+class Answered:
+    """What a bus has answered: published ids, {id: (token, when)} of claims, and reports by outcome."""
+
+    def __init__(self):
+        self.published, self.claims, self.fulfilled, self.failed, self.reported = [], [], [], [], set()
+
+    def load(self, url, key, ended):
+        """Publish, claim, and fulfil or fail in turn, until the bus is gone."""
+        ask = talking(url, key)
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            for number in itertools.count():
+                self.published.append(ask("/intent", a_publish())[1]["id"])
+                status, claimed = ask("/claim?goal=g")
+                if status != 200:
+                    continue
+                self.claims.append((claimed["id"], time.monotonic()))
+                outcome = (self.fulfilled, self.failed)[number % 2]
+                self.reported.add(claimed["id"])
+                status, _ = ask(f"/{'fail' if number % 2 else 'fulfill'}/{claimed['id']}", {"claim_token": claimed["claim_token"]})
+                if status == 200:
+                    outcome.append(claimed["id"])
+        ended.put(1)
+
+
+@SLOW
+@POSIX
+def test_a_bus_that_is_killed_two_hundred_times_has_lost_nothing_it_has_answered(tmp_path):
+    answered, starts, chance = Answered(), [], random.Random(4)
+    for _ in range(200):
+        started = time.monotonic()
+        serve = Serve(tmp_path, "--db", "bus.db")
+        urllib.request.urlopen(serve.url + "/health", timeout=20).close()
+        starts.append(time.monotonic() - started)
+        key, ended = intentbus.read_key(tmp_path / ".apikey"), queue.SimpleQueue()
+        for _ in range(4):
+            threading.Thread(target=answered.load, args=(serve.url, key, ended), daemon=True).start()
+        with contextlib.suppress(queue.Empty):
+            ended.get(timeout=chance.uniform(0.02, 0.3))
+        serve.process.kill()
+        serve.process.communicate()
+        for _ in range(4):
+            ended.get(timeout=20)
+    with contextlib.closing(Store(tmp_path / "bus.db")) as store:
+        stored = {id: store.get(id) for id in {*answered.published, *answered.fulfilled, *answered.failed}}
+        with store._reader() as db:
+            assert [*db.execute("PRAGMA integrity_check").fetchone().values()] == ["ok"]
+    assert {stored[id].status for id in answered.fulfilled} == {"fulfilled"}
+    assert all(stored[id].last_error for id in answered.failed)
+    latest = {}
+    for id, when in answered.claims:     # claimed twice only when the first one had reported, or a lease later
+        assert id not in latest or id in answered.reported or when - latest[id] > intentbus.LEASE_SECONDS
+        latest[id] = when
+    starts.sort()
+    figure("kill -9 of the bus", f"200 rounds; {len(answered.published)} publishes, {len(answered.claims)} claims, "
+           f"{len(answered.fulfilled) + len(answered.failed)} reports answered, none lost; up again after "
+           f"{starts[100]:.2f} s (median), {starts[-1]:.2f} s (longest)")
+    assert starts[100] < 1 and len(answered.fulfilled) > 1000
+
+
+@SLOW
+@POSIX
+def test_what_a_hundred_killed_workers_had_is_done_by_others(serve, tmp_path):
+    client, lags, rescues = IntentClient(serve.url, intentbus.read_key(serve.home / ".apikey")), [], []
+    for wave in range(10):
+        goal, marks = f"wave{wave}", tmp_path / f"wave{wave}"
+        marks.mkdir()
+        ids = client.publish_many([dict(goal=goal, payload=1)] * 10).ids
+        workers = [serve.start("work", "--goal", goal, "--lease", "10s", "--", "sh", "-c", f"echo $$ > {marks}/{{id}}; exec sleep 60")
+                   for _ in ids]
+        wait_until(lambda: sum(mark.read_text().endswith("\n") for mark in marks.iterdir()) == 10, 60)
+        for worker in workers:
+            worker.kill()
+            worker.communicate()
+        for mark in marks.iterdir():
+            os.kill(int(mark.read_text()), signal.SIGKILL)
+        killed = time.monotonic()
+        rescues.append(threading.Thread(target=listen, args=(client, goal, lambda _, killed=killed: lags.append(
+            time.monotonic() - killed) or "rescued"), kwargs=dict(max_jobs=10)))
+        rescues[-1].start()
+    for rescue in rescues:
+        rescue.join(60)
+    figure("kill -9 of workers", f"{len(lags)} of 100 done by another, the last one {max(lags):.1f} s after the kill (lease 10 s)")
+    assert len(lags) == 100 and max(lags) < 10 + 2
+    assert {intent.status for intent in client.list(goal="wave9").intents} == {"fulfilled"}
+
+
+DISK = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static int number = 0;
+static void keep(int file) {     /* what is on the disk now: a copy of the file, named by number and name */
+    char link[64], path[4096], draft[4200], image[4200], part[65536];
+    const char *folder = getenv("DISK_IMAGES");
+    struct stat status;
+    snprintf(link, sizeof link, "/proc/self/fd/%d", file);
+    ssize_t size = readlink(link, path, sizeof path - 1);
+    if (!folder || size < 0 || fstat(file, &status) || !S_ISREG(status.st_mode)) return;
+    path[size] = 0;
+    const char *name = strrchr(path, '/') + 1;
+    if (strncmp(name, "bus.db", 6)) return;
+    snprintf(draft, sizeof draft, "%s/draft", folder);
+    int copy = open(draft, O_CREAT | O_WRONLY | O_TRUNC, 0600);
+    for (off_t at = 0; (size = pread(file, part, sizeof part, at)) > 0; at += size)
+        if (write(copy, part, size) != size) abort();
+    close(copy);
+    snprintf(image, sizeof image, "%s/%06d-%s", folder, number++, name);
+    rename(draft, image);
+}
+static int synced(const char *name, int file) {
+    int (*real)(int) = dlsym(RTLD_NEXT, name);
+    pthread_mutex_lock(&lock);
+    int result = real(file);
+    if (!result) keep(file);
+    pthread_mutex_unlock(&lock);
+    return result;
+}
+int fsync(int file) { return synced("fsync", file); }
+int fdatasync(int file) { return synced("fdatasync", file); }
+"""
+
+
+@SLOW
+def test_a_power_cut_at_any_moment_loses_nothing_that_was_answered(tmp_path):
+    images, home = tmp_path / "images", tmp_path / "home"
+    images.mkdir()
+    home.mkdir()
+    serve = Serve(home, "--db", "bus.db", DISK_IMAGES=str(images), **preloaded(tmp_path, DISK))
+    key, said = intentbus.read_key(home / ".apikey"), queue.SimpleQueue()     # (images there were, id, what was answered)
+
+    def load(rounds=60):
+        ask = talking(serve.url, key)
+        for number in range(rounds):
+            id = ask("/intent", a_publish(goal=f"g{number}", payload="x" * 6000))[1]["id"]
+            said.put((len(os.listdir(images)), id, "published"))
+            claimed = ask("/claim")[1]
+            verb, outcome = [("fulfill", "fulfilled"), ("fail", "failed"), ("release", "released")][number % 3]
+            if ask(f"/{verb}/{claimed['id']}", {"claim_token": claimed["claim_token"]})[0] == 200:
+                said.put((len(os.listdir(images)), claimed["id"], outcome))
+        return True
+
+    threads = [in_thread(load) for _ in range(3)]
+    assert all(wait_until(lambda thread=thread: thread(), 60) for thread in threads)
+    serve.process.kill()
+    serve.process.communicate()
+    answers = sorted(said.get() for _ in range(said.qsize()))
+    checked, disk = 0, tmp_path / "disk"
+    for number, image in enumerate(sorted(path for path in images.iterdir() if path.name != "draft"), 1):
+        disk.mkdir(exist_ok=True)
+        shutil.copy(image, tmp_path / image.name.partition("-")[2])
+        for name in ("bus.db", "bus.db-wal"):
+            if (tmp_path / name).exists():
+                shutil.copy(tmp_path / name, disk / name)
+        if not (disk / "bus.db").exists():
+            assert not [answer for answer in answers if answer[0] <= number]
+            continue
+        with contextlib.closing(sqlite3.connect(disk / "bus.db")) as db:
+            assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+            known = [answer for answer in answers if answer[0] <= number]
+            rows = dict((id, (status, outcome, error)) for id, status, outcome, error in db.execute(
+                "SELECT id, status, claim_outcome, last_error FROM intents")) if known else {}
+        for _, id, outcome in known:
+            assert id in rows and (outcome != "fulfilled" or rows[id][0] == "fulfilled")
+            assert outcome != "failed" or rows[id][2]
+        checked += len(known)
+        shutil.rmtree(disk)
+    figure("power cuts", f"{number} images of the disk, one at each sync; {len(answers)} answers, {checked} checks, nothing missing")
+    assert number > 150 and len(answers) > 300
+
+
+@SLOW
+@POSIX
+def test_a_backup_under_load_holds_all_that_was_answered_before_it_began(tmp_path):
+    serve = Serve(tmp_path, "--db", "bus.db")
+    answered, ended, key = Answered(), queue.SimpleQueue(), intentbus.read_key(tmp_path / ".apikey")
+    for _ in range(3):
+        threading.Thread(target=answered.load, args=(serve.url, key, ended), daemon=True).start()
+    for number in range(5):
+        wait_until(lambda: len(answered.published) > 100 * (number + 1))
+        before, done = list(answered.published), list(answered.fulfilled)
+        assert serve.run("backup", f"{number}.db", "--db", "bus.db").returncode == 0
+        with contextlib.closing(Store(tmp_path / f"{number}.db")) as copy, copy._reader() as db:
+            assert [*db.execute("PRAGMA integrity_check").fetchone().values()] == ["ok"]
+            assert {copy.get(id).status for id in before} and {copy.get(id).status for id in done} == {"fulfilled"}
+            counted = {row.status: row.n for row in db.execute("SELECT status, COUNT(*) AS n FROM intents GROUP BY status")}
+            assert {row.status: row.intents for row in copy.tallies()} == counted
+    serve.process.kill()
+    serve.process.communicate()
+    figure("backups under load", f"5, of up to {len(before)} intents, each with all that was answered before and equal counts")
+
+
 def memory(process):
     """The resident memory of a process in MB."""
     with open(f"/proc/{process.pid}/status") as status:
