@@ -8,6 +8,7 @@ import ast
 import base64
 import bisect
 import collections
+import concurrent.futures
 import contextlib
 import hmac
 import http.client
@@ -3175,6 +3176,180 @@ def test_tls_from_the_command_line(tmp_path, certificates):
     assert serve.stop()[0] == 0
 
 
+NASTY = ("", " ", "\t", "a\nb", "\r\nX-Evil: 1", "\0", "\x7f", "\x1b[2J", "ä", "漢字", "😀", "\ud800", "\u202e", "%00", "%", "%zz", "%ff", "../../etc",
+         "' OR 1=1 --", '"; DROP TABLE intents; --', "$(id)", "`id`", "{id}", "{{x}}", "<script>", "-rf", "null", "NaN", "1e999", "-1",
+         "0x10", "1_000", "٣", "9" * 400, "a" * 70, "a" * 257, "a" * 9000, "default", "g", "public", "both", "open", "dead", "json")
+NUMBERS = (0, 1, -1, 0.5, 3, 10, 59, 61, 3600, 2 ** 31, 2 ** 53, 2 ** 63, 2 ** 64, -2 ** 63, 1e308, 10 ** 400, 1e-320)
+BODIES = {"/intent": dict(intentbus.PUBLISH_DEFAULTS, goal="g", payload={"n": 1}), "/set/*": {"value": 1, "ttl": 60, "if_absent": True},
+          "/fulfill/*": {"claim_token": "x", "result": [1], "result_type": "text"}, "/fail/*": {"error": "e", "retry": False},
+          "/release/*": {"delay": 1}, "/extend_claim/*": {"seconds": 60}, "/retry": {"goal": "g", "limit": 3},
+          "/admin/purge": {"confirm": True, "namespace": "x"}, "/admin/generate_key": {"owner": "o", "name": "n", "role": "work"},
+          "/admin/revoke_key": {"key_id": "0" * 16, "api_key": "tk_"}}
+FUZZED_HEADERS = ("X-Worker-ID", "X-Worker-Capabilities", "Idempotency-Key", "X-Request-ID", "X-Key-ID", "X-Timestamp", "X-Nonce",
+                  "X-Signature", "X-Admin-Token", "Authorization", "X-Forwarded-Proto", "Content-Type", "Expect", "Connection", "Cookie",
+                  "X-Claim-Token", "Transfer-Encoding", "Host", "Content-Length", "Upgrade", "Range", "Accept-Encoding")
+
+
+class Fuzzer:
+    """Requests that are right, nearly right and wrong, the same ones for the same seed."""
+
+    def __init__(self, seed, keys):
+        self.chance, self.keys, self.ids = random.Random(seed), keys, [NOBODY]
+
+    def word(self):
+        """A word that is odd, or that stands for something."""
+        return self.chance.choice((*NASTY, *self.ids[-20:], *self.keys))
+
+    def value(self, depth=0):
+        """Any JSON value."""
+        kind = self.chance.randrange(8 if depth < 3 else 5)
+        if kind < 2:
+            return self.word()
+        if kind < 5:
+            return self.chance.choice((*NUMBERS, True, False, None))
+        some = range(self.chance.randrange(4))
+        return [self.value(depth + 1) for _ in some] if kind < 7 else {self.word(): self.value(depth + 1) for _ in some}
+
+    def body(self, route):
+        """The bytes of a body for a route: right, with a field or some bytes changed, or of another kind."""
+        pick = self.chance.random()
+        fields = dict(BODIES.get(route, {}))
+        if pick < 0.5 and fields:
+            fields = {name: value for name, value in fields.items() if self.chance.random() < 0.8}
+            if self.chance.random() < 0.6:
+                fields[self.chance.choice((*fields, "goal", "payload", self.word()))] = self.value()
+        elif pick < 0.7:
+            fields = self.value()
+        body = json.dumps([fields] * self.chance.randrange(4) if route == "/intents" else fields).encode()
+        if pick > 0.97:
+            body = self.chance.choice((b"[" * 70_000, b'{"a":' * 100, b"\xff\xfe{}", b"\xef\xbb\xbf{}", b"\x1f\x8b\x08\0\0", b"a=1&b=2",
+                                       b'{"goal":"\xc3("}', b"1" * 5000, b"x" * 300_000, b'{"goal":"g","goal":1,"payload":NaN}'))
+        elif pick > 0.85 and body:
+            at = self.chance.randrange(len(body))
+            body = body[:at] + bytes([self.chance.randrange(256)]) + body[at + self.chance.randrange(3):]
+        return body
+
+    def target(self, route):
+        """A path for a route, and perhaps a query."""
+        quoted = self.chance.choice((urllib.parse.quote, lambda word: word.encode("latin-1", "ignore").decode("latin-1")))
+        word = self.word().encode("utf-8", "replace").decode()
+        path = route.replace("*", quoted(word).replace(" ", "+").replace("\r", "").replace("\n", ""))
+        names = ("goal", "namespace", "publisher", "worker_id", "capabilities", "lease", "limit", "before", "status", "payload", "value",
+                 "ttl", "wait", "if_absent", "zzz")
+        pairs = [(self.chance.choice(names), self.word()) for _ in range(self.chance.choice((0, 0, 0, 1, 2, 5, 120)))]
+        pairs = [(name, "0.01" if name == "wait" and re.fullmatch(r"[0-9.]+", word) else word) for name, word in pairs]
+        query = urllib.parse.urlencode(pairs, errors="replace")
+        return path + ("?" + query if query else "")
+
+    def request(self):
+        """(method, bytes)."""
+        method, route = self.chance.choice(intentbus.ROUTES)[:2]
+        if self.chance.random() < 0.1:
+            method = self.chance.choice(("GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE", "PRI", "get", "PATCH", "CONNECT"))
+        target, body = self.target(route), b"" if method == "GET" and self.chance.random() < 0.8 else self.body(route)
+        forwarded = ".".join(str(self.chance.randrange(256)) for _ in range(4))     # wrong keys are slowed by address
+        headers = {"Host": "x", "Content-Length": str(len(body)), "X-Forwarded-For": forwarded}
+        credential = self.chance.random()
+        if credential < 0.85:
+            headers["X-API-KEY"] = self.chance.choice(self.keys)
+        if 0.8 < credential < 0.95:
+            headers.update((name.replace("_", "-"), value) for name, value in signed(
+                method, target.split("?")[0], body, timestamp=self.chance.choice((None, "1", "NaN", "-1e9", "9" * 20))).items())
+        for _ in range(self.chance.choice((0, 0, 0, 1, 3))):
+            headers[self.chance.choice(FUZZED_HEADERS)] = self.word().encode("utf-8", "replace").decode("latin-1")
+        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        return method, f"{method} {target} HTTP/1.1\r\n{head}\r\n".encode("latin-1", "replace") + body
+
+    def damaged(self):
+        """The bytes of a request with some of them changed, doubled or gone; or any bytes."""
+        data = bytearray(self.request()[1])
+        for _ in range(self.chance.randrange(1, 6)):
+            at = self.chance.randrange(len(data))
+            data[at:at + self.chance.randrange(3)] = self.chance.choice((b"", b"\r", b"\n", b"\0", b" ", b":", bytes(data[at:at + 40])))
+        return bytes(data) if self.chance.random() < 0.8 else self.chance.getrandbits(8 * 200).to_bytes(200, "big")
+
+
+def read_answers(sock, methods):
+    """Return the responses to requests of these methods, or those until the server closes the connection."""
+    found, data = [], b""
+    for method in methods:
+        while b"\r\n\r\n" not in data or data.startswith(b"HTTP/1.1 100 "):
+            if data.startswith(b"HTTP/1.1 100 ") and b"\r\n\r\n" in data:
+                data = data.partition(b"\r\n\r\n")[2]
+                continue
+            more = sock.recv(65536)
+            if not more:
+                return found
+            data += more
+        head, _, data = data.partition(b"\r\n\r\n")
+        length = int(re.search(rb"(?i)\r\ncontent-length: (\d+)", head + b"\r\nContent-Length: 0")[1]) * (method != "HEAD")
+        while len(data) < length:
+            more = sock.recv(65536)
+            assert more, "the answer was cut short"
+            data += more
+        found += responses(head + b"\r\n\r\n" + data[:length]) if method != "HEAD" else responses(
+            re.sub(rb"(?i)\r\ncontent-length: \d+", b"", head) + b"\r\n\r\n")
+        data = data[length:]
+    return found
+
+
+def fuzz(port, fuzzer, number):
+    """Send a number of requests, most of them pipelined; return how often each status was answered."""
+    statuses = collections.Counter()
+
+    def note(answers, methods):
+        for method, answer in zip(methods, answers):
+            statuses[answer.status] += 1
+            assert 200 <= answer.status < 500, (answer.status, answer.body)
+            assert_common_headers(answer)
+            if answer.status >= 400 and method != "HEAD":
+                error = answer.json["error"]
+                assert re.fullmatch("[a-z_]+", error["code"]) and isinstance(error["message"], str) and error["message"]
+            elif answer.status == 201 and b'"id"' in answer.body:
+                fuzzer.ids.append(answer.json["id"])
+
+    sent = 0
+    while sent < number:
+        raw = fuzzer.chance.random() < 0.1
+        requests = [("?", fuzzer.damaged())] if raw else [fuzzer.request() for _ in range(fuzzer.chance.choice((1, 5, 30)))]
+        methods, blocks = zip(*requests)
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as sock:
+            with contextlib.suppress(ConnectionError):     # it closes what it cannot frame
+                sock.sendall(b"".join(blocks))
+                sock.shutdown(socket.SHUT_WR)
+            answers, data = [], b""
+            with contextlib.suppress(ConnectionError):
+                if raw:     # nobody knows how many requests that is, and of which methods
+                    data = received(sock)
+                else:
+                    answers = read_answers(sock, methods)
+        note(answers, methods)
+        assert not re.search(rb"HTTP/1\.1 5", data), data
+        sent += len(answers) + raw
+    return statuses
+
+
+def fuzzing(serve, seed, number):
+    """Fuzz a bus with all kinds of keys; return how often each status was answered."""
+    client = IntentClient(serve.url, intentbus.read_key(serve.home / ".apikey"))
+    issued = [client.admin("generate_key", owner="ann", name="x", role=role).api_key for role in ("publish", "work", "both")]
+    keys = [intentbus.read_key(serve.home / ".apikey")] * 4 + issued + ["wrong", "tk_" + "0" * 56]
+    statuses = fuzz(int(serve.url.rpartition(":")[2]), Fuzzer(seed, keys), number)
+    assert client.publish("after", 1).id
+    return statuses
+
+
+FUZZED = ("--trust-proxy", "--rate-limit", "100000000", "--max-unfinished", "100000000")
+
+
+def test_whatever_is_sent_is_answered_or_refused_in_words(tmp_path):
+    serve = Serve(tmp_path, *FUZZED)
+    statuses = fuzzing(serve, seed=1, number=600)
+    assert {200, 201, 400, 401, 403, 404} <= set(statuses), statuses
+    code, _, errors = serve.stop()
+    assert code == 0 and "Traceback" not in errors
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 4 MB."""
@@ -5039,7 +5214,7 @@ def test_a_power_cut_at_any_moment_loses_nothing_that_was_answered(tmp_path):
     serve = Serve(home, "--db", "bus.db", DISK_IMAGES=str(images), **preloaded(tmp_path, DISK))
     key, said = intentbus.read_key(home / ".apikey"), queue.SimpleQueue()     # (images there were, id, what was answered)
 
-    def load(rounds=60):
+    def load(rounds):
         ask = talking(serve.url, key)
         for number in range(rounds):
             id = ask("/intent", a_publish(goal=f"g{number}", payload="x" * 6000))[1]["id"]
@@ -5048,10 +5223,9 @@ def test_a_power_cut_at_any_moment_loses_nothing_that_was_answered(tmp_path):
             verb, outcome = [("fulfill", "fulfilled"), ("fail", "failed"), ("release", "released")][number % 3]
             if ask(f"/{verb}/{claimed['id']}", {"claim_token": claimed["claim_token"]})[0] == 200:
                 said.put((len(os.listdir(images)), claimed["id"], outcome))
-        return True
 
-    threads = [in_thread(load) for _ in range(3)]
-    assert all(wait_until(lambda thread=thread: thread(), 60) for thread in threads)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(load, (60, 60, 60)))
     serve.process.kill()
     serve.process.communicate()
     answers = sorted(said.get() for _ in range(said.qsize()))
@@ -5154,6 +5328,22 @@ def test_an_hours_load_leaves_log_file_and_memory_bounded(tmp_path):
     assert max(sample[2] for sample in samples) < 16
     assert late[1] < 1.5 * early[1] + 1 and late[3] < 1.1 * early[3] + 2
     assert serve.stop()[0] == 0
+
+
+@SLOW
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from /proc")
+def test_a_hundred_thousand_odd_requests_find_no_fault(tmp_path):
+    serve = Serve(tmp_path, *FUZZED)
+    threading.Thread(target=lambda: [None for _ in serve.process.stderr], daemon=True).start()
+    first = fuzzing(serve, 100, 10_000)
+    before = memory(serve.process)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        statuses = sum(pool.map(lambda seed: fuzzing(serve, seed, 45_000), (101, 102)), first)
+    after = memory(serve.process)
+    figure("fuzzer", f"{sum(statuses.values())} answers: {dict(sorted(statuses.items()))}; memory {before:.1f} MB after 10,000, {after:.1f} MB at the end")
+    assert after < 1.3 * before + 5
+    serve.process.kill()
+    serve.process.communicate()
 
 
 @SLOW
