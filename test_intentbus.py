@@ -25,6 +25,7 @@ import signal
 import socket
 import sqlite3
 import stat
+import struct
 import subprocess
 import symtable
 import sys
@@ -5344,6 +5345,96 @@ def test_a_hundred_thousand_odd_requests_find_no_fault(tmp_path):
     assert after < 1.3 * before + 5
     serve.process.kill()
     serve.process.communicate()
+
+
+def pages(client, goal):
+    """The pages of a list."""
+    before = ""
+    while before is not None:
+        page = client.list(goal=goal, limit=500, before=before or None)
+        yield page.intents
+        before = page.next
+
+
+def percentile(times, share):
+    """The time that this share of them does not exceed."""
+    return sorted(times)[int(share * (len(times) - 1))]
+
+
+def latencies(port, number=300):
+    """How long each of so many health checks took, in seconds, each on a connection of its own."""
+    times = []
+    for _ in range(number):
+        started = time.monotonic()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=30) as answer:
+            assert answer.status == 200
+        times.append(time.monotonic() - started)
+    return times
+
+
+def belongings(process):
+    """How many open files and threads a process has."""
+    return len(os.listdir(f"/proc/{process.pid}/fd")), len(os.listdir(f"/proc/{process.pid}/task"))
+
+
+@SLOW
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="descriptors are counted in /proc")
+def test_slow_and_vanishing_clients_take_nothing_and_hold_up_nobody(tmp_path):
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    serve = Serve(tmp_path)
+    port, key = int(serve.url.rpartition(":")[2]), intentbus.read_key(tmp_path / ".apikey")
+    address, head = ("127.0.0.1", port), f"Host: x\r\nX-API-KEY: {key}\r\n"
+    client = IntentClient(serve.url, key)
+    latencies(port, 50)
+    before, quiet = belongings(serve.process), percentile(latencies(port), 0.99)
+    bound, p99 = max(5 * quiet, 0.1), {}     # a floor, since a quiet p99 of some milliseconds says little on a shared machine
+
+    def gone():
+        """Whether the process has let go of all that clients have left (idle threads are kept for the next ones)."""
+        files, threads = belongings(serve.process)
+        return files <= before[0] + 5 and threads <= before[1] + intentbus.IDLE_THREADS
+
+    slow = [socket.create_connection(address) for _ in range(500)]
+    for number, sock in enumerate(slow):
+        sock.sendall((f"POST /intent HTTP/1.1\r\n{head}" + ("Content-Length: 9\r\n\r\n{" if number % 2 else "X-Slow: 1")).encode())
+    p99["500 slow ones"] = percentile(latencies(port), 0.99)
+    for sock in slow:     # one byte more each; the limit of time is of the whole head, and of the whole body
+        sock.send(b"1")
+    answers = b"".join(received(sock) for sock in slow[::25] if not sock.settimeout(60))
+    assert len(re.findall(rb"HTTP/1.1 408 ", answers)) == 20
+    for sock in slow:
+        sock.close()
+    wait_until(gone, 60)
+
+    for _ in range(10):
+        for sock in [socket.create_connection(address) for _ in range(500)]:
+            sock.close()
+    p99["5,000 abandoned"] = percentile(latencies(port), 0.99)
+    wait_until(gone, 60)
+
+    parked = [socket.create_connection(address) for _ in range(2000)]
+    for sock in parked:
+        sock.sendall(f"POST /claim?goal=g&wait=60 HTTP/1.1\r\n{head}\r\n".encode())
+    held = wait_until(lambda: (stats := client.admin("summary")).held_requests == 2000 and stats, 60)
+    p99["2,000 parked"] = percentile(latencies(port), 0.99)
+    for number, sock in enumerate(parked):
+        if number % 2:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))     # a reset rather than an end
+        sock.close()
+    ids = [id for _ in range(4) for id in client.publish_many([dict(goal="g", payload=1)] * 500).ids]
+    p99["2,000 vanished"] = percentile(latencies(port), 0.99)
+    assert held.held_requests == 2000
+    untouched = [intent for page in pages(client, "g") for intent in page if (intent.status, intent.claim_attempts) == ("open", 0)]
+    assert len(untouched) == len(ids) == 2000
+    wait_until(gone, 90)
+    figure("slow and many", f"p99 of /health: quiet {1000 * quiet:.1f} ms; " + "; ".join(
+        f"{what} {1000 * seconds:.1f} ms" for what, seconds in p99.items()) + f"; files and threads {before} before, "
+        f"{belongings(serve.process)} after")
+    assert max(p99.values()) < bound, (quiet, p99)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert serve.stop()[0] == 0
 
 
 @SLOW
