@@ -2522,9 +2522,9 @@ class Threads:
     def log(self, request, response, seconds):
         """Write a line of JSON about a request, if that is wanted."""
         if self._logging:
-            print(to_json(dict(time=round(time.time(), 3), peer=request.peer, method=request.method, path=request.path,
-                               status=response.status, ms=round(seconds * 1000, 1), request_id=request.id)),
-                  file=sys.stderr, flush=True)
+            print(json.dumps(dict(time=round(time.time(), 3), peer=request.peer, method=request.method, path=request.path,
+                                  status=response.status, ms=round(seconds * 1000, 1), request_id=request.id)),
+                  file=sys.stderr, flush=True)     # in ASCII, since a log is read on a terminal
 
     def close(self):
         """Take no more requests, answer those that run, and return once they are, or after SHUTDOWN_SECONDS."""
@@ -3287,6 +3287,13 @@ def printable(value):
     return CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", str(value).replace("\n", " | "))
 
 
+def shown(text):
+    """Return what to print of a text that may be of anybody: all of it into a file or a pipe, no commands to a terminal."""
+    if not sys.stdout.isatty():
+        return text
+    return re.sub(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]", lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
 def duration(words):
     """Return the seconds of 90, 90s, 5m, 2h or 7d."""
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)", words, re.ASCII)
@@ -3515,7 +3522,7 @@ def show_result(found, as_json):
     if as_json:
         print(to_json(found))
     elif found.status == "fulfilled" and found.result is not None:
-        print(found.result if found.result_type == "text" else to_json(found.result))
+        print(shown(plain(found.result)))
     if found.status == "dead":
         say(f"{found.id} is dead: {found.last_error}")
     return {"fulfilled": 0, "dead": 1}.get(found.status, 3)
@@ -3563,7 +3570,7 @@ def work_command(options):
 
 def print_payload(intent, lease):
     """Handle an intent by printing its payload as a line of JSON."""
-    write_line(sys.stdout, to_json(intent.payload))
+    write_line(sys.stdout, shown(to_json(intent.payload)))
     return None, "json"
 
 
@@ -3651,7 +3658,7 @@ def set_command(options):
 @command("get", *CONNECTION, flag("key", help="its name"))
 def get_command(options):
     """Print a value that set has kept: a text as it is, the rest as JSON; exit 3 if there is none."""
-    print(plain(client(options).get(options.key)))
+    print(shown(plain(client(options).get(options.key))))
 
 
 @command("del", *CONNECTION, flag("key", help="its name"))

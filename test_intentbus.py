@@ -1865,6 +1865,23 @@ def test_every_request_of_many_threads_is_counted(started):
     assert [listed["total_requests"] for listed in bus.ask("GET", "/admin/keys").json] == [100]
 
 
+@pytest.mark.parametrize("kind", ["never issued", "revoked", "of another bus", "in use"])
+def test_the_same_work_is_done_for_every_issued_key_whether_it_is_one_or_not(started, monkeypatch, kind):
+    bus = started()
+    issued = bus.issue()
+    wrong = issued.api_key[:-1] + ("0" if issued.api_key[-1] != "0" else "1")
+    key = {"never issued": "tk_" + "0" * 56, "of another bus": wrong}.get(kind, issued.api_key)
+    if kind == "revoked":
+        bus.ask("POST", "/admin/revoke_key", {"key_id": issued.key_id})
+    steps = []
+    for place, name in ((hmac, "compare_digest"), (hmac, "new"), (bus.store, "key")):
+        method = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *args, name=name, method=method, **rest: steps.append(name) or method(*args, **rest))
+    answer = bus.ask("GET", "/intents", key=key)
+    assert (answer.status == 200) == (kind == "in use")
+    assert steps == ["new", "key", "compare_digest"]
+
+
 def test_no_secret_is_in_the_file_the_log_or_an_answer(started, capsys):
     bus = started(keys=dict(admin_secret=ADMIN_SECRET, metrics_token="m" * 40), server=dict(log=True))
     admin = dict(key=None, X_Admin_Token=ADMIN_SECRET)
@@ -3351,6 +3368,60 @@ def test_whatever_is_sent_is_answered_or_refused_in_words(tmp_path):
     assert code == 0 and "Traceback" not in errors
 
 
+CORPUS = ("\x1b[2J\x1b]0;owned\x07", "a\r\nX-Evil: 1", "x\0y", "'; DROP TABLE intents; --", "\" OR 1=1", "../../../etc/passwd", "$(touch evil)",
+          "`touch evil`", "; touch evil", "| touch evil", "-rf", "--help", "%0d%0aX-Evil:1", "{payload}", "{{goal}}", "\u202egnp", "\x9b31m",
+          "<script>alert(1)</script>", "a\tb", "%s%n", "\u2028", "😀" * 20, "NULL", "\\", "*", "tk_" + "0" * 56)
+PLACES = ("goal", "payload", "namespace", "target_worker", "required_capability", "idempotency_key", "worker_id", "error", "result",
+          "key", "value", "owner", "name", "request_id", "list")
+
+
+def inject(bus, place, text):
+    """Put a text into a place of the protocol; return the answer, and what the bus gives back of the text, if it took it."""
+    header = text.encode("utf-8").decode("latin-1").replace("\r\n", " ").replace("\0", " ")
+    word = urllib.parse.quote(text, safe="")
+    if place in ("goal", "namespace", "target_worker", "required_capability", "payload"):
+        answer = bus.ask("POST", "/intent", a_publish(**{place: text}))
+        found = answer.status == 201 and bus.ask("GET", f"/admin/intents/{answer.json['id']}").json[place]
+    elif place in ("idempotency_key", "request_id"):
+        name = {"idempotency_key": "Idempotency_Key", "request_id": "X_Request_ID"}[place]
+        answer, found = bus.ask("POST", "/intent", a_publish(), **{name: header}), text
+    elif place == "worker_id":
+        bus.publish(goal="claimed")
+        answer = bus.ask("POST", f"/claim?goal=claimed&worker_id={word}")
+        found = answer.status == 200 and bus.ask("GET", f"/admin/intents/{answer.json['id']}").json["worker_id"]
+    elif place in ("error", "result"):
+        id = bus.publish(goal="claimed")
+        bus.ask("POST", "/claim?goal=claimed")
+        answer = bus.ask("POST", f"/{'fail' if place == 'error' else 'fulfill'}/{id}", {place: text})
+        found = bus.ask("GET", f"/result/{id}").json[place]
+    elif place in ("key", "value"):
+        answer = bus.ask("POST", f"/set/{word if place == 'key' else 'k'}", {"value": text})
+        found = answer.status == 200 and bus.ask("GET", f"/get/{word if place == 'key' else 'k'}").json["value"]
+    elif place in ("owner", "name"):
+        answer = bus.ask("POST", "/admin/generate_key", dict({"owner": "o", "name": "n"}, **{place: text}))
+        found = answer.status == 201 and answer.json[place]
+    else:
+        answer, found = bus.ask("GET", f"/intents?goal={word}&before={word}"), text
+    return answer, found
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_text_in_any_place_is_more_than_text(started, capsys, place):
+    bus = started(server=dict(log=True))
+    tables = bus.store._db.execute("SELECT name, sql FROM sqlite_master ORDER BY name").fetchall()
+    for text in CORPUS:
+        answer, found = inject(bus, place, text)
+        if answer.status in (200, 201):
+            assert found in (text, text.strip())
+        else:
+            assert_refusal(answer, 400, answer.json["error"]["code"])
+        assert "x-evil" not in answer.headers
+    assert bus.store._db.execute("SELECT name, sql FROM sqlite_master ORDER BY name").fetchall() == tables
+    log = capsys.readouterr().err
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", log)
+    assert all(json.loads(line)["status"] < 500 for line in log.split("\n") if line)
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 4 MB."""
@@ -3927,6 +3998,77 @@ def test_a_program_that_takes_too_long_is_ended(bus, tmp_path, text):
 
 
 @POSIX
+def test_every_exit_code_has_its_outcome(bus, tmp_path):
+    codes = [code for code in range(256) if code not in (126, 127)]     # those two stop the worker
+    ids = {code: bus.publish("g", {"code": code}).id for code in codes}
+    work(bus, "g", intentbus.Program([script(tmp_path, '#!/bin/sh\nexit "$1"\n'), "{code}"]), concurrency=8)
+    expected = {0: ("fulfilled", None), 100: ("dead", "The handler rejected it with exit code 100.")}
+    for code, id in ids.items():
+        found = bus.get_status(id)
+        assert (found.status, found.last_error) == expected.get(code, ("open", f"exit code {code}"))
+
+
+def left_behind(intent_id):
+    """The processes that were started for an intent and still run."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if folder.name.isdigit() and f"INTENT_ID={intent_id}".encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+    return found
+
+
+@POSIX
+@pytest.mark.skipif(not os.path.exists("/proc/self/environ"), reason="processes are looked for in /proc")
+@pytest.mark.parametrize("text, status, outcome", [
+    ("exit 0", "fulfilled", None),
+    ("head -c 100000000 /dev/zero | tr '\\0' x", "fulfilled", "x" * 1000),
+    ("head -c 100000000 /dev/zero | tr '\\0' x >&2; exit 1", "open", "exit code 1: " + "x" * 1987),
+    ("exec >&- 2>&-; sleep 0.2; exit 9", "open", "exit code 9"),
+    ("(sleep 60 & sleep 60 &) & echo children", "fulfilled", "children"),
+    ("sleep 60 >/dev/null 2>&1 & exec sleep 60", "open", "timed out after 0.4 s"),
+    ("kill -STOP $$", "open", "timed out after 0.4 s"),
+    ("trap '' TERM INT HUP; while :; do sleep 1; done", "open", "timed out after 0.4 s"),
+    ("kill -SEGV $$", "open", "killed by signal 11"),
+    ("kill -TERM 0; sleep 60", "open", "killed by signal 15"),
+    ("mkdir gone; cd gone; rmdir ../gone; echo where", "fulfilled", "where"),
+    ("printf '\\000\\377\\303('; exit 0", "fulfilled", "\ufffd\ufffd("),
+    ("printf '\\033[2J\\377' >&2; exit 1", "open", "exit code 1: \x1b[2J\ufffd"),
+], ids=range(13))
+def test_of_a_wild_program_the_outcome_is_right_and_nothing_is_left(bus, tmp_path, monkeypatch, text, status, outcome):
+    monkeypatch.chdir(tmp_path)
+    files = len(os.listdir("/proc/self/fd"))
+    found = run_handler(bus, tmp_path, text, "x" * 250_000, timeout=0.4 if "0.4" in str(outcome) else 30, kill_after=0.1,
+                        max_output=1000)
+    assert (found.status, found.result if status == "fulfilled" else found.last_error) == (status, outcome)
+    wait_until(lambda: not left_behind(found.id))
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= files)
+
+
+@POSIX
+def test_a_program_that_leaves_its_session_does_not_hold_up_the_worker(bus, tmp_path):
+    if not shutil.which("setsid"):
+        pytest.skip("setsid is not on this machine")
+    found = run_handler(bus, tmp_path, f"setsid sleep 60 & echo $! > {tmp_path}/pid; sleep 0.1; echo done", 1)
+    assert (found.status, found.result) == ("fulfilled", "done")
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+
+@POSIX
+def test_a_payload_names_no_variable_but_its_own(bus, tmp_path):
+    names = ("LD_PRELOAD", "PATH", "IFS", "BASH_ENV", "a=b", "a\nb", "BASH_FUNC_x%%", "x\0", "-", "ä", "", "ID", "1")
+    found = run_handler(bus, tmp_path, "env -0 | tr '\\n\\0' ' \\n'", {name: "() { :; }; touch evil" for name in names}, result="text")
+    given = dict(line.partition("=")[::2] for line in found.result.split("\n"))
+    assert given["PATH"] == os.environ["PATH"] and given.get("LD_PRELOAD") == os.environ.get("LD_PRELOAD")
+    assert given["INTENT_ID"] == found.id
+    ours = {name for name in given if name.startswith("INTENT_")} - {f"INTENT_{name}" for name in (
+        "ID", "GOAL", "NAMESPACE", "ATTEMPT", "MAX_ATTEMPTS", "PAYLOAD")}
+    assert ours == {f"INTENT_PAYLOAD_{name}" for name in ("LD_PRELOAD", "PATH", "IFS", "BASH_ENV", "ID", "1")}
+    assert set(given) - {f"INTENT_{name}" for name in given} <= set(os.environ) | ours | {"_", "PWD", "SHLVL", "OLDPWD"} | set(
+        name for name in given if name.startswith("INTENT_"))
+
+
+@POSIX
 def test_output_is_cut_and_nothing_blocks_on_it(bus, tmp_path):
     found = run_handler(bus, tmp_path, "yes | head -c 3000000; yes err | head -c 1000000 >&2", "x" * 200_000,
                         max_output=1000, result="text")
@@ -4148,6 +4290,22 @@ def test_what_is_printed_cannot_command_the_terminal(serve):
     client.fail(intent.id, intent.claim_token, "\x1b]0;owned\x07\x1b[2J\nsecond line", retry=False)
     for output in (serve.run("list", "--status", "dead").stdout, serve.run("result", intent.id).stderr):
         assert "\\x1b]0;owned\\x07" in output and not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", output)
+
+
+@POSIX
+def test_a_result_that_would_command_a_terminal_goes_raw_only_into_a_pipe(serve):
+    import pty
+    client = IntentClient(serve.url, intentbus.read_key(serve.home / ".apikey"))
+    id = client.publish("raw", 1).id
+    intent = client.claim("raw")
+    client.fulfill(id, intent.claim_token, "\x1b[2Jtwo\nlines\t\x9b31mä", "text")
+    assert serve.run("result", id).stdout == "\x1b[2Jtwo\nlines\t\x9b31mä\n"
+    ours, theirs = pty.openpty()
+    done = subprocess.run([sys.executable, PROGRAM, "result", id], env=dict(serve.env, PYTHONIOENCODING="utf-8"), stdout=theirs,
+                          stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=20)
+    os.close(theirs)
+    assert done.returncode == 0 and os.read(ours, 1000).decode() == "\\x1b[2Jtwo\r\nlines\t\\x9b31mä\r\n"
+    os.close(ours)
 
 
 def run(*arguments, stdin=b"", **environment):
