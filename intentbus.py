@@ -86,6 +86,7 @@ CLOCK_JUMP_SECONDS = 2              # NTP slews below this; more is somebody set
 CLOCK_RECORD_SECONDS = 60           # how often the time is put on record while something waits: what a crash forgets
 
 BUSY_TIMEOUT_MS = 30000             # another program may hold the file for a backup
+LIST_ROWS = 10_000                  # looked at for one page of a list: some 20 ms
 SETTLE_ROWS = 500                   # one pass over what time has brought, so that nobody waits long behind it
 WAL_BYTES = 8 * 2 ** 20             # a longer log is waited for until it can be cut: half of what is promised
 WAL_PATIENCE_SECONDS = 1            # for a reader that is in the way of that; then again once the log has grown by half
@@ -370,8 +371,11 @@ SCHEMA = """
     CREATE INDEX memos_expires ON memos (expires_at)
 """
 APPLICATION_ID = 0x1B05     # in the file's header: the database is ours
-BY_TOKEN = "CREATE INDEX intents_token ON intents (claim_token_hash) WHERE status = 'claimed'"
-MIGRATIONS = (SCHEMA, BY_TOKEN)     # the n-th leads to schema version n; what is released is never edited, only added to
+MORE_INDEXES = """
+    CREATE INDEX intents_token ON intents (claim_token_hash) WHERE status = 'claimed';
+    CREATE INDEX intents_dead ON intents (id) WHERE status = 'dead'
+"""
+MIGRATIONS = (SCHEMA, MORE_INDEXES)     # the n-th leads to schema version n; what is released is never edited
 
 FIRST = operator.itemgetter(0)     # of what describes a column: its name
 INSERT = f"INSERT INTO intents ({', '.join(COLUMNS)}) VALUES (:{', :'.join(COLUMNS)})"
@@ -407,6 +411,31 @@ HEAD_OF_NEXT_LANE = """
     ORDER BY lane, priority DESC, run_at, claim_attempts, created_at, id
     LIMIT    1
 """
+
+
+PAGE = """
+    SELECT   *
+    FROM     intents
+    WHERE    id < :before
+    AND      id >= :floor
+    AND      {kind}
+    AND      (:status IS NULL OR status = :status)
+    AND      (:owner IS NULL OR owner = :owner)
+    AND      (:goal IS NULL OR goal = :goal)
+    AND      (:namespace IS NULL OR namespace = :namespace)
+    ORDER BY id DESC
+    LIMIT    :limit
+"""
+PAGE_FLOOR = """
+    SELECT   id
+    FROM     intents
+    WHERE    id < :before
+    AND      {kind}
+    ORDER BY id DESC
+    LIMIT    1
+    OFFSET   :rows
+"""
+ANY, DEAD = "TRUE", "status = 'dead'"     # the kind: a literal, since the index of the dead serves no parameter
 
 
 def operation(method, synced=True):
@@ -476,20 +505,17 @@ class Store:
             return self._one(db, intent_id)
 
     def list(self, limit, owner=None, status=None, goal=None, namespace=None, before=None):
-        """Return up to limit intents, newest first, those whose id sorts before that one ('g' sorts after every id)."""
+        """Return up to limit intents, newest first, from before an id on, and the id that it looked down to, or None.
+
+        It looks at LIST_ROWS at most, so that a filter that fits few costs little; of the dead, at as many dead ones.
+        """
+        values = dict(owner=owner, status=status, goal=goal, namespace=namespace, before=before or "g",     # after every id
+                      limit=limit, rows=LIST_ROWS)
+        kind = DEAD if status == "dead" else ANY
         with self._reader() as db:
-            return db.execute("""
-                SELECT   *
-                FROM     intents
-                WHERE    id < COALESCE(:before, 'g')
-                AND      (:owner IS NULL OR owner = :owner)
-                AND      (:status IS NULL OR status = :status)
-                AND      (:goal IS NULL OR goal = :goal)
-                AND      (:namespace IS NULL OR namespace = :namespace)
-                ORDER BY id DESC
-                LIMIT    :limit
-            """, dict(owner=owner, status=status, goal=goal, namespace=namespace, before=before,
-                      limit=limit)).fetchall()
+            floor = db.execute(PAGE_FLOOR.format(kind=kind), values).fetchone()
+            page = db.execute(PAGE.format(kind=kind), dict(values, floor=floor.id if floor else ""))
+            return page.fetchall(), floor and floor.id
 
     def tallies(self):
         """Return {"namespace", "publisher", "status", "intents"} for each that there is: how many are stored."""
@@ -1256,15 +1282,18 @@ class Bus:
         return found
 
     def list(self, *, status=None, goal=None, namespace=None, limit=50, before=None, payload=False, caller=OWNER):
-        """Return {"intents": newest first, "next": what to pass as before for the next page, or None}."""
+        """Return {"intents": newest first, "next": what to pass as before for the next page, or None}.
+
+        A page may be short, and still have a next one: of many intents it looks at some only.
+        """
         self.settle()
         owner = None if caller.admin else caller.owner
-        rows = self.store.list(limit + 1, owner, status, goal, namespace, before)
+        rows, floor = self.store.list(limit + 1, owner, status, goal, namespace, before)
         intents = [row.pick(STATUS_FIELDS) for row in rows[:limit]]
         if payload:
             for intent, row in zip(intents, rows):
                 intent["payload"] = json.loads(row.payload)
-        return Record(intents=intents, next=intents[-1].id if len(rows) > limit else None)
+        return Record(intents=intents, next=intents[-1].id if len(rows) > limit else floor)
 
     # -- Keys and values --
 
@@ -1326,7 +1355,7 @@ class Bus:
         """Return the newest dead letters."""
         return [Record(intent_id=intent.id, namespace=intent.namespace, goal=intent.goal, attempts=intent.claim_attempts,
                        reason=intent.last_error, created_at=intent.created_at)
-                for intent in self.store.list(limit, status="dead")]
+                for intent in self.store.list(limit, status="dead")[0]]
 
     def summary(self, *, caller=OWNER):
         """Return how the bus is, at a glance: intents by namespace and status, sizes in bytes, requests held."""

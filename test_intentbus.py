@@ -510,7 +510,7 @@ def test_operations_of_many_threads_share_commits_and_a_failure_hurts_nobody_els
     for thread in threads:
         thread.join()
     assert sorted(errors) == [0, 10, 20, 30, 40]
-    assert commits == [45] and len(store.list(100)) == 45
+    assert commits == [45] and len(store.list(100)[0]) == 45
 
 
 def test_a_commit_that_fails_fails_everyone_in_it_and_the_next_one_works(store, monkeypatch):
@@ -531,7 +531,7 @@ def test_a_commit_that_fails_fails_everyone_in_it_and_the_next_one_works(store, 
         add(store, published())
     monkeypatch.undo()
     add(store, published())
-    assert len(store.list(10)) == 1
+    assert len(store.list(10)[0]) == 1
 
 
 def test_readers_in_the_way_do_not_let_the_log_grow_without_end(store, monkeypatch):
@@ -592,6 +592,13 @@ def test_claims_and_deadlines_neither_scan_nor_sort(store):
     assert len(plans) == 3 and not [p for p in plans if "SCAN" in p or "TEMP B-TREE" in p]
 
 
+def test_a_list_of_the_dead_looks_at_the_dead_only(store):
+    values = dict.fromkeys(("before", "floor", "status", "owner", "goal", "namespace", "limit", "rows"))
+    for statement in (intentbus.PAGE, intentbus.PAGE_FLOOR):
+        assert re.match(r"SEARCH intents USING (COVERING )?INDEX intents_dead", plan(store, statement.format(
+            kind=intentbus.DEAD), **values))
+
+
 def test_the_next_wake_is_one_look_into_an_index(store):
     add(store, published(), published(now=2000.0))
     assert store.next_wake() == 1000 + 3600
@@ -603,9 +610,9 @@ def test_what_has_ended_is_deleted_after_its_retention_and_not_before(store):
     add(store, done, waiting)
     store.change(done.id, lambda intent: intent.fulfilled(1000, None, "json"))
     store.clean(1000 + 59, retention=60)
-    assert len(store.list(10)) == 2
+    assert len(store.list(10)[0]) == 2
     store.clean(1000 + 60, retention=60)
-    assert [intent.id for intent in store.list(10)] == [waiting.id]
+    assert [intent.id for intent in store.list(10)[0]] == [waiting.id]
 
 
 @pytest.mark.parametrize("prepare, sentence", [
@@ -757,7 +764,7 @@ def test_a_migration_that_is_killed_leaves_the_file_as_it_was(tmp_path):
     process.kill()
     process.wait()
     with contextlib.closing(Store(tmp_path / "bus.db")) as store:
-        assert len(store.list(10)) == 1 and [row.status for row in store.tallies()] == ["open"]
+        assert len(store.list(10)[0]) == 1 and [row.status for row in store.tallies()] == ["open"]
 
 
 NO_SHARED_MEMORY = r"""
@@ -1041,6 +1048,24 @@ def test_a_list_is_newest_first_in_pages_and_without_payloads(bus, clock):
 
 
 # Waiting: a bus with a running clock, tended as a server does.
+
+def test_a_list_looks_at_so_many_intents_only_and_says_where_to_go_on(bus, clock, monkeypatch):
+    monkeypatch.setattr(intentbus, "LIST_ROWS", 10)
+    ids = []
+    for number in range(35):
+        clock.pass_(1)
+        ids.append(bus.publish("rare" if number in (3, 20) else "common", number).id)
+    found, pages, before = [], 0, None
+    while pages == 0 or before:
+        page = bus.list(goal="rare", before=before)
+        found, pages, before = found + [intent.id for intent in page.intents], pages + 1, page.next
+    assert (found, pages) == ([ids[20], ids[3]], 4)
+    for id in ids[:12]:
+        bus.cancel(id)
+    dead = bus.list(status="dead", limit=50)
+    assert [intent.id for intent in dead.intents] == ids[11:1:-1] + [ids[1]]
+    assert [intent.id for intent in bus.list(status="dead", before=dead.next).intents] == [ids[0]]
+
 
 @pytest.fixture
 def live(store):
