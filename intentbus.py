@@ -815,7 +815,7 @@ class Store:
         return counts
 
     def _note_clock(self, now, offset, boot):
-        newest = self._db.execute("SELECT MAX(id) AS id FROM intents").fetchone().id     # ids keep the time they were made at
+        newest = self._db.execute("SELECT MAX(id) AS id FROM intents").fetchone().id     # ids keep the time of their making
         self._remember("clock", "", "", to_json([newest, now, offset, boot]), FOREVER)
 
     def _recall(self, db, kind, owner, key, now):
@@ -1176,7 +1176,7 @@ class Bus:
         answer = answer_with([intent.id for intent in intents])
         idempotency = None
         if idempotency_key:
-            asked = json.dumps([list(answer), wanted], sort_keys=True)     # one key for /intent and /intents is a conflict too
+            asked = json.dumps([list(answer), wanted], sort_keys=True)     # one key for both endpoints is a conflict too
             idempotency = caller.key_id, idempotency_key, hashlib.sha256(asked.encode()).hexdigest()
         return self.store.add(intents, answer, now, idempotency, caller.most)
 
@@ -2909,7 +2909,8 @@ class IntentClient:
         except (ValueError, TypeError, KeyError):
             raise Unreachable(f"{self.base_url} answered {status} without its JSON: a proxy page answered, "
                               "not a bus.") from None
-        raised = ERRORS.get(status, Unavailable if status in (502, 504) else Error)(error.pop("message", ""), error.pop("code", None), **error)
+        known = ERRORS.get(status, Unavailable if status in (502, 504) else Error)     # those two are a proxy's
+        raised = known(error.pop("message", ""), error.pop("code", None), **error)
         with contextlib.suppress(ValueError):
             raised.details["retry_after"] = min(float(headers.get("Retry-After", "")), RETRY_MAX_SECONDS)
         raise raised
