@@ -454,10 +454,11 @@ def unsynced(method):
 class Job:
     """An operation that waits for its commit."""
 
-    __slots__ = ("operation", "synced", "result", "error", "ended")
+    __slots__ = ("operation", "synced", "result", "error", "ended", "called")
 
     def __init__(self, operation, synced):
         self.operation, self.synced, self.result, self.error, self.ended = operation, synced, None, None, False
+        self.called = queue.SimpleQueue()     # an item once it has ended, or is the one to commit what is queued
 
 
 class Store:
@@ -491,7 +492,7 @@ class Store:
 
     def close(self):
         """Write everything into the one file, and let go of it."""
-        with self._writing:
+        with self._alone():
             while self._readers:
                 self._readers.pop().close()
             self._db.close()
@@ -562,7 +563,7 @@ class Store:
 
     def changed_elsewhere(self):
         """Return whether another program has written to the file since the last call."""
-        with self._writing, self._translated():
+        with self._alone(), self._translated():
             version = self._db.execute("PRAGMA data_version").fetchone().data_version
         changed, self._version = version != self._version, version
         return changed
@@ -847,19 +848,43 @@ class Store:
     # -- Group commit --
 
     def _commit(self, run, synced):
-        """Queue an operation, and once the writing lock is ours run all that are queued; return ours' result."""
+        """Queue an operation and return its result; whoever finds the writing lock free commits all that are queued."""
         job = Job(run, synced)
         self._jobs.append(job)
-        changed = ()
-        with self._writing:
-            while not job.ended:
-                changed = self._commit_queue()
-                self._cut_log()
-        if changed:
-            self.on_commit(changed)
+        while not job.ended:
+            if self._writing.acquire(blocking=False):
+                self._lead()
+            else:
+                job.called.get()
         if job.error:
             raise job.error
         return job.result
+
+    def _lead(self):
+        """Commit what is queued, with the writing lock in hand, and pass that on."""
+        changed = ()
+        try:
+            changed = self._commit_queue()
+            self._cut_log()
+        finally:
+            self._pass_on()
+        if changed:
+            self.on_commit(changed)
+
+    def _pass_on(self):
+        """Let go of the writing lock, and call who waits first; those whose operation has ended are called already."""
+        self._writing.release()
+        with contextlib.suppress(IndexError):     # nobody waits
+            self._jobs[0].called.put(None)
+
+    @contextlib.contextmanager
+    def _alone(self):
+        """Hold the writing lock for something else than a commit."""
+        self._writing.acquire()
+        try:
+            yield
+        finally:
+            self._pass_on()
 
     def _commit_queue(self):
         """Run every queued operation in one transaction and return the intents that it changed."""
@@ -889,6 +914,7 @@ class Store:
         finally:
             for job in jobs:
                 job.ended = True
+                job.called.put(None)
         return self._changed
 
     def _attempt(self, job):

@@ -502,7 +502,7 @@ def test_operations_of_many_threads_share_commits_and_a_failure_hurts_nobody_els
         except sqlite3.IntegrityError:
             errors.append(number)
 
-    with store._writing:     # a slow commit: all that comes meanwhile queues up behind it
+    with store._alone():     # a slow commit: all that comes meanwhile queues up behind it
         threads = [threading.Thread(target=publish, args=(number,)) for number in range(50)]
         for thread in threads:
             thread.start()
@@ -1983,7 +1983,7 @@ def test_publishes_of_one_commit_share_the_limit(started, monkeypatch):
     monkeypatch.setattr(intentbus, "UNFINISHED", 5)
     bus = started()
     key = bus.issue().api_key
-    with bus.store._writing:     # a slow commit: all that comes meanwhile queues up behind it
+    with bus.store._alone():     # a slow commit: all that comes meanwhile queues up behind it
         answers = [in_thread(bus.ask, "POST", "/intent", a_publish(), key) for _ in range(20)]
         wait_until(lambda: len(bus.store._jobs) == 20)
     assert sorted(answer().status for answer in answers) == [201] * 5 + [429] * 15
