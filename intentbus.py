@@ -87,6 +87,7 @@ CLOCK_RECORD_SECONDS = 60           # how often the time is put on record while 
 
 BUSY_TIMEOUT_MS = 30000             # another program may hold the file for a backup
 LIST_ROWS = 10_000                  # looked at for one page of a list: some 20 ms
+READERS = 16                        # connections to the file that read: two descriptors each, out of SPARE_FILES
 SETTLE_ROWS = 500                   # one pass over what time has brought, so that nobody waits long behind it
 WAL_BYTES = 8 * 2 ** 20             # a longer log is waited for until it can be cut: half of what is promised
 WAL_PATIENCE_SECONDS = 1            # for a reader that is in the way of that; then again once the log has grown by half
@@ -476,15 +477,16 @@ class Store:
         self._jobs = collections.deque()
         self._changed, self._moved = [], []     # by the transaction that runs: intents, and (intent, before, after)
         self._writing, self._synced = threading.Lock(), True
-        self._readers = []
+        self._readers, self._reading = [], threading.Semaphore(READERS)
         if sqlite3.sqlite_version_info < (3, 35):
             raise SetupError(f"intentbus needs SQLite 3.35 or newer; this Python has {sqlite3.sqlite_version}.")
         try:
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
             self._file, self._cut_at = os.stat(self.path), WAL_BYTES
             self._guard = self._lock_file()
-            self._db = self._connect()
-            self._prepare()
+            shared_memory = self._shared_memory()
+            self._db = self._connect(alone=not shared_memory)
+            self._prepare("WAL" if shared_memory else "DELETE")
         except OSError as error:
             raise SetupError(f"The database {self.path} cannot be opened: {error.strerror}.") from error
         except sqlite3.Error as error:
@@ -961,26 +963,28 @@ class Store:
 
     # -- Connections --
 
-    def _connect(self, readonly=False):
+    def _connect(self, readonly=False, alone=False):
         import sqlite3
         db = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_MS / 1000, isolation_level=None, check_same_thread=False)
         db.row_factory = lambda cursor, row: Intent(zip(map(FIRST, cursor.description), row))
+        if alone:
+            db.execute("PRAGMA locking_mode = EXCLUSIVE")     # reads a write-ahead log without shared memory
         db.execute(f"PRAGMA query_only = {int(readonly)}")
         db.execute("PRAGMA synchronous = FULL")     # an answered publish survives a power cut
         return db
 
     @contextlib.contextmanager
     def _reader(self):
-        """Lend a connection that cannot write."""
-        try:
-            db = self._readers.pop()
-        except IndexError:
-            db = self._connect(readonly=True)
-        try:
-            with self._translated():
+        """Lend a connection that cannot write, as soon as one is free."""
+        with self._reading, self._translated():
+            try:
+                db = self._readers.pop()
+            except IndexError:
+                db = self._connect(readonly=True)
+            try:
                 yield db
-        finally:
-            self._readers.append(db)
+            finally:
+                self._readers.append(db)
 
     @contextlib.contextmanager
     def _translated(self):
@@ -997,33 +1001,32 @@ class Store:
 
     def _lock_file(self):
         """Hold a lock that ends with this process, so that no second bus serves the same file."""
-        guard = open(self.path + ".lock", "a")
+        guard = open(self.path + ".lock", "a+")
         try:
             if os.name == "posix":
                 import fcntl
                 fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
             else:
                 import msvcrt
+                guard.seek(0)
                 msvcrt.locking(guard.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError as error:
+        except (BlockingIOError, PermissionError) as error:
             guard.close()
             raise SetupError(f"Another bus is serving {self.path}; stop it, or give this one another --db.") from error
         return guard
 
-    def _logs_ahead(self):
-        """Return whether the file can have a write-ahead log; where memory cannot be shared, the first read fails."""
-        import sqlite3
+    def _shared_memory(self):
+        """Return whether a file here can be mapped, as a write-ahead log needs; SQLite itself would say "disk I/O error"."""
+        import mmap
+        self._guard.truncate(1)     # an empty file cannot be mapped anywhere
         try:
-            mode = self._db.execute("PRAGMA journal_mode = WAL").fetchone().journal_mode
-            self._db.execute("SELECT name FROM sqlite_master LIMIT 1")
-        except sqlite3.OperationalError:
-            with contextlib.suppress(sqlite3.OperationalError):
-                self._db.execute("PRAGMA journal_mode = DELETE")     # in vain, but it lets go of the log
+            mmap.mmap(self._guard.fileno(), 1).close()
+        except OSError:
             return False
-        return mode == "wal"
+        return True
 
-    def _prepare(self):
-        """Bring the file to the journal mode and schema of this version."""
+    def _prepare(self, journal):
+        """Bring the file to the journal mode, which may have to be another, and the schema of this version."""
         version = self._db.execute("PRAGMA user_version").fetchone().user_version
         owner = self._db.execute("PRAGMA application_id").fetchone().application_id
         if owner != APPLICATION_ID and self._db.execute("SELECT name FROM sqlite_master LIMIT 1").fetchone():
@@ -1031,9 +1034,10 @@ class Store:
         if version > len(MIGRATIONS):
             raise SetupError(f"The database {self.path} was written by a newer intentbus (schema {version}, "
                              f"this one knows {len(MIGRATIONS)}); use that version, or another --db.")
-        if not self._logs_ahead():
-            for setting in ("locking_mode = EXCLUSIVE", "journal_mode = DELETE", "locking_mode = NORMAL"):
-                self._db.execute(f"PRAGMA {setting}")     # a log that nobody shares needs no shared memory to be ended
+        mode = self._db.execute(f"PRAGMA journal_mode = {journal}").fetchone().journal_mode
+        if mode != "wal":
+            self._db.execute("PRAGMA locking_mode = NORMAL")
+            self._db.execute("PRAGMA journal_mode = TRUNCATE")     # a deleted one may be back after a power cut
             self.warning = f"{self.path} is on a file system without shared memory: the bus works, but slower."
         self._db.execute("BEGIN IMMEDIATE")
         for script in MIGRATIONS[version:]:
@@ -2401,7 +2405,7 @@ class Connection:
 
     def __init__(self, sock, address, server):
         self.sock, self.peer, self.server = sock, address[0], server
-        self._received, self._request_id = bytearray(), ""
+        self._received, self._request_id, self._head_only = bytearray(), "", False
         with contextlib.suppress(OSError):     # the client is gone, and nobody is left to tell
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             while self._serve_one():
@@ -2409,19 +2413,19 @@ class Connection:
 
     def _serve_one(self):
         """Answer one request; return whether the connection can take another."""
-        started = time.monotonic()
+        started, self.server.reading[self.sock] = time.monotonic(), None
         try:
             request, version = self._read_request()
         except Error as error:
-            self._send(refusal(error, self._request_id or request_id({})), "close")
+            self._send(refusal(error, self._request_id or request_id({})), "close", self._head_only)
             self._linger()
             return False
-        if request is None:
+        if request is None or self.server.reading.pop(self.sock, "hung up") == "hung up":
             return False
         response = self.server.api.handle(request)
         wanted = request.headers.get("connection", "").lower()
         keep = not self.server.stopping and ("keep-alive" in wanted if version == "0" else "close" not in wanted)
-        self._send(response, "close" if not keep else "keep-alive" if version == "0" else "", request.method == "HEAD")
+        self._send(response, "close" if not keep else "keep-alive" if version == "0" else "", self._head_only)
         self.server.log(request, response, time.monotonic() - started)
         return keep
 
@@ -2429,17 +2433,19 @@ class Connection:
         """Return the next request and its HTTP minor version, or (None, None) if the client has left."""
         if not self._wait_for_request():
             return None, None
-        deadline, self._request_id = time.monotonic() + HEAD_SECONDS, ""
-        while (end := self._received.find(b"\r\n\r\n")) < 0 or end > HEAD_BYTES:
-            if BARE_LF.search(self._received):
+        deadline, self._request_id, self._head_only = time.monotonic() + HEAD_SECONDS, "", False
+        seen = 0     # what has been looked at: a head that comes in single bytes is not searched anew for each
+        while (end := self._received.find(b"\r\n\r\n", max(0, seen - 3))) < 0 or end > HEAD_BYTES:
+            if BARE_LF.search(self._received, seen):
                 raise Invalid("Each line of the head must end with CR LF.")
             if len(self._received) > HEAD_BYTES:
                 raise HeadersTooLarge(f"The head of a request has at most {HEAD_BYTES} bytes.")
+            seen = len(self._received)
             if not self._receive(deadline):
                 return None, None
         method, target, version, headers = parse_head(bytes(self._received[:end]))
         del self._received[:end + 4]
-        self._request_id = request_id(headers)
+        self._request_id, self._head_only = request_id(headers), method == "HEAD"
         length = body_length(headers, self.server.api.max_body)
         if length and version == "1" and headers.get("expect", "").lower() == "100-continue":
             self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -2513,6 +2519,7 @@ class Threads:
         self.stopping = False
         self._limit = connection_limit()
         self._open, self._idle = set(), 0
+        self.reading = collections.OrderedDict()     # socket: None, of those that owe us a request, the longest first
         self._lock = threading.Lock()
         self._work = queue.SimpleQueue()
 
@@ -2538,7 +2545,7 @@ class Threads:
     def process_request(self, sock, address):
         """Give a connection to an idle thread, or to a new one."""
         with self._lock:
-            if len(self._open) >= self._limit:
+            if len(self._open) >= self._limit and not self._make_room():
                 return self._turn_away(sock)
             self._open.add(sock)
             new = not self._idle
@@ -2557,10 +2564,19 @@ class Threads:
             self.process_request_thread(sock, address)
             with self._lock:
                 self._open.discard(sock)
+                self.reading.pop(sock, None)
                 if self._idle >= IDLE_THREADS:
                     return
                 self._idle += 1
             sock, address = self._work.get()
+
+    def _make_room(self):
+        """Hang up on the connection that has owed us a request for longest, so that idle and slow ones lock out nobody."""
+        if not self.reading or len(self._open) > self._limit + SPARE_FILES // 2:     # these have not gone yet
+            return False
+        with contextlib.suppress(OSError, KeyError):     # it is just leaving
+            socket.socket.shutdown(self.reading.popitem(last=False)[0], socket.SHUT_RDWR)
+        return True
 
     def _turn_away(self, sock):
         error = Unavailable("The bus has too many connections; try again.", "too_many_connections")

@@ -557,6 +557,18 @@ def test_readers_in_the_way_do_not_let_the_log_grow_without_end(store, monkeypat
     assert max(lengths) < 3 * 400_000 < 40 * 40_000 < store.bytes()[0] + 400_000
 
 
+def test_however_many_read_at_once_the_file_is_opened_a_few_times_only(store):
+    opened = watch(store, "_connect")
+    with contextlib.ExitStack() as reading:
+        for _ in range(intentbus.READERS):
+            reading.enter_context(store._reader())
+            opened.get(timeout=10)
+        late = in_thread(store.tallies)
+        with pytest.raises(queue.Empty):     # each would be two descriptors more, for good
+            opened.get(timeout=0.1)
+    assert late() == []
+
+
 def test_a_second_store_on_the_same_file_is_refused_in_words(store):
     with pytest.raises(intentbus.SetupError, match="Another bus is serving .*bus.db; stop it, or"):
         Store(store.path)
@@ -779,7 +791,7 @@ static void *refuse(const char *name, void *at, size_t length, int how, int flag
     char link[64], path[4096];
     snprintf(link, sizeof link, "/proc/self/fd/%d", file);
     ssize_t size = file < 0 ? -1 : readlink(link, path, sizeof path);
-    if (size > 4 && !memcmp(path + size - 4, "-shm", 4)) { errno = ENODEV; return MAP_FAILED; }
+    if (size > 0 && flags & MAP_SHARED && memmem(path, size, "intentbus.db", 12)) { errno = ENODEV; return MAP_FAILED; }
     void *(*real)(void *, size_t, int, int, int, off_t) = dlsym(RTLD_NEXT, name);
     return real(at, length, how, flags, file, offset);
 }
@@ -3223,6 +3235,32 @@ def test_tls_from_the_command_line(tmp_path, certificates):
     assert published.returncode == 0 and re.fullmatch("[0-9a-f]{32}\n", published.stdout)
     assert serve.run("status", published.stdout.strip(), "--ca", cert).stdout == "open\n"
     assert serve.stop()[0] == 0
+
+
+def test_a_refused_head_has_no_body_either(strict):
+    for target, lines in (("/%zz", ()), ("/intents", (b"Content-Length: 999999999",)), ("/", (b"Transfer-Encoding: chunked",))):
+        _, _, body = strict.talk(get(f"HEAD {target} HTTP/1.1".encode(), b"Host: x", *lines)).partition(b"\r\n\r\n")
+        assert body == b""
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /health HT", post(LENGTH)[:-1], get(HEALTH, b"Host: x")],
+                         ids=["nothing", "half a head", "half a body", "a request"])
+def test_at_the_limit_the_connection_that_owes_a_request_for_longest_makes_room(tmp_path, monkeypatch, said):
+    monkeypatch.setattr(intentbus, "CONNECTIONS", 8)
+    served = Served(tmp_path)
+    waiting = get(b"POST /claim?wait=20 HTTP/1.1", b"Host: x", b"X-API-KEY: " + KEY.encode(), b"Connection: close")
+    with contextlib.closing(served), served.connect() as worker, contextlib.ExitStack() as slow:
+        worker.sendall(waiting)
+        wait_until(lambda: held(served.api.bus))
+        others = []
+        for _ in range(7):
+            others.append(slow.enter_context(served.connect()))
+            others[-1].sendall(said)
+            assert not said.endswith(b"\r\n\r\n") or others[-1].recv(65536).startswith(b"HTTP/1.1 200 ")
+            wait_until(lambda: len(served.server.reading) == len(others))
+        assert [served.ask("GET", "/health").status for _ in range(3)] == [200, 200, 200]
+        assert received(others[0]) == b""
+        assert served.publish() == responses(received(worker))[0].json["id"]
 
 
 NASTY = ("", " ", "\t", "a\nb", "\r\nX-Evil: 1", "\0", "\x7f", "\x1b[2J", "ä", "漢字", "😀", "\ud800", "\u202e", "%00", "%", "%zz", "%ff", "../../etc",
