@@ -4297,6 +4297,7 @@ def test_a_relative_program_is_that_of_the_workers_own_directory(bus, tmp_path, 
     assert [bus.get_result(id).result for id in ids.values()] == ["here here", "there here"]
 
 
+@SLOW
 @POSIX
 @pytest.mark.skipif(not shutil.which("setsid"), reason="setsid is not on this machine")
 def test_a_program_has_no_terminal_to_change(serve):
@@ -4589,7 +4590,8 @@ keys revoke x, stats, purge --yes, work --once --drain, work --once --drain -- t
 
 
 @POSIX
-@pytest.mark.parametrize("answer", EVIL_ANSWERS.values(), ids=EVIL_ANSWERS)
+@pytest.mark.parametrize("answer", [pytest.param(answer, id=name, marks=[] if name in ("its result", "404 Not Found") else SLOW)
+                                    for name, answer in EVIL_ANSWERS.items()])
 def test_what_a_hostile_bus_says_cannot_command_the_terminal(monkeypatch, impatient, answer):
     import pty
     ours, theirs = pty.openpty()
