@@ -125,7 +125,7 @@ HANDLER_SECONDS = 300               # a handler that takes longer hangs
 KILL_AFTER_SECONDS = 5              # between TERM and KILL
 SLICE_SECONDS = 0.1                 # how soon a lost lease or a timeout ends a handler
 PIPE_SECONDS = 1                    # how long output is waited for after the handler has ended
-OUTPUT_BYTES = 128 * 1024           # of stdout, as the result; fits the body limit when escaped
+OUTPUT_BYTES = 127 * 1024           # of stdout, as the result; twice that, when escaped, fits the body limit
 STDERR_BYTES = 2000                 # the last ones tell why
 ENVIRONMENT_BYTES = 64 * 1024       # half of what Linux allows one variable
 
@@ -1228,7 +1228,7 @@ class Bus:
             if intent.status != "dead":
                 raise Conflict(f"This intent is {intent.status}; only a dead one can be retried.")
             return intent.retried(now)
-        if intent_id:
+        if intent_id is not None:
             return self._outcome(self._change(intent_id, rule))
         owner = None if caller.admin else caller.owner
         return Record(retried=self.store.change_dead(limit, rule, owner, goal, namespace))
@@ -1271,7 +1271,7 @@ class Bus:
             if self._claim_outcome(intent, claim_token, caller) or intent.status != "claimed":
                 raise lease_lost(intent.id)
             return intent.extended(now, seconds)
-        intent = self._change_claim(intent_id, rule)
+        intent = self._change_claim(intent_id, claim_token, rule)
         return Record(ok=True, id=intent.id, extended_by=seconds, claim_expires_at=intent.claim_expires_at)
 
     def fulfill(self, intent_id, claim_token=None, result=None, result_type="json", *, caller=OWNER):
@@ -1539,10 +1539,12 @@ class Bus:
             if intent.claim_outcome:
                 raise lease_lost(intent.id)
             return rule(intent, now)
-        return self._change_claim(intent_id, once)
+        return self._change_claim(intent_id, claim_token, once)
 
-    def _change_claim(self, intent_id, rule):
+    def _change_claim(self, intent_id, claim_token, rule):
         """Change an intent for its worker, who is not told whether others' intents exist."""
+        if claim_token is None and self.require_claim_token:
+            raise Invalid("claim_token is required on this bus.", code="invalid_claim_token")
         try:
             return self._change(intent_id, rule)
         except NotFound:
@@ -1554,8 +1556,6 @@ class Bus:
         A token proves the claim, even after its lease. Without one, it is enough to be the claim's owner while it runs.
         """
         if claim_token is None:
-            if self.require_claim_token:
-                raise Invalid("claim_token is required on this bus.", code="invalid_claim_token")
             if intent.status != "claimed" or intent.claim_owner != caller.owner:
                 raise lease_lost(intent.id)
         elif not hmac.compare_digest(hash_token(claim_token), intent.claim_token_hash or ""):
@@ -2859,7 +2859,7 @@ class IntentClient:
 
     def retry(self, intent_id=None, *, goal=None, namespace=None, limit=1000):
         """Open a dead intent anew, or up to limit of them."""
-        if intent_id:
+        if intent_id is not None:
             return self._post(f"/retry/{intent_id}", retries=0)
         return self._post("/retry", dict(goal=goal, namespace=namespace, limit=limit), retries=0)
 
@@ -2948,13 +2948,15 @@ class IntentClient:
             if status < 300 and isinstance(value, kind):
                 return Record(value) if kind is dict else [Record(item) for item in value]
             error = dict(value["error"])
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise Unreachable(f"{self.base_url} answered {status} without its JSON: a proxy page answered, "
                               "not a bus.") from None
         known = ERRORS.get(status, Unavailable if status in (502, 504) else Error)     # those two are a proxy's
-        raised = known(error.pop("message", ""), error.pop("code", None), **error)
-        with contextlib.suppress(ValueError):
+        raised = known(error.get("message", ""), error.get("code"))
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
             raised.details["retry_after"] = min(float(headers.get("Retry-After", "")), RETRY_MAX_SECONDS)
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            raised.details["server_time"] = float(error.get("server_time"))
         raise raised
 
 
@@ -3303,7 +3305,10 @@ class Program:
             except Invalid as error:
                 if self._result == "json":
                     raise HandlerFailed(f"The handler's output is not JSON: {error}") from error
-        return output.decode(errors="replace").replace("\0", "").rstrip("\n"), "text"
+        text = output.decode(errors="replace").replace("\0", "").rstrip("\n")
+        while len(to_json(text).encode()) > 2 * self._max_output:     # what is no UTF-8 takes three bytes, ESC six
+            text = text[:len(text) * 3 // 4]
+        return text, "text"
 
 
 class Tap:
@@ -3359,11 +3364,10 @@ def printable(value):
     return CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", str(value).replace("\n", " | "))
 
 
-def shown(text):
-    """Return what to print of a text that may be of anybody: all of it into a file or a pipe, no commands to a terminal."""
-    if not sys.stdout.isatty():
-        return text
-    return re.sub(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]", lambda match: f"\\x{ord(match[0]):02x}", text)
+def show(value):
+    """Print what may be of anybody: all of it into a file or a pipe, no commands to a terminal."""
+    odd = r"[^\n\t\x20-\x7e\xa0-\U0010ffff]" if sys.stdout.isatty() else "(?!)"
+    write_line(sys.stdout, re.sub(odd, lambda match: f"\\x{ord(match[0]):02x}", str(value)))
 
 
 def duration(words):
@@ -3502,7 +3506,7 @@ def publish_command(options):
         return publish_lines(bus, options, fields)
     answer = bus.publish(options.goal, payload(options.payload), **fields)
     if options.wait is None:
-        print(to_json(answer) if options.json else answer.id)
+        show(to_json(answer) if options.json else answer.id)
         return 0
     return wait_for(bus, answer.id, options.wait, options.json)
 
@@ -3516,7 +3520,7 @@ def publish_lines(bus, options, fields):
     intents = (dict(fields, goal=options.goal, payload=read(line)) for line in sys.stdin.buffer if line.strip())
     for number, batch in enumerate(batches(intents)):
         ids = bus.publish_many(batch, idempotency_key=key and f"{key} {number}").ids
-        print("\n".join(map(to_json, ({"id": id} for id in ids)) if options.json else ids))
+        show("\n".join(map(to_json, ({"id": id} for id in ids)) if options.json else ids))
         published += len(ids)
         if sys.stderr.isatty():
             sys.stderr.write(f"\rintentbus: {published} published")
@@ -3592,9 +3596,9 @@ def wait_for(bus, intent_id, seconds, as_json):
 def show_result(found, as_json):
     """Print what came of an intent; return the exit code."""
     if as_json:
-        print(to_json(found))
+        show(to_json(found))
     elif found.status == "fulfilled" and found.result is not None:
-        print(shown(plain(found.result)))
+        show(plain(found.result))
     if found.status == "dead":
         say(f"{found.id} is dead: {found.last_error}")
     return {"fulfilled": 0, "dead": 1}.get(found.status, 3)
@@ -3642,7 +3646,7 @@ def work_command(options):
 
 def print_payload(intent, lease):
     """Handle an intent by printing its payload as a line of JSON."""
-    write_line(sys.stdout, shown(to_json(intent.payload)))
+    show(to_json(intent.payload))
     return None, "json"
 
 
@@ -3650,7 +3654,7 @@ def print_payload(intent, lease):
 def status_command(options):
     """Print the state of an intent."""
     found = client(options).get_status(options.id)
-    print(to_json(found) if options.json else found.status)
+    show(to_json(found) if options.json else found.status)
     if found.last_error and not options.json:
         say(found.last_error)
 
@@ -3677,7 +3681,7 @@ def list_command(options):
         page = bus.list(status=options.status, goal=options.goal, namespace=options.namespace, limit=min(left, 500),
                         before=before)
         for intent in page.intents:
-            print(to_json(intent) if options.json else row(intent))
+            show(to_json(intent) if options.json else row(intent))
         left, before = left - len(page.intents), page.next
         if not before:
             break
@@ -3700,7 +3704,7 @@ def age(seconds):
 def cancel_command(options):
     """End an intent that is not finished; a worker that has it drops it."""
     answer = client(options).cancel(options.id)
-    print(to_json(answer) if options.json else answer.status)
+    show(to_json(answer) if options.json else answer.status)
 
 
 @command("retry", *CONNECTION, flag("id", nargs="?", help="the id that publish printed"),
@@ -3712,7 +3716,7 @@ def retry_command(options):
     if bool(options.id) + bool(options.goal) + options.all != 1:
         raise Invalid("Say what to retry: an id, --goal GOAL or --all.")
     answer = client(options).retry(options.id, goal=options.goal, namespace=options.namespace, limit=options.limit)
-    print(to_json(answer) if options.json else answer.status if options.id else answer.retried)
+    show(to_json(answer) if options.json else answer.status if options.id else answer.retried)
 
 
 @command("set", *CONNECTION, flag("key", help="its name"), flag("value", help="JSON, or text"),
@@ -3730,7 +3734,7 @@ def set_command(options):
 @command("get", *CONNECTION, flag("key", help="its name"))
 def get_command(options):
     """Print a value that set has kept: a text as it is, the rest as JSON; exit 3 if there is none."""
-    print(shown(plain(client(options).get(options.key))))
+    show(plain(client(options).get(options.key)))
 
 
 @command("del", *CONNECTION, flag("key", help="its name"))
@@ -3746,7 +3750,7 @@ def keys_add(options):
     """Issue a key and print it, this once."""
     made = client(options).admin("generate_key", name=options.name, owner=options.owner, role=options.role)
     say(f"id {made.key_id}, owner {made.owner}, role {made.role}; the key is shown only now")
-    print(made.api_key)
+    show(made.api_key)
 
 
 @command("keys list", *CONNECTION, JSON_LINES)
@@ -3754,7 +3758,7 @@ def keys_list(options):
     """List the issued keys: id, role, owner, requests, last use, name."""
     for key in client(options).admin("keys"):
         used = age(time.time() - key.last_used_at) if key.last_used_at else "never"
-        print(to_json(key) if options.json else printable(
+        show(to_json(key) if options.json else printable(
             f"{key.key_id}  {key.role:7}  {key.owner}  {key.total_requests}  {used}  {key.name}"))
 
 
@@ -3767,7 +3771,7 @@ def keys_revoke(options):
 @command("stats", *CONNECTION)
 def stats(options):
     """Print how the bus is, as JSON: intents by namespace and status, sizes, requests held."""
-    print(json.dumps(client(options).admin("summary"), indent=2))
+    show(json.dumps(client(options).admin("summary"), indent=2))
 
 
 @command("purge", *CONNECTION, flag("--yes", action="store_true", help="really"))
@@ -3775,7 +3779,7 @@ def purge_command(options):
     """Delete all intents for good, or those of a --namespace; prints how many."""
     if not options.yes:
         raise Invalid("This deletes intents for good, whatever their state: say --yes.")
-    print(client(options).admin("purge", confirm=True, namespace=options.namespace).deleted)
+    show(client(options).admin("purge", confirm=True, namespace=options.namespace).deleted)
 
 
 @command("backup", flag("file", help="the file to write; it must not exist"),
@@ -3824,6 +3828,8 @@ def parser():
 def main(arguments=None):
     """Run a command and return its exit code."""
     warnings.showwarning = lambda message, *rest: say(message)
+    if hasattr(sys.stdout, "reconfigure"):     # a result may hold what the encoding of stdout does not
+        sys.stdout.reconfigure(errors="backslashreplace")
     words = sys.argv[1:] if arguments is None else arguments
     end = words.index("--") if "--" in words else len(words)
     words = ["--wait=" if word == "--wait" else word for word in words[:end]] + words[end:]     # its value is optional

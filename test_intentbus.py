@@ -1858,6 +1858,85 @@ def test_another_owners_intent_looks_like_one_that_does_not_exist(guarded, metho
         assert theirs.body.decode().replace(intent_id, NOBODY) == nobodys.body.decode()
 
 
+ODD_IDS = ("x", "0", NOBODY[1:], NOBODY + "0", "A" * 32, "%00", "..%2f..", "'%20OR%201=1--", "%1b%5b2J", "%F0%9F%98%80", "x" * 300)
+WITH_AN_ID = [route[:2] for route in intentbus.ROUTES if "*" in route[1] and not route[1].startswith(("/set", "/get", "/delete"))]
+
+
+def facts(response):
+    """What an answer says, but for what differs from one request to the next."""
+    return response.status, response.body, {name: value for name, value in response.headers.items()
+                                            if name not in ("x-request-id", "date", "content-length")}
+
+
+@pytest.mark.parametrize("tokens, visibility", [(False, "private"), (True, "public")], ids=["", "--require-claim-token, public"])
+def test_an_id_of_anothers_cannot_be_told_from_one_that_is_none(guarded, monkeypatch, tokens, visibility):
+    monkeypatch.setattr(guarded.api.bus, "require_claim_token", tokens)
+    bus = guarded.api.bus
+    ids = [bus.publish("g", 1, caller=ANN, visibility=visibility).id for _ in range(3)]
+    claimed = bus.claim("g", caller=ANN, publisher="ann").id
+    bus.cancel(next(id for id in ids if id != claimed), caller=ANN)
+    before = [dict(guarded.store.get(id)) for id in ids]
+    for method, path in WITH_AN_ID:
+        for body, query in ((b"", ""), ({"claim_token": "0" * 32}, ""), (b"", "?wait=30"))[:3 if path == "/result/*" else 2]:
+            asked = {id: guarded.ask(method, path.replace("*", id) + query, body, guarded.issued["other"])
+                     for id in (NOBODY, *ids, *ODD_IDS * (not body and not query))}
+            status, said, headers = facts(asked[NOBODY])
+            for id, answer in asked.items():
+                named = intentbus.to_json(urllib.parse.unquote(id))[1:-1]
+                assert facts(answer) == (status, said.replace(NOBODY.encode(), named.encode()), headers), (method, path, body, id)
+    assert [dict(guarded.store.get(id)) for id in ids] == before and held(bus) == 0
+    bus.purge(confirm=True)
+
+
+@pytest.mark.parametrize("method, target, body, headers", [
+    ("GET", "/intents?goal={goal}&payload=1", b"", {}),
+    ("GET", "/intents?before={id}", b"", {}),
+    ("GET", "/intents?status=open&namespace=secret", b"", {}),
+    ("POST", "/claim?goal={goal}&namespace=secret", b"", {}),
+    ("POST", "/claim?namespace=secret", b"", {"X-Claim-Token": "{token}"}),
+    ("POST", "/claim?publisher={key_id}&namespace=secret", b"", {}),
+    ("POST", "/claim?publisher={owner}&namespace=secret", b"", {}),
+    ("POST", "/retry", {"goal": "{goal}"}, {}),
+    ("POST", "/retry", {"namespace": "secret"}, {}),
+    ("POST", "/intents", [], {"Idempotency-Key": "{goal}"}),
+    ("GET", "/get/{goal}", b"", {}),
+    ("POST", "/delete/{goal}", b"", {}),
+    ("POST", "/set/{goal}", {"value": 1, "if_absent": True}, {}),
+], ids=lambda value: value if isinstance(value, str) and value.startswith("/") else "")
+def test_what_another_owner_has_changes_no_answer(started, method, target, body, headers):
+    bus = started()
+    ann, bob = bus.issue("ann"), bus.issue("bob")
+    bus.ask("POST", "/intent", a_publish(goal="hers", namespace="secret"), ann.api_key, Idempotency_Key="hers")
+    dead, claimed = (bus.ask("POST", "/intent", a_publish(goal="hers", namespace="secret"), ann.api_key).json["id"] for _ in "ab")
+    token = bus.ask("POST", "/claim?namespace=secret", key=ann.api_key).json["claim_token"]
+    bus.ask("POST", f"/cancel/{dead}", key=ann.api_key)
+    bus.ask("POST", "/set/hers", {"value": 1}, ann.api_key)
+    there = dict(goal="hers", id=claimed, token=token, key_id=ann.key_id, owner="ann")
+    nowhere = dict(goal="none", id=NOBODY[:-1] + "1", token="0" * 32, key_id="0" * 16, owner="nobody")
+    before = [dict(intent) for intent in bus.store.list(9)[0]]
+
+    def asked(names):
+        filled = json.loads(re.sub(r"\{(\w+)\}", lambda match: names[match[1]], json.dumps([target, headers, body or None])))
+        answer = bus.ask(method, filled[0], filled[2] or b"", bob.api_key, **filled[1])
+        return answer.status, answer.body.decode().replace(names["goal"], "GOAL")
+    assert asked(there) == asked(nowhere)
+    assert [dict(intent) for intent in bus.store.list(9)[0]] == before
+
+
+@pytest.mark.parametrize("wrong", ["", "a", ADMIN_SECRET[:-1], ADMIN_SECRET[:-1] + "b", ADMIN_SECRET + "a", "\xe9" * 40, "b" * 400])
+@pytest.mark.parametrize("settings, path, header", [
+    (dict(admin_secret=ADMIN_SECRET), "/admin/keys", lambda secret: dict(X_Admin_Token=secret)),
+    (dict(dashboard_password=ADMIN_SECRET), "/admin/keys", lambda secret: dict(Authorization=basic("admin", secret))),
+    (dict(metrics_token=ADMIN_SECRET, admin_secret="x" * 40), "/metrics", lambda secret: dict(Authorization="Bearer " + secret)),
+], ids=["admin secret", "dashboard password", "metrics token"])
+def test_every_wrong_secret_is_compared_alike(started, monkeypatch, settings, path, header, wrong):
+    bus, compared, compare = started(keys=settings), [], hmac.compare_digest
+    assert bus.ask("GET", path, key=None, **header(ADMIN_SECRET)).status == 200
+    monkeypatch.setattr(hmac, "compare_digest", lambda *both: compared.append(both[1]) or compare(*both))
+    assert bus.ask("GET", path, key=None, **header(wrong)).status == 401
+    assert compared == [secret.encode() for secret in settings.values()]
+
+
 def test_another_owner_neither_lists_nor_claims_nor_reads(emptied):
     prepared(emptied, "open")
     emptied.ask("POST", "/set/mine", {"value": 1}, emptied.issued["both"])
@@ -3827,6 +3906,94 @@ def test_what_is_no_bus_is_told_from_one(answer, sentence, impatient):
             IntentClient(f"http://127.0.0.1:{listener.getsockname()[1]}", KEY).get_status("x")
 
 
+class Fake:
+    """Something that answers every request with the same bytes, and keeps what it was asked."""
+
+    def __init__(self, status="200 OK", body=b"{}", *headers):
+        self.listener, self.asked = socket.create_server(("127.0.0.1", 0)), []
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        head = "".join(f"{line}\r\n" for line in (f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *headers))
+        self.answer = head.encode() + b"\r\n" + body
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def run(self):
+        with contextlib.suppress(OSError):
+            while True:
+                with self.listener.accept()[0] as sock:
+                    data = sock.recv(65536)
+                    while b"\r\n\r\n" not in data or len(data.partition(b"\r\n\r\n")[2]) < self.length(data):
+                        data += sock.recv(65536)
+                    self.asked.append(data.decode("latin-1"))
+                    sock.sendall(self.answer)
+
+    def length(self, data):
+        return int((re.search(rb"(?i)content-length: (\d+)", data) or [0, 0])[1])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.listener.close()
+
+
+@pytest.mark.parametrize("status, body", [
+    ("403 Forbidden", b'{"error": {"message": "m", "code": "c", "self": 1, "headers": 1, "args": 1}}'),
+    ("403 Forbidden", b'{"error": {"message": "m", "server_time": "soon"}}'),
+    ("403 Forbidden", b'{"error": {"message": "m", "server_time": 1%s}}' % (b"0" * 400)),
+    ("403 Forbidden", b'{"error": {"message": "m", "server_time": NaN}}'),
+    ("503 Service Unavailable", b'{"error": {"message": "m", "retry_after": 1e9}}'),
+    ("503 Service Unavailable", b'{"error": {"message": "m", "retry_after": "later"}}'),
+    ("400 Bad Request", b'{"error": {"message": {"\\ud800": []}, "code": ["c"]}}'),
+    ("400 Bad Request", b'{"error": [1, 2]}'),
+    ("200 OK", b"[" * 100_000),
+    ("200 OK", b'[1, 2]'),
+    ("999 Odd", b'{"error": {}}'),
+], ids=range(11))
+def test_a_hostile_bus_gets_no_more_than_an_error(impatient, status, body):
+    with Fake(status, body) as fake:
+        with pytest.raises(intentbus.Error):
+            IntentClient(fake.url, KEY).get_status("x")
+
+
+@pytest.mark.parametrize("status", ["301 Moved", "302 Found", "303 See Other", "307 Temporary", "308 Permanent"])
+def test_a_redirect_is_not_followed_and_takes_no_key_along(impatient, status):
+    with Fake() as other, Fake(status, b"", f"Location: {other.url}/\x1b[2J") as fake:
+        for ask in (lambda bus: bus.publish("g", 1), lambda bus: bus.get_status("x"), lambda bus: bus.admin("keys")):
+            with pytest.raises(intentbus.Unreachable, match="redirects to"):
+                ask(IntentClient(fake.url, KEY))
+        assert fake.asked and not other.asked
+
+
+def test_a_proxy_of_the_environment_sees_nothing_of_this_machine_and_no_key(monkeypatch, impatient, served):
+    with Fake("200 OK", b'{"id": "x", "status": "open"}') as proxy:
+        for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy"):
+            monkeypatch.setenv(name, proxy.url)
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        assert IntentClient(served.url, KEY).publish("g", 1).status == "published" and not proxy.asked
+        assert IntentClient("http://bus.example", KEY).get_status("x").status == "open"
+        assert len(proxy.asked) == 1 and KEY not in proxy.asked[0] and "http://bus.example/status/x" in proxy.asked[0]
+
+
+@pytest.mark.parametrize("url", [
+    "http://user:hunter2@127.0.0.1:1", "https://hunter2@bus.example", "http://a@b:hunter2@127.0.0.1", "//hunter2@x", "file:///etc/passwd",
+    "ftp://127.0.0.1/", "gopher://127.0.0.1", "127.0.0.1:8787", "http://", "http:///x", "http://x:0", "http://x:99999", "http://[::1",
+    "javascript:alert(1)", "\x1b[2Jhttp://x",
+])
+def test_a_url_that_is_no_buss_is_refused_and_its_password_not_repeated(url):
+    with pytest.raises(intentbus.SetupError, match="The URL of a bus is http://HOST:PORT") as refused:
+        IntentClient(url, KEY)
+    assert "hunter2" not in str(refused.value) and "\x1b" not in str(refused.value)
+
+
+def test_an_empty_id_is_no_word_for_all(live):
+    dead = live.publish("g", 1).id
+    live.cancel(dead)
+    with pytest.raises(intentbus.NotFound):
+        live.retry("")
+    assert live.get_status(dead).status == "dead"
+
+
 def test_where_the_client_finds_its_settings(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("INTENT_BUS_URL", "http://127.0.0.1:1/")
@@ -4126,6 +4293,64 @@ def test_a_program_that_leaves_its_session_does_not_hold_up_the_worker(bus, tmp_
 
 
 @POSIX
+@pytest.mark.parametrize("text", ["yes '\"' | head -c 300000", "head -c 300000 /dev/zero | tr '\\0' '\\377'",
+                                  "head -c 300000 /dev/zero | tr '\\0' '\\33'", "head -c 1000000 /dev/urandom", "yes 😀 | head -c 300001"],
+                         ids=range(5))
+def test_however_much_is_printed_of_whatever_the_work_is_done(client, tmp_path, text):
+    found = run_handler(client, tmp_path, text, 1)
+    assert (found.status, found.result_type, found.last_error) == ("fulfilled", "text", None)
+    assert len(intentbus.to_json(found.result).encode()) > 127 * 1024
+
+
+@POSIX
+@pytest.mark.parametrize("text", ["", "echo no shebang", "#!", "#!/etc/passwd\n"], ids=["empty", "no shebang", "half", "no program"])
+def test_a_file_that_is_no_program_is_said_in_words_and_costs_no_attempt(bus, tmp_path, text):
+    answer = bus.publish("g", 1)
+    with pytest.raises(intentbus.SetupError, match="cannot be run: .*; does it start with #!, and is it executable?"):
+        work(bus, "g", intentbus.Program([script(tmp_path, text)]))
+    assert (bus.get_status(answer.id).status, bus.get_status(answer.id).claim_attempts) == ("open", 0)
+
+
+@POSIX
+def test_what_is_not_executable_is_refused_before_the_first_claim(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("#!/bin/sh\n")
+    (tmp_path / "link").symlink_to("nowhere")
+    monkeypatch.chdir(tmp_path)
+    for name in ("./folder", "./file", "./link", "", "\x1b[2J"):
+        with pytest.raises(intentbus.SetupError, match="There is no program .* that can be run") as refused:
+            intentbus.Program([name])
+        assert "\x1b" not in str(refused.value)
+
+
+@POSIX
+def test_a_relative_program_is_that_of_the_workers_own_directory(bus, tmp_path, monkeypatch):
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        script(tmp_path / folder, f"#!/bin/sh\necho {folder} $(basename $(pwd))\n", "h.sh")
+    monkeypatch.chdir(tmp_path / "here")
+    ids = {program: bus.publish(program, 1).id for program in ("./h.sh", "../there/h.sh")}
+    for program in ids:
+        work(bus, program, intentbus.Program([program]))
+    assert [bus.get_result(id).result for id in ids.values()] == ["here here", "there here"]
+
+
+@SLOW
+@POSIX
+@pytest.mark.skipif(not shutil.which("setsid"), reason="setsid is not on this machine")
+def test_a_program_has_no_terminal_to_change(serve):
+    import pty
+    ours, theirs = pty.openpty()
+    id = serve.run("publish", "tty", "1").stdout.strip()
+    worker = subprocess.run(["setsid", "-c", "-w", sys.executable, PROGRAM, "work", "--goal", "tty", "--once", "--", "sh", "-c",
+                             "(stty -echo </dev/tty) && echo changed; test -t 0 || test -t 1 || test -t 2 || echo none"], env=serve.env,
+                            stdin=theirs, stdout=theirs, stderr=theirs, timeout=20)
+    assert worker.returncode == 0 and serve.run("result", id).stdout == "none\n"
+    os.close(ours)
+    os.close(theirs)
+
+
+@POSIX
 def test_a_payload_names_no_variable_but_its_own(bus, tmp_path):
     names = ("LD_PRELOAD", "PATH", "IFS", "BASH_ENV", "a=b", "a\nb", "BASH_FUNC_x%%", "x\0", "-", "ä", "", "ID", "1")
     found = run_handler(bus, tmp_path, "env -0 | tr '\\n\\0' ' \\n'", {name: "() { :; }; touch evil" for name in names}, result="text")
@@ -4378,6 +4603,63 @@ def test_a_result_that_would_command_a_terminal_goes_raw_only_into_a_pipe(serve)
     os.close(theirs)
     assert done.returncode == 0 and os.read(ours, 1000).decode() == "\\x1b[2Jtwo\r\nlines\t\\x9b31mä\r\n"
     os.close(ours)
+
+
+EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\x08\r\x7f"
+EVIL_INTENT = dict(
+    dict.fromkeys(("id", "status", "goal", "namespace", "payload", "last_error", "result", "value", "api_key", "key_id", "owner",
+                   "name", "role", "claim_token", "deleted", "retried", "total_requests", "version"), EVIL),
+    ids=[EVIL], claim_attempts=1, max_attempts=1, created_at=0, last_used_at=0, result_type="text", intents=[], next=None)
+EVIL_ANSWERS = {
+    "an intent": ("200 OK", EVIL_INTENT),
+    "its result": ("200 OK", dict(EVIL_INTENT, status="fulfilled")),
+    "its death": ("200 OK", dict(EVIL_INTENT, status="dead")),
+    "a page": ("200 OK", dict(EVIL_INTENT, intents=[EVIL_INTENT])),
+    "keys": ("200 OK", [EVIL_INTENT]),
+    **{status: (status, {"error": {"message": EVIL, "code": EVIL}}) for status in (
+        "404 Not Found", "503 Service Unavailable")},
+    "302 Found": ("302 Found", {}, f"Location: {EVIL[:-2]}"),
+}
+COMMAND_LINES = [line.split() for line in """
+publish g 1, publish g 1 --json, publish g --lines, publish g 1 --wait=0.1s, status x, status x --json, result x, result x --json,
+list, list --json, cancel x, cancel x --json, retry x, retry --all, get k, set k 1, del k, keys add n, keys list, keys list --json,
+keys revoke x, stats, purge --yes, work --once --drain, work --once --drain -- true, work --once --drain -- false
+""".split(",")]
+
+
+@POSIX
+@pytest.mark.parametrize("answer", [pytest.param(answer, id=name, marks=[] if name in ("its result", "404 Not Found") else SLOW)
+                                    for name, answer in EVIL_ANSWERS.items()])
+def test_what_a_hostile_bus_says_cannot_command_the_terminal(monkeypatch, impatient, answer):
+    import pty
+    ours, theirs = pty.openpty()
+    keep = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setenv("INTENT_API_KEY", KEY)
+    with Fake(answer[0], json.dumps(answer[1]).encode(), *answer[2:]) as fake, open(theirs, "w", encoding="utf-8") as screen, \
+            open(ours, "rb", 0) as shown:
+        monkeypatch.setenv("INTENT_BUS_URL", fake.url)
+        for words in COMMAND_LINES:
+            with monkeypatch.context() as terminal:
+                terminal.setattr(sys, "stdout", screen)
+                terminal.setattr(sys, "stderr", screen)
+                terminal.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"line")))
+                intentbus.main(words)
+                print("end", file=screen, flush=True)
+            output = b""
+            while not output.endswith(b"end\r\n"):
+                output += shown.read(65536)
+            assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n|intentbus: 1 published)", output.decode()), words
+    for number, handler in keep:
+        signal.signal(number, handler)
+
+
+def test_what_stdout_cannot_encode_is_printed_all_the_same(serve):
+    id = serve.run("publish", "tick", '"✓"').stdout.strip()
+    assert serve.run("work", "--goal", "tick", "--once", "--", "cat").returncode == 0
+    for encoding, printed in (("ascii", b'"\\u2713"\n'), ("utf-8", '"✓"\n'.encode())):
+        done = subprocess.run([sys.executable, PROGRAM, "result", id, "--json"], env=dict(serve.env, PYTHONIOENCODING=encoding),
+                              capture_output=True, timeout=20)
+        assert (done.returncode, printed[1:-2] in done.stdout) == (0, True)
 
 
 def run(*arguments, stdin=b"", **environment):
