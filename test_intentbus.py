@@ -2951,8 +2951,8 @@ def test_one_connection_too_many_is_told_so(tmp_path, monkeypatch):
     monkeypatch.setattr(intentbus, "CONNECTIONS", 1)
     served = Served(tmp_path)
     with contextlib.closing(served), served.connect() as first:
-        first.sendall(get(HEALTH, b"Host: x"))
-        assert first.recv(9) == b"HTTP/1.1 "
+        first.sendall(get(b"POST /claim?wait=20 HTTP/1.1", b"Host: x", b"X-API-KEY: " + KEY.encode()))
+        wait_until(lambda: held(served.api.bus))
         response, = served.send(b"")
     assert_refusal(response, 503, "too_many_connections", "connections")
     assert int(response.headers["retry-after"]) > 0
