@@ -471,7 +471,7 @@ class Store:
     def __init__(self, path):
         """Open or create the database; raises SetupError, in words, if that cannot be."""
         import sqlite3
-        self.path = os.path.abspath(path)
+        self.path = os.path.realpath(path)     # a link to a file has no lock of its own
         self.on_commit = lambda intents: None
         self.warning = None
         self._jobs = collections.deque()
@@ -1831,6 +1831,8 @@ def make_key(path=KEY_FILE):
         descriptor = os.open(os.path.expanduser(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(descriptor, "w", encoding="utf-8") as file:
             file.write(key + "\n")
+            file.flush()
+            os.fsync(file.fileno())     # a power cut that took it would take every issued key along
     except OSError as error:
         raise SetupError(f"The key file {path} cannot be made: {error.strerror}.") from error
     return key

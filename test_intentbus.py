@@ -575,6 +575,13 @@ def test_a_second_store_on_the_same_file_is_refused_in_words(store):
 
 
 @POSIX
+@POSIX
+def test_a_second_store_behind_a_link_is_refused_too(store, tmp_path):
+    os.symlink(store.path, tmp_path / "link.db")
+    with pytest.raises(intentbus.SetupError, match="Another bus is serving .*bus.db; stop it, or"):
+        Store(tmp_path / "link.db")
+
+
 def test_the_lock_of_a_killed_process_is_no_obstacle(tmp_path):
     path = tmp_path / "bus.db"
     process = subprocess.Popen([sys.executable, "-c", "import intentbus, sys; store = intentbus.Store(sys.argv[1])\n"
