@@ -42,6 +42,7 @@ import errno
 import functools
 import hashlib
 import hmac
+import itertools
 import json
 import operator
 import os
@@ -74,10 +75,18 @@ RATE_PER_MINUTE = 600               # of an issued key; a worker that polls twic
 UNFINISHED = 2000                   # of an issued key; more means that nobody does the work
 FAILURES_PER_MINUTE = 30            # wrong keys from one address, before they are slowed
 FAILURE_SECONDS = 1                 # how long such an answer is held: guessing stays slow, a typing error cheap
+INVITATION_SECONDS = 600            # time to read a code to somebody, and to type it
+INVITATION_TRIES = 5                # wrong ones, of the 32 ** 4 for one invitation
 BULK_INTENTS = 1000                 # published at once: a commit that others wait for
 VALUE_TTL_SECONDS = 600             # of the key-value store, as in the 1.x protocol
 USAGE_SECONDS = 10                  # between writes of how often the keys were used
 IDEMPOTENCY_SECONDS = 86400         # a publisher that retries does so within a day
+HISTORY_MINUTES = 1440              # of the plot of what happened; a table of three rows for each
+WAITING_LANES = 200                 # looked at for the oldest that waits: 20 us each
+EVENTS = 1000                       # kept in memory for those who watch
+WORKERS = 10_000                    # remembered; a worker is a name and its goals
+WORKER_SECONDS = 300                # unheard of for this long, a worker is not expected back
+GOAL_SECONDS = 366 * 86400          # how long it is known that a goal had a worker
 BACKOFF_MAX_SECONDS = 3600          # an intent that keeps failing is tried at least once an hour
 BACKOFF_JITTER_SECONDS = 2          # so that what failed together is not tried again together
 ERROR_CHARACTERS = 2000             # enough for a stack trace's end, little enough to list
@@ -376,7 +385,13 @@ MORE_INDEXES = """
     CREATE INDEX intents_token ON intents (claim_token_hash) WHERE status = 'claimed';
     CREATE INDEX intents_dead ON intents (id) WHERE status = 'dead'
 """
-MIGRATIONS = (SCHEMA, MORE_INDEXES)     # the n-th leads to schema version n; what is released is never edited
+HISTORY = """
+    CREATE TABLE history (     -- how often what happened, by minutes of Unix time
+        minute INTEGER, event TEXT, times INTEGER NOT NULL,
+        PRIMARY KEY (minute, event)
+    )
+"""
+MIGRATIONS = (SCHEMA, MORE_INDEXES, HISTORY)     # the n-th leads to schema version n; what is released is never edited
 
 FIRST = operator.itemgetter(0)     # of what describes a column: its name
 INSERT = f"INSERT INTO intents ({', '.join(COLUMNS)}) VALUES (:{', :'.join(COLUMNS)})"
@@ -412,8 +427,15 @@ HEAD_OF_NEXT_LANE = """
     ORDER BY lane, priority DESC, run_at, claim_attempts, created_at, id
     LIMIT    1
 """
-
-
+HEAD_OF_NEXT_PRIORITY = """
+    SELECT   *
+    FROM     intents
+    WHERE    ready = 1
+    AND      lane = :lane
+    AND      priority < :priority
+    ORDER BY priority DESC, run_at, claim_attempts, created_at, id
+    LIMIT    1
+"""
 PAGE = """
     SELECT   *
     FROM     intents
@@ -465,17 +487,18 @@ class Job:
 class Store:
     """The intents, in one SQLite file.
 
-    `on_commit(intents)` is called after each commit with the intents that it changed, outside of the transaction.
+    `on_commit(moves)` is called after each commit, outside of the transaction, with (intent, status before) of each that
+    it stored or changed. `on_death(intent)` is called inside, and may return an intent to store with that death.
     """
 
     def __init__(self, path):
         """Open or create the database; raises SetupError, in words, if that cannot be."""
         import sqlite3
         self.path = os.path.realpath(path)     # a link to a file has no lock of its own
-        self.on_commit = lambda intents: None
+        self.on_commit, self.on_death = lambda moves: None, lambda intent: None
         self.warning = None
         self._jobs = collections.deque()
-        self._changed, self._moved = [], []     # by the transaction that runs: intents, and (intent, before, after)
+        self._moves = []     # of the transaction that runs: (intent, status before, status after), None where there is none
         self._writing, self._synced = threading.Lock(), True
         self._readers, self._reading = [], threading.Semaphore(READERS)
         if sqlite3.sqlite_version_info < (3, 35):
@@ -550,6 +573,22 @@ class Store:
         with self._reader() as db:
             return db.execute("SELECT MIN(wake_at) AS wake_at FROM intents WHERE wake_at IS NOT NULL").fetchone().wake_at
 
+    def history(self, since):
+        """Return {"minute", "event", "times"} from a minute on."""
+        with self._reader() as db:
+            return db.execute("SELECT * FROM history WHERE minute >= :since ORDER BY minute, event",
+                              dict(since=since)).fetchall()
+
+    def waiting(self, most):
+        """Return the intent that has been ready for longest in each lane and priority, of so many of these at most."""
+        found, lane = [], dict(after="", end="\x7f")     # past every namespace
+        with self._reader() as db:
+            while len(found) < most and (head := found and db.execute(HEAD_OF_NEXT_PRIORITY, found[-1]).fetchone()
+                                         or db.execute(HEAD_OF_NEXT_LANE, lane).fetchone()):
+                found.append(head)
+                lane["after"] = head.lane
+        return found
+
     def latest(self):
         """Return the latest time on record, 0 in a new file; and [offset, boot] as they were last noted, if they were."""
         with self._reader() as db:
@@ -587,9 +626,7 @@ class Store:
             return Record(json.loads(known[len(digest):]))
         if most is not None and intents and self._unfinished(intents[0].publisher) + len(intents) > most:
             raise RateLimited(f"This key may have {most} unfinished intents; wait until some are done.", "limit_exceeded")
-        self._db.executemany(INSERT, intents)
-        self._changed += intents
-        self._moved += [(intent, None, intent.status) for intent in intents]
+        self._insert(intents)
         if key:
             self._remember("idempotency", caller, key, digest + to_json(answer), now + IDEMPOTENCY_SECONDS)
         return answer
@@ -715,6 +752,18 @@ class Store:
         """, usage)
 
     @operation
+    def count_events(self, events):
+        """Add to the history: (minute, event, times) of each; what is older than HISTORY_MINUTES is deleted."""
+        self._db.executemany("""
+            INSERT INTO history (minute, event, times)
+            VALUES      (?, ?, ?)
+            ON CONFLICT (minute, event) DO UPDATE
+            SET         times = history.times + excluded.times
+        """, events)
+        self._db.execute("DELETE FROM history WHERE minute < :oldest",
+                         dict(oldest=max(minute for minute, *_ in events) - HISTORY_MINUTES))
+
+    @operation
     def remember(self, kind, owner, key, value, expires_at):
         """Remember a text, in place of an older one."""
         self._remember(kind, owner, key, value, expires_at)
@@ -728,6 +777,21 @@ class Store:
     def use_nonce(self, key_id, nonce, expires_at, now):
         """Remember a nonce; return whether it was new."""
         return self._remember_first("nonces", key_id, nonce, "", expires_at, now)
+
+    @operation
+    def change_memo(self, kind, owner, key, rule, now):
+        """Replace a memo by rule(value): a text, or None to forget it; return what it was, None if there is none."""
+        value = self._recall(self._db, kind, owner, key, now)
+        changed = value and rule(value)
+        self._db.execute("""
+            UPDATE memos
+            SET    value = COALESCE(:value, value),
+                   expires_at = CASE WHEN :value IS NULL THEN 0 ELSE expires_at END
+            WHERE  kind = :kind
+            AND    owner = :owner
+            AND    key = :key
+        """, dict(kind=kind, owner=owner, key=key, value=changed))
+        return value
 
     @operation
     def forget(self, kind, owner, key, now):
@@ -763,19 +827,24 @@ class Store:
             raise no_such(intent_id)
         return intent
 
+    def _insert(self, intents):
+        self._db.executemany(INSERT, intents)
+        self._moves += [(intent, None, intent.status) for intent in intents]
+
     def _change(self, intent, changes):
         if not changes:
             return intent
         before = intent.status
         intent.update(changes)
         self._db.execute(UPDATE, intent)
-        self._moved.append((intent, before, intent.status))
-        self._changed.append(intent)
+        self._moves.append((intent, before, intent.status))
+        if intent.status == "dead" != before and (announcement := self.on_death(intent)):
+            self._insert([announcement])
         return intent
 
     def _delete(self, statement, values):
         rows = self._db.execute(statement, values).fetchall()
-        self._moved += [(row, row.status, None) for row in rows]
+        self._moves += [(row, row.status, None) for row in rows]
         return rows
 
     def _unfinished(self, publisher):
@@ -786,12 +855,12 @@ class Store:
             AND    status IN ('open', 'claimed')
         """, dict(publisher=publisher)).fetchone().intents + sum(
             (after in ("open", "claimed")) - (before in ("open", "claimed"))
-            for intent, before, after in self._moved if intent.publisher == publisher)
+            for intent, before, after in self._moves if intent.publisher == publisher)
 
     def _tally(self):
         """Bring the tallies up to date with what this transaction has moved from one status to another."""
         moved = collections.Counter()
-        for intent, before, after in self._moved:
+        for intent, before, after in self._moves:
             if before != after:
                 moved[intent.namespace, intent.publisher, before] -= 1
                 moved[intent.namespace, intent.publisher, after] += 1
@@ -864,14 +933,14 @@ class Store:
 
     def _lead(self):
         """Commit what is queued, with the writing lock in hand, and pass that on."""
-        changed = ()
+        moves = ()
         try:
-            changed = self._commit_queue()
+            moves = self._commit_queue()
             self._cut_log()
         finally:
             self._pass_on()
-        if changed:
-            self.on_commit(changed)
+        if moves:
+            self.on_commit(moves)
 
     def _pass_on(self):
         """Let go of the writing lock, and call who waits first; those whose operation has ended are called already."""
@@ -889,9 +958,9 @@ class Store:
             self._pass_on()
 
     def _commit_queue(self):
-        """Run every queued operation in one transaction and return the intents that it changed."""
+        """Run every queued operation in one transaction and return what it stored or changed, as on_commit takes it."""
         jobs = [self._jobs.popleft() for _ in range(len(self._jobs))]
-        self._changed, self._moved = [], []
+        self._moves = []
         try:
             with self._translated():
                 self._require_file()
@@ -902,7 +971,7 @@ class Store:
                 self._tally()
                 self._db.execute("COMMIT")
         except BaseException as error:     # the whole commit is lost: one job's fault, or everybody's
-            self._changed = []
+            self._moves = []
             at_fault = [job for job in jobs if job.error]
             self._jobs.extendleft(job for job in reversed(jobs) if at_fault and not job.error)     # once more, without it
             jobs = at_fault or jobs
@@ -917,7 +986,7 @@ class Store:
             for job in jobs:
                 job.ended = True
                 job.called.put(None)
-        return self._changed
+        return [(intent, before) for intent, before, after in self._moves if after]
 
     def _attempt(self, job):
         """Run one operation. What it refuses hurts no neighbour; raises what fails after it has written something."""
@@ -1162,14 +1231,70 @@ class Waiting:
                 self._held.pop(key, None)
 
 
+class Roster:
+    """The workers that were seen lately, in memory: a hint to people, which no rule depends on."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._workers = collections.OrderedDict()     # (owner, id): record, the one seen last at the end
+        self._counted = {}     # (namespace, goal, owner): (number, until when it may be said again)
+
+    def see(self, now, owner, worker, namespace, goals, version):
+        """Note that a worker asks for work, of these goals or of any."""
+        with self._lock:
+            self._workers[owner, worker] = Record(id=worker, owner=owner, namespace=namespace, goals=list(goals),
+                                                  last_seen=now, version=version, intent=None)
+            self._workers.move_to_end((owner, worker))
+            if len(self._workers) > WORKERS:
+                self._workers.popitem(last=False)
+
+    def busy(self, owner, worker, intent_id):
+        """Note which intent a worker has got."""
+        with self._lock, contextlib.suppress(KeyError):
+            self._workers[owner, worker]["intent"] = intent_id
+
+    def seen(self, now):
+        """Return the workers of the last WORKER_SECONDS, the latest first."""
+        with self._lock:
+            return [Record(worker) for worker in itertools.takewhile(
+                lambda worker: abs(now - worker.last_seen) < WORKER_SECONDS, reversed(self._workers.values()))]
+
+    def listening(self, now, namespace, goal, owner=None):
+        """Return how many workers of an owner, or of anyone, are there for a goal; more than none is said for a second."""
+        number, until = self._counted.get((namespace, goal, owner), (0, 0))
+        if not number or not 0 <= until - now <= RECHECK_SECONDS:
+            number = sum(worker.namespace == namespace and owner in (None, worker.owner)
+                         and (goal in worker.goals or not worker.goals) for worker in self.seen(now))
+            if len(self._counted) >= WORKERS:
+                self._counted.clear()
+            self._counted[namespace, goal, owner] = number, now + RECHECK_SECONDS
+        return number
+
+
+NEWS = "events"     # the key of those who watch; no lane and no id
+DEATHS = "intent.dead"     # the goal of the intents that announce deaths
+COUNTED = {"published": "published", "fulfilled": "fulfilled", "failed": "failed", "lost": "failed", "dead": "failed"}
+EVENT_FIELDS = ("id", "namespace", "goal", "status", "claim_attempts", "worker_id", "last_error", "owner", "claim_owner")
+EVENTS_BY_OUTCOME = {"failed": "failed", "released": "released", None: "lost"}     # of a claimed intent that is open again
+
+
+def event(intent, before):
+    """Return the word for what has happened to an intent that was in a state before; None for nothing to speak of."""
+    if intent.status == before or intent.status == "open" and before == "open":
+        return None
+    if intent.status == "open":
+        return {None: "published", "dead": "retried"}.get(before) or EVENTS_BY_OUTCOME[intent.claim_outcome]
+    return intent.status
+
+
 class Bus:
     """Publish, claim, fulfill, fail: what may happen to an intent, and who may ask for it.
 
     `clock` and `steady` return seconds; the second one runs evenly from wherever it started, `boot` names that start.
     """
 
-    def __init__(self, store, require_claim_token=False, retention=RETENTION_SECONDS, clock=time.time,
-                 steady=steady_clock, jitter=random.random, boot=this_boot):
+    def __init__(self, store, require_claim_token=False, retention=RETENTION_SECONDS, announce_dead=False,
+                 clock=time.time, steady=steady_clock, jitter=random.random, boot=this_boot):
         self.store, self.require_claim_token, self.retention = store, require_claim_token, retention
         self._clock, self._steady, self._jitter = clock, steady, jitter
         self._setting_clock = threading.Lock()
@@ -1177,24 +1302,32 @@ class Bus:
         self._stopped = threading.Event()
         self._tender = threading.Thread(target=self._tend, daemon=True)
         self._alarm = threading.Condition()
-        self._alarm_at = self._next_round = self._next_probe = 0
+        self._alarm_at = self._next_round = self._next_probe = self._next_count = 0
         self._problem = None
+        self._roster, self._goals = Roster(), set()     # (namespace, goal) of those that are known to have had a worker
+        self._recording = threading.Lock()
+        self._events, self._event = collections.deque(maxlen=EVENTS), int(clock() * 1000)     # goes on after a restart
+        self._history = collections.Counter()     # (minute, event): times, that are not stored yet
         self._boot, self._note_at = boot(), 0
         self._offset = self._offset_on_record()
         store.on_commit = self._announce
+        if announce_dead:
+            store.on_death = self._announcement
 
     # -- Publishing --
 
     def publish(self, goal, payload, *, idempotency_key=None, caller=OWNER, **fields):
-        """Store an intent and return {"id", "status", "namespace"}; it is on disk by then.
+        """Store an intent and return {"id", "status", "namespace", "listening"}; it is on disk by then.
 
         fields are those of PUBLISH_DEFAULTS; delay, ttl and backoff_base are seconds, run_at is Unix seconds. With an
         idempotency_key that was used for the same intent, return the first answer; for another one, raise
-        IdempotencyConflict.
+        IdempotencyConflict. listening is how many workers were there for the goal lately; if it is 0 and nobody ever
+        claimed one, never_claimed is true.
         """
-        intents = [dict(fields, goal=goal, payload=payload)]
-        return self._publish(intents, idempotency_key, caller, lambda ids: Record(
-            id=ids[0], status="published", namespace=intents[0].get("namespace", PUBLISH_DEFAULTS["namespace"])))
+        wanted = Record(PUBLISH_DEFAULTS, **fields, goal=goal, payload=payload)
+        answer = self._publish([dict(fields, goal=goal, payload=payload)], idempotency_key, caller, lambda ids: Record(
+            id=ids[0], status="published", namespace=wanted.namespace))
+        return Record(answer, **self._audience(wanted, caller))
 
     def publish_many(self, intents, *, idempotency_key=None, caller=OWNER):
         """Store intents, each a dict of what publish takes, all or none, and return {"ids"}."""
@@ -1209,6 +1342,15 @@ class Bus:
             asked = json.dumps([list(answer), wanted], sort_keys=True)     # one key for both endpoints is a conflict too
             idempotency = caller.key_id, idempotency_key, hashlib.sha256(asked.encode()).hexdigest()
         return self.store.add(intents, answer, now, idempotency, caller.most)
+
+    def _audience(self, wanted, caller):
+        """Return who is there for an intent, as publish says it."""
+        owner = caller.owner if wanted.visibility == "private" else None
+        listening = self._roster.listening(self.now(), wanted.namespace, wanted.goal, owner)
+        if listening or (wanted.namespace, wanted.goal) in self._goals or self.store.recall(
+                "goal", wanted.namespace, wanted.goal, self.now()) is not None:
+            return dict(listening=listening)
+        return dict(listening=0, never_claimed=True)
 
     def cancel(self, intent_id, *, caller=OWNER):
         """End an unfinished intent; raises Conflict if it has ended."""
@@ -1236,11 +1378,12 @@ class Bus:
     # -- Working --
 
     def claim(self, goal=None, *, namespace="default", publisher=None, worker_id=None, capabilities=(), wait=0,
-              lease=LEASE_SECONDS, claim_token=None, caller=OWNER, still_there=lambda: True):
+              lease=LEASE_SECONDS, claim_token=None, caller=OWNER, seen_as=None, still_there=lambda: True):
         """Take the first intent of a goal (a string, several, or None for any), or None if there is none.
 
         wait and lease are seconds. A claim repeated with a claim_token of one's own takes the same intent again, as one
-        attempt. still_there() tells whether the caller can still be answered.
+        attempt. seen_as is the (name, version) of the worker, for people to read. still_there() tells whether the
+        caller can still be answered.
         """
         if publisher not in (None, caller.owner) and not caller.admin:
             raise Forbidden("A claim by publisher may name the caller only; the owner key may name anyone.")
@@ -1254,6 +1397,8 @@ class Bus:
                  for capability in (None, *capabilities)]
         token = claim_token or os.urandom(16).hex()
         token_hash = hash_token(token)
+        worker, version = seen_as or (worker_id or caller.key_id, __version__)
+        self._roster.see(self.now(), caller.owner, worker, namespace, filter(None, goals), version)
 
         def attempt():
             now = self.now()
@@ -1261,8 +1406,21 @@ class Bus:
                 now, token_hash, lease, caller.owner, worker_id), claim_token and token_hash, caller.owner)
 
         intent = self._held(lanes, attempt, wait, still_there)
+        if intent:
+            self._roster.busy(caller.owner, worker, intent.id)
+            self._know(intent.namespace, intent.goal)
         return intent and Record(intent, payload=json.loads(intent.payload), claim_token=token,
                                  claim_timeout=int(lease)).pick(CLAIM_FIELDS)
+
+    def _know(self, namespace, goal):
+        """Keep on record that a goal has a worker."""
+        if (namespace, goal) in self._goals:
+            return
+        with contextlib.suppress(Unavailable, StorageFull):     # a claim is no less good for it
+            self.store.remember("goal", namespace, goal, "", self.now() + GOAL_SECONDS)
+            if len(self._goals) >= WORKERS:
+                self._goals.clear()
+            self._goals.add((namespace, goal))
 
     def extend_claim(self, intent_id, claim_token=None, seconds=LEASE_SECONDS, *, caller=OWNER):
         """Let the lease end that many seconds from now; raises NotFound once it is over."""
@@ -1324,6 +1482,28 @@ class Bus:
             for intent, row in zip(intents, rows):
                 intent["payload"] = json.loads(row.payload)
         return Record(intents=intents, next=intents[-1].id if len(rows) > limit else floor)
+
+    def workers(self, *, caller=OWNER):
+        """Return {"workers"}: who has asked for work lately, the latest first."""
+        return Record(workers=[worker for worker in self._roster.seen(self.now())
+                               if caller.admin or worker.owner == caller.owner])
+
+    def events(self, after=None, wait=0, *, caller=OWNER, still_there=lambda: True):
+        """Return {"events": what has happened after a number, "next": the number to go on from, "missed"}.
+
+        Without a number, from now on. Held for up to wait seconds if nothing has happened; the last EVENTS are kept, and
+        missed says how many more there were.
+        """
+        after = self._event if after is None or after > self._event else after
+        def attempt():
+            with self._recording:
+                return [Record(event) for event in self._events if event.number > after and (
+                    caller.admin or caller.owner in (event.owner, event.claim_owner))]
+        found = self._held((NEWS,), attempt, wait, still_there) or []
+        with self._recording:
+            oldest = self._events[0].number if self._events else self._event + 1
+        last = found[-1].number if found else max(after, oldest - 1)
+        return Record(events=found, next=last, missed=max(0, oldest - 1 - after))
 
     # -- Keys and values --
 
@@ -1388,14 +1568,38 @@ class Bus:
                 for intent in self.store.list(limit, status="dead")[0]]
 
     def summary(self, *, caller=OWNER):
-        """Return how the bus is, at a glance: intents by namespace and status, sizes in bytes, requests held."""
-        intents = {}
+        """Return how the bus is, at a glance.
+
+        Intents by namespace and status; for each goal that waits, since when (run_at) and how many workers are there;
+        workers; what happened by minute; sizes in bytes, requests held.
+        """
+        self.settle()
+        now, intents = self.now(), {}
         for row in self.store.tallies():
             states = intents.setdefault(row.namespace, {})
             states[row.status] = states.get(row.status, 0) + row.intents
         database, log = self.store.bytes()
-        return Record(version=__version__, now=self.now(), intents=intents, keys=len(self.store.keys()),
-                      held_requests=self._waiting.number(), database_bytes=database, wal_bytes=log)
+        return Record(version=__version__, now=now, intents=intents, keys=len(self.store.keys()),
+                      held_requests=self._waiting.number(), database_bytes=database, wal_bytes=log,
+                      waiting=self._longest_waiting(now), workers=self._roster.seen(now)[:WAITING_LANES],
+                      history=self._past(int(now // 60) - HISTORY_MINUTES + 1))
+
+    def _longest_waiting(self, now):
+        """Return {"namespace", "goal", "run_at", "listening"} of each goal that waits, the longest first."""
+        waiting = {}
+        for head in sorted(self.store.waiting(WAITING_LANES), key=operator.attrgetter("run_at")):
+            waiting.setdefault((head.namespace, head.goal), head)
+        return [Record(namespace=namespace, goal=goal, run_at=head.run_at,
+                       listening=self._roster.listening(now, namespace, goal))
+                for (namespace, goal), head in waiting.items()]
+
+    def _past(self, since):
+        """Return [[minute, event, times]] of the minutes of Unix time from one on."""
+        with self._recording:
+            past = collections.Counter(self._history)
+        for row in self.store.history(since):
+            past[row.minute, row.event] += row.times
+        return [[minute, event, times] for (minute, event), times in sorted(past.items()) if minute >= since and times]
 
     def problem(self):
         """Return, in a sentence, why the database cannot be written, or None if all is well; tried once a second at most."""
@@ -1455,9 +1659,15 @@ class Bus:
             self._tidy()
 
     def _tidy(self):
-        """Settle, delete what is over, and put the time on record."""
+        """Settle, delete what is over, and put on record what has happened and what time it is."""
         self.settle()
         self.store.clean(self.now(), self.retention)
+        if self._history and time.monotonic() >= self._next_count:
+            self._next_count = time.monotonic() + USAGE_SECONDS
+            counted = collections.Counter(self._history)
+            self.store.count_events([(minute, event, times) for (minute, event), times in counted.items()])
+            with self._recording:
+                self._history -= counted
         if self._steady() >= self._note_at and self.store.next_wake():
             self._note_at = self._steady() + CLOCK_RECORD_SECONDS
             self.store.note_clock(self.now(), self._offset, self._boot)
@@ -1469,7 +1679,7 @@ class Bus:
             except (Unavailable, StorageFull):     # the next round may find it well again
                 self._stopped.wait(RECHECK_SECONDS)
         with contextlib.suppress(Unavailable, StorageFull):
-            self._note_at = 0
+            self._note_at = self._next_count = 0
             self._tidy()
 
     def _tend_once(self):
@@ -1489,9 +1699,10 @@ class Bus:
                 if seconds <= 0 or self._stopped.is_set() or not self._alarm.wait(seconds):
                     return
 
-    def _announce(self, intents):
-        """Wake whom a commit is news to."""
-        for intent in intents:
+    def _announce(self, moves):
+        """Remember what a commit has done, and wake whom it is news to."""
+        self._record([(word, intent) for intent, before in moves if (word := event(intent, before))])
+        for intent, _ in moves:
             if intent.ready:
                 self._waiting.wake_one(patterns(intent.lane))
             elif intent.ended:
@@ -1500,6 +1711,28 @@ class Bus:
                 with self._alarm:
                     self._alarm_at = intent.wake_at
                     self._alarm.notify()
+
+    def _record(self, events):
+        """Remember what has happened, for those who watch and for the history."""
+        if not events:
+            return
+        now = self._clock()
+        with self._recording:
+            for word, intent in events:
+                self._event += 1
+                self._events.append(Record(intent.pick(EVENT_FIELDS), number=self._event, time=now, event=word))
+                if word in COUNTED:
+                    self._history[int(now // 60), COUNTED[word]] += 1
+        self._waiting.wake_all((NEWS,))
+
+    def _announcement(self, intent):
+        """Return the intent that tells of a death; such intents die unannounced."""
+        if intent.goal == DEATHS:
+            return None
+        told = Record(id=intent.id, goal=intent.goal, namespace=intent.namespace, reason=intent.last_error,
+                      attempts=intent.claim_attempts, worker_id=intent.worker_id, created_at=intent.created_at)
+        return Intent.new(intent.completed_at, intent.owner, OWNER.key_id,
+                          dict(goal=DEATHS, namespace=intent.namespace, payload=told))
 
     # -- Rules shared by several verbs --
 
@@ -1588,6 +1821,8 @@ class Bus:
 # Who is asking: what a request presents becomes a Caller, or an error. And where this machine keeps its key.
 
 ISSUED = re.compile(r"tk_([0-9a-f]{16})[0-9a-f]{40}")
+CODE_LETTERS = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"     # those of Crockford's Base32, which are not mistaken for each other
+CODE_MISREADINGS = str.maketrans("OIL", "011")
 
 
 def presented_key(headers):
@@ -1728,6 +1963,34 @@ class Keys:
         self._store.add_key(key_id, name, owner, role, now)
         return Record(api_key=self._key(key_id), key_id=key_id, name=name, owner=owner, role=role)
 
+    def invite(self, owner, name, role, now):
+        """Return a code that join changes for a key like this, once, within INVITATION_SECONDS.
+
+        Its first half names the invitation, the other is the secret, of which the store has a MAC.
+        """
+        made = False
+        while not made:     # codes are short
+            handle, secret = ("".join(random.SystemRandom().choices(CODE_LETTERS, k=4)) for _ in range(2))
+            told = Record(mac=self._mac("invited", handle + secret), tries=0, owner=owner, name=name, role=role)
+            made = self._store.remember_first("invitation", "", handle, to_json(told), now + INVITATION_SECONDS, now)
+        return Record(code=f"{handle}-{secret}", expires_at=now + INVITATION_SECONDS, name=name, owner=owner, role=role)
+
+    def join(self, request, code, now):
+        """Return the key that an invitation is for; raises Unauthorized. INVITATION_TRIES wrong tries end it."""
+        letters = re.sub("[- ]", "", code).upper().translate(CODE_MISREADINGS)
+        mac, right = self._mac("invited", letters), []
+        def rule(value):
+            told = Record(json.loads(value))
+            if same(told.mac, mac):
+                right.append(told)
+                return None
+            told["tries"] += 1
+            return to_json(told) if told.tries < INVITATION_TRIES else None
+        self._store.change_memo("invitation", "", letters[:4], rule, now)
+        if not right:
+            raise self._failed(request, Unauthorized("This code is wrong, used, or too old; ask for a new one."))
+        return self.generate(right[0].owner, right[0].name, right[0].role, now)
+
     def revoke(self, api_key=None, key_id=None):
         """End an issued key, given itself or its id; raises NotFound."""
         issued = ISSUED.fullmatch(api_key or "")
@@ -1744,8 +2007,10 @@ class Keys:
     def _key(self, key_id):
         if key_id == "owner":
             return self._owner_key
-        mac = hmac.new(self._owner_key.encode(), b"issued " + key_id.encode(), hashlib.sha256).hexdigest()
-        return f"tk_{key_id}{mac[:40]}"
+        return f"tk_{key_id}{self._mac('issued', key_id)[:40]}"
+
+    def _mac(self, purpose, words):
+        return hmac.new(self._owner_key.encode(), f"{purpose} {words}".encode(), hashlib.sha256).hexdigest()
 
     def _known(self, key_id):
         if key_id == "owner":
@@ -1944,6 +2209,7 @@ FULFILL = {"claim_token": (string, None), "result": (anything, None), "result_ty
 FAIL = {"claim_token": (string, None), "error": (string, None), "retry": (boolean, True)}
 RELEASE = {"claim_token": (string, None), "delay": (number(0, YEAR_SECONDS), 0)}
 RESULT = {"wait": (written(number(0, WAIT_MAX_SECONDS)), 0)}
+EVENTS_QUERY = {"after": (written(integer(0, 2 ** 49)), None), "wait": (written(number(0, WAIT_MAX_SECONDS)), 0)}
 LIST = {
     "status": (choice("open", "claimed", "fulfilled", "dead"), None),
     "goal": (text(1, 256), None),
@@ -1964,6 +2230,7 @@ GENERATE_KEY = {
     "name": (text(1, 64), ""),
     "role": (choice("publish", "work", "both"), "both"),
 }
+JOIN = {"code": (string, REQUIRED)}
 REVOKE_KEY = {"api_key": (string, None), "key_id": (string, None)}
 PURGE = {"confirm": (boolean, False), "namespace": (namespace, None)}
 HEADERS = {"idempotency_key": (text(1, 255), None)}
@@ -2149,7 +2416,8 @@ def claim(api, request):
     del fields["capability"]
     fields["wait"] *= request.may_wait
     fields["publisher"] = api.keys.owner_of(fields["publisher"], request)
-    intent = api.bus.claim(**fields, claim_token=said["claim_token"], caller=request.caller,
+    seen_as = fields["worker_id"] or f"{request.caller.key_id}@{request.peer}", headers.get("user-agent", "")[:64]
+    intent = api.bus.claim(**fields, claim_token=said["claim_token"], caller=request.caller, seen_as=seen_as,
                            still_there=request.still_there)
     if not intent:
         api.keys.not_counted(request.caller)
@@ -2159,6 +2427,17 @@ def claim(api, request):
 def result(api, request, intent_id):
     wait = request.parameters(RESULT)["wait"] * request.may_wait
     return 200, api.bus.get_result(intent_id, wait, caller=request.caller, still_there=request.still_there)
+
+
+def events(api, request):
+    fields = request.parameters(EVENTS_QUERY)
+    fields["wait"] *= request.may_wait
+    return 200, api.bus.events(**fields, caller=request.caller, still_there=request.still_there)
+
+
+def who_am_i(api, request):
+    caller = request.caller
+    return 200, dict(key_id=caller.key_id, owner=caller.owner, role=caller.role, admin=caller.admin, now=api.bus.now())
 
 
 def set_value(api, request, key):
@@ -2172,6 +2451,14 @@ def get_value(api, request, key):
 
 def generate_key(api, request):
     return 201, api.keys.generate(**request.fields(GENERATE_KEY), now=api.bus.now())
+
+
+def invite(api, request):
+    return 201, api.keys.invite(**request.fields(GENERATE_KEY), now=api.bus.now())
+
+
+def join(api, request):
+    return 201, api.keys.join(request, request.fields(JOIN)["code"], api.bus.now())
 
 
 def revoke_key(api, request):
@@ -2233,6 +2520,9 @@ ROUTES = (
     ("GET",  "/status/*",               "look",    query("get_status")),
     ("GET",  "/result/*",               "look",    result),
     ("GET",  "/intents",                "look",    query("list", LIST)),
+    ("GET",  "/workers",                "look",    query("workers")),
+    ("GET",  "/events",                 "look",    events),
+    ("GET",  "/whoami",                 "look",    who_am_i),
     ("POST", "/cancel/*",               "manage",  body("cancel")),
     ("POST", "/retry/*",                "manage",  body("retry")),
     ("POST", "/retry",                  "manage",  body("retry", RETRY)),
@@ -2240,6 +2530,8 @@ ROUTES = (
     ("GET",  "/get/*",                  "keep",    get_value),
     ("POST", "/delete/*",               "keep",    body("delete")),
     ("POST", "/admin/generate_key",     "admin",   generate_key),
+    ("POST", "/admin/invite",           "admin",   invite),
+    ("POST", "/join",                   None,      join),
     ("POST", "/admin/revoke_key",       "admin",   revoke_key),
     ("GET",  "/admin/keys",             "admin",   list_keys),
     ("POST", "/admin/purge",            "admin",   body("purge", PURGE)),
@@ -2684,11 +2976,11 @@ def switched_on(name):
 
 
 def api_of(store, key, require_claim_token=False, retention=RETENTION_SECONDS, rate=RATE_PER_MINUTE, most=UNFINISHED,
-           max_body=BODY_BYTES, require_signatures=False):
+           max_body=BODY_BYTES, require_signatures=False, announce_dead=False):
     """Return the API of a store, with what the environment says: secrets, and BUS_* switches that are set to 1."""
     keys = Keys(key, store, os.environ.get("BUS_ADMIN_SECRET"), os.environ.get("DASHBOARD_PASSWORD"),
                 os.environ.get("BUS_METRICS_TOKEN"), require_signatures or switched_on("BUS_REQUIRE_SIGNATURES"), rate, most)
-    return API(Bus(store, require_claim_token, retention), keys, max_body, switched_on("BUS_ENFORCE_HTTPS"),
+    return API(Bus(store, require_claim_token, retention, announce_dead), keys, max_body, switched_on("BUS_ENFORCE_HTTPS"),
                switched_on("BUS_MAINTENANCE_MODE"))
 
 
@@ -3435,6 +3727,7 @@ def client(options):
          flag("--tls-cert", metavar="FILE", help="speak https, with this certificate (PEM)"),
          flag("--tls-key", metavar="FILE", help="and its key (default: in the same file)"),
          flag("--trust-proxy", action="store_true", help="believe X-Forwarded-For and -Proto (BUS_TRUST_PROXY)"),
+         flag("--announce-dead", action="store_true", help=f"publish an intent of the goal {DEATHS} for each that dies"),
          flag("--log", action="store_true", help="a line of JSON on stderr for each request"))
 def serve_command(options):
     """Run the bus: HTTP in front of a SQLite file. Prints its URL once it listens; Ctrl-C or SIGTERM ends it well.
@@ -3448,7 +3741,7 @@ def serve_command(options):
     store = Store(options.db or os.environ.get("BUS_DB_PATH") or "intentbus.db")
     try:
         api = api_of(store, key, options.require_claim_token, options.retention, options.rate_limit,
-                     options.max_unfinished, options.max_body, options.require_signatures)
+                     options.max_unfinished, options.max_body, options.require_signatures, options.announce_dead)
         server = http_server(api, options.host, options.port, options.log,
                              options.trust_proxy or switched_on("BUS_TRUST_PROXY"),
                              options.tls_cert and (options.tls_cert, options.tls_key or options.tls_cert))
