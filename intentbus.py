@@ -29,9 +29,11 @@ The parts, top to bottom; each uses only those above it:
      8. Page       what a person sees who opens the bus in a browser
      9. API        the endpoints, as a table; handle(request) -> response
     10. Server     sockets and strict HTTP/1.1 around handle
-    11. Client     IntentClient: the Bus's verbs over HTTP
-    12. Worker     claim, run, keep the lease, report; a program as the handler
-    13. Commands   the command line
+    11. Machine    what a machine keeps for itself: the bus it has joined, and what could not be sent yet
+    12. Client     IntentClient: the Bus's verbs over HTTP
+    13. Worker     claim, run, keep the lease, report; a program as the handler
+    14. Doctor     what goes wrong in practice, and the cure
+    15. Commands   the command line
 """
 
 import argparse
@@ -121,6 +123,11 @@ STACK_BYTES = 256 * 1024            # the default, 8 MiB, exhausts a 32-bit phon
 
 URL = "http://127.0.0.1:8787"
 KEY_FILE = "~/.apikey"
+FOLDER = "~/.intentbus"             # what a machine keeps for itself
+CONFIG_FILE = f"{FOLDER}/config.json"
+SPOOL_FILE = f"{FOLDER}/spool.db"
+SPOOL_CHECK_SECONDS = 0.02          # while another process sends what is in it
+POSIX = os.name == "posix"          # or Windows
 CLIENT_SECONDS = 30                 # a request unanswered for this long is lost
 RETRIES = 4                         # about 10 s in all: a bus that restarts is back by then
 RETRY_SECONDS = 0.5                 # doubled each time, with full jitter
@@ -130,6 +137,9 @@ LEASE_CHECK_SECONDS = 1             # a worker whose phone slept finds out this 
 POLL_SECONDS = 5                    # between claims at a server that does not hold them
 PUBLISH_WAIT_SECONDS = 300          # publish --wait, if nothing else is said
 JOBS = 256                          # of one worker; each is a thread and a program
+DOCTOR_SECONDS = 10                 # for the bus to answer a doctor
+FREE_BYTES = 50 * 2 ** 20           # on the disk of the database; less is soon none
+TERMUX_SECONDS = 10                 # for Termux:API to answer; without its app it never does
 HANDLER_SECONDS = 300               # a handler that takes longer hangs
 KILL_AFTER_SECONDS = 5              # between TERM and KILL
 SLICE_SECONDS = 0.1                 # how soon a lost lease or a timeout ends a handler
@@ -459,6 +469,17 @@ PAGE_FLOOR = """
     OFFSET   :rows
 """
 ANY, DEAD = "TRUE", "status = 'dead'"     # the kind: a literal, since the index of the dead serves no parameter
+
+
+def lock(file):
+    """Take the lock of an open file, which ends with this process; raises OSError while another process has it."""
+    if POSIX:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    else:
+        import msvcrt
+        file.seek(0)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
 
 
 def operation(method, synced=True):
@@ -1040,6 +1061,7 @@ class Store:
             db.execute("PRAGMA locking_mode = EXCLUSIVE")     # reads a write-ahead log without shared memory
         db.execute(f"PRAGMA query_only = {int(readonly)}")
         db.execute("PRAGMA synchronous = FULL")     # an answered publish survives a power cut
+        db.execute("PRAGMA fullfsync = 1")     # on macOS too, where fsync leaves it in the disk's cache
         return db
 
     @contextlib.contextmanager
@@ -1072,13 +1094,7 @@ class Store:
         """Hold a lock that ends with this process, so that no second bus serves the same file."""
         guard = open(self.path + ".lock", "a+")
         try:
-            if os.name == "posix":
-                import fcntl
-                fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            else:
-                import msvcrt
-                guard.seek(0)
-                msvcrt.locking(guard.fileno(), msvcrt.LK_NBLCK, 1)
+            lock(guard)
         except (BlockingIOError, PermissionError) as error:
             guard.close()
             raise SetupError(f"Another bus is serving {self.path}; stop it, or give this one another --db.") from error
@@ -1135,11 +1151,17 @@ def lease_lost(intent_id):
     return NotFound(f"The claim of intent {intent_id} is over, or is another's: drop the job.")
 
 
+STEADY = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC if sys.platform == "darwin" else None)
+
+
 def steady_clock():
-    """Return seconds that run evenly, also while the machine sleeps (CLOCK_BOOTTIME where there is one)."""
-    if hasattr(time, "CLOCK_BOOTTIME"):
-        return time.clock_gettime(time.CLOCK_BOOTTIME)
-    return time.monotonic()
+    """Return seconds that run evenly, also while the machine sleeps.
+
+    Linux has CLOCK_BOOTTIME for that; on macOS, CLOCK_MONOTONIC does so, and what time.monotonic() reads does not.
+    """
+    if STEADY is None:
+        return time.monotonic()
+    return time.clock_gettime(STEADY)
 
 
 def this_boot():
@@ -2067,8 +2089,8 @@ def usable_key(key, where):
     return key
 
 
-def read_key(path=KEY_FILE):
-    """Return the key in a file, or None if there is no such file.
+def read_private(path, kind="key"):
+    """Return the text of a file that others should not read, or None if there is no such file.
 
     Raises SetupError if the file is a link or another user's: somebody may have put it there.
     """
@@ -2078,15 +2100,20 @@ def read_key(path=KEY_FILE):
     except FileNotFoundError:
         return None
     if os.path.islink(path) or hasattr(os, "getuid") and status.st_uid != os.getuid():
-        raise SetupError(f"The key file {path} is a link or belongs to somebody else; make it a file of your own.")
-    if os.name == "posix" and status.st_mode & 0o077:
-        warnings.warn(f"Others can read the key file {path}; run: chmod 600 {path}")
+        raise SetupError(f"The {kind} file {path} is a link or belongs to somebody else; make it a file of your own.")
+    if POSIX and status.st_mode & 0o077:
+        warnings.warn(f"Others can read the {kind} file {path}; run: chmod 600 {path}")
     try:
         with open(path, encoding="utf-8", errors="replace") as file:     # what is not UTF-8 is no usable key either
-            key = file.read().strip()
+            return file.read()
     except OSError as error:
-        raise SetupError(f"The key file {path} cannot be read: {error.strerror}.") from error
-    return usable_key(key, f"The key file {path}")
+        raise SetupError(f"The {kind} file {path} cannot be read: {error.strerror}.") from error
+
+
+def read_key(path=KEY_FILE):
+    """Return the key in a file, or None if there is no such file; raises SetupError, as read_private does."""
+    text = read_private(path)
+    return None if text is None else usable_key(text.strip(), f"The key file {os.path.expanduser(path)}")
 
 
 def make_key(path=KEY_FILE):
@@ -2805,7 +2832,7 @@ class Threads:
 
     request_queue_size = BACKLOG
     daemon_threads = True
-    allow_reuse_address = os.name == "posix"     # elsewhere it would let a second server take the port
+    allow_reuse_address = POSIX     # elsewhere it would let a second server take the port
 
     def serve_in(self, api, log, trust_proxy, tls):
         """Take the API to serve, and the options of http_server."""
@@ -3031,7 +3058,158 @@ def wsgi_request(environ, headers, max_body):
     return request
 
 
-# ---- 11. Client ----
+# ---- 11. Machine ----
+# What a machine keeps in ~/.intentbus, for itself alone: which bus it has joined, and what no bus has answered yet.
+
+SPOOL_SCHEMA = """
+    CREATE TABLE IF NOT EXISTS requests (     -- that a bus has not answered yet, in the order in which they were made
+        number INTEGER PRIMARY KEY AUTOINCREMENT, bus TEXT NOT NULL, path TEXT NOT NULL, body TEXT NOT NULL,
+        idempotency_key TEXT,     -- of a publish
+        intent_id TEXT,           -- of an outcome; the latest one counts
+        created_at DOUBLE PRECISION NOT NULL,
+        refusal TEXT,             -- what the bus said to a publish that it will never take
+        UNIQUE (bus, intent_id)
+    )
+"""
+
+
+def in_termux():
+    """Return whether this is Termux, on a phone."""
+    return "TERMUX_VERSION" in os.environ or "com.termux" in os.environ.get("PREFIX", "")
+
+
+def make_folder(path):
+    """Make the folder of a file, for our eyes only, if there is none; raises SetupError."""
+    folder = os.path.dirname(os.path.abspath(path))
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise SetupError(f"The folder {folder} cannot be made: {error.strerror}.") from error
+
+
+def joined():
+    """Return {"url", "key", "ca"} of the bus that this machine has joined, an empty record if none."""
+    text = read_private(CONFIG_FILE, "settings")
+    if text is None:
+        return Record()
+    try:
+        found = Record(from_json(text.encode()))
+        usable_key(found.key, "The settings")
+        return found if isinstance(found.url, str) else Record()
+    except (Invalid, AttributeError, TypeError, ValueError) as error:
+        raise SetupError(f"The settings file {CONFIG_FILE} is damaged; join the bus again, or delete it.") from error
+
+
+def remember_joined(url, key, ca):
+    """Write down the bus that this machine has joined, whole or not at all."""
+    path = os.path.expanduser(CONFIG_FILE)
+    make_folder(path)
+    fresh = f"{path}.{os.getpid()}"
+    try:
+        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+            file.write(to_json(dict(url=url, key=key, ca=ca and os.path.abspath(ca))) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    except OSError as error:
+        raise SetupError(f"The settings file {path} cannot be written: {error.strerror}.") from error
+
+
+class Spool:
+    """The requests of this machine that a bus has not answered yet, in one SQLite file that several processes share."""
+
+    def __init__(self, path=SPOOL_FILE):
+        """Open or create it; raises SetupError."""
+        import sqlite3
+        self._path = os.path.expanduser(path)
+        make_folder(self._path)
+        self._using = threading.Lock()
+        try:
+            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
+            self._db = sqlite3.connect(self._path, timeout=BUSY_TIMEOUT_MS / 1000, isolation_level=None,
+                                       check_same_thread=False)
+            self._db.row_factory = lambda cursor, row: Record(zip(map(FIRST, cursor.description), row))
+            self._db.execute("PRAGMA synchronous = FULL")     # the journal is not a write-ahead log: processes share it
+            self._db.execute("PRAGMA fullfsync = 1")
+            self._db.execute(SPOOL_SCHEMA)
+        except OSError as error:
+            raise SetupError(f"The spool {self._path} cannot be opened: {error.strerror}.") from error
+        except sqlite3.Error as error:
+            raise SetupError(f"The spool {self._path} cannot be used: {error}.") from error
+
+    def add(self, bus, path, body, idempotency_key=None, intent_id=None):
+        """Keep a request, with a text as its body, and return its number; an outcome takes the place of an earlier one."""
+        return self._run("""
+            INSERT INTO requests (bus, path, body, idempotency_key, intent_id, created_at)
+            VALUES      (:bus, :path, :body, :idempotency_key, :intent_id, :now)
+            ON CONFLICT (bus, intent_id) DO UPDATE
+            SET         path = excluded.path,
+                        body = excluded.body,
+                        created_at = excluded.created_at
+            RETURNING   number
+        """, bus=bus, path=path, body=body, idempotency_key=idempotency_key, intent_id=intent_id,
+                         now=time.time())[0].number
+
+    def remove(self, number):
+        """Forget a request."""
+        self._run("DELETE FROM requests WHERE number = :number", number=number)
+
+    def refuse(self, number, reason):
+        """Keep a request apart, for a person to look at."""
+        self._run("UPDATE requests SET refusal = :reason WHERE number = :number", number=number, reason=reason)
+
+    def waiting(self, bus):
+        """Return the requests that are to be sent to a bus: outcomes first, then intents in the order of their making."""
+        return self._run("""
+            SELECT   *
+            FROM     requests
+            WHERE    bus = :bus
+            AND      refusal IS NULL
+            ORDER BY intent_id IS NULL, number
+        """, bus=bus)
+
+    def refused(self, bus):
+        """Return the requests that a bus has refused for good."""
+        return self._run("SELECT * FROM requests WHERE bus = :bus AND refusal IS NOT NULL ORDER BY number", bus=bus)
+
+    def numbers(self):
+        """Return how many requests are to be sent, to whatever bus, and how many are refused."""
+        return self._run("""
+            SELECT COUNT(*) - COUNT(refusal) AS waiting,
+                   COUNT(refusal) AS refused
+            FROM   requests
+        """)[0].values()
+
+    def outcome(self, bus, intent_id):
+        """Return the request that tells a bus the outcome of an intent, or None."""
+        return next(iter(self._run("SELECT * FROM requests WHERE bus = :bus AND intent_id = :intent_id",
+                                   bus=bus, intent_id=intent_id)), None)
+
+    @contextlib.contextmanager
+    def sending(self, seconds):
+        """Be the only process that sends, so that the order stays; raises Unavailable if another takes that long."""
+        deadline = time.monotonic() + seconds
+        with open(self._path + ".lock", "a+") as guard:
+            while True:
+                try:
+                    lock(guard)
+                    break
+                except OSError:
+                    if time.monotonic() >= deadline:
+                        raise Unavailable("Another program is sending what is in the spool.") from None
+                    time.sleep(SPOOL_CHECK_SECONDS)
+            yield
+
+    def _run(self, statement, **values):
+        import sqlite3
+        try:
+            with self._using:
+                return self._db.execute(statement, values).fetchall()
+        except sqlite3.Error as error:
+            raise StorageFull(f"The spool {self._path} cannot be written: {error}.") from error
+
+
+# ---- 12. Client ----
 # The Bus's verbs over HTTP, with its errors. What is safe to repeat is repeated when the network fails.
 
 THIS_MACHINE = re.compile(r"localhost|::1|127(\.[0-9]{1,3}){3}")
@@ -3060,29 +3238,49 @@ def client_tls(ca):
         raise SetupError(f"The certificates in {ca} cannot be used: {error.strerror or error}.") from error
 
 
+def sendable(body):
+    """Return the JSON of a body; raises Invalid for what has none."""
+    try:
+        text = to_json(body)
+        text.encode()
+        return text
+    except (TypeError, ValueError) as error:
+        raise Invalid(f"This cannot be sent as JSON in UTF-8: {error}.") from error
+
+
 class IntentClient:
     """A bus somewhere else.
 
-    base_url, api_key and namespace default to INTENT_BUS_URL, INTENT_API_KEY (then the file ~/.apikey) and
-    INTENT_BUS_NAMESPACE. timeout is in seconds, for each try of a request; ca is a file of certificates to trust. Every
-    request is signed; the key itself is sent only over https or to this machine. What is returned reads as x["id"] and
-    as x.id. Every verb raises the Error that the bus answered with, or Unreachable. See also listen().
+    base_url, api_key and namespace default to INTENT_BUS_URL, INTENT_API_KEY and INTENT_BUS_NAMESPACE, then to the bus
+    that this machine has joined, then to this machine's own bus and its key in ~/.apikey. timeout is in seconds, for
+    each try of a request; ca is a file of certificates to trust. Every request is signed; the key itself is sent only
+    over https or to this machine. What is returned reads as x["id"] and as x.id. Every verb raises the Error that the
+    bus answered with, or Unreachable. See also listen().
+
+    With a spool, the path of a file, nothing is lost while the bus is away: publish keeps on disk what cannot be sent,
+    returns {"id": None, "status": "spooled"}, and the next publish, claim or flush() sends it, in order, once; fulfill
+    and fail are on disk until the bus has answered, and an intent whose outcome is there is reported, not claimed again.
     """
 
-    def __init__(self, base_url=None, api_key=None, timeout=CLIENT_SECONDS, namespace=None, ca=None):
+    def __init__(self, base_url=None, api_key=None, timeout=CLIENT_SECONDS, namespace=None, ca=None, spool=None):
         import urllib.request
-        self.base_url = (base_url or os.environ.get("INTENT_BUS_URL") or URL).rstrip("/")
+        kept = joined()
+        self.base_url = (base_url or os.environ.get("INTENT_BUS_URL") or kept.get("url") or URL).rstrip("/")
         self.namespace = namespace or os.environ.get("INTENT_BUS_NAMESPACE") or "default"
         self.timeout = timeout
         place = bus_place(self.base_url)
-        self._key = usable_key(api_key or os.environ.get("INTENT_API_KEY") or read_key() or "-", "INTENT_API_KEY")
-        if self._key == "-":
-            raise SetupError(f"No key: put the bus's into {KEY_FILE} or INTENT_API_KEY (on the bus's machine it is in "
-                             f"{KEY_FILE}, once serve has run).")
+        if self.base_url != kept.get("url"):
+            kept = {}     # a key is for its own bus
+        key = api_key or os.environ.get("INTENT_API_KEY") or kept.get("key") or read_key()
+        if not key:
+            raise SetupError(f"No key: join the bus with a code of its keys invite, or put a key into {KEY_FILE} or "
+                             f"INTENT_API_KEY (on the bus's machine it is in {KEY_FILE}, once serve has run).")
+        self._key, ca = usable_key(key, "INTENT_API_KEY"), ca or kept.get("ca")
+        self.spool, self._reporting = spool and Spool(spool), set()     # numbers of what other threads are sending
         here = THIS_MACHINE.fullmatch(place.hostname)
         issued = ISSUED.fullmatch(self._key)
-        self._private = bool(here) or place.scheme == "https"
-        self._identity = {"X-API-KEY": self._key} if self._private else {"X-Key-ID": issued[1] if issued else "owner"}
+        self.private = bool(here) or place.scheme == "https"
+        self._identity = {"X-API-KEY": self._key} if self.private else {"X-Key-ID": issued[1] if issued else "owner"}
         self._clock_offset = 0
         self._opener = urllib.request.OpenerDirector()     # one that follows no redirect: it would carry the key along
         for handler in (urllib.request.ProxyHandler({} if here else None), urllib.request.HTTPHandler(),
@@ -3103,7 +3301,60 @@ class IntentClient:
         key = os.urandom(16).hex() if idempotency_key is None else idempotency_key
         if not re.fullmatch("[ -~]{1,255}", key):
             raise Invalid("An idempotency key is 1 to 255 printable ASCII characters.", code="invalid_idempotency_key")
-        return self._post(path, body, headers={"Idempotency-Key": key})
+        send = functools.partial(self._post, path, body, headers={"Idempotency-Key": key})
+        return self._publish_spooled(send, path, body, key) if self.spool else send()
+
+    def _publish_spooled(self, send, path, body, key):
+        number = self.spool.add(self.base_url, path, sendable(body), key)
+        try:
+            with self.spool.sending(self.timeout):
+                self._flush(before=number)
+                answer = send(retries=0)     # if another process has sent it meanwhile, that is its answer once more
+        except PASSING as error:
+            return Record(id=None, ids=[], status="spooled", namespace=self.namespace, reason=str(error))
+        except Error:
+            self.spool.remove(number)
+            raise
+        self.spool.remove(number)
+        return answer
+
+    def flush(self):
+        """Send what is in the spool and return how many requests the bus has taken; raises what stops it.
+
+        A publish that the bus refuses for good is kept apart, see Spool.refused.
+        """
+        with self.spool.sending(self.timeout):
+            return self._flush()
+
+    def _flush(self, before=float("inf")):
+        """Send the outcomes, and the intents from before a number."""
+        sent = 0
+        for request in self.spool.waiting(self.base_url):
+            if request.intent_id and request.number not in self._reporting:
+                with contextlib.suppress(NotFound):     # the lease is lost
+                    self._post_outcome(request)
+                self.spool.remove(request.number)
+            elif not request.intent_id and request.number < before:
+                try:
+                    self._post(request.path, json.loads(request.body), retries=0,
+                               headers={"Idempotency-Key": request.idempotency_key})
+                except (Invalid, PayloadTooLarge, IdempotencyConflict) as error:
+                    self.spool.refuse(request.number, str(error))
+                    continue
+                self.spool.remove(request.number)
+            else:
+                continue
+            sent += 1
+        return sent
+
+    def _post_outcome(self, request, **changes):
+        """Report an outcome from the spool; one that the bus refuses is a failure for good."""
+        body = dict(json.loads(request.body), **changes)
+        try:
+            self._post(request.path, body, retries=0)
+        except (Invalid, PayloadTooLarge) as error:
+            self._post(f"/fail/{request.intent_id}", retries=0, body=dict(
+                claim_token=body["claim_token"], error=f"The result was refused: {error}", retry=False))
 
     def claim(self, goal=None, *, namespace=None, publisher=None, worker_id=None, capabilities=(), wait=0, lease=None,
               claim_token=None):
@@ -3113,8 +3364,17 @@ class IntentClient:
         """
         query = dict(goal=goal, namespace=namespace or self.namespace, publisher=publisher, worker_id=worker_id,
                      capabilities=",".join(capabilities) or None, wait=round(wait, 3) or None, lease=lease)
-        return self._call("POST", "/claim", query=query, retries=0 if claim_token else RETRIES, timeout=self.timeout + wait,
-                          headers={"X-Claim-Token": claim_token or os.urandom(16).hex()})
+        if self.spool and any(request.number not in self._reporting for request in self.spool.waiting(self.base_url)):
+            self.flush()
+        while True:
+            intent = self._call("POST", "/claim", query=query, retries=0 if claim_token else RETRIES,
+                                timeout=self.timeout + wait, headers={"X-Claim-Token": claim_token or os.urandom(16).hex()})
+            outcome = intent and self.spool and self.spool.outcome(self.base_url, intent.id)
+            if not outcome:
+                return intent
+            with contextlib.suppress(NotFound):     # done here, and not known to the bus: told, not done again
+                self._post_outcome(outcome, claim_token=intent.claim_token)
+            self.spool.remove(outcome.number)
 
     def extend_claim(self, intent_id, claim_token=None, seconds=LEASE_SECONDS):
         """Let the lease end that many seconds from now; NotFound means that it is lost."""
@@ -3122,11 +3382,35 @@ class IntentClient:
 
     def fulfill(self, intent_id, claim_token=None, result=None, result_type="json"):
         """Report the work done."""
-        return self._post(f"/fulfill/{intent_id}", dict(claim_token=claim_token, result=result, result_type=result_type))
+        return self._report(f"/fulfill/{intent_id}", intent_id,
+                            dict(claim_token=claim_token, result=result, result_type=result_type))
 
     def fail(self, intent_id, claim_token=None, error=None, retry=True):
         """Report the work failed; retry=False makes the intent a dead letter at once."""
-        return self._post(f"/fail/{intent_id}", dict(claim_token=claim_token, error=error, retry=retry))
+        return self._report(f"/fail/{intent_id}", intent_id, dict(claim_token=claim_token, error=error, retry=retry))
+
+    def _report(self, path, intent_id, body):
+        """Tell the bus an outcome, which stays in the spool until it has answered."""
+        if not self.spool:
+            return self._post(path, body)
+        number = None
+        with contextlib.suppress(StorageFull):     # what cannot be kept can still be told
+            number = self.spool.add(self.base_url, path, sendable(body), intent_id=intent_id)
+            self._reporting.add(number)
+        try:
+            answer = self._post(path, body)
+        except PASSING:
+            self._reporting.discard(number)
+            raise
+        except Error:
+            self._reported(number)
+            raise
+        self._reported(number)
+        return answer
+
+    def _reported(self, number):
+        self.spool.remove(number)
+        self._reporting.discard(number)
 
     def release(self, intent_id, claim_token=None, delay=0):
         """Hand an intent back, its attempt not counted."""
@@ -3146,6 +3430,22 @@ class IntentClient:
         page = self._call("GET", "/intents", query=dict(status=status, goal=goal, namespace=namespace, limit=limit,
                                                         before=before, payload="1" if payload else None))
         return Record(page, intents=[Record(intent) for intent in page.intents])
+
+    def workers(self):
+        """Return {"workers"}: who has asked for work lately, the latest first."""
+        return self._call("GET", "/workers")
+
+    def events(self, after=None, wait=0):
+        """Return {"events": what has happened after a number, "next": the number to go on from, "missed"}."""
+        return self._call("GET", "/events", query=dict(after=after, wait=round(wait, 3) or None), timeout=self.timeout + wait)
+
+    def who_am_i(self):
+        """Return {"key_id", "owner", "role", "admin", "now"}: what the bus knows this key by."""
+        return self._call("GET", "/whoami", retries=0)
+
+    def join(self, code):
+        """Change the code of an invitation for a key, and return that with all about it."""
+        return self._post("/join", dict(code=code), retries=0)
 
     def cancel(self, intent_id):
         """End an unfinished intent."""
@@ -3172,7 +3472,7 @@ class IntentClient:
     def admin(self, verb, **body):
         """Ask for an /admin/ endpoint, by GET if there is no body, with BUS_ADMIN_SECRET or DASHBOARD_PASSWORD if set."""
         token, password = os.environ.get("BUS_ADMIN_SECRET"), os.environ.get("DASHBOARD_PASSWORD")
-        if (token or password) and not self._private:
+        if (token or password) and not self.private:
             raise SetupError("The admin's secret is sent only over https, or to this machine; use one of them.")
         basic = "Basic " + base64.b64encode(f"admin:{password}".encode()).decode()
         secret = {"X-Admin-Token": token} if token else {"Authorization": basic} if password else {}
@@ -3187,9 +3487,9 @@ class IntentClient:
         query = {name: value for name, value in (query or {}).items() if value is not None}
         try:
             url = self.base_url + urllib.parse.quote(path) + ("?" + urllib.parse.urlencode(query, True) if query else "")
-            data = None if method == "GET" else b"" if body is None else to_json(body).encode()
-        except (TypeError, ValueError) as error:
-            raise Invalid(f"This cannot be sent as JSON in UTF-8: {error}.") from error
+        except ValueError as error:
+            raise Invalid(f"This cannot be sent in UTF-8: {error}.") from error
+        data = None if method == "GET" else b"" if body is None else sendable(body).encode()
         for attempt in range(retries + 1):
             try:
                 return self._once(method, path, query, url, data, headers or {}, timeout or self.timeout, kind)
@@ -3254,7 +3554,7 @@ class IntentClient:
         raise raised
 
 
-# ---- 12. Worker ----
+# ---- 13. Worker ----
 # Claim, run, keep the lease, report. A handler is called with (intent, lease) and returns (result, result_type).
 
 REPORTED = {"fulfill": "fulfilled", "fail": "failed", "release": "released"}
@@ -3448,7 +3748,9 @@ class Worker:
         except (Invalid, PayloadTooLarge) as error:
             self._report(intent, functools.partial(self._bus.fail, error=f"The result was refused: {error}", retry=False))
         except Error as error:
-            self._say(f"{intent.id} {verb} could not be reported, so it will be done again: {error}")
+            kept = verb in ("fulfill", "fail") and isinstance(error, PASSING) and getattr(self._bus, "spool", None)
+            self._say(f"{intent.id} {verb} could not be reported, so it will be "
+                      f"{'kept, and reported later' if kept else 'done again'}: {error}")
 
 
 def listen(bus, goal, handler, *, full_envelope=False, **options):
@@ -3469,6 +3771,7 @@ def listen(bus, goal, handler, *, full_envelope=False, **options):
 IntentClient.listen = listen     # a verb of the client, made of parts below it
 
 SECRETS = ("INTENT_API_KEY", "BUS_SECRET", "BUS_ADMIN_SECRET", "DASHBOARD_PASSWORD", "BUS_METRICS_TOKEN")
+CTRL_BREAK = 1     # what a program on Windows can be asked to end by, as SIGTERM elsewhere: signal.CTRL_BREAK_EVENT
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}|\{([A-Za-z_]\w*)\}", re.ASCII)
 
 
@@ -3505,6 +3808,11 @@ def environment(intent):
     return variables
 
 
+def own_group():
+    """Return the options of a program that can be ended with all that it starts: of a session, or a console group."""
+    return {"start_new_session": True} if POSIX else {"creationflags": 0x200}
+
+
 class Program:
     """A handler that runs a program for each intent: payload on stdin, result on stdout, see the README's contract.
 
@@ -3538,13 +3846,12 @@ class Program:
         import subprocess
         import tempfile
         arguments = [self._program, *(fill(argument, intent) for argument in self._arguments[1:])]
-        group = {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x200}     # a new group
         with tempfile.TemporaryFile() as stdin:     # a file, since a pipe would block on a handler that does not read
             stdin.write(to_json(intent.payload).encode() + b"\n")
             stdin.seek(0)
             try:
                 return subprocess.Popen(arguments, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                        env=environment(intent), **group)
+                                        env=environment(intent), **own_group())
             except ValueError as error:     # a NUL in an argument
                 raise Reject(f"The payload cannot be an argument: {error}.") from error
             except OSError as error:
@@ -3572,12 +3879,16 @@ class Program:
 
     def _signal(self, process, name):
         """Send a signal to the process and all that it started."""
-        import signal
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            if os.name == "posix":
+            if POSIX:
+                import signal
                 os.killpg(process.pid, getattr(signal, name))
+            elif name == "SIGTERM":
+                process.send_signal(CTRL_BREAK)
             else:
-                process.kill()
+                import subprocess
+                subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)], stdin=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def _raise(self, trouble, code, errors):
         said = f": {errors}" if errors else ""
@@ -3626,20 +3937,174 @@ class Tap:
         self.ended.set()
 
 
-# ---- 13. Commands ----
+# ---- 14. Doctor ----
+# What goes wrong in practice, and the cure. A check yields findings: well, a remark, or bad, and a sentence that says why.
+
+Finding = collections.namedtuple("Finding", "level about words")     # level: ok, note or bad
+SHARED_PLACES = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "sdcardfs", "fuse", "vfat", "exfat")
+UNREACHABLE_CURES = {
+    "ConnectionRefusedError": "Nothing listens there: start the bus with serve, or the tunnel that leads to it.",
+    "gaierror": "That name is not known: check its spelling, and whether this machine is online.",
+    "SSLCertVerificationError": "Give the certificate with --ca; one that is not valid yet may be this machine's clock.",
+    "SSLError": "That port does not speak https: check http:// or https://, and the port.",
+    "TimeoutError": "Nothing answers: a firewall is in the way, or that machine is off.",
+}
+
+
+def check_versions(options):
+    import sqlite3
+    found = f"{sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}"
+    if sys.version_info < (3, 9) or sqlite3.sqlite_version_info < (3, 35):
+        yield Finding("bad", "python", f"This is Python {found}; install Python 3.9 and SQLite 3.35, or newer.")
+    else:
+        yield Finding("ok", "python", f"Python {found}.")
+
+
+def check_bus(options):
+    """The key, the way to the bus, the clock, and what the key may do there."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            bus = IntentClient(options.url, options.key_file and read_key(options.key_file), DOCTOR_SECONDS, ca=options.ca)
+        except SetupError as error:
+            yield Finding("bad", "key", str(error))
+            return
+    yield from (Finding("bad", "key", f"{warning.message}.") for warning in warned)
+    try:
+        me = bus.who_am_i()
+    except Unreachable as error:
+        reason = getattr(error.__cause__, "reason", error.__cause__)
+        cure = UNREACHABLE_CURES.get(type(reason).__name__, "Check the URL, and what stands between: a proxy, a tunnel.")
+        yield Finding("bad", "bus", f"{error} {cure}")
+    except (Unauthorized, Forbidden) as error:
+        yield Finding("ok", "bus", f"{bus.base_url} answers.")
+        yield Finding("bad", "key", f"The bus refuses this key: {error} Join it again with a new code of keys invite.")
+    except NotFound:
+        yield Finding("note", "bus", f"{bus.base_url} is an older bus, or another: it cannot say what the key may do.")
+    except Error as error:
+        yield Finding("bad", "bus", f"{bus.base_url} is in trouble: {error}")
+    else:
+        yield Finding("ok", "bus", f"{bus.base_url} answers.")
+        may = {"both": "publish and work"}.get(me.role, me.role)
+        yield Finding("ok", "key", f"It is {me.key_id}, of the owner {me.owner}, and may {may}.")
+        yield from check_clock(me["now"] - time.time())
+
+
+def check_clock(offset):
+    if abs(offset) > SIGNATURE_SECONDS:
+        yield Finding("bad", "clock", f"This machine's clock is {offset:+.0f} s off the bus's; set it, or signatures made by a "
+                                      "shell are refused.")
+    elif abs(offset) > CLOCK_JUMP_SECONDS:
+        yield Finding("note", "clock", f"This machine's clock is {offset:+.0f} s off the bus's.")
+    else:
+        yield Finding("ok", "clock", "This machine and the bus agree on the time.")
+
+
+def check_database(options):
+    """Where the database lies, if there is one here."""
+    path = os.path.realpath(options.db or os.environ.get("BUS_DB_PATH") or "intentbus.db")
+    if not os.path.exists(path):
+        return
+    import shutil
+    kind, free = file_system(path), shutil.disk_usage(os.path.dirname(path)).free
+    if kind in SHARED_PLACES or re.match("/(sdcard|storage|mnt/media_rw)(/|$)", path):
+        yield Finding("bad", "database", f"{path} is on {kind or 'shared storage'}, where locks and power cuts are not "
+                                         "what SQLite needs; move it to this machine's own disk (on a phone: Termux's home).")
+    elif free < FREE_BYTES:
+        yield Finding("bad", "database", f"{path}: only {free // 2 ** 20} MB are free on that disk; make room.")
+    elif POSIX and os.stat(path).st_mode & 0o077:
+        yield Finding("bad", "database", f"Others can read {path}; run: chmod 600 {path}")
+    else:
+        yield Finding("ok", "database", f"{path}, {os.path.getsize(path) // 2 ** 20} MB, {free // 2 ** 20} MB free.")
+
+
+def file_system(path):
+    """Return the kind of the file system that a path is on, as Linux names it, or None."""
+    with contextlib.suppress(OSError):
+        with open("/proc/mounts", encoding="utf-8", errors="replace") as file:
+            mounts = [line.split()[1:3] for line in file]
+        inside = [(len(place), kind) for place, kind in mounts if (path + "/").startswith(place.rstrip("/") + "/")]
+        return max(inside)[1]
+
+
+def check_spool(options):
+    if not os.path.exists(os.path.expanduser(SPOOL_FILE)):
+        return
+    waiting, refused = Spool().numbers()
+    if refused:
+        yield Finding("bad", "spool", f"The bus has refused {refused} for good; flush shows, flush --discard forgets them.")
+    elif waiting:
+        yield Finding("note", "spool", f"{waiting} wait to be sent; flush sends them.")
+    else:
+        yield Finding("ok", "spool", "Nothing waits to be sent.")
+
+
+def check_termux(options):
+    """What Android needs, so that it lets a worker live."""
+    if not in_termux():
+        return
+    import shutil
+    import subprocess
+    if not shutil.which("termux-battery-status"):
+        yield Finding("bad", "termux", "There is no termux-api; run: pkg install termux-api, and install the app Termux:API.")
+    else:
+        try:
+            subprocess.run(["termux-battery-status"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL, timeout=TERMUX_SECONDS, check=True)
+            yield Finding("ok", "termux", "Termux:API answers.")
+        except (OSError, subprocess.SubprocessError):
+            yield Finding("bad", "termux", "Termux:API does not answer; install its app, from where Termux "
+                                           "came, and open it once.")
+    if not shutil.which("termux-wake-lock"):
+        yield Finding("bad", "termux", "There is no termux-wake-lock, so the worker sleeps with the phone; "
+                                       "run: pkg install termux-tools")
+    if not boot_scripts():
+        yield Finding("note", "termux", "Nothing starts after a reboot: install the app Termux:Boot, open it once, and copy "
+                                        "examples/termux_boot.sh into ~/.termux/boot/.")
+    yield Finding("note", "termux", "Set Android's battery use of Termux to unrestricted.")
+    yield Finding("note", "termux", "Android 12 and newer end programs beyond 32 (phantom processes): in the developer "
+                                    "options, disable child process restrictions.")
+
+
+def boot_scripts():
+    """Return the scripts that Termux:Boot would run."""
+    folder = os.path.expanduser("~/.termux/boot")
+    return os.listdir(folder) if os.path.isdir(folder) else []
+
+
+CHECKS = (check_versions, check_bus, check_database, check_spool, check_termux)
+
+
+# ---- 15. Commands ----
 # The command line. Flags stand on the function, its docstring is the help; stdout is data, stderr is talk.
 
-EXAMPLES = """examples:
-  python intentbus.py serve
-  python intentbus.py work --goal send_notification -- ./handler.sh
-  python intentbus.py publish send_notification '{"message": "hi"}'
-  python intentbus.py publish backup host=nas full:=true --wait=10m
+STORY = """intentbus: say "do this" here, have it done there.
+
+  {0} serve                                 # the bus: HTTP in front of a SQLite file
+  {0} work --goal notify -- ./handler.sh    # a worker, anywhere: runs a program for each job
+  {0} publish notify message="hi"           # from cron, a shell, a script
+
+"""
+ENDING = """
+COMMAND --help shows examples and flags, --version the version. stdout is data, stderr is talk.
 
 exit codes: 0 done; 1 the intent ended badly; 2 misused; 3 nothing there; 4 refused; 5 no bus to be reached;
 6 over a limit; 124 the wait is over; 130, 143 stopped by a signal"""
+GROUPS = (
+    ("run", ("serve", "publish", "work", "flush")),
+    ("look", ("status", "result", "list", "workers", "watch", "stats")),
+    ("put right", ("cancel", "retry", "purge", "doctor", "backup")),
+    ("keys and machines", ("keys add", "keys invite", "keys list", "keys revoke", "join")),
+    ("small values", ("set", "get", "del")),
+)
 EXIT_CODES = {400: 2, 401: 4, 403: 4, 404: 3, 409: 1, 413: 6, 422: 6, 429: 6}
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 COMMANDS = {}
+
+
+def program():
+    """Return what starts this program, as a person would type it."""
+    return f"{os.path.basename(sys.executable or 'python')} {os.path.basename(__file__)}"
 
 
 def write_line(stream, line):
@@ -3693,8 +4158,8 @@ def command(name, *flags):
 
 
 CONNECTION = (
-    flag("--url", help=f"the bus (INTENT_BUS_URL; default {URL})"),
-    flag("--key-file", help=f"the file with the key (INTENT_API_KEY holds the key itself; default {KEY_FILE})"),
+    flag("--url", help=f"the bus (INTENT_BUS_URL; default the one joined, else {URL})"),
+    flag("--key-file", help=f"the file with the key (INTENT_API_KEY is the key itself; default as joined, else {KEY_FILE})"),
     flag("--namespace", help="the part of the bus to use (INTENT_BUS_NAMESPACE; default default)"),
     flag("--ca", metavar="FILE", help="trust the certificates in this file, besides those of the system"),
 )
@@ -3703,12 +4168,12 @@ WAIT = flag("--wait", type=lambda words: duration(words) if words else PUBLISH_W
 JSON_LINES = flag("--json", action="store_true", help="print JSON")
 
 
-def client(options):
+def client(options, spool=None):
     """Return a client with the settings of these options."""
     key = options.key_file and read_key(options.key_file)
     if options.key_file and key is None:
         raise SetupError(f"There is no key file {options.key_file}.")
-    return IntentClient(options.url, key, namespace=options.namespace, ca=options.ca)
+    return IntentClient(options.url, key, namespace=options.namespace, ca=options.ca, spool=spool)
 
 
 @command("serve",
@@ -3733,6 +4198,10 @@ def serve_command(options):
     """Run the bus: HTTP in front of a SQLite file. Prints its URL once it listens; Ctrl-C or SIGTERM ends it well.
 
     The first start makes the owner key. Put a TLS proxy or a tunnel in front before you listen beyond this machine.
+
+    $ serve
+    $ serve --db ~/bus.db --port 9000 --log
+    $ serve --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
     """
     import signal
     if options.tls_key and not options.tls_cert:
@@ -3749,8 +4218,9 @@ def serve_command(options):
         store.close()
         raise
     stop = threading.Event()
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda *_: stop.set())
+    for name in ("SIGTERM", "SIGINT", "SIGBREAK"):     # the last one is Windows's
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda *_: stop.set())
     threading.Thread(target=server.serve_forever, daemon=True).start()
     host = f"[{options.host}]" if ":" in options.host else options.host
     url = f"http{'s' if options.tls_cert else ''}://{host}:{server.server_port}"
@@ -3764,7 +4234,7 @@ def serve_command(options):
 
 def welcome(store, source, url, safe):
     """Say what a person wants to know who has just started a bus."""
-    here = f"{os.path.basename(sys.executable)} {os.path.basename(__file__)}"
+    here = program()
     where = "" if url == URL else f" --url {url}"
     say(f"{__version__}, database {store.path}, the key is {source}")
     if store.warning:
@@ -3787,23 +4257,38 @@ def welcome(store, source, url, safe):
          flag("--worker", dest="target_worker", help="only this worker may do it"),
          flag("--capability", dest="required_capability", help="only a worker with this capability may do it"),
          flag("--public", dest="visibility", action="store_const", const="public", help="workers of every owner may do it"),
+         flag("--spool", dest="spool", action="store_const", const=SPOOL_FILE,
+              help="if the bus cannot be reached, keep it on disk: the next publish --spool, flush or work sends it"),
          flag("--idempotency-key", help="publishing again with the same key within a day stores nothing new"),
          flag("--lines", action="store_true", help="an intent for each line of stdin, its text the payload"),
          flag("--jsonl", action="store_true", help="an intent for each line of stdin, its JSON the payload"),
          JSON_LINES)
 def publish_command(options):
-    """Publish an intent and print its id. With --lines or --jsonl, one for each line of stdin, a thousand at a time."""
+    """Publish an intent and print its id. With --lines or --jsonl, one for each line of stdin, a thousand at a time.
+
+    $ publish send_notification title=nas message="the backup is done"
+    $ publish resize '{"file": "a.jpg"}' --wait
+    $ publish backup host=nas full:=true --delay 1h --spool
+    $ publish resize --lines < files.txt
+    """
     names = ("priority", "delay", "ttl", "max_attempts", "backoff_base", "target_worker", "required_capability",
              "visibility", "idempotency_key")
     fields = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    bus = client(options)
+    if options.spool and options.wait is not None:
+        raise Invalid("--spool does not wait: what is kept on disk may be sent tomorrow.")
+    bus = client(options, options.spool)
     if options.lines or options.jsonl:
         return publish_lines(bus, options, fields)
     answer = bus.publish(options.goal, payload(options.payload), **fields)
-    if options.wait is None:
+    if answer.status == "spooled":
+        say(f"{answer.reason} It is kept, and sent by the next publish --spool, flush or work.")
+    elif answer.get("never_claimed"):
+        say(f"nobody listens for {options.goal!r}, and nobody ever has: is that its name? workers shows who is there")
+    if options.wait is not None:
+        return wait_for(bus, answer.id, options.wait, options.json)
+    if options.json or answer.id:
         show(to_json(answer) if options.json else answer.id)
-        return 0
-    return wait_for(bus, answer.id, options.wait, options.json)
+    return 0
 
 
 def publish_lines(bus, options, fields):
@@ -3814,9 +4299,12 @@ def publish_lines(bus, options, fields):
     read = given_json if options.jsonl else line_text
     intents = (dict(fields, goal=options.goal, payload=read(line)) for line in sys.stdin.buffer if line.strip())
     for number, batch in enumerate(batches(intents)):
-        ids = bus.publish_many(batch, idempotency_key=key and f"{key} {number}").ids
-        show("\n".join(map(to_json, ({"id": id} for id in ids)) if options.json else ids))
-        published += len(ids)
+        answer = bus.publish_many(batch, idempotency_key=key and f"{key} {number}")
+        if answer.get("status") == "spooled":
+            say(f"{answer.reason} {len(batch)} are kept, and sent by the next publish --spool, flush or work.")
+            continue
+        show("\n".join(map(to_json, ({"id": id} for id in answer.ids)) if options.json else answer.ids))
+        published += len(answer.ids)
         if sys.stderr.isatty():
             sys.stderr.write(f"\rintentbus: {published} published")
     if sys.stderr.isatty():
@@ -3899,6 +4387,25 @@ def show_result(found, as_json):
     return {"fulfilled": 0, "dead": 1}.get(found.status, 3)
 
 
+@command("flush", *CONNECTION,
+         flag("--discard", action="store_true", help="forget what the bus has refused for good"))
+def flush_command(options):
+    """Send what publish --spool and work have kept, and print how many requests the bus has taken.
+
+    Exit code 1 if the bus has refused some for good; they are kept until --discard.
+
+    $ flush
+    """
+    bus = client(options, SPOOL_FILE)
+    show(bus.flush())
+    refused = bus.spool.refused(bus.base_url)
+    for request in refused:
+        say(f"refused for good: {request.refusal} {request.body}")
+        if options.discard:
+            bus.spool.remove(request.number)
+    return 1 if refused and not options.discard else 0
+
+
 @command("work", *CONNECTION,
          flag("--goal", action="append", help="what to do; may repeat; without it, anything"),
          flag("-j", "--jobs", type=whole, default=1, metavar="N", help="how many at once (default 1)"),
@@ -3912,7 +4419,8 @@ def show_result(found, as_json):
          flag("--poll", type=duration, default=POLL_SECONDS, help="between claims at a bus that holds none (default 5s)"),
          flag("--result", choices=("auto", "json", "text", "none"), default="auto", help="how stdout is read (default auto)"),
          flag("--max-output", type=whole, default=OUTPUT_BYTES, metavar="BYTES", help=f"of stdout (default {OUTPUT_BYTES})"),
-         flag("--worker-id", help="a name, for intents meant for this worker"),
+         flag("--worker-id", help="a name, for intents meant for this worker, and for the command workers"),
+         flag("--no-wake-lock", action="store_true", help="in Termux, let the phone sleep"),
          flag("--capability", dest="capabilities", action="append", default=[], help="what this worker can do; may repeat"),
          flag("program", nargs="*", help="the handler and its arguments, after --"))
 def work_command(options):
@@ -3920,6 +4428,10 @@ def work_command(options):
 
     {name} in an argument becomes that field of the payload, {id} {goal} {payload} likewise. Exit code 0 fulfils, 100
     rejects for good, 126 and 127 stop the worker, any other fails for a retry. Without a program, prints each payload.
+
+    $ work --goal send_notification -- ./handler.sh
+    $ work --goal resize -j 4 -- convert {file} -resize 50% {out}
+    $ work --goal backup --drain --timeout 1h -- ./backup.sh
     """
     import signal
     handler = print_payload
@@ -3929,7 +4441,9 @@ def work_command(options):
         raise Invalid(f"-j is at most {JOBS}.")
     if not LEASE_RANGE_SECONDS[0] <= options.lease <= LEASE_RANGE_SECONDS[1]:
         raise Invalid("--lease is from 10s to 1h.")
-    worker = Worker(client(options), options.goal, handler, concurrency=options.jobs, lease=options.lease, say=say,
+    if not (options.max_jobs or options.drain or options.max_time or options.no_wake_lock):
+        stay_awake()
+    worker = Worker(client(options, SPOOL_FILE), options.goal, handler, concurrency=options.jobs, lease=options.lease, say=say,
                     max_jobs=options.max_jobs, max_time=options.max_time, drain=options.drain, poll=options.poll,
                     worker_id=options.worker_id, capabilities=options.capabilities)
     caught = []
@@ -3937,6 +4451,17 @@ def work_command(options):
         signal.signal(number, lambda number, frame: (caught.append(number), worker.interrupt()))
     worker.run()
     return 128 + caught[0] if caught else 0
+
+
+def stay_awake():
+    """Take Termux's wake-lock, if this is Termux: a worker that runs for good is not to sleep with the screen."""
+    import shutil
+    import subprocess
+    program = in_termux() and shutil.which("termux-wake-lock")
+    if program:
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            subprocess.run([program], stdin=subprocess.DEVNULL, timeout=TERMUX_SECONDS, check=False)
+            say("the phone stays awake for this (--no-wake-lock); termux-wake-unlock lets it sleep again")
 
 
 def print_payload(intent, lease):
@@ -3947,7 +4472,10 @@ def print_payload(intent, lease):
 
 @command("status", *CONNECTION, flag("id", help="the id that publish printed"), JSON_LINES)
 def status_command(options):
-    """Print the state of an intent."""
+    """Print the state of an intent.
+
+    $ status 01a20a3bf4423c55cce77efa455c0ada
+    """
     found = client(options).get_status(options.id)
     show(to_json(found) if options.json else found.status)
     if found.last_error and not options.json:
@@ -3956,7 +4484,10 @@ def status_command(options):
 
 @command("result", *CONNECTION, flag("id", help="the id that publish printed"), WAIT, JSON_LINES)
 def result_command(options):
-    """Print the result of an intent; exit 1 if it is dead, 3 if there is none yet."""
+    """Print the result of an intent; exit 1 if it is dead, 3 if there is none yet.
+
+    $ result 01a20a3bf4423c55cce77efa455c0ada --wait=10m
+    """
     bus = client(options)
     if options.wait is not None:
         return wait_for(bus, options.id, options.wait, options.json)
@@ -3970,7 +4501,11 @@ def result_command(options):
          flag("--goal", help="only these"),
          flag("--limit", type=whole, default=50, metavar="N", help="at most N (default 50)"), JSON_LINES)
 def list_command(options):
-    """List intents, newest first: id, status, attempts, age, goal, last error."""
+    """List intents, newest first: id, status, attempts, age, goal, last error.
+
+    $ list --status dead
+    $ list --goal resize --limit 500 --json
+    """
     bus, before, left = client(options), None, options.limit
     while left > 0:
         page = bus.list(status=options.status, goal=options.goal, namespace=options.namespace, limit=min(left, 500),
@@ -3980,6 +4515,50 @@ def list_command(options):
         left, before = left - len(page.intents), page.next
         if not before:
             break
+
+
+@command("workers", *CONNECTION, JSON_LINES)
+def workers_command(options):
+    """List who has asked for work in the last five minutes: last seen, owner, worker, version, goals, intent.
+
+    $ workers
+    """
+    for worker in map(Record, client(options).workers().workers):
+        cells = (f"{age(time.time() - worker.last_seen):>4}", worker.owner, worker.id, worker.version or "-",
+                 ", ".join(worker.goals) or "any goal", worker.intent or "")
+        show(to_json(worker) if options.json else printable("  ".join(cells)).rstrip())
+
+
+@command("watch", *CONNECTION, JSON_LINES)
+def watch_command(options):
+    """Follow what happens on the bus, a line an event, until Ctrl-C: time, what, intent, goal, worker, error.
+
+    $ watch
+    $ watch --json | jq -c 'select(.event == "dead")'
+    """
+    bus, after = client(options), None
+    while True:
+        asked = time.monotonic()
+        try:
+            page = bus.events(after, wait=CLAIM_WAIT_SECONDS if after else 0)
+        except PASSING as error:
+            say(f"{error} Trying again.")
+            time.sleep(POLL_SECONDS)
+            continue
+        if page.missed:
+            say(f"{page.missed} events were missed")
+        for event in map(Record, page.events):
+            show(to_json(event) if options.json else event_line(event))
+        if after and not page.events and time.monotonic() - asked < RECHECK_SECONDS:     # a bus that holds no request
+            time.sleep(RECHECK_SECONDS)
+        after = page.next
+
+
+def event_line(event):
+    """Return the line of an event."""
+    cells = (time.strftime("%H:%M:%S", time.localtime(event.time)), f"{event.event:9}", event.id, event.goal,
+             event.worker_id or "", event.last_error if event.event in ("failed", "dead", "lost") and event.last_error else "")
+    return printable("  ".join(filter(None, cells)))
 
 
 def row(intent):
@@ -3997,7 +4576,10 @@ def age(seconds):
 
 @command("cancel", *CONNECTION, flag("id", help="the id that publish printed"), JSON_LINES)
 def cancel_command(options):
-    """End an intent that is not finished; a worker that has it drops it."""
+    """End an intent that is not finished; a worker that has it drops it.
+
+    $ cancel 01a20a3bf4423c55cce77efa455c0ada
+    """
     answer = client(options).cancel(options.id)
     show(to_json(answer) if options.json else answer.status)
 
@@ -4007,7 +4589,11 @@ def cancel_command(options):
          flag("--all", action="store_true", help="all dead intents, up to --limit"),
          flag("--limit", type=whole, default=1000, metavar="N", help="at most N (default 1000)"), JSON_LINES)
 def retry_command(options):
-    """Open a dead intent anew, or many; prints the new status, or how many."""
+    """Open a dead intent anew, or many; prints the new status, or how many.
+
+    $ retry 01a20a3bf4423c55cce77efa455c0ada
+    $ retry --goal resize
+    """
     if bool(options.id) + bool(options.goal) + options.all != 1:
         raise Invalid("Say what to retry: an id, --goal GOAL or --all.")
     answer = client(options).retry(options.id, goal=options.goal, namespace=options.namespace, limit=options.limit)
@@ -4018,7 +4604,11 @@ def retry_command(options):
          flag("--ttl", type=duration, default=VALUE_TTL_SECONDS, help="how long it is kept, up to 1d (default 10m)"),
          flag("--if-absent", action="store_true", help="only if there is none: exit 1 if the key is taken, a lock"))
 def set_command(options):
-    """Keep a value for a while."""
+    """Keep a value for a while.
+
+    $ set thermostat '{"celsius": 19.5}' --ttl 1h
+    $ set "nightly backup" mine --ttl 1h --if-absent
+    """
     try:
         value = from_json(options.value.encode())
     except (Invalid, UnicodeError):
@@ -4028,13 +4618,19 @@ def set_command(options):
 
 @command("get", *CONNECTION, flag("key", help="its name"))
 def get_command(options):
-    """Print a value that set has kept: a text as it is, the rest as JSON; exit 3 if there is none."""
+    """Print a value that set has kept: a text as it is, the rest as JSON; exit 3 if there is none.
+
+    $ get thermostat
+    """
     show(plain(client(options).get(options.key)))
 
 
 @command("del", *CONNECTION, flag("key", help="its name"))
 def delete_command(options):
-    """Forget a value; exit 3 if there was none."""
+    """Forget a value; exit 3 if there was none.
+
+    $ del thermostat
+    """
     return 0 if client(options).delete(options.key).deleted else 3
 
 
@@ -4042,15 +4638,53 @@ def delete_command(options):
          flag("--owner", default="owner", help="whose intents it shares (default owner: the owner key's)"),
          flag("--role", choices=("publish", "work", "both"), default="both", help="what the key may do (default both)"))
 def keys_add(options):
-    """Issue a key and print it, this once."""
+    """Issue a key and print it, this once.
+
+    $ keys add phone --role work
+    """
     made = client(options).admin("generate_key", name=options.name, owner=options.owner, role=options.role)
     say(f"id {made.key_id}, owner {made.owner}, role {made.role}; the key is shown only now")
     show(made.api_key)
 
 
+@command("keys invite", *CONNECTION, flag("name", help="whose or what for"),
+         flag("--owner", default="owner", help="whose intents it shares (default owner: the owner key's)"),
+         flag("--role", choices=("publish", "work", "both"), default="both", help="what the key may do (default both)"))
+def keys_invite(options):
+    """Print a code that another machine can join the bus with: once, within ten minutes.
+
+    $ keys invite phone --role work
+    """
+    made = client(options).admin("invite", name=options.name, owner=options.owner, role=options.role)
+    say(f"for {made.name}, role {made.role}: valid until {time.strftime('%H:%M', time.localtime(made.expires_at))}, once. "
+        "On the other machine: join URL CODE")
+    show(made.code)
+
+
+@command("join", flag("url", help="the bus, as this machine reaches it"), flag("code", help="what keys invite has printed"),
+         flag("--ca", metavar="FILE", help="trust the certificates in this file, besides those of the system"),
+         flag("--plain", action="store_true", help="the way there is plain http, but nobody else can read it: a VPN"))
+def join_command(options):
+    """Join a bus: get a key for a code, and keep both, so that no command needs flags any more.
+
+    $ join https://bus.example.com K7Q2-9MXW
+    $ join http://100.101.102.103:8787 K7Q2-9MXW --plain
+    """
+    bus = IntentClient(options.url, "none", ca=options.ca)
+    if not (bus.private or options.plain):
+        raise SetupError("The key would cross the network readable. Join through https, or a tunnel that ends on this "
+                         "machine; or say --plain if a VPN encrypts the way.")
+    made = bus.join(options.code)
+    remember_joined(bus.base_url, made.api_key, options.ca)
+    say(f"joined {bus.base_url} as {made.name}, role {made.role}; the key is in {CONFIG_FILE}")
+
+
 @command("keys list", *CONNECTION, JSON_LINES)
 def keys_list(options):
-    """List the issued keys: id, role, owner, requests, last use, name."""
+    """List the issued keys: id, role, owner, requests, last use, name.
+
+    $ keys list
+    """
     for key in client(options).admin("keys"):
         used = age(time.time() - key.last_used_at) if key.last_used_at else "never"
         show(to_json(key) if options.json else printable(
@@ -4059,28 +4693,55 @@ def keys_list(options):
 
 @command("keys revoke", *CONNECTION, flag("key_id", help="the id that keys list prints"))
 def keys_revoke(options):
-    """End an issued key."""
+    """End an issued key.
+
+    $ keys revoke 267ecfd48ae038ad
+    """
     client(options).admin("revoke_key", key_id=options.key_id)
 
 
 @command("stats", *CONNECTION)
 def stats(options):
-    """Print how the bus is, as JSON: intents by namespace and status, sizes, requests held."""
-    show(json.dumps(client(options).admin("summary"), indent=2))
+    """Print how the bus is, as JSON: intents by namespace and status, sizes, requests held.
+
+    $ stats
+    """
+    found = client(options).admin("summary")
+    del found["history"]     # a plot's, not a reader's
+    show(json.dumps(found, indent=2))
 
 
 @command("purge", *CONNECTION, flag("--yes", action="store_true", help="really"))
 def purge_command(options):
-    """Delete all intents for good, or those of a --namespace; prints how many."""
+    """Delete all intents for good, or those of a --namespace; prints how many.
+
+    $ purge --namespace test --yes
+    """
     if not options.yes:
         raise Invalid("This deletes intents for good, whatever their state: say --yes.")
     show(client(options).admin("purge", confirm=True, namespace=options.namespace).deleted)
 
 
+@command("doctor", *CONNECTION,
+         flag("--db", help="the database to look at (BUS_DB_PATH; default intentbus.db, if it is there)"), JSON_LINES)
+def doctor(options):
+    """Look for what goes wrong in practice, and say the cure; exit code 1 if something is bad.
+
+    $ doctor
+    """
+    findings = [finding for check in CHECKS for finding in check(options)]
+    for finding in findings:
+        show(to_json(finding._asdict()) if options.json else printable(f"{finding.level:4}  {finding.about:8}  {finding.words}"))
+    return int(any(finding.level == "bad" for finding in findings))
+
+
 @command("backup", flag("file", help="the file to write; it must not exist"),
          flag("--db", help="the database file (BUS_DB_PATH; default intentbus.db)"))
 def backup(options):
-    """Copy the database of a bus, running or not, into a file that serve --db can use."""
+    """Copy the database of a bus, running or not, into a file that serve --db can use.
+
+    $ backup bus-monday.db
+    """
     import pathlib
     import sqlite3
     source = pathlib.Path(options.db or os.environ.get("BUS_DB_PATH") or "intentbus.db").resolve()
@@ -4100,24 +4761,54 @@ def backup(options):
         raise SetupError(f"{source} cannot be copied to {options.file}: {reason}.") from error
 
 
-def parser():
-    """Return the parser of the whole command line."""
-    parser = argparse.ArgumentParser(prog="intentbus.py", description='Say "do this" here, have it done there.',
-                                     epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--version", action="version", version=f"intentbus {__version__}")
-    groups = {"": parser.add_subparsers(metavar="COMMAND", required=True)}
-    for name, (function, flags) in COMMANDS.items():
-        group, _, word = name.rpartition(" ")
-        if group not in groups:
-            within = groups[""].add_parser(group, help=f"{group} add, list, revoke", description=f"Commands about {group}.")
-            groups[group] = within.add_subparsers(metavar="COMMAND", required=True)
-        first, _, rest = function.__doc__.partition("\n")
-        sub = groups[group].add_parser(word, help=first, description=function.__doc__.replace("\n    ", "\n"),
-                                       formatter_class=argparse.RawDescriptionHelpFormatter)
-        sub.set_defaults(command=function)
+class Parser(argparse.ArgumentParser):
+    """The parser of one command, whose help opens with examples."""
+
+    def __init__(self, name):
+        function, flags = COMMANDS[name]
+        lines = function.__doc__.split("\n")
+        self._examples = [line.strip()[2:] for line in lines if line.strip().startswith("$ ")]
+        words = "\n".join(line.strip() for line in lines if not line.strip().startswith("$ ")).strip()
+        super().__init__(prog=f"intentbus.py {name}", description=words, formatter_class=argparse.RawDescriptionHelpFormatter)
         for names, settings in flags:
-            sub.add_argument(*names, **settings)
-    return parser
+            self.add_argument(*names, **settings)
+
+    def parse(self, words):
+        """Return the options: flags may stand among the words, up to a "--"."""
+        return self.parse_args(words) if "--" in words else self.parse_intermixed_args(words)
+
+    def error(self, message):
+        """Raise Invalid: what is wrong, without the whole usage."""
+        raise Invalid(f"{message}; see {self.prog} --help.")
+
+    def format_help(self):
+        """Return the help: examples, usage, flags."""
+        shown = "".join(f"  {program()} {example}\n" for example in self._examples)
+        return f"examples:\n{shown}\n{super().format_help()}"
+
+
+def summary(name):
+    """Return what a command does, in a few words."""
+    return re.split(r"[:;.](?: |$)", COMMANDS[name][0].__doc__.splitlines()[0])[0]
+
+
+def overview():
+    """Return what there is: the story, and the commands in groups."""
+    lines = [STORY.format(program()).rstrip("\n")]
+    for title, names in GROUPS:
+        lines += ["", f"{title}:"] + [f"  {name:12} {summary(name)}" for name in names]
+    return "\n".join(lines) + "\n" + ENDING
+
+
+def named(words):
+    """Return the command that these words start with, and the rest of them; raises Invalid if there is none."""
+    for length in (2, 1):
+        if " ".join(words[:length]) in COMMANDS:
+            return " ".join(words[:length]), words[length:]
+    import difflib
+    near = [name for name in COMMANDS if name.startswith(words[0] + " ")] or difflib.get_close_matches(words[0], COMMANDS)
+    raise Invalid(f"There is no command {words[0]!r}" + (f"; did you mean {' or '.join(near)}?" if near else
+                                                        ": --help shows those that are."))
 
 
 def main(arguments=None):
@@ -4128,11 +4819,18 @@ def main(arguments=None):
     words = sys.argv[1:] if arguments is None else arguments
     end = words.index("--") if "--" in words else len(words)
     words = ["--wait=" if word == "--wait" else word for word in words[:end]] + words[end:]     # its value is optional
-    options = parser().parse_args(words)
-    if getattr(options, "namespace", "") is None:
-        options.namespace = os.environ.get("INTENT_BUS_NAMESPACE") or None
     try:
-        code = options.command(options) or 0
+        if not words:
+            print(overview(), file=sys.stderr)
+            raise Invalid("Say a command.")
+        if words[0] in ("-h", "--help", "help", "--version"):
+            print(f"intentbus {__version__}" if words[0] == "--version" else overview())
+            return 0
+        name, words = named(words)
+        options = Parser(name).parse(words)
+        if getattr(options, "namespace", "") is None:
+            options.namespace = os.environ.get("INTENT_BUS_NAMESPACE") or None
+        code = COMMANDS[name][0](options) or 0
         sys.stdout.flush()
         return code
     except Error as error:

@@ -381,7 +381,7 @@ def parts():
 def test_the_map_in_the_docstring_is_the_outline_of_the_module():
     in_docstring = re.findall(r"^ +(\d+)\. (\w+)", intentbus.__doc__, re.M)
     assert [(int(number), name) for number, name in in_docstring] == [part[:2] for part in parts()]
-    assert [number for number, _, _ in parts()] == list(range(1, 14))
+    assert [number for number, _, _ in parts()] == list(range(1, 16))
 
 
 def test_each_part_uses_only_the_parts_above_it():
@@ -399,7 +399,7 @@ def test_each_part_uses_only_the_parts_above_it():
         part = bisect.bisect(lines, scope.get_lineno())
         low += [f"{scope.get_name()} (line {scope.get_lineno()}) uses {symbol.get_name()}" for symbol in scope.get_symbols()
                 if symbol.is_global() and symbol.is_referenced() and defined.get(symbol.get_name(), 0) > part]
-    assert defined["IntentClient"] == 11 and not low
+    assert defined["IntentClient"] == 12 and not low
 
 
 def test_only_the_standard_library_is_imported():
@@ -1530,6 +1530,9 @@ MATRIX = """
     GET  /status/{open}                401  401  401  200  200  200  404  200  200  200  403  403
     GET  /result/{open}                401  401  401  200  200  200  404  200  200  200  403  403
     GET  /intents                      401  401  401  200  200  200  200  200  200  200  403  403
+    GET  /workers                      401  401  401  200  200  200  200  200  200  200  403  403
+    GET  /events                       401  401  401  200  200  200  200  200  200  200  403  403
+    GET  /whoami                       401  401  401  200  200  200  200  200  200  200  403  403
     POST /cancel/{open}                401  401  401  200  403  200  404  200  200  200  403  403
     POST /retry/{dead}                 401  401  401  200  403  200  404  200  200  200  403  403
     POST /retry                        401  401  401  200  403  200  200  200  200  200  403  403
@@ -1537,6 +1540,8 @@ MATRIX = """
     GET  /get/k                        401  401  401  200  200  200  404  404  401  200  403  403
     POST /delete/k                     401  401  401  200  200  200  200  200  401  200  403  403
     POST /admin/generate_key           401  401  401  401  401  401  401  401  201  401  401  401
+    POST /admin/invite                 401  401  401  401  401  401  401  401  201  401  401  401
+    POST /join                         400  400  400  400  400  400  400  400  400  400  400  400
     POST /admin/revoke_key             401  401  401  401  401  401  401  401  404  401  401  401
     GET  /admin/keys                   401  401  401  401  401  401  401  401  200  401  401  401
     POST /admin/purge                  401  401  401  401  401  401  401  401  400  401  401  401
@@ -1552,7 +1557,7 @@ MATRIX = """
 MATRIX = [line.split() for line in MATRIX.strip().splitlines()[1:]]
 ANN = Caller("a", "ann", "both", False, None)
 BODIES = {"/intent": a_publish(goal="new"), "/intents": [a_publish(goal="new")], "/set/new": {"value": 1},
-          "/admin/generate_key": {"owner": "new"}}
+          "/admin/generate_key": {"owner": "new"}, "/admin/invite": {"owner": "new"}}
 
 
 @pytest.fixture(scope="module")
@@ -3809,11 +3814,11 @@ def test_the_client_has_every_verb_of_the_bus_with_the_same_answers(client, serv
 
 def test_the_verbs_of_bus_and_client_take_the_same_arguments():
     verbs = ("publish", "claim", "extend_claim", "fulfill", "fail", "release", "get_status", "get_result", "list", "cancel",
-             "retry")
+             "retry", "workers", "events")
     for verb in verbs:
         ours, theirs = (inspect.signature(getattr(kind, verb)).parameters for kind in (Bus, IntentClient))
         assert set(theirs) - {"fields"} <= set(ours), verb
-        assert verb == "publish" or set(ours) - {"caller", "still_there"} <= set(theirs), verb
+        assert verb == "publish" or set(ours) - {"caller", "seen_as", "still_there"} <= set(theirs), verb
 
 
 @pytest.mark.parametrize("cause, kind, code", [
@@ -4006,7 +4011,7 @@ def test_where_the_client_finds_its_settings(monkeypatch, tmp_path):
     monkeypatch.setenv("INTENT_BUS_URL", "http://127.0.0.1:1/")
     monkeypatch.setenv("INTENT_BUS_NAMESPACE", "home")
     monkeypatch.delenv("INTENT_API_KEY", raising=False)
-    with pytest.raises(intentbus.SetupError, match="No key: put the bus's into ~/.apikey or INTENT_API_KEY"):
+    with pytest.raises(intentbus.SetupError, match="No key: join the bus with a code .* or put a key into ~/.apikey or"):
         IntentClient()
     key = intentbus.make_key()
     found = IntentClient()
@@ -4476,7 +4481,7 @@ def test_serve_makes_a_key_prints_its_url_and_ends_well(tmp_path):
     code, output, errors = serve.stop()
     assert (code, output) == (0, "") and "Traceback" not in errors
     assert "the key is new, in ~/.apikey" in errors and f"publish --url {serve.url} hello name=world" in errors
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".apikey", "intentbus.db", "intentbus.db.lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".apikey", ".intentbus", "intentbus.db", "intentbus.db.lock"]
     with contextlib.closing(sqlite3.connect(tmp_path / "intentbus.db")) as db:
         assert db.execute("SELECT id FROM intents").fetchall() == [(published.stdout.strip(),)]
     claim.terminate()
