@@ -803,15 +803,15 @@ class Store:
     def change_memo(self, kind, owner, key, rule, now):
         """Replace a memo by rule(value): a text, or None to forget it; return what it was, None if there is none."""
         value = self._recall(self._db, kind, owner, key, now)
-        changed = value and rule(value)
-        self._db.execute("""
-            UPDATE memos
-            SET    value = COALESCE(:value, value),
-                   expires_at = CASE WHEN :value IS NULL THEN 0 ELSE expires_at END
-            WHERE  kind = :kind
-            AND    owner = :owner
-            AND    key = :key
-        """, dict(kind=kind, owner=owner, key=key, value=changed))
+        if value is not None:
+            self._db.execute("""
+                UPDATE memos
+                SET    value = COALESCE(:value, value),
+                       expires_at = CASE WHEN :value IS NULL THEN 0 ELSE expires_at END
+                WHERE  kind = :kind
+                AND    owner = :owner
+                AND    key = :key
+            """, dict(kind=kind, owner=owner, key=key, value=rule(value)))
         return value
 
     @operation
@@ -4280,7 +4280,7 @@ def publish_command(options):
     if options.lines or options.jsonl:
         return publish_lines(bus, options, fields)
     answer = bus.publish(options.goal, payload(options.payload), **fields)
-    if answer.status == "spooled":
+    if answer.get("status") == "spooled":
         say(f"{answer.reason} It is kept, and sent by the next publish --spool, flush or work.")
     elif answer.get("never_claimed"):
         say(f"nobody listens for {options.goal!r}, and nobody ever has: is that its name? workers shows who is there")
@@ -4707,7 +4707,7 @@ def stats(options):
     $ stats
     """
     found = client(options).admin("summary")
-    del found["history"]     # a plot's, not a reader's
+    found.pop("history", None)     # for a plot, not for a reader
     show(json.dumps(found, indent=2))
 
 
@@ -4822,7 +4822,7 @@ def main(arguments=None):
     try:
         if not words:
             print(overview(), file=sys.stderr)
-            raise Invalid("Say a command.")
+            raise Invalid("A COMMAND is missing.")
         if words[0] in ("-h", "--help", "help", "--version"):
             print(f"intentbus {__version__}" if words[0] == "--version" else overview())
             return 0

@@ -4,6 +4,7 @@ Real parts throughout: a real server on port 0, real processes, a real SQLite fi
 ones; INTENTBUS_TEST_CLIENTS names a directory of virtual environments with the published clients, see .ci/run.
 """
 
+import argparse
 import ast
 import base64
 import bisect
@@ -12,14 +13,17 @@ import concurrent.futures
 import contextlib
 import hmac
 import http.client
+import http.server
 import inspect
 import io
 import itertools
 import json
 import os
+import plistlib
 import queue
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -42,7 +46,7 @@ from pathlib import Path
 import pytest
 
 import intentbus
-from intentbus import API, Bus, Caller, Intent, IntentClient, Keys, Reject, Store, Worker, listen
+from intentbus import API, Bus, Caller, Intent, IntentClient, Keys, Record, Reject, Request, Store, Worker, listen
 
 HERE = Path(__file__).parent
 PROGRAM = str(HERE / "intentbus.py")
@@ -1470,6 +1474,154 @@ def test_whatever_the_clock_is_set_to_leases_delays_and_lives_keep_steady_time(t
     assert assert_trial(tmp_path, seed, 120)
 
 
+def test_a_publish_says_how_many_listen_and_if_nobody_ever_has(bus, clock):
+    assert bus.publish("g", 1).pick(("listening", "never_claimed")) == {"listening": 0, "never_claimed": True}
+    for worker in ("a", "b"):
+        bus.claim(["g", "h"], worker_id=worker)
+    bus.claim(worker_id="any")
+    bus.claim("g", namespace="other", worker_id="elsewhere")
+    assert [bus.publish(goal, 1).listening for goal in "ghx"] == [3, 3, 1]
+    clock.pass_(301)
+    assert bus.publish("h", 1).never_claimed
+    assert bus.publish("g", 1).pick(("status", "listening")) == {"status": "published", "listening": 0}
+    assert "never_claimed" not in bus.publish("g", 1)
+
+
+def test_that_a_goal_has_had_a_worker_is_known_after_a_restart(store):
+    bus = Bus(store)
+    bus.publish("g", 1)
+    bus.claim("g")
+    assert "never_claimed" not in Bus(store).publish("g", 1) and Bus(store).publish("typo", 1).never_claimed
+
+
+def test_workers_of_other_owners_are_neither_counted_nor_listed(bus):
+    bus.claim("g", caller=ALICE, worker_id="hers")
+    assert bus.publish("g", 1, caller=BOB).listening == 0
+    assert bus.publish("g", 1, visibility="public", caller=BOB).listening == 1
+    assert bus.workers(caller=BOB).workers == []
+    assert [worker.id for worker in bus.workers().workers] == ["hers"]
+
+
+def test_the_workers_that_were_seen_are_listed_with_what_they_do(bus, clock):
+    intent_id = bus.publish("g", 1).id
+    bus.claim("g", worker_id="w", seen_as=("w", "intentbus/1"))
+    clock.pass_(1)
+    bus.claim(worker_id="v")
+    newest, older = bus.workers().workers
+    assert (newest.id, newest.goals, newest.intent) == ("v", [], None)
+    assert (older.id, older.goals, older.version, older.intent) == ("w", ["g"], "intentbus/1", intent_id)
+    assert older.last_seen == clock.wall - 1
+    clock.pass_(300)
+    assert bus.workers().workers == []
+
+
+def test_so_many_workers_are_remembered_and_no_more(bus, monkeypatch):
+    monkeypatch.setattr(intentbus, "WORKERS", 3)
+    for number in range(5):
+        bus.claim(f"goal{number}", worker_id=f"w{number}")
+    assert [worker.id for worker in bus.workers().workers] == ["w4", "w3", "w2"]
+
+
+def test_each_event_of_an_intents_life_is_told_once_in_its_order(bus, clock):
+    start = bus.events().next
+    intent_id = bus.publish("g", 1, max_attempts=2).id
+    claim = bus.claim("g", worker_id="w")
+    bus.fail(intent_id, claim.claim_token, "no luck")
+    clock.pass_(60)
+    claim = bus.claim("g")
+    bus.release(intent_id, claim.claim_token)
+    bus.claim("g")
+    clock.pass_(61)
+    bus.cleanup()
+    bus.retry(intent_id)
+    claim = bus.claim("g")
+    bus.fulfill(intent_id, claim.claim_token)
+    page = bus.events(start)
+    assert [event.event for event in page.events] == ["published", "claimed", "failed", "claimed", "released", "claimed",
+                                                      "dead", "retried", "claimed", "fulfilled"]
+    assert {event.id for event in page.events} == {intent_id} and "payload" not in page.events[0]
+    assert (page.events[1].worker_id, page.events[2].last_error) == ("w", "no luck")
+    assert bus.events(page.next) == {"events": [], "next": page.next, "missed": 0}
+
+
+def test_events_are_for_who_may_see_the_intent(bus):
+    start = bus.events().next
+    bus.publish("g", 1, caller=ALICE)
+    bus.publish("p", 1, visibility="public", caller=ALICE)
+    bus.claim("p", caller=BOB)
+    assert [event.event for event in bus.events(start, caller=BOB).events] == ["claimed"]
+    assert len(bus.events(start, caller=ALICE).events) == len(bus.events(start).events) == 3
+
+
+def test_who_watches_too_slowly_is_told_how_much_was_missed(bus, monkeypatch):
+    start = bus.events().next
+    for number in range(intentbus.EVENTS + 5):
+        bus.publish("g", number)
+    page = bus.events(start)
+    assert (page.missed, len(page.events), page.next) == (5, intentbus.EVENTS, start + intentbus.EVENTS + 5)
+    assert bus.events(page.next + 10 ** 9).events == [], "a number of another bus"
+
+
+def test_a_held_watch_is_told_at_once(live):
+    start = live.events().next
+    watching = in_thread(live.events, start, wait=60)
+    held(live)
+    live.publish("g", 1)
+    assert [event.event for event in watching().events] == ["published"]
+
+
+def test_each_death_is_announced_once_and_those_of_announcements_are_not(store, clock):
+    bus = Bus(store, announce_dead=True, clock=lambda: clock.wall, steady=lambda: clock.steady)
+    ids = [bus.publish(goal, 1, ttl=10, namespace="n", caller=ALICE).id for goal in ("expires", "is cancelled")]
+    bus.cancel(ids[1], caller=ALICE)
+    clock.pass_(11)
+    told = [bus.claim("intent.dead", namespace="n", caller=ALICE).payload for _ in ids]
+    assert sorted((word["id"], word["goal"], word["reason"]) for word in told) == sorted([
+        (ids[0], "expires", "expired"), (ids[1], "is cancelled", "Cancelled")])
+    assert bus.claim("intent.dead", namespace="n", caller=ALICE) is None and bus.claim("intent.dead", namespace="n") is None
+    clock.pass_(intentbus.TTL_SECONDS + 61)
+    bus.cleanup()
+    assert {intent.status for intent in bus.list(goal="intent.dead").intents} <= {"dead"} and not bus.list(status="open").intents
+
+
+def test_a_death_and_its_announcement_are_stored_together_or_not_at_all(store, monkeypatch):
+    bus = Bus(store, announce_dead=True)
+    intent_id = bus.publish("g", 1).id
+    monkeypatch.setattr(intentbus, "INSERT", "INSERT INTO nowhere VALUES (1)")
+    with pytest.raises(intentbus.Error):
+        bus.cancel(intent_id)
+    assert bus.get_status(intent_id).status == "open"
+
+
+def test_what_happened_is_counted_by_the_minute_and_kept_over_a_restart(store, clock):
+    bus = Bus(store, clock=lambda: clock.wall, steady=lambda: clock.steady)
+    minute = int(clock.wall // 60)
+    for _ in range(3):
+        bus.publish("g", 1)
+    bus.fulfill(bus.claim("g").id)
+    bus.fail(bus.claim("g").id)
+    counts = [[minute, "failed", 1], [minute, "fulfilled", 1], [minute, "published", 3]]
+    assert bus.summary().history == counts
+    bus.tend_sometimes()
+    assert bus.summary().history == counts
+    bus = Bus(store, clock=lambda: clock.wall, steady=lambda: clock.steady)
+    bus.publish("g", 1)
+    assert bus.summary().history == counts[:2] + [[minute, "published", 4]]
+    clock.pass_(60 * intentbus.HISTORY_MINUTES)
+    bus.publish("g", 1)
+    assert bus.summary().history == [[minute + intentbus.HISTORY_MINUTES, "published", 1]]
+
+
+def test_the_summary_says_which_goal_has_waited_longest_and_who_is_there(bus, clock):
+    for goal, priority in (("old", 1), ("new", 900), ("old", 900), ("new", 1)):
+        bus.publish(goal, 1, priority=priority)
+        clock.pass_(10)
+    bus.publish("later", 1, delay=60)
+    bus.claim("nothing", worker_id="w")
+    bus.claim("new", worker_id="w")
+    assert [(row.goal, clock.wall - row.run_at, row.listening) for row in bus.summary().waiting] == [("old", 40, 0), ("new", 10, 1)]
+
+
 # ---- 6. Keys ----
 
 @pytest.mark.parametrize("headers, key", [
@@ -2115,6 +2267,42 @@ def test_a_rate_limit_is_neither_lifted_nor_prolonged_by_a_clock_that_is_set(sta
     clock.set(step)
     refused = bus.ask("GET", "/get/x", key=key)
     assert refused.status == 429 and int(refused.headers["retry-after"]) <= 21
+
+
+def test_an_invitation_gives_one_key_once(served):
+    made = served.ask("POST", "/admin/invite", {"owner": "alice", "name": "phone", "role": "work"})
+    assert made.status == 201 and re.fullmatch("[0-9A-HJKMNP-TV-Z]{4}-[0-9A-HJKMNP-TV-Z]{4}", made.json["code"])
+    sloppy = made.json["code"].lower().replace("-", " ").replace("0", "o").replace("1", "l")
+    joined = served.ask("POST", "/join", {"code": sloppy}, key=None)
+    assert joined.status == 201 and joined.json["role"] == "work" and joined.json["owner"] == "alice"
+    assert served.ask("GET", "/whoami", key=joined.json["api_key"]).json["key_id"] == joined.json["key_id"]
+    assert_refusal(served.ask("POST", "/join", {"code": made.json["code"]}, key=None), 401, "unauthorized", "wrong, used, or too old")
+
+
+@pytest.mark.parametrize("wrong, then", [(4, 201), (5, 401)])
+def test_five_wrong_tries_end_an_invitation(served, wrong, then):
+    code = served.ask("POST", "/admin/invite", {"owner": "a"}).json["code"]
+    other = served.ask("POST", "/admin/invite", {"owner": "b"}).json["code"]
+    for number in range(wrong):
+        assert served.ask("POST", "/join", {"code": code[:5] + f"{number:04}"}, key=None).status == 401
+    assert served.ask("POST", "/join", {"code": code}, key=None).status == then
+    assert served.ask("POST", "/join", {"code": other}, key=None).status == 201
+
+
+def test_an_invitation_ends_after_ten_minutes_and_the_file_holds_no_code(store, clock):
+    keys = Keys(KEY, store, clock=lambda: clock.wall)
+    code = keys.invite("owner", "phone", "both", clock.wall).code
+    with store._reader() as db:
+        assert code[5:] not in str(db.execute("SELECT * FROM memos").fetchall())
+    with pytest.raises(intentbus.Unauthorized):
+        keys.join(Request("POST", "/join"), code, clock.wall + 601)
+    assert keys.join(Request("POST", "/join"), code, clock.wall + 599).role == "both"
+
+
+def test_of_many_who_use_one_code_at_once_one_gets_a_key(served):
+    code = served.ask("POST", "/admin/invite", {"owner": "a"}).json["code"]
+    answers = at_once(8, lambda number: served.ask("POST", "/join", {"code": code}, key=None).status)
+    assert sorted(answers) == [201] + [401] * 7
 
 
 # ---- 7. Fields ----
@@ -3678,7 +3866,206 @@ def test_a_damaged_file_is_refused_in_words_and_nothing_is_accepted_on_top(start
         bus.close()
 
 
-# ---- 11. Client ----
+# ---- 11. Machine ----
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty HOME of our own, and no settings in the environment."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    for name in ("INTENT_BUS_URL", "INTENT_API_KEY", "INTENT_BUS_NAMESPACE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "home"
+
+
+@POSIX
+def test_what_a_machine_keeps_is_its_owners_alone(home):
+    intentbus.remember_joined("https://bus", "key", None)
+    intentbus.Spool()
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (home / ".intentbus").iterdir()}
+    assert modes == {"config.json": 0o600, "spool.db": 0o600} and (home / ".intentbus").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_flag_goes_before_the_environment_that_before_the_bus_joined_and_that_before_the_default(home, monkeypatch):
+    intentbus.make_key()
+    assert (IntentClient().base_url, IntentClient()._key) == (intentbus.URL, intentbus.read_key())
+    intentbus.remember_joined("https://joined", "joined", None)
+    assert (IntentClient().base_url, IntentClient()._key) == ("https://joined", "joined")
+    monkeypatch.setenv("INTENT_BUS_URL", "https://environment")
+    assert (IntentClient().base_url, IntentClient()._key) == ("https://environment", intentbus.read_key()), "its own key only"
+    monkeypatch.setenv("INTENT_API_KEY", "environment")
+    assert IntentClient()._key == "environment"
+    assert (IntentClient("https://flag/", "flag").base_url, IntentClient("https://flag", "flag")._key) == ("https://flag", "flag")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"url": 1}', '{"url": "https://x"}', '{"url": "https://x", "key": ""}', "\0"])
+def test_damaged_settings_are_said_in_words(home, text):
+    intentbus.remember_joined("https://x", "key", None)
+    (home / ".intentbus" / "config.json").write_text(text)
+    with pytest.raises(intentbus.SetupError, match="damaged; join the bus again|holds no key"):
+        IntentClient()
+
+
+@POSIX
+def test_settings_that_are_a_link_are_refused(home):
+    intentbus.remember_joined("https://x", "key", None)
+    (home / ".intentbus" / "config.json").rename(home / "elsewhere")
+    (home / ".intentbus" / "config.json").symlink_to(home / "elsewhere")
+    with pytest.raises(intentbus.SetupError, match="settings file .* is a link"):
+        IntentClient()
+
+
+def test_a_spool_that_cannot_be_used_is_said_in_words(tmp_path):
+    (tmp_path / "file").write_text("no database, and long enough to be read as the head of one" * 20)
+    with pytest.raises(intentbus.SetupError, match="The spool .* cannot be used: file is not a database"):
+        intentbus.Spool(tmp_path / "file")
+    with pytest.raises(intentbus.SetupError, match="The folder .* cannot be made"):
+        intentbus.Spool(tmp_path / "file" / "spool.db")
+
+
+def test_one_program_sends_at_a_time(tmp_path):
+    ours, theirs = intentbus.Spool(tmp_path / "s"), intentbus.Spool(tmp_path / "s")
+    with ours.sending(0):
+        with pytest.raises(intentbus.Unavailable, match="Another program is sending"), theirs.sending(0.05):
+            pass
+    with theirs.sending(0):
+        pass
+
+
+# ---- 12. Client ----
+
+class Away:
+    """A bus that is away until start(), and the URL where it will be."""
+
+    def __init__(self, store):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.url, self.store, self.server = f"http://127.0.0.1:{self.port}", store, None
+
+    def start(self):
+        self.bus = Bus(self.store)
+        self.server = intentbus.http_server(API(self.bus, Keys(KEY, self.store)), port=self.port)
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def stop(self):
+        if self.server:
+            self.server.close()
+            self.server = None
+
+    def payloads(self, **which):
+        """What was published, oldest first."""
+        return [intent.payload for intent in reversed(self.bus.list(limit=500, payload=True, **which).intents)]
+
+
+@pytest.fixture
+def away(store):
+    away = Away(store)
+    yield away
+    away.stop()
+
+
+def spooling(away, tmp_path):
+    return IntentClient(away.url, KEY, spool=tmp_path / "spool.db")
+
+
+def test_what_is_published_while_the_bus_is_away_arrives_once_and_in_order(away, tmp_path):
+    for number in range(20):
+        answer = spooling(away, tmp_path).publish("g", number)
+        assert answer.pick(("id", "status")) == {"id": None, "status": "spooled"} and "cannot be reached" in answer.reason
+    assert spooling(away, tmp_path).publish_many([dict(goal="g", payload=20), dict(goal="g", payload=21)]).ids == []
+    away.start()
+    assert spooling(away, tmp_path).publish("g", 22).id
+    found = away.payloads()
+    assert found[:20] + sorted(found[20:22]) + found[22:] == list(range(23)), "a bulk is one moment"
+    assert spooling(away, tmp_path).flush() == 0
+
+
+def test_a_publish_whose_answer_is_lost_is_kept_and_stored_once(server, tmp_path):
+    proxy = Proxy(server.server_port, drop=1)
+    bus = IntentClient(proxy.url, KEY, spool=tmp_path / "spool.db")
+    assert bus.publish("g", 1).status == "spooled" and bus.flush() == 1
+    assert len(server.api.bus.list().intents) == 1
+
+
+def test_several_programs_with_one_spool_send_everything_once(away, tmp_path):
+    for number in range(30):
+        spooling(away, tmp_path).publish("g", number)
+    away.start()
+    answers = at_once(6, lambda number: spooling(away, tmp_path).publish("g", 100 + number).id)
+    found = away.payloads()
+    assert found[:30] == list(range(30)) and sorted(found[30:]) == list(range(100, 106)) and len(set(answers)) == 6
+
+
+def test_what_the_bus_refuses_for_good_is_kept_apart_and_holds_up_nothing(away, tmp_path):
+    bus = spooling(away, tmp_path)
+    for payload, fields in ((1, {}), (2, {"priority": 5000}), (3, {})):
+        bus.publish("g", payload, **fields)
+    away.start()
+    assert bus.flush() == 2 and away.payloads() == [1, 3]
+    refused, = bus.spool.refused(bus.base_url)
+    assert refused.refusal == "priority must be a whole number from 0 to 1000." and json.loads(refused.body)["payload"] == 2
+
+
+def test_what_the_bus_refuses_at_once_is_said_and_not_kept(away, tmp_path):
+    away.start()
+    with pytest.raises(intentbus.Invalid, match="priority must be"):
+        spooling(away, tmp_path).publish("g", 1, priority=5000)
+    with pytest.raises(intentbus.Unauthorized):
+        IntentClient(away.url, "wrong", spool=tmp_path / "spool.db").publish("g", 1)
+    with pytest.raises(intentbus.Invalid, match="cannot be sent as JSON"):
+        spooling(away, tmp_path).publish("g", {1, 2})
+    assert spooling(away, tmp_path).spool.waiting(away.url) == []
+
+
+def test_a_spool_keeps_the_requests_of_each_bus_apart(away, tmp_path):
+    IntentClient("http://127.0.0.1:9", KEY, spool=tmp_path / "spool.db").publish("g", "for another")
+    away.start()
+    spooling(away, tmp_path).publish("g", 1)
+    assert away.payloads() == [1]
+
+
+@pytest.mark.parametrize("report, status", [
+    (lambda bus, intent: bus.fulfill(intent.id, intent.claim_token, 7), "fulfilled"),
+    (lambda bus, intent: bus.fail(intent.id, intent.claim_token, "no", retry=False), "dead"),
+])
+def test_an_outcome_that_could_not_be_told_is_told_by_the_next_program(away, tmp_path, impatient, report, status):
+    bus = spooling(away.start(), tmp_path)
+    intent_id = bus.publish("g", 1).id
+    intent = bus.claim("g")
+    away.stop()
+    with pytest.raises(intentbus.Unreachable):
+        report(bus, intent)
+    away.start()
+    assert spooling(away, tmp_path).claim("g") is None
+    assert away.bus.get_result(intent_id).pick(("status", "claim_attempts")) == {"status": status, "claim_attempts": 1}
+    assert bus.spool.waiting(away.url) == []
+
+
+def test_an_intent_whose_outcome_waits_here_is_told_and_not_claimed_again(away, tmp_path, clock):
+    bus = spooling(away.start(), tmp_path)
+    intent_id, other = bus.publish("g", 1).id, bus.publish("g", 2).id
+    intent = bus.claim("g")
+    away.bus.release(intent_id, intent.claim_token)     # as if the lease had been lost meanwhile
+    number = bus.spool.add(bus.base_url, f"/fulfill/{intent_id}", json.dumps(dict(claim_token="old", result=7)), intent_id=intent_id)
+    bus._reporting.add(number)     # while another thread is still trying to tell
+    assert bus.claim("g").id == other
+    assert away.bus.get_result(intent_id).pick(("status", "result")) == {"status": "fulfilled", "result": 7}
+
+
+def test_an_outcome_whose_lease_is_lost_is_dropped_and_one_too_large_is_a_failure(away, tmp_path, impatient):
+    bus = spooling(away.start(), tmp_path)
+    ids = [bus.publish("g", number).id for number in range(2)]
+    claims = [bus.claim("g") for _ in ids]
+    away.stop()
+    for claim, result in zip(claims, (1, "x" * 300_000)):
+        with pytest.raises(intentbus.Unreachable):
+            bus.fulfill(claim.id, claim.claim_token, result)
+    away.start().bus.cancel(ids[0])
+    assert bus.flush() == 2 and bus.spool.waiting(away.url) == []
+    assert [away.bus.get_status(intent_id).last_error.partition(":")[0] for intent_id in ids] == ["Cancelled", "The result was refused"]
+
+
 
 class Proxy:
     """Passes requests on to a server, and drops the answers to the first so many."""
@@ -4075,7 +4462,7 @@ def test_a_client_corrects_its_clock(started, monkeypatch):
     assert [answers.get().status for _ in range(answers.qsize())] == [403, 201, 201]
 
 
-# ---- 12. Worker ----
+# ---- 13. Worker ----
 
 @pytest.fixture
 def quick_leases(monkeypatch):
@@ -4427,7 +4814,133 @@ def test_a_worker_whose_claims_are_answered_by_nobody_gets_them_later_as_one_att
     assert {(client.get_status(id).status, client.get_status(id).claim_attempts) for id in ids} == {("fulfilled", 1)}
 
 
-# ---- 13. Commands ----
+def test_a_worker_keeps_what_it_could_not_report_and_says_so(away, tmp_path, impatient):
+    bus, said = spooling(away.start(), tmp_path), queue.Queue()
+    intent_id = bus.publish("g", 1).id
+    def handler(intent, lease):
+        away.stop()
+        return "done", "text"
+    Worker(bus, "g", handler, max_jobs=1, say=said.put).run()
+    assert "could not be reported, so it will be kept, and reported later" in said.get_nowait()
+    away.start()
+    Worker(spooling(away, tmp_path), "g", lambda intent, lease: pytest.fail("run again"), drain=True).run()
+    assert away.bus.get_result(intent_id).result == "done"
+
+
+def test_on_windows_a_program_has_a_console_group_and_is_ended_with_all_it_started(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(intentbus, "POSIX", False)
+    assert intentbus.own_group() == {"creationflags": 0x200}, "CREATE_NEW_PROCESS_GROUP"
+    program = intentbus.Program([sys.executable])
+    (tmp_path / "taskkill").write_text(f'#!/bin/sh\necho "$@" >"{tmp_path}/ended"\n')
+    (tmp_path / "taskkill").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        monkeypatch.setattr(process, "send_signal", asked.append)
+        program._signal(process, "SIGTERM")
+        program._signal(process, "SIGKILL")
+        process.communicate(b"\n")
+    assert asked == [1], "CTRL_BREAK_EVENT"
+    assert (tmp_path / "ended").read_text() == f"/F /T /PID {process.pid}\n"
+
+
+def test_the_steady_clock_runs_on_while_the_machine_sleeps_wherever_it_can(monkeypatch):
+    assert intentbus.STEADY == getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", None) if sys.platform == "darwin" else None)
+    monkeypatch.setattr(intentbus, "STEADY", None)
+    assert abs(intentbus.steady_clock() - time.monotonic()) < 60
+
+
+# ---- 14. Doctor ----
+
+def examine(home, *arguments, **environment):
+    """Run the doctor; return its exit code and its findings, by what they are about."""
+    found = subprocess.run([*COMMAND, "doctor", "--json", *arguments], cwd=home, capture_output=True, text=True, timeout=60,
+                           env=dict(os.environ, **environment), stdin=subprocess.DEVNULL)
+    findings = [json.loads(line) for line in found.stdout.splitlines()]
+    assert not re.search(r"Traceback|\b[A-Z]\w*(Error|Exception)\b", found.stdout + found.stderr)
+    return found.returncode, {(finding["about"], finding["level"]): finding["words"] for finding in findings}
+
+
+def test_the_doctor_finds_nothing_wrong_where_nothing_is(home, served):
+    intentbus.remember_joined(served.url, KEY, None)
+    code, found = examine(home, "--db", served.db)
+    assert code == 0 and [level for _, level in found] == ["ok"] * 5
+    assert found["key", "ok"] == "It is owner, of the owner owner, and may publish and work."
+
+
+def page_server():
+    """A web server that is no bus; returns its URL."""
+    class Page(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>Please sign in")
+
+        def log_message(self, *words):
+            pass
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{server.server_port}"
+
+
+@pytest.mark.parametrize("url, about, words", [
+    (lambda served: "http://127.0.0.1:9", "bus", "Connection refused. Nothing listens there: start the bus with serve"),
+    (lambda served: "http://no.such.name.invalid", "bus", "That name is not known"),
+    (lambda served: page_server(), "bus", "a proxy page answered"),
+    (lambda served: served.url.replace("http", "https"), "bus", "That port does not speak https"),
+    (lambda served: "ftp://x", "key", "The URL of a bus is http://HOST:PORT"),
+])
+def test_the_doctor_says_why_the_bus_cannot_be_reached(home, served, url, about, words):
+    code, found = examine(home, "--url", url(served), INTENT_API_KEY=KEY)
+    assert code == 1 and words in found[about, "bad"]
+
+
+def test_the_doctor_looks_at_the_key_and_its_role(home, served):
+    assert "No key: join the bus" in examine(home, "--url", served.url)[1]["key", "bad"]
+    code, found = examine(home, "--url", served.url, INTENT_API_KEY="wrong")
+    assert code == 1 and "Invalid API key. Join it again" in found["key", "bad"] and ("bus", "ok") in found
+    key = served.ask("POST", "/admin/generate_key", {"owner": "ann", "role": "work"}).json["api_key"]
+    assert "of the owner ann, and may work." in examine(home, "--url", served.url, INTENT_API_KEY=key)[1]["key", "ok"]
+    if os.name == "posix":
+        (home / ".apikey").write_text(KEY)
+        (home / ".apikey").chmod(0o644)
+        assert "chmod 600" in examine(home, "--url", served.url)[1]["key", "bad"]
+
+
+@pytest.mark.parametrize("offset, level", [(0, "ok"), (-9, "note"), (4000, "bad"), (-4000, "bad")])
+def test_the_doctor_compares_the_clocks(offset, level):
+    finding, = intentbus.check_clock(offset)
+    assert finding.level == level and (level == "ok" or f"{offset:+} s off" in finding.words)
+
+
+@POSIX
+def test_the_doctor_looks_at_where_the_database_is(home, served, monkeypatch):
+    asking = argparse.Namespace(db=served.db)
+    assert [finding.level for finding in intentbus.check_database(asking)] == ["ok"]
+    os.chmod(served.db, 0o644)
+    assert [finding.words for finding in intentbus.check_database(asking)] == [
+        f"Others can read {served.db}; run: chmod 600 {served.db}"]
+    monkeypatch.setattr(intentbus, "file_system", lambda path: "nfs4")
+    assert "is on nfs4" in next(intentbus.check_database(asking)).words
+    assert list(intentbus.check_database(argparse.Namespace(db=home / "none.db"))) == []
+
+
+def test_the_doctor_knows_the_kind_of_a_file_system():
+    if not os.path.exists("/proc/mounts"):
+        pytest.skip("only Linux has /proc/mounts")
+    assert intentbus.file_system("/proc/self/status") == "proc"
+
+
+def test_the_doctor_says_what_waits_to_be_sent(home):
+    spool = intentbus.Spool()
+    assert [finding.level for finding in intentbus.check_spool(None)] == ["ok"]
+    number = spool.add("http://x", "/intent", "{}", "key")
+    assert [finding.level for finding in intentbus.check_spool(None)] == ["note"]
+    spool.refuse(number, "no")
+    assert [finding.level for finding in intentbus.check_spool(None)] == ["bad"]
+
+
+# ---- 15. Commands ----
 
 class Serve:
     """`intentbus.py serve` as a process, in a directory and HOME of its own."""
@@ -4504,6 +5017,7 @@ def test_a_session_from_publish_to_result(serve):
 @POSIX
 def test_publish_wait_is_a_remote_command(serve):
     worker = serve.start("work", "--goal", "remote", "-j", "2", "--", "sh", "-c", 'echo "$INTENT_PAYLOAD_say"; exit "{code}"')
+    wait_until(lambda: "remote" in serve.run("workers").stdout)
     ok = serve.run("publish", "remote", "say=hi", "code:=0", "--wait")
     assert (ok.returncode, ok.stdout, ok.stderr) == (0, "hi\n", "")
     bad = serve.run("publish", "--wait=20s", "remote", "say=no", "code:=100")
@@ -4576,6 +5090,32 @@ def test_the_first_signal_lets_a_worker_finish_and_the_second_hands_back(serve, 
     worker.communicate()
     status = json.loads(serve.run("status", id, "--json").stdout)
     assert (status["status"], status["claim_attempts"]) == ("open", 0)
+
+
+def test_without_a_command_there_is_the_story_and_every_command_in_its_group():
+    code, out, err = run()
+    assert_complaint((code, out, err), 2, "A COMMAND is missing.")
+    code, out, _ = run("--help")
+    assert code == 0 and err.startswith(out) and sum(len(names) for _, names in intentbus.GROUPS) == len(intentbus.COMMANDS)
+    for name in intentbus.COMMANDS:
+        assert re.search(rf"^  {name} +[A-Z]", out, re.M), name
+    assert all(len(line) <= 115 for line in out.splitlines())
+
+
+@pytest.mark.parametrize("name", list(intentbus.COMMANDS))
+def test_the_help_of_a_command_opens_with_examples_that_it_understands(name, capsys):
+    parser = intentbus.Parser(name)
+    examples = re.findall(rf"^  \S+ intentbus.py {name}( .*|)$".replace("intentbus.py", r"\S+"), parser.format_help().partition("usage:")[0], re.M)
+    assert examples and parser.format_help().startswith("examples:\n")
+    for example in examples:
+        words = shlex.split(re.sub("[|<].*", "", example))
+        assert parser.parse(["--wait=" if word == "--wait" else word for word in words])
+
+
+def test_a_mistyped_command_is_met_with_the_right_one():
+    assert_complaint(run("publsh", "g", "1"), 2, "no command 'publsh'", "did you mean publish?")
+    assert_complaint(run("keys"), 2, "did you mean keys add or keys invite")
+    assert_complaint(run("frobnicate"), 2, "--help shows those that are")
 
 
 def test_every_command_and_flag_explains_itself_and_is_in_the_readme(serve):
@@ -4866,6 +5406,7 @@ def test_the_commands_of_a_machine_with_a_wrong_clock_do_their_work(started, tmp
     wrong = dict(PYTHONPATH=str(tmp_path), HOME=str(tmp_path))
     worker = subprocess.Popen([sys.executable, PROGRAM, "work", "--goal", "g", "--once", "--", "cat"], stderr=subprocess.PIPE,
                               env=dict(os.environ, INTENT_API_KEY=KEY, INTENT_BUS_URL=bus.url, **wrong))
+    wait_until(lambda: bus.api.bus.workers().workers)
     code, output, errors = at(bus, "publish", "g", "5", "--wait", **wrong)
     assert (code, output, errors) == (0, "5\n", "") and worker.wait(20) == 0 and b"fulfilled" in worker.communicate()[1]
     statuses = collections.Counter(answers.get().status for _ in range(answers.qsize()))
@@ -4890,6 +5431,64 @@ def test_what_is_not_a_bus_is_exit_5(monkeypatch, capsys, answer):
 def at(bus, *arguments, stdin=b"", **environment):
     """Run a command against a bus; return its exit code, stdout and stderr."""
     return run(*arguments, stdin=stdin, INTENT_BUS_URL=bus.url, **dict(dict(INTENT_API_KEY=KEY), **environment))
+
+
+def test_a_machine_joins_a_bus_with_a_code_and_needs_no_flags_from_then_on(served, home):
+    code, letters, words = at(served, "keys", "invite", "phone", "--role", "work")
+    assert code == 0 and "for phone, role work: valid until" in words
+    nothing = dict(INTENT_BUS_URL="", INTENT_API_KEY="")
+    assert_complaint(run("join", served.url, "0000-0000", **nothing), 4, "wrong, used, or too old")
+    assert_complaint(run("list", **nothing), 2, "No key: join the bus")
+    code, out, words = run("join", served.url, letters.strip(), **nothing)
+    assert (code, out) == (0, "") and f"joined {served.url} as phone, role work" in words
+    assert run("list", **nothing)[0] == 0
+    assert_complaint(run("publish", "g", "1", **nothing), 4, "This key may work only")
+
+
+def test_a_key_is_not_fetched_over_a_network_that_can_read_it(home):
+    assert_complaint(run("join", "http://bus.example.com", "0000-0000"), 2, "--plain if a VPN encrypts the way")
+    assert_complaint(run("join", "http://bus.invalid", "0000-0000", "--plain"), 5, "cannot be reached")
+
+
+def test_publish_spool_keeps_what_cannot_be_sent_and_flush_sends_it(away, home):
+    settings = dict(INTENT_BUS_URL=away.url, INTENT_API_KEY=KEY)
+    for number in "12":
+        code, out, err = run("publish", "g", number, "--spool", **settings)
+        assert (code, out) == (0, "") and "cannot be reached: Connection refused. It is kept, and sent by the next" in err
+    assert json.loads(run("publish", "g", "3", "--spool", "--json", **settings)[1])["status"] == "spooled"
+    assert run("publish", "g", "--lines", "--spool", stdin=b"a\nb\n", **settings)[:2] == (0, "")
+    assert_complaint(run("flush", **settings), 5, "cannot be reached")
+    away.start()
+    assert run("flush", **settings) == (0, "4\n", "")
+    assert sorted(map(str, away.payloads())) == ["1", "2", "3", "a", "b"]
+
+
+def test_flush_tells_what_was_refused_until_it_is_discarded(away, home):
+    settings = dict(INTENT_BUS_URL=away.url, INTENT_API_KEY=KEY)
+    run("publish", "g", "1", "--spool", "--priority", "9999", **settings)
+    away.start()
+    for _ in range(2):
+        assert_complaint(run("flush", **settings)[:1] + ("",) + run("flush", **settings)[2:], 1, "refused for good: priority must be")
+    assert run("flush", "--discard", **settings)[0] == 0
+    assert run("flush", **settings) == (0, "0\n", "")
+    assert_complaint(run("publish", "g", "1", "--spool", "--wait", **settings), 2, "--spool does not wait")
+
+
+def test_watch_follows_the_bus_over_a_restart(store, home):
+    away = Away(store).start()
+    watching = subprocess.Popen([*COMMAND, "watch"], env=dict(os.environ, INTENT_BUS_URL=away.url, INTENT_API_KEY=KEY), text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    held(away.bus)
+    for number in range(2):
+        id = IntentClient(away.url, KEY).publish("g", 1).id
+        assert re.fullmatch(rf"\d\d:\d\d:\d\d  published  {id}  g\n", watching.stdout.readline())
+        away.stop()
+        away.start()
+        held(away.bus)
+    watching.send_signal(signal.SIGINT)
+    assert watching.wait(20) == 130
+    watching.communicate()
+    away.stop()
 
 
 def test_keys_are_added_listed_and_revoked(served):
@@ -5275,7 +5874,123 @@ def test_the_readme_says_where_each_variable_of_the_environment_belongs():
     used = set(re.findall(r"\"(BUS_[A-Z_]+|INTENT_BUS_[A-Z_]+|INTENT_API_KEY|DASHBOARD_PASSWORD)\"", (HERE / "intentbus.py").read_text()))
     readme = (HERE / "README.md").read_text()
     assert not [name for name in used if f"`{name}`" not in readme]
-    assert readme.count("\n") <= 360
+    assert readme.count("\n") <= 480
+
+
+@pytest.fixture
+def termux(serve):
+    """A fake Termux: a PREFIX, no /tmp, and programs of Android that record how they are called. Yields (HOME, run)."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        root = Path(folder).resolve() / "com.termux" / "files"
+        bin_, house = root / "usr" / "bin", root / "home"
+        for path in (bin_, house, root / "usr" / "tmp"):
+            path.mkdir(parents=True)
+        scripts = {name: f'echo "{name} $*" >>"$HOME/recorded"' for name in (
+            "pkg", "ssh", "termux-notification", "termux-wake-lock", "termux-battery-status")}
+        scripts["scp"] = f'mkdir intentbus && cp -r "{PROGRAM}" "{HERE}/examples" intentbus'
+        scripts["python3"] = f'exec "{sys.executable}" "$@"'
+        for name, script in scripts.items():
+            (bin_ / name).write_text(f"#!/bin/sh\n{script}\n")
+            (bin_ / name).chmod(0o755)
+        no_tmp = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o ro none /tmp && cd "$HOME" && exec "$@"', "x"]
+        if subprocess.run([*no_tmp, "true"], capture_output=True, env=dict(os.environ, HOME=str(house))).returncode:
+            no_tmp = []
+        environment = dict(PATH=f"{bin_}:/usr/bin:/bin", HOME=str(house), PREFIX=str(root / "usr"), TMPDIR=str(root / "usr" / "tmp"),
+                           PYTHONDONTWRITEBYTECODE="1")
+        yield house, lambda command, start=subprocess.Popen: start(
+            [*no_tmp, "sh", "-c", command], env=environment, cwd=house, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True)
+
+
+def on_the_phone(session):
+    """Yield (command, what it prints) of a console session of the README, which stays in the folder of its last cd."""
+    folder = ""
+    for step in session.strip().split("$ ")[1:]:
+        command, _, output = step.partition("\n")
+        if command.startswith("cd "):
+            folder = f"{command} && "
+        else:
+            yield folder + command, output
+
+
+@POSIX
+def test_the_walk_through_on_a_phone_is_as_the_readme_says(serve, termux):
+    house, start = termux
+    _, invite, phone, publish = blocks("console")[:4]
+    assert publish.startswith("$ ") and "keys invite" in invite
+    code = serve.run("keys", "invite", "phone", "--role", "work").stdout.strip()
+    shape = lambda text: re.sub(r"127\.0\.0\.1:\d+", "BUS", re.sub(r"[0-9.]+, SQLite [0-9.]+|\b[0-9a-f]{16}\b", "X", text))
+    for command, output in on_the_phone(phone):
+        real = command.replace("http://127.0.0.1:8787", serve.url).replace(re.search("[A-Z0-9]{4}-[A-Z0-9]{4}", phone)[0], code)
+        process = start(real)
+        if "work" not in command.split("intentbus.py")[-1]:
+            assert shape(process.communicate(timeout=60)[0]) == shape(output), command
+            assert process.returncode == 0, command
+    published = re.search(r"publish (.*) --spool", publish)[1]
+    id = serve.run("publish", *shlex.split(published)).stdout.strip()
+    try:
+        wait_until(lambda: serve.run("status", id).stdout == "fulfilled\n")
+    finally:
+        subprocess.run(["pkill", "-TERM", "-f", f"^{sys.executable} intentbus.py work --goal send_notification -- ./examples/handler.sh$"])
+        said = process.communicate(timeout=30)[0]
+    assert said.startswith(output) and f"{id} fulfilled" in said
+    recorded = (house / "recorded").read_text().splitlines()
+    assert "termux-wake-lock " in recorded and "termux-notification --title nas --content The backup is done." in recorded
+    assert list((house.parent / "usr" / "tmp").iterdir()) == []
+
+
+@POSIX
+def test_the_boot_script_starts_the_worker_and_starts_it_again(serve, termux):
+    house, start = termux
+    start("scp -r here:intentbus .").wait(20)
+    (house / ".apikey").write_text(Path(serve.home, ".apikey").read_text())
+    (house / ".apikey").chmod(0o600)
+    worker = (house.parent / "usr" / "bin" / "python3")
+    worker.write_text(f'#!/bin/sh\necho start >>"$HOME/starts"\n[ "$(wc -l <"$HOME/starts")" -gt 1 ] || exit 1\n'
+                      f'exec "{sys.executable}" "$@" --url {serve.url} --once </dev/null\n'.replace('"$@" --url', '"$1" "$2" --url')
+                      .replace(" --once", ' --once "$3" "$4" "$5" "$6"'))
+    id = serve.run("publish", "send_notification", "message=booted").stdout.strip()
+    process = start("INTENTBUS_PAUSE=0 sh intentbus/examples/termux_boot.sh")
+    assert process.wait(60) == 0 and serve.run("status", id).stdout == "fulfilled\n"
+    process.communicate()
+    assert (house / "starts").read_text() == "start\nstart\n" and f"{id} fulfilled" in (house / "intentbus.log").read_text()
+    assert "termux-wake-lock " in (house / "recorded").read_text().splitlines()
+
+
+@POSIX
+def test_the_runit_script_becomes_the_worker(serve, termux):
+    house, start = termux
+    start("scp -r here:intentbus .").wait(20)
+    worker = (house.parent / "usr" / "bin" / "python3")
+    worker.write_text('#!/bin/sh\necho "$PPID $*"\n')
+    process = start("sh intentbus/examples/runit_run.sh")
+    assert process.communicate(timeout=20)[0].split(" ", 1)[1] == (
+        "intentbus.py work --goal send_notification -- ./examples/handler.sh\n")
+
+
+@pytest.mark.parametrize("options, name", [((), "intentbus.service"), (("--user",), "intentbus-work.service")])
+def test_systemd_accepts_the_units(options, name, tmp_path):
+    if not shutil.which("systemd-analyze") or not os.path.exists("/usr/bin/python3"):
+        pytest.skip("systemd, or the system's Python, is not on this machine")
+    (tmp_path / "intentbus" / "examples").mkdir(parents=True)
+    shutil.copy(HERE / "examples" / "handler.sh", tmp_path / "intentbus" / "examples")
+    found = subprocess.run(["systemd-analyze", "verify", *options, HERE / "examples" / name], capture_output=True, text=True,
+                           env=dict(os.environ, HOME=str(tmp_path), XDG_RUNTIME_DIR=str(tmp_path)))
+    assert (found.returncode, found.stderr) == (0, "")
+
+
+def test_the_plist_says_what_launchd_needs():
+    service = plistlib.loads((HERE / "examples" / "intentbus.plist").read_bytes())
+    assert service["ProgramArguments"][1:3] == ["/Users/YOU/intentbus/intentbus.py", "work"] and service["KeepAlive"]
+    intentbus.Parser("work").parse(service["ProgramArguments"][3:])
+
+
+def test_the_lines_for_cron_are_lines_of_cron_and_commands_of_ours():
+    lines = [line for line in (HERE / "examples" / "crontab.txt").read_text().splitlines() if line and not line.startswith("#")]
+    for line in lines:
+        assert re.match(r"(\S+ ){5}\S", line) and not re.search(r"(?<!\\)%", line)
+        for words in re.findall(r"intentbus\.py (\S+) ([^>|&]*)", line):
+            intentbus.Parser(words[0]).parse(shlex.split(words[1]))
 
 
 # ---- The published clients ----
@@ -5585,6 +6300,57 @@ def test_a_worker_without_a_token_is_refused_where_tokens_are_required(tmp_path)
 
 
 # ---- Long ones ----
+
+@SLOW
+@POSIX
+def test_a_bus_that_is_away_and_programs_that_are_killed_lose_and_repeat_nothing(store, home, tmp_path):
+    """200 publishes and two outcomes while the bus is away, programs killed at random; then everything arrives once."""
+    away, chance = Away(store), random.Random(6)
+    settings = dict(os.environ, INTENT_BUS_URL=away.url, INTENT_API_KEY=KEY)
+    runs = tmp_path / "runs"
+    away.start()
+    jobs = [away.bus.publish("job", number).id for number in range(2)]
+    worker = subprocess.Popen([*COMMAND, "work", "--goal", "job", "-j", "2", "--", "sh", "-c",
+                               f'echo "$INTENT_ID" >>{runs}; while [ -e {tmp_path}/hold ]; do sleep 0.05; done; echo done'], env=settings,
+                              stderr=subprocess.PIPE, text=True, start_new_session=True)
+    (tmp_path / "hold").write_text("")
+    wait_until(lambda: runs.exists() and len(runs.read_text().split()) == 2)
+    away.stop()
+    (tmp_path / "hold").unlink()
+    spool = intentbus.Spool()
+    wait_until(lambda: len(spool.waiting(away.url)) == 2)     # both outcomes are on disk
+    worker.kill()
+    worker.communicate()
+    said = []     # numbers whose program has said that they are kept
+    def publish(number):
+        process = subprocess.Popen([*COMMAND, "publish", "g", str(number), "--spool"], env=settings, stderr=subprocess.PIPE)
+        if number % 5 == 0:     # killed at some moment of its short life
+            try:
+                process.wait(chance.uniform(0, 0.4))
+            except subprocess.TimeoutExpired:
+                process.kill()
+        process.communicate()
+        if process.returncode == 0:
+            said.append(number)
+    numbers = iter(range(200))
+    at_once(4, lambda thread: [publish(number) for number in numbers])
+    away.start()
+    for _ in range(8):     # killed while they send
+        process = subprocess.Popen([*COMMAND, "flush"], env=settings, stdout=subprocess.PIPE)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(chance.uniform(0.15, 0.5))
+        process.kill()
+        process.communicate()
+    drained = subprocess.run([*COMMAND, "work", "--goal", "job", "--drain", "--", "sh", "-c", f'echo "$INTENT_ID" >>{runs}'],
+                             env=settings, capture_output=True, timeout=60)
+    arrived = away.payloads(goal="g")
+    figure("bus away", f"{len(said)} of 200 publishes said kept, {len(arrived)} arrived, {200 - len(said)} killed")
+    assert drained.returncode == 0 and spool.waiting(away.url) == []
+    assert len(set(arrived)) == len(arrived) and set(said) <= set(arrived)
+    assert sorted(runs.read_text().split()) == sorted(jobs), "each ran once"
+    assert [away.bus.get_result(id).result for id in jobs] == ["done", "done"]
+    away.stop()
+
 
 def figure(what, text):
     """Keep a measured figure for whoever reads the run: pytest -rP shows it."""
