@@ -4443,7 +4443,7 @@ def work_command(options):
         raise Invalid("--lease is from 10s to 1h.")
     if not (options.max_jobs or options.drain or options.max_time or options.no_wake_lock):
         stay_awake()
-    worker = Worker(client(options, SPOOL_FILE), options.goal, handler, concurrency=options.jobs, lease=options.lease, say=say,
+    worker = Worker(client(options, spool_if_usable()), options.goal, handler, concurrency=options.jobs, lease=options.lease, say=say,
                     max_jobs=options.max_jobs, max_time=options.max_time, drain=options.drain, poll=options.poll,
                     worker_id=options.worker_id, capabilities=options.capabilities)
     caught = []
@@ -4451,6 +4451,16 @@ def work_command(options):
         signal.signal(number, lambda number, frame: (caught.append(number), worker.interrupt()))
     worker.run()
     return 128 + caught[0] if caught else 0
+
+
+def spool_if_usable():
+    """Return the file of the spool, or None where none can be: a worker works without it, too."""
+    try:
+        Spool()
+        return SPOOL_FILE
+    except SetupError as error:
+        say(f"{error} What cannot be reported is not kept, then.")
+        return None
 
 
 def stay_awake():

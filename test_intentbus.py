@@ -1565,7 +1565,7 @@ def test_who_watches_too_slowly_is_told_how_much_was_missed(bus, monkeypatch):
 def test_a_held_watch_is_told_at_once(live):
     start = live.events().next
     watching = in_thread(live.events, start, wait=60)
-    held(live)
+    wait_until(lambda: held(live))
     live.publish("g", 1)
     assert [event.event for event in watching().events] == ["published"]
 
@@ -5474,17 +5474,25 @@ def test_flush_tells_what_was_refused_until_it_is_discarded(away, home):
     assert_complaint(run("publish", "g", "1", "--spool", "--wait", **settings), 2, "--spool does not wait")
 
 
+def test_a_worker_whose_home_cannot_be_written_works_and_says_what_it_lacks(served, home):
+    (home / ".intentbus").write_text("a file in the way")
+    served.publish()
+    code, out, err = at(served, "work", "--goal", "g", "--once")
+    assert (code, out) == (0, "1\n") and "cannot be made: File exists. What cannot be reported is not kept, then." in err
+
+
+@SLOW
 def test_watch_follows_the_bus_over_a_restart(store, home):
     away = Away(store).start()
     watching = subprocess.Popen([*COMMAND, "watch"], env=dict(os.environ, INTENT_BUS_URL=away.url, INTENT_API_KEY=KEY), text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    held(away.bus)
+    wait_until(lambda: held(away.bus))
     for number in range(2):
         id = IntentClient(away.url, KEY).publish("g", 1).id
         assert re.fullmatch(rf"\d\d:\d\d:\d\d  published  {id}  g\n", watching.stdout.readline())
         away.stop()
         away.start()
-        held(away.bus)
+        wait_until(lambda: held(away.bus))
     watching.send_signal(signal.SIGINT)
     assert watching.wait(20) == 130
     watching.communicate()
@@ -5897,9 +5905,9 @@ def termux(serve):
             no_tmp = []
         environment = dict(PATH=f"{bin_}:/usr/bin:/bin", HOME=str(house), PREFIX=str(root / "usr"), TMPDIR=str(root / "usr" / "tmp"),
                            PYTHONDONTWRITEBYTECODE="1")
-        yield house, lambda command, start=subprocess.Popen: start(
+        yield house, lambda command: subprocess.Popen(
             [*no_tmp, "sh", "-c", command], env=environment, cwd=house, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True)
+            stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
 def on_the_phone(session):
@@ -5931,7 +5939,7 @@ def test_the_walk_through_on_a_phone_is_as_the_readme_says(serve, termux):
     try:
         wait_until(lambda: serve.run("status", id).stdout == "fulfilled\n")
     finally:
-        subprocess.run(["pkill", "-TERM", "-f", f"^{sys.executable} intentbus.py work --goal send_notification -- ./examples/handler.sh$"])
+        os.killpg(process.pid, signal.SIGTERM)
         said = process.communicate(timeout=30)[0]
     assert said.startswith(output) and f"{id} fulfilled" in said
     recorded = (house / "recorded").read_text().splitlines()
