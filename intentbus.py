@@ -2097,7 +2097,7 @@ def read_private(path, kind="key"):
     path = os.path.expanduser(path)
     try:
         status = os.lstat(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     if os.path.islink(path) or hasattr(os, "getuid") and status.st_uid != os.getuid():
         raise SetupError(f"The {kind} file {path} is a link or belongs to somebody else; make it a file of your own.")
