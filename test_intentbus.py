@@ -5908,8 +5908,9 @@ def termux(serve):
             (bin_ / name).write_text(f"#!/bin/sh\n{script}\n")
             (bin_ / name).chmod(0o755)
         no_tmp = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o ro none /tmp && cd "$HOME" && exec "$@"', "x"]
-        if subprocess.run([*no_tmp, "true"], capture_output=True, env=dict(os.environ, HOME=str(house))).returncode:
-            no_tmp = []
+        if any(path.startswith("/tmp/") for path in (PROGRAM, sys.prefix)) or subprocess.run(
+                [*no_tmp, "true"], capture_output=True, env=dict(os.environ, HOME=str(house))).returncode:
+            no_tmp = []     # we are in it ourselves, or may mount nothing
         environment = dict(PATH=f"{bin_}:/usr/bin:/bin", HOME=str(house), PREFIX=str(root / "usr"), TMPDIR=str(root / "usr" / "tmp"),
                            PYTHONDONTWRITEBYTECODE="1")
         yield house, lambda command: subprocess.Popen(
