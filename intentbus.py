@@ -453,6 +453,7 @@ PAGE = """
     AND      id >= :floor
     AND      {kind}
     AND      (:status IS NULL OR status = :status)
+    AND      (:ready IS NULL OR ready = :ready)
     AND      (:owner IS NULL OR owner = :owner)
     AND      (:goal IS NULL OR goal = :goal)
     AND      (:namespace IS NULL OR namespace = :namespace)
@@ -468,6 +469,18 @@ PAGE_FLOOR = """
     LIMIT    1
     OFFSET   :rows
 """
+THE_DEAD = """
+    SELECT   {what}
+    FROM     intents
+    WHERE    completed_at <= :until
+    AND      status = 'dead'
+    AND      (:owner IS NULL OR owner = :owner)
+    AND      (:goal IS NULL OR goal = :goal)
+    AND      (:namespace IS NULL OR namespace = :namespace)
+    AND      (:ids IS NULL OR :ids LIKE '%' || id || '%')
+    ORDER BY completed_at
+    LIMIT    :limit
+"""
 ANY, DEAD = "TRUE", "status = 'dead'"     # the kind: a literal, since the index of the dead serves no parameter
 
 
@@ -480,6 +493,12 @@ def lock(file):
         import msvcrt
         file.seek(0)
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+
+
+def dead_values(limit, owner=None, goal=None, namespace=None, ids=None, until=FOREVER):
+    """Return the values of THE_DEAD: whose, of what goal and namespace, which ids, and dead by when."""
+    return dict(limit=limit, owner=owner, goal=goal, namespace=namespace, until=until,
+                ids=None if ids is None else " ".join(id for id in ids if len(id) == 32))
 
 
 def operation(method, synced=True):
@@ -554,15 +573,23 @@ class Store:
     def list(self, limit, owner=None, status=None, goal=None, namespace=None, before=None):
         """Return up to limit intents, newest first, from before an id on, and the id that it looked down to, or None.
 
-        It looks at LIST_ROWS at most, so that a filter that fits few costs little; of the dead, at as many dead ones.
+        It looks at LIST_ROWS at most, so that a filter that fits few costs little; of the dead, at as many dead ones. The
+        status "delayed" is for those open ones that cannot be claimed yet.
         """
-        values = dict(owner=owner, status=status, goal=goal, namespace=namespace, before=before or "g",     # after every id
+        delayed = status == "delayed"
+        values = dict(owner=owner, status="open" if delayed else status, ready=0 if delayed else None, goal=goal, namespace=namespace, before=before or "g",     # after every id
                       limit=limit, rows=LIST_ROWS)
         kind = DEAD if status == "dead" else ANY
         with self._reader() as db:
             floor = db.execute(PAGE_FLOOR.format(kind=kind), values).fetchone()
             page = db.execute(PAGE.format(kind=kind), dict(values, floor=floor.id if floor else ""))
             return page.fetchall(), floor and floor.id
+
+    def count_dead(self, **which):
+        """Return how many intents are dead, of those that THE_DEAD describes."""
+        with self._reader() as db:
+            return db.execute(f"SELECT COUNT(*) AS number FROM ({THE_DEAD.format(what='id')})",
+                              dead_values(-1, **which)).fetchone().number
 
     def tallies(self):
         """Return {"namespace", "publisher", "status", "intents"} for each that there is: how many are stored."""
@@ -672,22 +699,21 @@ class Store:
         return self._change(intent, rule(intent))
 
     @operation
-    def change_dead(self, limit, rule, owner=None, goal=None, namespace=None):
-        """Change up to limit dead intents, oldest first, by rule(intent), and return their number."""
-        dead = self._db.execute("""
-            SELECT   *
-            FROM     intents
-            WHERE    completed_at IS NOT NULL
-            AND      status = 'dead'
-            AND      (:owner IS NULL OR owner = :owner)
-            AND      (:goal IS NULL OR goal = :goal)
-            AND      (:namespace IS NULL OR namespace = :namespace)
-            ORDER BY completed_at
-            LIMIT    :limit
-        """, dict(owner=owner, goal=goal, namespace=namespace, limit=limit)).fetchall()
+    def change_dead(self, limit, rule, **which):
+        """Change up to limit dead intents, oldest first, by rule(intent), and return their number; see THE_DEAD."""
+        dead = self._db.execute(THE_DEAD.format(what="*"), dead_values(limit, **which)).fetchall()
         for intent in dead:
             self._change(intent, rule(intent))
         return len(dead)
+
+    @operation
+    def delete_dead(self, limit, **which):
+        """Delete up to limit dead intents, and return their number."""
+        return len(self._delete(f"""
+            DELETE FROM intents
+            WHERE       id IN ({THE_DEAD.format(what="id")})
+            RETURNING   namespace, publisher, status
+        """, dead_values(limit, **which)))
 
     @operation
     def settle(self, now):
@@ -1395,7 +1421,7 @@ class Bus:
         if intent_id is not None:
             return self._outcome(self._change(intent_id, rule))
         owner = None if caller.admin else caller.owner
-        return Record(retried=self.store.change_dead(limit, rule, owner, goal, namespace))
+        return Record(retried=self.store.change_dead(limit, rule, owner=owner, goal=goal, namespace=namespace))
 
     # -- Working --
 
@@ -1583,17 +1609,33 @@ class Bus:
             raise NotFound(f"There is no dead intent {intent_id}.")
         return Record(intent, intent_id=intent.id, attempts=intent.claim_attempts, reason=intent.last_error)
 
+    def sweep_dead(self, action, *, goal=None, namespace=None, ids=None, until=None, caller=OWNER):
+        """Count, retry or delete the dead intents of a goal, a namespace, these ids; return {"number", "until"}.
+
+        Only those that were dead by until, in Unix seconds, now if it is not given: what was counted is what is touched.
+        """
+        now = self.now()
+        which = dict(goal=goal, namespace=namespace, ids=ids, until=now if until is None else min(until, now))
+        if action == "count":
+            return Record(number=self.store.count_dead(**which), until=which["until"])
+        verb = self.store.delete_dead if action == "delete" else functools.partial(
+            self.store.change_dead, rule=lambda intent: intent.retried(now))
+        total = 0
+        while number := verb(BULK_INTENTS, **which):
+            total += number
+        return Record(number=total, until=which["until"])
+
     def dead(self, limit=100, *, caller=OWNER):
         """Return the newest dead letters."""
         return [Record(intent_id=intent.id, namespace=intent.namespace, goal=intent.goal, attempts=intent.claim_attempts,
                        reason=intent.last_error, created_at=intent.created_at)
                 for intent in self.store.list(limit, status="dead")[0]]
 
-    def summary(self, *, caller=OWNER):
-        """Return how the bus is, at a glance.
+    def summary(self, minutes=60, *, caller=OWNER):
+        """Return how the bus is, at a glance, and what has happened in so many minutes, by ten if they are more than 60.
 
         Intents by namespace and status; for each goal that waits, since when (run_at) and how many workers are there;
-        workers; what happened by minute; sizes in bytes, requests held.
+        workers; what happened: [[minute of Unix time, event, times]]; sizes in bytes, requests held.
         """
         self.settle()
         now, intents = self.now(), {}
@@ -1604,7 +1646,7 @@ class Bus:
         return Record(version=__version__, now=now, intents=intents, keys=len(self.store.keys()),
                       held_requests=self._waiting.number(), database_bytes=database, wal_bytes=log,
                       waiting=self._longest_waiting(now), workers=self._roster.seen(now)[:WAITING_LANES],
-                      history=self._past(int(now // 60) - HISTORY_MINUTES + 1))
+                      history=self._past(int(now // 60) - minutes + 1, 1 if minutes <= 60 else 10))
 
     def _longest_waiting(self, now):
         """Return {"namespace", "goal", "run_at", "listening"} of each goal that waits, the longest first."""
@@ -1615,13 +1657,14 @@ class Bus:
                        listening=self._roster.listening(now, namespace, goal))
                 for (namespace, goal), head in waiting.items()]
 
-    def _past(self, since):
-        """Return [[minute, event, times]] of the minutes of Unix time from one on."""
+    def _past(self, since, step):
+        """Return [[minute, event, times]] of the minutes of Unix time from one on, taken together by so many."""
         with self._recording:
-            past = collections.Counter(self._history)
-        for row in self.store.history(since):
-            past[row.minute, row.event] += row.times
-        return [[minute, event, times] for (minute, event), times in sorted(past.items()) if minute >= since and times]
+            found = [(minute, event, times) for (minute, event), times in self._history.items() if minute >= since]
+        past = collections.Counter()
+        for minute, event, times in [*found, *(row.values() for row in self.store.history(since))]:
+            past[minute - minute % step, event] += times
+        return [[minute, event, times] for (minute, event), times in sorted(past.items())]
 
     def problem(self):
         """Return, in a sentence, why the database cannot be written, or None if all is well; tried once a second at most."""
@@ -2238,7 +2281,7 @@ RELEASE = {"claim_token": (string, None), "delay": (number(0, YEAR_SECONDS), 0)}
 RESULT = {"wait": (written(number(0, WAIT_MAX_SECONDS)), 0)}
 EVENTS_QUERY = {"after": (written(integer(0, 2 ** 49)), None), "wait": (written(number(0, WAIT_MAX_SECONDS)), 0)}
 LIST = {
-    "status": (choice("open", "claimed", "fulfilled", "dead"), None),
+    "status": (choice("open", "delayed", "claimed", "fulfilled", "dead"), None),
     "goal": (text(1, 256), None),
     "namespace": (namespace, None),
     "limit": (written(integer(1, 500)), 50),
@@ -2246,6 +2289,14 @@ LIST = {
     "payload": (written(integer(0, 1)), 0),
 }
 RETRY = {"goal": (text(1, 256), None), "namespace": (namespace, None), "limit": (integer(1, 1000), 1000)}
+SWEEP = {
+    "action": (choice("count", "retry", "delete"), REQUIRED),
+    "goal": (text(1, 256), None),
+    "namespace": (namespace, None),
+    "ids": (each(string), None),
+    "until": (number(0, 2 ** 40), None),
+}
+SUMMARY = {"minutes": (written(integer(1, HISTORY_MINUTES)), 60)}
 SET = {"value": (anything, REQUIRED), "ttl": (number(1, 86400), VALUE_TTL_SECONDS), "if_absent": (boolean, False)}
 SET_QUERY = {
     "value": (string, REQUIRED),
@@ -2324,9 +2375,272 @@ def finite(digits):
 
 
 # ---- 8. Page ----
-# What a person sees who opens the bus in a browser.
+# What a person sees who opens the bus in a browser. The page holds no data; its script asks the API for them, and writes
+# them as text only. Nothing else may run or load: the policy names the script and the style by their hashes.
 
 HOME = f"intentbus {__version__}: a job published here is done by a worker elsewhere.\n"
+
+
+class Html(str):
+    """A page, rather than plain text."""
+
+
+@functools.lru_cache(maxsize=None)
+def content_policy(page):
+    """Return the Content-Security-Policy of a page: its own script and style, and its own bus (W3C CSP, level 3)."""
+    script, style = (re.search(f"<{tag}>(.*)</{tag}>", page, re.DOTALL)[1] for tag in ("script", "style"))
+    script, style = (base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in (script, style))
+    return (f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; connect-src 'self'; "
+            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+
+
+DASHBOARD = Html(r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>intentbus</title>
+<link rel="icon" href="data:,">
+<style>
+:root { --ground: #f6f7f9; --card: #fff; --ink: #1a2130; --soft: #566074; --line: #dde1e8; --main: #1f5fd0; --bad: #b3261e;
+        --good: #176b39; --wait: #8a5200; --on: #fff; }
+@media (prefers-color-scheme: dark) {
+  :root { --ground: #12151b; --card: #1b2029; --ink: #e7eaf0; --soft: #a2acbd; --line: #323a48; --main: #8ab4ff; --bad: #ff9c93;
+          --good: #7fd6a0; --wait: #f2bd6b; --on: #0d1526; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.45 system-ui, sans-serif; overflow-wrap: anywhere; }
+header, main { max-width: 1080px; margin: 0 auto; padding: 0 16px; }
+header { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 16px; padding-top: 8px; }
+header b { font-size: 18px; }
+nav { display: flex; flex-wrap: wrap; gap: 4px; }
+nav a, .tabs a { padding: 10px 12px; min-height: 44px; border-radius: 8px; color: var(--soft); text-decoration: none; }
+nav a[aria-current], .tabs a[aria-current] { color: var(--ink); font-weight: 600; box-shadow: inset 0 -3px var(--main); border-radius: 8px 8px 0 0; }
+#said { min-height: 24px; color: var(--soft); font-size: 14px; margin: 4px 0; }
+#said.bad { color: var(--bad); font-weight: 600; }
+h1 { font-size: 20px; margin: 12px 0 8px; } h2 { font-size: 16px; margin: 0 0 8px; }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 16px; margin: 0 0 16px; }
+.counts { display: grid; grid-template-columns: repeat(auto-fit, minmax(125px, 1fr)); gap: 8px; padding: 0; border: 0; background: none; }
+.counts a { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 12px; text-decoration: none; color: var(--soft); }
+.counts strong { display: block; font-size: 26px; line-height: 1.2; color: var(--ink); font-variant-numeric: tabular-nums; }
+.cols { display: grid; gap: 0 16px; grid-template-columns: repeat(auto-fit, minmax(min(320px, 100%), 1fr)); align-items: start; }
+.row { display: grid; gap: 2px 12px; grid-template-columns: 2fr 1fr 1fr 2fr 3fr; padding: 12px 4px; min-height: 44px; border-top: 1px solid var(--line);
+       color: inherit; text-decoration: none; align-items: center; }
+.row.two { grid-template-columns: 1fr auto; } .row.pick { grid-template-columns: 44px 1fr; padding: 0; } .row.pick .row { border: 0; }
+.row:first-of-type { border-top: 0; } a.row:hover { background: var(--ground); }
+.row b { font-weight: 600; } small, .soft { color: var(--soft); font-size: 14px; }
+.bad { color: var(--bad); } .good { color: var(--good); } .wait { color: var(--wait); }
+a { color: var(--main); }
+button, input, select, textarea { font: inherit; min-height: 44px; border-radius: 8px; border: 1px solid var(--line); padding: 8px 12px;
+        background: var(--card); color: inherit; max-width: 100%; }
+button { cursor: pointer; color: var(--main); border-color: currentColor; } button.main { background: var(--main); color: var(--on); }
+button.bad { color: var(--bad); } button:disabled { opacity: .5; cursor: default; }
+input[type=checkbox] { width: 22px; height: 22px; min-height: 0; margin: 11px; accent-color: var(--main); }
+textarea { width: 100%; min-height: 110px; font-family: ui-monospace, monospace; font-size: 14px; }
+form, .bar { display: flex; flex-wrap: wrap; gap: 8px; align-items: end; margin: 8px 0; }
+label { display: grid; gap: 2px; font-size: 14px; color: var(--soft); flex: 1 1 150px; } label.wide { flex-basis: 100%; }
+label input, label select, label textarea { width: 100%; color: var(--ink); font-size: 16px; }
+pre { background: var(--ground); border-radius: 8px; padding: 12px; margin: 4px 0 12px; white-space: pre-wrap; font-size: 14px; max-height: 420px; overflow: auto; }
+dl { display: grid; grid-template-columns: minmax(96px, auto) 1fr; gap: 6px 16px; margin: 0; } dt { color: var(--soft); } dd { margin: 0; }
+svg { width: 100%; height: 160px; display: block; } .axis { display: flex; justify-content: space-between; margin: 0; } svg .grid { stroke: var(--line); }
+polyline { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke; stroke: var(--main); } .fulfilled { stroke: var(--good); stroke-dasharray: 7 3; } .failed { stroke: var(--bad); stroke-dasharray: 2 3; }
+.legend span { margin-right: 16px; display: inline-block; } .legend svg { display: inline-block; width: 28px; height: 8px; }
+:focus-visible { outline: 3px solid var(--main); outline-offset: 2px; }
+@media (max-width: 600px) { nav, .tabs { gap: 0; } nav a, .tabs a { padding: 10px 7px; font-size: 15px; } .row { grid-template-columns: 1fr auto; } .row > :nth-child(n+4) { grid-column: 1 / -1; } header, main { padding: 0 12px; } }
+</style>
+</head>
+<body>
+<header><b>intentbus</b><nav aria-label="Pages"></nav></header>
+<main><p id="said" role="status"></p><div id="view"></div></main>
+<script>
+"use strict";
+const $ = selector => document.querySelector(selector);
+const put = (node, ...kids) => (node.replaceChildren(...kids.flat(9).filter(kid => kid !== null && kid !== undefined && kid !== "")), node);
+function make(name, about, ...kids) {
+  const [tag, ...classes] = name.split("."), svg = /^(svg|polyline|line)$/.test(tag);
+  const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+  if (classes.length) node.setAttribute("class", classes.join(" "));
+  for (const [key, value] of Object.entries(about || {}))
+    if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
+    else if (value !== null && value !== false && value !== undefined) node.setAttribute(key, value === true ? "" : value);
+  return put(node, kids);
+}
+const pages = [["", "Home"], ["intents", "Intents"], ["dead", "Dead"], ["keys", "Keys"], ["publish", "Publish"]];
+const units = [[86400, "d"], [3600, "h"], [60, "m"], [1, "s"]], LATE = 300, PAGE = 50;
+let skew = 0, drawn = 0;
+const now = () => Date.now() / 1000 + skew;
+function span(seconds) {
+  const [size, unit] = units.find(([size]) => Math.abs(seconds) >= size) || units[3];
+  return Math.floor(Math.abs(seconds) / size) + unit;
+}
+const exact = at => new Date(at * 1000).toLocaleString();
+const when = at => at === null || at === undefined ? "never" :
+  make("time", { datetime: new Date(at * 1000).toISOString(), title: exact(at) }, at > now() + 1 ? "in " + span(at - now()) : span(now() - at) + " ago");
+const size = bytes => bytes < 1e6 ? Math.ceil(bytes / 1e3) + " kB" : (bytes / 1e6).toFixed(1) + " MB";
+const short = text => text.length > 60 ? text.slice(0, 60) + "…" : text;
+const firstLine = text => (text || "").split("\n")[0].slice(0, 200);
+const plural = (number, word) => number.toLocaleString("en") + " " + word + (number === 1 ? "" : "s");
+const place = (path, query) => "#" + path + "?" + new URLSearchParams(Object.entries(query).filter(([, value]) => value));
+function say(words, bad) { $("#said").textContent = words; $("#said").className = bad ? "bad" : ""; }
+
+async function ask(path, body) {
+  let answer, found;
+  try {
+    answer = await fetch(location.origin + path, body === undefined ? {} : { method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" } });
+    found = await answer.json();
+  } catch (error) { throw new Error("The bus does not answer; what is shown is old."); }
+  if (!answer.ok) throw new Error(found.error.message);
+  return found;
+}
+async function act(words, path, body, then) {
+  try { const found = await ask(path, body); say(words); await (then || draw)(found); } catch (error) { say(error.message, true); }
+}
+const button = (words, press, kind = "") => make("button" + kind, { type: "button", onclick: press }, words);
+const empty = words => make("p.soft", {}, words);
+const box = (title, ...kids) => make("section", { "aria-label": title }, make("h2", {}, title), kids);
+const badge = status => make("span." + ({ dead: "bad", fulfilled: "good", open: "wait" }[status] || "soft"), {}, status);
+
+function plot(history, hours) {
+  const wide = 600, tall = 140, step = hours === 1 ? 1 : 10, points = hours * 60 / step;
+  const last = Math.floor(now() / 60 / step), series = { published: [], fulfilled: [], failed: [] };
+  for (const name in series) series[name] = Array(points).fill(0);
+  for (const [minute, name, times] of history) {
+    const at = points - 1 - (last - Math.floor(minute / step));
+    if (at >= 0 && at < points && series[name]) series[name][at] += times;
+  }
+  const top = Math.max(1, ...Object.values(series).flat()), total = list => list.reduce((sum, more) => sum + more, 0);
+  const line = (name, list) => make("polyline." + name, { points: list.map((times, at) =>
+    (at * wide / (points - 1)).toFixed(1) + "," + (tall - 4 - times * (tall - 8) / top).toFixed(1)).join(" ") });
+  const words = Object.entries(series).map(([name, list]) => total(list) + " " + name).join(", ");
+  return [make("p.soft.axis", {}, make("span", {}, top.toLocaleString("en") + " per " + (step === 1 ? "minute" : "10 minutes"))),
+    make("svg", { viewBox: "0 0 600 140", preserveAspectRatio: "none", role: "img", "aria-label": words },
+    [0, .5, 1].map(part => make("line.grid", { x1: 0, x2: wide, y1: tall - 4 - part * (tall - 8), y2: tall - 4 - part * (tall - 8) })),
+    Object.entries(series).map(([name, list]) => line(name, list))),
+    make("p.soft.axis", {}, make("span", {}, hours + " h ago"), make("span", {}, "now")),
+    make("p.legend.soft", {}, Object.entries(series).map(([name, list]) => make("span", {},
+      make("svg", { viewBox: "0 0 28 8", "aria-hidden": true }, make("polyline." + name, { points: "0,4 28,4" })), " " + total(list).toLocaleString("en") + " " + name)))];
+}
+
+const views = {
+  async ""(query) {
+    const hours = query.get("hours") === "24" ? 24 : 1, late = at => now() - at > LATE;
+    const sum = await ask("/admin/summary?minutes=" + hours * 60), counts = { open: 0, claimed: 0, fulfilled: 0, dead: 0 };
+    skew = sum.now - Date.now() / 1000;
+    for (const states of Object.values(sum.intents)) for (const status in states) counts[status] += states[status];
+    const unattended = sum.waiting.filter(goal => !goal.listening);
+    return [
+      make("section.counts", { "aria-label": "Intents by state" }, Object.entries(counts).map(([status, number]) =>
+        make("a", { href: status === "dead" ? "#dead" : place("intents", { status }) },
+          make("strong" + (status === "dead" && number ? ".bad" : ""), { id: "count-" + status }, number.toLocaleString("en")), status))),
+      unattended.length ? make("section", { "aria-label": "No worker" }, make("b.bad", {}, "⚠ No worker for "),
+        unattended.slice(0, 5).map((goal, at) => [at ? ", " : "", make("a", { href: place("intents", { status: "open", goal: goal.goal }) }, short(goal.goal))]),
+        unattended.length > 5 ? " and " + plural(unattended.length - 5, "more goal") : "", ".",
+        make("br"), make("small", {}, "Start one: python3 intentbus.py work --goal GOAL -- ./handler.sh")) : null,
+      box("What happened", make("div.tabs.bar", {}, [[1, "last hour"], [24, "last day"]].map(([number, words]) =>
+        make("a", { href: place("", { hours: number }), "aria-current": hours === number && "true" }, words))), plot(sum.history, hours)),
+      make("div.cols", {},
+        box("Waiting longest", sum.waiting.length ? sum.waiting.slice(0, 12).map(goal => make("a.row.two", { href: place("intents", { status: "open", goal: goal.goal, namespace: goal.namespace }) },
+          make("span", {}, make("b", { title: goal.goal }, short(goal.goal)), make("br"), make("small", {}, goal.namespace + ", " + (goal.listening ? plural(goal.listening, "worker") : "no worker"))),
+          make("span" + (late(goal.run_at) ? ".bad" : ""), {}, late(goal.run_at) ? "late: " : "", when(goal.run_at)))) : empty("Nothing waits. Publish something on the page Publish.")),
+        box("Workers", sum.workers.length ? sum.workers.slice(0, 12).map(worker => make(worker.intent ? "a.row.two" : "div.row.two", { href: worker.intent && "#intent/" + worker.intent },
+          make("span", {}, make("b", {}, worker.id), make("br"), make("small", {}, (worker.goals.join(", ") || "any goal") + (worker.intent ? ", at " + worker.intent.slice(0, 12) + "…" : ""))),
+          make("span", {}, when(worker.last_seen)))) : empty("No worker in the last five minutes. Start one: python3 intentbus.py work --goal GOAL -- ./handler.sh"),
+          sum.workers.length > 12 ? empty("and " + (sum.workers.length - 12) + " more") : null),
+        box("The bus", make("dl", {}, [["version", sum.version], ["database", size(sum.database_bytes) + ", log " + size(sum.wal_bytes)],
+          ["held requests", sum.held_requests], ["issued keys", sum.keys],
+          ["clock", exact(sum.now) + (Math.abs(skew) > 2 ? ", " + span(skew) + (skew > 0 ? " ahead of" : " behind") + " this browser" : "")]].map(
+          ([name, value]) => [make("dt", {}, name), make("dd", {}, String(value))]))))];
+  },
+  async intents(query) { return list(query, query.get("status") || "open"); },
+  async dead(query) { return list(query, "dead"); },
+  async intent(query, id) {
+    const intent = await ask("/admin/intents/" + encodeURIComponent(id)), quote = text => "'" + text.replaceAll("'", "'\\''") + "'";
+    const flags = [["namespace", "default"], ["priority", 100], ["max_attempts", 3], ["target_worker", null], ["required_capability", null]].filter(
+      ([name, usual]) => intent[name] !== usual).map(([name]) => " --" + ({ target_worker: "worker", required_capability: "capability" }[name] || name.replace("_", "-")) + " " + quote(String(intent[name])));
+    const line = "python3 intentbus.py publish" + flags.join("") + (intent.visibility === "public" ? " --public" : "") + " -- " + quote(intent.goal) + " " + quote(JSON.stringify(intent.payload));
+    return [make("section", {}, make("h1", {}, intent.goal), make("p", {}, badge(intent.status), make("small", {}, " " + intent.id)),
+      make("div.bar", {},
+        intent.status === "dead" ? button("Retry", () => act("It is open again.", "/admin/intents/" + id + "/retry", {}), ".main") : null,
+        /open|claimed/.test(intent.status) ? button("Cancel", () => confirm("Cancel this intent?") && act("It is cancelled.", "/admin/intents/" + id + "/cancel", {}), ".bad") : null,
+        button("Copy as command", () => navigator.clipboard ? navigator.clipboard.writeText(line).then(() => say("Copied.")) : say("Copy it from below.")))),
+      intent.last_error ? box("Last error", make("pre.bad", {}, intent.last_error)) : null,
+      box("Payload", make("pre", { id: "payload" }, JSON.stringify(intent.payload, null, 2)),
+        intent.status === "fulfilled" ? [make("h2", {}, "Result"), make("pre", { id: "result" }, intent.result_type === "text" ? intent.result : JSON.stringify(intent.result, null, 2))] : null,
+        make("h2", {}, "Command"), make("pre", { id: "command" }, line)),
+      box("Details", make("dl", {}, [["namespace", intent.namespace], ["owner", intent.owner + ", " + intent.visibility], ["priority", intent.priority],
+        ["attempts", intent.claim_attempts + " of " + intent.max_attempts], ["worker", intent.worker_id || "none named"], ["created", when(intent.created_at)],
+        ["due", when(intent.run_at)], ["lease ends", intent.claim_expires_at ? when(intent.claim_expires_at) : "no lease"], ["expires", when(intent.expires_at)],
+        ["ended", when(intent.completed_at)]].map(([name, value]) => [make("dt", {}, name), make("dd", {}, value instanceof Node ? value : String(value))])))];
+  },
+  async keys() {
+    const keys = await ask("/admin/keys"), name = make("input", { name: "name", required: true, maxlength: 64 }), owner = make("input", { name: "owner", value: "owner", required: true, maxlength: 64 });
+    const role = make("select", { name: "role" }, ["both", "publish", "work"].map(word => make("option", {}, word)));
+    const add = event => { event.preventDefault(); act("The key is made. Copy it now: it is shown only here.", "/admin/generate_key", { name: name.value, owner: owner.value, role: role.value },
+      async made => { await draw(); $("#view").prepend(box("New key for " + made.name, make("pre", { id: "made" }, made.api_key))); }); };
+    return [box("Add a key", make("form", { onsubmit: add }, make("label", {}, "Name", name), make("label", {}, "Owner", owner), make("label", {}, "Role", role), make("button.main", {}, "Add key"))),
+      box("Issued keys", keys.length ? keys.map(key => make("div.row.two", {}, make("span", {}, make("b", {}, key.name || "unnamed"), make("br"),
+        make("small", {}, key.role + ", owner " + key.owner + ", " + plural(key.total_requests, "request") + ", last used ", when(key.last_used_at), ", " + key.key_id)),
+        button("Revoke", () => confirm("Revoke the key " + key.name + "? What uses it stops working.") && act("It is revoked.", "/admin/revoke_key", { key_id: key.key_id }), ".bad"))) :
+        empty("No key is issued. Add one above for each machine, or run: python3 intentbus.py keys invite NAME"))];
+  },
+  async publish(query) {
+    const goal = make("input", { required: true, maxlength: 256, value: query.get("goal") || "hello" }), payload = make("textarea", { required: true, spellcheck: "false" }, '{"name": "world"}');
+    const send = event => { event.preventDefault(); let value;
+      try { value = JSON.parse(payload.value); } catch (error) { return say("The payload is not JSON: " + error.message, true); }
+      act("Published.", "/admin/intents", { goal: goal.value, payload: value }, made => { location.hash = "intent/" + made.id; }); };
+    return [box("Publish a test intent", make("form", { onsubmit: send }, make("label.wide", {}, "Goal", goal), make("label.wide", {}, "Payload, as JSON", payload), make("button.main", {}, "Publish")))];
+  },
+};
+
+async function list(query, status) {
+  const which = { status, goal: query.get("goal") || "", namespace: query.get("namespace") || "" }, dead = status === "dead";
+  const page = await ask("/admin/intents?" + new URLSearchParams(Object.entries({ ...which, before: query.get("before"), limit: PAGE }).filter(([, value]) => value)));
+  const field = (name, words) => make("label", {}, words, make("input", { name, value: which[name] || "" })), picked = new Set();
+  const find = event => { event.preventDefault(); const form = new FormData(event.target), id = form.get("id").trim();
+    location.hash = id ? "intent/" + id : place(dead ? "dead" : "intents", { status: dead ? "" : status, goal: form.get("goal"), namespace: form.get("namespace") }); };
+  const filter = { goal: which.goal || null, namespace: which.namespace || null };
+  const sweep = (action, which, done) => async () => { try {
+    const counted = await ask("/admin/dead", { action: "count", ...which });
+    if (!counted.number) return say("There are none.");
+    if (confirm(action[0].toUpperCase() + action.slice(1) + " " + plural(counted.number, "dead intent") + "?"))
+      await act("", "/admin/dead", { action, ...which, until: counted.until }, async found => { await draw(); say(plural(found.number, "intent") + " " + done + "."); });
+  } catch (error) { say(error.message, true); } };
+  const some = (action, done) => () => picked.size ? sweep(action, { ids: [...picked] }, done)() : say("Tick some first.");
+  const row = intent => make("a.row", { href: "#intent/" + intent.id }, make("span", {}, make("b", { title: intent.goal }, short(intent.goal)), make("br"), make("small", {}, intent.id.slice(0, 12) + "… " + intent.namespace)),
+    make("small", {}, when(status === "delayed" ? intent.run_at : intent.created_at)), make("small", {}, intent.claim_attempts + "/" + intent.max_attempts + " attempts"),
+    make("small", {}, intent.worker_id || ""), make("small" + (intent.last_error ? ".bad" : ""), {}, firstLine(intent.last_error)));
+  const tick = id => make("input", { type: "checkbox", "aria-label": "select " + id, onchange: event => event.target.checked ? picked.add(id) : picked.delete(id) });
+  return [dead ? null : make("div.tabs.bar", { role: "navigation", "aria-label": "States" }, ["open", "delayed", "claimed", "fulfilled"].map(word =>
+      make("a", { href: place("intents", { ...which, status: word }), "aria-current": word === status && "true" }, word)), make("a", { href: place("dead", filter.goal ? which : {}) }, "dead")),
+    make("section", { "aria-label": "Filter" }, make("form", { onsubmit: find }, field("goal", "Goal"), field("namespace", "Namespace"), field("id", "Id"), make("button.main", {}, "Show"))),
+    dead ? make("div.bar", {}, button("Retry selected", some("retry", "retried")), button("Delete selected", some("delete", "deleted"), ".bad"),
+      button("Retry all" + (filter.goal || filter.namespace ? " that match" : ""), sweep("retry", filter, "retried")),
+      button("Delete all" + (filter.goal || filter.namespace ? " that match" : ""), sweep("delete", filter, "deleted"), ".bad")) : null,
+    make("section", { "aria-label": "Intents" }, page.intents.length ? page.intents.map(intent => dead ? make("div.row.pick", {}, tick(intent.id), row(intent)) : row(intent)) :
+      empty(dead ? "Nothing is dead here. What fails for good, or too often, is listed on this page." : "No intent is " + status + (page.next ? " among the newest 10,000." : ". The page Publish makes one."))),
+    make("div.bar", {}, query.get("before") ? make("a", { href: place(dead ? "dead" : "intents", which) }, "Newest") : null,
+      page.next ? make("a.next", { href: place(dead ? "dead" : "intents", { ...which, before: page.next }) }, "Older") : null)];
+}
+
+async function draw(quietly) {
+  const [path, search] = location.hash.slice(1).split("?"), [name, id] = path.split("/"), turn = ++drawn;
+  put($("nav"), pages.map(([page, words]) => make("a", { href: "#" + page, "aria-current": (page === name || page === "intents" && name === "intent") && "page" }, words)));
+  try {
+    const found = await (views[name] || views[""])(new URLSearchParams(search), id && decodeURIComponent(id));
+    if (turn !== drawn) return;
+    put($("#view"), found);
+    if (quietly && $("#said").className) say("");
+  } catch (error) { say(error.message + " (" + new Date().toLocaleTimeString() + ")", true); }
+}
+const idle = () => !document.hidden && !location.hash.match(/keys|publish/) && !$("#view input:checked") && !$("#view").contains(document.activeElement?.closest("input, textarea, select"));
+addEventListener("hashchange", () => { say(""); draw(); scrollTo(0, 0); });
+document.addEventListener("visibilitychange", () => idle() && draw(true));
+setInterval(() => idle() && draw(true), 4000);
+draw();
+</script>
+</body>
+</html>
+""")
 
 
 # ---- 9. API ----
@@ -2396,6 +2710,10 @@ class Request:
 
 def home(api, request):
     return 200, HOME
+
+
+def dashboard(api, request):
+    return 200, DASHBOARD
 
 
 def health(api, request):
@@ -2563,12 +2881,16 @@ ROUTES = (
     ("GET",  "/admin/keys",             "admin",   list_keys),
     ("POST", "/admin/purge",            "admin",   body("purge", PURGE)),
     ("POST", "/admin/cleanup",          "admin",   body("cleanup")),
+    ("GET",  "/admin/dashboard",        "admin",   dashboard),
+    ("GET",  "/admin/intents",          "admin",   query("list", LIST)),
+    ("POST", "/admin/intents",          "admin",   publish),
     ("GET",  "/admin/intents/*",        "admin",   query("inspect")),
     ("POST", "/admin/intents/*/cancel", "admin",   body("cancel")),
     ("POST", "/admin/intents/*/retry",  "admin",   body("retry")),
     ("GET",  "/admin/dead",             "admin",   query("dead")),
+    ("POST", "/admin/dead",             "admin",   body("sweep_dead", SWEEP)),
     ("GET",  "/admin/dead/*",           "admin",   query("dead_letter")),
-    ("GET",  "/admin/summary",          "admin",   query("summary")),
+    ("GET",  "/admin/summary",          "admin",   query("summary", SUMMARY)),
     ("GET",  "/metrics",                "metrics", metrics),
 )
 ROLES = {
@@ -2578,11 +2900,26 @@ ROLES = {
 }
 
 
+def from_another_site(headers):
+    """Return whether a browser says that a page of another site sent this: it adds the admin's password by itself.
+
+    Sec-Fetch-Site (W3C Fetch Metadata) tells, or, in an older browser, Origin.
+    """
+    site = headers.get("sec-fetch-site")
+    if site:
+        return site not in ("same-origin", "none")
+    origin = headers.get("origin")
+    return origin is not None and origin.partition("://")[2] != headers.get("host")
+
+
 def respond(status, value, request_id, headers=()):
     """Return the response with a value: text, what JSON can say, or None for no body."""
-    text = isinstance(value, str)
-    body = b"" if value is None else (value if text else to_json(value)).encode()
-    kind = [("Content-Type", "text/plain; charset=utf-8" if text else "application/json")] if body else []
+    body = b"" if value is None else (value if isinstance(value, str) else to_json(value)).encode()
+    kind = [("Content-Type", "application/json")] if body else []
+    if isinstance(value, str):
+        kind = [("Content-Type", "text/plain; charset=utf-8")]
+    if isinstance(value, Html):
+        kind = [("Content-Type", "text/html; charset=utf-8"), ("Content-Security-Policy", content_policy(value))]
     return Response(status, [*COMMON_HEADERS, ("X-Request-ID", request_id), *kind, *headers], body)
 
 
@@ -2638,6 +2975,8 @@ class API:
         """Find out who is asking, or raise why that may not be."""
         if self._maintenance:
             raise Unavailable("The bus is under maintenance; try again later.", "maintenance")
+        if request.method == "POST" and from_another_site(request.headers):
+            raise Forbidden("This was sent by a page of another site.", "cross_site")
         if self._enforce_https and not request.secure:
             raise Forbidden("This bus takes https only.", "https_required")
         if who == "metrics":

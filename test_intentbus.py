@@ -12,6 +12,7 @@ import collections
 import concurrent.futures
 import contextlib
 import hmac
+import hashlib
 import http.client
 import http.server
 import inspect
@@ -36,6 +37,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 import wsgiref.simple_server
@@ -616,7 +618,7 @@ def test_claims_and_deadlines_neither_scan_nor_sort(store):
 
 
 def test_a_list_of_the_dead_looks_at_the_dead_only(store):
-    values = dict.fromkeys(("before", "floor", "status", "owner", "goal", "namespace", "limit", "rows"))
+    values = dict.fromkeys(("before", "floor", "status", "ready", "owner", "goal", "namespace", "limit", "rows"))
     for statement in (intentbus.PAGE, intentbus.PAGE_FLOOR):
         assert re.match(r"SEARCH intents USING (COVERING )?INDEX intents_dead", plan(store, statement.format(
             kind=intentbus.DEAD), **values))
@@ -1612,6 +1614,10 @@ def test_what_happened_is_counted_by_the_minute_and_kept_over_a_restart(store, c
     clock.pass_(60 * intentbus.HISTORY_MINUTES)
     bus.publish("g", 1)
     assert bus.summary().history == [[minute + intentbus.HISTORY_MINUTES, "published", 1]]
+    clock.pass_(60)
+    bus.publish("g", 1)
+    decade = (minute + intentbus.HISTORY_MINUTES) // 10 * 10
+    assert bus.summary(1440).history[-1][:2] == [decade, "published"], "a day comes by ten minutes"
 
 
 def test_the_summary_says_which_goal_has_waited_longest_and_who_is_there(bus, clock):
@@ -1700,10 +1706,14 @@ MATRIX = """
     GET  /admin/keys                   401  401  401  401  401  401  401  401  200  401  401  401
     POST /admin/purge                  401  401  401  401  401  401  401  401  400  401  401  401
     POST /admin/cleanup                401  401  401  401  401  401  401  401  200  401  401  401
+    GET  /admin/dashboard              401  401  401  401  401  401  401  401  200  401  401  401
+    GET  /admin/intents                401  401  401  401  401  401  401  401  200  401  401  401
+    POST /admin/intents                401  401  401  401  401  401  401  401  201  401  401  401
     GET  /admin/intents/{open}         401  401  401  401  401  401  401  401  200  401  401  401
     POST /admin/intents/{open}/cancel  401  401  401  401  401  401  401  401  200  401  401  401
     POST /admin/intents/{dead}/retry   401  401  401  401  401  401  401  401  200  401  401  401
     GET  /admin/dead                   401  401  401  401  401  401  401  401  200  401  401  401
+    POST /admin/dead                   401  401  401  401  401  401  401  401  200  401  401  401
     GET  /admin/dead/{dead}            401  401  401  401  401  401  401  401  200  401  401  401
     GET  /admin/summary                401  401  401  401  401  401  401  401  200  401  401  401
     GET  /metrics                      401  401  401  401  401  401  401  401  200  401  401  401
@@ -1711,7 +1721,8 @@ MATRIX = """
 MATRIX = [line.split() for line in MATRIX.strip().splitlines()[1:]]
 ANN = Caller("a", "ann", "both", False, None)
 BODIES = {"/intent": a_publish(goal="new"), "/intents": [a_publish(goal="new")], "/set/new": {"value": 1},
-          "/admin/generate_key": {"owner": "new"}, "/admin/invite": {"owner": "new"}}
+          "/admin/generate_key": {"owner": "new"}, "/admin/invite": {"owner": "new"},
+          "/admin/intents": a_publish(goal="new"), "/admin/dead": {"action": "count"}}
 
 
 @pytest.fixture(scope="module")
@@ -2553,6 +2564,326 @@ def test_a_list_can_be_narrowed_to_a_goal(served, goal):
     wanted, _ = served.publish(goal=goal), served.publish(goal="another")
     response = served.ask("GET", "/intents?goal=" + intentbus.urllib.parse.quote(goal))
     assert (response.status, [intent["id"] for intent in response.json["intents"]]) == (200, [wanted])
+
+
+# ---- 8. Page ----
+
+CHROMIUM = pytest.mark.skipif(not shutil.which("chromedriver"), reason="chromedriver is not on this machine")
+
+
+class Browser:
+    """Chromium without a window, driven over the WebDriver protocol (W3C)."""
+
+    def __init__(self, folder):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.base = f"http://127.0.0.1:{free.getsockname()[1]}"
+        self.process = subprocess.Popen(["chromedriver", f"--port={self.base.rpartition(':')[2]}"], stdout=subprocess.DEVNULL,
+                                        stderr=subprocess.DEVNULL, env=dict(os.environ, HOME=str(folder)))
+        wait_until(self.ready)
+        arguments = ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--user-data-dir={folder}/profile"]
+        self.base += "/session/" + self.ask("POST", "/session", {"capabilities": {"alwaysMatch": {
+            "browserName": "chrome", "goog:chromeOptions": {"args": arguments}, "goog:loggingPrefs": {"browser": "ALL"},
+            "unhandledPromptBehavior": "ignore"}}})["sessionId"]
+
+    def ready(self):
+        with contextlib.suppress(OSError):
+            return self.ask("GET", "/status")["ready"]
+
+    def close(self):
+        self.ask("DELETE", "")
+        self.process.terminate()
+        self.process.wait(10)
+
+    def ask(self, method, path, body=None):
+        data = json.dumps(body if body is not None else {}).encode() if method == "POST" else None
+        with urllib.request.urlopen(urllib.request.Request(self.base + path, data, method=method), timeout=30) as answer:
+            return json.load(answer)["value"]
+
+    def run(self, script, *arguments):
+        """Return what a script returns, in the page."""
+        return self.ask("POST", "/execute/sync", {"script": script, "args": arguments})
+
+    def open(self, url):
+        self.ask("POST", "/url", {"url": url})
+
+    def size(self, width, height, dark=False):
+        """Be a screen of that size, in light or dark."""
+        for command, params in (("Emulation.setDeviceMetricsOverride", dict(width=width, height=height, deviceScaleFactor=1, mobile=width < 600)),
+                                ("Emulation.setEmulatedMedia", dict(features=[dict(name="prefers-color-scheme", value="dark" if dark else "light")]))):
+            self.ask("POST", "/goog/cdp/execute", {"cmd": command, "params": params})
+
+    def text(self):
+        return self.run("return document.body.innerText")
+
+    def sees(self, *words):
+        """Wait until the page shows all these words."""
+        try:
+            wait_until(lambda: all(word in self.text() for word in words))
+        except AssertionError:
+            raise AssertionError(f"{words} is not in:\n{self.text()}") from None
+
+    def click(self, words, accept=None):
+        """Click the button or link with these words; answer what it asks, and return the question."""
+        self.run("""[...document.querySelectorAll('button, a')].find(node => node.textContent.trim() === arguments[0]).click()""", words)
+        return self.answer(accept) if accept is not None else None
+
+    def answer(self, accept):
+        asked = []
+        def question():
+            with contextlib.suppress(urllib.error.HTTPError):
+                asked.append(self.ask("GET", "/alert/text"))
+            return asked
+        wait_until(question)
+        self.ask("POST", "/alert/" + ("accept" if accept else "dismiss"))
+        return asked[0]
+
+    def complaints(self):
+        """What the console has said since the last call."""
+        return [entry["message"] for entry in self.ask("POST", "/se/log", {"type": "browser"})]
+
+    def shot(self, path):
+        Path(path).write_bytes(base64.b64decode(self.ask("GET", "/screenshot")))
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    browser = Browser(tmp_path_factory.mktemp("browser"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def page(browser, served):
+    """The dashboard of an empty bus, signed in."""
+    browser.complaints()
+    browser.size(1280, 800)
+    served.page = served.url.replace("//", f"//admin:{KEY}@") + "/admin/dashboard"
+    browser.open(served.page)
+    browser.sees("Nothing waits.")
+    yield browser
+    assert browser.complaints() == []
+
+
+def test_the_page_is_small_self_contained_and_writes_text_only():
+    page = intentbus.DASHBOARD.replace("http://www.w3.org/2000/svg", "")     # a name, not a place
+    assert page.count("\n") <= 350 and len(page.encode()) <= 25_000
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|https?://|<[^>]+ style=|<[^>]+ on\w+=", page)
+    assert len(re.findall("<script>", page)) == len(re.findall("<style>", page)) == 1
+
+
+def test_the_page_is_for_admins_and_may_load_nothing_but_itself(served):
+    assert served.ask("GET", "/admin/dashboard", key="wrong").status == 401
+    answer = served.ask("GET", "/admin/dashboard")
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    script = re.search("<script>(.*)</script>", answer.body.decode(), re.S)[1]
+    assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() in policy
+
+
+@pytest.mark.parametrize("headers, status", [
+    ({}, 200), ({"Sec_Fetch_Site": "same-origin"}, 200), ({"Sec_Fetch_Site": "none"}, 200), ({"Sec_Fetch_Site": "cross-site"}, 403),
+    ({"Sec_Fetch_Site": "same-site"}, 403), ({"Origin": "http://x"}, 200), ({"Origin": "https://evil"}, 403), ({"Origin": "null"}, 403),
+    ({"Origin": "http://other", "Sec_Fetch_Site": "same-origin"}, 200),
+])
+def test_a_page_of_another_site_can_change_nothing(served, headers, status):
+    for path in ("/admin/purge", f"/admin/intents/{served.publish()}/cancel", "/admin/revoke_key", "/intent"):
+        found = served.ask("POST", path, {"confirm": True, "goal": "g", "payload": 1}, **headers)
+        assert (found.status == 403) == (status == 403), path
+    assert served.ask("GET", "/admin/summary", **headers).status == 200
+
+
+def test_what_the_dashboard_is_fed_with_holds_no_secret(served):
+    key = served.ask("POST", "/admin/generate_key", {"owner": "ann"}).json["api_key"]
+    served.publish()
+    token = served.ask("POST", "/claim").json["claim_token"]
+    for path in ("/admin/summary", "/intents", "/admin/keys", "/workers", "/events?after=0", "/admin/intents/" + served.ask("GET", "/intents").json["intents"][0]["id"]):
+        body = served.ask("GET", path).body.decode()
+        assert not [secret for secret in (KEY, key, token, intentbus.hash_token(token)) if secret in body], path
+
+
+def buried(served, goal, error="it broke", **fields):
+    """Publish an intent, and let it die; return its id."""
+    intent_id = served.publish(goal=goal, **fields)
+    claim = served.ask("POST", "/claim?goal=" + urllib.parse.quote(goal)).json
+    served.ask("POST", f"/fail/{intent_id}", {"claim_token": claim["claim_token"], "error": error, "retry": False})
+    return intent_id
+
+
+def test_exactly_those_that_were_counted_are_retried_or_deleted(served):
+    old = [buried(served, goal) for goal in ("a", "a", "b", "b")]
+    sweep = lambda action, **which: served.ask("POST", "/admin/dead", dict(which, action=action)).json
+    counted = sweep("count", goal="a")
+    late = buried(served, "a")
+    assert counted["number"] == sweep("retry", goal="a", until=counted["until"])["number"] == 2
+    counted = sweep("count", ids=[old[2], late, "%", "_" * 32])
+    assert counted["number"] == 2 == sweep("delete", ids=[old[2], late, "%", "_" * 32], until=counted["until"])["number"]
+    statuses = {id: served.ask("GET", f"/status/{id}").json.get("status") for id in [*old, late]}
+    assert list(statuses.values()) == ["open", "open", None, "dead", None]
+    assert served.ask("GET", "/admin/summary").json["intents"]["default"] == {"dead": 1, "open": 2}
+    assert_refusal(served.ask("POST", "/admin/dead", {"action": "burn"}), 400, "invalid_action", '"count" or "retry" or "delete"')
+
+
+def test_delayed_intents_can_be_listed(served):
+    later = served.publish(delay=60)
+    served.publish()
+    assert [intent["id"] for intent in served.ask("GET", "/intents?status=delayed").json["intents"]] == [later]
+
+
+@CHROMIUM
+def test_the_dashboard_asks_who_is_there(browser, served):
+    browser.open(served.url.replace("//", "//admin:wrong@") + "/admin/dashboard")
+    assert browser.run("return document.querySelectorAll('script').length") == 0
+    browser.complaints()
+
+
+@SLOW
+@CHROMIUM
+def test_the_figures_change_by_themselves_after_a_publish_from_outside(page, served):
+    served.publish(goal="from outside")
+    page.sees("from outside", "No worker for from outside.", "1 published")
+    assert page.run("return document.getElementById('count-open').textContent") == "1"
+
+
+@CHROMIUM
+def test_a_dead_intent_is_retried_by_clicking(page, served):
+    intent_id = buried(served, "g", "line one\nline two", payload={"deep": [1, "it's"]})
+    page.open(served.page + "#dead")
+    page.sees("line one")
+    assert "line two" not in page.text()
+    page.run("document.querySelector('a.row').click()")
+    page.sees("line two", '"deep": [', "publish -- 'g'")
+    page.click("Retry")
+    page.sees("It is open again.")
+    assert served.ask("GET", f"/status/{intent_id}").json["status"] == "open"
+    page.click("Cancel", accept=False)
+    page.click("Cancel", accept=True)
+    page.sees("Cancelled")
+
+
+@SLOW
+@CHROMIUM
+def test_what_is_copied_as_a_command_publishes_the_same(page, served):
+    payload = {"it's": ["$HOME", "`x`", "\n", "ü"]}
+    intent_id = served.publish(goal="a 'goal'", payload=payload, priority=7, visibility="public")
+    page.open(served.page + "#intent/" + intent_id)
+    page.sees("python3 intentbus.py publish")
+    words = shlex.split(page.run("return document.getElementById('command').textContent"))[2:]
+    code, made, _ = at(served, *words)
+    assert code == 0
+    again = served.ask("GET", f"/admin/intents/{made.strip()}").json
+    assert (again["goal"], again["payload"], again["priority"], again["visibility"]) == ("a 'goal'", payload, 7, "public")
+
+
+@CHROMIUM
+def test_all_dead_that_match_are_retried_and_some_are_deleted(page, served):
+    ids = {goal: [buried(served, goal) for _ in range(2)] for goal in ("a", "b")}
+    page.open(served.page + "#dead?goal=a")
+    page.sees("Retry all that match")
+    assert page.click("Retry all that match", accept=True) == "Retry 2 dead intents?"
+    page.sees("2 intents retried.", "Nothing is dead here.")
+    page.open(served.page + "#dead")
+    page.sees("it broke")
+    page.run("document.querySelector('input[type=checkbox]').click()")
+    assert page.click("Delete selected", accept=True) == "Delete 1 dead intent?"
+    page.sees("1 intent deleted.")
+    left = [served.ask("GET", f"/status/{id}").json.get("status") for id in ids["a"] + ids["b"]]
+    assert sorted(map(str, left)) == ["None", "dead", "open", "open"]
+
+
+@SLOW
+@CHROMIUM
+def test_a_key_is_added_shown_once_and_revoked(page, served):
+    page.open(served.page + "#keys")
+    page.sees("No key is issued.")
+    page.run("document.querySelector('input[name=name]').value = 'phone'")
+    page.click("Add key")
+    page.sees("New key for phone", "last used never")
+    key = page.run("return document.getElementById('made').textContent")
+    assert served.ask("GET", "/whoami", key=key).status == 200
+    page.click("Revoke", accept=True)
+    page.sees("It is revoked.", "No key is issued.")
+    assert key not in page.text() and served.ask("GET", "/whoami", key=key).status == 401
+    page.complaints()
+
+
+@SLOW
+@CHROMIUM
+def test_a_test_intent_is_published_and_its_mistakes_are_said(page, served):
+    page.open(served.page + "#publish")
+    page.sees("Publish a test intent")
+    page.run("document.querySelector('textarea').value = 'oops'")
+    page.click("Publish")     # the page's name in the menu
+    page.run("document.querySelector('form').requestSubmit()")
+    page.sees("The payload is not JSON")
+    page.run("document.querySelector('textarea').value = '[1]'; document.querySelector('form').requestSubmit()")
+    page.sees("Payload", "open")
+    assert served.ask("GET", "/intents?payload=1").json["intents"][0]["payload"] == [1]
+
+
+XSS = ("<img src=x onerror=alert(1)>", "<script>alert(1)</script>", "\"><svg onload=alert(1)>", "javascript:alert(1)", "{{1+1}}",
+       "'-alert(1)-'", "</pre><b id=pwned>", "\u202eevil")
+
+
+@SLOW
+@CHROMIUM
+def test_hostile_text_in_every_field_stays_text(page, served):
+    for text in XSS:
+        intent_id = buried(served, text, error=text, payload={text: text})
+        served.ask("POST", "/admin/generate_key", {"owner": text[:64], "name": text[:64]})
+        served.publish(goal=text, payload=text)
+        served.ask("POST", "/claim?goal=" + urllib.parse.quote(text), User_Agent="<b>")
+    for place in ("#", "#intents?status=claimed", "#dead", "#keys", "#intent/" + intent_id, "#intents?goal=" + urllib.parse.quote(XSS[0]), "#dead?goal=" + urllib.parse.quote(XSS[2])):
+        page.open("about:blank")
+        page.open(served.page + place)
+        page.sees("intentbus")
+        wait_until(lambda: page.run("return document.getElementById('view').children.length"))
+        assert page.run("return document.querySelectorAll('main img, main script, main b b, #pwned, svg svg').length") == 0
+        with pytest.raises(urllib.error.HTTPError):     # no such alert
+            page.ask("GET", "/alert/text")
+    page.open(served.page + "#dead")
+    page.sees(XSS[0], XSS[1])
+
+
+@SLOW
+@CHROMIUM
+@pytest.mark.parametrize("width, height", [(390, 844), (1280, 800)])
+@pytest.mark.parametrize("dark", [False, True])
+def test_every_view_fits_its_screen_can_be_touched_and_read(page, served, width, height, dark):
+    long_id = buried(served, "g" * 256, error="e" * 1500)
+    for number in range(3):
+        served.publish(goal=f"goal {number}", payload="p" * 500)
+    page.size(width, height, dark)
+    for place in ("#", "#intents", "#dead", "#intent/" + long_id, "#keys", "#publish"):
+        page.open("about:blank")
+        page.open(served.page + place)
+        wait_until(lambda: page.run("return document.getElementById('view').children.length"))
+        assert page.run("return document.documentElement.scrollWidth") <= width, place
+        small = page.run("""return [...document.querySelectorAll('button, nav a, .tabs a, a.row, input:not([type=checkbox]), select')]
+            .filter(node => node.getBoundingClientRect().height < 43.5).map(node => node.outerHTML)""")
+        assert small == [], place
+        assert page.run(CONTRAST) == [], place
+
+
+CONTRAST = """
+    const light = color => { const [r, g, b] = color.match(/[0-9.]+/g).map(v => { v /= 255; return v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4; });
+                             return .2126 * r + .7152 * g + .0722 * b; };
+    const ground = node => { for (; node; node = node.parentElement) { const color = getComputedStyle(node).backgroundColor;
+                             if (!/, 0\\)$/.test(color)) return color; } return 'rgb(255, 255, 255)'; };
+    return [...document.querySelectorAll('body *')].filter(node => [...node.childNodes].some(kid => kid.nodeType === 3 && kid.data.trim()) && node.offsetParent)
+        .map(node => { const [a, b] = [light(getComputedStyle(node).color), light(ground(node))].sort((x, y) => y - x); return [(a + .05) / (b + .05), node.outerHTML.slice(0, 80)]; })
+        .filter(([ratio]) => ratio < 4.5)
+"""
+
+
+@SLOW
+@CHROMIUM
+def test_a_refresh_that_fails_says_so_and_keeps_the_last_figures(page, served):
+    served.publish(goal="kept")
+    page.sees("kept")
+    served.server.close()
+    page.sees("The bus does not answer; what is shown is old.", "kept")
+    page.complaints()
 
 
 # ---- 9. API ----
@@ -3446,6 +3777,7 @@ def test_the_first_requests_of_a_wsgi_bus_may_come_together(wsgi):
     assert [answer for answer in answers if answer.status != 200] == []
 
 
+@SLOW
 def test_a_claim_held_under_wsgi_gets_what_becomes_due(wsgi):
     wsgi("POST", "/intent", b'{"goal": "g", "payload": 1, "delay": 0.1}')
     assert wsgi("POST", "/claim?wait=1", **{"wsgi.multithread": True}).status == 200
@@ -5207,6 +5539,7 @@ def test_what_a_hostile_bus_says_cannot_command_the_terminal(monkeypatch, impati
         signal.signal(number, handler)
 
 
+@SLOW
 def test_what_stdout_cannot_encode_is_printed_all_the_same(serve):
     id = serve.run("publish", "tick", '"✓"').stdout.strip()
     assert serve.run("work", "--goal", "tick", "--once", "--", "cat").returncode == 0
@@ -5465,6 +5798,7 @@ def test_publish_spool_keeps_what_cannot_be_sent_and_flush_sends_it(away, home):
     assert sorted(map(str, away.payloads())) == ["1", "2", "3", "a", "b"]
 
 
+@SLOW
 def test_flush_tells_what_was_refused_until_it_is_discarded(away, home):
     settings = dict(INTENT_BUS_URL=away.url, INTENT_API_KEY=KEY)
     run("publish", "g", "1", "--spool", "--priority", "9999", **settings)
@@ -5523,6 +5857,7 @@ def test_keys_are_an_admins_business(started):
     assert code == 0 and bus.ask("GET", "/intents", key=key.strip()).status == 200
 
 
+@SLOW
 def test_values_and_locks_from_the_command_line(served):
     assert at(served, "set", "my key/1", '{"a": [1]}')[:2] == (0, "")
     assert at(served, "get", "my key/1")[:2] == (0, '{"a":[1]}\n')
@@ -5955,6 +6290,7 @@ def test_the_walk_through_on_a_phone_is_as_the_readme_says(serve, termux):
     assert list((house.parent / "usr" / "tmp").iterdir()) == []
 
 
+@SLOW
 @POSIX
 def test_the_boot_script_starts_the_worker_and_starts_it_again(serve, termux):
     house, start = termux
