@@ -3662,6 +3662,8 @@ class IntentClient:
 
         A publish that the bus refuses for good is kept apart, see Spool.refused.
         """
+        if not self.spool:
+            return 0
         with self.spool.sending(self.timeout):
             return self._flush()
 
@@ -3704,7 +3706,8 @@ class IntentClient:
         query = dict(goal=goal, namespace=namespace or self.namespace, publisher=publisher, worker_id=worker_id,
                      capabilities=",".join(capabilities) or None, wait=round(wait, 3) or None, lease=lease)
         if self.spool and any(request.number not in self._reporting for request in self.spool.waiting(self.base_url)):
-            self.flush()
+            with contextlib.suppress(Error):     # a full bus, or a key that may only work, hinders no claim
+                self.flush()
         while True:
             intent = self._call("POST", "/claim", query=query, retries=0 if claim_token else RETRIES,
                                 timeout=self.timeout + wait, headers={"X-Claim-Token": claim_token or os.urandom(16).hex()})

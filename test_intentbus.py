@@ -2568,7 +2568,9 @@ def test_a_list_can_be_narrowed_to_a_goal(served, goal):
 
 # ---- 8. Page ----
 
-CHROMIUM = pytest.mark.skipif(not shutil.which("chromedriver"), reason="chromedriver is not on this machine")
+def in_a_browser(test):
+    """Mark a test that drives a browser: one for the long run, where there is one."""
+    return SLOW(pytest.mark.skipif(not shutil.which("chromedriver"), reason="chromedriver is not on this machine")(test))
 
 
 class Browser:
@@ -2730,22 +2732,21 @@ def test_delayed_intents_can_be_listed(served):
     assert [intent["id"] for intent in served.ask("GET", "/intents?status=delayed").json["intents"]] == [later]
 
 
-@CHROMIUM
+@in_a_browser
 def test_the_dashboard_asks_who_is_there(browser, served):
     browser.open(served.url.replace("//", "//admin:wrong@") + "/admin/dashboard")
     assert browser.run("return document.querySelectorAll('script').length") == 0
     browser.complaints()
 
 
-@SLOW
-@CHROMIUM
+@in_a_browser
 def test_the_figures_change_by_themselves_after_a_publish_from_outside(page, served):
     served.publish(goal="from outside")
     page.sees("from outside", "No worker for from outside.", "1 published")
     assert page.run("return document.getElementById('count-open').textContent") == "1"
 
 
-@CHROMIUM
+@in_a_browser
 def test_a_dead_intent_is_retried_by_clicking(page, served):
     intent_id = buried(served, "g", "line one\nline two", payload={"deep": [1, "it's"]})
     page.open(served.page + "#dead")
@@ -2761,8 +2762,7 @@ def test_a_dead_intent_is_retried_by_clicking(page, served):
     page.sees("Cancelled")
 
 
-@SLOW
-@CHROMIUM
+@in_a_browser
 def test_what_is_copied_as_a_command_publishes_the_same(page, served):
     payload = {"it's": ["$HOME", "`x`", "\n", "ü"]}
     intent_id = served.publish(goal="a 'goal'", payload=payload, priority=7, visibility="public")
@@ -2775,7 +2775,7 @@ def test_what_is_copied_as_a_command_publishes_the_same(page, served):
     assert (again["goal"], again["payload"], again["priority"], again["visibility"]) == ("a 'goal'", payload, 7, "public")
 
 
-@CHROMIUM
+@in_a_browser
 def test_all_dead_that_match_are_retried_and_some_are_deleted(page, served):
     ids = {goal: [buried(served, goal) for _ in range(2)] for goal in ("a", "b")}
     page.open(served.page + "#dead?goal=a")
@@ -2791,8 +2791,7 @@ def test_all_dead_that_match_are_retried_and_some_are_deleted(page, served):
     assert sorted(map(str, left)) == ["None", "dead", "open", "open"]
 
 
-@SLOW
-@CHROMIUM
+@in_a_browser
 def test_a_key_is_added_shown_once_and_revoked(page, served):
     page.open(served.page + "#keys")
     page.sees("No key is issued.")
@@ -2807,8 +2806,7 @@ def test_a_key_is_added_shown_once_and_revoked(page, served):
     page.complaints()
 
 
-@SLOW
-@CHROMIUM
+@in_a_browser
 def test_a_test_intent_is_published_and_its_mistakes_are_said(page, served):
     page.open(served.page + "#publish")
     page.sees("Publish a test intent")
@@ -2825,8 +2823,7 @@ XSS = ("<img src=x onerror=alert(1)>", "<script>alert(1)</script>", "\"><svg onl
        "'-alert(1)-'", "</pre><b id=pwned>", "\u202eevil")
 
 
-@SLOW
-@CHROMIUM
+@in_a_browser
 def test_hostile_text_in_every_field_stays_text(page, served):
     for text in XSS:
         intent_id = buried(served, text, error=text, payload={text: text})
@@ -2845,8 +2842,7 @@ def test_hostile_text_in_every_field_stays_text(page, served):
     page.sees(XSS[0], XSS[1])
 
 
-@SLOW
-@CHROMIUM
+@in_a_browser
 @pytest.mark.parametrize("width, height", [(390, 844), (1280, 800)])
 @pytest.mark.parametrize("dark", [False, True])
 def test_every_view_fits_its_screen_can_be_touched_and_read(page, served, width, height, dark):
@@ -2876,8 +2872,7 @@ CONTRAST = """
 """
 
 
-@SLOW
-@CHROMIUM
+@in_a_browser
 def test_a_refresh_that_fails_says_so_and_keeps_the_last_figures(page, served):
     served.publish(goal="kept")
     page.sees("kept")
@@ -4376,6 +4371,16 @@ def test_an_outcome_that_could_not_be_told_is_told_by_the_next_program(away, tmp
     assert bus.spool.waiting(away.url) == []
 
 
+def test_what_cannot_be_published_hinders_no_claim_of_the_same_machine(away, tmp_path):
+    spooling(away, tmp_path).publish("g", "spooled")
+    away.start().bus.publish("g", "there")
+    key = Keys(KEY, away.store).generate("owner", "phone", "work", time.time()).api_key
+    bus = IntentClient(away.url, key, spool=tmp_path / "spool.db")
+    assert bus.claim("g").payload == "there" and len(bus.spool.waiting(away.url)) == 1
+    with pytest.raises(intentbus.Forbidden, match="may work only"):
+        bus.flush()
+
+
 def test_an_intent_whose_outcome_waits_here_is_told_and_not_claimed_again(away, tmp_path, clock):
     bus = spooling(away.start(), tmp_path)
     intent_id, other = bus.publish("g", 1).id, bus.publish("g", 2).id
@@ -4570,6 +4575,7 @@ def test_a_lost_answer_to_a_report_is_asked_for_again(client, server, impatient)
 
 
 @pytest.mark.parametrize("fate", Weather.FATES)
+@SLOW
 def test_what_the_network_does_to_one_try_is_made_good_by_the_next(client, weather, impatient, fate):
     seen = collections.Counter()
 
@@ -5708,6 +5714,7 @@ UNSENDABLE = (
 
 
 @pytest.mark.parametrize("arguments, environment", UNSENDABLE, ids=ascii)
+@SLOW
 def test_text_that_cannot_be_sent_is_refused_in_a_sentence(strict, place, arguments, environment):
     settings = dict(HOME=str(place), INTENT_BUS_URL=strict.url, INTENT_API_KEY=KEY, PYTHONUTF8="1")
     assert_complaint(run(*arguments, **dict(settings, **environment)), 2)
@@ -5734,6 +5741,7 @@ def test_no_bus_is_exit_5(monkeypatch, capsys, tmp_path):
 
 @POSIX
 @pytest.mark.parametrize("skew", [7200, -7200])
+@SLOW
 def test_the_commands_of_a_machine_with_a_wrong_clock_do_their_work(started, tmp_path, skew):
     bus = started(keys=dict(require_signatures=True))
     answers = watch(bus.api, "handle")
@@ -5870,6 +5878,7 @@ def test_values_and_locks_from_the_command_line(served):
 
 
 @pytest.mark.parametrize("flag, payload", [("--lines", str), ("--jsonl", int)])
+@SLOW
 def test_a_line_of_stdin_is_an_intent(served, flag, payload):
     lines = "\n".join(map(str, range(2500)))
     code, out, _ = at(served, "publish", "bulk", flag, "--priority", "7", stdin=lines.encode() + b"\n\n")
@@ -6043,6 +6052,7 @@ def test_cron_publishes_real_disk_figures_and_the_handler_delivers_them(serve):
     ('{"message": "a\\nb\\u001b[2J", "title": "-t"}', "fulfilled", "-t: a b [2J"),
     ('{"title": "x"}', "dead", None),
 ])
+@SLOW
 def test_the_notification_handler(serve, payload, status, line):
     notified = serve.home / f"{status}.log"
     id = serve.run("publish", "notify", payload).stdout.strip()
