@@ -4294,12 +4294,24 @@ UNREACHABLE_CURES = {
 
 
 def check_versions(options):
+    """What this runs on."""
     import sqlite3
     found = f"{sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}"
     if sys.version_info < (3, 9) or sqlite3.sqlite_version_info < (3, 35):
         yield Finding("bad", "python", f"This is Python {found}; install Python 3.9 and SQLite 3.35, or newer.")
     else:
         yield Finding("ok", "python", f"Python {found}.")
+
+
+def check_clock(offset):
+    """How far the bus's clock is ahead of this machine's, in seconds."""
+    if abs(offset) > SIGNATURE_SECONDS:
+        yield Finding("bad", "clock", f"This machine's clock is {offset:+.0f} s off the bus's; set it, or signatures made by a "
+                                      "shell are refused.")
+    elif abs(offset) > CLOCK_JUMP_SECONDS:
+        yield Finding("note", "clock", f"This machine's clock is {offset:+.0f} s off the bus's.")
+    else:
+        yield Finding("ok", "clock", "This machine and the bus agree on the time.")
 
 
 def check_bus(options):
@@ -4332,14 +4344,13 @@ def check_bus(options):
         yield from check_clock(me["now"] - time.time())
 
 
-def check_clock(offset):
-    if abs(offset) > SIGNATURE_SECONDS:
-        yield Finding("bad", "clock", f"This machine's clock is {offset:+.0f} s off the bus's; set it, or signatures made by a "
-                                      "shell are refused.")
-    elif abs(offset) > CLOCK_JUMP_SECONDS:
-        yield Finding("note", "clock", f"This machine's clock is {offset:+.0f} s off the bus's.")
-    else:
-        yield Finding("ok", "clock", "This machine and the bus agree on the time.")
+def file_system(path):
+    """Return the kind of the file system that a path is on, as Linux names it, or None."""
+    with contextlib.suppress(OSError):
+        with open("/proc/mounts", encoding="utf-8", errors="replace") as file:
+            mounts = [line.split()[1:3] for line in file]
+        inside = [(len(place), kind) for place, kind in mounts if (path + "/").startswith(place.rstrip("/") + "/")]
+        return max(inside)[1]
 
 
 def check_database(options):
@@ -4360,16 +4371,8 @@ def check_database(options):
         yield Finding("ok", "database", f"{path}, {os.path.getsize(path) // 2 ** 20} MB, {free // 2 ** 20} MB free.")
 
 
-def file_system(path):
-    """Return the kind of the file system that a path is on, as Linux names it, or None."""
-    with contextlib.suppress(OSError):
-        with open("/proc/mounts", encoding="utf-8", errors="replace") as file:
-            mounts = [line.split()[1:3] for line in file]
-        inside = [(len(place), kind) for place, kind in mounts if (path + "/").startswith(place.rstrip("/") + "/")]
-        return max(inside)[1]
-
-
 def check_spool(options):
+    """What could not be sent yet."""
     if not os.path.exists(os.path.expanduser(SPOOL_FILE)):
         return
     waiting, refused = Spool().numbers()
@@ -4379,6 +4382,12 @@ def check_spool(options):
         yield Finding("note", "spool", f"{waiting} wait to be sent; flush sends them.")
     else:
         yield Finding("ok", "spool", "Nothing waits to be sent.")
+
+
+def boot_scripts():
+    """Return the scripts that Termux:Boot would run."""
+    folder = os.path.expanduser("~/.termux/boot")
+    return os.listdir(folder) if os.path.isdir(folder) else []
 
 
 def check_termux(options):
@@ -4406,12 +4415,6 @@ def check_termux(options):
     yield Finding("note", "termux", "Set Android's battery use of Termux to unrestricted.")
     yield Finding("note", "termux", "Android 12 and newer end programs beyond 32 (phantom processes): in the developer "
                                     "options, disable child process restrictions.")
-
-
-def boot_scripts():
-    """Return the scripts that Termux:Boot would run."""
-    folder = os.path.expanduser("~/.termux/boot")
-    return os.listdir(folder) if os.path.isdir(folder) else []
 
 
 CHECKS = (check_versions, check_bus, check_database, check_spool, check_termux)
@@ -4599,7 +4602,7 @@ def welcome(store, source, url, safe):
          flag("--worker", dest="target_worker", help="only this worker may do it"),
          flag("--capability", dest="required_capability", help="only a worker with this capability may do it"),
          flag("--public", dest="visibility", action="store_const", const="public", help="workers of every owner may do it"),
-         flag("--spool", dest="spool", action="store_const", const=SPOOL_FILE,
+         flag("--spool", action="store_const", const=SPOOL_FILE,
               help="if the bus cannot be reached, keep it on disk: the next publish --spool, flush or work sends it"),
          flag("--idempotency-key", help="publishing again with the same key within a day stores nothing new"),
          flag("--lines", action="store_true", help="an intent for each line of stdin, its text the payload"),
