@@ -577,8 +577,8 @@ class Store:
         status "delayed" is for those open ones that cannot be claimed yet.
         """
         delayed = status == "delayed"
-        values = dict(owner=owner, status="open" if delayed else status, ready=0 if delayed else None, goal=goal, namespace=namespace, before=before or "g",     # after every id
-                      limit=limit, rows=LIST_ROWS)
+        values = dict(owner=owner, status="open" if delayed else status, ready=0 if delayed else None, goal=goal,
+                      namespace=namespace, before=before or "g", limit=limit, rows=LIST_ROWS)     # "g" is after every id
         kind = DEAD if status == "dead" else ANY
         with self._reader() as db:
             floor = db.execute(PAGE_FLOOR.format(kind=kind), values).fetchone()
