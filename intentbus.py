@@ -472,13 +472,14 @@ PAGE_FLOOR = """
 THE_DEAD = """
     SELECT   {what}
     FROM     intents
-    WHERE    completed_at <= :until
-    AND      status = 'dead'
+    WHERE    status = 'dead'
+    AND      id > ''     -- for the index of the dead, not that of all that has ended
+    AND      +completed_at <= :until
     AND      (:owner IS NULL OR owner = :owner)
     AND      (:goal IS NULL OR goal = :goal)
     AND      (:namespace IS NULL OR namespace = :namespace)
     AND      (:ids IS NULL OR :ids LIKE '%' || id || '%')
-    ORDER BY completed_at
+    ORDER BY +completed_at
     LIMIT    :limit
 """
 ANY, DEAD = "TRUE", "status = 'dead'"     # the kind: a literal, since the index of the dead serves no parameter

@@ -624,6 +624,10 @@ def test_a_list_of_the_dead_looks_at_the_dead_only(store):
             kind=intentbus.DEAD), **values))
 
 
+def test_to_find_the_dead_that_fit_looks_at_the_dead_only(store):
+    assert "INDEX intents_dead" in plan(store, intentbus.THE_DEAD.format(what="id"), **intentbus.dead_values(10))
+
+
 def test_the_next_wake_is_one_look_into_an_index(store):
     add(store, published(), published(now=2000.0))
     assert store.next_wake() == 1000 + 3600
