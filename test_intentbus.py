@@ -6079,7 +6079,7 @@ def test_the_python_examples_work_together(serve):
 @SLOW
 @POSIX
 def test_the_benchmark_measures_and_says_what_is_not_here(tmp_path):
-    found = subprocess.run([sys.executable, HERE / "examples" / "benchmark.py", "--only", "cycles", "--seconds", "0.05", "--rounds",
+    found = subprocess.run([sys.executable, HERE / "examples" / "benchmark.py", "--only", "cycles", "--seconds", "0.5", "--rounds",
                             "1", "--dir", tmp_path, "--json"], env=dict(os.environ, PATH="/nowhere"), capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     rows = {row["what"]: row for row in json.loads(found.stdout)["rows"]}
