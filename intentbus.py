@@ -420,6 +420,13 @@ CLAIMED_WITH = """
     AND    claim_owner = :owner
     AND    status = 'claimed'
 """
+REMEMBER = """
+    INSERT INTO memos (kind, owner, key, value, expires_at)
+    VALUES      (:kind, :owner, :key, :value, :expires_at)
+    ON CONFLICT (kind, owner, key) DO UPDATE
+    SET         value = excluded.value,
+                expires_at = excluded.expires_at
+"""
 HEAD_OF_LANE = """
     SELECT   *
     FROM     intents
@@ -452,11 +459,11 @@ PAGE = """
     WHERE    id < :before
     AND      id >= :floor
     AND      {kind}
-    AND      (:status IS NULL OR status = :status)
-    AND      (:ready IS NULL OR ready = :ready)
-    AND      (:owner IS NULL OR owner = :owner)
-    AND      (:goal IS NULL OR goal = :goal)
-    AND      (:namespace IS NULL OR namespace = :namespace)
+    AND      (CAST(:status AS TEXT) IS NULL OR status = :status)
+    AND      (CAST(:ready AS INTEGER) IS NULL OR ready = :ready)
+    AND      (CAST(:owner AS TEXT) IS NULL OR owner = :owner)
+    AND      (CAST(:goal AS TEXT) IS NULL OR goal = :goal)
+    AND      (CAST(:namespace AS TEXT) IS NULL OR namespace = :namespace)
     ORDER BY id DESC
     LIMIT    :limit
 """
@@ -475,10 +482,10 @@ THE_DEAD = """
     WHERE    status = 'dead'
     AND      id > ''     -- for the index of the dead, not that of all that has ended
     AND      +completed_at <= :until
-    AND      (:owner IS NULL OR owner = :owner)
-    AND      (:goal IS NULL OR goal = :goal)
-    AND      (:namespace IS NULL OR namespace = :namespace)
-    AND      (:ids IS NULL OR :ids LIKE '%' || id || '%')
+    AND      (CAST(:owner AS TEXT) IS NULL OR owner = :owner)
+    AND      (CAST(:goal AS TEXT) IS NULL OR goal = :goal)
+    AND      (CAST(:namespace AS TEXT) IS NULL OR namespace = :namespace)
+    AND      (CAST(:ids AS TEXT) IS NULL OR :ids LIKE '%' || id || '%')
     ORDER BY +completed_at
     LIMIT    :limit
 """
@@ -590,12 +597,18 @@ class Store:
         """Return how many intents are dead, of those that THE_DEAD describes."""
         with self._reader() as db:
             return db.execute(f"SELECT COUNT(*) AS number FROM ({THE_DEAD.format(what='id')})",
-                              dead_values(-1, **which)).fetchone().number
+                              dead_values(sys.maxsize, **which)).fetchone().number
 
     def tallies(self):
         """Return {"namespace", "publisher", "status", "intents"} for each that there is: how many are stored."""
         with self._reader() as db:
-            return db.execute("SELECT * FROM tallies WHERE intents > 0 ORDER BY namespace, publisher, status").fetchall()
+            return db.execute("""
+                SELECT   namespace, publisher, status, SUM(intents) AS intents
+                FROM     tallies
+                GROUP BY namespace, publisher, status
+                HAVING   SUM(intents) > 0
+                ORDER BY namespace, publisher, status
+            """).fetchall()
 
     def keys(self):
         """Return the issued keys that are not revoked."""
@@ -737,8 +750,12 @@ class Store:
                    completed_at = completed_at + :seconds,
                    wake_at = wake_at + :seconds
         """, dict(seconds=seconds))
-        self._db.execute("UPDATE memos SET expires_at = expires_at + :seconds WHERE kind != 'nonces' OR :seconds > 0",
-                         dict(seconds=seconds))     # set back, the clock will come to a nonce's time once more
+        self._db.execute("""
+            UPDATE memos
+            SET    expires_at = expires_at + :seconds
+            WHERE  kind <> 'nonces'
+            OR     CAST(:seconds AS DOUBLE PRECISION) > 0
+        """, dict(seconds=seconds))     # set back, the clock will come to a nonce's time once more
         self._note_clock(now, offset, boot)
 
     @operation
@@ -766,7 +783,7 @@ class Store:
             DELETE FROM intents
             WHERE       id IN (SELECT id
                                FROM   intents
-                               WHERE  (:namespace IS NULL OR namespace = :namespace)
+                               WHERE  (CAST(:namespace AS TEXT) IS NULL OR namespace = :namespace)
                                LIMIT  :rows)
             RETURNING   namespace, publisher, status
         """, dict(namespace=namespace, rows=SETTLE_ROWS)))
@@ -783,33 +800,34 @@ class Store:
     def revoke_key(self, key_id, now):
         """Mark an issued key as revoked; return whether there was one."""
         return self._db.execute("""
-            UPDATE keys
-            SET    revoked_at = :now
-            WHERE  key_id = :key_id
-            AND    revoked_at IS NULL
-        """, dict(key_id=key_id, now=now)).rowcount == 1
+            UPDATE    keys
+            SET       revoked_at = :now
+            WHERE     key_id = :key_id
+            AND       revoked_at IS NULL
+            RETURNING key_id
+        """, dict(key_id=key_id, now=now)).fetchone() is not None
 
     @operation
     def count_usage(self, usage):
-        """Add to how often and when keys were used: (requests, last time, key id) of each."""
+        """Add to how often and when keys were used: {"key_id", "requests", "last"} of each."""
         self._db.executemany("""
             UPDATE keys
-            SET    total_requests = total_requests + ?,
-                   last_used_at = ?
-            WHERE  key_id = ?
+            SET    total_requests = total_requests + :requests,
+                   last_used_at = :last
+            WHERE  key_id = :key_id
         """, usage)
 
     @operation
     def count_events(self, events):
-        """Add to the history: (minute, event, times) of each; what is older than HISTORY_MINUTES is deleted."""
+        """Add to the history: {"minute", "event", "times"} of each; what is older than HISTORY_MINUTES is deleted."""
         self._db.executemany("""
             INSERT INTO history (minute, event, times)
-            VALUES      (?, ?, ?)
+            VALUES      (:minute, :event, :times)
             ON CONFLICT (minute, event) DO UPDATE
             SET         times = history.times + excluded.times
         """, events)
         self._db.execute("DELETE FROM history WHERE minute < :oldest",
-                         dict(oldest=max(minute for minute, *_ in events) - HISTORY_MINUTES))
+                         dict(oldest=max(event["minute"] for event in events) - HISTORY_MINUTES))
 
     @operation
     def remember(self, kind, owner, key, value, expires_at):
@@ -833,8 +851,8 @@ class Store:
         if value is not None:
             self._db.execute("""
                 UPDATE memos
-                SET    value = COALESCE(:value, value),
-                       expires_at = CASE WHEN :value IS NULL THEN 0 ELSE expires_at END
+                SET    value = COALESCE(CAST(:value AS TEXT), value),
+                       expires_at = CASE WHEN CAST(:value AS TEXT) IS NULL THEN 0 ELSE expires_at END
                 WHERE  kind = :kind
                 AND    owner = :owner
                 AND    key = :key
@@ -844,10 +862,14 @@ class Store:
     @operation
     def forget(self, kind, owner, key, now):
         """Forget a memo; return whether there was one."""
-        known = self._recall(self._db, kind, owner, key, now) is not None
-        self._db.execute("DELETE FROM memos WHERE kind = :kind AND owner = :owner AND key = :key",
-                         dict(kind=kind, owner=owner, key=key))
-        return known
+        known = self._db.execute("""
+            DELETE FROM memos
+            WHERE       kind = :kind
+            AND         owner = :owner
+            AND         key = :key
+            RETURNING   expires_at
+        """, dict(kind=kind, owner=owner, key=key)).fetchone()
+        return bool(known) and known.expires_at > now
 
     # -- Inside the transaction --
 
@@ -914,10 +936,11 @@ class Store:
                 moved[intent.namespace, intent.publisher, after] += 1
         self._db.executemany("""
             INSERT INTO tallies (namespace, publisher, status, intents)
-            VALUES      (?, ?, ?, ?)
+            VALUES      (:namespace, :publisher, :status, :intents)
             ON CONFLICT (namespace, publisher, status) DO UPDATE
             SET         intents = tallies.intents + excluded.intents
-        """, [(*key, number) for key, number in moved.items() if number and key[2]])
+        """, [dict(namespace=namespace, publisher=publisher, status=status, intents=number)
+              for (namespace, publisher, status), number in moved.items() if number and status])
 
     def _settle(self, now):
         due = self._db.execute("""
@@ -950,19 +973,13 @@ class Store:
         return found and found.value
 
     def _remember_first(self, kind, owner, key, value, expires_at, now):
-        if self._recall(self._db, kind, owner, key, now) is not None:
-            return False
-        self._remember(kind, owner, key, value, expires_at)
-        return True
+        return self._db.execute(REMEMBER + """
+            WHERE       memos.expires_at <= :now
+            RETURNING   key
+        """, dict(kind=kind, owner=owner, key=key, value=value, expires_at=expires_at, now=now)).fetchone() is not None
 
     def _remember(self, kind, owner, key, value, expires_at):
-        self._db.execute("""
-            INSERT INTO memos (kind, owner, key, value, expires_at)
-            VALUES      (:kind, :owner, :key, :value, :expires_at)
-            ON CONFLICT (kind, owner, key) DO UPDATE
-            SET         value = excluded.value,
-                        expires_at = excluded.expires_at
-        """, dict(kind=kind, owner=owner, key=key, value=value, expires_at=expires_at))
+        self._db.execute(REMEMBER, dict(kind=kind, owner=owner, key=key, value=value, expires_at=expires_at))
 
     # -- Group commit --
 
@@ -1731,7 +1748,8 @@ class Bus:
         if self._history and time.monotonic() >= self._next_count:
             self._next_count = time.monotonic() + USAGE_SECONDS
             counted = collections.Counter(self._history)
-            self.store.count_events([(minute, event, times) for (minute, event), times in counted.items()])
+            self.store.count_events([dict(minute=minute, event=event, times=times)
+                                     for (minute, event), times in counted.items()])
             with self._recording:
                 self._history -= counted
         if self._steady() >= self._note_at and self.store.next_wake():
@@ -2123,7 +2141,8 @@ class Keys:
         with self._lock:
             usage, self._usage, self._written = self._usage, {}, time.monotonic()
         if usage:
-            self._store.count_usage([(requests, last, key_id) for key_id, (requests, last) in usage.items()])
+            self._store.count_usage([dict(key_id=key_id, requests=requests, last=last)
+                                     for key_id, (requests, last) in usage.items()])
 
 
 def usable_key(key, where):
