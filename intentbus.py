@@ -354,7 +354,8 @@ for column in COLUMNS:     # attributes as a Record has them, ten times faster: 
 
 # ---- 4. Store ----
 # All the SQL. One connection writes, and commits what queued up meanwhile as one transaction (group commit); others read.
-# One method is one operation; a rule passed in decides, inside the transaction, how an intent changes.
+# One method is one operation; a rule passed in decides, inside the transaction, how an intent changes. What a database
+# that several buses share needs besides is empty here: see examples/postgres_bus.py.
 
 SCHEMA = """
     CREATE TABLE intents (
@@ -413,6 +414,7 @@ UPDATE = """
            result = :result, result_type = :result_type, last_error = :last_error, completed_at = :completed_at
     WHERE  id = :id
 """
+ONE = "SELECT * FROM intents WHERE id = :id"
 CLAIMED_WITH = """
     SELECT *
     FROM   intents
@@ -492,6 +494,11 @@ THE_DEAD = """
 ANY, DEAD = "TRUE", "status = 'dead'"     # the kind: a literal, since the index of the dead serves no parameter
 
 
+def statements(version):
+    """Return what brings a database from a schema version to this one's."""
+    return [statement for script in MIGRATIONS[version:] for statement in script.split(";")]
+
+
 def lock(file):
     """Take the lock of an open file, which ends with this process; raises OSError while another process has it."""
     if POSIX:
@@ -532,19 +539,54 @@ class Job:
         self.called = queue.SimpleQueue()     # an item once it has ended, or is the one to commit what is queued
 
 
+class Allowance:
+    """So many a minute for each name, and as many at once (a token bucket)."""
+
+    def __init__(self, per_minute):
+        self._per_second, self._most = per_minute / 60, per_minute
+        self._left = {}     # name: (how many, as of when)
+        self._lock = threading.Lock()
+
+    def take(self, name, number=1):
+        """Use it up by a number, less than 0 to give back; return how many seconds to wait if there is not enough."""
+        now = time.monotonic()
+        with self._lock:
+            if len(self._left) > 10000:     # addresses are many; forgetting them favours nobody for long
+                self._left.clear()
+            left, since = self._left.get(name, (self._most, now))
+            left = min(self._most, left + (now - since) * self._per_second)
+            if left < number:
+                return (number - left) / self._per_second
+            self._left[name] = min(self._most, left - number), now
+            return 0
+
+
 class Store:
     """The intents, in one SQLite file.
 
     `on_commit(moves)` is called after each commit, outside of the transaction, with (intent, status before) of each that
-    it stored or changed. `on_death(intent)` is called inside, and may return an intent to store with that death.
+    it stored or changed; `on_news(moves)` with those of other buses. `on_death(intent)` is called inside, and may return
+    an intent to store with that death.
+
+    A subclass for a database that several buses share says how to reach it (`_open`, `close`, `_commit`, `_reader`),
+    what comes of the others (`on_news`, `changed_elsewhere`), what keeps them apart (the next three, `_first`,
+    `_exclusively`), and what they have in common: `clock`, which returns Unix seconds, and `allowance`.
     """
 
-    def __init__(self, path):
+    HELD = FREE = ""     # after a SELECT: rows that are to be changed, and only those that nobody else is changing
+    clock = None         # the machine's own
+    allowance = Allowance
+
+    def __init__(self, where):
         """Open or create the database; raises SetupError, in words, if that cannot be."""
+        self.on_commit = self.on_news = lambda moves: None
+        self.on_death = lambda intent: None
+        self.warning = None
+        self._open(where)
+
+    def _open(self, path):
         import sqlite3
         self.path = os.path.realpath(path)     # a link to a file has no lock of its own
-        self.on_commit, self.on_death = lambda moves: None, lambda intent: None
-        self.warning = None
         self._jobs = collections.deque()
         self._moves = []     # of the transaction that runs: (intent, status before, status after), None where there is none
         self._writing, self._synced = threading.Lock(), True
@@ -576,7 +618,7 @@ class Store:
     def get(self, intent_id):
         """Return the intent; raises NotFound."""
         with self._reader() as db:
-            return self._one(db, intent_id)
+            return self._found(db.execute(ONE, dict(id=intent_id)), intent_id)
 
     def list(self, limit, owner=None, status=None, goal=None, namespace=None, before=None):
         """Return up to limit intents, newest first, from before an id on, and the id that it looked down to, or None.
@@ -682,12 +724,14 @@ class Store:
         publisher may have; with more, RateLimited is raised.
         """
         caller, key, digest = idempotency or (None, None, None)
+        if key:
+            self._exclusively("idempotency", caller, key)
         if key and (known := self._recall(self._db, "idempotency", caller, key, now)):
             if not known.startswith(digest):
                 raise IdempotencyConflict("Key reused with different payload: an Idempotency-Key stands for one request.")
             return Record(json.loads(known[len(digest):]))
-        if most is not None and intents and self._unfinished(intents[0].publisher) + len(intents) > most:
-            raise RateLimited(f"This key may have {most} unfinished intents; wait until some are done.", "limit_exceeded")
+        if most is not None and intents:
+            self._require_room(intents[0].publisher, len(intents), most)
         self._insert(intents)
         if key:
             self._remember("idempotency", caller, key, digest + to_json(answer), now + IDEMPOTENCY_SECONDS)
@@ -699,9 +743,11 @@ class Store:
 
         lanes may be patterns, too. What the owner has claimed with that token comes first: its answer was lost.
         """
+        if token_hash:
+            self._exclusively("claim", owner, token_hash)
         self._settle(now)
         again = dict(token_hash=token_hash, owner=owner)
-        while intent := token_hash and self._db.execute(CLAIMED_WITH, again).fetchone() or self._first(lanes):
+        while intent := token_hash and self._db.execute(CLAIMED_WITH + self.HELD, again).fetchone() or self._first(lanes):
             if intent.expires_at > now:
                 return self._change(intent, rule(intent))
             self._change(intent, intent.woken(now))
@@ -709,13 +755,13 @@ class Store:
     @operation
     def change(self, intent_id, rule):
         """Change an intent by rule(intent), which returns changed columns or raises, and return it; raises NotFound."""
-        intent = self._one(self._db, intent_id)
+        intent = self._found(self._db.execute(ONE + self.HELD, dict(id=intent_id)), intent_id)
         return self._change(intent, rule(intent))
 
     @operation
     def change_dead(self, limit, rule, **which):
         """Change up to limit dead intents, oldest first, by rule(intent), and return their number; see THE_DEAD."""
-        dead = self._db.execute(THE_DEAD.format(what="*"), dead_values(limit, **which)).fetchall()
+        dead = self._db.execute(THE_DEAD.format(what="*") + self.HELD, dead_values(limit, **which)).fetchall()
         for intent in dead:
             self._change(intent, rule(intent))
         return len(dead)
@@ -847,6 +893,7 @@ class Store:
     @operation
     def change_memo(self, kind, owner, key, rule, now):
         """Replace a memo by rule(value): a text, or None to forget it; return what it was, None if there is none."""
+        self._exclusively(kind, owner, key)
         value = self._recall(self._db, kind, owner, key, now)
         if value is not None:
             self._db.execute("""
@@ -873,6 +920,9 @@ class Store:
 
     # -- Inside the transaction --
 
+    def _exclusively(self, *what):
+        """Let no other bus do the same, with the same names, before this transaction has ended: a file has one bus."""
+
     def _first(self, lanes):
         """Return the first intent that is ready in these lanes: one index entry is looked at for each lane in use."""
         return min((head for pattern in lanes for head in self._heads(pattern)), default=None, key=lambda head: (
@@ -891,8 +941,8 @@ class Store:
                 yield head
             after = head.lane
 
-    def _one(self, db, intent_id):
-        intent = db.execute("SELECT * FROM intents WHERE id = :id", dict(id=intent_id)).fetchone()
+    def _found(self, rows, intent_id):
+        intent = rows.fetchone()
         if intent is None:
             raise no_such(intent_id)
         return intent
@@ -917,15 +967,19 @@ class Store:
         self._moves += [(row, row.status, None) for row in rows]
         return rows
 
-    def _unfinished(self, publisher):
-        return self._db.execute("""
+    def _require_room(self, publisher, number, most):
+        """Raise RateLimited if a publisher would have more than so many unfinished intents, with that many new ones."""
+        self._exclusively("publisher", publisher)
+        stored = self._db.execute("""
             SELECT COALESCE(SUM(intents), 0) AS intents
             FROM   tallies
             WHERE  publisher = :publisher
             AND    status IN ('open', 'claimed')
-        """, dict(publisher=publisher)).fetchone().intents + sum(
-            (after in ("open", "claimed")) - (before in ("open", "claimed"))
-            for intent, before, after in self._moves if intent.publisher == publisher)
+        """, dict(publisher=publisher)).fetchone().intents
+        moved = sum((after in ("open", "claimed")) - (before in ("open", "claimed"))
+                    for intent, before, after in self._moves if intent.publisher == publisher)
+        if stored + moved + number > most:
+            raise RateLimited(f"This key may have {most} unfinished intents; wait until some are done.", "limit_exceeded")
 
     def _tally(self):
         """Bring the tallies up to date with what this transaction has moved from one status to another."""
@@ -949,7 +1003,7 @@ class Store:
             WHERE    wake_at <= :now
             ORDER BY wake_at
             LIMIT    :rows
-        """, dict(now=now, rows=SETTLE_ROWS)).fetchall()
+        """ + self.FREE, dict(now=now, rows=SETTLE_ROWS)).fetchall()
         counts = Record(expired_open_dead=0, expired_claims_dead=0)
         for intent in due:
             claimed = intent.status == "claimed"
@@ -1169,9 +1223,8 @@ class Store:
             self._db.execute("PRAGMA journal_mode = TRUNCATE")     # a deleted one may be back after a power cut
             self.warning = f"{self.path} is on a file system without shared memory: the bus works, but slower."
         self._db.execute("BEGIN IMMEDIATE")
-        for script in MIGRATIONS[version:]:
-            for statement in script.split(";"):
-                self._db.execute(statement)
+        for statement in statements(version):
+            self._db.execute(statement)
         self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         self._db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
         self._db.execute("COMMIT")
@@ -1357,12 +1410,14 @@ class Bus:
     """Publish, claim, fulfill, fail: what may happen to an intent, and who may ask for it.
 
     `clock` and `steady` return seconds; the second one runs evenly from wherever it started, `boot` names that start.
+    A store that several buses share has a clock of its own, which takes the place of both.
     """
 
     def __init__(self, store, require_claim_token=False, retention=RETENTION_SECONDS, announce_dead=False,
-                 clock=time.time, steady=steady_clock, jitter=random.random, boot=this_boot):
+                 clock=None, steady=None, jitter=random.random, boot=this_boot):
         self.store, self.require_claim_token, self.retention = store, require_claim_token, retention
-        self._clock, self._steady, self._jitter = clock, steady, jitter
+        self._clock, self._steady = clock or store.clock or time.time, steady or store.clock or steady_clock
+        self._jitter = jitter
         self._setting_clock = threading.Lock()
         self._waiting = Waiting()
         self._stopped = threading.Event()
@@ -1372,11 +1427,11 @@ class Bus:
         self._problem = None
         self._roster, self._goals = Roster(), set()     # (namespace, goal) of those that are known to have had a worker
         self._recording = threading.Lock()
-        self._events, self._event = collections.deque(maxlen=EVENTS), int(clock() * 1000)     # goes on after a restart
+        self._events, self._event = collections.deque(maxlen=EVENTS), int(self._clock() * 1000)     # goes on after a restart
         self._history = collections.Counter()     # (minute, event): times, that are not stored yet
         self._boot, self._note_at = boot(), 0
         self._offset = self._offset_on_record()
-        store.on_commit = self._announce
+        store.on_commit, store.on_news = self._announce, self._tell
         if announce_dead:
             store.on_death = self._announcement
 
@@ -1784,7 +1839,14 @@ class Bus:
                     return
 
     def _announce(self, moves):
-        """Remember what a commit has done, and wake whom it is news to."""
+        """Count what a commit has done, and tell everyone."""
+        minute = int(self._clock() // 60)
+        with self._recording:
+            self._history.update((minute, COUNTED[word]) for move in moves if (word := event(*move)) in COUNTED)
+        self._tell(moves)
+
+    def _tell(self, moves):
+        """Remember what a commit has done, here or at another bus, and wake whom it is news to."""
         self._record([(word, intent) for intent, before in moves if (word := event(intent, before))])
         for intent, _ in moves:
             if intent.ready:
@@ -1797,7 +1859,7 @@ class Bus:
                     self._alarm.notify()
 
     def _record(self, events):
-        """Remember what has happened, for those who watch and for the history."""
+        """Remember what has happened, for those who watch."""
         if not events:
             return
         now = self._clock()
@@ -1805,8 +1867,6 @@ class Bus:
             for word, intent in events:
                 self._event += 1
                 self._events.append(Record(intent.pick(EVENT_FIELDS), number=self._event, time=now, event=word))
-                if word in COUNTED:
-                    self._history[int(now // 60), COUNTED[word]] += 1
         self._waiting.wake_all((NEWS,))
 
     def _announcement(self, intent):
@@ -1947,28 +2007,6 @@ def same(given, secret):
     return hmac.compare_digest((given or "").encode(), secret.encode())
 
 
-class Allowance:
-    """So many a minute for each name, and as many at once (a token bucket)."""
-
-    def __init__(self, per_minute):
-        self._per_second, self._most = per_minute / 60, per_minute
-        self._left = {}     # name: (how many, as of when)
-        self._lock = threading.Lock()
-
-    def take(self, name, number=1):
-        """Use it up by a number, less than 0 to give back; return how many seconds to wait if there is not enough."""
-        now = time.monotonic()
-        with self._lock:
-            if len(self._left) > 10000:     # addresses are many; forgetting them favours nobody for long
-                self._left.clear()
-            left, since = self._left.get(name, (self._most, now))
-            left = min(self._most, left + (now - since) * self._per_second)
-            if left < number:
-                return (number - left) / self._per_second
-            self._left[name] = min(self._most, left - number), now
-            return 0
-
-
 class Keys:
     """The keys of a bus, and what may be done without one.
 
@@ -1977,11 +2015,11 @@ class Keys:
     """
 
     def __init__(self, owner_key, store, admin_secret=None, dashboard_password=None, metrics_token=None,
-                 require_signatures=False, rate=RATE_PER_MINUTE, most=None, clock=time.time):
-        self._owner_key, self._store, self._clock = owner_key, store, clock
+                 require_signatures=False, rate=RATE_PER_MINUTE, most=None, clock=None):
+        self._owner_key, self._store, self._clock = owner_key, store, clock or store.clock or time.time
         self._admin_secret, self._dashboard_password = admin_secret, dashboard_password
         self._metrics_token, self._require_signatures = metrics_token, require_signatures
-        self._rate, self._failures = Allowance(rate), Allowance(FAILURES_PER_MINUTE)
+        self._rate, self._failures = store.allowance(rate), Allowance(FAILURES_PER_MINUTE)
         self._most = UNFINISHED if most is None else most
         self._usage, self._written = {}, time.monotonic()     # key id: (requests, last time)
         self._lock = threading.Lock()
@@ -3370,13 +3408,26 @@ def api_of(store, key, require_claim_token=False, retention=RETENTION_SECONDS, r
                switched_on("BUS_MAINTENANCE_MODE"))
 
 
+STORES = {}     # by the scheme of a URL: what opens other databases than a SQLite file, see examples/postgres_bus.py
+
+
+def open_store(where=None):
+    """Return the store of a database: a file, or a URL of a scheme in STORES; BUS_DB_PATH or intentbus.db if not given."""
+    where = where or os.environ.get("BUS_DB_PATH") or "intentbus.db"
+    scheme = re.match("([a-z]+)://", where)
+    if scheme and scheme[1] not in STORES:
+        raise SetupError(f"intentbus.py itself opens SQLite files only, and no {scheme[1]}://; for PostgreSQL, run "
+                         "examples/postgres_bus.py instead.")
+    return STORES[scheme[1]](where) if scheme else Store(where)
+
+
 WSGI_STARTING = threading.Lock()     # of the first requests, one opens the database
 
 
 @functools.lru_cache(maxsize=None)
 def wsgi_api(process):
     """Return the API of this process: a forked worker opens the database anew."""
-    return api_of(Store(os.environ.get("BUS_DB_PATH") or "intentbus.db"), owner_key()[0])
+    return api_of(open_store(), owner_key()[0])
 
 
 def application(environ, start_response):
@@ -4572,7 +4623,7 @@ def serve_command(options):
     if options.tls_key and not options.tls_cert:
         raise Invalid("--tls-key needs --tls-cert.")
     key, source = owner_key(options.key_file)
-    store = Store(options.db or os.environ.get("BUS_DB_PATH") or "intentbus.db")
+    store = open_store(options.db)
     try:
         api = api_of(store, key, options.require_claim_token, options.retention, options.rate_limit,
                      options.max_unfinished, options.max_body, options.require_signatures, options.announce_dead)
