@@ -569,10 +569,16 @@ class Store:
     an intent to store with that death.
 
     A subclass for a database that several buses share says how to reach it (`_open`, `close`, `_commit`, `_reader`),
-    what comes of the others (`on_news`, `changed_elsewhere`), what keeps them apart (the next three, `_first`,
-    `_exclusively`), and what they have in common: `clock`, which returns Unix seconds, and `allowance`.
+    what comes of the others (`on_news`, `changed_elsewhere`), what keeps them apart (`TALLY`, `HELD`, `FREE`,
+    `_first`, `_exclusively`), and what they have in common: `clock`, which returns Unix seconds, and `allowance`.
     """
 
+    TALLY = """
+        INSERT INTO tallies (namespace, publisher, status, intents)
+        VALUES      (:namespace, :publisher, :status, :intents)
+        ON CONFLICT (namespace, publisher, status) DO UPDATE
+        SET         intents = tallies.intents + excluded.intents
+    """
     HELD = FREE = ""     # after a SELECT: rows that are to be changed, and only those that nobody else is changing
     clock = None         # the machine's own
     allowance = Allowance
@@ -988,13 +994,8 @@ class Store:
             if before != after:
                 moved[intent.namespace, intent.publisher, before] -= 1
                 moved[intent.namespace, intent.publisher, after] += 1
-        self._db.executemany("""
-            INSERT INTO tallies (namespace, publisher, status, intents)
-            VALUES      (:namespace, :publisher, :status, :intents)
-            ON CONFLICT (namespace, publisher, status) DO UPDATE
-            SET         intents = tallies.intents + excluded.intents
-        """, [dict(namespace=namespace, publisher=publisher, status=status, intents=number)
-              for (namespace, publisher, status), number in moved.items() if number and status])
+        self._db.executemany(self.TALLY, [dict(namespace=namespace, publisher=publisher, status=status, intents=number)
+                                          for (namespace, publisher, status), number in moved.items() if number and status])
 
     def _settle(self, now):
         due = self._db.execute("""
