@@ -10,6 +10,7 @@ target_session_attrs=read-write in the URL follow a failover. It has been run on
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -83,6 +84,7 @@ BUSES = """
 """
 
 
+@functools.lru_cache(maxsize=None)
 def translated(statement):
     """Return a statement of the Store as psycopg takes it: :name becomes %(name)s."""
     return re.sub(r"(?<![:\w]):([a-z_]+)", r"%(\1)s", statement.replace("%", "%%"))
@@ -96,17 +98,22 @@ def storable(values):
 class Connection(psycopg.Connection):
     """A connection that takes statements as the Store writes them."""
 
-    def execute(self, statement, values=(), **options):
-        return super().execute(translated(statement), storable(dict(values)), **options)
+    def execute(self, statement, values=None, **options):
+        if values is None:
+            return super().execute(statement, **options)
+        return super().execute(translated(statement), storable(values), **options)
 
     def executemany(self, statement, rows):
+        if len(rows) == 1:
+            return self.execute(statement, rows[0])
         with self.cursor() as cursor:
-            cursor.executemany(translated(statement), [storable(row) for row in rows])
+            return cursor.executemany(translated(statement), [storable(row) for row in rows])
 
 
 def as_intents(cursor):
     """Return what makes a row of a result, as in the Store."""
-    names = [column.name for column in cursor.description or ()]
+    result = cursor.pgresult
+    names = [result.fname(number).decode() for number in range(result.nfields)]
     return lambda values: Intent(zip(names, values))
 
 
@@ -228,12 +235,12 @@ class PostgresStore(Store):
         return result
 
     def _transact(self, run, synced):
-        with self._pool.connection() as db, db.pipeline(), db.transaction():
+        with self._pool.connection() as db:     # which is rolled back by the pool after an error
             self._own.db, self._moves = db, []
-            if not synced:
-                db.execute("SET LOCAL synchronous_commit = off")
+            db.execute("BEGIN" if synced else "BEGIN; SET LOCAL synchronous_commit = off")
             result = run()
             self._tally()
+            db.execute("COMMIT")
             self._to_fold = self._to_fold or bool(self._moves)
             return result, [(intent, before) for intent, before, after in self._moves if after]
 
