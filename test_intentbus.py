@@ -83,9 +83,53 @@ def clock():
     return Clock()
 
 
+POSTGRES = os.environ.get("INTENTBUS_TEST_POSTGRES")     # the DSN of a database where schemas can be made and dropped
+ON_A_FILE = pytest.mark.parametrize("kind", ["sqlite"], indirect=True)     # of what only a SQLite file has
+ON_POSTGRES = pytest.mark.skipif(not POSTGRES, reason="INTENTBUS_TEST_POSTGRES is not set")
+
+
+@pytest.fixture(scope="module", params=["sqlite", *(["postgres"] if POSTGRES else [])])
+def kind(request):
+    """What the intents are in: the tests of the store and of all above it are one contract for both."""
+    yield request.param
+    if request.param == "postgres":
+        while SCHEMAS:
+            postgres(f"DROP SCHEMA {SCHEMAS.pop()} CASCADE")
+
+
+SCHEMAS = set()     # that were made in PostgreSQL, one for each path that would be a file
+
+
+def postgres(statement, values=None):
+    """Run a statement in PostgreSQL, and return its rows, if it has any."""
+    import psycopg
+    with psycopg.connect(POSTGRES, autocommit=True) as db:
+        result = db.execute(statement, values)
+        return result.fetchall() if result.description else None
+
+
+def dsn(path):
+    """Return the DSN of the schema that stands for a path."""
+    from psycopg.conninfo import make_conninfo
+    schema = "test_" + hashlib.sha256(f"{os.getpid()} {path}".encode()).hexdigest()[:16]
+    if schema not in SCHEMAS:
+        SCHEMAS.add(schema)
+        postgres(f"CREATE SCHEMA {schema}")
+    return make_conninfo(POSTGRES, options=f"-c search_path={schema}")
+
+
+def open_store(kind, path):
+    """Return a store of a kind; the same path is the same intents."""
+    if kind == "sqlite":
+        return Store(path)
+    sys.path.insert(0, str(HERE / "examples"))
+    import postgres_bus
+    return postgres_bus.PostgresStore(dsn(path))
+
+
 @pytest.fixture
-def store(tmp_path):
-    store = Store(tmp_path / "bus.db")
+def store(kind, tmp_path):
+    store = open_store(kind, tmp_path / "bus.db")
     yield store
     store.close()
 
@@ -156,9 +200,9 @@ COMMON = {"x-frame-options": "DENY", "x-content-type-options": "nosniff", "refer
 class Served:
     """A bus on a free port, and ways to talk to it."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, kind="sqlite"):
         self.db = str(folder / "bus.db")
-        self.store = intentbus.Store(self.db)
+        self.store = open_store(kind, self.db)
         self.api = intentbus.API(intentbus.Bus(self.store), intentbus.Keys(KEY, self.store))
         self.server = intentbus.http_server(self.api, port=0)
         self.port = self.server.server_port
@@ -266,9 +310,9 @@ def watch(thing, name):
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory):
+def shared(kind, tmp_path_factory):
     """One bus for all that is refused."""
-    served = Served(tmp_path_factory.mktemp("shared"))
+    served = Served(tmp_path_factory.mktemp("shared"), kind)
     yield served
     served.close()
 
@@ -282,9 +326,9 @@ def strict(shared):
 
 
 @pytest.fixture
-def served(tmp_path):
+def served(kind, tmp_path):
     """A bus of one test's own."""
-    served = Served(tmp_path)
+    served = Served(tmp_path, kind)
     yield served
     served.close()
 
@@ -300,10 +344,10 @@ ADMIN_SECRET = "a" * 40
 class Bespoke(Served):
     """A bus whose parts have options of their own; it can be restarted on its file."""
 
-    def __init__(self, folder, key=KEY, clock=None, keys=(), api=(), server=()):
-        self.made = folder, key, clock, keys, api, server
+    def __init__(self, folder, key=KEY, clock=None, keys=(), api=(), server=(), kind="sqlite"):
+        self.made = folder, key, clock, keys, api, server, kind
         self.db = str(folder / "bus.db")
-        self.store = Store(self.db)
+        self.store = open_store(kind, self.db)
         clocks = dict(clock=lambda: clock.wall, steady=lambda: clock.steady) if clock else {}
         self.keys = Keys(key, self.store, **dict(keys, **{name: clocks[name] for name in clocks if name == "clock"}))
         self.api = API(Bus(self.store, **clocks), self.keys, **dict(api))
@@ -315,7 +359,7 @@ class Bespoke(Served):
     def restart(self, **changes):
         """Stop it and start it again on the same file."""
         self.close()
-        names = ("folder", "key", "clock", "keys", "api", "server")
+        names = ("folder", "key", "clock", "keys", "api", "server", "kind")
         self.__init__(**dict(zip(names, self.made), **changes))
 
     def issue(self, owner="ann", role="both", name=None, **headers):
@@ -326,11 +370,11 @@ class Bespoke(Served):
 
 
 @pytest.fixture
-def started(tmp_path):
+def started(kind, tmp_path):
     """Start buses with options; each is closed at the end."""
     with contextlib.ExitStack() as stack:
         def start(**options):
-            bus = Bespoke(tmp_path, **options)
+            bus = Bespoke(tmp_path, **dict(dict(kind=kind), **options))
             stack.callback(lambda: bus.close())
             return bus
         yield start
@@ -484,6 +528,7 @@ def add(store, *intents):
     store.add(list(intents), Intent(), 0)
 
 
+@ON_A_FILE
 def test_the_file_is_its_owners_alone_and_says_what_the_protocol_says(store):
     add(store, published())
     assert stat.S_IMODE(os.stat(store.path).st_mode) == 0o600 or os.name != "posix"
@@ -493,10 +538,12 @@ def test_the_file_is_its_owners_alone_and_says_what_the_protocol_says(store):
         assert db.execute("PRAGMA user_version").fetchone() == (len(intentbus.MIGRATIONS),)
 
 
+@ON_A_FILE
 def test_every_write_is_synced(store):
     assert store._db.execute("PRAGMA synchronous").fetchone().synchronous == 2
 
 
+@ON_A_FILE
 def test_operations_of_many_threads_share_commits_and_a_failure_hurts_nobody_else(store):
     commits = []
     store.on_commit = lambda intents: commits.append(len(intents))
@@ -519,6 +566,7 @@ def test_operations_of_many_threads_share_commits_and_a_failure_hurts_nobody_els
     assert commits == [45] and len(store.list(100)[0]) == 45
 
 
+@ON_A_FILE
 def test_a_commit_that_fails_fails_everyone_in_it_and_the_next_one_works(store, monkeypatch):
     class Broken:
         def __init__(self, db):
@@ -540,6 +588,7 @@ def test_a_commit_that_fails_fails_everyone_in_it_and_the_next_one_works(store, 
     assert len(store.list(10)[0]) == 1
 
 
+@ON_A_FILE
 def test_readers_in_the_way_do_not_let_the_log_grow_without_end(store, monkeypatch):
     monkeypatch.setattr(intentbus, "WAL_BYTES", 400_000)
     store._cut_at, done = 400_000, threading.Event()
@@ -563,6 +612,7 @@ def test_readers_in_the_way_do_not_let_the_log_grow_without_end(store, monkeypat
     assert max(lengths) < 3 * 400_000 < 40 * 40_000 < store.bytes()[0] + 400_000
 
 
+@ON_A_FILE
 def test_however_many_read_at_once_the_file_is_opened_a_few_times_only(store):
     opened = watch(store, "_connect")
     with contextlib.ExitStack() as reading:
@@ -575,6 +625,7 @@ def test_however_many_read_at_once_the_file_is_opened_a_few_times_only(store):
     assert late() == []
 
 
+@ON_A_FILE
 def test_a_second_store_on_the_same_file_is_refused_in_words(store):
     with pytest.raises(intentbus.SetupError, match="Another bus is serving .*bus.db; stop it, or"):
         Store(store.path)
@@ -582,6 +633,7 @@ def test_a_second_store_on_the_same_file_is_refused_in_words(store):
 
 @POSIX
 @POSIX
+@ON_A_FILE
 def test_a_second_store_behind_a_link_is_refused_too(store, tmp_path):
     os.symlink(store.path, tmp_path / "link.db")
     with pytest.raises(intentbus.SetupError, match="Another bus is serving .*bus.db; stop it, or"):
@@ -604,6 +656,7 @@ def plan(store, statement, **values):
     return " / ".join(row.detail for row in rows)
 
 
+@ON_A_FILE
 def test_claims_and_deadlines_neither_scan_nor_sort(store):
     claims = [plan(store, intentbus.HEAD_OF_LANE, lane="x"), plan(store, intentbus.HEAD_OF_NEXT_LANE, after="a", end="b")]
     assert claims == ["SEARCH intents USING INDEX intents_ready (lane=?)",
@@ -617,6 +670,7 @@ def test_claims_and_deadlines_neither_scan_nor_sort(store):
     assert len(plans) == 3 and not [p for p in plans if "SCAN" in p or "TEMP B-TREE" in p]
 
 
+@ON_A_FILE
 def test_a_list_of_the_dead_looks_at_the_dead_only(store):
     values = dict.fromkeys(("before", "floor", "status", "ready", "owner", "goal", "namespace", "limit", "rows"))
     for statement in (intentbus.PAGE, intentbus.PAGE_FLOOR):
@@ -624,10 +678,12 @@ def test_a_list_of_the_dead_looks_at_the_dead_only(store):
             kind=intentbus.DEAD), **values))
 
 
+@ON_A_FILE
 def test_to_find_the_dead_that_fit_looks_at_the_dead_only(store):
     assert "INDEX intents_dead" in plan(store, intentbus.THE_DEAD.format(what="id"), **intentbus.dead_values(10))
 
 
+@ON_A_FILE
 def test_the_next_wake_is_one_look_into_an_index(store):
     add(store, published(), published(now=2000.0))
     assert store.next_wake() == 1000 + 3600

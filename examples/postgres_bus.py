@@ -164,9 +164,9 @@ class PostgresStore(Store):
     def close(self):
         """Let go of the database."""
         self._closed.set()
-        self._outbox.put(None)
+        self._outbox.put([LOOK_AGAIN])     # wakes the listener of this bus, too
         for thread in self._threads:
-            thread.join()
+            thread.join(RECHECK_SECONDS)
         self._pool.close()
 
     # -- What all buses have in common --
@@ -231,7 +231,8 @@ class PostgresStore(Store):
                     raise
         if moves:
             self.on_commit(moves)
-            self._outbox.put(moves)
+            self._outbox.put([self._notice(intent, before) for intent, before in moves
+                              if intent.ready or intentbus.event(intent, before)])
         return result
 
     def _transact(self, run, synced):
@@ -252,18 +253,16 @@ class PostgresStore(Store):
         return missed
 
     def _tell_others(self):
-        """Tell the other buses what this one has done, as much at a time as there is."""
-        while moves := self._outbox.get():
-            while not self._outbox.empty() and (more := self._outbox.get()):
-                moves = moves + more
-            notices = [self._notice(intent, before) for intent, before in moves
-                       if intent.ready or intentbus.event(intent, before)]
-            try:
-                with self._reader() as db:
-                    db.execute("SELECT pg_notify(:channel, notice) FROM unnest(CAST(:notices AS TEXT[])) AS notice",
-                               dict(channel=self._channel, notices=notices))
-            except intentbus.Unavailable:
-                self._outbox.put(moves)
+        """Tell the other buses what this one has done, as much at a time as there is, and at the end to look for themselves."""
+        notices = []
+        while not self._closed.is_set():
+            notices += self._outbox.get()
+            while not self._outbox.empty():
+                notices += self._outbox.get()
+            with contextlib.suppress(intentbus.Unavailable), self._reader() as db:
+                db.execute("SELECT pg_notify(:channel, notice) FROM unnest(CAST(:notices AS TEXT[])) AS notice",
+                           dict(channel=self._channel, notices=notices))
+                notices = []
 
     def _notice(self, intent, before):
         told = intent.pick(NOTICE_FIELDS)
@@ -283,6 +282,8 @@ class PostgresStore(Store):
                         self._buses, self._missed = buses, True
                     for notice in db.notifies(timeout=RECHECK_SECONDS):
                         self._hear(notice.payload)
+                        if self._closed.is_set():
+                            break
             self._closed.wait(RECHECK_SECONDS)
 
     def _hear(self, notice):
