@@ -644,7 +644,7 @@ class Store:
     def count_dead(self, **which):
         """Return how many intents are dead, of those that THE_DEAD describes."""
         with self._reader() as db:
-            return db.execute(f"SELECT COUNT(*) AS number FROM ({THE_DEAD.format(what='id')})",
+            return db.execute(f"SELECT COUNT(*) AS number FROM ({THE_DEAD.format(what='id')}) AS dead",
                               dead_values(sys.maxsize, **which)).fetchone().number
 
     def tallies(self):

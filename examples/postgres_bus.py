@@ -322,7 +322,9 @@ class PostgresStore(Store):
             yield
         except psycopg.errors.DiskFull as error:
             raise intentbus.StorageFull("The disk under PostgreSQL is full; nothing of this request was stored.") from error
-        except (psycopg.OperationalError, psycopg.InterfaceError, psycopg.InternalError) as error:
+        except psycopg.IntegrityError:     # a fault of ours, not of the database
+            raise
+        except psycopg.Error as error:
             raise intentbus.Unavailable(f"PostgreSQL cannot be used just now: {brief(error)}.") from error
 
     def _prepare(self, db):
