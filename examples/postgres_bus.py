@@ -34,6 +34,7 @@ CONNECT_SECONDS = 5         # for a server to answer
 POOL_SECONDS = 5            # for a connection to get free, or the database to come back, before a 503
 LOCK_SECONDS = 10           # for a row that another bus holds, though its machine may be gone
 ATTEMPTS = 5                # of a transaction that got into a deadlock with another
+NAME_CHARACTERS = 63        # PostgreSQL's limit
 NOTICE_BYTES = 7999         # PostgreSQL's limit of one notification
 NOTICE_CHARACTERS = 500     # of an error in it
 LOOK_AGAIN = "[]"           # a notice of something too long for one
@@ -80,7 +81,8 @@ BYTES = """
 BUSES = """
     SELECT COALESCE(STRING_AGG(CAST(pid AS TEXT), ' ' ORDER BY pid), '') AS pids
     FROM   pg_stat_activity
-    WHERE  application_name = :channel
+    WHERE  application_name LIKE :buses
+    AND    application_name <> :this
 """
 
 
@@ -142,7 +144,7 @@ class PostgresStore(Store):
 
     def _open(self, where):
         self._dsn, self._own, self._outbox = where, threading.local(), queue.SimpleQueue()
-        self._closed, self._missed, self._to_fold, self._buses = threading.Event(), False, True, ""
+        self._closed, self._missed, self._to_fold = threading.Event(), False, True
         self._name, self._ahead = os.urandom(8).hex(), 0
         try:
             with self._connect() as db:
@@ -150,6 +152,7 @@ class PostgresStore(Store):
                 if db.info.parameter_status("server_encoding") != "UTF8":
                     raise SetupError(f"The database {self.path} is not in UTF-8; make one with ENCODING 'UTF8'.")
                 self._channel = "intentbus." + db.execute("SELECT current_schema() AS name").fetchone().name
+                self._title = f"{self._name} {self._channel}"[:NAME_CHARACTERS]
                 self._prepare(db)
                 self._set_clock(db)
         except psycopg.Error as error:
@@ -247,6 +250,15 @@ class PostgresStore(Store):
 
     # -- The other buses --
 
+    def others(self):
+        """Return how many other buses use these tables just now."""
+        with self._reader() as db:
+            return len(self._others(db))
+
+    def _others(self, db):
+        return db.execute(BUSES, dict(buses="_" * len(self._name) + self._title[len(self._name):],
+                                      this=self._title)).fetchone().pids.split()
+
     def changed_elsewhere(self):
         """Return whether there may have been news of other buses that did not reach this one."""
         missed, self._missed = self._missed, False
@@ -273,13 +285,14 @@ class PostgresStore(Store):
     def _listen(self):
         """Hear what other buses have done, keep to the clock of the database, and notice who has come or gone."""
         while not self._closed.is_set():
-            with contextlib.suppress(psycopg.Error), self._connect(application_name=self._channel) as db:
+            with contextlib.suppress(psycopg.Error), self._connect(application_name=self._title) as db:
                 db.execute(f'LISTEN "{self._channel}"')
+                known = None
                 while not self._closed.is_set():
                     self._set_clock(db)
-                    buses = db.execute(BUSES, dict(channel=self._channel)).fetchone().pids
-                    if buses != self._buses:     # one that is gone may have taken news with it
-                        self._buses, self._missed = buses, True
+                    others = self._others(db)
+                    if others != known:     # one that is gone may have taken news with it
+                        known, self._missed = others, True
                     for notice in db.notifies(timeout=RECHECK_SECONDS):
                         self._hear(notice.payload)
                         if self._closed.is_set():
