@@ -92,12 +92,16 @@ ON_POSTGRES = pytest.mark.skipif(not POSTGRES, reason="INTENTBUS_TEST_POSTGRES i
 def kind(request):
     """What the intents are in: the tests of the store and of all above it are one contract for both."""
     yield request.param
-    if request.param == "postgres":
-        while SCHEMAS:
-            postgres(f"DROP SCHEMA {SCHEMAS.pop()} CASCADE")
+    drop_schemas()
 
 
 SCHEMAS = set()     # that were made in PostgreSQL, one for each path that would be a file
+
+
+def drop_schemas():
+    """Drop what was made in PostgreSQL."""
+    while SCHEMAS:
+        postgres(f"DROP SCHEMA {SCHEMAS.pop()} CASCADE")
 
 
 def postgres(statement, values=None):
@@ -5366,12 +5370,12 @@ def test_the_doctor_says_what_waits_to_be_sent(home):
 class Serve:
     """`intentbus.py serve` as a process, in a directory and HOME of its own."""
 
-    def __init__(self, home, *arguments, **environment):
+    def __init__(self, home, *arguments, program=(PROGRAM, "serve"), **environment):
         self.env = dict(os.environ, HOME=str(home), PYTHONUNBUFFERED="1")
         for name in ("INTENT_API_KEY", "INTENT_BUS_URL", "INTENT_BUS_NAMESPACE", "BUS_SECRET", "BUS_DB_PATH"):
             self.env.pop(name, None)
         self.home = home
-        self.process = subprocess.Popen([sys.executable, PROGRAM, "serve", "--port", "0", *arguments], cwd=home,
+        self.process = subprocess.Popen([sys.executable, *program, "--port", "0", *arguments], cwd=home,
                                         env=dict(self.env, **environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.url = self.process.stdout.readline().strip()
         self.env["INTENT_BUS_URL"] = self.url
@@ -6442,6 +6446,424 @@ def test_the_lines_for_cron_are_lines_of_cron_and_commands_of_ours():
         assert re.match(r"(\S+ ){5}\S", line) and not re.search(r"(?<!\\)%", line)
         for words in re.findall(r"intentbus\.py (\S+) ([^>|&]*)", line):
             intentbus.Parser(words[0]).parse(shlex.split(words[1]))
+
+
+# ---- Several buses over one PostgreSQL ----
+
+@pytest.fixture
+def buses(tmp_path):
+    """Start buses over the same tables; each is closed at the end."""
+    with contextlib.ExitStack() as stack:
+        def start(**options):
+            bus = Bespoke(tmp_path, kind="postgres", **options)
+            stack.callback(bus.close)
+            return bus
+        yield start
+        stack.close()
+        drop_schemas()
+
+
+def of_both(one, other, number, *request, **headers):
+    """Send the same request so many times to two buses at once; return the responses."""
+    return at_once(number, lambda index: (one, other)[index % 2].ask(*request, **headers))
+
+
+@ON_POSTGRES
+def test_of_buses_that_start_for_the_first_time_at_once_each_finds_its_tables(tmp_path):
+    stores = at_once(5, lambda index: open_store("postgres", tmp_path / "new"))
+    assert [store.tallies() for store in stores] == [[]] * 5, stores
+    for store in stores:
+        store.close()
+    drop_schemas()
+
+
+@ON_POSTGRES
+def test_what_one_bus_stores_wakes_who_waits_at_another(buses):
+    one, other = buses(), buses()
+    claim = in_thread(other.api.bus.claim, "g", wait=20)
+    wait_until(lambda: held(other.api.bus) == 2)
+    intent_id = one.publish()
+    claimed = claim()
+    assert claimed.id == intent_id
+    result = in_thread(one.api.bus.get_result, intent_id, wait=20)
+    wait_until(lambda: held(one.api.bus) == 1)
+    other.api.bus.fulfill(intent_id, claimed.claim_token, "done")
+    assert result().result == "done"
+    late = in_thread(other.api.bus.claim, "g", wait=20)
+    wait_until(lambda: held(other.api.bus) == 2)
+    retried = one.api.bus.publish("g", 1, delay=0.3).id     # time alone brings it
+    assert late().id == retried
+
+
+@ON_POSTGRES
+def test_who_watches_one_bus_sees_what_happens_at_another_and_it_is_counted_once(buses):
+    one, other = buses(), buses()
+    start = other.api.bus.events().next
+    intent_id = one.api.bus.publish("g" * 256, 1).id
+    claimed = one.api.bus.claim("g" * 256)
+    one.api.bus.fail(intent_id, claimed.claim_token, "x" * 2000, retry=False)
+    wait_until(lambda: len(other.api.bus.events(start).events) == 3)
+    assert [event.event for event in other.api.bus.events(start).events] == ["published", "claimed", "dead"]
+    one.api.bus.stop()
+    other.api.bus.stop()     # each stores what it has counted
+    assert [row[1:] for row in other.api.bus.summary().history] == [["failed", 1], ["published", 1]]
+
+
+@ON_POSTGRES
+def test_an_intent_is_claimed_once_by_whoever_asks_at_whichever_bus(buses):
+    one, other = buses(), buses()
+    ids = [one.publish() for _ in range(40)]
+    claims = [response.json for response in of_both(one, other, 16, "POST", "/claim?goal=g")]
+    assert len({claim["id"] for claim in claims}) == 16
+    again = of_both(one, other, 6, "POST", "/claim?goal=g", X_Claim_Token="t" * 32)
+    assert len({response.json["id"] for response in again}) == 1
+    assert sorted(one.statuses()) == ["claimed"] * 17 + ["open"] * 23 and len(ids) == 40
+
+
+@ON_POSTGRES
+def test_a_claim_waits_for_one_that_may_fail_and_does_not_miss_what_that_leaves(buses):
+    one, other = buses(), buses()
+    intent_id = one.publish()
+    with other.store._pool.connection() as db:
+        db.execute("BEGIN")
+        db.execute(intentbus.ONE + other.store.HELD, dict(id=intent_id))     # as a bus does that is about to claim it
+        claim = in_thread(one.ask, "POST", "/claim?goal=g")
+        wait_until(lambda: postgres("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND state = 'active'"))
+        db.execute("ROLLBACK")
+    assert claim().json["id"] == intent_id
+
+
+@ON_POSTGRES
+def test_an_idempotency_key_stores_one_intent_whichever_bus_it_reaches(buses):
+    one, other = buses(), buses()
+    answers = of_both(one, other, 10, "POST", "/intent", a_publish(), Idempotency_Key="k")
+    assert len({response.json["id"] for response in answers}) == 1 and len(one.statuses()) == 1
+    assert_refusal(other.ask("POST", "/intent", a_publish(payload=2), Idempotency_Key="k"), 422, "idempotency_conflict")
+
+
+@ON_POSTGRES
+def test_a_nonce_is_used_once_whichever_bus_it_reaches(buses):
+    one, other = buses(), buses()
+    statuses = [response.status for response in of_both(one, other, 10, "GET", "/get/x", **signed("GET", "/get/x"))]
+    assert sorted(statuses) == [403] * 9 + [404]
+
+
+@ON_POSTGRES
+def test_locks_and_invitations_are_given_once_whichever_bus_is_asked(buses):
+    one, other = buses(), buses()
+    assert sorted(response.status for response in of_both(one, other, 10, "POST", "/set/lock", {"value": 1, "if_absent": True})
+                  ) == [200] + [409] * 9
+    code = one.ask("POST", "/admin/invite", {"owner": "ann", "role": "work"}).json["code"]
+    assert sorted(response.status for response in of_both(one, other, 8, "POST", "/join", {"code": code}, key=None)
+                  ) == [201] + [401] * 7
+
+
+@ON_POSTGRES
+def test_keys_and_their_limits_are_those_of_all_buses(buses, monkeypatch):
+    monkeypatch.setattr(intentbus, "UNFINISHED", 5)
+    one, other = buses(keys=dict(rate=30)), buses(keys=dict(rate=30))
+    key = one.issue()
+    published = of_both(one, other, 20, "POST", "/intent", a_publish(), key.api_key)
+    assert sorted(response.status for response in published) == [201] * 5 + [429] * 15
+    assert {response.json["error"]["code"] for response in published if response.status == 429} == {"limit_exceeded"}
+    asked = of_both(one, other, 20, "GET", "/whoami", b"", key.api_key)
+    assert sorted(response.status for response in asked)[:10] == [200] * 10
+    limited = [response for response in asked if response.status == 429]
+    assert len(limited) >= 9 and all(1 <= int(response.headers["retry-after"]) <= 3 for response in limited)
+    one.ask("POST", "/admin/revoke_key", {"key_id": key.key_id})
+    assert_refusal(other.ask("GET", "/whoami", b"", key.api_key), 401, "unauthorized")
+
+
+@ON_POSTGRES
+def test_a_claim_that_finds_nothing_costs_no_rate_at_any_bus(buses):
+    one, other = buses(keys=dict(rate=3)), buses(keys=dict(rate=3))
+    key = one.issue().api_key
+    assert [bus.ask("POST", "/claim?goal=g", b"", key).status for bus in (one, other) * 4] == [204] * 8
+
+
+class Forwarder:
+    """A port in front of others: each connection goes to the next one that listens; cut() ends all and takes no more."""
+
+    def __init__(self, *ports):
+        self.ports, self.links, self.listener = collections.deque(ports), [], socket.create_server(("127.0.0.1", 0))
+        self.port, self.open = self.listener.getsockname()[1], True
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                near = self.listener.accept()[0]
+                far = self.reach() if self.open else None
+                if not far:
+                    near.close()
+                    continue
+                self.links += [near, far]
+                for here, there in ((near, far), (far, near)):
+                    threading.Thread(target=self.carry, args=(here, there), daemon=True).start()
+
+    def reach(self):
+        for _ in range(len(self.ports)):
+            self.ports.rotate(1)
+            with contextlib.suppress(OSError):
+                return socket.create_connection(("127.0.0.1", self.ports[0]), timeout=5)
+
+    def carry(self, here, there):
+        with contextlib.suppress(OSError):
+            there.settimeout(None)
+            while data := here.recv(65536):
+                there.sendall(data)
+        for link in (here, there):
+            with contextlib.suppress(OSError):
+                link.shutdown(socket.SHUT_RDWR)
+
+    def cut(self):
+        self.open = False
+        for link in self.links:
+            with contextlib.suppress(OSError):
+                link.shutdown(socket.SHUT_RDWR)
+
+    def close(self):
+        self.cut()
+        self.listener.close()
+
+
+@ON_POSTGRES
+def test_a_bus_that_has_lost_its_database_says_so_and_is_well_once_that_is_back(tmp_path, monkeypatch):
+    from psycopg.conninfo import conninfo_to_dict, make_conninfo
+    import postgres_bus
+    monkeypatch.setattr(postgres_bus, "POOL_SECONDS", 1)
+    direct = dsn(tmp_path / "bus.db")
+    way = Forwarder(int(conninfo_to_dict(direct).get("port", 5432)))
+    store = postgres_bus.PostgresStore(make_conninfo(direct, host="127.0.0.1", port=way.port))
+    with serving(store) as server:
+        bus = server.api.bus
+        kept = bus.publish("g", 1).id
+        held_claim = in_thread(IntentClient(f"http://127.0.0.1:{server.server_port}", KEY).claim, "other", wait=20)
+        wait_until(lambda: held(bus) == 2)
+        way.cut()
+        served = Served.__new__(Served)
+        served.port = server.server_port
+        refused = served.ask("POST", "/intent", a_publish())
+        assert_refusal(refused, 503, "database_busy", "PostgreSQL")
+        assert refused.headers["retry-after"] == "1"
+        assert served.ask("GET", "/health", key=None).status == 503
+        way.open = True
+        wait_until(lambda: served.ask("GET", "/health", key=None).status == 200)
+        assert served.ask("POST", "/claim?goal=g").json["id"] == kept
+        other = open_store("postgres", tmp_path / "bus.db")
+        found = Bus(other).publish("other", 1).id     # who was held over it all is still there, and hears of it
+        assert held_claim().id == found
+        other.close()
+    store.close()
+    way.close()
+    drop_schemas()
+
+
+@ON_POSTGRES
+@pytest.mark.parametrize("prepare, words", [
+    ("CREATE TABLE intents (id TEXT)", "another program"),
+    ("CREATE TABLE intentbus (version INTEGER NOT NULL); INSERT INTO intentbus VALUES (99)", "newer intentbus (schema 99"),
+])
+def test_tables_that_are_not_ours_are_refused_in_words(tmp_path, prepare, words):
+    where = dsn(tmp_path / "bus.db")
+    import psycopg
+    with psycopg.connect(where, autocommit=True) as db:
+        db.execute(prepare)
+    with pytest.raises(intentbus.SetupError, match=re.escape(words)) as refused:
+        open_store("postgres", tmp_path / "bus.db")
+    assert clear(str(refused.value))
+    drop_schemas()
+
+
+def test_postgresql_without_its_store_is_refused_in_words(tmp_path):
+    found = subprocess.run([*COMMAND, "serve", "--port", "0", "--db", "postgresql://bus@db.example/bus"], cwd=tmp_path,
+                           env=dict(os.environ, HOME=str(tmp_path)), capture_output=True, text=True, timeout=30)
+    assert (found.returncode, found.stdout) == (2, "") and "examples/postgres_bus.py" in found.stderr
+    assert found.stderr.count("\n") <= 2 and not list(tmp_path.glob("postgresql*"))
+
+
+@ON_POSTGRES
+def test_a_postgresql_that_cannot_be_reached_is_said_in_a_sentence(tmp_path):
+    found = subprocess.run([sys.executable, HERE / "examples" / "postgres_bus.py", "--port", "0", "--db",
+                            "postgresql://127.0.0.1:9/bus"], cwd=tmp_path, env=dict(os.environ, HOME=str(tmp_path)),
+                           capture_output=True, text=True, timeout=30)
+    assert (found.returncode, found.stdout) == (2, "") and "PostgreSQL cannot be used: " in found.stderr
+
+
+@ON_POSTGRES
+def test_claims_look_at_one_row_of_a_lane_on_postgresql_too(buses):
+    bus = buses()
+    bus.api.bus.publish("g", 1)
+    with bus.store._pool.connection() as db:
+        db.execute("""
+            INSERT INTO intents
+            SELECT md5(n::text), namespace, goal, payload, owner, publisher, visibility, n % 1000, ttl, max_attempts, backoff_base,
+                   target_worker, required_capability, created_at, status, run_at, expires_at, completed_at, last_error, result,
+                   result_type, claim_attempts, claim_token_hash, claim_expires_at, claim_owner, claim_outcome, worker_id,
+                   CASE n % 2 WHEN 0 THEN lane ELSE lane || n END, 1, wake_at
+            FROM   intents, generate_series(1, 20000) AS n
+        """)
+        db.execute("ANALYZE intents")
+        for statement, index in ((intentbus.HEAD_OF_LANE + bus.store.FREE, "intents_ready"), (intentbus.HEAD_OF_NEXT_LANE, "intents_ready"),
+                                 (intentbus.CLAIMED_WITH, "intents_token"), (intentbus.ONE, "intents_pkey")):
+            lane = db.execute("SELECT lane FROM intents LIMIT 1").fetchone().lane
+            rows = db.execute("EXPLAIN " + statement, dict(lane=lane, after="", end="\x7f", token_hash="t", owner="o", id="i"))
+            plan = "\n".join(row["QUERY PLAN"] for row in rows)
+            assert index in plan and "Sort" not in plan and "Seq Scan" not in plan, plan
+
+
+def dumped(path):
+    """Return all rows of a file that a bus of another kind wants, by table."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        return {table: sorted(db.execute(f"SELECT * FROM {table} WHERE {which}").fetchall(), key=repr)
+                for table, which in (("intents", "1"), ("keys", "1"), ("history", "1"), ("tallies", "intents > 0"),
+                                     ("memos", "kind NOT IN ('clock', 'probe')"))}
+
+
+def migrate(*arguments):
+    """Run the migration; return its exit code and what it said."""
+    found = subprocess.run([sys.executable, HERE / "examples" / "migrate_to_postgres.py", *map(str, arguments)],
+                           capture_output=True, text=True, timeout=60)
+    return found.returncode, found.stdout, found.stderr
+
+
+@ON_POSTGRES
+def test_a_bus_moves_to_postgresql_and_back_with_everything(tmp_path, clock):
+    started = Bespoke(tmp_path)
+    bus, where = started.api.bus, dsn(tmp_path / "bus.db")
+    populate(bus)
+    bus.publish_many([dict(goal="many", payload={"n": n, "text": "é\0\U0001f600"}) for n in range(1000)])
+    bus.publish_many([dict(goal=f"goal {n}", payload=n, namespace=f"n{n % 3}", delay=3600 + n, required_capability="c", target_worker="w",
+                           visibility="public", backoff_base=1.5) for n in range(900)])
+    bus.publish("g", 1, idempotency_key="known")
+    bus.set("value", {"a": 1})
+    started.issue()
+    bus.fail(bus.claim("many").id, error="no", retry=False)
+    code, _, errors = migrate(started.db, where)
+    assert code == 2 and "Another bus is serving" in errors
+    started.close()
+    there = dumped(started.db)
+    code, said, errors = migrate(started.db, where)
+    assert code == 0 and f"intents: {len(there['intents'])}" in errors and "everything is there" in said, errors
+    code, _, errors = migrate(started.db, where)
+    assert code == 2 and "has intents or keys already" in errors
+    on_postgres = Bespoke(tmp_path, kind="postgres")
+    code, _, errors = migrate("--back", tmp_path / "back.db", where)
+    assert code == 2 and "bus is running" in errors and not dumped(tmp_path / "back.db")["intents"]
+    assert on_postgres.api.bus.get("value") == {"a": 1}
+    on_postgres.close()
+    assert migrate("--back", tmp_path / "back.db", where)[0] == 0
+    back = dumped(tmp_path / "back.db")
+    assert back["intents"] == there["intents"] and back["keys"] == there["keys"] and back["tallies"] == there["tallies"]
+    assert [row[:4] for row in back["memos"]] == [row[:4] for row in there["memos"]]
+    assert back == there
+    drop_schemas()
+
+
+def postgres_bus_at(home, where):
+    """Start a bus on PostgreSQL as a process."""
+    return Serve(home, "--db", where, program=[HERE / "examples" / "postgres_bus.py"], BUS_SECRET=KEY)
+
+
+@SLOW
+@ON_POSTGRES
+@POSIX
+def test_of_two_buses_one_is_killed_and_every_intent_is_done_exactly_once(tmp_path):
+    """Two bus processes, 16 workers spread over both, 20,000 intents."""
+    where, number = dsn(tmp_path / "bus.db"), 20_000
+    one, other = (postgres_bus_at(tmp_path, where) for _ in range(2))
+    balancer = Forwarder(*(int(bus.url.rpartition(":")[2]) for bus in (one, other)))
+    url = f"http://127.0.0.1:{balancer.port}"
+    publisher, looker = IntentClient(url, KEY), IntentClient(other.url, KEY)
+    outputs = [open(tmp_path / f"worker {n}", "w+") for n in range(16)]
+    started = time.monotonic()
+    workers = [subprocess.Popen([*COMMAND, "work", "--goal", "g", "--url", url], stdout=output, stderr=subprocess.DEVNULL,
+                                env=dict(os.environ, INTENT_API_KEY=KEY, HOME=str(tmp_path))) for output in outputs]
+    fulfilled = lambda: looker.request_summary()["intents"].get("default", {}).get("fulfilled", 0)
+    for batch in range(10):
+        publisher.publish_many([dict(goal="g", payload=batch * 1000 + n) for n in range(1000)], idempotency_key=f"first {batch}")
+    wait_until(lambda: fulfilled() >= 3000, seconds=200)
+    one.process.kill()
+    one.process.communicate()
+    for batch in range(10, 20):
+        publisher.publish_many([dict(goal="g", payload=batch * 1000 + n) for n in range(1000)], idempotency_key=f"then {batch}")
+    wait_until(lambda: fulfilled() == number, seconds=500)
+    seconds = time.monotonic() - started
+    for worker in workers:
+        worker.terminate()
+    for worker in workers:
+        worker.wait(20)
+    done = [int(line) for output in outputs for line in [output.seek(0), *output.readlines()][1:]]
+    figure("two buses", f"{number} intents, 16 workers, one bus killed: {number / seconds:.0f} a second, "
+                        f"{len(done)} runs, {sum(output.tell() > 0 for output in outputs)} workers had some")
+    assert sorted(done) == list(range(number))
+    assert other.stop()[0] == 0
+    balancer.close()
+    drop_schemas()
+
+
+@SLOW
+@ON_POSTGRES
+def test_from_a_publish_on_one_bus_to_a_worker_at_another_it_takes_milliseconds(tmp_path):
+    where = dsn(tmp_path / "bus.db")
+    one, other = (postgres_bus_at(tmp_path, where) for _ in range(2))
+    publish, claim, took = talking(one.url, KEY), talking(other.url, KEY), []
+    for _ in range(200):
+        arrived = in_thread(lambda: (claim("/claim?goal=g&wait=20"), time.monotonic()))
+        wait_until(lambda: IntentClient(other.url, KEY).request_summary()["held_requests"] == 1)
+        start = time.monotonic()
+        assert publish("/intent", a_publish())[0] == 201
+        (status, claimed), end = arrived()
+        assert status == 200
+        took.append((end - start) * 1000)
+        claim(f"/fulfill/{claimed['id']}", {"claim_token": claimed["claim_token"]})
+    took.sort()
+    figure("hand-off from bus to bus", f"median {took[100]:.1f} ms, p99 {took[197]:.1f} ms")
+    for bus in (one, other):
+        assert bus.stop()[0] == 0
+    drop_schemas()
+
+
+@SLOW
+@ON_POSTGRES
+@pytest.mark.skipif(not os.environ.get("INTENTBUS_TEST_POSTGRES_RESTART"), reason="INTENTBUS_TEST_POSTGRES_RESTART is not set")
+def test_postgresql_that_is_restarted_in_mid_run_loses_nothing_that_was_answered(tmp_path):
+    where = dsn(tmp_path / "bus.db")
+    buses = [postgres_bus_at(tmp_path, where) for _ in range(2)]
+    answered, refused, stop = [], [], threading.Event()
+
+    def publish(index):
+        client = IntentClient(buses[index % 2].url, KEY)
+        while not stop.is_set():
+            try:
+                answered.append(client.publish("g", 1).id)
+            except intentbus.Error as error:
+                refused.append(error)
+
+    def work(index):
+        client = IntentClient(buses[index % 2].url, KEY)
+        while not stop.is_set():
+            with contextlib.suppress(intentbus.Error):
+                if claimed := client.claim("g", wait=1):
+                    client.fulfill(claimed.id, claimed.claim_token)
+    threads = [threading.Thread(target=run, args=(index,), daemon=True) for run in (publish, work) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for number in range(1, 4):
+        wait_until(lambda: len(answered) > 200 * number, seconds=60)
+        subprocess.run(shlex.split(os.environ["INTENTBUS_TEST_POSTGRES_RESTART"]), check=True, stdout=subprocess.DEVNULL)
+    wait_until(lambda: len(answered) > 1000, seconds=60)
+    stop.set()
+    for thread in threads:
+        thread.join(60)
+    looker = IntentClient(buses[0].url, KEY)
+    while claimed := looker.claim("g"):
+        looker.fulfill(claimed.id, claimed.claim_token)
+    states = collections.Counter(looker.get_status(id).status for id in answered)
+    figure("PostgreSQL restarted three times", f"{len(answered)} publishes answered, {len(refused)} refused, {dict(states)}")
+    assert set(states) <= {"fulfilled", "claimed"} and states["claimed"] <= 8     # a claim's answer can be lost
+    assert all(bus.stop()[0] == 0 for bus in buses)
+    drop_schemas()
 
 
 # ---- The published clients ----

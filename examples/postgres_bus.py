@@ -159,7 +159,8 @@ class PostgresStore(Store):
             raise SetupError(f"PostgreSQL cannot be used: {brief(error)}.") from error
         self._pool = psycopg_pool.ConnectionPool(
             self._dsn, connection_class=Connection, min_size=1, max_size=CONNECTIONS, timeout=POOL_SECONDS, open=True,
-            kwargs=self._options(), configure=lambda db: db.execute(SETTINGS), reconnect_timeout=CONNECT_SECONDS)
+            kwargs=self._options(), configure=lambda db: db.execute(SETTINGS), reconnect_timeout=CONNECT_SECONDS,
+            check=lambda db: db.pgconn.consume_input())     # raises, without asking it, if the server has hung up
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._listen, self._tell_others)]
         for thread in self._threads:
             thread.start()
