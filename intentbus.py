@@ -3409,17 +3409,18 @@ def api_of(store, key, require_claim_token=False, retention=RETENTION_SECONDS, r
                switched_on("BUS_MAINTENANCE_MODE"))
 
 
-STORES = {}     # by the scheme of a URL: what opens other databases than a SQLite file, see examples/postgres_bus.py
+STORES = {"file": Store}     # by the scheme of a URL, or else "file", what opens the database; see examples/postgres_bus.py
 
 
 def open_store(where=None):
-    """Return the store of a database: a file, or a URL of a scheme in STORES; BUS_DB_PATH or intentbus.db if not given."""
+    """Return the store of a file, or of a URL of a scheme in STORES; by default that of BUS_DB_PATH, else of intentbus.db."""
     where = where or os.environ.get("BUS_DB_PATH") or "intentbus.db"
     scheme = re.match("([a-z]+)://", where)
-    if scheme and scheme[1] not in STORES:
-        raise SetupError(f"intentbus.py itself opens SQLite files only, and no {scheme[1]}://; for PostgreSQL, run "
-                         "examples/postgres_bus.py instead.")
-    return STORES[scheme[1]](where) if scheme else Store(where)
+    kind = scheme[1] if scheme else "file"
+    if kind not in STORES:
+        raise SetupError(f"intentbus.py itself opens SQLite files, and no {kind}://; for PostgreSQL there is "
+                         "examples/postgres_bus.py.")
+    return STORES[kind](where)
 
 
 WSGI_STARTING = threading.Lock()     # of the first requests, one opens the database

@@ -366,7 +366,7 @@ def brief(error):
 
 
 logging.getLogger("psycopg").setLevel(logging.ERROR)     # what the pool tries again is no news, and requests say the rest
-intentbus.STORES.update(postgresql=PostgresStore, postgres=PostgresStore)
+intentbus.STORES.update(dict.fromkeys(("postgresql", "postgres", "file"), PostgresStore))     # "host=... dbname=..." too
 application = intentbus.application
 
 if __name__ == "__main__":
