@@ -1,7 +1,9 @@
 """The tests of intentbus, in the order of its parts. Run: python -m pytest -q
 
 Real parts throughout: a real server on port 0, real processes, a real SQLite file. INTENTBUS_TEST_SLOW=1 adds the long
-ones; INTENTBUS_TEST_CLIENTS names a directory of virtual environments with the published clients, see .ci/run.
+ones; INTENTBUS_TEST_CLIENTS names a directory of virtual environments with the published clients; INTENTBUS_TEST_POSTGRES
+is the DSN of a PostgreSQL to run the same tests on, and INTENTBUS_TEST_POSTGRES_RESTART a command that restarts that one.
+.ci/run has all of these.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import hmac
 import hashlib
 import http.client
 import http.server
+import importlib
 import inspect
 import io
 import itertools
@@ -85,7 +88,12 @@ def clock():
 
 POSTGRES = os.environ.get("INTENTBUS_TEST_POSTGRES")     # the DSN of a database where schemas can be made and dropped
 ON_A_FILE = pytest.mark.parametrize("kind", ["sqlite"], indirect=True)     # of what only a SQLite file has
-ON_POSTGRES = pytest.mark.skipif(not POSTGRES, reason="INTENTBUS_TEST_POSTGRES is not set")
+
+
+def ON_POSTGRES(test):
+    """Mark a test of what only several buses over one PostgreSQL have; pytest -k postgres finds it by the attribute."""
+    test.postgres = True
+    return pytest.mark.skipif(not POSTGRES, reason="INTENTBUS_TEST_POSTGRES is not set")(test)
 
 
 @pytest.fixture(scope="module", params=["sqlite", *(["postgres"] if POSTGRES else [])])
@@ -126,9 +134,16 @@ def open_store(kind, path):
     """Return a store of a kind; the same path is the same intents."""
     if kind == "sqlite":
         return Store(path)
+    return examples("postgres_bus").PostgresStore(dsn(path))
+
+
+def examples(name):
+    """Return a program of the examples as a module."""
     sys.path.insert(0, str(HERE / "examples"))
-    import postgres_bus
-    return postgres_bus.PostgresStore(dsn(path))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
 
 
 @pytest.fixture
@@ -6586,7 +6601,7 @@ class Forwarder:
     """A port in front of others: each connection goes to the next one that listens; cut() ends all and takes no more."""
 
     def __init__(self, *ports):
-        self.ports, self.links, self.listener = collections.deque(ports), [], socket.create_server(("127.0.0.1", 0))
+        self.ports, self.links, self.listener = collections.deque(ports), set(), socket.create_server(("127.0.0.1", 0))
         self.port, self.open = self.listener.getsockname()[1], True
         threading.Thread(target=self.accept, daemon=True).start()
 
@@ -6594,23 +6609,30 @@ class Forwarder:
         with contextlib.suppress(OSError):
             while True:
                 near = self.listener.accept()[0]
-                far = self.reach() if self.open else None
-                if not far:
-                    near.close()
-                    continue
-                self.links += [near, far]
-                for here, there in ((near, far), (far, near)):
-                    threading.Thread(target=self.carry, args=(here, there), daemon=True).start()
+                threading.Thread(target=self.link, args=(near,), daemon=True).start()
+
+    def link(self, near):
+        far = self.open and self.reach()
+        if not far:
+            return near.close()
+        with near, far:
+            self.links |= {near, far}
+            back = threading.Thread(target=self.carry, args=(far, near), daemon=True)
+            back.start()
+            self.carry(near, far)
+            back.join()
+            self.links -= {near, far}
 
     def reach(self):
         for _ in range(len(self.ports)):
             self.ports.rotate(1)
             with contextlib.suppress(OSError):
-                return socket.create_connection(("127.0.0.1", self.ports[0]), timeout=5)
+                far = socket.create_connection(("127.0.0.1", self.ports[0]), timeout=5)
+                far.settimeout(None)
+                return far
 
     def carry(self, here, there):
         with contextlib.suppress(OSError):
-            there.settimeout(None)
             while data := here.recv(65536):
                 there.sendall(data)
         for link in (here, there):
@@ -6619,7 +6641,7 @@ class Forwarder:
 
     def cut(self):
         self.open = False
-        for link in self.links:
+        for link in list(self.links):
             with contextlib.suppress(OSError):
                 link.shutdown(socket.SHUT_RDWR)
 
@@ -6631,7 +6653,7 @@ class Forwarder:
 @ON_POSTGRES
 def test_a_bus_that_has_lost_its_database_says_so_and_is_well_once_that_is_back(tmp_path, monkeypatch):
     from psycopg.conninfo import conninfo_to_dict, make_conninfo
-    import postgres_bus
+    postgres_bus = examples("postgres_bus")
     monkeypatch.setattr(postgres_bus, "POOL_SECONDS", 1)
     direct = dsn(tmp_path / "bus.db")
     way = Forwarder(int(conninfo_to_dict(direct).get("port", 5432)))
@@ -6761,11 +6783,26 @@ def test_a_bus_moves_to_postgresql_and_back_with_everything(tmp_path, clock):
     drop_schemas()
 
 
-def postgres_bus_at(home, where):
-    """Start a bus on PostgreSQL as a process."""
-    bus = Serve(home, "--db", where, program=[HERE / "examples" / "postgres_bus.py"], BUS_SECRET=KEY)
-    assert bus.url, bus.stop()
-    return bus
+@pytest.fixture
+def running(tmp_path):
+    """Start programs at will; what still runs at the end is killed."""
+    programs = []
+
+    def start(*arguments, **options):
+        programs.append(subprocess.Popen([*COMMAND, *arguments], **options))
+        return programs[-1]
+
+    def bus():
+        """A bus on the PostgreSQL of this test, as a process."""
+        bus = Serve(tmp_path, "--db", dsn(tmp_path / "bus.db"), program=[HERE / "examples" / "postgres_bus.py"], BUS_SECRET=KEY)
+        programs.append(bus.process)
+        assert bus.url, bus.stop()
+        return bus
+    yield Record(start=start, bus=bus)
+    for program in programs:
+        program.kill()
+        program.wait()
+    drop_schemas()
 
 
 def summary_of(bus):
@@ -6775,48 +6812,64 @@ def summary_of(bus):
         return json.load(answer)
 
 
+class Carrier:
+    """A worker that does not give up: what gets no answer is sent again, over a new connection."""
+
+    def __init__(self, url, goal):
+        self.url, self.goal, self.done, self.ask = url, goal, [], talking(url, KEY)
+
+    def persist(self, *request, **headers):
+        while True:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                status, answer = self.ask(*request, **headers)
+                if status < 500:
+                    return status, answer
+            self.ask = talking(self.url, KEY)
+
+    def work(self, stopped):
+        while not stopped.is_set():
+            status, claimed = self.persist(f"/claim?goal={self.goal}&wait=1", X_Claim_Token=os.urandom(16).hex())
+            if status == 200:
+                self.done.append(claimed["payload"])
+                status, _ = self.persist(f"/fulfill/{claimed['id']}", {"claim_token": claimed["claim_token"]})
+                assert status == 200
+
+
 @SLOW
 @ON_POSTGRES
 @POSIX
-def test_of_two_buses_one_is_killed_and_every_intent_is_done_exactly_once(tmp_path):
+def test_of_two_buses_one_is_killed_and_every_intent_is_done_exactly_once(running):
     """Two bus processes, 16 workers spread over both, 20,000 intents."""
-    where, number = dsn(tmp_path / "bus.db"), 20_000
-    one, other = (postgres_bus_at(tmp_path, where) for _ in range(2))
+    number, one, other, stopped = 20_000, running.bus(), running.bus(), threading.Event()
     balancer = Forwarder(*(int(bus.url.rpartition(":")[2]) for bus in (one, other)))
-    url = f"http://127.0.0.1:{balancer.port}"
-    publisher = IntentClient(url, KEY)
-    outputs = [open(tmp_path / f"worker {n}", "w+") for n in range(16)]
-    started = time.monotonic()
-    workers = [subprocess.Popen([*COMMAND, "work", "--goal", "g", "--url", url], stdout=output, stderr=subprocess.DEVNULL,
-                                env=dict(os.environ, INTENT_API_KEY=KEY, HOME=str(tmp_path))) for output in outputs]
+    publisher = IntentClient(f"http://127.0.0.1:{balancer.port}", KEY)
     fulfilled = lambda: summary_of(other)["intents"].get("default", {}).get("fulfilled", 0)
-    for batch in range(10):
-        publisher.publish_many([dict(goal="g", payload=batch * 1000 + n) for n in range(1000)], idempotency_key=f"first {batch}")
-    wait_until(lambda: fulfilled() >= 3000, seconds=200)
+    publish = lambda batches: [publisher.publish_many([dict(goal="g", payload=batch * 1000 + n) for n in range(1000)],
+                                                      idempotency_key=f"batch {batch}") for batch in batches]
+    publish(range(10))
+    carriers = [Carrier(publisher.base_url, "g") for _ in range(16)]
+    started = time.monotonic()
+    ended = [in_thread(carrier.work, stopped) for carrier in carriers]
+    wait_until(lambda: fulfilled() >= 5000, seconds=200)
     one.process.kill()
-    one.process.communicate()
-    for batch in range(10, 20):
-        publisher.publish_many([dict(goal="g", payload=batch * 1000 + n) for n in range(1000)], idempotency_key=f"then {batch}")
-    wait_until(lambda: fulfilled() == number, seconds=500)
+    publish(range(10, 20))
+    wait_until(lambda: fulfilled() == number, seconds=400)
     seconds = time.monotonic() - started
-    for worker in workers:
-        worker.terminate()
-    for worker in workers:
-        worker.wait(20)
-    done = [int(line) for output in outputs for line in [output.seek(0), *output.readlines()][1:]]
-    figure("two buses", f"{number} intents, 16 workers, one bus killed: {number / seconds:.0f} a second, "
-                        f"{len(done)} runs, {sum(output.tell() > 0 for output in outputs)} workers had some")
+    stopped.set()
+    for end in ended:
+        end()
+    done = [payload for carrier in carriers for payload in carrier.done]
+    figure("two buses", f"{number} intents by 16 workers, one bus killed: {number / seconds:.0f} a second, "
+                        f"{min(len(carrier.done) for carrier in carriers)} at least by each")
     assert sorted(done) == list(range(number))
     assert other.stop()[0] == 0
     balancer.close()
-    drop_schemas()
 
 
 @SLOW
 @ON_POSTGRES
-def test_from_a_publish_on_one_bus_to_a_worker_at_another_it_takes_milliseconds(tmp_path):
-    where = dsn(tmp_path / "bus.db")
-    one, other = (postgres_bus_at(tmp_path, where) for _ in range(2))
+def test_from_a_publish_on_one_bus_to_a_worker_at_another_it_takes_milliseconds(running):
+    one, other = running.bus(), running.bus()
     publish, claim, took = talking(one.url, KEY), talking(other.url, KEY), []
     for _ in range(200):
         arrived = in_thread(lambda: (claim("/claim?goal=g&wait=20"), time.monotonic()))
@@ -6829,17 +6882,14 @@ def test_from_a_publish_on_one_bus_to_a_worker_at_another_it_takes_milliseconds(
         claim(f"/fulfill/{claimed['id']}", {"claim_token": claimed["claim_token"]})
     took.sort()
     figure("hand-off from bus to bus", f"median {took[100]:.1f} ms, p99 {took[197]:.1f} ms")
-    for bus in (one, other):
-        assert bus.stop()[0] == 0
-    drop_schemas()
+    assert one.stop()[0] == other.stop()[0] == 0
 
 
 @SLOW
 @ON_POSTGRES
 @pytest.mark.skipif(not os.environ.get("INTENTBUS_TEST_POSTGRES_RESTART"), reason="INTENTBUS_TEST_POSTGRES_RESTART is not set")
-def test_postgresql_that_is_restarted_in_mid_run_loses_nothing_that_was_answered(tmp_path):
-    where = dsn(tmp_path / "bus.db")
-    buses = [postgres_bus_at(tmp_path, where) for _ in range(2)]
+def test_postgresql_that_is_restarted_in_mid_run_loses_nothing_that_was_answered(running):
+    buses = [running.bus() for _ in range(2)]
     answered, refused, stop = [], [], threading.Event()
 
     def publish(index):
@@ -6873,7 +6923,6 @@ def test_postgresql_that_is_restarted_in_mid_run_loses_nothing_that_was_answered
     figure("PostgreSQL restarted three times", f"{len(answered)} publishes answered, {len(refused)} refused, {dict(states)}")
     assert set(states) <= {"fulfilled", "claimed"} and states["claimed"] <= 8     # a claim's answer can be lost
     assert all(bus.stop()[0] == 0 for bus in buses)
-    drop_schemas()
 
 
 # ---- The published clients ----
@@ -7244,8 +7293,9 @@ def talking(url, key):
     """Return ask(path, body), which posts over one kept connection and returns (status, answer)."""
     link = http.client.HTTPConnection(url.partition("//")[2], timeout=20)
 
-    def ask(path, body=None):
-        link.request("POST", path, None if body is None else json.dumps(body), {"X-API-KEY": key})
+    def ask(path, body=None, **headers):
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        link.request("POST", path, None if body is None else json.dumps(body), {"X-API-KEY": key, **named})
         answer = link.getresponse()
         content = answer.read()
         return answer.status, content and json.loads(content)
