@@ -4185,8 +4185,8 @@ def test_no_text_in_any_place_is_more_than_text(started, capsys, place):
     for text in CORPUS:
         answer, found = inject(bus, place, text)
         if answer.status in (200, 201):
-            kept = text if type(bus.store) is Store else text.replace("\0", "\u2400")     # PostgreSQL's TEXT holds no NUL
-            assert found in (kept, kept.strip())
+            pictured = text.replace("\0", "\u2400")     # PostgreSQL's TEXT holds no NUL
+            assert found in (text, text.strip()) or type(bus.store) is not Store and found == pictured
         else:
             assert_refusal(answer, 400, answer.json["error"]["code"])
         assert "x-evil" not in answer.headers
@@ -6486,6 +6486,7 @@ def of_both(one, other, number, *request, **headers):
 
 @ON_POSTGRES
 def test_of_buses_that_start_for_the_first_time_at_once_each_finds_its_tables(tmp_path):
+    dsn(tmp_path / "new")     # an empty schema
     stores = at_once(5, lambda index: open_store("postgres", tmp_path / "new"))
     assert [store.tallies() for store in stores] == [[]] * 5, stores
     for store in stores:

@@ -46,7 +46,7 @@ SETTINGS = f"""
            set_config('idle_in_transaction_session_timeout', '{2 * LOCK_SECONDS}s', false),
            set_config('default_transaction_isolation', 'read committed', false),
            set_config('synchronous_commit', CASE current_setting('synchronous_commit')
-                                                WHEN 'off' THEN 'on' ELSE current_setting('synchronous_commit') END, false)
+                                            WHEN 'off' THEN 'on' ELSE current_setting('synchronous_commit') END, false)
 """
 TUNED = """
     ALTER TABLE tallies DROP CONSTRAINT tallies_pkey;     -- rows of one kind are added up: no transaction waits for another
@@ -151,7 +151,10 @@ class PostgresStore(Store):
                 self.path = f"{db.info.dbname} of PostgreSQL at {db.info.host or 'this machine'}"
                 if db.info.parameter_status("server_encoding") != "UTF8":
                     raise SetupError(f"The database {self.path} is not in UTF-8; make one with ENCODING 'UTF8'.")
-                self._channel = "intentbus." + db.execute("SELECT current_schema() AS name").fetchone().name
+                schema = db.execute("SELECT current_schema() AS name").fetchone().name
+                if not schema:
+                    raise SetupError(f"The database {self.path} has no schema of its search_path; create one.")
+                self._channel = f"intentbus.{schema}"
                 self._title = f"{self._name} {self._channel}"[:NAME_CHARACTERS]
                 self._prepare(db)
                 self._set_clock(db)
@@ -189,9 +192,9 @@ class PostgresStore(Store):
         now = self.clock()
         if self._db.execute(TAKE, dict(name=name, cost=cost_seconds, full=full_seconds, now=now)).fetchone():
             return 0
-        full_at = self._db.execute("SELECT expires_at FROM memos WHERE kind = 'rate' AND key = :name",
-                                   dict(name=name)).fetchone().expires_at
-        return max(0, full_at + cost_seconds - full_seconds - now)
+        full_at = self._db.execute("SELECT MAX(expires_at) AS time FROM memos WHERE kind = 'rate' AND key = :name",
+                                   dict(name=name)).fetchone().time or now
+        return max(cost_seconds, full_at + cost_seconds - full_seconds - now)
 
     def clean(self, now, retention):
         """Delete what is over, as in the Store, and add up the tallies."""
@@ -301,10 +304,12 @@ class PostgresStore(Store):
             self._closed.wait(RECHECK_SECONDS)
 
     def _hear(self, notice):
-        name, before, told = json.loads(notice) or (None, None, None)
-        if not told:
+        try:
+            name, before, told = json.loads(notice)
+        except (TypeError, ValueError):     # LOOK_AGAIN, or somebody else's
             self._missed = True
-        elif name != self._name:
+            return
+        if name != self._name:
             self.on_news([(Intent(told), before)])
 
     def _set_clock(self, db):
