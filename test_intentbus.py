@@ -607,6 +607,18 @@ def test_a_commit_that_fails_fails_everyone_in_it_and_the_next_one_works(store, 
     assert len(store.list(10)[0]) == 1
 
 
+def test_an_operation_that_fails_after_it_has_written_leaves_nothing(store):
+    def fail():
+        store._insert([published()])
+        raise ValueError
+    for _ in range(3):
+        with pytest.raises(ValueError):
+            store._commit(fail, synced=True)
+        assert store.list(10) == ([], None) and store.tallies() == []
+    add(store, published())
+    assert len(store.list(10)[0]) == 1 and [row.intents for row in store.tallies()] == [1]
+
+
 @ON_A_FILE
 def test_readers_in_the_way_do_not_let_the_log_grow_without_end(store, monkeypatch):
     monkeypatch.setattr(intentbus, "WAL_BYTES", 400_000)

@@ -40,7 +40,8 @@ NOTICE_CHARACTERS = 500     # of an error in it
 LOOK_AGAIN = "[]"           # a notice of something too long for one
 NOTICE_FIELDS = (*intentbus.EVENT_FIELDS, "lane", "ready", "wake_at", "claim_outcome")
 CLOCK_SLACK_SECONDS = 0.05  # of the way to the database; time that jitters back and forth is worse
-SCHEMA_TABLE = "intentbus"  # which version of the tables there is
+KEPT_STATEMENTS = 200       # sent at a time
+IDLE = psycopg.pq.TransactionStatus.IDLE
 SETTINGS = f"""
     SELECT set_config('lock_timeout', '{LOCK_SECONDS}s', false),
            set_config('idle_in_transaction_session_timeout', '{2 * LOCK_SECONDS}s', false),
@@ -86,6 +87,9 @@ BUSES = """
 """
 
 
+RETURNS_NOTHING = re.compile(r"\s*(INSERT|UPDATE|DELETE)\b(?!.*\bRETURNING\b)", re.DOTALL)
+
+
 @functools.lru_cache(maxsize=None)
 def translated(statement):
     """Return a statement of the Store as psycopg takes it: :name becomes %(name)s."""
@@ -98,18 +102,50 @@ def storable(values):
 
 
 class Connection(psycopg.Connection):
-    """A connection that takes statements as the Store writes them."""
+    """A connection that takes statements as the Store writes them.
 
-    def execute(self, statement, values=None, **options):
-        if values is None:
-            return super().execute(statement, **options)
-        return super().execute(translated(statement), storable(values), **options)
+    In a transaction, what returns nothing is sent together with the next statement that does, or with COMMIT: one way over
+    the network instead of many.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.cursor_factory = psycopg.ClientCursor     # puts values into the text, which may be of several statements
+        self._kept = []
+
+    def begin(self, *settings):
+        """Begin a transaction, with SET statements."""
+        self._kept = ["BEGIN", *settings]
+
+    def rollback(self):
+        """Undo what was sent, and forget what was kept."""
+        self._kept = []
+        super().rollback()
+
+    def keep(self, statement, values=None):
+        """Send a statement with the next one, or with many of its kind."""
+        values = values and storable(values)
+        self._kept.append(self.cursor().mogrify(translated(statement), values) if values else statement)
+        if len(self._kept) >= KEPT_STATEMENTS:
+            self._send()
+
+    def execute(self, statement, values=None):
+        """Run a statement, after those that are kept, and return its result."""
+        self.keep(statement, values)
+        if not RETURNS_NOTHING.match(statement) or self.info.transaction_status == IDLE and self._kept[0] != "BEGIN":
+            return self._send()
 
     def executemany(self, statement, rows):
-        if len(rows) == 1:
-            return self.execute(statement, rows[0])
-        with self.cursor() as cursor:
-            return cursor.executemany(translated(statement), [storable(row) for row in rows])
+        """Run a statement for each row."""
+        for row in rows:
+            self.keep(statement, row)
+
+    def _send(self):
+        together, self._kept = ";".join(self._kept), []
+        result = super().execute(together)
+        while result.nextset():
+            pass
+        return result
 
 
 def as_intents(cursor):
@@ -224,7 +260,7 @@ class PostgresStore(Store):
 
     def _exclusively(self, *what):
         digest = hashlib.sha256(intentbus.to_json([self._channel, *what]).encode()).digest()
-        self._db.execute("SELECT pg_advisory_xact_lock(:key)", dict(key=int.from_bytes(digest[:8], "big", signed=True)))
+        self._db.keep("SELECT pg_advisory_xact_lock(:key)", dict(key=int.from_bytes(digest[:8], "big", signed=True)))
 
     def _commit(self, run, synced):
         """Run an operation as a transaction, anew if it was in a deadlock: PostgreSQL commits many at a time by itself."""
@@ -245,7 +281,7 @@ class PostgresStore(Store):
     def _transact(self, run, synced):
         with self._pool.connection() as db:     # which is rolled back by the pool after an error
             self._own.db, self._moves = db, []
-            db.execute("BEGIN" if synced else "BEGIN; SET LOCAL synchronous_commit = off")
+            db.begin(*(() if synced else ("SET LOCAL synchronous_commit = off",)))
             result = run()
             self._tally()
             db.execute("COMMIT")
@@ -348,21 +384,21 @@ class PostgresStore(Store):
 
     def _prepare(self, db):
         """Bring the tables to the schema of this version; of several buses that start at once, one does so."""
-        with db.transaction():
-            db.execute("SELECT pg_advisory_xact_lock(:key)", dict(key=APPLICATION_ID))
-            ours, taken = db.execute(f"SELECT to_regclass('{SCHEMA_TABLE}') AS ours, to_regclass('intents') AS taken").fetchone().values()
-            if taken and not ours:
-                raise SetupError(f"The database {self.path} has a table intents of another program; give the bus another one.")
-            db.execute(f"CREATE TABLE IF NOT EXISTS {SCHEMA_TABLE} (version INTEGER NOT NULL)")
-            found = db.execute(f"SELECT version FROM {SCHEMA_TABLE}").fetchone()
-            version = found.version if found else 0
-            if version > len(MIGRATIONS):
-                raise SetupError(f"The database {self.path} was written by a newer intentbus (schema {version}, "
-                                 f"this one knows {len(MIGRATIONS)}); use that version, or another --db.")
-            for statement in [*intentbus.statements(version), *(TUNED.split(";") if not version else ())]:
-                db.execute(statement.replace("TEXT", 'TEXT COLLATE "C"'))     # lanes and ids are compared as bytes
-            db.execute(f"DELETE FROM {SCHEMA_TABLE}")
-            db.execute(f"INSERT INTO {SCHEMA_TABLE} VALUES (:version)", dict(version=len(MIGRATIONS)))
+        db.begin()
+        db.keep("SELECT pg_advisory_xact_lock(:key)", dict(key=APPLICATION_ID))
+        there = db.execute("SELECT to_regclass('intentbus') AS ours, to_regclass('intents') AS intents").fetchone()
+        if there.intents and not there.ours:
+            raise SetupError(f"The database {self.path} has a table intents of another program; give the bus another one.")
+        db.keep("CREATE TABLE IF NOT EXISTS intentbus (version INTEGER NOT NULL)")     # of the tables
+        version = db.execute("SELECT COALESCE(MAX(version), 0) AS version FROM intentbus").fetchone().version
+        if version > len(MIGRATIONS):
+            raise SetupError(f"The database {self.path} was written by a newer intentbus (schema {version}, "
+                             f"this one knows {len(MIGRATIONS)}); use that version, or another --db.")
+        for statement in [*intentbus.statements(version), *(TUNED.split(";") if not version else ())]:
+            db.keep(statement.replace("TEXT", 'TEXT COLLATE "C"'))     # lanes and ids are compared as bytes
+        db.keep("DELETE FROM intentbus")
+        db.keep("INSERT INTO intentbus VALUES (:version)", dict(version=len(MIGRATIONS)))
+        db.execute("COMMIT")
 
 
 def brief(error):
