@@ -87,7 +87,7 @@ def clock():
 
 
 POSTGRES = os.environ.get("INTENTBUS_TEST_POSTGRES")     # the DSN of a database where schemas can be made and dropped
-ON_A_FILE = pytest.mark.parametrize("kind", ["sqlite"], indirect=True)     # of what only a SQLite file has
+ON_A_FILE = pytest.mark.parametrize("database", ["sqlite"], indirect=True)     # of what only a SQLite file has
 
 
 def ON_POSTGRES(test):
@@ -97,7 +97,7 @@ def ON_POSTGRES(test):
 
 
 @pytest.fixture(scope="module", params=["sqlite", *(["postgres"] if POSTGRES else [])])
-def kind(request):
+def database(request):
     """What the intents are in: the tests of the store and of all above it are one contract for both."""
     yield request.param
     drop_schemas()
@@ -130,9 +130,9 @@ def dsn(path):
     return make_conninfo(POSTGRES, options=f"-c search_path={schema}")
 
 
-def open_store(kind, path):
-    """Return a store of a kind; the same path is the same intents."""
-    if kind == "sqlite":
+def open_store(database, path):
+    """Return a store in such a database; the same path is the same intents."""
+    if database == "sqlite":
         return Store(path)
     return examples("postgres_bus").PostgresStore(dsn(path))
 
@@ -147,8 +147,8 @@ def examples(name):
 
 
 @pytest.fixture
-def store(kind, tmp_path):
-    store = open_store(kind, tmp_path / "bus.db")
+def store(database, tmp_path):
+    store = open_store(database, tmp_path / "bus.db")
     yield store
     store.close()
 
@@ -219,9 +219,9 @@ COMMON = {"x-frame-options": "DENY", "x-content-type-options": "nosniff", "refer
 class Served:
     """A bus on a free port, and ways to talk to it."""
 
-    def __init__(self, folder, kind="sqlite"):
+    def __init__(self, folder, database="sqlite"):
         self.db = str(folder / "bus.db")
-        self.store = open_store(kind, self.db)
+        self.store = open_store(database, self.db)
         self.api = intentbus.API(intentbus.Bus(self.store), intentbus.Keys(KEY, self.store))
         self.server = intentbus.http_server(self.api, port=0)
         self.port = self.server.server_port
@@ -329,9 +329,9 @@ def watch(thing, name):
 
 
 @pytest.fixture(scope="module")
-def shared(kind, tmp_path_factory):
+def shared(database, tmp_path_factory):
     """One bus for all that is refused."""
-    served = Served(tmp_path_factory.mktemp("shared"), kind)
+    served = Served(tmp_path_factory.mktemp("shared"), database)
     yield served
     served.close()
 
@@ -345,9 +345,9 @@ def strict(shared):
 
 
 @pytest.fixture
-def served(kind, tmp_path):
+def served(database, tmp_path):
     """A bus of one test's own."""
-    served = Served(tmp_path, kind)
+    served = Served(tmp_path, database)
     yield served
     served.close()
 
@@ -363,10 +363,10 @@ ADMIN_SECRET = "a" * 40
 class Bespoke(Served):
     """A bus whose parts have options of their own; it can be restarted on its file."""
 
-    def __init__(self, folder, key=KEY, clock=None, keys=(), api=(), server=(), kind="sqlite"):
-        self.made = folder, key, clock, keys, api, server, kind
+    def __init__(self, folder, key=KEY, clock=None, keys=(), api=(), server=(), database="sqlite"):
+        self.made = folder, key, clock, keys, api, server, database
         self.db = str(folder / "bus.db")
-        self.store = open_store(kind, self.db)
+        self.store = open_store(database, self.db)
         clocks = dict(clock=lambda: clock.wall, steady=lambda: clock.steady) if clock else {}
         self.keys = Keys(key, self.store, **dict(keys, **{name: clocks[name] for name in clocks if name == "clock"}))
         self.api = API(Bus(self.store, **clocks), self.keys, **dict(api))
@@ -378,7 +378,7 @@ class Bespoke(Served):
     def restart(self, **changes):
         """Stop it and start it again on the same file."""
         self.close()
-        names = ("folder", "key", "clock", "keys", "api", "server", "kind")
+        names = ("folder", "key", "clock", "keys", "api", "server", "database")
         self.__init__(**dict(zip(names, self.made), **changes))
 
     def issue(self, owner="ann", role="both", name=None, **headers):
@@ -389,11 +389,11 @@ class Bespoke(Served):
 
 
 @pytest.fixture
-def started(kind, tmp_path):
+def started(database, tmp_path):
     """Start buses with options; each is closed at the end."""
     with contextlib.ExitStack() as stack:
         def start(**options):
-            bus = Bespoke(tmp_path, **dict(dict(kind=kind), **options))
+            bus = Bespoke(tmp_path, **dict(dict(database=database), **options))
             stack.callback(lambda: bus.close())
             return bus
         yield start
@@ -3788,10 +3788,10 @@ def wsgi_call(method, target, body=b"", **environ):
 
 
 @pytest.fixture(params=["server", "wsgi"])
-def bus_url(request):
+def bus_url(request, served):
     """The URL of a bus behind our server, and behind another's WSGI server."""
     if request.param == "server":
-        yield request.getfixturevalue("served").url
+        yield served.url
         return
     request.getfixturevalue("wsgi")
     server = wsgiref.simple_server.make_server("127.0.0.1", 0, wsgiref.validate.validator(intentbus.application),
@@ -6483,7 +6483,7 @@ def buses(tmp_path):
     """Start buses over the same tables; each is closed at the end."""
     with contextlib.ExitStack() as stack:
         def start(**options):
-            bus = Bespoke(tmp_path, kind="postgres", **options)
+            bus = Bespoke(tmp_path, database="postgres", **options)
             stack.callback(bus.close)
             return bus
         yield start
@@ -6783,7 +6783,7 @@ def test_a_bus_moves_to_postgresql_and_back_with_everything(tmp_path, clock):
     assert code == 0 and f"intents: {len(there['intents'])}" in errors and "everything is there" in said, errors
     code, _, errors = migrate(started.db, where)
     assert code == 2 and "has intents or keys already" in errors
-    on_postgres = Bespoke(tmp_path, kind="postgres")
+    on_postgres = Bespoke(tmp_path, database="postgres")
     code, _, errors = migrate("--back", tmp_path / "back.db", where)
     assert code == 2 and "bus is running" in errors and not dumped(tmp_path / "back.db")["intents"]
     assert on_postgres.api.bus.get("value") == {"a": 1}
