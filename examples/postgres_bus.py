@@ -407,8 +407,9 @@ def brief(error):
 
 
 logging.getLogger("psycopg").setLevel(logging.ERROR)     # what the pool tries again is no news, and requests say the rest
-intentbus.STORES.update(dict.fromkeys(("postgresql", "postgres", "file"), PostgresStore))     # "host=... dbname=..." too
-application = intentbus.application
+intentbus.STORES.update(postgresql=PostgresStore, postgres=PostgresStore)
+application = intentbus.application     # under WSGI, with such a URL in BUS_DB_PATH
 
 if __name__ == "__main__":
+    intentbus.STORES["file"] = PostgresStore     # "host=db.example dbname=bus" is a DSN too
     sys.exit(intentbus.main(["serve", *sys.argv[1:]]))
