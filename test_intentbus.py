@@ -6720,9 +6720,8 @@ def test_postgresql_without_its_store_is_refused_in_words(tmp_path):
 
 @ON_POSTGRES
 def test_a_postgresql_that_cannot_be_reached_is_said_in_a_sentence(tmp_path):
-    found = subprocess.run([sys.executable, HERE / "examples" / "postgres_bus.py", "--port", "0", "--db",
-                            "postgresql://127.0.0.1:9/bus"], cwd=tmp_path, env=dict(os.environ, HOME=str(tmp_path)),
-                           capture_output=True, text=True, timeout=30)
+    found = subprocess.run([sys.executable, HERE / "examples" / "postgres_bus.py", "postgresql://127.0.0.1:9/bus", "--port", "0"],
+                           cwd=tmp_path, env=dict(os.environ, HOME=str(tmp_path)), capture_output=True, text=True, timeout=30)
     assert (found.returncode, found.stdout) == (2, "") and "PostgreSQL cannot be used: " in found.stderr
 
 

@@ -2,7 +2,7 @@
 """The bus on PostgreSQL: any number of them, on as many machines, behind one load balancer, over one database.
 
     pip install "psycopg[binary,pool]"
-    python3 examples/postgres_bus.py --db postgresql://bus@db.example/bus --port 8787      as intentbus.py serve
+    python3 examples/postgres_bus.py postgresql://bus@db.example/bus --port 8787      and all other flags of intentbus.py serve
 
 All buses need the same owner key: BUS_SECRET, or the same ~/.apikey. The database is a UTF-8 one; its tables are made at
 the first start. BUS_DB_PATH can name it too; a password belongs into ~/.pgpass. Several hosts and
@@ -412,4 +412,7 @@ application = intentbus.application     # under WSGI, with such a URL in BUS_DB_
 
 if __name__ == "__main__":
     intentbus.STORES["file"] = PostgresStore     # "host=db.example dbname=bus" is a DSN too
-    sys.exit(intentbus.main(["serve", *sys.argv[1:]]))
+    arguments = sys.argv[1:]
+    if arguments and not arguments[0].startswith("-"):
+        arguments.insert(0, "--db")
+    sys.exit(intentbus.main(["serve", *arguments]))
