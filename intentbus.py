@@ -243,6 +243,20 @@ def patterns(name):
     return (name, f"{place}\t{goal}\t", f"{place}\t\t{publisher}", f"{place}\t\t")
 
 
+def past(name):
+    """Return what sorts after a lane, and before every other lane that does."""
+    return name + "\1"
+
+
+def span(pattern):
+    """Return (start, stop, publisher): a pattern covers the lanes from start to before stop, of that publisher if any."""
+    place, goal, publisher = pattern.rsplit("\t", 2)
+    if goal and publisher:
+        return pattern, past(pattern), ""
+    prefix = f"{place}\t{goal}" if goal else place
+    return prefix + "\t", prefix + "\n", publisher     # a newline follows a tab: past all that start so
+
+
 class Record(dict):
     """A dict whose keys read as attributes too: record["id"] is record.id."""
 
@@ -415,6 +429,13 @@ UPDATE = """
     WHERE  id = :id
 """
 ONE = "SELECT * FROM intents WHERE id = :id"
+DUE = """
+    SELECT   *
+    FROM     intents
+    WHERE    wake_at <= :now
+    ORDER BY wake_at
+    LIMIT    :rows
+"""
 CLAIMED_WITH = """
     SELECT *
     FROM   intents
@@ -429,20 +450,12 @@ REMEMBER = """
     SET         value = excluded.value,
                 expires_at = excluded.expires_at
 """
-HEAD_OF_LANE = """
-    SELECT   *
-    FROM     intents
-    WHERE    ready = 1
-    AND      lane = :lane
-    ORDER BY priority DESC, run_at, claim_attempts, created_at, id
-    LIMIT    1
-"""
 HEAD_OF_NEXT_LANE = """
     SELECT   *
     FROM     intents
     WHERE    ready = 1
-    AND      lane > :after
-    AND      lane < :end
+    AND      lane >= :start
+    AND      lane < :stop
     ORDER BY lane, priority DESC, run_at, claim_attempts, created_at, id
     LIMIT    1
 """
@@ -570,7 +583,7 @@ class Store:
 
     A subclass for a database that several buses share says how to reach it (`_open`, `close`, `_commit`, `_reader`),
     what comes of the others (`on_news`, `changed_elsewhere`), what keeps them apart (`TALLY`, `HELD`, `FREE`,
-    `_first`, `_exclusively`), and what they have in common: `clock`, which returns Unix seconds, and `allowance`.
+    `_claimable`, `_exclusively`), and what they have in common: `clock`, which returns Unix seconds, and `allowance`.
     """
 
     TALLY = """
@@ -691,12 +704,12 @@ class Store:
 
     def waiting(self, most):
         """Return the intent that has been ready for longest in each lane and priority, of so many of these at most."""
-        found, lane = [], dict(after="", end="\x7f")     # past every namespace
+        found, lanes = [], dict(start="", stop="\x7f")     # past every namespace
         with self._reader() as db:
             while len(found) < most and (head := found and db.execute(HEAD_OF_NEXT_PRIORITY, found[-1]).fetchone()
-                                         or db.execute(HEAD_OF_NEXT_LANE, lane).fetchone()):
+                                         or db.execute(HEAD_OF_NEXT_LANE, lanes).fetchone()):
                 found.append(head)
-                lane["after"] = head.lane
+                lanes["start"] = past(head.lane)
         return found
 
     def latest(self):
@@ -751,9 +764,7 @@ class Store:
         """
         if token_hash:
             self._exclusively("claim", owner, token_hash)
-        self._settle(now)
-        again = dict(token_hash=token_hash, owner=owner)
-        while intent := token_hash and self._db.execute(CLAIMED_WITH + self.HELD, again).fetchone() or self._first(lanes):
+        while intent := self._claimable(lanes, now, dict(token_hash=token_hash, owner=owner)):
             if intent.expires_at > now:
                 return self._change(intent, rule(intent))
             self._change(intent, intent.woken(now))
@@ -784,7 +795,7 @@ class Store:
     @operation
     def settle(self, now):
         """Carry out what time has brought, up to SETTLE_ROWS at a time; return how many died of it, and how."""
-        return self._settle(now)
+        return self._wake(self._due(now), now)
 
     @operation
     def note_clock(self, now, offset, boot):
@@ -929,23 +940,20 @@ class Store:
     def _exclusively(self, *what):
         """Let no other bus do the same, with the same names, before this transaction has ended: a file has one bus."""
 
-    def _first(self, lanes):
-        """Return the first intent that is ready in these lanes: one index entry is looked at for each lane in use."""
-        return min((head for pattern in lanes for head in self._heads(pattern)), default=None, key=lambda head: (
-            -head.priority, head.run_at, head.claim_attempts, head.created_at, head.id))
+    def _claimable(self, lanes, now, again):
+        """Return what was claimed before with the same token, else the first that is ready in these lanes by now."""
+        self._wake(self._due(now), now)
+        return again["token_hash"] and self._db.execute(CLAIMED_WITH, again).fetchone() or min(
+            (head for pattern in lanes for head in self._heads(pattern)), default=None, key=lambda head: (
+                -head.priority, head.run_at, head.claim_attempts, head.created_at, head.id))
 
     def _heads(self, pattern):
-        """Yield the first ready row of a lane, or of each lane that a pattern covers."""
-        place, goal, publisher = pattern.rsplit("\t", 2)
-        if goal and publisher:
-            yield from self._db.execute(HEAD_OF_LANE, dict(lane=pattern))
-            return
-        prefix = f"{place}\t{goal}" if goal else place
-        after, end = prefix + "\t", prefix + "\n"     # the character that follows the tab: past all that start so
-        while head := self._db.execute(HEAD_OF_NEXT_LANE, dict(after=after, end=end)).fetchone():
+        """Yield the first ready intent of each lane that a pattern covers: one index entry is looked at for each."""
+        start, stop, publisher = span(pattern)
+        while start < stop and (head := self._db.execute(HEAD_OF_NEXT_LANE, dict(start=start, stop=stop)).fetchone()):
             if not publisher or head.lane.endswith("\t" + publisher):
                 yield head
-            after = head.lane
+            start = past(head.lane)
 
     def _found(self, rows, intent_id):
         intent = rows.fetchone()
@@ -997,14 +1005,10 @@ class Store:
         self._db.executemany(self.TALLY, [dict(namespace=namespace, publisher=publisher, status=status, intents=number)
                                           for (namespace, publisher, status), number in moved.items() if number and status])
 
-    def _settle(self, now):
-        due = self._db.execute("""
-            SELECT   *
-            FROM     intents
-            WHERE    wake_at <= :now
-            ORDER BY wake_at
-            LIMIT    :rows
-        """ + self.FREE, dict(now=now, rows=SETTLE_ROWS)).fetchall()
+    def _due(self, now):
+        return self._db.execute(DUE + self.FREE, dict(now=now, rows=SETTLE_ROWS)).fetchall()
+
+    def _wake(self, due, now):
         counts = Record(expired_open_dead=0, expired_claims_dead=0)
         for intent in due:
             claimed = intent.status == "claimed"

@@ -120,10 +120,15 @@ def postgres(statement, values=None):
         return result.fetchall() if result.description else None
 
 
+def schema_of(path):
+    """Return the name of the schema that stands for a path."""
+    return "test_" + hashlib.sha256(f"{os.getpid()} {path}".encode()).hexdigest()[:16]
+
+
 def dsn(path):
     """Return the DSN of the schema that stands for a path."""
     from psycopg.conninfo import make_conninfo
-    schema = "test_" + hashlib.sha256(f"{os.getpid()} {path}".encode()).hexdigest()[:16]
+    schema = schema_of(path)
     if schema not in SCHEMAS:
         SCHEMAS.add(schema)
         postgres(f"CREATE SCHEMA {schema}")
@@ -207,8 +212,9 @@ def in_thread(function, *args, **kwargs):
 
 
 def held(bus):
-    """How many requests a bus holds."""
-    return sum(map(len, bus._waiting._held.values()))
+    """In how many lanes requests wait that a bus holds, once each has looked for itself and found nothing."""
+    with bus._waiting._lock:
+        return sum(bool(waiter.news._cond._waiters) for waiters in bus._waiting._held.values() for waiter in waiters)
 
 
 NOBODY = "0" * 32     # an id that no intent has
@@ -689,9 +695,8 @@ def plan(store, statement, **values):
 
 @ON_A_FILE
 def test_claims_and_deadlines_neither_scan_nor_sort(store):
-    claims = [plan(store, intentbus.HEAD_OF_LANE, lane="x"), plan(store, intentbus.HEAD_OF_NEXT_LANE, after="a", end="b")]
-    assert claims == ["SEARCH intents USING INDEX intents_ready (lane=?)",
-                      "SEARCH intents USING INDEX intents_ready (lane>? AND lane<?)"]
+    assert plan(store, intentbus.HEAD_OF_NEXT_LANE, start="a", stop="b") == (
+        "SEARCH intents USING INDEX intents_ready (lane>? AND lane<?)")
     statements = []
     store._db.set_trace_callback(statements.append)
     store.settle(1000)
@@ -6480,12 +6485,14 @@ def test_the_lines_for_cron_are_lines_of_cron_and_commands_of_ours():
 
 @pytest.fixture
 def buses(tmp_path):
-    """Start buses over the same tables; each is closed at the end."""
+    """Start buses over the same tables, which know of each other; each is closed at the end."""
+    started = []
     with contextlib.ExitStack() as stack:
         def start(**options):
-            bus = Bespoke(tmp_path, database="postgres", **options)
-            stack.callback(bus.close)
-            return bus
+            started.append(Bespoke(tmp_path, database="postgres", **options))
+            stack.callback(started[-1].close)
+            wait_until(lambda: all(len(bus.store._others) == len(started) - 1 for bus in started))
+            return started[-1]
         yield start
         stack.close()
         drop_schemas()
@@ -6696,6 +6703,33 @@ def test_a_bus_that_has_lost_its_database_says_so_and_is_well_once_that_is_back(
 
 
 @ON_POSTGRES
+def test_what_was_committed_though_the_answer_was_lost_is_found_by_who_waits_at_any_bus(buses, monkeypatch):
+    import psycopg
+    one, other = buses(), buses()
+    claims = [in_thread(bus.api.bus.claim, "g", wait=20) for bus in (one, other)]
+    wait_until(lambda: held(one.api.bus) == held(other.api.bus) == 2 and not one.store._missed and not other.store._missed)
+    transact = one.store._transact
+
+    def lose(*args):
+        one.store._others = []     # nor was anybody told
+        transact(*args)
+        monkeypatch.undo()
+        raise psycopg.OperationalError("server closed the connection unexpectedly")
+    monkeypatch.setattr(one.store, "_transact", lose)
+    assert_refusal(one.ask("POST", "/intents", [a_publish(), a_publish()]), 503, "database_busy")
+    assert {claim().id for claim in claims} == {intent.id for intent in one.api.bus.list().intents}
+
+
+@ON_POSTGRES
+def test_a_newer_bus_may_add_a_column_while_older_ones_run(buses):
+    bus = buses()
+    intent_id = bus.publish()
+    assert [bus.ask("POST", "/claim?goal=none").status for _ in range(3)] == [204] * 3
+    postgres(f"ALTER TABLE {schema_of(bus.db)}.intents ADD COLUMN more TEXT")
+    assert bus.ask("POST", "/claim?goal=g").json["id"] == intent_id
+
+
+@ON_POSTGRES
 @pytest.mark.parametrize("prepare, words", [
     ("CREATE TABLE intents (id TEXT)", "another program"),
     ("CREATE TABLE intentbus (version INTEGER NOT NULL); INSERT INTO intentbus VALUES (99)", "newer intentbus (schema 99"),
@@ -6726,8 +6760,11 @@ def test_a_postgresql_that_cannot_be_reached_is_said_in_a_sentence(tmp_path):
 
 
 @ON_POSTGRES
-def test_claims_look_at_one_row_of_a_lane_on_postgresql_too(buses):
-    bus = buses()
+def test_claims_look_at_one_row_of_a_lane_on_postgresql_too(buses, monkeypatch):
+    bus, looks = buses(), []
+    connection = examples("postgres_bus").Connection
+    each = connection.each
+    monkeypatch.setattr(connection, "each", lambda db, *asked: looks.append(asked) or each(db, *asked))
     bus.api.bus.publish("g", 1)
     with bus.store._pool.connection() as db:
         db.execute("""
@@ -6739,12 +6776,15 @@ def test_claims_look_at_one_row_of_a_lane_on_postgresql_too(buses):
             FROM   intents, generate_series(1, 20000) AS n
         """)
         db.execute("ANALYZE intents")
-        for statement, index in ((intentbus.HEAD_OF_LANE + bus.store.FREE, "intents_ready"), (intentbus.HEAD_OF_NEXT_LANE, "intents_ready"),
-                                 (intentbus.CLAIMED_WITH, "intents_token"), (intentbus.ONE, "intents_pkey")):
-            lane = db.execute("SELECT lane FROM intents LIMIT 1").fetchone().lane
-            rows = db.execute("EXPLAIN " + statement, dict(lane=lane, after="", end="\x7f", token_hash="t", owner="o", id="i"))
-            plan = "\n".join(row["QUERY PLAN"] for row in rows)
-            assert index in plan and "Sort" not in plan and "Seq Scan" not in plan, plan
+    assert bus.api.bus.claim("g", claim_token="t" * 32, worker_id="w").priority == 998
+    claim, indexes = next(asked for asked in looks if len(asked) > 1), [set(), set(), set()]
+    with bus.store._pool.connection() as db:
+        for (statement, values), found in zip(claim, indexes):
+            plan = "\n".join(row["QUERY PLAN"] for row in db.execute(
+                "EXPLAIN (ANALYZE, TIMING OFF) " + list(db._texts(statement, values))[-1]).fetchall())
+            found |= set(re.findall(r"using (intents_\w+)", plan))
+            assert "Seq Scan" not in plan and max(map(int, re.findall(r"actual rows=(\d+)", plan))) <= 4, plan
+    assert indexes == [{"intents_wake"}, {"intents_token"}, {"intents_ready"}]
 
 
 def dumped(path):
