@@ -2,8 +2,7 @@
 
 Real parts throughout: a real server on port 0, real processes, a real SQLite file. INTENTBUS_TEST_SLOW=1 adds the long
 ones; INTENTBUS_TEST_CLIENTS names a directory of virtual environments with the published clients; INTENTBUS_TEST_POSTGRES
-is the DSN of a PostgreSQL to run the same tests on, and INTENTBUS_TEST_POSTGRES_RESTART a command that restarts that one.
-.ci/run has all of these.
+is the DSN of a PostgreSQL to run the same tests on. .ci/run has all of these.
 """
 
 import argparse
@@ -6844,9 +6843,9 @@ def running(tmp_path):
         programs.append(subprocess.Popen([*COMMAND, *arguments], **options))
         return programs[-1]
 
-    def bus():
-        """A bus on the PostgreSQL of this test, as a process."""
-        bus = Serve(tmp_path, "--db", dsn(tmp_path / "bus.db"), program=[HERE / "examples" / "postgres_bus.py"], BUS_SECRET=KEY)
+    def bus(where=None):
+        """A bus on the PostgreSQL of this test, or another, as a process."""
+        bus = Serve(tmp_path, "--db", where or dsn(tmp_path / "bus.db"), program=[HERE / "examples" / "postgres_bus.py"], BUS_SECRET=KEY)
         programs.append(bus.process)
         assert bus.url, bus.stop()
         return bus
@@ -6937,43 +6936,143 @@ def test_from_a_publish_on_one_bus_to_a_worker_at_another_it_takes_milliseconds(
     assert one.stop()[0] == other.stop()[0] == 0
 
 
+POSTGRES_PROGRAMS = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)     # where Debian has them
+
+
+class Cluster:
+    """A PostgreSQL server of a test's own, or the standby of another one; root lets the user postgres run it."""
+
+    def __init__(self, folder, primary=None):
+        self.folder, self.data = folder, f"{folder}/{'standby' if primary else 'primary'}"
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        if primary:
+            self.run("pg_basebackup", "-D", self.data, "-R", "-h", "127.0.0.1", "-p", str(primary.port), "-U", "bus")
+        else:
+            self.run("initdb", "-D", self.data, "-A", "trust", "-U", "bus", "--encoding", "UTF8", "--locale", "C")
+        self.control("start", "-o", f"-p {self.port} -k {folder} -c listen_addresses=127.0.0.1")
+
+    def run(self, program, *arguments):
+        as_postgres = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
+        subprocess.run([*as_postgres, POSTGRES_PROGRAMS / program, *arguments], cwd=self.folder, check=True,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def control(self, *arguments):
+        self.run("pg_ctl", "-D", self.data, "-l", f"{self.data}.log", "-w", *arguments)
+
+    def ask(self, *statements):
+        """Run statements; return the first value of the last one's first row, if it has any."""
+        import psycopg
+        with psycopg.connect(f"postgresql://bus@127.0.0.1:{self.port}/postgres", autocommit=True) as db:
+            for statement in statements:
+                result = db.execute(statement)
+            row = result.description and result.fetchone()
+            return row and row[0]
+
+
+@pytest.fixture
+def cluster():
+    """Start PostgreSQL servers at will; they are ended after."""
+    if not POSTGRES_PROGRAMS:
+        pytest.skip("PostgreSQL's programs are not on this machine")
+    folder, started = tempfile.mkdtemp(), []
+    if os.getuid() == 0:
+        shutil.chown(folder, "postgres")
+
+    def start(primary=None):
+        started.append(Cluster(folder, primary))
+        return started[-1]
+    yield start
+    for server in started:
+        with contextlib.suppress(subprocess.CalledProcessError):     # some are stopped by then
+            server.control("-m", "immediate", "stop")
+    shutil.rmtree(folder)
+
+
+class Traffic:
+    """Publishers and workers at several buses, which do not give up."""
+
+    def __init__(self, buses):
+        self.urls = [bus.url for bus in buses]
+        self.answered, self.refused, self.stopped = [], [], threading.Event()
+        self.threads = [threading.Thread(target=run, args=(IntentClient(self.urls[number % len(self.urls)], KEY),), daemon=True)
+                        for run in (self.publish, self.work) for number in range(4)]
+        for thread in self.threads:
+            thread.start()
+
+    def publish(self, bus):
+        while not self.stopped.is_set():
+            try:
+                self.answered.append(bus.publish("g", 1).id)
+            except intentbus.Error as error:
+                self.refused.append(error)
+
+    def work(self, bus):
+        while not self.stopped.is_set():
+            with contextlib.suppress(intentbus.Error):
+                if claimed := bus.claim("g", wait=1):
+                    bus.fulfill(claimed.id, claimed.claim_token)
+
+    def flows(self, number):
+        """Wait until so many more publishes have been answered."""
+        wanted = len(self.answered) + number
+        wait_until(lambda: len(self.answered) >= wanted, seconds=120)
+
+    def end(self):
+        """Stop, work off what is left, and return how many of those whose publish was answered are in which status."""
+        self.stopped.set()
+        for thread in self.threads:
+            thread.join(60)
+        bus = IntentClient(self.urls[0], KEY)
+        while claimed := bus.claim("g"):
+            bus.fulfill(claimed.id, claimed.claim_token)
+        return collections.Counter(bus.get_status(id).status for id in self.answered)
+
+
 @SLOW
 @ON_POSTGRES
-@pytest.mark.skipif(not os.environ.get("INTENTBUS_TEST_POSTGRES_RESTART"), reason="INTENTBUS_TEST_POSTGRES_RESTART is not set")
-def test_postgresql_that_is_restarted_in_mid_run_loses_nothing_that_was_answered(running):
-    buses = [running.bus() for _ in range(2)]
-    answered, refused, stop = [], [], threading.Event()
-
-    def publish(index):
-        client = IntentClient(buses[index % 2].url, KEY)
-        while not stop.is_set():
-            try:
-                answered.append(client.publish("g", 1).id)
-            except intentbus.Error as error:
-                refused.append(error)
-
-    def work(index):
-        client = IntentClient(buses[index % 2].url, KEY)
-        while not stop.is_set():
-            with contextlib.suppress(intentbus.Error):
-                if claimed := client.claim("g", wait=1):
-                    client.fulfill(claimed.id, claimed.claim_token)
-    threads = [threading.Thread(target=run, args=(index,), daemon=True) for run in (publish, work) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for number in range(1, 4):
-        wait_until(lambda: len(answered) > 200 * number, seconds=60)
-        subprocess.run(shlex.split(os.environ["INTENTBUS_TEST_POSTGRES_RESTART"]), check=True, stdout=subprocess.DEVNULL)
-    wait_until(lambda: len(answered) > 1000, seconds=60)
-    stop.set()
-    for thread in threads:
-        thread.join(60)
-    looker = IntentClient(buses[0].url, KEY)
-    while claimed := looker.claim("g"):
-        looker.fulfill(claimed.id, claimed.claim_token)
-    states = collections.Counter(looker.get_status(id).status for id in answered)
-    figure("PostgreSQL restarted three times", f"{len(answered)} publishes answered, {len(refused)} refused, {dict(states)}")
+@POSIX
+def test_postgresql_that_is_restarted_in_mid_run_loses_nothing_that_was_answered(running, cluster):
+    server = cluster()
+    buses = [running.bus(f"postgresql://bus@127.0.0.1:{server.port}/postgres") for _ in range(2)]
+    traffic = Traffic(buses)
+    for _ in range(3):
+        traffic.flows(200)
+        server.control("-m", "immediate", "restart")
+    traffic.flows(400)
+    states = traffic.end()
+    figure("PostgreSQL restarted three times", f"{len(traffic.answered)} publishes answered, {len(traffic.refused)} refused, "
+                                               f"{dict(states)}")
     assert set(states) <= {"fulfilled", "claimed"} and states["claimed"] <= 8     # a claim's answer can be lost
+    assert all(bus.stop()[0] == 0 for bus in buses)
+
+
+@SLOW
+@ON_POSTGRES
+@POSIX
+def test_buses_follow_a_failover_to_a_standby_and_say_meanwhile_when_to_come_again(running, cluster):
+    primary = cluster()
+    standby = cluster(primary)
+    primary.ask("ALTER SYSTEM SET synchronous_standby_names = '*'", "SELECT pg_reload_conf()")
+    wait_until(lambda: primary.ask("SELECT sync_state FROM pg_stat_replication") == "sync")
+    buses = [running.bus(f"postgresql://bus@127.0.0.1:{primary.port},127.0.0.1:{standby.port}/postgres?target_session_attrs=read-write")
+             for _ in range(2)]
+    traffic = Traffic(buses)
+    traffic.flows(200)
+    began, served = time.monotonic(), Served.__new__(Served)
+    served.port = int(buses[0].url.rpartition(":")[2])
+    primary.control("-m", "immediate", "stop")
+    refused = served.ask("POST", "/intent", a_publish())
+    assert_refusal(refused, 503, "database_busy", "PostgreSQL")
+    assert refused.headers["retry-after"] == "1"
+    standby.control("promote")
+    traffic.flows(1)
+    seconds = time.monotonic() - began
+    traffic.flows(400)
+    states = traffic.end()
+    figure("failover", f"{seconds:.1f} s from the primary's end to the next publish answered, {len(traffic.answered)} "
+                       f"publishes answered, {len(traffic.refused)} refused, {dict(states)}")
+    assert set(states) <= {"fulfilled", "claimed"} and states["claimed"] <= 8, states
     assert all(bus.stop()[0] == 0 for bus in buses)
 
 

@@ -504,6 +504,8 @@ class PostgresStore(Store):
             yield
         except psycopg.errors.DiskFull as error:
             raise intentbus.StorageFull("The disk under PostgreSQL is full; nothing of this request was stored.") from error
+        except psycopg.errors.ProgramLimitExceeded as error:     # a key of some kilobytes is too long for an index
+            raise intentbus.Invalid(f"PostgreSQL cannot keep this: {brief(error)}.") from error
         except psycopg.IntegrityError:     # a fault of ours, not of the database
             raise
         except psycopg.Error as error:
