@@ -26,6 +26,7 @@ import plistlib
 import queue
 import random
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -6784,6 +6785,32 @@ def test_claims_look_at_one_row_of_a_lane_on_postgresql_too(buses, monkeypatch):
             found |= set(re.findall(r"using (intents_\w+)", plan))
             assert "Seq Scan" not in plan and max(map(int, re.findall(r"actual rows=(\d+)", plan))) <= 4, plan
     assert indexes == [{"intents_wake"}, {"intents_token"}, {"intents_ready"}]
+
+
+@ON_POSTGRES
+def test_a_publish_and_a_nonce_go_over_the_network_once_a_claim_and_a_report_twice(buses, monkeypatch):
+    bus, sent, connection = buses().api.bus, [], examples("postgres_bus").Connection
+    send = connection._send
+    monkeypatch.setattr(connection, "_send", lambda db: sent.append(threading.get_ident()) or send(db))
+
+    def ways(verb, *arguments):
+        sent.clear()
+        return verb(*arguments), sent.count(threading.get_ident())
+    bus.publish("g", 1)
+    bus.claim("g")     # from now on the goal is known to have a worker
+    assert ways(bus.publish, "g", 2)[1] == 1
+    claimed, number = ways(bus.claim, "g")
+    assert number == 2 and ways(bus.fulfill, claimed.id, claimed.claim_token)[1] == 2
+    assert ways(bus.store.use_nonce, "owner", "n", bus.now() + HOUR, bus.now()) == (True, 1)
+    assert ways(bus.store.use_nonce, "owner", "n", bus.now() + HOUR, bus.now()) == (False, 1)
+
+
+@ON_POSTGRES
+def test_what_is_too_long_for_an_index_of_postgresql_is_refused_in_words(buses):
+    bus = buses()
+    refused = bus.ask("POST", f"/set/{secrets.token_urlsafe(5000)}", {"value": 1})
+    assert_refusal(refused, 400, "invalid_request", "PostgreSQL cannot keep this: index row")
+    assert bus.ask("POST", "/set/short", {"value": 1}).status == 200
 
 
 def dumped(path):

@@ -4,10 +4,12 @@
     python3 examples/benchmark.py                              everything, in about ten minutes
     python3 examples/benchmark.py --quick                      a short form, in about one
     python3 examples/benchmark.py --only growth,rows --rows 3000000 --dir /mnt/disk --json
+    python3 examples/benchmark.py --only postgres,postgres_rows --postgres postgresql://bus@127.0.0.1/bus
 
 It starts the bus itself, and beanstalkd and redis-server if they are installed, on free ports of this machine and with
 databases in a directory of its own, and ends them all. A peer that is missing is a row that says so. RQ needs a Python
-that can import rq: --rq-python. Big tables take half a kilobyte of disk a row.
+that can import rq: --rq-python. PostgreSQL is one that runs already, in which schemas can be made and dropped; it needs
+psycopg, and procrastinate as its peer. Big tables take half a kilobyte of disk a row, in PostgreSQL one.
 
 The figures are medians of rounds in which the peers take turns; a ratio is intentbus to peer. What makes the load is
 the same code for all of them, in processes of its own: a client is a coroutine that yields a request and is sent the
@@ -21,7 +23,9 @@ import collections
 import contextlib
 import functools
 import http.server
+import importlib.util
 import json
+import logging
 import math
 import os
 import pathlib
@@ -41,7 +45,7 @@ import urllib.parse
 
 HERE = pathlib.Path(__file__).resolve()
 PROGRAM = HERE.parent.parent / "intentbus.py"
-sys.path.insert(0, str(PROGRAM.parent))     # where intentbus.py is
+sys.path[:0] = map(str, (PROGRAM.parent, HERE.parent))     # where intentbus.py and postgres_bus.py are
 
 import intentbus
 
@@ -311,9 +315,25 @@ class Bench:
         return tempfile.mkdtemp(dir=self.directory)
 
     @contextlib.contextmanager
-    def bus(self, **environment):
-        """Run the bus."""
-        process = start([sys.executable, PROGRAM, "serve", "--port", "0", "--db", f"{self.place()}/bus.db"],
+    def schema(self):
+        """Make a new schema in PostgreSQL; return the DSN of it, or None if there is no PostgreSQL."""
+        if not self.options.postgres:
+            yield None
+            return
+        import psycopg
+        name = f"benchmark_{secrets.token_hex(8)}"
+        with psycopg.connect(self.options.postgres, autocommit=True) as db:
+            db.execute(f"CREATE SCHEMA {name}")
+            try:
+                yield psycopg.conninfo.make_conninfo(self.options.postgres, options=f"-c search_path={name}")
+            finally:
+                db.execute(f"DROP SCHEMA {name} CASCADE")
+
+    @contextlib.contextmanager
+    def bus(self, postgres=None, **environment):
+        """Run the bus, on a file of its own or on a PostgreSQL."""
+        program = [HERE.parent / "postgres_bus.py"] if postgres else [PROGRAM, "serve"]
+        process = start([sys.executable, *program, "--port", "0", "--db", postgres or f"{self.place()}/bus.db"],
                         stderr=subprocess.DEVNULL, env=dict(os.environ, **environment))
         try:
             yield Server(int(process.stdout.readline().rpartition(b":")[2]), process.pid)
@@ -420,6 +440,22 @@ def mix(now):
             *(fulfilled(new()) for _ in range(50))]
 
 
+KINDS = 150
+
+
+def copies(new_id):
+    """Return the SQL of the columns of a copy of one of the kinds, with an id of its own and later times."""
+    copied = {name: f"kinds.{name}" for name in intentbus.COLUMNS}
+    copied.update((name, f"kinds.{name} + number * 1.0 / {ROWS_PER_SECOND}") for name in TIMES)
+    return ", ".join(dict(copied, id=new_id).values())
+
+
+RECOUNT = "DELETE FROM tallies", """
+    INSERT INTO tallies (namespace, publisher, status, intents)
+    SELECT namespace, publisher, status, COUNT(*) FROM intents GROUP BY namespace, publisher, status
+"""
+
+
 class Stored:
     """A bus in this process, without sockets, whose commits do not wait for the disk: that would hide all the rest."""
 
@@ -434,18 +470,19 @@ class Stored:
         self.api = intentbus.API(self.bus, intentbus.Keys(os.environ["INTENT_API_KEY"], self.store))
 
     def fill(self, rows):
-        """Bring the file to so many rows: SQLite itself copies mix(), with ids and times of their own."""
+        """Bring the file to so many rows: the database itself copies mix(), with ids and times of their own."""
         if rows <= self.rows:
             return
         began = time.monotonic()
         self.store.close()
+        self._copy(dict(first=self.rows, last=rows, began=int(self._began * 1000) << 16, apart=65_536_000 // ROWS_PER_SECOND))
+        self._open()
+        self.rows, self.seconds = rows, self.seconds + time.monotonic() - began
+
+    def _copy(self, numbers):
         db = sqlite3.connect(self.path, isolation_level=None)
         for pragma in ("journal_mode = OFF", "synchronous = OFF", "cache_size = -200000"):
             db.execute(f"PRAGMA {pragma}")
-        columns = ", ".join(intentbus.COLUMNS)
-        copied = {name: f"kinds.{name}" for name in intentbus.COLUMNS}
-        copied["id"] = "printf('%016x%016x', :began + number * :apart, number)"
-        copied.update((name, f"kinds.{name} + number * 1.0 / {ROWS_PER_SECOND}") for name in TIMES)
         db.execute("CREATE TEMP TABLE kinds AS SELECT * FROM intents LIMIT 0")
         db.executemany(f"INSERT INTO kinds VALUES (:{', :'.join(intentbus.COLUMNS)})", mix(self._began))
         db.execute("BEGIN")
@@ -453,19 +490,14 @@ class Stored:
             WITH RECURSIVE numbers (number) AS (
                 SELECT :first WHERE :first < :last
                 UNION ALL SELECT number + 1 FROM numbers WHERE number + 1 < :last)
-            INSERT INTO intents ({columns})
-            SELECT {", ".join(copied.values())}
-            FROM   numbers CROSS JOIN kinds ON kinds.rowid = number * 7 % 150 + 1
-        """, dict(first=self.rows, last=rows, began=int(self._began * 1000) << 16, apart=65_536_000 // ROWS_PER_SECOND))
-        db.execute("DELETE FROM tallies")
-        db.execute("""
-            INSERT INTO tallies (namespace, publisher, status, intents)
-            SELECT namespace, publisher, status, COUNT(*) FROM intents GROUP BY namespace, publisher, status
-        """)
+            INSERT INTO intents ({", ".join(intentbus.COLUMNS)})
+            SELECT {copies("printf('%016x%016x', :began + number * :apart, number)")}
+            FROM   numbers CROSS JOIN kinds ON kinds.rowid = number * 7 % {KINDS} + 1
+        """, numbers)
+        for statement in RECOUNT:
+            db.execute(statement)
         db.execute("COMMIT")
         db.close()
-        self._open()
-        self.rows, self.seconds = rows, self.seconds + time.monotonic() - began
 
     def life(self, **claim):
         """Publish, claim and fulfil; return the milliseconds of each."""
@@ -485,6 +517,32 @@ class Stored:
         if response.status != 200:
             raise ValueError(response.body)
         return 1000 * (time.perf_counter() - began)
+
+
+class StoredInPostgres(Stored):
+    """A bus in this process on PostgreSQL, where a publish and a fulfilment do wait for the disk."""
+
+    def _open(self):
+        import postgres_bus
+        self.store = postgres_bus.PostgresStore(self.path)
+        self.bus = intentbus.Bus(self.store)
+
+    def _copy(self, numbers):
+        import psycopg
+        with psycopg.connect(self.path, autocommit=True, cursor_factory=psycopg.ClientCursor) as db:
+            db.execute("CREATE TEMP TABLE kinds AS SELECT 0 AS kind, * FROM intents LIMIT 0")
+            for kind, intent in enumerate(mix(self._began)):
+                db.execute(f"INSERT INTO kinds VALUES (%s, {', '.join(['%s'] * len(intent))})",
+                           [kind, *(intent[name] for name in intentbus.COLUMNS)])
+            new_id = "LPAD(TO_HEX(%(began)s + number * %(apart)s), 16, '0') || LPAD(TO_HEX(number), 16, '0')"
+            db.execute(f"""
+                INSERT INTO intents ({", ".join(intentbus.COLUMNS)})
+                SELECT {copies(new_id)}
+                FROM   generate_series(CAST(%(first)s AS BIGINT), %(last)s - 1) AS number
+                JOIN   kinds ON kinds.kind = number * 7 %% {KINDS}
+            """, numbers)
+            for statement in (*RECOUNT, "VACUUM (ANALYZE) intents"):
+                db.execute(statement)
 
 
 VERBS = ("publish", "claim", "fulfil")
@@ -720,15 +778,20 @@ def handoff(bench):
             times.append(1000 * (client.get_result(intent.id, wait=PATIENCE_SECONDS).result - called))
         worker.wait(PATIENCE_SECONDS)
         yield from delays("publish() to handler start in listen()", times, "< 2 ms", "< 10 ms")
-        request, times = bus_requests(False, False), []
-        with connected(bus.port) as publisher, connected(bus.port) as waiting:
-            for _ in range(number):
-                ask(waiting, request(f"/claim?goal=raw&wait={PATIENCE_SECONDS}"))
-                wait_until(lambda: held(bus))
-                sent = ask(publisher, next(bus_publish(request, "raw")))
-                times.append(1000 * (receive(waiting)[1] - sent))
-                receive(publisher)
-        yield from delays("publish sent to claim answered", times)
+        yield from delays("publish sent to claim answered", raw_handoffs(number, bus, bus))
+
+
+def raw_handoffs(number, bus, other):
+    """Return the milliseconds from when a publish is sent to a bus to when a claim that another holds is answered."""
+    request, times = bus_requests(False, False), []
+    with connected(bus.port) as publisher, connected(other.port) as waiting:
+        for _ in range(number):
+            ask(waiting, request(f"/claim?goal=raw&wait={PATIENCE_SECONDS}"))
+            wait_until(lambda: held(other))
+            sent = ask(publisher, next(bus_publish(request, "raw")))
+            times.append(1000 * (receive(waiting)[1] - sent))
+            receive(publisher)
+    return times
 
 
 @section
@@ -791,6 +854,73 @@ def memory(bench):
         early = memory_mb(bus.pid)
         bench.load(bus, "cycle", 8, 3600, most=max(1, many - few))
         yield row(f"memory after {many:,} cycles", memory_mb(bus.pid), early, "<= 1.1", f"after {few:,}", "MB")
+
+
+def procrastinate_role(dsn, clients, seconds):
+    """Defer, fetch and finish jobs of procrastinate, so many at once, and print how many a second that were."""
+    import asyncio
+    import procrastinate
+    logging.getLogger("procrastinate").setLevel(logging.ERROR)
+    app = procrastinate.App(connector=procrastinate.PsycopgConnector(conninfo=dsn, min_size=int(clients), max_size=int(clients)))
+    task = app.task(name="task", queue="queue")(lambda **payload: None)
+
+    async def play():
+        async with app.open_async():
+            if not await app.check_connection_async():
+                await app.schema_manager.apply_schema_async()
+            worker, ends, began = await app.job_manager.register_worker(), 0, time.monotonic()
+
+            async def client():
+                nonlocal ends
+                while time.monotonic() < began + float(seconds):
+                    await task.defer_async(**json.loads(PAYLOAD))
+                    if job := await app.job_manager.fetch_job(["queue"], worker):     # another client may have had it
+                        await app.job_manager.finish_job(job, procrastinate.jobs.Status.SUCCEEDED, delete_job=False)
+                        ends += 1
+            await asyncio.gather(*(client() for _ in range(int(clients))))
+            print(ends / (time.monotonic() - began))
+    asyncio.run(play())
+
+
+@section
+def postgres(bench):
+    """Full cycles on PostgreSQL, against those on a file, and those of procrastinate, which has no HTTP, on the same server."""
+    with bench.schema() as dsn, bench.schema() as place, contextlib.ExitStack() as running:
+        if not dsn:
+            yield row("full cycles on PostgreSQL", NOT_HERE, unit="1/s")
+            return
+        bus, file = running.enter_context(bench.bus(dsn)), running.enter_context(bench.bus())
+        for clients in (1, 8, 40):
+            peer = None
+            if importlib.util.find_spec("procrastinate"):
+                peer = functools.partial(printed_rate, sys.executable, HERE, "procrastinate", place, clients, bench.options.seconds)
+            ours, files, peers = bench.medians(bench.speed(bus, "cycle", clients), bench.speed(file, "cycle", clients), peer)
+            yield row(f"full cycles on PostgreSQL, {clients} client{'s' * (clients > 1)}", ours.rate, files.rate, "", "on a file",
+                      "1/s", load=[ours.load, files.load], server=[ours.server, files.server])
+            yield row("the same", ours.rate, peers.rate if peers else NOT_HERE, "", "procrastinate", "1/s")
+        other = running.enter_context(bench.bus(dsn))
+        yield from delays("publish at one bus to claim answered at another", raw_handoffs(bench.many(200), bus, other))
+
+
+@section
+def postgres_rows(bench):
+    """Full tables in PostgreSQL against empty ones; in this process, after as many cycles as are measured."""
+    with bench.schema() as place, bench.schema() as other:
+        if not place:
+            yield row("claims in PostgreSQL", NOT_HERE, unit="ms")
+            return
+        full, empty = StoredInPostgres(place), StoredInPostgres(other)
+        full.fill(bench.options.rows)
+        yield f"filled to {full.rows:,} rows, {full.store.bytes()[0] / 1e6:,.0f} MB, in {full.seconds:.1f} s"
+        for name, claim in (("goal given", dict(goal="resize")), ("goal not given", {}),
+                            ("two capabilities", dict(goal="resize", capabilities=("gpu", "arm")))):
+            lives(bench.many(300), full, empty, **claim)
+            among, alone = lives(bench.many(300), full, empty, **claim)
+            yield row(f"claim, {name}, {full.rows:,} rows", among[1], alone[1], "<= 1.5", "empty table", "ms")
+        yield row(f"publish, {full.rows:,} rows", among[0], alone[0], "", "empty table", "ms")
+        yield row(f"fulfil, {full.rows:,} rows", among[2], alone[2], "", "empty table", "ms")
+        full.store.close()
+        empty.store.close()
 
 
 @section
@@ -923,6 +1053,7 @@ def options_of(arguments):
     parser.add_argument("--cycles", type=int, help="in the section memory (default 100000, quick 4000)")
     parser.add_argument("--dir", help="where the databases are for the time being (default: where temporary files are)")
     parser.add_argument("--rq-python", default=sys.executable, metavar="PATH", help="a Python that can import rq")
+    parser.add_argument("--postgres", metavar="DSN", help="a PostgreSQL server (default: without)")
     parser.add_argument("--json", action="store_true", help="print JSON, and the table on stderr")
     options = parser.parse_args(arguments)
     quick = dict(rounds=1, seconds=0.5, rows=10_000, cycles=4_000)
@@ -938,7 +1069,7 @@ def options_of(arguments):
 
 def main(arguments):
     """Measure, and clean up whatever happens."""
-    roles = {"load": load_role, "listen": listen_role, "rq": rq_role, "httpd": httpd_role}
+    roles = {"load": load_role, "listen": listen_role, "rq": rq_role, "procrastinate": procrastinate_role, "httpd": httpd_role}
     if arguments and arguments[0] in roles:
         return roles[arguments[0]](*arguments[1:])
     options = options_of(arguments)
