@@ -6752,11 +6752,27 @@ def test_postgresql_without_its_store_is_refused_in_words(tmp_path):
     assert found.stderr.count("\n") <= 2 and not list(tmp_path.glob("postgresql*"))
 
 
+def postgres_bus_says(tmp_path, *arguments, python=()):
+    """Run examples/postgres_bus.py, which is to refuse; return what it says."""
+    environment = {name: value for name, value in os.environ.items() if name != "BUS_DB_PATH"}
+    found = subprocess.run([sys.executable, *python, HERE / "examples" / "postgres_bus.py", *arguments], cwd=tmp_path,
+                           env=dict(environment, HOME=str(tmp_path)), capture_output=True, text=True, timeout=30)
+    assert (found.returncode, found.stdout, found.stderr.count("\n")) == (2, "", 1), found.stderr
+    return found.stderr
+
+
+def test_the_bus_on_postgresql_says_what_it_needs_to_be_installed(tmp_path):
+    assert 'pip install "psycopg[binary,pool]"' in postgres_bus_says(tmp_path, "postgresql://127.0.0.1:9/bus", python=("-S",))
+
+
 @ON_POSTGRES
-def test_a_postgresql_that_cannot_be_reached_is_said_in_a_sentence(tmp_path):
-    found = subprocess.run([sys.executable, HERE / "examples" / "postgres_bus.py", "postgresql://127.0.0.1:9/bus", "--port", "0"],
-                           cwd=tmp_path, env=dict(os.environ, HOME=str(tmp_path)), capture_output=True, text=True, timeout=30)
-    assert (found.returncode, found.stdout) == (2, "") and "PostgreSQL cannot be used: " in found.stderr
+@pytest.mark.parametrize("arguments, words", [
+    (("postgresql://127.0.0.1:9/bus", "--port", "0"), "PostgreSQL cannot be used: "),
+    (("bus.db", "--port", "0"), "PostgreSQL cannot be used: "),
+    (("--port", "0"), "which PostgreSQL? Give its URL"),
+])
+def test_a_postgresql_that_cannot_be_used_is_said_in_a_sentence(tmp_path, arguments, words):
+    assert words in postgres_bus_says(tmp_path, *arguments)
 
 
 @ON_POSTGRES

@@ -18,7 +18,8 @@ sys.path[:0] = map(str, pathlib.Path(__file__).resolve().parents[:2])     # wher
 
 import intentbus
 from intentbus import SetupError, Store
-from postgres_bus import PostgresStore
+from postgres_bus import Connection, PostgresStore, storable
+from psycopg.rows import tuple_row
 
 BATCH_ROWS = 1000
 TABLES = {     # the columns that the rows are in the order of, and the others
@@ -43,6 +44,16 @@ def batches(db, table):
         rows = db.execute(start + after + end, rows[-1]).fetchall()
 
 
+def insert(db, table, columns, rows):
+    """Store rows of a table; in PostgreSQL by COPY, which is several times faster."""
+    if not isinstance(db, Connection):
+        db.executemany(f"INSERT INTO {table} ({', '.join(columns)}) VALUES (:{', :'.join(columns)})", rows)
+        return
+    with db.cursor(row_factory=tuple_row).copy(f"COPY {table} ({', '.join(columns)}) FROM STDIN") as copy:
+        for row in rows:
+            copy.write_row([storable(row[column]) for column in columns])
+
+
 def counts(db):
     """Return how many intents there are of each status, and how many rows of each other table that is copied as it is."""
     found = {row.status: row.number for row in db.execute("SELECT status, COUNT(*) AS number FROM intents GROUP BY status")}
@@ -56,21 +67,22 @@ def counts(db):
 def take_over(target, source):
     """Copy all tables of another store into an empty one, and return what counts finds in both."""
     there = target._db
-    if there.execute("SELECT id FROM intents LIMIT 1").fetchone() or there.execute("SELECT key_id FROM keys LIMIT 1").fetchone():
-        raise SetupError(f"{target.path} has intents or keys already; give this an empty database.")
     there.execute("DELETE FROM memos")     # of a bus that was started there and did nothing
     there.execute("DELETE FROM history")
+    if there.execute("SELECT id FROM intents LIMIT 1").fetchone() or there.execute("SELECT key_id FROM keys LIMIT 1").fetchone():
+        raise SetupError(f"{target.path} has intents or keys already; give this an empty database.")
     with source._reader() as here:
         for table, (order, others) in TABLES.items():
             columns, copied = order + others, 0
             for rows in [source.tallies()] if table == "tallies" else batches(here, table):
                 rows = [row for row in rows if table != "memos" or row.kind not in OF_ONE_BUS]
-                there.executemany(f"INSERT INTO {table} ({', '.join(columns)}) VALUES (:{', :'.join(columns)})", rows)
+                insert(there, table, columns, rows)
                 copied += len(rows)
                 if sys.stderr.isatty():
                     sys.stderr.write(f"\r{table}: {copied} ")
             print(f"\r{table}: {copied} ", file=sys.stderr, flush=True)
         expected = counts(here)
+    there.execute("ANALYZE")     # PostgreSQL would plan for empty tables until it has found out by itself
     if counts(there) != expected:
         raise SetupError(f"{target.path} would hold {counts(there)}, and not {expected}: is a bus still running there?")
     return expected

@@ -20,8 +20,12 @@ import re
 import sys
 import threading
 
-import psycopg
-import psycopg_pool
+try:
+    import psycopg
+    import psycopg_pool
+except ImportError as error:
+    print(f'postgres_bus: {error}. Run: pip install "psycopg[binary,pool]"', file=sys.stderr)
+    sys.exit(2)
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))     # where intentbus.py is
 
@@ -537,6 +541,11 @@ application = intentbus.application     # under WSGI, with such a URL in BUS_DB_
 if __name__ == "__main__":
     intentbus.STORES["file"] = PostgresStore     # "host=db.example dbname=bus" is a DSN too
     arguments = sys.argv[1:]
-    if arguments and not arguments[0].startswith("-"):
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+    elif arguments and not arguments[0].startswith("-"):
         arguments.insert(0, "--db")
+    elif "--db" not in arguments and not os.environ.get("BUS_DB_PATH"):
+        print("postgres_bus: which PostgreSQL? Give its URL first, or set BUS_DB_PATH.", file=sys.stderr)
+        sys.exit(2)
     sys.exit(intentbus.main(["serve", *arguments]))
