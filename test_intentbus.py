@@ -188,7 +188,10 @@ def client(server):
     return IntentClient(f"http://127.0.0.1:{server.server_port}", KEY)
 
 
-def wait_until(fact, seconds=20):
+PATIENCE_SECONDS = 120     # what has not come by then never will, however busy the machine
+
+
+def wait_until(fact, seconds=PATIENCE_SECONDS):
     """Return what fact() returns once that is true."""
     deadline = time.monotonic() + seconds
     pause = threading.Event()
@@ -205,7 +208,7 @@ def in_thread(function, *args, **kwargs):
     thread.start()
 
     def result():
-        thread.join(20)
+        thread.join(PATIENCE_SECONDS)
         assert results, "the thread did not end"
         return results[0]
     return result
@@ -416,14 +419,14 @@ def at_once(number, function):
     barrier, results = threading.Barrier(number), queue.Queue()
 
     def run(index):
-        barrier.wait(20)
+        barrier.wait(PATIENCE_SECONDS)
         try:
             results.put(function(index))
         except Exception as error:
             results.put(error)
     for index in range(number):
         threading.Thread(target=run, args=(index,), daemon=True).start()
-    return [results.get(timeout=20) for _ in range(number)]
+    return [results.get(timeout=PATIENCE_SECONDS) for _ in range(number)]
 
 
 def signed(method, canonical, body=b"", key=KEY, timestamp=None, nonce=None, **others):
