@@ -119,12 +119,6 @@ TAKE = """
     WHERE       GREATEST(memos.expires_at, :now) + :cost <= CAST(:now AS DOUBLE PRECISION) + :full
     RETURNING   expires_at
 """
-BYTES = """
-    SELECT COALESCE(SUM(pg_total_relation_size(oid)), 0) AS bytes
-    FROM   pg_class
-    WHERE  relkind = 'r'
-    AND    relnamespace = CAST(current_schema() AS regnamespace)
-"""
 OTHERS = """
     SELECT application_name AS name
     FROM   pg_stat_activity
@@ -364,9 +358,9 @@ class PostgresStore(Store):
         self._db.execute(FOLD)
 
     def bytes(self):
-        """Return the size of the tables; the log is the server's business."""
+        """Return the size of the database; its log is the server's business."""
         with self._reader() as db:
-            return [int(db.execute(BYTES).fetchone().bytes), 0]
+            return [db.execute("SELECT pg_database_size(current_database()) AS bytes").fetchone().bytes, 0]
 
     # -- Inside the transaction --
 
