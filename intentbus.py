@@ -73,6 +73,7 @@ TTL_SECONDS = 7 * 86400             # nobody wants a notification of last week
 YEAR_SECONDS = 366 * 86400          # the longest delay, and the longest life of an intent
 RETENTION_SECONDS = 7 * 86400       # how long what has ended can still be asked for
 SIGNATURE_SECONDS = 300             # how far clocks may differ; a nonce is remembered for as long
+NONCE_CHARACTERS = 128              # of which more is not kept: that one was used, its hash tells as well
 RATE_PER_MINUTE = 600               # of an issued key; a worker that polls twice a second uses a fifth
 UNFINISHED = 2000                   # of an issued key; more means that nobody does the work
 FAILURES_PER_MINUTE = 30            # wrong keys from one address, before they are slowed
@@ -81,6 +82,7 @@ INVITATION_SECONDS = 600            # time to read a code to somebody, and to ty
 INVITATION_TRIES = 5                # wrong ones, of the 32 ** 4 for one invitation
 BULK_INTENTS = 1000                 # published at once: a commit that others wait for
 VALUE_TTL_SECONDS = 600             # of the key-value store, as in the 1.x protocol
+VALUE_KEY_CHARACTERS = 512          # what fits an index of any database
 USAGE_SECONDS = 10                  # between writes of how often the keys were used
 IDEMPOTENCY_SECONDS = 86400         # a publisher that retries does so within a day
 HISTORY_MINUTES = 1440              # of the plot of what happened; a table of three rows for each
@@ -419,7 +421,8 @@ HISTORY = """
 MIGRATIONS = (SCHEMA, MORE_INDEXES, HISTORY)     # the n-th leads to schema version n; what is released is never edited
 
 FIRST = operator.itemgetter(0)     # of what describes a column: its name
-INSERT = f"INSERT INTO intents ({', '.join(COLUMNS)}) VALUES (:{', :'.join(COLUMNS)})"
+ALL = ", ".join(COLUMNS)           # named, since a newer bus on the same database may have added one
+INSERT = f"INSERT INTO intents ({ALL}) VALUES (:{', :'.join(COLUMNS)})"
 UPDATE = """
     UPDATE intents
     SET    status = :status, ready = :ready, wake_at = :wake_at, run_at = :run_at, expires_at = :expires_at,
@@ -428,16 +431,16 @@ UPDATE = """
            result = :result, result_type = :result_type, last_error = :last_error, completed_at = :completed_at
     WHERE  id = :id
 """
-ONE = "SELECT * FROM intents WHERE id = :id"
-DUE = """
-    SELECT   *
+ONE = f"SELECT {ALL} FROM intents WHERE id = :id"
+DUE = f"""
+    SELECT   {ALL}
     FROM     intents
     WHERE    wake_at <= :now
     ORDER BY wake_at
     LIMIT    :rows
 """
-CLAIMED_WITH = """
-    SELECT *
+CLAIMED_WITH = f"""
+    SELECT {ALL}
     FROM   intents
     WHERE  claim_token_hash = :token_hash
     AND    claim_owner = :owner
@@ -450,8 +453,12 @@ REMEMBER = """
     SET         value = excluded.value,
                 expires_at = excluded.expires_at
 """
-HEAD_OF_NEXT_LANE = """
-    SELECT   *
+REMEMBER_FIRST = REMEMBER + """
+    WHERE       memos.expires_at <= :now
+    RETURNING   key
+"""
+HEAD_OF_NEXT_LANE = f"""
+    SELECT   {ALL}
     FROM     intents
     WHERE    ready = 1
     AND      lane >= :start
@@ -459,8 +466,8 @@ HEAD_OF_NEXT_LANE = """
     ORDER BY lane, priority DESC, run_at, claim_attempts, created_at, id
     LIMIT    1
 """
-HEAD_OF_NEXT_PRIORITY = """
-    SELECT   *
+HEAD_OF_NEXT_PRIORITY = f"""
+    SELECT   {ALL}
     FROM     intents
     WHERE    ready = 1
     AND      lane = :lane
@@ -468,12 +475,12 @@ HEAD_OF_NEXT_PRIORITY = """
     ORDER BY priority DESC, run_at, claim_attempts, created_at, id
     LIMIT    1
 """
-PAGE = """
-    SELECT   *
+PAGE = f"""
+    SELECT   {ALL}
     FROM     intents
     WHERE    id < :before
     AND      id >= :floor
-    AND      {kind}
+    AND      {{kind}}
     AND      (CAST(:status AS TEXT) IS NULL OR status = :status)
     AND      (CAST(:ready AS INTEGER) IS NULL OR ready = :ready)
     AND      (CAST(:owner AS TEXT) IS NULL OR owner = :owner)
@@ -503,6 +510,11 @@ THE_DEAD = """
     AND      (CAST(:ids AS TEXT) IS NULL OR :ids LIKE '%' || id || '%')
     ORDER BY +completed_at
     LIMIT    :limit
+"""
+KEYS = """
+    SELECT key_id, name, owner, role, created_at, last_used_at, total_requests
+    FROM   keys
+    WHERE  revoked_at IS NULL
 """
 ANY, DEAD = "TRUE", "status = 'dead'"     # the kind: a literal, since the index of the dead serves no parameter
 
@@ -674,13 +686,12 @@ class Store:
     def keys(self):
         """Return the issued keys that are not revoked."""
         with self._reader() as db:
-            return db.execute("SELECT * FROM keys WHERE revoked_at IS NULL ORDER BY created_at, key_id").fetchall()
+            return db.execute(KEYS + "ORDER BY created_at, key_id").fetchall()
 
     def key(self, key_id):
         """Return an issued key that is not revoked, or None."""
         with self._reader() as db:
-            return db.execute("SELECT * FROM keys WHERE key_id = :key_id AND revoked_at IS NULL",
-                              dict(key_id=key_id)).fetchone()
+            return db.execute(KEYS + "AND key_id = :key_id", dict(key_id=key_id)).fetchone()
 
     def recall(self, kind, owner, key, now):
         """Return the memo of that kind, owner and key, or None."""
@@ -699,7 +710,7 @@ class Store:
     def history(self, since):
         """Return {"minute", "event", "times"} from a minute on."""
         with self._reader() as db:
-            return db.execute("SELECT * FROM history WHERE minute >= :since ORDER BY minute, event",
+            return db.execute("SELECT minute, event, times FROM history WHERE minute >= :since ORDER BY minute, event",
                               dict(since=since)).fetchall()
 
     def waiting(self, most):
@@ -778,7 +789,7 @@ class Store:
     @operation
     def change_dead(self, limit, rule, **which):
         """Change up to limit dead intents, oldest first, by rule(intent), and return their number; see THE_DEAD."""
-        dead = self._db.execute(THE_DEAD.format(what="*") + self.HELD, dead_values(limit, **which)).fetchall()
+        dead = self._db.execute(THE_DEAD.format(what=ALL) + self.HELD, dead_values(limit, **which)).fetchall()
         for intent in dead:
             self._change(intent, rule(intent))
         return len(dead)
@@ -788,7 +799,7 @@ class Store:
         """Delete up to limit dead intents, and return their number."""
         return len(self._delete(f"""
             DELETE FROM intents
-            WHERE       id IN ({THE_DEAD.format(what="id")})
+            WHERE       id IN ({THE_DEAD.format(what="id") + self.HELD})
             RETURNING   namespace, publisher, status
         """, dead_values(limit, **which)))
 
@@ -824,13 +835,14 @@ class Store:
     @operation
     def clean(self, now, retention):
         """Delete what is over, up to SETTLE_ROWS intents at a time; return how many of each kind."""
-        ended = self._delete("""
+        ended = self._delete(f"""
             DELETE FROM intents
             WHERE       id IN (SELECT   id
                                FROM     intents
                                WHERE    completed_at <= :until
                                ORDER BY completed_at
-                               LIMIT    :rows)
+                               LIMIT    :rows
+                               {self.FREE})
             RETURNING   namespace, publisher, status
         """, dict(until=now - retention, rows=SETTLE_ROWS))
         forgotten = self._db.execute("DELETE FROM memos WHERE expires_at <= :now RETURNING kind", dict(now=now)).fetchall()
@@ -842,12 +854,13 @@ class Store:
     @operation
     def purge(self, namespace):
         """Delete up to SETTLE_ROWS intents of a namespace, or of all, whatever their state; return how many."""
-        return len(self._delete("""
+        return len(self._delete(f"""
             DELETE FROM intents
             WHERE       id IN (SELECT id
                                FROM   intents
                                WHERE  (CAST(:namespace AS TEXT) IS NULL OR namespace = :namespace)
-                               LIMIT  :rows)
+                               LIMIT  :rows
+                               {self.HELD})
             RETURNING   namespace, publisher, status
         """, dict(namespace=namespace, rows=SETTLE_ROWS)))
 
@@ -876,7 +889,7 @@ class Store:
         self._db.executemany("""
             UPDATE keys
             SET    total_requests = total_requests + :requests,
-                   last_used_at = :last
+                   last_used_at = CASE WHEN last_used_at > :last THEN last_used_at ELSE :last END
             WHERE  key_id = :key_id
         """, usage)
 
@@ -1032,10 +1045,8 @@ class Store:
         return found and found.value
 
     def _remember_first(self, kind, owner, key, value, expires_at, now):
-        return self._db.execute(REMEMBER + """
-            WHERE       memos.expires_at <= :now
-            RETURNING   key
-        """, dict(kind=kind, owner=owner, key=key, value=value, expires_at=expires_at, now=now)).fetchone() is not None
+        return self._db.execute(REMEMBER_FIRST, dict(kind=kind, owner=owner, key=key, value=value, expires_at=expires_at,
+                                                     now=now)).fetchone() is not None
 
     def _remember(self, kind, owner, key, value, expires_at):
         self._db.execute(REMEMBER, dict(kind=kind, owner=owner, key=key, value=value, expires_at=expires_at))
@@ -1415,13 +1426,13 @@ class Bus:
     """Publish, claim, fulfill, fail: what may happen to an intent, and who may ask for it.
 
     `clock` and `steady` return seconds; the second one runs evenly from wherever it started, `boot` names that start.
-    A store that several buses share has a clock of its own, which takes the place of both.
+    A store that several buses share has a clock of its own, which takes the place of both, and is never corrected.
     """
 
     def __init__(self, store, require_claim_token=False, retention=RETENTION_SECONDS, announce_dead=False,
                  clock=None, steady=None, jitter=random.random, boot=this_boot):
         self.store, self.require_claim_token, self.retention = store, require_claim_token, retention
-        self._clock, self._steady = clock or store.clock or time.time, steady or store.clock or steady_clock
+        self._clock, self._steady = clock or store.clock or time.time, steady or steady_clock
         self._jitter = jitter
         self._setting_clock = threading.Lock()
         self._waiting = Waiting()
@@ -1435,7 +1446,7 @@ class Bus:
         self._events, self._event = collections.deque(maxlen=EVENTS), int(self._clock() * 1000)     # goes on after a restart
         self._history = collections.Counter()     # (minute, event): times, that are not stored yet
         self._boot, self._note_at = boot(), 0
-        self._offset = self._offset_on_record()
+        self._offset = None if store.clock and not clock else self._offset_on_record()
         store.on_commit, store.on_news = self._announce, self._tell
         if announce_dead:
             store.on_death = self._announcement
@@ -1759,6 +1770,8 @@ class Bus:
 
     def now(self):
         """Return Unix seconds. If the clock has been set meanwhile, all that waits is first moved along with it."""
+        if self._offset is None:
+            return self._clock()
         with self._setting_clock:
             wall = self._clock()
             offset = wall - self._steady()
@@ -1809,10 +1822,10 @@ class Bus:
             self._next_count = time.monotonic() + USAGE_SECONDS
             counted = collections.Counter(self._history)
             self.store.count_events([dict(minute=minute, event=event, times=times)
-                                     for (minute, event), times in counted.items()])
+                                     for (minute, event), times in sorted(counted.items())])
             with self._recording:
                 self._history -= counted
-        if self._steady() >= self._note_at and self.store.next_wake():
+        if self._offset is not None and self._steady() >= self._note_at and self.store.next_wake():
             self._note_at = self._steady() + CLOCK_RECORD_SECONDS
             self.store.note_clock(self.now(), self._offset, self._boot)
 
@@ -1820,9 +1833,9 @@ class Bus:
         while not self._stopped.is_set():
             try:
                 self._tend_once()
-            except (Unavailable, StorageFull):     # the next round may find it well again
+            except Error:     # the next round may find it well again
                 self._stopped.wait(RECHECK_SECONDS)
-        with contextlib.suppress(Unavailable, StorageFull):
+        with contextlib.suppress(Error):
             self._note_at = self._next_count = 0
             self._tidy()
 
@@ -2159,7 +2172,8 @@ class Keys:
                       for path in (request.path, request.raw_path)]
         if not any([same(signature, expected) for expected in signatures]):
             raise self._failed(request, refused("Bad signature"))
-        if not self._store.use_nonce(key_id, nonce, now + 2 * SIGNATURE_SECONDS + 1, now):
+        short = nonce if len(nonce) <= NONCE_CHARACTERS else hashlib.sha256(nonce.encode()).hexdigest()
+        if not self._store.use_nonce(key_id, short, now + 2 * SIGNATURE_SECONDS + 1, now):
             raise refused("Replay detected")
 
     def _failed(self, request, error):
@@ -2185,7 +2199,7 @@ class Keys:
             usage, self._usage, self._written = self._usage, {}, time.monotonic()
         if usage:
             self._store.count_usage([dict(key_id=key_id, requests=requests, last=last)
-                                     for key_id, (requests, last) in usage.items()])
+                                     for key_id, (requests, last) in sorted(usage.items())])     # as every bus does
 
 
 def usable_key(key, where):
@@ -2366,6 +2380,7 @@ SET_QUERY = {
     "ttl": (written(number(1, 86400)), VALUE_TTL_SECONDS),
     "if_absent": (lambda value: choice("true", "false")(value) == "true", False),
 }
+VALUE_KEY = {"key": (must_be(f"at most {VALUE_KEY_CHARACTERS} characters", lambda key: len(key) <= VALUE_KEY_CHARACTERS), REQUIRED)}
 GENERATE_KEY = {
     "owner": (text(1, 64), REQUIRED),
     "name": (text(1, 64), ""),
@@ -2849,6 +2864,7 @@ def who_am_i(api, request):
 
 
 def set_value(api, request, key):
+    checked({"key": key}, VALUE_KEY)
     fields = request.parameters(SET_QUERY) if request.pairs and not request.body.strip() else request.fields(SET)
     return 200, api.bus.set(key, **fields, caller=request.caller)
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The bus on PostgreSQL: any number of them, on as many machines, behind one load balancer, over one database.
 
-    pip install "psycopg[binary,pool]"
+    pip install "psycopg[binary,pool]>=3.2"
     python3 examples/postgres_bus.py postgresql://bus@db.example/bus --port 8787      and all other flags of intentbus.py serve
 
 All buses need the same owner key: BUS_SECRET, or the same ~/.apikey. The database is a UTF-8 one; its tables are made at
@@ -16,47 +16,47 @@ import json
 import logging
 import os
 import pathlib
+import queue
 import re
 import sys
 import threading
+import traceback
 
 try:
     import psycopg
     import psycopg_pool
 except ImportError as error:
-    print(f'postgres_bus: {error}. Run: pip install "psycopg[binary,pool]"', file=sys.stderr)
+    print(f'postgres_bus: {error}. Run: pip install "psycopg[binary,pool]>=3.2"', file=sys.stderr)
     sys.exit(2)
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))     # where intentbus.py is
 
 import intentbus
-from intentbus import APPLICATION_ID, CLAIMED_WITH, DUE, MIGRATIONS, ONE, RECHECK_SECONDS, Intent, SetupError, Store
+from intentbus import (APPLICATION_ID, CLAIMED_WITH, DUE, MIGRATIONS, ONE, RECHECK_SECONDS, REMEMBER_FIRST, Intent,
+                       SetupError, Store)
 
 CONNECTIONS = 8             # of one bus, more than it can keep busy; PostgreSQL allows 100 to all, unless told otherwise
 CONNECT_SECONDS = 5         # for a server to answer
-POOL_SECONDS = 5            # for a connection to get free, or the database to come back, before a 503
+SILENT_SECONDS = 8          # until a server that has vanished without a word is taken for gone
+POOL_SECONDS = 2            # for a connection to get free, or the database to come back, before a 503
 LOCK_SECONDS = 10           # for a row that another bus holds, though its machine may be gone
-ATTEMPTS = 5                # of a transaction that failed with one of PASSING
-NOTICE_BYTES = 7999         # PostgreSQL's limit of one notification
-NOTICE_CHARACTERS = 500     # of an error in it
+ATTEMPTS = 5                # of a transaction that got into a deadlock with another
+CANDIDATES = 16             # in each lane: a claim that finds so many held by others waits for the first of them
+NOTICE_CHARACTERS = 500     # of an error in what the others are told; PostgreSQL takes 7,999 bytes
 NOTICE_FIELDS = (*intentbus.EVENT_FIELDS, "lane", "ready", "wake_at", "claim_outcome")
-LOOK_AGAIN = "[]"           # a notice of what is too long for one, or was done before the bus that hears it was known
+LOOK_AGAIN = "[]"           # a notice to a bus that was not known so far, and has been told nothing
 CLOCK_SLACK_SECONDS = 0.05  # of the way to the database; time that jitters back and forth is worse
-KEPT_STATEMENTS = 200       # sent at a time
 IDLE = psycopg.pq.TransactionStatus.IDLE
-PASSING = (psycopg.errors.TransactionRollback, psycopg.errors.FeatureNotSupported)     # a deadlock; a column that is new
+SETTINGS = {     # of each connection
+    "lock_timeout": f"{LOCK_SECONDS}s",
+    "idle_in_transaction_session_timeout": f"{2 * LOCK_SECONDS}s",
+    "default_transaction_isolation": "read committed",
+    **dict.fromkeys(("jit", "enable_seqscan", "enable_bitmapscan", "enable_hashjoin", "enable_mergejoin"), "off"),
+}     # the last ones since every statement has its index, whatever the statistics say of a table that has just grown
 
 
 # ---- SQL ----
 
-SETTINGS = f"""
-    SELECT set_config('lock_timeout', '{LOCK_SECONDS}s', false),
-           set_config('idle_in_transaction_session_timeout', '{2 * LOCK_SECONDS}s', false),
-           set_config('default_transaction_isolation', 'read committed', false),
-           set_config('jit', 'off', false),
-           set_config('synchronous_commit', CASE current_setting('synchronous_commit')
-                                            WHEN 'off' THEN 'on' ELSE current_setting('synchronous_commit') END, false)
-"""
 TUNED = """
     ALTER TABLE tallies DROP CONSTRAINT tallies_pkey;     -- rows of one kind are added up: no transaction waits for another
     ALTER TABLE intents SET (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 20000,
@@ -65,6 +65,11 @@ TUNED = """
 FOLD = """
     WITH gone AS (
         DELETE FROM tallies
+        WHERE       ctid = ANY (ARRAY(
+            SELECT ctid
+            FROM   (SELECT ctid, COUNT(*) OVER (PARTITION BY namespace, publisher, status) AS rows FROM tallies) AS kinds
+            WHERE  rows > 1
+        ))
         RETURNING   namespace, publisher, status, intents
     )
     INSERT INTO tallies (namespace, publisher, status, intents)
@@ -73,42 +78,55 @@ FOLD = """
     GROUP BY    namespace, publisher, status
     HAVING      SUM(intents) <> 0
 """
-HEAD = """
-            SELECT   lane, priority, run_at, claim_attempts, created_at, id
+NEXT_LANE = """
+            SELECT   lane
             FROM     intents
             WHERE    ready = 1
             AND      lane {past}
             AND      lane < {stop}
-            ORDER BY lane, priority DESC, run_at, claim_attempts, created_at, id
+            ORDER BY lane
             LIMIT    1
 """
 FIRST = f"""
-    WITH RECURSIVE heads AS (     -- the first of each lane in use, as the Store finds them one by one
-        SELECT     spans.stop, spans.publisher, head.*
+    WITH RECURSIVE lanes AS (     -- those in use
+        SELECT     spans.stop, spans.publisher, next.lane
         FROM       (VALUES {{spans}}) AS spans (start, stop, publisher)
-        CROSS JOIN LATERAL ({HEAD.format(past=">= spans.start", stop="spans.stop")}) AS head
+        CROSS JOIN LATERAL ({NEXT_LANE.format(past=">= spans.start", stop="spans.stop")}) AS next
         UNION ALL
-        SELECT     heads.stop, heads.publisher, head.*
-        FROM       heads
-        CROSS JOIN LATERAL ({HEAD.format(past="> heads.lane", stop="heads.stop")}) AS head
-    ), best AS (
-        SELECT   id, lane
+        SELECT     lanes.stop, lanes.publisher, next.lane
+        FROM       lanes
+        CROSS JOIN LATERAL ({NEXT_LANE.format(past="> lanes.lane", stop="lanes.stop")}) AS next
+    ), heads AS (     -- the first of each lane
+        SELECT     head.*
+        FROM       lanes
+        CROSS JOIN LATERAL (
+            SELECT   priority, run_at, claim_attempts, created_at, id
+            FROM     intents
+            WHERE    ready = 1
+            AND      lane = lanes.lane
+            ORDER BY priority DESC, run_at, claim_attempts, created_at, id
+            LIMIT    {CANDIDATES}
+        ) AS head
+        WHERE      publisher = ''
+        OR         RIGHT(lane, LENGTH(publisher) + 1) = CHR(9) || publisher
+    ), ranked AS (
+        SELECT   id
         FROM     heads
-        WHERE    publisher = ''
-        OR       RIGHT(lane, LENGTH(publisher) + 1) = CHR(9) || publisher
         ORDER BY priority DESC, run_at, claim_attempts, created_at, id
-        LIMIT    1
     )
     SELECT    best.id AS head, free.*
-    FROM      best
-    LEFT JOIN LATERAL (     -- the first of its lane that no other transaction is at
-        SELECT   *
-        FROM     intents
-        WHERE    ready = 1
-        AND      lane = best.lane
-        ORDER BY priority DESC, run_at, claim_attempts, created_at, id
-        LIMIT    1
-        FOR UPDATE SKIP LOCKED
+    FROM      (SELECT id FROM ranked LIMIT 1) AS best
+    LEFT JOIN (     -- the first that no other transaction is at
+        SELECT     free.*
+        FROM       ranked
+        CROSS JOIN LATERAL (
+            SELECT {intentbus.ALL}
+            FROM   intents
+            WHERE  id = ranked.id
+            AND    ready = 1
+            FOR UPDATE SKIP LOCKED
+        ) AS free
+        LIMIT      1
     ) AS free ON TRUE
 """
 TAKE = """
@@ -180,30 +198,26 @@ class Connection(psycopg.Connection):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.cursor_factory = psycopg.ClientCursor     # sends text, which may be of several statements
-        self._kept, self._at_once, self._planned, self._plans = [], False, {}, 0     # statement: its name here
+        self._kept, self._planned = [], {}     # statement: its name here
 
-    def begin(self, synced=True, at_once=False):
-        """Begin a transaction; if it is not synced, a power cut may undo it; if it is at_once, its first result ends it."""
+    def begin(self, synced=True):
+        """Begin a transaction; if it is not synced, a power cut may undo it."""
         self.keep("BEGIN")
         if not synced:
             self.keep("SET LOCAL synchronous_commit = off")
-        self._at_once = at_once
 
     def rollback(self):
         """Undo what was sent, and forget what was kept."""
-        self._kept, self._at_once = [], False
+        self._kept = []
         super().rollback()
 
     def keep(self, statement, values=None):
-        """Send a statement with the next one, or with many of its kind."""
+        """Send a statement with the next one."""
         self._kept.append((statement, values))
-        if len(self._kept) >= KEPT_STATEMENTS:
-            self._send()
 
     def executemany(self, statement, rows):
         """Run a statement for each row."""
-        for row in rows:
-            self.keep(statement, row)
+        self._kept += [(statement, row) for row in rows]
 
     def execute(self, statement, values=None):
         """Run a statement, after those that are kept, and return its rows, if it has any."""
@@ -212,21 +226,18 @@ class Connection(psycopg.Connection):
         return self.each((statement, values))[0]
 
     def each(self, *asked):
-        """Run several (statement, values), over the network once, and return the rows of each that has any."""
-        for statement, values in asked:
-            self.keep(statement, values)
-        if self._at_once:
-            self.keep("COMMIT")
-            self._at_once = False
+        """Run several (statement, values), over the network once, and return the last rows that came, of as many of them."""
+        self._kept += asked
         return self._send()[-len(asked):] or [Rows()]
 
     def _send(self):
         """Send what is kept, and return the rows of each result that has any."""
         kept, self._kept = self._kept, []
         try:
-            result = super().execute(";".join([text for statement, values in kept for text in self._texts(statement, values)]))
-        except psycopg.Error as error:
-            self._planned = {}     # it may not have come so far, or the tables are others by now
+            texts = [] if self._planned else ["DEALLOCATE ALL"]
+            result = super().execute(";".join(texts + [text for asked in kept for text in self._texts(*asked)]))
+        except Exception as error:
+            self._planned = {}     # some may not have come so far
             if isinstance(error, psycopg.errors.ReadOnlySqlTransaction):     # after a failover, the primary is elsewhere
                 self.close()
             raise
@@ -244,11 +255,28 @@ class Connection(psycopg.Connection):
             return
         text, names = translated(statement)
         if statement not in self._planned:
-            self._plans += 1
-            self._planned[statement] = f"s{self._plans}"
-            yield f"PREPARE s{self._plans} AS {text}"
+            self._planned[statement] = f"s{len(self._planned)}"
+            yield f"PREPARE {self._planned[statement]} AS {text}"
         words = self.cursor().mogrify(f"({', '.join(['%s'] * len(names))})", [storable(values[name]) for name in names])
         yield f"EXECUTE {self._planned[statement]} {words}"
+
+
+def set_up(db):
+    """Make a new connection what a bus needs."""
+    for name, value in SETTINGS.items():
+        db.keep(f"SET {name} = '{value}'")
+    db.keep("""
+        SELECT set_config('synchronous_commit', 'on', false)
+        WHERE  current_setting('synchronous_commit') = 'off'
+    """)
+    db.execute("SELECT 1")
+
+
+def notice(intent, before):
+    """Return what the other buses are told of an intent that was in a state before."""
+    told = intent.pick(NOTICE_FIELDS)
+    told["last_error"] = told.last_error and told.last_error[:NOTICE_CHARACTERS]
+    return intentbus.to_json([before, told])
 
 
 def brief(error):
@@ -258,26 +286,17 @@ def brief(error):
 
 # ---- The store ----
 
-def at_once(method):
-    """Make a Store method an operation of one statement that need not be on disk: it goes over the network once, with COMMIT."""
-    @functools.wraps(method)
-    def committed(self, *args):
-        with self._translated(), self._pool.connection() as db:
-            self._own.db = db
-            db.begin(synced=False, at_once=True)
-            return method(self, *args)
-    return committed
-
-
 class SharedAllowance:
     """So many a minute for each name at all buses together: a memo ends when the bucket is full again (GCRA)."""
 
     def __init__(self, store, per_minute):
-        self._store, self._per_second, self._full_seconds = store, per_minute / 60, 60
+        self._store, self._cost_seconds = store, 60 / per_minute
 
     def take(self, name, number=1):
         """Use it up by a number, less than 0 to give back; return how many seconds to wait if there is not enough."""
-        return self._store.take(name, number / self._per_second, self._full_seconds)
+        cost = number * self._cost_seconds
+        taken = self._store.once(TAKE, dict(name=name, cost=cost, full=60, now=self._store.clock()))
+        return 0 if taken else cost
 
 
 class PostgresStore(Store):
@@ -293,35 +312,31 @@ class PostgresStore(Store):
     _moves = property(lambda self: self._own.moves, lambda self, moves: setattr(self._own, "moves", moves))
 
     def _open(self, where):
-        self._dsn, self._own, self._ahead = where, threading.local(), 0
-        self._closed, self._missed, self._to_fold, self._others = threading.Event(), False, True, []
+        self._dsn, self._own, self._ahead, self._complaint = where, threading.local(), 0, None
+        self._closed, self._missed, self._others, self._outbox = threading.Event(), False, [], queue.SimpleQueue()
         try:
             with self._connect() as db:
                 self.path = f"{db.info.dbname} of PostgreSQL at {db.info.host or 'this machine'}"
                 if db.info.parameter_status("server_encoding") != "UTF8":
                     raise SetupError(f"The database {self.path} is not in UTF-8; make one with ENCODING 'UTF8'.")
-                schema = db.execute("SELECT current_schema() AS name").fetchone().name
-                if not schema:
-                    raise SetupError(f"The database {self.path} has no schema of its search_path; create one.")
-                self._kin = f"intentbus {hashlib.sha256(schema.encode()).hexdigest()[:16]} "
+                self._kin = f"intentbus {self._prepare(db)} "
                 self._name = self._kin + os.urandom(8).hex()     # of this bus: for the others to see, and its channel
-                self._prepare(db)
                 self._set_clock(db)
         except psycopg.Error as error:
             raise SetupError(f"PostgreSQL cannot be used: {brief(error)}.") from error
         self._pool = psycopg_pool.ConnectionPool(
             self._dsn, connection_class=Connection, min_size=1, max_size=CONNECTIONS, timeout=POOL_SECONDS, open=True,
-            kwargs=self._options(), configure=lambda db: db.execute(SETTINGS), reconnect_timeout=CONNECT_SECONDS,
-            check=lambda db: db.pgconn.consume_input())     # raises, without asking it, if the server has hung up
-        self._listener = threading.Thread(target=self._listen, daemon=True)
-        self._listener.start()
+            kwargs=self._options(), configure=set_up, reconnect_timeout=CONNECT_SECONDS)
+        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._listen, self._tell_others)]
+        for thread in self._threads:
+            thread.start()
 
     def close(self):
         """Let go of the database."""
         self._closed.set()
-        with contextlib.suppress(intentbus.Unavailable), self._reader() as db:
-            db.execute(TELL, dict(buses=[self._name], notices=[LOOK_AGAIN]))     # the listener waits for one
-        self._listener.join(RECHECK_SECONDS)
+        self._outbox.put([LOOK_AGAIN])     # reaches the listener of this bus, too
+        for thread in self._threads:
+            thread.join(RECHECK_SECONDS)
         self._pool.close()
 
     # -- What all buses have in common --
@@ -334,28 +349,22 @@ class PostgresStore(Store):
         """Return an Allowance of all buses together."""
         return SharedAllowance(self, per_minute)
 
-    use_nonce = at_once(Store.use_nonce.__wrapped__)
+    def use_nonce(self, key_id, nonce, expires_at, now):
+        """Remember a nonce, as in the Store; return whether it was new."""
+        return bool(self.once(REMEMBER_FIRST, dict(kind="nonces", owner=key_id, key=nonce, value="", expires_at=expires_at,
+                                                   now=now)))
 
-    @at_once
-    def take(self, name, cost_seconds, full_seconds):
-        """Take so many seconds of a bucket that fills up in full_seconds; return how long to wait if they are not there."""
-        now = self.clock()
-        if self._db.execute(TAKE, dict(name=name, cost=cost_seconds, full=full_seconds, now=now)).fetchone():
-            return 0
-        full_at = self._db.execute("SELECT MAX(expires_at) AS time FROM memos WHERE kind = 'rate' AND key = :name",
-                                   dict(name=name)).fetchone().time or now
-        return max(cost_seconds, full_at + cost_seconds - full_seconds - now)
+    def once(self, statement, values):
+        """Run one statement that need not be on disk, over the network once, and return its rows."""
+        with self._translated(), self._pool.connection() as db:
+            db.begin(synced=False)
+            db.keep(statement, values)
+            return db.execute("COMMIT")
 
     def clean(self, now, retention):
         """Delete what is over, as in the Store, and add up the tallies."""
-        if self._to_fold:
-            self._fold()
+        self.once(FOLD, {})
         return super().clean(now, retention)
-
-    @intentbus.unsynced
-    def _fold(self):
-        self._to_fold = False
-        self._db.execute(FOLD)
 
     def bytes(self):
         """Return the size of the database; its log is the server's business."""
@@ -365,57 +374,59 @@ class PostgresStore(Store):
     # -- Inside the transaction --
 
     def _claimable(self, lanes, now, again):
-        """Return what the Store does, with one look at all of it; if others are at all of the best lane, wait and look again."""
+        """Return what the Store does, with one look at all of it; if others are at all that is there, wait and look again."""
         spans = [part for pattern in lanes for part in intentbus.span(pattern)]
         values = {f"span{number}": part for number, part in enumerate(spans)}
         places = [f"CAST(:{name} AS TEXT)" for name in values]
         first = FIRST.format(spans=", ".join(f"({', '.join(places[at:at + 3])})" for at in range(0, len(places), 3)))
         rows = intentbus.SETTLE_ROWS
         while True:
-            due, known, heads = self._db.each(
-                (DUE + self.FREE, dict(now=now, rows=rows)), (CLAIMED_WITH + self.HELD, again),
-                (first, values))
+            due, known, found = self._db.each((DUE + self.FREE, dict(now=now, rows=rows)), (CLAIMED_WITH + self.HELD, again),
+                                              (first, values))
             if due:
                 self._wake(due, now)
                 rows = 0
-            elif known or not heads or heads[0].id:
-                return (known or heads or [None])[0]
+            elif known or not found:
+                return known.fetchone()
             else:
-                self._db.execute(ONE + self.HELD, dict(id=heads[0].head))
+                head, intent = found[0].pop("head"), found[0]
+                if intent.id:
+                    return intent
+                self._db.execute(ONE + self.HELD, dict(id=head))
 
     def _exclusively(self, *what):
+        """Hold an advisory lock until this transaction has ended."""
         digest = hashlib.sha256(intentbus.to_json([self._kin, *what]).encode()).digest()
         self._db.keep("SELECT pg_advisory_xact_lock(:key)", dict(key=int.from_bytes(digest[:8], "big", signed=True)))
 
     def _commit(self, run, synced):
-        """Run an operation as a transaction, anew if that may help: PostgreSQL commits many at a time by itself."""
-        for left in reversed(range(ATTEMPTS)):
-            try:
-                with self._translated():
-                    result, moves = self._transact(run, synced)
-                break
-            except intentbus.Unavailable as error:
-                self._missed, self._others = True, []     # if it was committed all the same, everyone is to look
-                if not left or not isinstance(error.__cause__, PASSING):
-                    raise
+        """Run an operation as a transaction of its own: PostgreSQL commits many at a time by itself."""
+        try:
+            with self._translated():
+                result, moves = self._transact(run, synced)
+        except intentbus.Unavailable:
+            self._missed, self._others = True, []     # if it was committed all the same, everyone is to look
+            raise
         if moves:
             self.on_commit(moves)
+            if self._others:
+                self._outbox.put([notice(*move) for move in moves if move[0].ready or intentbus.event(*move)])
         return result
 
     def _transact(self, run, synced):
-        with self._pool.connection() as db:     # which is rolled back by the pool after an error
-            self._own.db, self._moves = db, []
-            db.begin(synced)
-            result = run()
-            self._tally()
-            self._to_fold = self._to_fold or bool(self._moves)
-            moves = [(intent, before) for intent, before, after in self._moves if after]
-            if notices := self._notices(moves):     # in a transaction of its own: PostgreSQL lets one at a time send any
-                db.keep("COMMIT")
-                db.begin(synced=False)
-                db.keep(TELL, dict(buses=self._others, notices=notices))
-            db.execute("COMMIT")
-            return result, moves
+        """Return what an operation returns and what it has moved, once that is committed; done anew after a deadlock."""
+        for left in reversed(range(ATTEMPTS)):
+            try:
+                with self._pool.connection() as db:     # which is rolled back by the pool after an error
+                    self._own.db, self._moves = db, []
+                    db.begin(synced)
+                    result = run()
+                    self._tally()
+                    db.execute("COMMIT")
+                    return result, [(intent, before) for intent, before, after in self._moves if after]
+            except psycopg.errors.DeadlockDetected:
+                if not left:
+                    raise
 
     # -- The other buses --
 
@@ -429,62 +440,75 @@ class PostgresStore(Store):
 
     def changed_elsewhere(self):
         """Return whether there may have been news of other buses that did not reach this one."""
-        missed, self._missed = self._missed, False
-        return missed
+        if not self._missed:
+            return False
+        self._missed = False
+        return True
 
-    def _notices(self, moves):
-        """Return what the other buses are to hear, if there are any."""
-        return [self._notice(intent, before) for intent, before in moves
-                if self._others and (intent.ready or intentbus.event(intent, before))]
-
-    def _notice(self, intent, before):
-        told = intent.pick(NOTICE_FIELDS)
-        told["last_error"] = told.last_error and told.last_error[:NOTICE_CHARACTERS]
-        notice = intentbus.to_json([before, told])
-        return notice if len(notice.encode()) <= NOTICE_BYTES else LOOK_AGAIN
+    def _tell_others(self):
+        """Tell the other buses what this one has done, as much at a time as there is."""
+        while not self._closed.is_set():
+            notices = self._outbox.get()
+            while not self._outbox.empty():
+                notices += self._outbox.get()
+            try:
+                self.once(TELL, dict(buses=self._others + [self._name] * self._closed.is_set(), notices=notices))
+            except intentbus.Error:
+                self._others = []     # so that they are found anew, and told to look
 
     def _listen(self):
-        """Hear what other buses have done, and keep to the clock of the database."""
+        """Hear what other buses have done, and keep to the clock of the database, whatever happens to the connection."""
         while not self._closed.is_set():
-            with contextlib.suppress(psycopg.Error), self._connect(application_name=self._name) as db:
-                db.execute(f'LISTEN "{self._name}"')
-                self._missed = True
-                while not self._closed.is_set():
-                    self._set_clock(db)
-                    self._meet(db)
-                    for notice in db.notifies(timeout=RECHECK_SECONDS):
-                        if self._closed.is_set():
-                            break
-                        self._hear(notice.payload)
+            try:
+                with self._connect(application_name=self._name) as db:
+                    self._listen_at(db)
+            except psycopg.Error as error:
+                self._complain(error)
+            except Exception:
+                traceback.print_exc()
             self._closed.wait(RECHECK_SECONDS)
+
+    def _listen_at(self, db):
+        db.execute(f'LISTEN "{self._name}"')
+        self._others, self._missed = [], True
+        self._pool.check()     # what ended the last connection of this thread has ended others
+        while not self._closed.is_set():
+            self._set_clock(db)
+            self._meet(db)
+            for heard in db.notifies(timeout=RECHECK_SECONDS):
+                if self._closed.is_set() or not self._hear(heard.payload):
+                    break
 
     def _meet(self, db):
         """Find out which other buses there are; whoever is new has not been told of anything so far."""
-        known, self._others = self._others, self._look_for_others(db)
-        if new := set(self._others) - set(known):
+        found = self._look_for_others(db)
+        known, self._others = self._others, found
+        if new := set(found) - set(known):
             db.execute(TELL, dict(buses=list(new), notices=[LOOK_AGAIN]))
 
-    def _hear(self, notice):
-        with contextlib.suppress(TypeError, ValueError):     # one that is not of this version
-            before, told = json.loads(notice)
-            if set(told) == set(NOTICE_FIELDS):
-                return self.on_news([(Intent(told), before)])
-        self._missed = True
-        with contextlib.suppress(intentbus.Unavailable), self._reader() as db:
-            self._meet(db)
+    def _hear(self, heard):
+        """Take in what another bus says that it has done; return whether that was all it had to say."""
+        try:
+            before, told = json.loads(heard)
+            self.on_news([(Intent(told), before)])
+        except (KeyError, TypeError, ValueError):     # LOOK_AGAIN, or from a bus of another version
+            self._missed = True
+        return not self._missed
 
     def _set_clock(self, db):
-        """Find out how far the clock of the database is from the steady one here."""
+        """Find out how far the clock of the database is from the steady one here, as exactly as the answer is quick."""
         asked = intentbus.steady_clock()
         there = db.execute("SELECT EXTRACT(EPOCH FROM clock_timestamp()) AS now").fetchone().now
-        ahead = float(there) - (asked + intentbus.steady_clock()) / 2
-        if abs(ahead - self._ahead) > CLOCK_SLACK_SECONDS:
+        took = intentbus.steady_clock() - asked
+        ahead = float(there) - asked - took / 2
+        if abs(ahead - self._ahead) > CLOCK_SLACK_SECONDS + took / 2:
             self._ahead = ahead
 
     # -- Connections --
 
     def _options(self, **options):
-        return dict(autocommit=True, row_factory=as_intents, connect_timeout=CONNECT_SECONDS, **options)
+        return dict(autocommit=True, row_factory=as_intents, connect_timeout=CONNECT_SECONDS, keepalives_idle=SILENT_SECONDS,
+                    keepalives_interval=1, keepalives_count=3, tcp_user_timeout=1000 * SILENT_SECONDS, **options)
 
     def _connect(self, **options):
         return Connection.connect(self._dsn, **self._options(**options))
@@ -500,17 +524,26 @@ class PostgresStore(Store):
         """Turn what psycopg raises about the database into errors of the bus."""
         try:
             yield
+            self._complain(None)
         except psycopg.errors.DiskFull as error:
             raise intentbus.StorageFull("The disk under PostgreSQL is full; nothing of this request was stored.") from error
-        except psycopg.errors.ProgramLimitExceeded as error:     # a key of some kilobytes is too long for an index
-            raise intentbus.Invalid(f"PostgreSQL cannot keep this: {brief(error)}.") from error
         except psycopg.IntegrityError:     # a fault of ours, not of the database
             raise
         except psycopg.Error as error:
-            raise intentbus.Unavailable(f"PostgreSQL cannot be used just now: {brief(error)}.") from error
+            self._complain(error)
+            raise intentbus.Unavailable("PostgreSQL cannot be used just now; the bus says on its stderr why.") from error
+
+    def _complain(self, error):
+        """Say what is wrong with the database, once, and that it is well again, to whom runs the bus: it may name hosts."""
+        if error and not self._complaint:
+            self._complaint = brief(error)
+            intentbus.say(f"PostgreSQL cannot be used: {self._complaint}. Trying again.")
+        elif self._complaint and not error:
+            self._complaint = None
+            intentbus.say("PostgreSQL can be used again.")
 
     def _prepare(self, db):
-        """Bring the tables to the schema of this version; of several buses that start at once, one does so."""
+        """Bring the tables to the schema of this version and return what names them; of several buses at once, one does so."""
         db.begin()
         db.keep("SELECT pg_advisory_xact_lock(:key)", dict(key=APPLICATION_ID))
         there = db.execute("SELECT to_regclass('intentbus') AS ours, to_regclass('intents') AS intents").fetchone()
@@ -525,7 +558,9 @@ class PostgresStore(Store):
             db.keep(statement.replace("TEXT", 'TEXT COLLATE "C"'))     # lanes and ids are compared as bytes
         db.keep("DELETE FROM intentbus")
         db.keep("INSERT INTO intentbus VALUES (:version)", dict(version=len(MIGRATIONS)))
+        tables = db.execute("SELECT CAST(CAST('intents' AS regclass) AS oid) AS oid").fetchone().oid
         db.execute("COMMIT")
+        return tables
 
 
 logging.getLogger("psycopg").setLevel(logging.ERROR)     # what the pool tries again is no news, and requests say the rest
@@ -539,7 +574,7 @@ if __name__ == "__main__":
         print(__doc__)
     elif arguments and not arguments[0].startswith("-"):
         arguments.insert(0, "--db")
-    elif "--db" not in arguments and not os.environ.get("BUS_DB_PATH"):
+    elif not any(argument.startswith("--db") for argument in arguments) and not os.environ.get("BUS_DB_PATH"):
         print("postgres_bus: which PostgreSQL? Give its URL first, or set BUS_DB_PATH.", file=sys.stderr)
         sys.exit(2)
     sys.exit(intentbus.main(["serve", *arguments]))
