@@ -117,6 +117,7 @@ IDLE_SECONDS = 75                   # longer than the 60 s that proxies keep a c
 SEND_SECONDS = 30                   # a client that reads no answer is not waited for longer
 LINGER_SECONDS = 1                  # time for a refused client to read why
 SHUTDOWN_SECONDS = 4                # with the rest, within the 5 s of service managers
+EXIT_SECONDS = 4.8                  # a database that does not answer is not waited for longer than that
 CONNECTIONS = 8192                  # parked workers are cheap, but not free
 SPARE_FILES = 64                    # descriptors left to the database and the rest
 BACKLOG = 1024                      # 5, the default, stalls at 40 clients
@@ -1806,7 +1807,7 @@ class Bus:
         with self._alarm:
             self._alarm.notify()
         if self._tender.is_alive():
-            self._tender.join()
+            self._tender.join(SHUTDOWN_SECONDS)     # it may wait for the database
 
     def tend_sometimes(self):
         """Do what start() does in a thread, once in RECHECK_SECONDS at most: for a bus without a thread of its own."""
@@ -3437,10 +3438,12 @@ def open_store(where=None):
     where = where or os.environ.get("BUS_DB_PATH") or "intentbus.db"
     scheme = re.match("([a-z]+)://", where)
     kind = scheme[1] if scheme else "file"
-    if kind not in STORES:
+    try:
+        store = STORES[kind]
+    except KeyError:
         raise SetupError(f"intentbus.py itself opens SQLite files, and no {kind}://; for PostgreSQL there is "
-                         "examples/postgres_bus.py.")
-    return STORES[kind](where)
+                         "examples/postgres_bus.py.") from None
+    return store(where)
 
 
 WSGI_STARTING = threading.Lock()     # of the first requests, one opens the database
@@ -4448,7 +4451,10 @@ def file_system(path):
 
 def check_database(options):
     """Where the database lies, if there is one here."""
-    path = os.path.realpath(options.db or os.environ.get("BUS_DB_PATH") or "intentbus.db")
+    where = options.db or os.environ.get("BUS_DB_PATH") or "intentbus.db"
+    if "://" in where:
+        yield Finding("note", "database", "It is on a server, which a doctor of its own looks after.")
+    path = os.path.realpath(where)
     if not os.path.exists(path):
         return
     import shutil
@@ -4666,6 +4672,9 @@ def serve_command(options):
     welcome(store, source, url, options.host in ("127.0.0.1", "::1", "localhost") or options.tls_cert)
     while not stop.wait(1):     # in slices, since Windows lets no signal through a longer wait
         pass
+    deadline = threading.Timer(EXIT_SECONDS, os._exit, [0])
+    deadline.daemon = True
+    deadline.start()
     server.close()
     store.close()
 
@@ -5192,8 +5201,10 @@ def backup(options):
     """
     import pathlib
     import sqlite3
-    source = pathlib.Path(options.db or os.environ.get("BUS_DB_PATH") or "intentbus.db").resolve()
-    made = False
+    where = options.db or os.environ.get("BUS_DB_PATH") or "intentbus.db"
+    if "://" in where:
+        raise SetupError("This copies SQLite files; the tool for a PostgreSQL database is pg_dump.")
+    source, made = pathlib.Path(where).resolve(), False
     try:
         if not source.is_file():
             raise FileNotFoundError(errno.ENOENT, "there is no such database")

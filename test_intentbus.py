@@ -6561,7 +6561,7 @@ def test_who_watches_one_bus_sees_what_happens_at_another_and_it_is_counted_once
     start = other.api.bus.events().next
     intent_id = one.api.bus.publish("g" * 256, 1).id
     claimed = one.api.bus.claim("g" * 256)
-    one.api.bus.fail(intent_id, claimed.claim_token, "x" * 2000, retry=False)
+    one.api.bus.fail(intent_id, claimed.claim_token, "\U0001f4a5" * 2000, retry=False)
     wait_until(lambda: len(other.api.bus.events(start).events) == 3)
     assert [event.event for event in other.api.bus.events(start).events] == ["published", "claimed", "dead"]
     one.api.bus.stop()
@@ -6581,13 +6581,26 @@ def test_an_intent_is_claimed_once_by_whoever_asks_at_whichever_bus(buses):
 
 
 @ON_POSTGRES
-def test_a_claim_waits_for_one_that_may_fail_and_does_not_miss_what_that_leaves(buses):
+def test_a_claim_passes_over_what_another_bus_is_at_and_gets_it_after_all_if_that_fails(buses):
     one, other = buses(), buses()
     intent_id = one.publish()
-    with holding(other, intent_id) as db:     # as a bus does that is about to claim it
-        claim = in_thread(one.ask, "POST", "/claim?goal=g")
-        wait_until(lambda: blocked(db))
-    assert claim().json["id"] == intent_id
+    with holding(other, intent_id):     # as a bus does that is about to claim it
+        claim = in_thread(one.api.bus.claim, "g", wait=60)
+        wait_until(lambda: held(one.api.bus) == 2)
+        ids = [one.publish(goal="else") for _ in range(10)]     # and hinders nobody
+        claims = of_both(one, other, 10, "POST", "/claim?goal=else&goal=g")
+        assert sorted(response.json["id"] for response in claims) == ids
+        assert claim.ended() is False
+    assert claim().id == intent_id
+
+
+@ON_POSTGRES
+def test_what_is_due_is_settled_though_another_bus_is_at_some_of_it(buses):
+    one, other = buses(), buses()
+    first, second = (one.publish(delay=0.5) for _ in range(2))
+    with holding(other, first):
+        claimed = wait_until(lambda: one.ask("POST", "/claim?goal=g&wait=1").json if one.api.bus.now() > 0 else None)
+        assert claimed["id"] == second
 
 
 @ON_POSTGRES
@@ -6732,7 +6745,6 @@ def test_what_was_committed_though_the_answer_was_lost_is_found_by_who_waits_at_
     transact = one.store._transact
 
     def lose(*args):
-        one.store._others = []     # nor was anybody told
         transact(*args)
         monkeypatch.undo()
         raise psycopg.OperationalError("server closed the connection unexpectedly")
@@ -6892,13 +6904,17 @@ def test_what_is_retried_at_one_bus_is_not_deleted_by_another(buses, remove):
 
 
 @ON_POSTGRES
-def test_a_purge_at_two_buses_leaves_nothing(buses):
-    one, other = buses(), buses()
+def test_a_purge_at_each_of_two_buses_leaves_nothing_when_it_has_ended(buses):
+    both = buses(), buses()
     for _ in range(2):
-        one.ask("POST", "/intents", [a_publish()] * 1000)
-    purged = of_both(one, other, 4, "POST", "/admin/purge", {"confirm": True})
-    assert sum(response.json["deleted"] for response in purged) == 2000 and one.statuses() == []
-    assert one.store.tallies() == []
+        both[0].ask("POST", "/intents", [a_publish()] * 1000)
+
+    def purge(index):
+        deleted = both[index % 2].ask("POST", "/admin/purge", {"confirm": True}).json["deleted"]
+        return deleted, both[index % 2].statuses()
+    purged = at_once(4, purge)
+    assert sum(deleted for deleted, _ in purged) == 2000 and all(left == [] for _, left in purged)
+    assert both[0].store.tallies() == []
 
 
 @ON_POSTGRES
@@ -6909,6 +6925,24 @@ def test_tallies_are_right_while_every_bus_adds_them_up(buses):
     assert [(row.status, row.intents) for row in one.store.tallies()] == [("open", 40)]
     with one.store._reader() as db:
         assert len(db.execute("SELECT * FROM tallies").fetchall()) == 1
+
+
+@ON_POSTGRES
+def test_what_another_bus_holds_for_long_is_not_waited_for_and_hinders_nothing_else(buses):
+    one, other = buses(), buses()
+    intent_id = one.publish()
+    with holding(one, intent_id):
+        assert_refusal(other.ask("POST", f"/cancel/{intent_id}"), 503, "database_busy", "PostgreSQL")
+        assert other.ask("POST", "/intent", a_publish()).status == 201
+
+
+@ON_POSTGRES
+def test_a_connection_to_what_is_no_longer_the_primary_is_not_used_again(buses):
+    bus = buses()
+    with bus.store._pool.connection() as db:
+        db.execute("SET default_transaction_read_only = on")     # as a server says that was demoted
+    assert_refusal(bus.ask("POST", "/intent", a_publish()), 503, "database_busy", "PostgreSQL")
+    wait_until(lambda: bus.ask("POST", "/intent", a_publish()).status == 201)
 
 
 @ON_POSTGRES
@@ -6939,18 +6973,25 @@ def test_what_is_refused_leaves_no_plans_behind_in_postgresql(buses):
                 db.execute("SELECT CAST(:number AS INTEGER) + 2147483647 AS sum", dict(number=number + 1))
             db.rollback()
             assert db.execute("SELECT CAST(:number AS INTEGER) AS same", dict(number=number)).fetchone().same == number
+            with pytest.raises(psycopg_errors().DivisionByZero):
+                db.each(("SELECT 1 / 0", None), ("SELECT CAST(:number AS INTEGER) AS late", dict(number=number)))
+            assert db.execute("SELECT CAST(:number AS INTEGER) AS late", dict(number=number)).fetchone().late == number
         assert db.execute("SELECT COUNT(*) AS number FROM pg_prepared_statements").fetchone().number <= 2
 
 
 def terminate(bus, which):
-    """End the connections of a bus to PostgreSQL: those that listen, or those that work."""
-    listens = "application_name = %s" if which == "listener" else "application_name <> %s AND query NOT LIKE '%%pg_terminate%%'"
-    return postgres(f"""
-        SELECT pg_terminate_backend(pid)
-        FROM   pg_stat_activity
-        WHERE  {listens}
-        AND    (application_name = %s OR pid IN (SELECT pid FROM pg_locks WHERE relation = to_regclass(%s)))
-    """, [bus.store._name, bus.store._name, schema_of(bus.db) + ".intents"])
+    """End the connections of a bus to PostgreSQL: its listener, or all; return them."""
+    listener = postgres("SELECT pid FROM pg_stat_activity WHERE application_name = %s", [bus.store._name])
+    pids = [pid for pid, in listener] + [db.info.backend_pid for db in bus.store._pool._pool if which == "all"]
+    for pid in pids:
+        postgres("SELECT pg_terminate_backend(%s)", [pid])
+    wait_until(lambda: not postgres("SELECT 1 FROM pg_stat_activity WHERE pid = ANY (%s)", [pids]))
+    return pids
+
+
+def listens(bus):
+    """Return whether a bus hears of the others, and has seen to its other connections."""
+    return postgres("SELECT 1 FROM pg_stat_activity WHERE application_name = %s AND query NOT LIKE 'LISTEN%%'", [bus.store._name])
 
 
 @ON_POSTGRES
@@ -6967,8 +7008,18 @@ def test_a_bus_whose_listener_was_cut_off_listens_again_and_missed_nothing(buses
     assert claim.ended() is False
     published = one.publish()
     assert claim().id == published
-    said = capsys.readouterr().err
-    assert "PostgreSQL cannot be used: " in said and "PostgreSQL can be used again." in said
+    said = capsys.readouterr().err.splitlines()
+    assert len([line for line in said if "This bus hears nothing of others: " in line]) == 1
+    assert said.count("intentbus: No longer so: This bus hears nothing of others.") == 1
+
+
+@ON_POSTGRES
+def test_after_a_restart_no_connection_of_before_is_used(buses):
+    bus = buses()
+    of_both(bus, bus, 16, "POST", "/claim?goal=g")     # several connections
+    assert len(terminate(bus, "all")) > 2
+    wait_until(lambda: listens(bus))
+    assert [response.status for response in of_both(bus, bus, 16, "POST", "/claim?goal=g")] == [204] * 16
 
 
 @ON_POSTGRES
@@ -7059,10 +7110,18 @@ def test_a_bus_moves_to_postgresql_and_back_with_everything(tmp_path, clock):
     assert code == 2 and "Another bus is serving" in errors
     started.close()
     there = dumped(started.db)
+    owned = Bespoke(tmp_path, database="postgres")
+    owned.api.bus.set("lock", "somebody's")
+    owned.close()
+    code, _, errors = migrate(started.db, where)
+    assert code == 2 and "has intents, keys or values already" in errors
+    owned.restart()
+    owned.api.bus.delete("lock")
+    owned.close()
     code, said, errors = migrate(started.db, where)
     assert code == 0 and f"intents: {len(there['intents'])}" in errors and "everything is there" in said, errors
     code, _, errors = migrate(started.db, where)
-    assert code == 2 and "has intents or keys already" in errors
+    assert code == 2 and "has intents, keys or values already" in errors
     on_postgres = Bespoke(tmp_path, database="postgres")
     code, _, errors = migrate("--back", tmp_path / "back.db", where)
     assert code == 2 and "bus is running" in errors and not dumped(tmp_path / "back.db")["intents"]

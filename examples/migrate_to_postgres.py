@@ -17,6 +17,7 @@ import sys
 sys.path[:0] = map(str, pathlib.Path(__file__).resolve().parents[:2])     # where postgres_bus.py and intentbus.py are
 
 import intentbus
+import psycopg
 from intentbus import SetupError, Store
 from postgres_bus import Connection, PostgresStore, storable
 from psycopg.rows import tuple_row
@@ -67,10 +68,11 @@ def counts(db):
 def take_over(target, source):
     """Copy all tables of another store into an empty one, and return what counts finds in both."""
     there = target._db
-    there.execute("DELETE FROM memos")     # of a bus that was started there and did nothing
-    there.execute("DELETE FROM history")
-    if there.execute("SELECT id FROM intents LIMIT 1").fetchone() or there.execute("SELECT key_id FROM keys LIMIT 1").fetchone():
-        raise SetupError(f"{target.path} has intents or keys already; give this an empty database.")
+    for table, which in (("intents", "TRUE"), ("keys", "TRUE"), ("memos", "kind IN ('store', 'idempotency', 'invitation')")):
+        if there.execute(f"SELECT 1 AS found FROM {table} WHERE {which} LIMIT 1").fetchone():
+            raise SetupError(f"{target.path} has intents, keys or values already; give this an empty database.")
+    there.execute("DELETE FROM memos RETURNING kind").fetchall()     # of a bus that was started there and did nothing
+    there.execute("DELETE FROM history RETURNING minute").fetchall()
     with source._reader() as here:
         for table, (order, others) in TABLES.items():
             columns, copied = order + others, 0
@@ -106,9 +108,12 @@ def main():
         if postgres.others():
             raise SetupError("A bus is running on this PostgreSQL database; stop it, and all others there.")
         moved = take_over(*((file, postgres) if options.back else (postgres, file)))
-    except intentbus.Error as error:
+    except (intentbus.Error, psycopg.Error) as error:
         print(f"migrate_to_postgres: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("migrate_to_postgres: interrupted; nothing was moved.", file=sys.stderr)
+        return 130
     finally:
         for store in stores:
             store.close()

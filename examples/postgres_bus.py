@@ -9,6 +9,7 @@ the first start. BUS_DB_PATH can name it too; a password belongs into ~/.pgpass.
 target_session_attrs=read-write in the URL follow a failover. It has been run on PostgreSQL 15.
 """
 
+import collections
 import contextlib
 import functools
 import hashlib
@@ -39,9 +40,10 @@ CONNECTIONS = 8             # of one bus, more than it can keep busy; PostgreSQL
 CONNECT_SECONDS = 5         # for a server to answer
 SILENT_SECONDS = 8          # until a server that has vanished without a word is taken for gone
 POOL_SECONDS = 2            # for a connection to get free, or the database to come back, before a 503
-LOCK_SECONDS = 10           # for a row that another bus holds, though its machine may be gone
+LOCK_SECONDS = 3            # for a row that another bus holds
+STOPPED_SECONDS = 5         # in mid-transaction, and the server ends it: that bus, or its machine, has come to a halt
 ATTEMPTS = 5                # of a transaction that got into a deadlock with another
-CANDIDATES = 16             # in each lane: a claim that finds so many held by others waits for the first of them
+CANDIDATES = 16             # looked at in each lane: others may be at the first ones
 NOTICE_CHARACTERS = 500     # of an error in what the others are told; PostgreSQL takes 7,999 bytes
 NOTICE_FIELDS = (*intentbus.EVENT_FIELDS, "lane", "ready", "wake_at", "claim_outcome")
 LOOK_AGAIN = "[]"           # a notice to a bus that was not known so far, and has been told nothing
@@ -49,7 +51,7 @@ CLOCK_SLACK_SECONDS = 0.05  # of the way to the database; time that jitters back
 IDLE = psycopg.pq.TransactionStatus.IDLE
 SETTINGS = {     # of each connection
     "lock_timeout": f"{LOCK_SECONDS}s",
-    "idle_in_transaction_session_timeout": f"{2 * LOCK_SECONDS}s",
+    "idle_in_transaction_session_timeout": f"{STOPPED_SECONDS}s",
     "default_transaction_isolation": "read committed",
     **dict.fromkeys(("jit", "enable_seqscan", "enable_bitmapscan", "enable_hashjoin", "enable_mergejoin"), "off"),
 }     # the last ones since every statement has its index, whatever the statistics say of a table that has just grown
@@ -100,7 +102,7 @@ FIRST = f"""
         SELECT     head.*
         FROM       lanes
         CROSS JOIN LATERAL (
-            SELECT   priority, run_at, claim_attempts, created_at, id
+            SELECT   lane, priority, run_at, claim_attempts, created_at, id
             FROM     intents
             WHERE    ready = 1
             AND      lane = lanes.lane
@@ -108,14 +110,14 @@ FIRST = f"""
             LIMIT    {CANDIDATES}
         ) AS head
         WHERE      publisher = ''
-        OR         RIGHT(lane, LENGTH(publisher) + 1) = CHR(9) || publisher
+        OR         RIGHT(lanes.lane, LENGTH(publisher) + 1) = CHR(9) || publisher
     ), ranked AS (
-        SELECT   id
+        SELECT   id, lane
         FROM     heads
         ORDER BY priority DESC, run_at, claim_attempts, created_at, id
     )
-    SELECT    best.id AS head, free.*
-    FROM      (SELECT id FROM ranked LIMIT 1) AS best
+    SELECT    best.lane AS best, free.*
+    FROM      (SELECT lane FROM ranked LIMIT 1) AS best
     LEFT JOIN (     -- the first that no other transaction is at
         SELECT     free.*
         FROM       ranked
@@ -280,8 +282,9 @@ def notice(intent, before):
 
 
 def brief(error):
-    """Return the first line of what psycopg says."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    """Return the first line of what psycopg says, without a password that a URL may have had."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return re.sub(r":[^:@/\s\"]*@", ":***@", line)
 
 
 # ---- The store ----
@@ -312,8 +315,9 @@ class PostgresStore(Store):
     _moves = property(lambda self: self._own.moves, lambda self, moves: setattr(self._own, "moves", moves))
 
     def _open(self, where):
-        self._dsn, self._own, self._ahead, self._complaint = where, threading.local(), 0, None
-        self._closed, self._missed, self._others, self._outbox = threading.Event(), False, [], queue.SimpleQueue()
+        self._dsn, self._own, self._ahead, self._complaints = where, threading.local(), 0, {}
+        self._closed, self._outbox, self._others = threading.Event(), queue.SimpleQueue(), []
+        self._missed, self._passed_over = False, set()     # lanes whose best intents others were just at
         try:
             with self._connect() as db:
                 self.path = f"{db.info.dbname} of PostgreSQL at {db.info.host or 'this machine'}"
@@ -322,7 +326,7 @@ class PostgresStore(Store):
                 self._kin = f"intentbus {self._prepare(db)} "
                 self._name = self._kin + os.urandom(8).hex()     # of this bus: for the others to see, and its channel
                 self._set_clock(db)
-        except psycopg.Error as error:
+        except (psycopg.Error, UnicodeError) as error:
             raise SetupError(f"PostgreSQL cannot be used: {brief(error)}.") from error
         self._pool = psycopg_pool.ConnectionPool(
             self._dsn, connection_class=Connection, min_size=1, max_size=CONNECTIONS, timeout=POOL_SECONDS, open=True,
@@ -374,25 +378,22 @@ class PostgresStore(Store):
     # -- Inside the transaction --
 
     def _claimable(self, lanes, now, again):
-        """Return what the Store does, with one look at all of it; if others are at all that is there, wait and look again."""
+        """Return what the Store does, with one look at all of it; what others are at is passed over, and looked at later."""
         spans = [part for pattern in lanes for part in intentbus.span(pattern)]
         values = {f"span{number}": part for number, part in enumerate(spans)}
         places = [f"CAST(:{name} AS TEXT)" for name in values]
         first = FIRST.format(spans=", ".join(f"({', '.join(places[at:at + 3])})" for at in range(0, len(places), 3)))
-        rows = intentbus.SETTLE_ROWS
-        while True:
-            due, known, found = self._db.each((DUE + self.FREE, dict(now=now, rows=rows)), (CLAIMED_WITH + self.HELD, again),
-                                              (first, values))
-            if due:
-                self._wake(due, now)
-                rows = 0
-            elif known or not found:
-                return known.fetchone()
-            else:
-                head, intent = found[0].pop("head"), found[0]
-                if intent.id:
-                    return intent
-                self._db.execute(ONE + self.HELD, dict(id=head))
+        looks = (DUE + self.FREE, dict(now=now, rows=intentbus.SETTLE_ROWS)), (CLAIMED_WITH + self.HELD, again), (first, values)
+        due, known, found = self._db.each(*looks)
+        if due:
+            self._wake(due, now)
+            known, found = self._db.each(*looks[1:])
+        if known or not found:
+            return known.fetchone()
+        best = found[0].pop("best")
+        if found[0].id:
+            return found[0]
+        self._passed_over.add(best)
 
     def _exclusively(self, *what):
         """Hold an advisory lock until this transaction has ended."""
@@ -439,7 +440,12 @@ class PostgresStore(Store):
         return [row.name for row in db.execute(OTHERS, dict(buses=self._kin + "%", this=self._name)).fetchall()]
 
     def changed_elsewhere(self):
-        """Return whether there may have been news of other buses that did not reach this one."""
+        """Return whether there may have been news of other buses that did not reach this one.
+
+        Who waits for what was passed over is woken: it may have been let go of.
+        """
+        while self._passed_over:
+            self.on_news([(Intent(lane=self._passed_over.pop(), status="open", ready=1), "open")])
         if not self._missed:
             return False
         self._missed = False
@@ -463,13 +469,15 @@ class PostgresStore(Store):
                 with self._connect(application_name=self._name) as db:
                     self._listen_at(db)
             except psycopg.Error as error:
-                self._complain(error)
+                self._complain("This bus hears nothing of others", error)
             except Exception:
                 traceback.print_exc()
+            self._missed = True     # deaf, it looks by itself
             self._closed.wait(RECHECK_SECONDS)
 
     def _listen_at(self, db):
         db.execute(f'LISTEN "{self._name}"')
+        self._complain("This bus hears nothing of others", None)
         self._others, self._missed = [], True
         self._pool.check()     # what ended the last connection of this thread has ended others
         while not self._closed.is_set():
@@ -507,8 +515,9 @@ class PostgresStore(Store):
     # -- Connections --
 
     def _options(self, **options):
-        return dict(autocommit=True, row_factory=as_intents, connect_timeout=CONNECT_SECONDS, keepalives_idle=SILENT_SECONDS,
-                    keepalives_interval=1, keepalives_count=3, tcp_user_timeout=1000 * SILENT_SECONDS, **options)
+        return dict(autocommit=True, row_factory=as_intents, client_encoding="UTF8", connect_timeout=CONNECT_SECONDS,
+                    keepalives_idle=SILENT_SECONDS, keepalives_interval=1, keepalives_count=3,
+                    tcp_user_timeout=1000 * SILENT_SECONDS, **options)
 
     def _connect(self, **options):
         return Connection.connect(self._dsn, **self._options(**options))
@@ -524,23 +533,22 @@ class PostgresStore(Store):
         """Turn what psycopg raises about the database into errors of the bus."""
         try:
             yield
-            self._complain(None)
+            self._complain("PostgreSQL cannot be used", None)
         except psycopg.errors.DiskFull as error:
             raise intentbus.StorageFull("The disk under PostgreSQL is full; nothing of this request was stored.") from error
         except psycopg.IntegrityError:     # a fault of ours, not of the database
             raise
         except psycopg.Error as error:
-            self._complain(error)
+            self._complain("PostgreSQL cannot be used", error)
             raise intentbus.Unavailable("PostgreSQL cannot be used just now; the bus says on its stderr why.") from error
 
-    def _complain(self, error):
-        """Say what is wrong with the database, once, and that it is well again, to whom runs the bus: it may name hosts."""
-        if error and not self._complaint:
-            self._complaint = brief(error)
-            intentbus.say(f"PostgreSQL cannot be used: {self._complaint}. Trying again.")
-        elif self._complaint and not error:
-            self._complaint = None
-            intentbus.say("PostgreSQL can be used again.")
+    def _complain(self, what, error):
+        """Say on stderr what is wrong, once, and when it is over; not in answers, since it may name hosts and users."""
+        if error and what not in self._complaints:
+            self._complaints[what] = error
+            intentbus.say(f"{what}: {brief(error)}. Trying again.")
+        elif not error and self._complaints.pop(what, None):
+            intentbus.say(f"No longer so: {what}.")
 
     def _prepare(self, db):
         """Bring the tables to the schema of this version and return what names them; of several buses at once, one does so."""
@@ -549,15 +557,16 @@ class PostgresStore(Store):
         there = db.execute("SELECT to_regclass('intentbus') AS ours, to_regclass('intents') AS intents").fetchone()
         if there.intents and not there.ours:
             raise SetupError(f"The database {self.path} has a table intents of another program; give the bus another one.")
-        db.keep("CREATE TABLE IF NOT EXISTS intentbus (version INTEGER NOT NULL)")     # of the tables
-        version = db.execute("SELECT COALESCE(MAX(version), 0) AS version FROM intentbus").fetchone().version
+        version = there.ours and db.execute("SELECT MAX(version) AS version FROM intentbus").fetchone().version or 0
         if version > len(MIGRATIONS):
             raise SetupError(f"The database {self.path} was written by a newer intentbus (schema {version}, "
                              f"this one knows {len(MIGRATIONS)}); use that version, or another --db.")
-        for statement in [*intentbus.statements(version), *(TUNED.split(";") if not version else ())]:
-            db.keep(statement.replace("TEXT", 'TEXT COLLATE "C"'))     # lanes and ids are compared as bytes
-        db.keep("DELETE FROM intentbus")
-        db.keep("INSERT INTO intentbus VALUES (:version)", dict(version=len(MIGRATIONS)))
+        if version < len(MIGRATIONS):     # a role that may not create anything can run a bus that is there
+            db.keep("CREATE TABLE IF NOT EXISTS intentbus (version INTEGER NOT NULL)")
+            for statement in [*intentbus.statements(version), *(TUNED.split(";") if not version else ())]:
+                db.keep(statement.replace("TEXT", 'TEXT COLLATE "C"'))     # lanes and ids are compared as bytes
+            db.keep("DELETE FROM intentbus")
+            db.keep("INSERT INTO intentbus VALUES (:version)", dict(version=len(MIGRATIONS)))
         tables = db.execute("SELECT CAST(CAST('intents' AS regclass) AS oid) AS oid").fetchone().oid
         db.execute("COMMIT")
         return tables
@@ -568,8 +577,10 @@ intentbus.STORES.update(postgresql=PostgresStore, postgres=PostgresStore)
 application = intentbus.application     # under WSGI, with such a URL in BUS_DB_PATH
 
 if __name__ == "__main__":
-    intentbus.STORES["file"] = PostgresStore     # "host=db.example dbname=bus" is a DSN too
+    intentbus.STORES = collections.defaultdict(lambda: PostgresStore)     # "host=db.example dbname=bus" is a DSN too
     arguments = sys.argv[1:]
+    if arguments[:1] == ["serve"]:
+        del arguments[0]
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
     elif arguments and not arguments[0].startswith("-"):
