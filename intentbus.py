@@ -4453,7 +4453,7 @@ def check_database(options):
     """Where the database lies, if there is one here."""
     where = options.db or os.environ.get("BUS_DB_PATH") or "intentbus.db"
     if "://" in where:
-        yield Finding("note", "database", "It is on a server, which a doctor of its own looks after.")
+        yield Finding("note", "database", "It is on a database server, which has tools of its own to look after it.")
     path = os.path.realpath(where)
     if not os.path.exists(path):
         return
