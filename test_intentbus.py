@@ -6888,6 +6888,22 @@ def test_a_claim_passes_over_what_another_is_at_in_the_order_of_all_lanes(buses)
 
 
 @ON_POSTGRES
+def test_a_claim_that_finds_others_at_all_there_was_gets_what_was_published_meanwhile(buses, monkeypatch):
+    one, other, connection, ids = buses(), buses(), examples("postgres_bus").Connection, []
+    each = connection.each
+
+    def published_after(db, *asked):
+        found = each(db, *asked)
+        if len(asked) > 1 and not ids:
+            ids.append(other.publish())
+        return found
+    monkeypatch.setattr(connection, "each", published_after)
+    with holding(other, other.publish()):
+        assert [one.ask("POST", "/claim?goal=g").json["id"]] == ids
+        assert one.ask("POST", "/claim?goal=g").status == 204
+
+
+@ON_POSTGRES
 @pytest.mark.parametrize("remove", [
     lambda bus: bus.sweep_dead("delete").number,
     lambda bus: bus.store.clean(bus.now() + YEARS, 0)["dead_deleted"],

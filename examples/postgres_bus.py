@@ -44,6 +44,7 @@ LOCK_SECONDS = 3            # for a row that another bus holds
 STOPPED_SECONDS = 5         # in mid-transaction, and the server ends it: that bus, or its machine, has come to a halt
 ATTEMPTS = 5                # of a transaction that got into a deadlock with another
 CANDIDATES = 16             # looked at in each lane: others may be at the first ones
+LOOKS = 4                   # of a claim that finds others at all there was: what came after a look began is for the next
 NOTICE_CHARACTERS = 500     # of an error in what the others are told; PostgreSQL takes 7,999 bytes
 NOTICE_FIELDS = (*intentbus.EVENT_FIELDS, "lane", "ready", "wake_at", "claim_outcome")
 LOOK_AGAIN = "[]"           # a notice to a bus that was not known so far, and has been told nothing
@@ -383,16 +384,17 @@ class PostgresStore(Store):
         values = {f"span{number}": part for number, part in enumerate(spans)}
         places = [f"CAST(:{name} AS TEXT)" for name in values]
         first = FIRST.format(spans=", ".join(f"({', '.join(places[at:at + 3])})" for at in range(0, len(places), 3)))
-        looks = (DUE + self.FREE, dict(now=now, rows=intentbus.SETTLE_ROWS)), (CLAIMED_WITH + self.HELD, again), (first, values)
-        due, known, found = self._db.each(*looks)
-        if due:
-            self._wake(due, now)
-            known, found = self._db.each(*looks[1:])
-        if known or not found:
-            return known.fetchone()
-        best = found[0].pop("best")
-        if found[0].id:
-            return found[0]
+        look = (CLAIMED_WITH + self.HELD, again), (first, values)
+        due, known, found = self._db.each((DUE + self.FREE, dict(now=now, rows=intentbus.SETTLE_ROWS)), *look)
+        self._wake(due, now)
+        for number in range(LOOKS):
+            if due or number:
+                known, found = self._db.each(*look)
+            if known or not found:
+                return known.fetchone()
+            best = found[0].pop("best")
+            if found[0].id:
+                return found[0]
         self._passed_over.add(best)
 
     def _exclusively(self, *what):
