@@ -594,9 +594,10 @@ class Store:
     it stored or changed; `on_news(moves)` with those of other buses. `on_death(intent)` is called inside, and may return
     an intent to store with that death.
 
-    A subclass for a database that several buses share says how to reach it (`_open`, `close`, `_commit`, `_reader`),
-    what comes of the others (`on_news`, `changed_elsewhere`), what keeps them apart (`TALLY`, `HELD`, `FREE`,
-    `_claimable`, `_exclusively`), and what they have in common: `clock`, which returns Unix seconds, and `allowance`.
+    A subclass for a database that several buses share says how to reach it (`_open`, `close`, `_commit`, `_reader`, `bytes`),
+    which connection an operation uses and what it has moved (`_db`, `_moves`), what errors there are (`_translated`), what
+    comes of the others (`on_news`, `changed_elsewhere`), what keeps them apart (`TALLY`, `HELD`, `FREE`, `_claimable`,
+    `_exclusively`), and what they have in common: `clock`, which returns Unix seconds, and `allowance`.
     """
 
     TALLY = """
@@ -2381,7 +2382,9 @@ SET_QUERY = {
     "ttl": (written(number(1, 86400)), VALUE_TTL_SECONDS),
     "if_absent": (lambda value: choice("true", "false")(value) == "true", False),
 }
-VALUE_KEY = {"key": (must_be(f"at most {VALUE_KEY_CHARACTERS} characters", lambda key: len(key) <= VALUE_KEY_CHARACTERS), REQUIRED)}
+VALUE_KEY = {
+    "key": (must_be(f"at most {VALUE_KEY_CHARACTERS} characters", lambda key: len(key) <= VALUE_KEY_CHARACTERS), REQUIRED),
+}
 GENERATE_KEY = {
     "owner": (text(1, 64), REQUIRED),
     "name": (text(1, 64), ""),

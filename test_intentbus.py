@@ -6878,13 +6878,15 @@ def test_a_claim_finds_its_intent_however_many_are_due_before_it(tmp_path, numbe
 
 
 @ON_POSTGRES
-def test_a_claim_passes_over_what_another_is_at_in_the_order_of_all_lanes(buses):
-    """Two lanes: one of 900, which is being claimed, and 1; the other of 500."""
-    bus = buses()
-    first, last = bus.publish(priority=900), bus.publish(priority=1)
-    middle = bus.publish(priority=500, visibility="public")
-    with holding(bus, first):
-        assert [bus.ask("POST", "/claim?goal=g").json["id"] for _ in range(2)] == [middle, last]
+@pytest.mark.parametrize("lanes", [1, 2, 5, 40])
+def test_a_claim_passes_over_what_another_is_at_in_the_order_of_all_lanes(buses, lanes):
+    bus, dice = buses(), random.Random(lanes)
+    best = [bus.publish(goal=f"g{dice.randrange(lanes)}", priority=priority, visibility=dice.choice(["public", "private"]))
+            for priority in range(60)][::-1]
+    with holding(bus, best[0]) as db:
+        for held, free in zip(best[2:30:2], best[1:30:2]):
+            assert bus.ask("POST", "/claim").json["id"] == free
+            db.execute(intentbus.ONE + bus.store.HELD, dict(id=held))
 
 
 @ON_POSTGRES

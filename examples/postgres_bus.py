@@ -43,7 +43,7 @@ POOL_SECONDS = 2            # for a connection to get free, or the database to c
 LOCK_SECONDS = 3            # for a row that another bus holds
 STOPPED_SECONDS = 5         # in mid-transaction, and the server ends it: that bus, or its machine, has come to a halt
 ATTEMPTS = 5                # of a transaction that got into a deadlock with another
-CANDIDATES = 16             # looked at in each lane: others may be at the first ones
+CANDIDATES = 16             # for a claim: others may be at the first ones
 LOOKS = 4                   # of a claim that finds others at all there was: what came after a look began is for the next
 NOTICE_CHARACTERS = 500     # of an error in what the others are told; PostgreSQL takes 7,999 bytes
 NOTICE_FIELDS = (*intentbus.EVENT_FIELDS, "lane", "ready", "wake_at", "claim_outcome")
@@ -81,41 +81,46 @@ FOLD = """
     GROUP BY    namespace, publisher, status
     HAVING      SUM(intents) <> 0
 """
-NEXT_LANE = """
-            SELECT   lane
+RANKING = "priority DESC, run_at, claim_attempts, created_at, id"
+RANKED = "lane, priority, run_at, claim_attempts, created_at, id"
+HEAD_OF_NEXT_LANE = f"""
+            SELECT   {RANKED}
             FROM     intents
             WHERE    ready = 1
-            AND      lane {past}
-            AND      lane < {stop}
-            ORDER BY lane
+            AND      lane {{past}}
+            AND      lane < {{stop}}
+            ORDER BY lane, {RANKING}
             LIMIT    1
 """
 FIRST = f"""
-    WITH RECURSIVE lanes AS (     -- those in use
-        SELECT     spans.stop, spans.publisher, next.lane
+    WITH RECURSIVE heads AS (     -- the first of each lane
+        SELECT     spans.stop, spans.publisher, head.*
         FROM       (VALUES {{spans}}) AS spans (start, stop, publisher)
-        CROSS JOIN LATERAL ({NEXT_LANE.format(past=">= spans.start", stop="spans.stop")}) AS next
+        CROSS JOIN LATERAL ({HEAD_OF_NEXT_LANE.format(past=">= spans.start", stop="spans.stop")}) AS head
         UNION ALL
-        SELECT     lanes.stop, lanes.publisher, next.lane
-        FROM       lanes
-        CROSS JOIN LATERAL ({NEXT_LANE.format(past="> lanes.lane", stop="lanes.stop")}) AS next
-    ), heads AS (     -- the first of each lane
-        SELECT     head.*
+        SELECT     heads.stop, heads.publisher, head.*
+        FROM       heads
+        CROSS JOIN LATERAL ({HEAD_OF_NEXT_LANE.format(past="> heads.lane", stop="heads.stop")}) AS head
+    ), lanes AS (
+        SELECT   lane, ROW_NUMBER() OVER (ORDER BY {RANKING}) AS rank
+        FROM     heads
+        WHERE    publisher = ''
+        OR       RIGHT(lane, LENGTH(publisher) + 1) = CHR(9) || publisher
+        ORDER BY rank
+        LIMIT    {CANDIDATES}
+    ), ranked AS (     -- the first of all lanes: before any of a lane come the heads of those with a lower rank
+        SELECT     candidate.*
         FROM       lanes
         CROSS JOIN LATERAL (
-            SELECT   lane, priority, run_at, claim_attempts, created_at, id
+            SELECT   {RANKED}
             FROM     intents
             WHERE    ready = 1
             AND      lane = lanes.lane
-            ORDER BY priority DESC, run_at, claim_attempts, created_at, id
-            LIMIT    {CANDIDATES}
-        ) AS head
-        WHERE      publisher = ''
-        OR         RIGHT(lanes.lane, LENGTH(publisher) + 1) = CHR(9) || publisher
-    ), ranked AS (
-        SELECT   id, lane
-        FROM     heads
-        ORDER BY priority DESC, run_at, claim_attempts, created_at, id
+            ORDER BY {RANKING}
+            LIMIT    {CANDIDATES + 1} - lanes.rank
+        ) AS candidate
+        ORDER BY   {RANKING}
+        LIMIT      {CANDIDATES}
     )
     SELECT    best.lane AS best, free.*
     FROM      (SELECT lane FROM ranked LIMIT 1) AS best
