@@ -2675,8 +2675,9 @@ def test_a_list_can_be_narrowed_to_a_goal(served, goal):
 # ---- 8. Page ----
 
 def in_a_browser(test):
-    """Mark a test that drives a browser: one for the long run, where there is one."""
-    return SLOW(pytest.mark.skipif(not shutil.which("chromedriver"), reason="chromedriver is not on this machine")(test))
+    """Mark a test that drives a browser: one for the long run, where there is one; the page knows nothing of databases."""
+    here = pytest.mark.skipif(not shutil.which("chromedriver"), reason="chromedriver is not on this machine")
+    return ON_A_FILE(SLOW(here(test)))
 
 
 class Browser:
