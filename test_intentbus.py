@@ -4146,7 +4146,7 @@ FUZZED = ("--trust-proxy", "--rate-limit", "100000000", "--max-unfinished", "100
 
 def test_whatever_is_sent_is_answered_or_refused_in_words(tmp_path):
     serve = Serve(tmp_path, *FUZZED)
-    statuses = fuzzing(serve, seed=1, number=400)
+    statuses = fuzzing(serve, seed=1, number=200)
     assert {200, 201, 400, 401, 403, 404} <= set(statuses), statuses
     code, _, errors = serve.stop()
     assert code == 0 and "Traceback" not in errors
@@ -5253,12 +5253,12 @@ def test_a_worker_goes_on_when_the_bus_comes_back(store, impatient, monkeypatch)
     said, done = [], []
     client = IntentClient(f"http://127.0.0.1:{port}", KEY)
     worker = Worker(client, "g", lambda intent, lease: (done.append(intent.payload), "json"), max_jobs=1, say=said.append,
-                    poll=0.5)
+                    poll=0.05)
     running = in_thread(lambda: worker.run() or True)
     wait_until(lambda: any("cannot be reached" in sentence for sentence in said))
     bus = Bus(store)
     server = intentbus.http_server(API(bus, Keys(KEY, store)), port=port)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     bus.publish("g", "there")
     assert running() and done == ["there"]
     server.close()
@@ -5342,7 +5342,7 @@ def page_server():
         def log_message(self, *words):
             pass
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     return f"http://127.0.0.1:{server.server_port}"
 
 
@@ -6214,8 +6214,9 @@ def test_the_benchmark_measures_and_says_what_is_not_here(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@SLOW
 @POSIX
-@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not on this machine")
+@CURL
 def test_a_worker_of_curl_and_a_shell(serve):
     id = serve.run("publish", "curl", '{"claim_token": "00", "text": "a\\"b\\\\n"}').stdout.strip()
     done = shell(serve, "examples/curl_worker.sh curl cat", ONCE="1")
@@ -6326,6 +6327,7 @@ site.shutdown()
 """
 
 
+@SLOW
 def test_the_wsgi_file_for_pythonanywhere(tmp_path):
     (tmp_path / "intentbus").mkdir()
     shutil.copy(HERE / "intentbus.py", tmp_path / "intentbus")
@@ -6347,6 +6349,7 @@ def test_the_readme_on_bulk_and_the_key_value_store(serve):
     assert [intent["priority"] for intent in listed] == [500, 500, 100, 100]
 
 
+@SLOW
 @POSIX
 def test_the_readme_on_keys(serve):
     words = {}
@@ -6404,6 +6407,7 @@ def on_the_phone(session):
             yield folder + command, output
 
 
+@SLOW
 @POSIX
 def test_the_walk_through_on_a_phone_is_as_the_readme_says(serve, termux):
     house, start = termux
