@@ -7153,7 +7153,9 @@ def test_a_bus_moves_to_postgresql_and_back_with_everything(tmp_path, clock):
     assert code == 2 and "has intents, keys or values already" in errors
     on_postgres = Bespoke(tmp_path, database="postgres")
     code, _, errors = migrate("--back", tmp_path / "back.db", where)
-    assert code == 2 and "bus is running" in errors and not dumped(tmp_path / "back.db")["intents"]
+    assert code == 2 and "bus is running" in errors and not os.path.exists(tmp_path / "back.db")
+    code, _, errors = migrate("--back", "postgresql://bus@db.example/bus", tmp_path / "back.db")
+    assert code == 2 and "the file comes first" in errors
     assert on_postgres.api.bus.get("value") == {"a": 1}
     on_postgres.close()
     assert migrate("--back", tmp_path / "back.db", where)[0] == 0

@@ -98,15 +98,17 @@ def main():
     options = parser.parse_args()
     if not options.dsn:
         parser.error("which PostgreSQL? Give its URL, or set BUS_DB_PATH.")
+    if "://" in options.file:
+        parser.error("the file comes first, then the URL.")
     if not options.back and not os.path.isfile(options.file):
         parser.error(f"there is no file {options.file}.")
     stores = []
     try:
-        stores.append(Store(options.file))
         stores.append(PostgresStore(options.dsn))
-        file, postgres = stores
-        if postgres.others():
+        if stores[0].others():
             raise SetupError("A bus is running on this PostgreSQL database; stop it, and all others there.")
+        stores.append(Store(options.file))
+        postgres, file = stores
         moved = take_over(*((file, postgres) if options.back else (postgres, file)))
     except (intentbus.Error, psycopg.Error) as error:
         print(f"migrate_to_postgres: {error}", file=sys.stderr)
