@@ -4610,6 +4610,11 @@ CONNECTION = (
     flag("--namespace", help="the part of the bus to use (INTENT_BUS_NAMESPACE; default default)"),
     flag("--ca", metavar="FILE", help="trust the certificates in this file, besides those of the system"),
 )
+NEW_KEY = (
+    flag("name", help="whose or what for"),
+    flag("--owner", default="owner", help="whose intents it shares (default owner: the owner key's)"),
+    flag("--role", choices=("publish", "work", "both"), default="both", help="what the key may do (default both)"),
+)
 WAIT = flag("--wait", type=lambda words: duration(words) if words else PUBLISH_WAIT_SECONDS, metavar="=DURATION",
             help="wait for the end (--wait=DURATION, default 5m), print the result, exit 1 if it ended badly")
 JSON_LINES = flag("--json", action="store_true", help="print JSON")
@@ -5094,9 +5099,7 @@ def delete_command(options):
     return 0 if client(options).delete(options.key).deleted else 3
 
 
-@command("keys add", *CONNECTION, flag("name", help="whose or what for"),
-         flag("--owner", default="owner", help="whose intents it shares (default owner: the owner key's)"),
-         flag("--role", choices=("publish", "work", "both"), default="both", help="what the key may do (default both)"))
+@command("keys add", *CONNECTION, *NEW_KEY)
 def keys_add(options):
     """Issue a key and print it, this once.
 
@@ -5107,9 +5110,7 @@ def keys_add(options):
     show(made.api_key)
 
 
-@command("keys invite", *CONNECTION, flag("name", help="whose or what for"),
-         flag("--owner", default="owner", help="whose intents it shares (default owner: the owner key's)"),
-         flag("--role", choices=("publish", "work", "both"), default="both", help="what the key may do (default both)"))
+@command("keys invite", *CONNECTION, *NEW_KEY)
 def keys_invite(options):
     """Print a code that another machine can join the bus with: once, within ten minutes.
 
