@@ -188,7 +188,7 @@ class Unreachable(Error):         status, code = 0, "unreachable"               
 class SetupError(Error):          status, code = 0, "setup"                      # this machine's: the sentence has the cure
 
 
-PASSING = (RequestTimeout, RateLimited, Unavailable, StorageFull, Unreachable)     # the same request may succeed later
+TRANSIENT = (RequestTimeout, RateLimited, Unavailable, StorageFull, Unreachable)     # the same request may succeed later
 ERRORS = {kind.status: kind for kind in Error.__subclasses__() if kind.status}
 
 
@@ -3748,7 +3748,7 @@ class IntentClient:
             with self.spool.sending(self.timeout):
                 self._flush(before=number)
                 answer = send(retries=0)     # if another process has sent it meanwhile, that is its answer once more
-        except PASSING as error:
+        except TRANSIENT as error:
             return Record(id=None, ids=[], status="spooled", namespace=self.namespace, reason=str(error))
         except Error:
             self.spool.remove(number)
@@ -3840,7 +3840,7 @@ class IntentClient:
             self._reporting.add(number)
         try:
             answer = self._post(path, body)
-        except PASSING:
+        except TRANSIENT:
             self._reporting.discard(number)
             raise
         except Error:
@@ -3934,7 +3934,7 @@ class IntentClient:
         for attempt in range(retries + 1):
             try:
                 return self._once(method, path, query, url, data, headers or {}, timeout or self.timeout, kind)
-            except PASSING as error:
+            except TRANSIENT as error:
                 if attempt == retries:
                     raise
                 pause = random.uniform(0, min(RETRY_SECONDS * 2 ** attempt, RETRY_MAX_SECONDS))
@@ -4136,7 +4136,7 @@ class Worker:
             try:
                 intent = self._claim(wait=wait, claim_token=token)
                 break
-            except PASSING as error:
+            except TRANSIENT as error:
                 self._say(f"{error} Trying again.")
             if self._stopping.wait(random.uniform(1, 2 * self._poll)) or time.monotonic() >= self._deadline:
                 return None
@@ -4189,7 +4189,7 @@ class Worker:
         except (Invalid, PayloadTooLarge) as error:
             self._report(intent, functools.partial(self._bus.fail, error=f"The result was refused: {error}", retry=False))
         except Error as error:
-            kept = verb in ("fulfill", "fail") and isinstance(error, PASSING) and getattr(self._bus, "spool", None)
+            kept = verb in ("fulfill", "fail") and isinstance(error, TRANSIENT) and getattr(self._bus, "spool", None)
             self._say(f"{intent.id} {verb} could not be reported, so it will be "
                       f"{'kept, and reported later' if kept else 'done again'}: {error}")
 
@@ -5006,7 +5006,7 @@ def watch_command(options):
         asked = time.monotonic()
         try:
             page = bus.events(after, wait=CLAIM_WAIT_SECONDS if after else 0)
-        except PASSING as error:
+        except TRANSIENT as error:
             say(f"{error} Trying again.")
             time.sleep(POLL_SECONDS)
             continue
