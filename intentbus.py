@@ -29,7 +29,7 @@ The parts, top to bottom; each uses only those above it:
      8. Page       what a person sees who opens the bus in a browser
      9. API        the endpoints, as a table; handle(request) -> response
     10. Server     sockets and strict HTTP/1.1 around handle
-    11. Machine    what a machine keeps for itself: the bus it has joined, and what could not be sent yet
+    11. Local state  what a machine keeps for itself: the bus it has joined, and what could not be sent yet
     12. Client     IntentClient: the Bus's verbs over HTTP
     13. Worker     claim, run, keep the lease, report; a program as the handler
     14. Doctor     what goes wrong in practice, and the cure
@@ -3496,7 +3496,7 @@ def wsgi_request(environ, headers, max_body):
     return request
 
 
-# ---- 11. Machine ----
+# ---- 11. Local state ----
 # What a machine keeps in ~/.intentbus, for itself alone: which bus it has joined, and what no bus has answered yet.
 
 SPOOL_SCHEMA = """
@@ -3516,7 +3516,7 @@ def in_termux():
     return "TERMUX_VERSION" in os.environ or "com.termux" in os.environ.get("PREFIX", "")
 
 
-def make_folder(path):
+def make_parent_folder(path):
     """Make the folder of a file, for our eyes only, if there is none; raises SetupError."""
     folder = os.path.dirname(os.path.abspath(path))
     try:
@@ -3525,7 +3525,7 @@ def make_folder(path):
         raise SetupError(f"The folder {folder} cannot be made: {error.strerror}.") from error
 
 
-def joined():
+def read_settings():
     """Return {"url", "key", "ca"} of the bus that this machine has joined, an empty record if none."""
     text = read_private(CONFIG_FILE, "settings")
     if text is None:
@@ -3538,10 +3538,10 @@ def joined():
         raise SetupError(f"The settings file {CONFIG_FILE} is damaged; join the bus again, or delete it.") from error
 
 
-def remember_joined(url, key, ca):
+def write_settings(url, key, ca):
     """Write down the bus that this machine has joined, whole or not at all."""
     path = os.path.expanduser(CONFIG_FILE)
-    make_folder(path)
+    make_parent_folder(path)
     fresh = f"{path}.{os.getpid()}"
     try:
         with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
@@ -3560,7 +3560,7 @@ class Spool:
         """Open or create it; raises SetupError."""
         import sqlite3
         self._path = os.path.expanduser(path)
-        make_folder(self._path)
+        make_parent_folder(self._path)
         self._using = threading.Lock()
         try:
             os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
@@ -3592,11 +3592,11 @@ class Spool:
         """Forget a request."""
         self._run("DELETE FROM requests WHERE number = :number", number=number)
 
-    def refuse(self, number, reason):
+    def mark_refused(self, number, reason):
         """Keep a request apart, for a person to look at."""
         self._run("UPDATE requests SET refusal = :reason WHERE number = :number", number=number, reason=reason)
 
-    def waiting(self, bus):
+    def pending(self, bus):
         """Return the requests that are to be sent to a bus: outcomes first, then intents in the order of their making."""
         return self._run("""
             SELECT   *
@@ -3610,7 +3610,7 @@ class Spool:
         """Return the requests that a bus has refused for good."""
         return self._run("SELECT * FROM requests WHERE bus = :bus AND refusal IS NOT NULL ORDER BY number", bus=bus)
 
-    def numbers(self):
+    def counts(self):
         """Return how many requests are to be sent, to whatever bus, and how many are refused."""
         return self._run("""
             SELECT COUNT(*) - COUNT(refusal) AS waiting,
@@ -3618,13 +3618,13 @@ class Spool:
             FROM   requests
         """)[0].values()
 
-    def outcome(self, bus, intent_id):
+    def outcome_of(self, bus, intent_id):
         """Return the request that tells a bus the outcome of an intent, or None."""
         return next(iter(self._run("SELECT * FROM requests WHERE bus = :bus AND intent_id = :intent_id",
                                    bus=bus, intent_id=intent_id)), None)
 
     @contextlib.contextmanager
-    def sending(self, seconds):
+    def send_lock(self, seconds):
         """Be the only process that sends, so that the order stays; raises Unavailable if another takes that long."""
         deadline = time.monotonic() + seconds
         with open(self._path + ".lock", "a+") as guard:
@@ -3702,7 +3702,7 @@ class IntentClient:
 
     def __init__(self, base_url=None, api_key=None, timeout=CLIENT_SECONDS, namespace=None, ca=None, spool=None):
         import urllib.request
-        kept = joined()
+        kept = read_settings()
         self.base_url = (base_url or os.environ.get("INTENT_BUS_URL") or kept.get("url") or URL).rstrip("/")
         self.namespace = namespace or os.environ.get("INTENT_BUS_NAMESPACE") or "default"
         self.timeout = timeout
@@ -3745,7 +3745,7 @@ class IntentClient:
     def _publish_spooled(self, send, path, body, key):
         number = self.spool.add(self.base_url, path, sendable(body), key)
         try:
-            with self.spool.sending(self.timeout):
+            with self.spool.send_lock(self.timeout):
                 self._flush(before=number)
                 answer = send(retries=0)     # if another process has sent it meanwhile, that is its answer once more
         except TRANSIENT as error:
@@ -3763,13 +3763,13 @@ class IntentClient:
         """
         if not self.spool:
             return 0
-        with self.spool.sending(self.timeout):
+        with self.spool.send_lock(self.timeout):
             return self._flush()
 
     def _flush(self, before=float("inf")):
         """Send the outcomes, and the intents from before a number."""
         sent = 0
-        for request in self.spool.waiting(self.base_url):
+        for request in self.spool.pending(self.base_url):
             if request.intent_id and request.number not in self._reporting:
                 with contextlib.suppress(NotFound):     # the lease is lost
                     self._post_outcome(request)
@@ -3779,7 +3779,7 @@ class IntentClient:
                     self._post(request.path, json.loads(request.body), retries=0,
                                headers={"Idempotency-Key": request.idempotency_key})
                 except (Invalid, PayloadTooLarge, IdempotencyConflict) as error:
-                    self.spool.refuse(request.number, str(error))
+                    self.spool.mark_refused(request.number, str(error))
                     continue
                 self.spool.remove(request.number)
             else:
@@ -3804,13 +3804,13 @@ class IntentClient:
         """
         query = dict(goal=goal, namespace=namespace or self.namespace, publisher=publisher, worker_id=worker_id,
                      capabilities=",".join(capabilities) or None, wait=round(wait, 3) or None, lease=lease)
-        if self.spool and any(request.number not in self._reporting for request in self.spool.waiting(self.base_url)):
+        if self.spool and any(request.number not in self._reporting for request in self.spool.pending(self.base_url)):
             with contextlib.suppress(Error):     # a full bus, or a key that may only work, hinders no claim
                 self.flush()
         while True:
             intent = self._call("POST", "/claim", query=query, retries=0 if claim_token else RETRIES,
                                 timeout=self.timeout + wait, headers={"X-Claim-Token": claim_token or os.urandom(16).hex()})
-            outcome = intent and self.spool and self.spool.outcome(self.base_url, intent.id)
+            outcome = intent and self.spool and self.spool.outcome_of(self.base_url, intent.id)
             if not outcome:
                 return intent
             with contextlib.suppress(NotFound):     # done here, and not known to the bus: told, not done again
@@ -4477,7 +4477,7 @@ def check_spool(options):
     """What could not be sent yet."""
     if not os.path.exists(os.path.expanduser(SPOOL_FILE)):
         return
-    waiting, refused = Spool().numbers()
+    waiting, refused = Spool().counts()
     if refused:
         yield Finding("bad", "spool", f"The bus has refused {refused} for good; flush shows, flush --discard forgets them.")
     elif waiting:
@@ -5136,7 +5136,7 @@ def join_command(options):
         raise SetupError("The key would cross the network readable. Join through https, or a tunnel that ends on this "
                          "machine; or say --plain if a VPN encrypts the way.")
     made = bus.join(options.code)
-    remember_joined(bus.base_url, made.api_key, options.ca)
+    write_settings(bus.base_url, made.api_key, options.ca)
     say(f"joined {bus.base_url} as {made.name}, role {made.role}; the key is in {CONFIG_FILE}")
 
 

@@ -454,11 +454,11 @@ def a_publish(**fields):
 def parts():
     """The parts of the module: (number, name, first line)."""
     return [(int(number), name, SOURCE[:SOURCE.index(f"# ---- {number}. {name} ----")].count("\n") + 1)
-            for number, name in re.findall(r"^# ---- (\d+)\. (\w+) ----$", SOURCE, re.M)]
+            for number, name in re.findall(r"^# ---- (\d+)\. (\w[\w ]*) ----$", SOURCE, re.M)]
 
 
 def test_the_map_in_the_docstring_is_the_outline_of_the_module():
-    in_docstring = re.findall(r"^ +(\d+)\. (\w+)", intentbus.__doc__, re.M)
+    in_docstring = re.findall(r"^ +(\d+)\. (\w+(?: \w+)*)", intentbus.__doc__, re.M)
     assert [(int(number), name) for number, name in in_docstring] == [part[:2] for part in parts()]
     assert [number for number, _, _ in parts()] == list(range(1, 16))
 
@@ -4317,7 +4317,7 @@ def test_a_damaged_file_is_refused_in_words_and_nothing_is_accepted_on_top(start
         bus.close()
 
 
-# ---- 11. Machine ----
+# ---- 11. Local state ----
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
@@ -4331,7 +4331,7 @@ def home(tmp_path, monkeypatch):
 
 @POSIX
 def test_what_a_machine_keeps_is_its_owners_alone(home):
-    intentbus.remember_joined("https://bus", "key", None)
+    intentbus.write_settings("https://bus", "key", None)
     intentbus.Spool()
     modes = {path.name: path.stat().st_mode & 0o777 for path in (home / ".intentbus").iterdir()}
     assert modes == {"config.json": 0o600, "spool.db": 0o600} and (home / ".intentbus").stat().st_mode & 0o777 == 0o700
@@ -4340,7 +4340,7 @@ def test_what_a_machine_keeps_is_its_owners_alone(home):
 def test_a_flag_goes_before_the_environment_that_before_the_bus_joined_and_that_before_the_default(home, monkeypatch):
     intentbus.make_key()
     assert (IntentClient().base_url, IntentClient()._key) == (intentbus.URL, intentbus.read_key())
-    intentbus.remember_joined("https://joined", "joined", None)
+    intentbus.write_settings("https://joined", "joined", None)
     assert (IntentClient().base_url, IntentClient()._key) == ("https://joined", "joined")
     monkeypatch.setenv("INTENT_BUS_URL", "https://environment")
     assert (IntentClient().base_url, IntentClient()._key) == ("https://environment", intentbus.read_key()), "its own key only"
@@ -4351,7 +4351,7 @@ def test_a_flag_goes_before_the_environment_that_before_the_bus_joined_and_that_
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"url": 1}', '{"url": "https://x"}', '{"url": "https://x", "key": ""}', "\0"])
 def test_damaged_settings_are_said_in_words(home, text):
-    intentbus.remember_joined("https://x", "key", None)
+    intentbus.write_settings("https://x", "key", None)
     (home / ".intentbus" / "config.json").write_text(text)
     with pytest.raises(intentbus.SetupError, match="damaged; join the bus again|holds no key"):
         IntentClient()
@@ -4359,7 +4359,7 @@ def test_damaged_settings_are_said_in_words(home, text):
 
 @POSIX
 def test_settings_that_are_a_link_are_refused(home):
-    intentbus.remember_joined("https://x", "key", None)
+    intentbus.write_settings("https://x", "key", None)
     (home / ".intentbus" / "config.json").rename(home / "elsewhere")
     (home / ".intentbus" / "config.json").symlink_to(home / "elsewhere")
     with pytest.raises(intentbus.SetupError, match="settings file .* is a link"):
@@ -4376,10 +4376,10 @@ def test_a_spool_that_cannot_be_used_is_said_in_words(tmp_path):
 
 def test_one_program_sends_at_a_time(tmp_path):
     ours, theirs = intentbus.Spool(tmp_path / "s"), intentbus.Spool(tmp_path / "s")
-    with ours.sending(0):
-        with pytest.raises(intentbus.Unavailable, match="Another program is sending"), theirs.sending(0.05):
+    with ours.send_lock(0):
+        with pytest.raises(intentbus.Unavailable, match="Another program is sending"), theirs.send_lock(0.05):
             pass
-    with theirs.sending(0):
+    with theirs.send_lock(0):
         pass
 
 
@@ -4466,7 +4466,7 @@ def test_what_the_bus_refuses_at_once_is_said_and_not_kept(away, tmp_path):
         IntentClient(away.url, "wrong", spool=tmp_path / "spool.db").publish("g", 1)
     with pytest.raises(intentbus.Invalid, match="cannot be sent as JSON"):
         spooling(away, tmp_path).publish("g", {1, 2})
-    assert spooling(away, tmp_path).spool.waiting(away.url) == []
+    assert spooling(away, tmp_path).spool.pending(away.url) == []
 
 
 def test_a_spool_keeps_the_requests_of_each_bus_apart(away, tmp_path):
@@ -4490,7 +4490,7 @@ def test_an_outcome_that_could_not_be_told_is_told_by_the_next_program(away, tmp
     away.start()
     assert spooling(away, tmp_path).claim("g") is None
     assert away.bus.get_result(intent_id).pick(("status", "claim_attempts")) == {"status": status, "claim_attempts": 1}
-    assert bus.spool.waiting(away.url) == []
+    assert bus.spool.pending(away.url) == []
 
 
 def test_what_cannot_be_published_hinders_no_claim_of_the_same_machine(away, tmp_path):
@@ -4498,7 +4498,7 @@ def test_what_cannot_be_published_hinders_no_claim_of_the_same_machine(away, tmp
     away.start().bus.publish("g", "there")
     key = Keys(KEY, away.store).generate("owner", "phone", "work", time.time()).api_key
     bus = IntentClient(away.url, key, spool=tmp_path / "spool.db")
-    assert bus.claim("g").payload == "there" and len(bus.spool.waiting(away.url)) == 1
+    assert bus.claim("g").payload == "there" and len(bus.spool.pending(away.url)) == 1
     with pytest.raises(intentbus.Forbidden, match="may work only"):
         bus.flush()
 
@@ -4523,7 +4523,7 @@ def test_an_outcome_whose_lease_is_lost_is_dropped_and_one_too_large_is_a_failur
         with pytest.raises(intentbus.Unreachable):
             bus.fulfill(claim.id, claim.claim_token, result)
     away.start().bus.cancel(ids[0])
-    assert bus.flush() == 2 and bus.spool.waiting(away.url) == []
+    assert bus.flush() == 2 and bus.spool.pending(away.url) == []
     assert [away.bus.get_status(intent_id).last_error.partition(":")[0] for intent_id in ids] == ["Cancelled", "The result was refused"]
 
 
@@ -5330,7 +5330,7 @@ def examine(home, *arguments, **environment):
 
 @ON_A_FILE
 def test_the_doctor_finds_nothing_wrong_where_nothing_is(home, served):
-    intentbus.remember_joined(served.url, KEY, None)
+    intentbus.write_settings(served.url, KEY, None)
     code, found = examine(home, "--db", served.db)
     assert code == 0 and [level for _, level in found] == ["ok"] * 5
     assert found["key", "ok"] == "It is owner, of the owner owner, and may publish and work."
@@ -5405,7 +5405,7 @@ def test_the_doctor_says_what_waits_to_be_sent(home):
     assert [finding.level for finding in intentbus.check_spool(None)] == ["ok"]
     number = spool.add("http://x", "/intent", "{}", "key")
     assert [finding.level for finding in intentbus.check_spool(None)] == ["note"]
-    spool.refuse(number, "no")
+    spool.mark_refused(number, "no")
     assert [finding.level for finding in intentbus.check_spool(None)] == ["bad"]
 
 
@@ -7735,7 +7735,7 @@ def test_a_bus_that_is_away_and_programs_that_are_killed_lose_and_repeat_nothing
     away.stop()
     (tmp_path / "hold").unlink()
     spool = intentbus.Spool()
-    wait_until(lambda: len(spool.waiting(away.url)) == 2)     # both outcomes are on disk
+    wait_until(lambda: len(spool.pending(away.url)) == 2)     # both outcomes are on disk
     worker.kill()
     worker.communicate()
     said = []     # numbers whose program has said that they are kept
@@ -7762,7 +7762,7 @@ def test_a_bus_that_is_away_and_programs_that_are_killed_lose_and_repeat_nothing
                              env=settings, capture_output=True, timeout=60)
     arrived = away.payloads(goal="g")
     figure("bus away", f"{len(said)} of 200 publishes said kept, {len(arrived)} arrived, {200 - len(said)} killed")
-    assert drained.returncode == 0 and spool.waiting(away.url) == []
+    assert drained.returncode == 0 and spool.pending(away.url) == []
     assert len(set(arrived)) == len(arrived) and set(said) <= set(arrived)
     assert sorted(runs.read_text().split()) == sorted(jobs), "each ran once"
     assert [away.bus.get_result(id).result for id in jobs] == ["done", "done"]
