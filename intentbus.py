@@ -3511,11 +3511,6 @@ SPOOL_SCHEMA = """
 """
 
 
-def in_termux():
-    """Return whether this is Termux, on a phone."""
-    return "TERMUX_VERSION" in os.environ or "com.termux" in os.environ.get("PREFIX", "")
-
-
 def make_parent_folder(path):
     """Make the folder of a file, for our eyes only, if there is none; raises SetupError."""
     folder = os.path.dirname(os.path.abspath(path))
@@ -3527,13 +3522,13 @@ def make_parent_folder(path):
 
 def read_settings():
     """Return {"url", "key", "ca"} of the bus that this machine has joined, an empty record if none."""
-    text = read_private(CONFIG_FILE, "settings")
-    if text is None:
+    content = read_private(CONFIG_FILE, "settings")
+    if content is None:
         return Record()
     try:
-        found = Record(from_json(text.encode()))
-        usable_key(found.key, "The settings")
-        return found if isinstance(found.url, str) else Record()
+        settings = Record(from_json(content.encode()))
+        usable_key(settings.key, "The settings")
+        return settings if isinstance(settings.url, str) else Record()
     except (Invalid, AttributeError, TypeError, ValueError) as error:
         raise SetupError(f"The settings file {CONFIG_FILE} is damaged; join the bus again, or delete it.") from error
 
@@ -3542,13 +3537,14 @@ def write_settings(url, key, ca):
     """Write down the bus that this machine has joined, whole or not at all."""
     path = os.path.expanduser(CONFIG_FILE)
     make_parent_folder(path)
-    fresh = f"{path}.{os.getpid()}"
+    settings = to_json(dict(url=url, key=key, ca=ca and os.path.abspath(ca)))
+    temporary = f"{path}.{os.getpid()}"
     try:
-        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-            file.write(to_json(dict(url=url, key=key, ca=ca and os.path.abspath(ca))) + "\n")
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+            file.write(settings + "\n")
             file.flush()
             os.fsync(file.fileno())
-        os.replace(fresh, path)
+        os.replace(temporary, path)
     except OSError as error:
         raise SetupError(f"The settings file {path} cannot be written: {error.strerror}.") from error
 
@@ -3560,20 +3556,19 @@ class Spool:
         """Open or create it; raises SetupError."""
         import sqlite3
         self._path = os.path.expanduser(path)
+        self._lock = threading.Lock()     # the threads share one connection
         make_parent_folder(self._path)
-        self._using = threading.Lock()
         try:
             os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
             self._db = sqlite3.connect(self._path, timeout=BUSY_TIMEOUT_MS / 1000, isolation_level=None,
                                        check_same_thread=False)
-            self._db.row_factory = lambda cursor, row: Record(zip(map(FIRST, cursor.description), row))
+            self._db.row_factory = lambda cursor, values: Record(zip((column[0] for column in cursor.description), values))
             self._db.execute("PRAGMA synchronous = FULL")     # the journal is not a write-ahead log: processes share it
             self._db.execute("PRAGMA fullfsync = 1")
             self._db.execute(SPOOL_SCHEMA)
-        except OSError as error:
-            raise SetupError(f"The spool {self._path} cannot be opened: {error.strerror}.") from error
-        except sqlite3.Error as error:
-            raise SetupError(f"The spool {self._path} cannot be used: {error}.") from error
+        except (OSError, sqlite3.Error) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise SetupError(f"The spool {self._path} cannot be used: {reason}.") from error
 
     def add(self, bus, path, body, idempotency_key=None, intent_id=None):
         """Keep a request, with a text as its body, and return its number; an outcome takes the place of an earlier one."""
@@ -3620,8 +3615,8 @@ class Spool:
 
     def outcome_of(self, bus, intent_id):
         """Return the request that tells a bus the outcome of an intent, or None."""
-        return next(iter(self._run("SELECT * FROM requests WHERE bus = :bus AND intent_id = :intent_id",
-                                   bus=bus, intent_id=intent_id)), None)
+        found = self._run("SELECT * FROM requests WHERE bus = :bus AND intent_id = :intent_id", bus=bus, intent_id=intent_id)
+        return found[0] if found else None
 
     @contextlib.contextmanager
     def send_lock(self, seconds):
@@ -3641,7 +3636,7 @@ class Spool:
     def _run(self, statement, **values):
         import sqlite3
         try:
-            with self._using:
+            with self._lock:
                 return self._db.execute(statement, values).fetchall()
         except sqlite3.Error as error:
             raise StorageFull(f"The spool {self._path} cannot be written: {error}.") from error
@@ -4484,6 +4479,11 @@ def check_spool(options):
         yield Finding("note", "spool", f"{waiting} wait to be sent; flush sends them.")
     else:
         yield Finding("ok", "spool", "Nothing waits to be sent.")
+
+
+def in_termux():
+    """Return whether this is Termux, on a phone."""
+    return "TERMUX_VERSION" in os.environ or "com.termux" in os.environ.get("PREFIX", "")
 
 
 def boot_scripts():
