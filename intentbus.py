@@ -3645,22 +3645,20 @@ class Spool:
 # ---- 12. Client ----
 # The Bus's verbs over HTTP, with its errors. What is safe to repeat is repeated when the network fails.
 
-THIS_MACHINE = re.compile(r"localhost|::1|127(\.[0-9]{1,3}){3}")
+LOOPBACK = re.compile(r"localhost|::1|127(\.[0-9]{1,3}){3}")
 
 
-def bus_place(url):
+def parse_bus_url(url):
     """Return the parts of the URL of a bus; raises SetupError for what is none."""
-    try:
-        place = urllib.parse.urlsplit(url)
-        if place.scheme in ("http", "https") and place.hostname and "@" not in place.netloc and place.port != 0:
-            return place
-    except ValueError:
-        pass
+    with contextlib.suppress(ValueError):
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc and parts.port != 0:
+            return parts
     shown = url.rpartition("@")[2]     # what stands before it may be a password
     raise SetupError(f"The URL of a bus is http://HOST:PORT or https://HOST, with no user in it, not {shown!r}.")
 
 
-def client_tls(ca):
+def client_tls_context(ca):
     """Return the TLS settings of a client that trusts the certificates in a file."""
     import ssl
     try:
@@ -3671,14 +3669,112 @@ def client_tls(ca):
         raise SetupError(f"The certificates in {ca} cannot be used: {error.strerror or error}.") from error
 
 
-def sendable(body):
-    """Return the JSON of a body; raises Invalid for what has none."""
+def encode_body(body):
+    """Return the JSON of a body as bytes; raises Invalid for what has none."""
     try:
-        text = to_json(body)
-        text.encode()
-        return text
+        return to_json(body).encode()
     except (TypeError, ValueError) as error:
         raise Invalid(f"This cannot be sent as JSON in UTF-8: {error}.") from error
+
+
+def admin_credentials():
+    """Return the headers with BUS_ADMIN_SECRET or DASHBOARD_PASSWORD, none if neither is set."""
+    if token := os.environ.get("BUS_ADMIN_SECRET"):
+        return {"X-Admin-Token": token}
+    if password := os.environ.get("DASHBOARD_PASSWORD"):
+        return {"Authorization": "Basic " + base64.b64encode(f"admin:{password}".encode()).decode()}
+    return {}
+
+
+class Spooler:
+    """Sends the publishes and outcomes of a client through a spool, where each stays until the bus has answered."""
+
+    def __init__(self, client, spool):
+        self._client = client
+        self._spool = spool
+        self.reporting = set()     # numbers of what threads of this process are sending
+
+    def publish(self, path, body, idempotency_key):
+        """Send the publishes that were kept, then this one; return its answer, or a Record of the status "spooled"."""
+        number = self._spool.add(self._client.base_url, path, encode_body(body).decode(), idempotency_key)
+        try:
+            with self._removing(number), self._spool.send_lock(self._client.timeout):
+                self._flush(before=number)     # if another process has sent this one meanwhile, its answer comes again
+                return self._client.request("POST", path, body, headers={"Idempotency-Key": idempotency_key}, retries=0)
+        except TRANSIENT as error:
+            return Record(id=None, ids=[], status="spooled", namespace=self._client.namespace, reason=str(error))
+
+    def report(self, path, body, intent_id):
+        """Send an outcome; a transient error leaves it in the spool."""
+        try:
+            number = self._spool.add(self._client.base_url, path, encode_body(body).decode(), intent_id=intent_id)
+        except StorageFull:     # what cannot be kept can still be told
+            return self._client.request("POST", path, body)
+        self.reporting.add(number)
+        try:
+            with self._removing(number):
+                return self._client.request("POST", path, body)
+        finally:
+            self.reporting.discard(number)
+
+    def claim(self, send):
+        """Return an intent that send() claims; those whose outcome is in the spool are reported instead."""
+        if self._due():
+            with contextlib.suppress(Error):     # a full bus, or a key that may only work, hinders no claim
+                self.flush()
+        while intent := send():
+            outcome = self._spool.outcome_of(self._client.base_url, intent.id)
+            if not outcome:
+                return intent
+            self._send_outcome(outcome, claim_token=intent.claim_token)
+        return None
+
+    def flush(self):
+        """Send all that is kept; return how many requests the bus has taken."""
+        with self._spool.send_lock(self._client.timeout):
+            return self._flush()
+
+    def _flush(self, before=float("inf")):
+        return sum(self._send_outcome(request) if request.intent_id else self._send_publish(request)
+                   for request in self._due(before))
+
+    def _due(self, before=float("inf")):
+        """Return the outcomes that no thread is sending, and the publishes from before a number."""
+        return [request for request in self._spool.pending(self._client.base_url)
+                if (request.number not in self.reporting if request.intent_id else request.number < before)]
+
+    def _send_publish(self, request):
+        try:
+            self._client.request("POST", request.path, json.loads(request.body), retries=0,
+                                 headers={"Idempotency-Key": request.idempotency_key})
+        except (Invalid, PayloadTooLarge, IdempotencyConflict) as error:
+            self._spool.mark_refused(request.number, str(error))
+            return 0
+        self._spool.remove(request.number)
+        return 1
+
+    def _send_outcome(self, request, **changes):
+        """Report an outcome; one that the bus refuses is a failure for good, one whose lease is lost is dropped."""
+        body = dict(json.loads(request.body), **changes)
+        with contextlib.suppress(NotFound):
+            try:
+                self._client.request("POST", request.path, body, retries=0)
+            except (Invalid, PayloadTooLarge) as error:
+                self._client.request("POST", f"/fail/{request.intent_id}", retries=0, body=dict(
+                    claim_token=body["claim_token"], error=f"The result was refused: {error}", retry=False))
+        self._spool.remove(request.number)
+        return 1
+
+    @contextlib.contextmanager
+    def _removing(self, number):
+        """Remove a request from the spool once the bus has answered it, if only with a refusal."""
+        try:
+            yield
+        except Error as error:
+            if not isinstance(error, TRANSIENT):
+                self._spool.remove(number)
+            raise
+        self._spool.remove(number)
 
 
 class IntentClient:
@@ -3697,99 +3793,55 @@ class IntentClient:
 
     def __init__(self, base_url=None, api_key=None, timeout=CLIENT_SECONDS, namespace=None, ca=None, spool=None):
         import urllib.request
-        kept = read_settings()
-        self.base_url = (base_url or os.environ.get("INTENT_BUS_URL") or kept.get("url") or URL).rstrip("/")
+        joined = read_settings()
+        self.base_url = (base_url or os.environ.get("INTENT_BUS_URL") or joined.get("url") or URL).rstrip("/")
         self.namespace = namespace or os.environ.get("INTENT_BUS_NAMESPACE") or "default"
         self.timeout = timeout
-        place = bus_place(self.base_url)
-        if self.base_url != kept.get("url"):
-            kept = {}     # a key is for its own bus
-        key = api_key or os.environ.get("INTENT_API_KEY") or kept.get("key") or read_key()
+        parts = parse_bus_url(self.base_url)
+        if self.base_url != joined.get("url"):
+            joined = {}     # a key is for its own bus
+        key = api_key or os.environ.get("INTENT_API_KEY") or joined.get("key") or read_key()
         if not key:
             raise SetupError(f"No key: join the bus with a code of its keys invite, or put a key into {KEY_FILE} or "
                              f"INTENT_API_KEY (on the bus's machine it is in {KEY_FILE}, once serve has run).")
-        self._key, ca = usable_key(key, "INTENT_API_KEY"), ca or kept.get("ca")
-        self.spool, self._reporting = spool and Spool(spool), set()     # numbers of what other threads are sending
-        here = THIS_MACHINE.fullmatch(place.hostname)
+        self._key = usable_key(key, "INTENT_API_KEY")
+        ca = ca or joined.get("ca")
+        self.spool = spool and Spool(spool)
+        self._spooler = spool and Spooler(self, self.spool)
+        local = LOOPBACK.fullmatch(parts.hostname)
         issued = ISSUED.fullmatch(self._key)
-        self.private = bool(here) or place.scheme == "https"
-        self._identity = {"X-API-KEY": self._key} if self.private else {"X-Key-ID": issued[1] if issued else "owner"}
-        self._clock_offset = 0
+        self.secure = bool(local) or parts.scheme == "https"
+        self._identity = {"X-API-KEY": self._key} if self.secure else {"X-Key-ID": issued[1] if issued else "owner"}
+        self._clock_offset = 0     # seconds
         self._opener = urllib.request.OpenerDirector()     # one that follows no redirect: it would carry the key along
-        for handler in (urllib.request.ProxyHandler({} if here else None), urllib.request.HTTPHandler(),
-                        urllib.request.HTTPSHandler(context=ca and client_tls(ca))):
+        for handler in (urllib.request.ProxyHandler({} if local else None), urllib.request.HTTPHandler(),
+                        urllib.request.HTTPSHandler(context=ca and client_tls_context(ca))):
             self._opener.add_handler(handler)
 
     def publish(self, goal, payload, *, idempotency_key=None, **fields):
         """Publish an intent; fields are those of Bus.publish. Repeated as needed, stored once."""
-        return self._publish("/intent", dict(dict(goal=goal, payload=payload, namespace=self.namespace), **fields),
-                             idempotency_key)
+        body = dict(dict(goal=goal, payload=payload, namespace=self.namespace), **fields)
+        return self._publish("/intent", body, idempotency_key)
 
     def publish_many(self, intents, *, idempotency_key=None):
         """Publish up to 1,000 intents, each a dict of what publish takes, all or none, and return {"ids"}."""
-        return self._publish("/intents", [dict({"namespace": self.namespace}, **intent) for intent in intents],
-                             idempotency_key)
+        bodies = [dict({"namespace": self.namespace}, **intent) for intent in intents]
+        return self._publish("/intents", bodies, idempotency_key)
 
     def _publish(self, path, body, idempotency_key):
         key = os.urandom(16).hex() if idempotency_key is None else idempotency_key
         if not re.fullmatch("[ -~]{1,255}", key):
             raise Invalid("An idempotency key is 1 to 255 printable ASCII characters.", code="invalid_idempotency_key")
-        send = functools.partial(self._post, path, body, headers={"Idempotency-Key": key})
-        return self._publish_spooled(send, path, body, key) if self.spool else send()
-
-    def _publish_spooled(self, send, path, body, key):
-        number = self.spool.add(self.base_url, path, sendable(body), key)
-        try:
-            with self.spool.send_lock(self.timeout):
-                self._flush(before=number)
-                answer = send(retries=0)     # if another process has sent it meanwhile, that is its answer once more
-        except TRANSIENT as error:
-            return Record(id=None, ids=[], status="spooled", namespace=self.namespace, reason=str(error))
-        except Error:
-            self.spool.remove(number)
-            raise
-        self.spool.remove(number)
-        return answer
+        if self._spooler:
+            return self._spooler.publish(path, body, key)
+        return self.request("POST", path, body, headers={"Idempotency-Key": key})
 
     def flush(self):
         """Send what is in the spool and return how many requests the bus has taken; raises what stops it.
 
         A publish that the bus refuses for good is kept apart, see Spool.refused.
         """
-        if not self.spool:
-            return 0
-        with self.spool.send_lock(self.timeout):
-            return self._flush()
-
-    def _flush(self, before=float("inf")):
-        """Send the outcomes, and the intents from before a number."""
-        sent = 0
-        for request in self.spool.pending(self.base_url):
-            if request.intent_id and request.number not in self._reporting:
-                with contextlib.suppress(NotFound):     # the lease is lost
-                    self._post_outcome(request)
-                self.spool.remove(request.number)
-            elif not request.intent_id and request.number < before:
-                try:
-                    self._post(request.path, json.loads(request.body), retries=0,
-                               headers={"Idempotency-Key": request.idempotency_key})
-                except (Invalid, PayloadTooLarge, IdempotencyConflict) as error:
-                    self.spool.mark_refused(request.number, str(error))
-                    continue
-                self.spool.remove(request.number)
-            else:
-                continue
-            sent += 1
-        return sent
-
-    def _post_outcome(self, request, **changes):
-        """Report an outcome from the spool; one that the bus refuses is a failure for good."""
-        body = dict(json.loads(request.body), **changes)
-        try:
-            self._post(request.path, body, retries=0)
-        except (Invalid, PayloadTooLarge) as error:
-            self._post(f"/fail/{request.intent_id}", retries=0, body=dict(
-                claim_token=body["claim_token"], error=f"The result was refused: {error}", retry=False))
+        return self._spooler.flush() if self._spooler else 0
 
     def claim(self, goal=None, *, namespace=None, publisher=None, worker_id=None, capabilities=(), wait=0, lease=None,
               claim_token=None):
@@ -3798,179 +3850,155 @@ class IntentClient:
         Repeated as needed, claimed once; with a claim_token (32 to 64 characters, new ones), repeating is the caller's.
         """
         query = dict(goal=goal, namespace=namespace or self.namespace, publisher=publisher, worker_id=worker_id,
-                     capabilities=",".join(capabilities) or None, wait=round(wait, 3) or None, lease=lease)
-        if self.spool and any(request.number not in self._reporting for request in self.spool.pending(self.base_url)):
-            with contextlib.suppress(Error):     # a full bus, or a key that may only work, hinders no claim
-                self.flush()
-        while True:
-            intent = self._call("POST", "/claim", query=query, retries=0 if claim_token else RETRIES,
-                                timeout=self.timeout + wait, headers={"X-Claim-Token": claim_token or os.urandom(16).hex()})
-            outcome = intent and self.spool and self.spool.outcome_of(self.base_url, intent.id)
-            if not outcome:
-                return intent
-            with contextlib.suppress(NotFound):     # done here, and not known to the bus: told, not done again
-                self._post_outcome(outcome, claim_token=intent.claim_token)
-            self.spool.remove(outcome.number)
+                     capabilities=",".join(capabilities) or None, lease=lease)
+        def send():
+            token = claim_token or os.urandom(16).hex()
+            return self.request("POST", "/claim", query=query, wait=wait, headers={"X-Claim-Token": token},
+                                retries=0 if claim_token else RETRIES)
+        return self._spooler.claim(send) if self._spooler else send()
 
     def extend_claim(self, intent_id, claim_token=None, seconds=LEASE_SECONDS):
         """Let the lease end that many seconds from now; NotFound means that it is lost."""
-        return self._post(f"/extend_claim/{intent_id}", dict(claim_token=claim_token, seconds=seconds), retries=0)
+        return self.request("POST", f"/extend_claim/{intent_id}", dict(claim_token=claim_token, seconds=seconds), retries=0)
 
     def fulfill(self, intent_id, claim_token=None, result=None, result_type="json"):
         """Report the work done."""
-        return self._report(f"/fulfill/{intent_id}", intent_id,
-                            dict(claim_token=claim_token, result=result, result_type=result_type))
+        return self._report("fulfill", intent_id, claim_token=claim_token, result=result, result_type=result_type)
 
     def fail(self, intent_id, claim_token=None, error=None, retry=True):
         """Report the work failed; retry=False makes the intent a dead letter at once."""
-        return self._report(f"/fail/{intent_id}", intent_id, dict(claim_token=claim_token, error=error, retry=retry))
+        return self._report("fail", intent_id, claim_token=claim_token, error=error, retry=retry)
 
-    def _report(self, path, intent_id, body):
-        """Tell the bus an outcome, which stays in the spool until it has answered."""
-        if not self.spool:
-            return self._post(path, body)
-        number = None
-        with contextlib.suppress(StorageFull):     # what cannot be kept can still be told
-            number = self.spool.add(self.base_url, path, sendable(body), intent_id=intent_id)
-            self._reporting.add(number)
-        try:
-            answer = self._post(path, body)
-        except TRANSIENT:
-            self._reporting.discard(number)
-            raise
-        except Error:
-            self._reported(number)
-            raise
-        self._reported(number)
-        return answer
-
-    def _reported(self, number):
-        self.spool.remove(number)
-        self._reporting.discard(number)
+    def _report(self, verb, intent_id, **body):
+        if self._spooler:
+            return self._spooler.report(f"/{verb}/{intent_id}", body, intent_id)
+        return self.request("POST", f"/{verb}/{intent_id}", body)
 
     def release(self, intent_id, claim_token=None, delay=0):
         """Hand an intent back, its attempt not counted."""
-        return self._post(f"/release/{intent_id}", dict(claim_token=claim_token, delay=delay))
+        return self.request("POST", f"/release/{intent_id}", dict(claim_token=claim_token, delay=delay))
 
     def get_status(self, intent_id):
         """Return the state of an intent."""
-        return self._call("GET", f"/status/{intent_id}")
+        return self.request("GET", f"/status/{intent_id}")
 
     def get_result(self, intent_id, wait=0):
         """Return the state of an intent with its result, once it has ended or wait seconds are over."""
-        return self._call("GET", f"/result/{intent_id}", query=dict(wait=round(wait, 3) or None),
-                          timeout=self.timeout + wait)
+        return self.request("GET", f"/result/{intent_id}", wait=wait)
 
     def list(self, *, status=None, goal=None, namespace=None, limit=50, before=None, payload=False):
         """Return {"intents": newest first, "next": what to pass as before for the next page, or None}."""
-        page = self._call("GET", "/intents", query=dict(status=status, goal=goal, namespace=namespace, limit=limit,
-                                                        before=before, payload="1" if payload else None))
+        page = self.request("GET", "/intents", query=dict(status=status, goal=goal, namespace=namespace, limit=limit,
+                                                          before=before, payload="1" if payload else None))
         return Record(page, intents=[Record(intent) for intent in page.intents])
 
     def workers(self):
         """Return {"workers"}: who has asked for work lately, the latest first."""
-        return self._call("GET", "/workers")
+        return self.request("GET", "/workers")
 
     def events(self, after=None, wait=0):
         """Return {"events": what has happened after a number, "next": the number to go on from, "missed"}."""
-        return self._call("GET", "/events", query=dict(after=after, wait=round(wait, 3) or None), timeout=self.timeout + wait)
+        return self.request("GET", "/events", query=dict(after=after), wait=wait)
 
     def who_am_i(self):
         """Return {"key_id", "owner", "role", "admin", "now"}: what the bus knows this key by."""
-        return self._call("GET", "/whoami", retries=0)
+        return self.request("GET", "/whoami", retries=0)
 
     def join(self, code):
         """Change the code of an invitation for a key, and return that with all about it."""
-        return self._post("/join", dict(code=code), retries=0)
+        return self.request("POST", "/join", dict(code=code), retries=0)
 
     def cancel(self, intent_id):
         """End an unfinished intent."""
-        return self._post(f"/cancel/{intent_id}", retries=0)
+        return self.request("POST", f"/cancel/{intent_id}", retries=0)
 
     def retry(self, intent_id=None, *, goal=None, namespace=None, limit=1000):
         """Open a dead intent anew, or up to limit of them."""
         if intent_id is not None:
-            return self._post(f"/retry/{intent_id}", retries=0)
-        return self._post("/retry", dict(goal=goal, namespace=namespace, limit=limit), retries=0)
+            return self.request("POST", f"/retry/{intent_id}", retries=0)
+        return self.request("POST", "/retry", dict(goal=goal, namespace=namespace, limit=limit), retries=0)
 
     def set(self, key, value, ttl=VALUE_TTL_SECONDS, if_absent=False):
         """Keep a JSON value for ttl seconds; with if_absent, raises Conflict if the key is taken: a lock."""
-        return self._post(f"/set/{key}", dict(value=value, ttl=ttl, if_absent=if_absent), retries=0 if if_absent else RETRIES)
+        body = dict(value=value, ttl=ttl, if_absent=if_absent)
+        return self.request("POST", f"/set/{key}", body, retries=0 if if_absent else RETRIES)
 
     def get(self, key):
         """Return the value of a key; raises NotFound."""
-        return self._call("GET", f"/get/{key}").value
+        return self.request("GET", f"/get/{key}").value
 
     def delete(self, key):
         """Forget a key; return whether there was a value."""
-        return self._post(f"/delete/{key}", retries=0)
+        return self.request("POST", f"/delete/{key}", retries=0)
 
     def admin(self, verb, **body):
         """Ask for an /admin/ endpoint, by GET if there is no body, with BUS_ADMIN_SECRET or DASHBOARD_PASSWORD if set."""
-        token, password = os.environ.get("BUS_ADMIN_SECRET"), os.environ.get("DASHBOARD_PASSWORD")
-        if (token or password) and not self.private:
+        secret = admin_credentials()
+        if secret and not self.secure:
             raise SetupError("The admin's secret is sent only over https, or to this machine; use one of them.")
-        basic = "Basic " + base64.b64encode(f"admin:{password}".encode()).decode()
-        secret = {"X-Admin-Token": token} if token else {"Authorization": basic} if password else {}
-        return self._call("POST" if body else "GET", f"/admin/{verb}", body=body or None, retries=0,
-                          headers=secret, kind=list if verb == "keys" else dict)
+        return self.request("POST" if body else "GET", f"/admin/{verb}", body or None, headers=secret, retries=0,
+                            kind=list if verb == "keys" else dict)
 
-    def _post(self, path, body=None, **options):
-        return self._call("POST", path, body=body, **options)
+    def request(self, method, path, body=None, *, query=None, headers=None, wait=0, retries=RETRIES, kind=dict):
+        """Return the answer to a request, None for 204, after as many retries as it takes and is given.
 
-    def _call(self, method, path, body=None, query=None, headers=None, retries=RETRIES, timeout=None, kind=dict):
-        """Return the answer to a request, None for 204, after as many retries as it takes and is given."""
-        query = {name: value for name, value in (query or {}).items() if value is not None}
+        The bus may hold it for wait seconds. The answer is a Record or, with the kind list, a list of them.
+        """
+        query = dict(query or {}, wait=round(wait, 3) or None)
         try:
-            url = self.base_url + urllib.parse.quote(path) + ("?" + urllib.parse.urlencode(query, True) if query else "")
+            encoded = urllib.parse.urlencode({name: value for name, value in query.items() if value is not None}, True)
+            target = urllib.parse.quote(path) + ("?" + encoded if encoded else "")
         except ValueError as error:
             raise Invalid(f"This cannot be sent in UTF-8: {error}.") from error
-        data = None if method == "GET" else b"" if body is None else sendable(body).encode()
-        for attempt in range(retries + 1):
+        data = None if method == "GET" else b"" if body is None else encode_body(body)
+        send = functools.partial(self._send, method, target, data, headers or {}, self.timeout + wait, kind)
+        for attempt in itertools.count():
             try:
-                return self._once(method, path, query, url, data, headers or {}, timeout or self.timeout, kind)
+                return self._send_in_time(send)
             except TRANSIENT as error:
                 if attempt == retries:
                     raise
                 pause = random.uniform(0, min(RETRY_SECONDS * 2 ** attempt, RETRY_MAX_SECONDS))
                 time.sleep(max(pause, error.details.get("retry_after", 0)))
 
-    def _once(self, method, path, query, url, data, headers, *options):
+    def _send_in_time(self, send):
         """Send a request, once more if the bus says how far our clock is off."""
         try:
-            return self._send(method, url, data, self._signed(method, path, query, data, headers), *options)
+            return send()
         except Forbidden as error:
             if "server_time" not in error.details:
                 raise
             self._clock_offset = error.details["server_time"] - time.time()
-            return self._send(method, url, data, self._signed(method, path, query, data, headers), *options)
+            return send()
 
-    def _signed(self, method, path, query, data, headers):
-        """Return the headers of a request, with its signature."""
-        pairs = urllib.parse.parse_qsl(urllib.parse.urlencode(query, True), True)
-        timestamp, nonce = f"{time.time() + self._clock_offset:.3f}", os.urandom(16).hex()
-        return dict(headers, **self._identity, **{
-            "User-Agent": f"intentbus/{__version__}", "Content-Type": "application/json", "X-Timestamp": timestamp,
-            "X-Nonce": nonce, "X-Signature": sign(self._key, method, path, pairs, timestamp, nonce, data or b"")})
-
-    def _send(self, method, url, data, headers, timeout, kind):
+    def _send(self, method, target, data, headers, timeout, kind):
         import http.client
+        headers = {**headers, **self._identity, **self._signature(method, target, data or b""),
+                   "User-Agent": f"intentbus/{__version__}", "Content-Type": "application/json"}
         try:
-            request = urllib.request.Request(url, data, headers, method=method)
+            request = urllib.request.Request(self.base_url + target, data, headers, method=method)
             with self._opener.open(request, timeout=timeout) as response:
-                status, content, got = response.status, response.read(), response.headers
+                return self._read(response.status, response.headers, response.read(), kind)
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             if distrust := getattr(reason, "verify_message", None):
                 reason = f"its certificate is not trusted ({distrust}); see --ca"
             reason = getattr(reason, "strerror", None) or reason or type(reason).__name__
             raise Unreachable(f"The bus at {self.base_url} cannot be reached: {reason}.") from error
+
+    def _signature(self, method, target, data):
+        """Return the headers that sign a request."""
+        path, _, query = target.partition("?")
+        pairs = urllib.parse.parse_qsl(query, True)
+        timestamp = f"{time.time() + self._clock_offset:.3f}"
+        nonce = os.urandom(16).hex()
+        signature = sign(self._key, method, urllib.parse.unquote(path), pairs, timestamp, nonce, data)
+        return {"X-Timestamp": timestamp, "X-Nonce": nonce, "X-Signature": signature}
+
+    def _read(self, status, headers, content, kind):
+        """Return what an answer holds, or raise the error that it says."""
         if status == 204:
             return None
-        return self._read(status, content, got, kind)
-
-    def _read(self, status, content, headers, kind):
-        """Return what an answer holds, or raise the error that it says."""
         if 300 <= status < 400:
             raise Unreachable(f"{self.base_url} redirects to {headers.get('Location')}; give that as the bus's URL.")
         try:
@@ -5132,7 +5160,7 @@ def join_command(options):
     $ join http://100.101.102.103:8787 K7Q2-9MXW --plain
     """
     bus = IntentClient(options.url, "none", ca=options.ca)
-    if not (bus.private or options.plain):
+    if not (bus.secure or options.plain):
         raise SetupError("The key would cross the network readable. Join through https, or a tunnel that ends on this "
                          "machine; or say --plain if a VPN encrypts the way.")
     made = bus.join(options.code)

@@ -4509,7 +4509,7 @@ def test_an_intent_whose_outcome_waits_here_is_told_and_not_claimed_again(away, 
     intent = bus.claim("g")
     away.bus.release(intent_id, intent.claim_token)     # as if the lease had been lost meanwhile
     number = bus.spool.add(bus.base_url, f"/fulfill/{intent_id}", json.dumps(dict(claim_token="old", result=7)), intent_id=intent_id)
-    bus._reporting.add(number)     # while another thread is still trying to tell
+    bus._spooler.reporting.add(number)     # while another thread is still trying to tell
     assert bus.claim("g").id == other
     assert away.bus.get_result(intent_id).pick(("status", "result")) == {"status": "fulfilled", "result": 7}
 
