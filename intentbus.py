@@ -51,6 +51,7 @@ import os
 import queue
 import random
 import re
+import signal
 import socket
 import sys
 import threading
@@ -4021,7 +4022,7 @@ class IntentClient:
 # ---- 13. Worker ----
 # Claim, run, keep the lease, report. A handler is called with (intent, lease) and returns (result, result_type).
 
-REPORTED = {"fulfill": "fulfilled", "fail": "failed", "release": "released"}
+PAST_TENSES = {"fulfill": "fulfilled", "fail": "failed", "release": "released"}
 
 
 class Reject(Exception):
@@ -4039,7 +4040,8 @@ class Lease:
     """
 
     def __init__(self, bus, intent, seconds):
-        self._bus, self._intent, self._seconds = bus, intent, seconds
+        self._extend = functools.partial(bus.extend_claim, intent.id, intent.claim_token, seconds)
+        self._interval = seconds / 3
         self._done = threading.Event()
         self.broken = None
 
@@ -4051,13 +4053,13 @@ class Lease:
         self._done.set()
 
     def _keep(self):
-        due = steady_clock() + self._seconds / 3
+        due = steady_clock() + self._interval
         while not self._done.wait(LEASE_CHECK_SECONDS):     # not until due: waiting stands still while a phone sleeps
             if steady_clock() < due:
                 continue
             try:
-                self._bus.extend_claim(self._intent.id, self._intent.claim_token, self._seconds)
-                due = steady_clock() + self._seconds / 3
+                self._extend()
+                due = steady_clock() + self._interval
             except NotFound:
                 self.broken = "lost"
                 return
@@ -4069,20 +4071,24 @@ class Worker:
     """Works off the intents of a goal, or several, that a Bus or an IntentClient has, with a handler.
 
     concurrency handlers run at once; lease, max_time and poll are seconds. max_jobs ends it after as many intents,
-    drain when there is nothing more. say(sentence) is called with what happens.
+    drain when there is nothing more. on_message(sentence) is called with what happens.
     """
 
     def __init__(self, bus, goal, handler, *, concurrency=1, lease=LEASE_SECONDS, max_jobs=None, max_time=None,
-                 drain=False, poll=POLL_SECONDS, say=lambda sentence: None, **claim):
-        self._bus, self._handler, self._say = bus, handler, say
-        self._concurrency, self._lease, self._drain, self._poll = concurrency, lease, drain, poll
+                 drain=False, poll=POLL_SECONDS, on_message=lambda sentence: None, **claim):
+        self._bus = bus
+        self._handler = handler
         self._claim = functools.partial(bus.claim, goal, lease=lease, **claim)
+        self._concurrency = concurrency
+        self._lease_seconds = lease
+        self._drain = drain
+        self._poll = poll
+        self._log = on_message
+        self._jobs = threading.Semaphore(max_jobs or sys.maxsize)     # that may still be claimed
         self._deadline = time.monotonic() + (max_time or float("inf"))
-        self._tickets = max_jobs or float("inf")
-        self._lock = threading.Lock()
         self._running = {}     # lease: intent
+        self._ended = queue.SimpleQueue()     # an item whenever a job or a thread has ended
         self._stopping = threading.Event()
-        self._news = queue.SimpleQueue()     # an item whenever a job or a thread has ended
         self._interrupts = 0
         self._failure = None
 
@@ -4100,25 +4106,25 @@ class Worker:
     def interrupt(self, *_):
         """Claim nothing more and let what runs finish; the second time, end it and hand it back. For signal handlers."""
         self._interrupts += 1
-        self._news.put(None)     # reentrant, which the methods of threading.Event are not
+        self._ended.put(None)     # reentrant, which the methods of threading.Event are not
 
     def _wind_down(self):
         self._stopping.set()
         if self._running:
-            self._say(f"finishing {len(self._running)} more; interrupt again to hand them back")
+            self._log(f"finishing {len(self._running)} more; interrupt again to hand them back")
         self._wait_while(lambda: self._running and self._interrupts < 2)
         for lease in list(self._running):
             lease.broken = lease.broken or "stopped"
         grace = getattr(self._handler, "kill_after", KILL_AFTER_SECONDS)
         self._wait_while(lambda: self._running, grace + 2 * PIPE_SECONDS + 2 * SLICE_SECONDS)
         for intent in list(self._running.values()):     # its handler is a function, which nothing can end
-            self._report(intent, self._bus.release)
+            self._report(intent, "release")
 
     def _wait_while(self, condition, seconds=float("inf")):
         deadline = time.monotonic() + seconds
         while condition() and time.monotonic() < deadline:
             try:
-                self._news.get(timeout=1)
+                self._ended.get(timeout=1)
             except queue.Empty:
                 pass
             except KeyboardInterrupt:
@@ -4127,41 +4133,41 @@ class Worker:
     def _work(self):
         """What each thread does: claim and do, until there is nothing more to do."""
         try:
-            while self._take_ticket():
+            while not self._is_over() and self._jobs.acquire(blocking=False):
                 intent = self._next()
                 if intent:
                     self._do(intent)
                 elif self._drain:
                     return
                 else:
-                    with self._lock:
-                        self._tickets += 1
+                    self._jobs.release()
         except Exception as error:
-            self._failure = error
-            self._stopping.set()
+            self._stop_for(error)
         finally:
-            self._news.put(None)
+            self._ended.put(None)
 
-    def _take_ticket(self):
-        with self._lock:
-            if self._stopping.is_set() or self._tickets < 1 or time.monotonic() >= self._deadline:
-                return False
-            self._tickets -= 1
-            return True
+    def _is_over(self):
+        return self._stopping.is_set() or time.monotonic() >= self._deadline
+
+    def _stop_for(self, error):
+        self._failure = error
+        self._stopping.set()
 
     def _next(self):
         """Return a claimed intent, or None after waiting for one."""
         if self._drain:
             return self._claim()
-        wait = max(0, min(CLAIM_WAIT_SECONDS, self._deadline - time.monotonic()))
-        started, token = time.monotonic(), os.urandom(16).hex()
+        started = time.monotonic()
+        wait = max(0, min(CLAIM_WAIT_SECONDS, self._deadline - started))
+        token = os.urandom(16).hex()
         while True:     # with the same token: the answer that was lost may have been an intent
             try:
                 intent = self._claim(wait=wait, claim_token=token)
                 break
             except TRANSIENT as error:
-                self._say(f"{error} Trying again.")
-            if self._stopping.wait(random.uniform(1, 2 * self._poll)) or time.monotonic() >= self._deadline:
+                self._log(f"{error} Trying again.")
+            self._stopping.wait(random.uniform(1, 2 * self._poll))
+            if self._is_over():
                 return None
         if not intent and time.monotonic() - started < wait / 2:     # a bus that does not hold claims
             self._stopping.wait(self._poll)
@@ -4169,51 +4175,49 @@ class Worker:
 
     def _do(self, intent):
         """Run the handler for an intent and report how it went."""
-        lease = Lease(self._bus, intent, self._lease)
+        lease = Lease(self._bus, intent, self._lease_seconds)
         self._running[lease] = intent
         try:
             if self._stopping.is_set():
-                self._report(intent, self._bus.release)
-                return
+                return self._report(intent, "release")
             with lease:
-                report = self._run(intent, lease)
+                verb, details = self._run(intent, lease)
             if lease.broken == "lost":
-                self._say(f"{intent.id} lost: cancelled, or its lease was over before it was done")
-            elif lease.broken and getattr(report, "func", None) != self._bus.fulfill:     # what is done stays done
-                self._report(intent, self._bus.release)
+                self._log(f"{intent.id} lost: cancelled, or its lease was over before it was done")
+            elif lease.broken and verb != "fulfill":     # what is done stays done
+                self._report(intent, "release")
             else:
-                self._report(intent, report)
+                self._report(intent, verb, **details)
         finally:
             del self._running[lease]
-            self._news.put(None)
+            self._ended.put(None)
 
     def _run(self, intent, lease):
-        """Run the handler and return how to report: a verb of the bus, but for id and token."""
+        """Run the handler and return how to report: a verb of the bus, and its arguments but for id and token."""
         try:
             result, result_type = self._handler(intent, lease)
-            return functools.partial(self._bus.fulfill, result=result, result_type=result_type)
+            return "fulfill", dict(result=result, result_type=result_type)
         except Reject as error:
-            return functools.partial(self._bus.fail, error=str(error), retry=False)
+            return "fail", dict(error=str(error), retry=False)
+        except HandlerFailed as error:
+            return "fail", dict(error=str(error))
         except SetupError as error:     # our fault, not the intent's
-            self._failure = error
-            self._stopping.set()
-            return self._bus.release
+            self._stop_for(error)
+            return "release", {}
         except Exception as error:
-            reason = str(error) if isinstance(error, HandlerFailed) else f"{type(error).__name__}: {error}"
-            return functools.partial(self._bus.fail, error=reason)
+            return "fail", dict(error=f"{type(error).__name__}: {error}")
 
-    def _report(self, intent, report):
-        verb = getattr(report, "func", report).__name__
+    def _report(self, intent, verb, **details):
         try:
-            report(intent.id, intent.claim_token)
-            self._say(f"{intent.id} {REPORTED[verb]}" + (f": {report.keywords['error']}" if verb == "fail" else ""))
+            getattr(self._bus, verb)(intent.id, intent.claim_token, **details)
+            self._log(f"{intent.id} {PAST_TENSES[verb]}" + (f": {details['error']}" if verb == "fail" else ""))
         except NotFound:
-            self._say(f"{intent.id} lost: cancelled, or its lease was over before it was reported")
+            self._log(f"{intent.id} lost: cancelled, or its lease was over before it was reported")
         except (Invalid, PayloadTooLarge) as error:
-            self._report(intent, functools.partial(self._bus.fail, error=f"The result was refused: {error}", retry=False))
+            self._report(intent, "fail", error=f"The result was refused: {error}", retry=False)
         except Error as error:
-            kept = verb in ("fulfill", "fail") and isinstance(error, TRANSIENT) and getattr(self._bus, "spool", None)
-            self._say(f"{intent.id} {verb} could not be reported, so it will be "
+            kept = verb != "release" and isinstance(error, TRANSIENT) and getattr(self._bus, "spool", None)
+            self._log(f"{intent.id} {verb} could not be reported, so it will be "
                       f"{'kept, and reported later' if kept else 'done again'}: {error}")
 
 
@@ -4234,47 +4238,79 @@ def listen(bus, goal, handler, *, full_envelope=False, **options):
 
 IntentClient.listen = listen     # a verb of the client, made of parts below it
 
-SECRETS = ("INTENT_API_KEY", "BUS_SECRET", "BUS_ADMIN_SECRET", "DASHBOARD_PASSWORD", "BUS_METRICS_TOKEN")
+SECRET_VARIABLES = ("INTENT_API_KEY", "BUS_SECRET", "BUS_ADMIN_SECRET", "DASHBOARD_PASSWORD", "BUS_METRICS_TOKEN")
 CTRL_BREAK = 1     # what a program on Windows can be asked to end by, as SIGTERM elsewhere: signal.CTRL_BREAK_EVENT
+CREATE_NEW_PROCESS_GROUP = 0x200     # of Windows: subprocess has it there only
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}|\{([A-Za-z_]\w*)\}", re.ASCII)
 
 
-def plain(value):
+def as_text(value):
     """Return a JSON value as a program expects it: a string as it is, null as nothing, the rest as JSON."""
     return value if isinstance(value, str) else "" if value is None else to_json(value)
 
 
-def fill(argument, intent):
+def fill_placeholders(argument, intent):
     """Return an argument with {id}, {goal}, {payload} and fields of the payload in place; {{name}} stays {name}."""
     fields = intent.payload if isinstance(intent.payload, dict) else {}
-    known = dict(fields, id=intent.id, goal=intent.goal, payload=intent.payload)
-    def value(match):
-        if match[1]:
-            return f"{{{match[1]}}}"
-        if match[2] not in known:
-            raise Reject(f"The payload has no field {match[2]!r}, which the handler's arguments need.")
-        return plain(known[match[2]])
-    return PLACEHOLDER.sub(value, argument)
+    values = dict(fields, id=intent.id, goal=intent.goal, payload=intent.payload)
+    def value_of(match):
+        escaped, field = match.groups()
+        if escaped:
+            return f"{{{escaped}}}"
+        if field not in values:
+            raise Reject(f"The payload has no field {field!r}, which the handler's arguments need.")
+        return as_text(values[field])
+    return PLACEHOLDER.sub(value_of, argument)
 
 
-def environment(intent):
+def handler_environment(intent):
     """Return the environment of a handler: ours without our keys, and the intent's."""
-    variables = {name: value for name, value in os.environ.items()
-                 if name not in SECRETS and not name.startswith("INTENT_PAYLOAD")}
-    given = dict(ID=intent.id, GOAL=intent.goal, NAMESPACE=intent.namespace, ATTEMPT=intent.claim_attempts,
-                 MAX_ATTEMPTS=intent.max_attempts, PAYLOAD=to_json(intent.payload))
+    values = dict(ID=intent.id, GOAL=intent.goal, NAMESPACE=intent.namespace, ATTEMPT=intent.claim_attempts,
+                  MAX_ATTEMPTS=intent.max_attempts, PAYLOAD=to_json(intent.payload))
     if isinstance(intent.payload, dict):
-        given.update((f"PAYLOAD_{name}", value) for name, value in intent.payload.items()
-                     if re.fullmatch(r"\w+", name, re.ASCII) and not isinstance(value, (dict, list)))
-    for name, value in given.items():
-        if "\0" not in plain(value) and len(plain(value).encode()) <= ENVIRONMENT_BYTES:
-            variables[f"INTENT_{name}"] = plain(value)
+        values.update((f"PAYLOAD_{field}", value) for field, value in intent.payload.items()
+                      if re.fullmatch(r"\w+", field, re.ASCII) and not isinstance(value, (dict, list)))
+    variables = {variable: value for variable, value in os.environ.items()
+                 if variable not in SECRET_VARIABLES and not variable.startswith("INTENT_PAYLOAD")}
+    for field, value in values.items():
+        if "\0" not in as_text(value) and len(as_text(value).encode()) <= ENVIRONMENT_BYTES:
+            variables[f"INTENT_{field}"] = as_text(value)
     return variables
 
 
-def own_group():
+def run_quietly(*arguments, **options):
+    """Run a program without input and output, and return how it ended; options are those of subprocess.run."""
+    import subprocess
+    return subprocess.run(arguments, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                          **options)
+
+
+def process_group_options():
     """Return the options of a program that can be ended with all that it starts: of a session, or a console group."""
-    return {"start_new_session": True} if POSIX else {"creationflags": 0x200}
+    return {"start_new_session": True} if POSIX else {"creationflags": CREATE_NEW_PROCESS_GROUP}
+
+
+class PipeReader:
+    """Reads a pipe to its end in a thread, so that nobody blocks on it, and keeps what is not in the slice `excess`."""
+
+    def __init__(self, pipe, excess):
+        self._pipe = pipe
+        self._excess = excess
+        self._kept = bytearray()
+        self.ended = threading.Event()
+        threading.Thread(target=self._drain, daemon=True).start()
+
+    def read(self):
+        """Return what was kept; waits a moment for the end, which somebody may hold open."""
+        self.ended.wait(PIPE_SECONDS)
+        return bytes(self._kept)
+
+    def _drain(self):
+        with self._pipe:
+            while data := os.read(self._pipe.fileno(), 65536):
+                self._kept += data
+                del self._kept[self._excess]
+        self.ended.set()
 
 
 class Program:
@@ -4290,32 +4326,35 @@ class Program:
         self._program = shutil.which(arguments[0])
         if not self._program:
             raise SetupError(f"There is no program {arguments[0]!r} that can be run; check its path, and chmod +x it.")
-        self._arguments = arguments
+        self._arguments = arguments[1:]
         self._timeout, self.kill_after = timeout, kill_after
-        self._max_output, self._result = max_output, result
+        self._max_output = max_output
+        self._result = result
 
     def __call__(self, intent, lease):
         process = self._start(intent)
-        pipes = Tap(process.stdout, self._max_output), Tap(process.stderr, -STDERR_BYTES)
+        stdout = PipeReader(process.stdout, excess=slice(self._max_output, None))
+        stderr = PipeReader(process.stderr, excess=slice(None, -STDERR_BYTES))
         try:
-            trouble = self._watch(process, pipes, lease)
+            trouble = self._wait(process, stdout, lease)
         finally:
             self._signal(process, "SIGKILL")     # what it left behind ends with it
-            output, errors = (pipe.read() for pipe in pipes)
+            output = stdout.read()
+            errors = stderr.read().decode(errors="replace").strip()
         if trouble or process.returncode:
-            self._raise(trouble, process.returncode, errors.decode(errors="replace").strip())
-        return self._read(output)
+            raise self._failure(trouble, process.returncode, errors)
+        return self._parse(output)
 
     def _start(self, intent):
         import subprocess
         import tempfile
-        arguments = [self._program, *(fill(argument, intent) for argument in self._arguments[1:])]
+        arguments = [self._program, *(fill_placeholders(argument, intent) for argument in self._arguments)]
         with tempfile.TemporaryFile() as stdin:     # a file, since a pipe would block on a handler that does not read
             stdin.write(to_json(intent.payload).encode() + b"\n")
             stdin.seek(0)
             try:
                 return subprocess.Popen(arguments, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                        env=environment(intent), **own_group())
+                                        env=handler_environment(intent), **process_group_options())
             except ValueError as error:     # a NUL in an argument
                 raise Reject(f"The payload cannot be an argument: {error}.") from error
             except OSError as error:
@@ -4324,47 +4363,46 @@ class Program:
                 raise SetupError(f"The handler {self._program} cannot be run: {error.strerror}; does it start with "
                                  "#!, and is it executable?") from error
 
-    def _watch(self, process, pipes, lease):
+    def _wait(self, process, stdout, lease):
         """Wait for the process; end it when its time is over or its lease broken, and return why, or None."""
         import subprocess
-        trouble, deadline = None, time.monotonic() + self._timeout
+        trouble = None
+        deadline = time.monotonic() + self._timeout
         while process.poll() is None:
-            now = time.monotonic()
-            if not trouble and (lease.broken or now >= deadline):
+            overdue = time.monotonic() >= deadline
+            if not trouble and (lease.broken or overdue):
                 trouble = lease.broken or f"timed out after {self._timeout:g} s"
                 self._signal(process, "SIGTERM")
-                deadline = now + self.kill_after
-            elif trouble and now >= deadline:
+                deadline = time.monotonic() + self.kill_after
+            elif overdue:
                 self._signal(process, "SIGKILL")
-            if pipes[0].ended.wait(SLICE_SECONDS):
+            if stdout.ended.wait(SLICE_SECONDS):
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(SLICE_SECONDS)
         return trouble
 
-    def _signal(self, process, name):
+    def _signal(self, process, signal_name):
         """Send a signal to the process and all that it started."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if POSIX:
-                import signal
-                os.killpg(process.pid, getattr(signal, name))
-            elif name == "SIGTERM":
+                os.killpg(process.pid, getattr(signal, signal_name))
+            elif signal_name == "SIGTERM":
                 process.send_signal(CTRL_BREAK)
             else:
-                import subprocess
-                subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)], stdin=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                run_quietly("taskkill", "/F", "/T", "/PID", str(process.pid))
 
-    def _raise(self, trouble, code, errors):
+    def _failure(self, trouble, code, errors):
+        """Return the exception for a program that was ended, or ended by itself with an exit code but 0."""
         said = f": {errors}" if errors else ""
         if trouble:
-            raise HandlerFailed(trouble + said)
+            return HandlerFailed(trouble + said)
         if code == 100:
-            raise Reject(errors or "The handler rejected it with exit code 100.")
+            return Reject(errors or "The handler rejected it with exit code 100.")
         if code in (126, 127):
-            raise SetupError(f"The handler ended with exit code {code}, which means it cannot run here{said}")
-        raise HandlerFailed((f"exit code {code}" if code > 0 else f"killed by signal {-code}") + said)
+            return SetupError(f"The handler ended with exit code {code}, which means it cannot run here{said}")
+        return HandlerFailed((f"exit code {code}" if code > 0 else f"killed by signal {-code}") + said)
 
-    def _read(self, output):
+    def _parse(self, output):
         """Return the result that this output stands for, and its type."""
         if self._result == "none" or self._result == "auto" and not output.strip():
             return None, "json"
@@ -4374,31 +4412,10 @@ class Program:
             except Invalid as error:
                 if self._result == "json":
                     raise HandlerFailed(f"The handler's output is not JSON: {error}") from error
-        text = output.decode(errors="replace").replace("\0", "").rstrip("\n")
-        while len(to_json(text).encode()) > 2 * self._max_output:     # what is no UTF-8 takes three bytes, ESC six
-            text = text[:len(text) * 3 // 4]
-        return text, "text"
-
-
-class Tap:
-    """Reads a pipe to its end in a thread, so that nobody blocks on it, and keeps the first bytes, or the last -keep."""
-
-    def __init__(self, pipe, keep):
-        self._pipe, self._keep, self._kept = pipe, keep, b""
-        self.ended = threading.Event()
-        threading.Thread(target=self._drain, daemon=True).start()
-
-    def read(self):
-        """Return what was kept; waits a moment for the end, which somebody may hold open."""
-        self.ended.wait(PIPE_SECONDS)
-        return self._kept
-
-    def _drain(self):
-        with self._pipe:
-            while data := os.read(self._pipe.fileno(), 65536):
-                kept = self._kept + data if self._keep < 0 or len(self._kept) < self._keep else self._kept
-                self._kept = kept[:self._keep] if self._keep > 0 else kept[self._keep:]
-        self.ended.set()
+        decoded = output.decode(errors="replace").replace("\0", "").rstrip("\n")
+        while len(to_json(decoded).encode()) > 2 * self._max_output:     # what is no UTF-8 takes three bytes, ESC six
+            decoded = decoded[:len(decoded) * 3 // 4]
+        return decoded, "text"
 
 
 # ---- 14. Doctor ----
@@ -4683,7 +4700,6 @@ def serve_command(options):
     $ serve --db ~/bus.db --port 9000 --log
     $ serve --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
     """
-    import signal
     if options.tls_key and not options.tls_cert:
         raise Invalid("--tls-key needs --tls-cert.")
     key, source = owner_key(options.key_file)
@@ -4864,7 +4880,7 @@ def show_result(found, as_json):
     if as_json:
         show(to_json(found))
     elif found.status == "fulfilled" and found.result is not None:
-        show(plain(found.result))
+        show(as_text(found.result))
     if found.status == "dead":
         say(f"{found.id} is dead: {found.last_error}")
     return {"fulfilled": 0, "dead": 1}.get(found.status, 3)
@@ -4916,7 +4932,6 @@ def work_command(options):
     $ work --goal resize -j 4 -- convert {file} -resize 50% {out}
     $ work --goal backup --drain --timeout 1h -- ./backup.sh
     """
-    import signal
     handler = print_payload
     if options.program:
         handler = Program(options.program, options.timeout, options.kill_after, options.max_output, options.result)
@@ -4926,7 +4941,7 @@ def work_command(options):
         raise Invalid("--lease is from 10s to 1h.")
     if not (options.max_jobs or options.drain or options.max_time or options.no_wake_lock):
         stay_awake()
-    worker = Worker(client(options, spool_if_usable()), options.goal, handler, concurrency=options.jobs, lease=options.lease, say=say,
+    worker = Worker(client(options, spool_if_usable()), options.goal, handler, concurrency=options.jobs, lease=options.lease, on_message=say,
                     max_jobs=options.max_jobs, max_time=options.max_time, drain=options.drain, poll=options.poll,
                     worker_id=options.worker_id, capabilities=options.capabilities)
     caught = []
@@ -5115,7 +5130,7 @@ def get_command(options):
 
     $ get thermostat
     """
-    show(plain(client(options).get(options.key)))
+    show(as_text(client(options).get(options.key)))
 
 
 @command("del", *CONNECTION, flag("key", help="its name"))

@@ -4934,7 +4934,7 @@ def quick_leases(monkeypatch):
 def work(bus, goal, handler, **options):
     """Work off all there is; return what was said."""
     said = []
-    Worker(bus, goal, handler, drain=True, say=said.append, **options).run()
+    Worker(bus, goal, handler, drain=True, on_message=said.append, **options).run()
     return said
 
 
@@ -5003,7 +5003,7 @@ def test_a_program_whose_lease_is_lost_is_ended_and_not_reported(live, quick_lea
     answer = live.publish("g", 1)
     program = intentbus.Program([script(tmp_path, "#!/bin/sh\necho $$ > pid\nexec sleep 60\n")], kill_after=1)
     said = []
-    worker = in_thread(lambda: Worker(live, "g", program, max_jobs=1, lease=0.3, say=said.append).run() or True)
+    worker = in_thread(lambda: Worker(live, "g", program, max_jobs=1, lease=0.3, on_message=said.append).run() or True)
     wait_until(lambda: (HERE / "pid").exists() and (HERE / "pid").read_text().strip())
     pid = int((HERE / "pid").read_text())
     (HERE / "pid").unlink()
@@ -5257,7 +5257,7 @@ def test_a_worker_goes_on_when_the_bus_comes_back(store, impatient, monkeypatch)
         port = free.getsockname()[1]
     said, done = [], []
     client = IntentClient(f"http://127.0.0.1:{port}", KEY)
-    worker = Worker(client, "g", lambda intent, lease: (done.append(intent.payload), "json"), max_jobs=1, say=said.append,
+    worker = Worker(client, "g", lambda intent, lease: (done.append(intent.payload), "json"), max_jobs=1, on_message=said.append,
                     poll=0.05)
     running = in_thread(lambda: worker.run() or True)
     wait_until(lambda: any("cannot be reached" in sentence for sentence in said))
@@ -5276,7 +5276,7 @@ def test_a_worker_whose_claims_are_answered_by_nobody_gets_them_later_as_one_att
     proxy = weather(lambda path: next(fates, "ok"))
     said, done = [], []
     Worker(IntentClient(proxy.url, KEY), "g", lambda intent, lease: (done.append(intent.payload), "json"), max_jobs=2,
-           poll=0, say=said.append).run()
+           poll=0, on_message=said.append).run()
     assert sorted(done) == [0, 1] and sum("Trying again." in sentence for sentence in said) == 3
     assert {(client.get_status(id).status, client.get_status(id).claim_attempts) for id in ids} == {("fulfilled", 1)}
 
@@ -5287,7 +5287,7 @@ def test_a_worker_keeps_what_it_could_not_report_and_says_so(away, tmp_path, imp
     def handler(intent, lease):
         away.stop()
         return "done", "text"
-    Worker(bus, "g", handler, max_jobs=1, say=said.put).run()
+    Worker(bus, "g", handler, max_jobs=1, on_message=said.put).run()
     assert "could not be reported, so it will be kept, and reported later" in said.get_nowait()
     away.start()
     Worker(spooling(away, tmp_path), "g", lambda intent, lease: pytest.fail("run again"), drain=True).run()
@@ -5297,7 +5297,7 @@ def test_a_worker_keeps_what_it_could_not_report_and_says_so(away, tmp_path, imp
 def test_on_windows_a_program_has_a_console_group_and_is_ended_with_all_it_started(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(intentbus, "POSIX", False)
-    assert intentbus.own_group() == {"creationflags": 0x200}, "CREATE_NEW_PROCESS_GROUP"
+    assert intentbus.process_group_options() == {"creationflags": 0x200}, "CREATE_NEW_PROCESS_GROUP"
     program = intentbus.Program([sys.executable])
     (tmp_path / "taskkill").write_text(f'#!/bin/sh\necho "$@" >"{tmp_path}/ended"\n')
     (tmp_path / "taskkill").chmod(0o755)

@@ -27,4 +27,4 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)     # as Ctrl-C: finish what runs, then leave
     how_many = int(sys.argv[1]) if len(sys.argv) > 1 else None
     IntentClient().listen("count_words", count_words, max_jobs=how_many,
-                          say=lambda sentence: print(sentence, file=sys.stderr, flush=True))
+                          on_message=lambda sentence: print(sentence, file=sys.stderr, flush=True))
