@@ -4278,11 +4278,14 @@ def handler_environment(intent):
     return variables
 
 
-def run_quietly(*arguments, **options):
-    """Run a program without input and output, and return how it ended; options are those of subprocess.run."""
+def run_quietly(*arguments, timeout=None):
+    """Run a program without input and output; return whether it ended well, within timeout seconds."""
     import subprocess
-    return subprocess.run(arguments, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                          **options)
+    try:
+        return subprocess.run(arguments, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                              timeout=timeout).returncode == 0
+    except (OSError, subprocess.SubprocessError):
+        return False
 
 
 def process_group_options():
@@ -4422,7 +4425,8 @@ class Program:
 # What goes wrong in practice, and the cure. A check yields findings: well, a remark, or bad, and a sentence that says why.
 
 Finding = collections.namedtuple("Finding", "level about words")     # level: ok, note or bad
-SHARED_PLACES = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "sdcardfs", "fuse", "vfat", "exfat")
+ok, note, bad = (functools.partial(Finding, level) for level in ("ok", "note", "bad"))
+SHARED_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "sdcardfs", "fuse", "vfat", "exfat")
 UNREACHABLE_CURES = {
     "ConnectionRefusedError": "Nothing listens there: start the bus with serve, or the tunnel that leads to it.",
     "gaierror": "That name is not known: check its spelling, and whether this machine is online.",
@@ -4432,55 +4436,17 @@ UNREACHABLE_CURES = {
 }
 
 
-def check_versions(options):
-    """What this runs on."""
-    import sqlite3
-    found = f"{sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}"
-    if sys.version_info < (3, 9) or sqlite3.sqlite_version_info < (3, 35):
-        yield Finding("bad", "python", f"This is Python {found}; install Python 3.9 and SQLite 3.35, or newer.")
-    else:
-        yield Finding("ok", "python", f"Python {found}.")
+def open_client(options, timeout=CLIENT_SECONDS, spool=None):
+    """Return the client that the flags of a command ask for; raises SetupError."""
+    key = options.key_file and read_key(options.key_file)
+    if options.key_file and key is None:
+        raise SetupError(f"There is no key file {options.key_file}.")
+    return IntentClient(options.url, key, timeout, options.namespace, options.ca, spool)
 
 
-def check_clock(offset):
-    """How far the bus's clock is ahead of this machine's, in seconds."""
-    if abs(offset) > SIGNATURE_SECONDS:
-        yield Finding("bad", "clock", f"This machine's clock is {offset:+.0f} s off the bus's; set it, or signatures made by a "
-                                      "shell are refused.")
-    elif abs(offset) > CLOCK_JUMP_SECONDS:
-        yield Finding("note", "clock", f"This machine's clock is {offset:+.0f} s off the bus's.")
-    else:
-        yield Finding("ok", "clock", "This machine and the bus agree on the time.")
-
-
-def check_bus(options):
-    """The key, the way to the bus, the clock, and what the key may do there."""
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        try:
-            bus = IntentClient(options.url, options.key_file and read_key(options.key_file), DOCTOR_SECONDS, ca=options.ca)
-        except SetupError as error:
-            yield Finding("bad", "key", str(error))
-            return
-    yield from (Finding("bad", "key", f"{warning.message}.") for warning in warned)
-    try:
-        me = bus.who_am_i()
-    except Unreachable as error:
-        reason = getattr(error.__cause__, "reason", error.__cause__)
-        cure = UNREACHABLE_CURES.get(type(reason).__name__, "Check the URL, and what stands between: a proxy, a tunnel.")
-        yield Finding("bad", "bus", f"{error} {cure}")
-    except (Unauthorized, Forbidden) as error:
-        yield Finding("ok", "bus", f"{bus.base_url} answers.")
-        yield Finding("bad", "key", f"The bus refuses this key: {error} Join it again with a new code of keys invite.")
-    except NotFound:
-        yield Finding("note", "bus", f"{bus.base_url} is an older bus, or another: it cannot say what the key may do.")
-    except Error as error:
-        yield Finding("bad", "bus", f"{bus.base_url} is in trouble: {error}")
-    else:
-        yield Finding("ok", "bus", f"{bus.base_url} answers.")
-        may = {"both": "publish and work"}.get(me.role, me.role)
-        yield Finding("ok", "key", f"It is {me.key_id}, of the owner {me.owner}, and may {may}.")
-        yield from check_clock(me["now"] - time.time())
+def database_place(options):
+    """Return the path or URL of the database that a command is about."""
+    return options.db or os.environ.get("BUS_DB_PATH") or "intentbus.db"
 
 
 def file_system(path):
@@ -4488,29 +4454,84 @@ def file_system(path):
     with contextlib.suppress(OSError):
         with open("/proc/mounts", encoding="utf-8", errors="replace") as file:
             mounts = [line.split()[1:3] for line in file]
-        inside = [(len(place), kind) for place, kind in mounts if (path + "/").startswith(place.rstrip("/") + "/")]
-        return max(inside)[1]
+        return max((len(folder), kind) for folder, kind in mounts if (path + "/").startswith(folder.rstrip("/") + "/"))[1]
+
+
+def in_termux():
+    """Return whether this is Termux, on a phone."""
+    return "TERMUX_VERSION" in os.environ or "com.termux" in os.environ.get("PREFIX", "")
+
+
+def check_versions(options):
+    """What this runs on."""
+    import sqlite3
+    versions = f"Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}"
+    if sys.version_info < (3, 9) or sqlite3.sqlite_version_info < (3, 35):
+        yield bad("python", f"This is {versions}; install Python 3.9 and SQLite 3.35, or newer.")
+    else:
+        yield ok("python", f"{versions}.")
+
+
+def check_clock(offset):
+    """How far the bus's clock is ahead of this machine's, in seconds."""
+    difference = f"This machine's clock is {offset:+.0f} s off the bus's"
+    if abs(offset) > SIGNATURE_SECONDS:
+        yield bad("clock", f"{difference}; set it, or signatures made by a shell are refused.")
+    elif abs(offset) > CLOCK_JUMP_SECONDS:
+        yield note("clock", f"{difference}.")
+    else:
+        yield ok("clock", "This machine and the bus agree on the time.")
+
+
+def check_bus(options):
+    """The key, the way to the bus, the clock, and what the key may do there."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            bus = open_client(options, DOCTOR_SECONDS)
+        except SetupError as error:
+            yield bad("key", str(error))
+            return
+    yield from (bad("key", f"{warning.message}.") for warning in warned)
+    try:
+        me = bus.who_am_i()
+    except Unreachable as error:
+        reason = getattr(error.__cause__, "reason", error.__cause__)
+        cure = UNREACHABLE_CURES.get(type(reason).__name__, "Check the URL, and what stands between: a proxy, a tunnel.")
+        yield bad("bus", f"{error} {cure}")
+    except (Unauthorized, Forbidden) as error:
+        yield ok("bus", f"{bus.base_url} answers.")
+        yield bad("key", f"The bus refuses this key: {error} Join it again with a new code of keys invite.")
+    except NotFound:
+        yield note("bus", f"{bus.base_url} is an older bus, or another: it cannot say what the key may do.")
+    except Error as error:
+        yield bad("bus", f"{bus.base_url} is in trouble: {error}")
+    else:
+        yield ok("bus", f"{bus.base_url} answers.")
+        may = {"both": "publish and work"}.get(me.role, me.role)
+        yield ok("key", f"It is {me.key_id}, of the owner {me.owner}, and may {may}.")
+        yield from check_clock(me.now - time.time())
 
 
 def check_database(options):
     """Where the database lies, if there is one here."""
-    where = options.db or os.environ.get("BUS_DB_PATH") or "intentbus.db"
-    if "://" in where:
-        yield Finding("note", "database", "It is on a database server, which has tools of its own to look after it.")
-    path = os.path.realpath(where)
+    import shutil
+    path = os.path.realpath(database_place(options))
+    if "://" in database_place(options):
+        yield note("database", "It is on a database server, which has tools of its own to look after it.")
     if not os.path.exists(path):
         return
-    import shutil
-    kind, free = file_system(path), shutil.disk_usage(os.path.dirname(path)).free
-    if kind in SHARED_PLACES or re.match("/(sdcard|storage|mnt/media_rw)(/|$)", path):
-        yield Finding("bad", "database", f"{path} is on {kind or 'shared storage'}, where locks and power cuts are not "
-                                         "what SQLite needs; move it to this machine's own disk (on a phone: Termux's home).")
+    kind = file_system(path)
+    free = shutil.disk_usage(os.path.dirname(path)).free
+    if kind in SHARED_FILE_SYSTEMS or re.match("/(sdcard|storage|mnt/media_rw)(/|$)", path):
+        yield bad("database", f"{path} is on {kind or 'shared storage'}, where locks and power cuts are not what SQLite "
+                              "needs; move it to this machine's own disk (on a phone: Termux's home).")
     elif free < FREE_BYTES:
-        yield Finding("bad", "database", f"{path}: only {free // 2 ** 20} MB are free on that disk; make room.")
+        yield bad("database", f"{path}: only {free // 2 ** 20} MB are free on that disk; make room.")
     elif POSIX and os.stat(path).st_mode & 0o077:
-        yield Finding("bad", "database", f"Others can read {path}; run: chmod 600 {path}")
+        yield bad("database", f"Others can read {path}; run: chmod 600 {path}")
     else:
-        yield Finding("ok", "database", f"{path}, {os.path.getsize(path) // 2 ** 20} MB, {free // 2 ** 20} MB free.")
+        yield ok("database", f"{path}, {os.path.getsize(path) // 2 ** 20} MB, {free // 2 ** 20} MB free.")
 
 
 def check_spool(options):
@@ -4519,49 +4540,33 @@ def check_spool(options):
         return
     waiting, refused = Spool().counts()
     if refused:
-        yield Finding("bad", "spool", f"The bus has refused {refused} for good; flush shows, flush --discard forgets them.")
+        yield bad("spool", f"The bus has refused {refused} for good; flush shows, flush --discard forgets them.")
     elif waiting:
-        yield Finding("note", "spool", f"{waiting} wait to be sent; flush sends them.")
+        yield note("spool", f"{waiting} wait to be sent; flush sends them.")
     else:
-        yield Finding("ok", "spool", "Nothing waits to be sent.")
-
-
-def in_termux():
-    """Return whether this is Termux, on a phone."""
-    return "TERMUX_VERSION" in os.environ or "com.termux" in os.environ.get("PREFIX", "")
-
-
-def boot_scripts():
-    """Return the scripts that Termux:Boot would run."""
-    folder = os.path.expanduser("~/.termux/boot")
-    return os.listdir(folder) if os.path.isdir(folder) else []
+        yield ok("spool", "Nothing waits to be sent.")
 
 
 def check_termux(options):
     """What Android needs, so that it lets a worker live."""
+    import shutil
     if not in_termux():
         return
-    import shutil
-    import subprocess
     if not shutil.which("termux-battery-status"):
-        yield Finding("bad", "termux", "There is no termux-api; run: pkg install termux-api, and install the app Termux:API.")
+        yield bad("termux", "There is no termux-api; run: pkg install termux-api, and install the app Termux:API.")
+    elif run_quietly("termux-battery-status", timeout=TERMUX_SECONDS):
+        yield ok("termux", "Termux:API answers.")
     else:
-        try:
-            subprocess.run(["termux-battery-status"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                           stderr=subprocess.DEVNULL, timeout=TERMUX_SECONDS, check=True)
-            yield Finding("ok", "termux", "Termux:API answers.")
-        except (OSError, subprocess.SubprocessError):
-            yield Finding("bad", "termux", "Termux:API does not answer; install its app, from where Termux "
-                                           "came, and open it once.")
+        yield bad("termux", "Termux:API does not answer; install its app, from where Termux came, and open it once.")
     if not shutil.which("termux-wake-lock"):
-        yield Finding("bad", "termux", "There is no termux-wake-lock, so the worker sleeps with the phone; "
-                                       "run: pkg install termux-tools")
-    if not boot_scripts():
-        yield Finding("note", "termux", "Nothing starts after a reboot: install the app Termux:Boot, open it once, and copy "
-                                        "examples/termux_boot.sh into ~/.termux/boot/.")
-    yield Finding("note", "termux", "Set Android's battery use of Termux to unrestricted.")
-    yield Finding("note", "termux", "Android 12 and newer end programs beyond 32 (phantom processes): in the developer "
-                                    "options, disable child process restrictions.")
+        yield bad("termux", "There is no termux-wake-lock, so the worker sleeps with the phone; run: pkg install termux-tools")
+    boot_folder = os.path.expanduser("~/.termux/boot")
+    if not os.path.isdir(boot_folder) or not os.listdir(boot_folder):
+        yield note("termux", "Nothing starts after a reboot: install the app Termux:Boot, open it once, and copy "
+                             "examples/termux_boot.sh into ~/.termux/boot/.")
+    yield note("termux", "Set Android's battery use of Termux to unrestricted.")
+    yield note("termux", "Android 12 and newer end programs beyond 32 (phantom processes): in the developer options, disable "
+                         "child process restrictions.")
 
 
 CHECKS = (check_versions, check_bus, check_database, check_spool, check_termux)
@@ -4663,14 +4668,6 @@ NEW_KEY = (
 WAIT = flag("--wait", type=lambda words: duration(words) if words else PUBLISH_WAIT_SECONDS, metavar="=DURATION",
             help="wait for the end (--wait=DURATION, default 5m), print the result, exit 1 if it ended badly")
 JSON_LINES = flag("--json", action="store_true", help="print JSON")
-
-
-def client(options, spool=None):
-    """Return a client with the settings of these options."""
-    key = options.key_file and read_key(options.key_file)
-    if options.key_file and key is None:
-        raise SetupError(f"There is no key file {options.key_file}.")
-    return IntentClient(options.url, key, namespace=options.namespace, ca=options.ca, spool=spool)
 
 
 @command("serve",
@@ -4775,7 +4772,7 @@ def publish_command(options):
     fields = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.spool and options.wait is not None:
         raise Invalid("--spool does not wait: what is kept on disk may be sent tomorrow.")
-    bus = client(options, options.spool)
+    bus = open_client(options, spool=options.spool)
     if options.lines or options.jsonl:
         return publish_lines(bus, options, fields)
     answer = bus.publish(options.goal, payload(options.payload), **fields)
@@ -4895,7 +4892,7 @@ def flush_command(options):
 
     $ flush
     """
-    bus = client(options, SPOOL_FILE)
+    bus = open_client(options, spool=SPOOL_FILE)
     show(bus.flush())
     refused = bus.spool.refused(bus.base_url)
     for request in refused:
@@ -4941,7 +4938,7 @@ def work_command(options):
         raise Invalid("--lease is from 10s to 1h.")
     if not (options.max_jobs or options.drain or options.max_time or options.no_wake_lock):
         stay_awake()
-    worker = Worker(client(options, spool_if_usable()), options.goal, handler, concurrency=options.jobs, lease=options.lease, on_message=say,
+    worker = Worker(open_client(options, spool=spool_if_usable()), options.goal, handler, concurrency=options.jobs, lease=options.lease, on_message=say,
                     max_jobs=options.max_jobs, max_time=options.max_time, drain=options.drain, poll=options.poll,
                     worker_id=options.worker_id, capabilities=options.capabilities)
     caught = []
@@ -4963,13 +4960,8 @@ def spool_if_usable():
 
 def stay_awake():
     """Take Termux's wake-lock, if this is Termux: a worker that runs for good is not to sleep with the screen."""
-    import shutil
-    import subprocess
-    program = in_termux() and shutil.which("termux-wake-lock")
-    if program:
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            subprocess.run([program], stdin=subprocess.DEVNULL, timeout=TERMUX_SECONDS, check=False)
-            say("the phone stays awake for this (--no-wake-lock); termux-wake-unlock lets it sleep again")
+    if in_termux() and run_quietly("termux-wake-lock", timeout=TERMUX_SECONDS):
+        say("the phone stays awake for this (--no-wake-lock); termux-wake-unlock lets it sleep again")
 
 
 def print_payload(intent, lease):
@@ -4984,7 +4976,7 @@ def status_command(options):
 
     $ status 01a20a3bf4423c55cce77efa455c0ada
     """
-    found = client(options).get_status(options.id)
+    found = open_client(options).get_status(options.id)
     show(to_json(found) if options.json else found.status)
     if found.last_error and not options.json:
         say(found.last_error)
@@ -4996,7 +4988,7 @@ def result_command(options):
 
     $ result 01a20a3bf4423c55cce77efa455c0ada --wait=10m
     """
-    bus = client(options)
+    bus = open_client(options)
     if options.wait is not None:
         return wait_for(bus, options.id, options.wait, options.json)
     found = bus.get_result(options.id)
@@ -5014,7 +5006,7 @@ def list_command(options):
     $ list --status dead
     $ list --goal resize --limit 500 --json
     """
-    bus, before, left = client(options), None, options.limit
+    bus, before, left = open_client(options), None, options.limit
     while left > 0:
         page = bus.list(status=options.status, goal=options.goal, namespace=options.namespace, limit=min(left, 500),
                         before=before)
@@ -5031,7 +5023,7 @@ def workers_command(options):
 
     $ workers
     """
-    for worker in map(Record, client(options).workers().workers):
+    for worker in map(Record, open_client(options).workers().workers):
         cells = (f"{age(time.time() - worker.last_seen):>4}", worker.owner, worker.id, worker.version or "-",
                  ", ".join(worker.goals) or "any goal", worker.intent or "")
         show(to_json(worker) if options.json else printable("  ".join(cells)).rstrip())
@@ -5044,7 +5036,7 @@ def watch_command(options):
     $ watch
     $ watch --json | jq -c 'select(.event == "dead")'
     """
-    bus, after = client(options), None
+    bus, after = open_client(options), None
     while True:
         asked = time.monotonic()
         try:
@@ -5088,7 +5080,7 @@ def cancel_command(options):
 
     $ cancel 01a20a3bf4423c55cce77efa455c0ada
     """
-    answer = client(options).cancel(options.id)
+    answer = open_client(options).cancel(options.id)
     show(to_json(answer) if options.json else answer.status)
 
 
@@ -5104,7 +5096,7 @@ def retry_command(options):
     """
     if bool(options.id) + bool(options.goal) + options.all != 1:
         raise Invalid("Say what to retry: an id, --goal GOAL or --all.")
-    answer = client(options).retry(options.id, goal=options.goal, namespace=options.namespace, limit=options.limit)
+    answer = open_client(options).retry(options.id, goal=options.goal, namespace=options.namespace, limit=options.limit)
     show(to_json(answer) if options.json else answer.status if options.id else answer.retried)
 
 
@@ -5121,7 +5113,7 @@ def set_command(options):
         value = from_json(options.value.encode())
     except (Invalid, UnicodeError):
         value = options.value
-    client(options).set(options.key, value, options.ttl, options.if_absent)
+    open_client(options).set(options.key, value, options.ttl, options.if_absent)
 
 
 @command("get", *CONNECTION, flag("key", help="its name"))
@@ -5130,7 +5122,7 @@ def get_command(options):
 
     $ get thermostat
     """
-    show(as_text(client(options).get(options.key)))
+    show(as_text(open_client(options).get(options.key)))
 
 
 @command("del", *CONNECTION, flag("key", help="its name"))
@@ -5139,7 +5131,7 @@ def delete_command(options):
 
     $ del thermostat
     """
-    return 0 if client(options).delete(options.key).deleted else 3
+    return 0 if open_client(options).delete(options.key).deleted else 3
 
 
 @command("keys add", *CONNECTION, *NEW_KEY)
@@ -5148,7 +5140,7 @@ def keys_add(options):
 
     $ keys add phone --role work
     """
-    made = client(options).admin("generate_key", name=options.name, owner=options.owner, role=options.role)
+    made = open_client(options).admin("generate_key", name=options.name, owner=options.owner, role=options.role)
     say(f"id {made.key_id}, owner {made.owner}, role {made.role}; the key is shown only now")
     show(made.api_key)
 
@@ -5159,7 +5151,7 @@ def keys_invite(options):
 
     $ keys invite phone --role work
     """
-    made = client(options).admin("invite", name=options.name, owner=options.owner, role=options.role)
+    made = open_client(options).admin("invite", name=options.name, owner=options.owner, role=options.role)
     say(f"for {made.name}, role {made.role}: valid until {time.strftime('%H:%M', time.localtime(made.expires_at))}, once. "
         "On the other machine: join URL CODE")
     show(made.code)
@@ -5189,7 +5181,7 @@ def keys_list(options):
 
     $ keys list
     """
-    for key in client(options).admin("keys"):
+    for key in open_client(options).admin("keys"):
         used = age(time.time() - key.last_used_at) if key.last_used_at else "never"
         show(to_json(key) if options.json else printable(
             f"{key.key_id}  {key.role:7}  {key.owner}  {key.total_requests}  {used}  {key.name}"))
@@ -5201,7 +5193,7 @@ def keys_revoke(options):
 
     $ keys revoke 267ecfd48ae038ad
     """
-    client(options).admin("revoke_key", key_id=options.key_id)
+    open_client(options).admin("revoke_key", key_id=options.key_id)
 
 
 @command("stats", *CONNECTION)
@@ -5210,7 +5202,7 @@ def stats(options):
 
     $ stats
     """
-    found = client(options).admin("summary")
+    found = open_client(options).admin("summary")
     found.pop("history", None)     # for a plot, not for a reader
     show(json.dumps(found, indent=2))
 
@@ -5223,7 +5215,7 @@ def purge_command(options):
     """
     if not options.yes:
         raise Invalid("This deletes intents for good, whatever their state: say --yes.")
-    show(client(options).admin("purge", confirm=True, namespace=options.namespace).deleted)
+    show(open_client(options).admin("purge", confirm=True, namespace=options.namespace).deleted)
 
 
 @command("doctor", *CONNECTION,
@@ -5248,7 +5240,7 @@ def backup(options):
     """
     import pathlib
     import sqlite3
-    where = options.db or os.environ.get("BUS_DB_PATH") or "intentbus.db"
+    where = database_place(options)
     if "://" in where:
         raise SetupError("This copies SQLite files; the tool for a PostgreSQL database is pg_dump.")
     source, made = pathlib.Path(where).resolve(), False
