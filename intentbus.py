@@ -4090,6 +4090,7 @@ class Worker:
         self._ended = queue.SimpleQueue()     # an item whenever a job or a thread has ended
         self._stopping = threading.Event()
         self._interrupts = 0
+        self.interrupted_by = None     # the number of the first signal
         self._failure = None
 
     def run(self):
@@ -4103,8 +4104,9 @@ class Worker:
         if self._failure:
             raise self._failure
 
-    def interrupt(self, *_):
+    def interrupt(self, signal_number=None, frame=None):
         """Claim nothing more and let what runs finish; the second time, end it and hand it back. For signal handlers."""
+        self.interrupted_by = self.interrupted_by or signal_number
         self._interrupts += 1
         self._ended.put(None)     # reentrant, which the methods of threading.Event are not
 
@@ -4575,14 +4577,13 @@ CHECKS = (check_versions, check_bus, check_database, check_spool, check_termux)
 # ---- 15. Commands ----
 # The command line. Flags stand on the function, its docstring is the help; stdout is data, stderr is talk.
 
-STORY = """intentbus: say "do this" here, have it done there.
+INTRODUCTION = """intentbus: say "do this" here, have it done there.
 
   {0} serve                                 # the bus: HTTP in front of a SQLite file
   {0} work --goal notify -- ./handler.sh    # a worker, anywhere: runs a program for each job
   {0} publish notify message="hi"           # from cron, a shell, a script
-
 """
-ENDING = """
+EPILOG = """
 COMMAND --help shows examples and flags, --version the version. stdout is data, stderr is talk.
 
 exit codes: 0 done; 1 the intent ended badly; 2 misused; 3 nothing there; 4 refused; 5 no bus to be reached;
@@ -4595,13 +4596,10 @@ GROUPS = (
     ("small values", ("set", "get", "del")),
 )
 EXIT_CODES = {400: 2, 401: 4, 403: 4, 404: 3, 409: 1, 413: 6, 422: 6, 429: 6}
-UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
-COMMANDS = {}
-
-
-def program():
-    """Return what starts this program, as a person would type it."""
-    return f"{os.path.basename(sys.executable or 'python')} {os.path.basename(__file__)}"
+INVOCATION = f"{os.path.basename(sys.executable or 'python')} {os.path.basename(__file__)}"     # as a person would type it
+UNIT_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+UNPRINTABLE = re.compile(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]")
+COMMANDS = {}     # name: (function, examples, flags)
 
 
 def write_line(stream, line):
@@ -4610,76 +4608,115 @@ def write_line(stream, line):
     stream.flush()
 
 
-def say(*words):
+def escape(text, characters=CONTROL):
+    """Return a text without what could command a terminal: those characters as escape sequences."""
+    return re.sub(characters, lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+def log(message):
     """Tell the person at the terminal something, on stderr."""
-    write_line(sys.stderr, " ".join(["intentbus:", *map(printable, words)]))
+    write_line(sys.stderr, escape(f"intentbus: {message}".replace("\n", " | ")))
 
 
-def printable(value):
-    """Return the text of a value without what could command a terminal."""
-    return CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", str(value).replace("\n", " | "))
-
-
-def show(value):
+def print_result(value):
     """Print what may be of anybody: all of it into a file or a pipe, no commands to a terminal."""
-    odd = r"[^\n\t\x20-\x7e\xa0-\U0010ffff]" if sys.stdout.isatty() else "(?!)"
-    write_line(sys.stdout, re.sub(odd, lambda match: f"\\x{ord(match[0]):02x}", str(value)))
+    write_line(sys.stdout, escape(str(value), UNPRINTABLE) if sys.stdout.isatty() else str(value))
 
 
-def duration(words):
+def print_rows(options, records, cells):
+    """Print a line for each record: JSON with --json, else what cells(record) returns."""
+    for record in records:
+        line = to_json(record) if options.json else "  ".join(str(cell) for cell in cells(record) if cell not in (None, ""))
+        print_result(line if options.json else escape(line.replace("\n", " | ")))
+
+
+def print_answer(options, answer, field):
+    """Print a field of an answer of the bus, or all of it with --json."""
+    print_result(to_json(answer) if options.json else answer[field])
+
+
+def duration(text):
     """Return the seconds of 90, 90s, 5m, 2h or 7d."""
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)", words, re.ASCII)
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)", text, re.ASCII)
     if not match:
-        raise argparse.ArgumentTypeError(f"{words!r} is not a duration such as 90, 90s, 5m, 2h or 7d")
-    return float(match[1]) * UNITS[match[2]]
+        raise argparse.ArgumentTypeError(f"{text!r} is not a duration such as 90, 90s, 5m, 2h or 7d")
+    return float(match[1]) * UNIT_SECONDS[match[2]]
 
 
-def whole(words):
+def format_age(seconds):
+    """Return a span of time in its largest unit, such as 5m."""
+    unit = next((unit for unit in "dhm" if seconds >= UNIT_SECONDS[unit]), "s")
+    return f"{max(0, seconds) // UNIT_SECONDS[unit]:.0f}{unit}"
+
+
+def positive_int(text):
     """Return a whole number from 1 up."""
-    if not re.fullmatch(r"[1-9][0-9]{0,8}", words, re.ASCII):
-        raise argparse.ArgumentTypeError(f"{words!r} is not a whole number from 1 up")
-    return int(words)
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    return int(text)
 
 
-def flag(*names, **options):
+def flag(*names, **settings):
     """Return the arguments of an add_argument."""
-    return names, options
+    return names, settings
 
 
-def command(name, *flags):
+def command(name, examples, *flags):
     """Make a function the command of that name: it takes the parsed arguments and returns the exit code, or None."""
     def register(function):
-        COMMANDS[name] = function, flags
+        COMMANDS[name] = function, [line.strip() for line in examples.strip().split("\n")], flags
         return function
     return register
 
 
+CA = flag("--ca", metavar="FILE", help="trust the certificates in this file, besides those of the system")
 CONNECTION = (
     flag("--url", help=f"the bus (INTENT_BUS_URL; default the one joined, else {URL})"),
     flag("--key-file", help=f"the file with the key (INTENT_API_KEY is the key itself; default as joined, else {KEY_FILE})"),
     flag("--namespace", help="the part of the bus to use (INTENT_BUS_NAMESPACE; default default)"),
-    flag("--ca", metavar="FILE", help="trust the certificates in this file, besides those of the system"),
+    CA,
 )
+DB = flag("--db", help="the database file (BUS_DB_PATH; default intentbus.db)")
+ID = flag("id", help="the id that publish printed")
+JSON = flag("--json", action="store_true", help="print JSON")
+VALUE_NAME = flag("key", help="its name")
+PUBLISH_FIELDS = ("priority", "delay", "ttl", "max_attempts", "backoff_base", "target_worker", "required_capability",
+                  "visibility", "idempotency_key")
 NEW_KEY = (
     flag("name", help="whose or what for"),
     flag("--owner", default="owner", help="whose intents it shares (default owner: the owner key's)"),
     flag("--role", choices=("publish", "work", "both"), default="both", help="what the key may do (default both)"),
 )
-WAIT = flag("--wait", type=lambda words: duration(words) if words else PUBLISH_WAIT_SECONDS, metavar="=DURATION",
+WAIT = flag("--wait", type=lambda text: duration(text) if text else PUBLISH_WAIT_SECONDS, metavar="=DURATION",
             help="wait for the end (--wait=DURATION, default 5m), print the result, exit 1 if it ended badly")
-JSON_LINES = flag("--json", action="store_true", help="print JSON")
 
 
-@command("serve",
+def bus_command(name, examples, *flags):
+    """Make a function the command of that name that takes a client and the parsed arguments; CONNECTION flags are added."""
+    def register(function):
+        @functools.wraps(function)
+        def with_client(options):
+            return function(open_client(options), options)
+        return command(name, examples, *CONNECTION, *flags)(with_client)
+    return register
+
+
+@command("serve", """
+         serve
+         serve --db ~/bus.db --port 9000 --log
+         serve --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
+         """,
          flag("--host", default="127.0.0.1", help="the address to listen on (default 127.0.0.1: this machine only)"),
          flag("--port", type=int, default=8787, help="the port; 0 picks a free one (default 8787)"),
-         flag("--db", help="the database file (BUS_DB_PATH; default intentbus.db)"),
-         flag("--key-file", default=KEY_FILE, help=f"the owner key's file (BUS_SECRET is the key itself; default {KEY_FILE})"),
-         flag("--max-body", type=whole, default=BODY_BYTES, metavar="BYTES", help=f"of a request (default {BODY_BYTES})"),
+         DB,
+         flag("--key-file", default=KEY_FILE,
+              help=f"the owner key's file (BUS_SECRET is the key itself; default {KEY_FILE})"),
+         flag("--max-body", type=positive_int, default=BODY_BYTES, metavar="BYTES",
+              help=f"of a request (default {BODY_BYTES})"),
          flag("--retention", type=duration, default=RETENTION_SECONDS, help="how long what has ended is kept (default 7d)"),
-         flag("--rate-limit", type=whole, default=RATE_PER_MINUTE, metavar="N",
+         flag("--rate-limit", type=positive_int, default=RATE_PER_MINUTE, metavar="N",
               help=f"requests a minute of an issued key (default {RATE_PER_MINUTE})"),
-         flag("--max-unfinished", type=whole, default=UNFINISHED, metavar="N",
+         flag("--max-unfinished", type=positive_int, default=UNFINISHED, metavar="N",
               help=f"intents that an issued key may have waiting or running (default {UNFINISHED})"),
          flag("--require-claim-token", action="store_true", help="refuse workers of the 1.x protocol, which send none"),
          flag("--require-signatures", action="store_true", help="refuse what is not signed (BUS_REQUIRE_SIGNATURES)"),
@@ -4692,18 +4729,14 @@ def serve_command(options):
     """Run the bus: HTTP in front of a SQLite file. Prints its URL once it listens; Ctrl-C or SIGTERM ends it well.
 
     The first start makes the owner key. Put a TLS proxy or a tunnel in front before you listen beyond this machine.
-
-    $ serve
-    $ serve --db ~/bus.db --port 9000 --log
-    $ serve --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
     """
     if options.tls_key and not options.tls_cert:
         raise Invalid("--tls-key needs --tls-cert.")
-    key, source = owner_key(options.key_file)
+    key, key_source = owner_key(options.key_file)
     store = open_store(options.db)
     try:
-        api = api_of(store, key, options.require_claim_token, options.retention, options.rate_limit,
-                     options.max_unfinished, options.max_body, options.require_signatures, options.announce_dead)
+        api = api_of(store, key, options.require_claim_token, options.retention, options.rate_limit, options.max_unfinished,
+                     options.max_body, options.require_signatures, options.announce_dead)
         server = http_server(api, options.host, options.port, options.log,
                              options.trust_proxy or switched_on("BUS_TRUST_PROXY"),
                              options.tls_cert and (options.tls_cert, options.tls_key or options.tls_cert))
@@ -4711,14 +4744,14 @@ def serve_command(options):
         store.close()
         raise
     stop = threading.Event()
-    for name in ("SIGTERM", "SIGINT", "SIGBREAK"):     # the last one is Windows's
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), lambda *_: stop.set())
+    for signal_name in ("SIGTERM", "SIGINT", "SIGBREAK"):     # the last one is Windows's
+        if hasattr(signal, signal_name):
+            signal.signal(getattr(signal, signal_name), lambda *_: stop.set())
     threading.Thread(target=server.serve_forever, daemon=True).start()
     host = f"[{options.host}]" if ":" in options.host else options.host
     url = f"http{'s' if options.tls_cert else ''}://{host}:{server.server_port}"
     print(url, flush=True)
-    welcome(store, source, url, options.host in ("127.0.0.1", "::1", "localhost") or options.tls_cert)
+    welcome(options, url, store, key_source)
     while not stop.wait(1):     # in slices, since Windows lets no signal through a longer wait
         pass
     deadline = threading.Timer(EXIT_SECONDS, os._exit, [0])
@@ -4728,20 +4761,26 @@ def serve_command(options):
     store.close()
 
 
-def welcome(store, source, url, safe):
+def welcome(options, url, store, key_source):
     """Say what a person wants to know who has just started a bus."""
-    here = program()
-    where = "" if url == URL else f" --url {url}"
-    say(f"{__version__}, database {store.path}, the key is {source}")
+    log(f"{__version__}, database {store.path}, the key is {key_source}")
     if store.warning:
-        say(store.warning)
-    if not safe:
-        say("this is plain HTTP, and not only this machine can reach it: put a TLS proxy or a tunnel in front")
-    say("next, in two other terminals:")
-    print(f"  {here} work{where} --goal hello\n  {here} publish{where} hello name=world", file=sys.stderr, flush=True)
+        log(store.warning)
+    if not options.tls_cert and options.host not in ("127.0.0.1", "::1", "localhost"):
+        log("this is plain HTTP, and not only this machine can reach it: put a TLS proxy or a tunnel in front")
+    log("next, in two other terminals:")
+    where = "" if url == URL else f" --url {url}"
+    print(f"  {INVOCATION} work{where} --goal hello\n  {INVOCATION} publish{where} hello name=world",
+          file=sys.stderr, flush=True)
 
 
-@command("publish", *CONNECTION,
+@command("publish", """
+         publish send_notification title=nas message="the backup is done"
+         publish resize '{"file": "a.jpg"}' --wait
+         publish backup host=nas full:=true --delay 1h --spool
+         publish resize --lines < files.txt
+         """,
+         *CONNECTION,
          flag("goal", help="what is to be done"),
          flag("payload", nargs="*", help="JSON, or name=text and name:=json pairs, or @FILE, or - or nothing for stdin"),
          WAIT,
@@ -4753,53 +4792,45 @@ def welcome(store, source, url, safe):
          flag("--worker", dest="target_worker", help="only this worker may do it"),
          flag("--capability", dest="required_capability", help="only a worker with this capability may do it"),
          flag("--public", dest="visibility", action="store_const", const="public", help="workers of every owner may do it"),
+         flag("--idempotency-key", help="publishing again with the same key within a day stores nothing new"),
          flag("--spool", action="store_const", const=SPOOL_FILE,
               help="if the bus cannot be reached, keep it on disk: the next publish --spool, flush or work sends it"),
-         flag("--idempotency-key", help="publishing again with the same key within a day stores nothing new"),
          flag("--lines", action="store_true", help="an intent for each line of stdin, its text the payload"),
          flag("--jsonl", action="store_true", help="an intent for each line of stdin, its JSON the payload"),
-         JSON_LINES)
+         JSON)
 def publish_command(options):
-    """Publish an intent and print its id. With --lines or --jsonl, one for each line of stdin, a thousand at a time.
-
-    $ publish send_notification title=nas message="the backup is done"
-    $ publish resize '{"file": "a.jpg"}' --wait
-    $ publish backup host=nas full:=true --delay 1h --spool
-    $ publish resize --lines < files.txt
-    """
-    names = ("priority", "delay", "ttl", "max_attempts", "backoff_base", "target_worker", "required_capability",
-             "visibility", "idempotency_key")
-    fields = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    """Publish an intent and print its id. With --lines or --jsonl, one for each line of stdin, a thousand at a time."""
+    fields = {name: value for name, value in vars(options).items() if name in PUBLISH_FIELDS and value is not None}
     if options.spool and options.wait is not None:
         raise Invalid("--spool does not wait: what is kept on disk may be sent tomorrow.")
     bus = open_client(options, spool=options.spool)
     if options.lines or options.jsonl:
         return publish_lines(bus, options, fields)
-    answer = bus.publish(options.goal, payload(options.payload), **fields)
+    answer = bus.publish(options.goal, read_payload(options.payload), **fields)
     if answer.get("status") == "spooled":
-        say(f"{answer.reason} It is kept, and sent by the next publish --spool, flush or work.")
+        log(f"{answer.reason} It is kept, and sent by the next publish --spool, flush or work.")
     elif answer.get("never_claimed"):
-        say(f"nobody listens for {options.goal!r}, and nobody ever has: is that its name? workers shows who is there")
+        log(f"nobody listens for {options.goal!r}, and nobody ever has: is that its name? workers shows who is there")
     if options.wait is not None:
-        return wait_for(bus, answer.id, options.wait, options.json)
+        return wait_for_result(bus, answer.id, options)
     if options.json or answer.id:
-        show(to_json(answer) if options.json else answer.id)
-    return 0
+        print_answer(options, answer, "id")
 
 
 def publish_lines(bus, options, fields):
     """Publish an intent for each line of stdin and print the ids; on a terminal, say how far it is."""
     if options.payload or options.wait is not None:
         raise Invalid("--lines and --jsonl take the payloads from stdin, and do not wait.")
-    key, published = fields.pop("idempotency_key", None), 0
-    read = given_json if options.jsonl else line_text
-    intents = (dict(fields, goal=options.goal, payload=read(line)) for line in sys.stdin.buffer if line.strip())
+    key = fields.pop("idempotency_key", None)
+    parse = parse_json if options.jsonl else parse_line
+    intents = (dict(fields, goal=options.goal, payload=parse(line)) for line in sys.stdin.buffer if line.strip())
+    published = 0
     for number, batch in enumerate(batches(intents)):
         answer = bus.publish_many(batch, idempotency_key=key and f"{key} {number}")
         if answer.get("status") == "spooled":
-            say(f"{answer.reason} {len(batch)} are kept, and sent by the next publish --spool, flush or work.")
+            log(f"{answer.reason} {len(batch)} are kept, and sent by the next publish --spool, flush or work.")
             continue
-        show("\n".join(map(to_json, ({"id": id} for id in answer.ids)) if options.json else answer.ids))
+        print_result("\n".join(to_json({"id": intent_id}) if options.json else intent_id for intent_id in answer.ids))
         published += len(answer.ids)
         if sys.stderr.isatty():
             sys.stderr.write(f"\rintentbus: {published} published")
@@ -4809,19 +4840,21 @@ def publish_lines(bus, options, fields):
 
 def batches(intents):
     """Yield lists of intents: up to BULK_INTENTS, and what fits a body."""
-    batch, size = [], 0
+    batch = []
+    size = 0
     for intent in intents:
         weight = len(to_json(intent).encode()) + 100     # the client adds the namespace
         if batch and (len(batch) == BULK_INTENTS or size + weight > BODY_BYTES):
             yield batch
-            batch, size = [], 0
+            batch = []
+            size = 0
         batch.append(intent)
         size += weight
     if batch:
         yield batch
 
 
-def line_text(line):
+def parse_line(line):
     """Return the text of a line of bytes, without its end."""
     try:
         return line.decode().rstrip("\r\n")
@@ -4829,92 +4862,97 @@ def line_text(line):
         raise Invalid("A line of stdin is not UTF-8.") from error
 
 
-def payload(words):
-    """Return the payload that the words on a command line say."""
-    pairs = [re.fullmatch(r"(\w+)(:?=)(.*)", word, re.ASCII | re.DOTALL) for word in words]
-    if words and all(pairs):
-        return {name: given_json(value) if sign == ":=" else value for name, sign, value in map(re.Match.groups, pairs)}
-    if len(words) > 1:
-        raise Invalid("The payload is one JSON value (quote it for the shell), or name=text pairs.")
-    if words and not words[0].startswith("@") and words[0] != "-":
-        return given_json(words[0])
-    if words and words[0] != "-":
-        try:
-            with open(words[0][1:], "rb") as file:
-                return given_json(file.read())
-        except OSError as error:
-            raise SetupError(f"The payload file {words[0][1:]} cannot be read: {error.strerror}.") from error
-    if not words and (sys.stdin is None or sys.stdin.isatty()):
-        raise Invalid("There is no payload: give JSON, name=text pairs, @FILE, or redirect stdin.")
-    return given_json(sys.stdin.buffer.read())
-
-
-def given_json(written):
-    """Return the value of JSON that a person wrote."""
+def parse_json(source):
+    """Return the value of JSON that a person wrote, a text or bytes."""
     try:
-        return from_json(written if isinstance(written, bytes) else written.encode())
+        return from_json(source if isinstance(source, bytes) else source.encode())
     except (Invalid, UnicodeError) as error:
-        shown = written[:60] if isinstance(written, str) else written[:60].decode(errors="replace")
+        shown = source[:60] if isinstance(source, str) else source[:60].decode(errors="replace")
         raise Invalid(f"{error} Given was {shown!r}; a plain text needs quotes: '\"text\"'.") from error
 
 
-def wait_for(bus, intent_id, seconds, as_json):
+def read_payload(words):
+    """Return the payload that the words on a command line say."""
+    pairs = [re.fullmatch(r"(\w+)(:?=)(.*)", word, re.ASCII | re.DOTALL) for word in words]
+    if words and all(pairs):
+        return {name: parse_json(value) if equals == ":=" else value for name, equals, value in map(re.Match.groups, pairs)}
+    if len(words) > 1:
+        raise Invalid("The payload is one JSON value (quote it for the shell), or name=text pairs.")
+    word = words[0] if words else "-"
+    if word.startswith("@"):
+        try:
+            with open(word[1:], "rb") as file:
+                return parse_json(file.read())
+        except OSError as error:
+            raise SetupError(f"The payload file {word[1:]} cannot be read: {error.strerror}.") from error
+    if word != "-":
+        return parse_json(word)
+    if not words and (sys.stdin is None or sys.stdin.isatty()):
+        raise Invalid("There is no payload: give JSON, name=text pairs, @FILE, or redirect stdin.")
+    return parse_json(sys.stdin.buffer.read())
+
+
+def wait_for_result(bus, intent_id, options):
     """Print the result of an intent once it has ended; return the exit code."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + options.wait
     while True:
         until = min(deadline, time.monotonic() + CLAIM_WAIT_SECONDS)
-        found = bus.get_result(intent_id, wait=max(0, until - time.monotonic()))
-        if found.status in ("fulfilled", "dead"):
-            return show_result(found, as_json)
+        intent = bus.get_result(intent_id, wait=max(0, until - time.monotonic()))
+        if intent.status in ("fulfilled", "dead"):
+            return print_outcome(options, intent)
         if time.monotonic() >= deadline:
-            say(f"{intent_id} is still {found.status}; ask again with: result {intent_id}")
+            log(f"{intent_id} is still {intent.status}; ask again with: result {intent_id}")
             return 124
         time.sleep(max(0, min(1, until - time.monotonic())))     # a bus that holds no request has answered at once
 
 
-def show_result(found, as_json):
+def print_outcome(options, intent):
     """Print what came of an intent; return the exit code."""
-    if as_json:
-        show(to_json(found))
-    elif found.status == "fulfilled" and found.result is not None:
-        show(as_text(found.result))
-    if found.status == "dead":
-        say(f"{found.id} is dead: {found.last_error}")
-    return {"fulfilled": 0, "dead": 1}.get(found.status, 3)
+    if options.json:
+        print_result(to_json(intent))
+    elif intent.status == "fulfilled" and intent.result is not None:
+        print_result(as_text(intent.result))
+    if intent.status == "dead":
+        log(f"{intent.id} is dead: {intent.last_error}")
+    return {"fulfilled": 0, "dead": 1}.get(intent.status, 3)
 
 
-@command("flush", *CONNECTION,
+@command("flush", "flush", *CONNECTION,
          flag("--discard", action="store_true", help="forget what the bus has refused for good"))
 def flush_command(options):
     """Send what publish --spool and work have kept, and print how many requests the bus has taken.
 
     Exit code 1 if the bus has refused some for good; they are kept until --discard.
-
-    $ flush
     """
     bus = open_client(options, spool=SPOOL_FILE)
-    show(bus.flush())
+    print_result(bus.flush())
     refused = bus.spool.refused(bus.base_url)
     for request in refused:
-        say(f"refused for good: {request.refusal} {request.body}")
+        log(f"refused for good: {request.refusal} {request.body}")
         if options.discard:
             bus.spool.remove(request.number)
     return 1 if refused and not options.discard else 0
 
 
-@command("work", *CONNECTION,
+@command("work", """
+         work --goal send_notification -- ./handler.sh
+         work --goal resize -j 4 -- convert {file} -resize 50% {out}
+         work --goal backup --drain --timeout 1h -- ./backup.sh
+         """,
+         *CONNECTION,
          flag("--goal", action="append", help="what to do; may repeat; without it, anything"),
-         flag("-j", "--jobs", type=whole, default=1, metavar="N", help="how many at once (default 1)"),
+         flag("-j", "--jobs", type=positive_int, default=1, metavar="N", help="how many at once (default 1)"),
          flag("--once", dest="max_jobs", action="store_const", const=1, help="leave after one intent"),
-         flag("--max-jobs", type=whole, metavar="N", help="leave after N intents"),
+         flag("--max-jobs", type=positive_int, metavar="N", help="leave after N intents"),
          flag("--drain", action="store_true", help="leave when there is nothing more to do"),
          flag("--max-time", type=duration, help="claim nothing more after that long"),
          flag("--timeout", type=duration, default=HANDLER_SECONDS, help="end a handler that takes longer (default 5m)"),
          flag("--kill-after", type=duration, default=KILL_AFTER_SECONDS, help="between TERM and KILL (default 5s)"),
-         flag("--lease", type=duration, default=LEASE_SECONDS, help="10s to 1h: after that long a silence, it is lost (default 60s)"),
+         flag("--lease", type=duration, default=LEASE_SECONDS, help="10s to 1h: after that silence it is lost (default 60s)"),
          flag("--poll", type=duration, default=POLL_SECONDS, help="between claims at a bus that holds none (default 5s)"),
          flag("--result", choices=("auto", "json", "text", "none"), default="auto", help="how stdout is read (default auto)"),
-         flag("--max-output", type=whole, default=OUTPUT_BYTES, metavar="BYTES", help=f"of stdout (default {OUTPUT_BYTES})"),
+         flag("--max-output", type=positive_int, default=OUTPUT_BYTES, metavar="BYTES",
+              help=f"of stdout (default {OUTPUT_BYTES})"),
          flag("--worker-id", help="a name, for intents meant for this worker, and for the command workers"),
          flag("--no-wake-lock", action="store_true", help="in Termux, let the phone sleep"),
          flag("--capability", dest="capabilities", action="append", default=[], help="what this worker can do; may repeat"),
@@ -4924,10 +4962,6 @@ def work_command(options):
 
     {name} in an argument becomes that field of the payload, {id} {goal} {payload} likewise. Exit code 0 fulfils, 100
     rejects for good, 126 and 127 stop the worker, any other fails for a retry. Without a program, prints each payload.
-
-    $ work --goal send_notification -- ./handler.sh
-    $ work --goal resize -j 4 -- convert {file} -resize 50% {out}
-    $ work --goal backup --drain --timeout 1h -- ./backup.sh
     """
     handler = print_payload
     if options.program:
@@ -4938,14 +4972,13 @@ def work_command(options):
         raise Invalid("--lease is from 10s to 1h.")
     if not (options.max_jobs or options.drain or options.max_time or options.no_wake_lock):
         stay_awake()
-    worker = Worker(open_client(options, spool=spool_if_usable()), options.goal, handler, concurrency=options.jobs, lease=options.lease, on_message=say,
-                    max_jobs=options.max_jobs, max_time=options.max_time, drain=options.drain, poll=options.poll,
-                    worker_id=options.worker_id, capabilities=options.capabilities)
-    caught = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: (caught.append(number), worker.interrupt()))
+    worker = Worker(open_client(options, spool=spool_if_usable()), options.goal, handler, on_message=log,
+                    concurrency=options.jobs, lease=options.lease, max_jobs=options.max_jobs, max_time=options.max_time,
+                    drain=options.drain, poll=options.poll, worker_id=options.worker_id, capabilities=options.capabilities)
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, worker.interrupt)
     worker.run()
-    return 128 + caught[0] if caught else 0
+    return 128 + worker.interrupted_by if worker.interrupted_by else 0
 
 
 def spool_if_usable():
@@ -4954,307 +4987,243 @@ def spool_if_usable():
         Spool()
         return SPOOL_FILE
     except SetupError as error:
-        say(f"{error} What cannot be reported is not kept, then.")
-        return None
+        log(f"{error} What cannot be reported is not kept, then.")
 
 
 def stay_awake():
     """Take Termux's wake-lock, if this is Termux: a worker that runs for good is not to sleep with the screen."""
     if in_termux() and run_quietly("termux-wake-lock", timeout=TERMUX_SECONDS):
-        say("the phone stays awake for this (--no-wake-lock); termux-wake-unlock lets it sleep again")
+        log("the phone stays awake for this (--no-wake-lock); termux-wake-unlock lets it sleep again")
 
 
 def print_payload(intent, lease):
     """Handle an intent by printing its payload as a line of JSON."""
-    show(to_json(intent.payload))
+    print_result(to_json(intent.payload))
     return None, "json"
 
 
-@command("status", *CONNECTION, flag("id", help="the id that publish printed"), JSON_LINES)
-def status_command(options):
-    """Print the state of an intent.
-
-    $ status 01a20a3bf4423c55cce77efa455c0ada
-    """
-    found = open_client(options).get_status(options.id)
-    show(to_json(found) if options.json else found.status)
-    if found.last_error and not options.json:
-        say(found.last_error)
+@bus_command("status", "status 01a20a3bf4423c55cce77efa455c0ada", ID, JSON)
+def status_command(bus, options):
+    """Print the state of an intent."""
+    intent = bus.get_status(options.id)
+    print_answer(options, intent, "status")
+    if intent.last_error and not options.json:
+        log(intent.last_error)
 
 
-@command("result", *CONNECTION, flag("id", help="the id that publish printed"), WAIT, JSON_LINES)
-def result_command(options):
-    """Print the result of an intent; exit 1 if it is dead, 3 if there is none yet.
-
-    $ result 01a20a3bf4423c55cce77efa455c0ada --wait=10m
-    """
-    bus = open_client(options)
+@bus_command("result", "result 01a20a3bf4423c55cce77efa455c0ada --wait=10m", ID, WAIT, JSON)
+def result_command(bus, options):
+    """Print the result of an intent; exit 1 if it is dead, 3 if there is none yet."""
     if options.wait is not None:
-        return wait_for(bus, options.id, options.wait, options.json)
-    found = bus.get_result(options.id)
-    if found.status in ("open", "claimed"):
-        say(f"{options.id} is still {found.status}")
-    return show_result(found, options.json)
+        return wait_for_result(bus, options.id, options)
+    intent = bus.get_result(options.id)
+    if intent.status in ("open", "claimed"):
+        log(f"{options.id} is still {intent.status}")
+    return print_outcome(options, intent)
 
 
-@command("list", *CONNECTION, flag("--status", choices=("open", "claimed", "fulfilled", "dead"), help="only these"),
-         flag("--goal", help="only these"),
-         flag("--limit", type=whole, default=50, metavar="N", help="at most N (default 50)"), JSON_LINES)
-def list_command(options):
-    """List intents, newest first: id, status, attempts, age, goal, last error.
-
-    $ list --status dead
-    $ list --goal resize --limit 500 --json
-    """
-    bus, before, left = open_client(options), None, options.limit
+@bus_command("list", """
+             list --status dead
+             list --goal resize --limit 500 --json
+             """,
+             flag("--status", choices=("open", "claimed", "fulfilled", "dead"), help="only these"),
+             flag("--goal", help="only these"),
+             flag("--limit", type=positive_int, default=50, metavar="N", help="at most N (default 50)"), JSON)
+def list_command(bus, options):
+    """List intents, newest first: id, status, attempts, age, goal, last error."""
+    left = options.limit
+    before = None
     while left > 0:
         page = bus.list(status=options.status, goal=options.goal, namespace=options.namespace, limit=min(left, 500),
                         before=before)
-        for intent in page.intents:
-            show(to_json(intent) if options.json else row(intent))
-        left, before = left - len(page.intents), page.next
-        if not before:
-            break
+        print_rows(options, page.intents, lambda intent: (
+            intent.id, f"{intent.status:9}", f"{intent.claim_attempts}/{intent.max_attempts}",
+            f"{format_age(time.time() - intent.created_at):>4}", intent.goal, intent.last_error))
+        before = page.next
+        left = left - len(page.intents) if before else 0
 
 
-@command("workers", *CONNECTION, JSON_LINES)
-def workers_command(options):
-    """List who has asked for work in the last five minutes: last seen, owner, worker, version, goals, intent.
-
-    $ workers
-    """
-    for worker in map(Record, open_client(options).workers().workers):
-        cells = (f"{age(time.time() - worker.last_seen):>4}", worker.owner, worker.id, worker.version or "-",
-                 ", ".join(worker.goals) or "any goal", worker.intent or "")
-        show(to_json(worker) if options.json else printable("  ".join(cells)).rstrip())
+@bus_command("workers", "workers", JSON)
+def workers_command(bus, options):
+    """List who has asked for work in the last five minutes: last seen, owner, worker, version, goals, intent."""
+    print_rows(options, map(Record, bus.workers().workers), lambda worker: (
+        f"{format_age(time.time() - worker.last_seen):>4}", worker.owner, worker.id, worker.version or "-",
+        ", ".join(worker.goals) or "any goal", worker.intent))
 
 
-@command("watch", *CONNECTION, JSON_LINES)
-def watch_command(options):
-    """Follow what happens on the bus, a line an event, until Ctrl-C: time, what, intent, goal, worker, error.
-
-    $ watch
-    $ watch --json | jq -c 'select(.event == "dead")'
-    """
-    bus, after = open_client(options), None
+@bus_command("watch", """
+             watch
+             watch --json | jq -c 'select(.event == "dead")'
+             """,
+             JSON)
+def watch_command(bus, options):
+    """Follow what happens on the bus, a line an event, until Ctrl-C: time, what, intent, goal, worker, error."""
+    after = None
     while True:
         asked = time.monotonic()
         try:
             page = bus.events(after, wait=CLAIM_WAIT_SECONDS if after else 0)
         except TRANSIENT as error:
-            say(f"{error} Trying again.")
+            log(f"{error} Trying again.")
             time.sleep(POLL_SECONDS)
             continue
         if page.missed:
-            say(f"{page.missed} events were missed")
-        for event in map(Record, page.events):
-            show(to_json(event) if options.json else event_line(event))
+            log(f"{page.missed} events were missed")
+        print_rows(options, map(Record, page.events), event_cells)
         if after and not page.events and time.monotonic() - asked < RECHECK_SECONDS:     # a bus that holds no request
             time.sleep(RECHECK_SECONDS)
         after = page.next
 
 
-def event_line(event):
-    """Return the line of an event."""
-    cells = (time.strftime("%H:%M:%S", time.localtime(event.time)), f"{event.event:9}", event.id, event.goal,
-             event.worker_id or "", event.last_error if event.event in ("failed", "dead", "lost") and event.last_error else "")
-    return printable("  ".join(filter(None, cells)))
+def event_cells(occurrence):
+    """Return the cells of the line of an event."""
+    error = occurrence.last_error if occurrence.event in ("failed", "dead", "lost") else None
+    return (time.strftime("%H:%M:%S", time.localtime(occurrence.time)), f"{occurrence.event:9}", occurrence.id,
+            occurrence.goal, occurrence.worker_id, error)
 
 
-def row(intent):
-    """Return the line of an intent in a list."""
-    cells = (intent.id, f"{intent.status:9}", f"{intent.claim_attempts}/{intent.max_attempts}",
-             f"{age(time.time() - intent.created_at):>4}", intent.goal, intent.last_error or "")
-    return printable("  ".join(cells)).rstrip()
+@bus_command("cancel", "cancel 01a20a3bf4423c55cce77efa455c0ada", ID, JSON)
+def cancel_command(bus, options):
+    """End an intent that is not finished; a worker that has it drops it."""
+    print_answer(options, bus.cancel(options.id), "status")
 
 
-def age(seconds):
-    """Return a span of time in its largest unit, such as 5m."""
-    unit = next((unit for unit in "dhm" if seconds >= UNITS[unit]), "s")
-    return f"{max(0, seconds) // UNITS[unit]:.0f}{unit}"
-
-
-@command("cancel", *CONNECTION, flag("id", help="the id that publish printed"), JSON_LINES)
-def cancel_command(options):
-    """End an intent that is not finished; a worker that has it drops it.
-
-    $ cancel 01a20a3bf4423c55cce77efa455c0ada
-    """
-    answer = open_client(options).cancel(options.id)
-    show(to_json(answer) if options.json else answer.status)
-
-
-@command("retry", *CONNECTION, flag("id", nargs="?", help="the id that publish printed"),
-         flag("--goal", help="all dead intents of this goal, up to --limit"),
-         flag("--all", action="store_true", help="all dead intents, up to --limit"),
-         flag("--limit", type=whole, default=1000, metavar="N", help="at most N (default 1000)"), JSON_LINES)
-def retry_command(options):
-    """Open a dead intent anew, or many; prints the new status, or how many.
-
-    $ retry 01a20a3bf4423c55cce77efa455c0ada
-    $ retry --goal resize
-    """
+@bus_command("retry", """
+             retry 01a20a3bf4423c55cce77efa455c0ada
+             retry --goal resize
+             """,
+             flag("id", nargs="?", help="the id that publish printed"),
+             flag("--goal", help="all dead intents of this goal, up to --limit"),
+             flag("--all", action="store_true", help="all dead intents, up to --limit"),
+             flag("--limit", type=positive_int, default=1000, metavar="N", help="at most N (default 1000)"), JSON)
+def retry_command(bus, options):
+    """Open a dead intent anew, or many; prints the new status, or how many."""
     if bool(options.id) + bool(options.goal) + options.all != 1:
         raise Invalid("Say what to retry: an id, --goal GOAL or --all.")
-    answer = open_client(options).retry(options.id, goal=options.goal, namespace=options.namespace, limit=options.limit)
-    show(to_json(answer) if options.json else answer.status if options.id else answer.retried)
+    answer = bus.retry(options.id, goal=options.goal, namespace=options.namespace, limit=options.limit)
+    print_answer(options, answer, "status" if options.id else "retried")
 
 
-@command("set", *CONNECTION, flag("key", help="its name"), flag("value", help="JSON, or text"),
-         flag("--ttl", type=duration, default=VALUE_TTL_SECONDS, help="how long it is kept, up to 1d (default 10m)"),
-         flag("--if-absent", action="store_true", help="only if there is none: exit 1 if the key is taken, a lock"))
-def set_command(options):
-    """Keep a value for a while.
-
-    $ set thermostat '{"celsius": 19.5}' --ttl 1h
-    $ set "nightly backup" mine --ttl 1h --if-absent
-    """
+@bus_command("set", """
+             set thermostat '{"celsius": 19.5}' --ttl 1h
+             set "nightly backup" mine --ttl 1h --if-absent
+             """,
+             VALUE_NAME, flag("value", help="JSON, or text"),
+             flag("--ttl", type=duration, default=VALUE_TTL_SECONDS, help="how long it is kept, up to 1d (default 10m)"),
+             flag("--if-absent", action="store_true", help="only if there is none: exit 1 if the key is taken, a lock"))
+def set_command(bus, options):
+    """Keep a value for a while."""
     try:
         value = from_json(options.value.encode())
     except (Invalid, UnicodeError):
         value = options.value
-    open_client(options).set(options.key, value, options.ttl, options.if_absent)
+    bus.set(options.key, value, options.ttl, options.if_absent)
 
 
-@command("get", *CONNECTION, flag("key", help="its name"))
-def get_command(options):
-    """Print a value that set has kept: a text as it is, the rest as JSON; exit 3 if there is none.
-
-    $ get thermostat
-    """
-    show(as_text(open_client(options).get(options.key)))
+@bus_command("get", "get thermostat", VALUE_NAME)
+def get_command(bus, options):
+    """Print a value that set has kept: a text as it is, the rest as JSON; exit 3 if there is none."""
+    print_result(as_text(bus.get(options.key)))
 
 
-@command("del", *CONNECTION, flag("key", help="its name"))
-def delete_command(options):
-    """Forget a value; exit 3 if there was none.
-
-    $ del thermostat
-    """
-    return 0 if open_client(options).delete(options.key).deleted else 3
+@bus_command("del", "del thermostat", VALUE_NAME)
+def delete_command(bus, options):
+    """Forget a value; exit 3 if there was none."""
+    return 0 if bus.delete(options.key).deleted else 3
 
 
-@command("keys add", *CONNECTION, *NEW_KEY)
-def keys_add(options):
-    """Issue a key and print it, this once.
-
-    $ keys add phone --role work
-    """
-    made = open_client(options).admin("generate_key", name=options.name, owner=options.owner, role=options.role)
-    say(f"id {made.key_id}, owner {made.owner}, role {made.role}; the key is shown only now")
-    show(made.api_key)
+@bus_command("keys add", "keys add phone --role work", *NEW_KEY)
+def keys_add_command(bus, options):
+    """Issue a key and print it, this once."""
+    made = bus.admin("generate_key", name=options.name, owner=options.owner, role=options.role)
+    log(f"id {made.key_id}, owner {made.owner}, role {made.role}; the key is shown only now")
+    print_result(made.api_key)
 
 
-@command("keys invite", *CONNECTION, *NEW_KEY)
-def keys_invite(options):
-    """Print a code that another machine can join the bus with: once, within ten minutes.
-
-    $ keys invite phone --role work
-    """
-    made = open_client(options).admin("invite", name=options.name, owner=options.owner, role=options.role)
-    say(f"for {made.name}, role {made.role}: valid until {time.strftime('%H:%M', time.localtime(made.expires_at))}, once. "
-        "On the other machine: join URL CODE")
-    show(made.code)
+@bus_command("keys invite", "keys invite phone --role work", *NEW_KEY)
+def keys_invite_command(bus, options):
+    """Print a code that another machine can join the bus with: once, within ten minutes."""
+    made = bus.admin("invite", name=options.name, owner=options.owner, role=options.role)
+    expiry = time.strftime("%H:%M", time.localtime(made.expires_at))
+    log(f"for {made.name}, role {made.role}: valid until {expiry}, once. On the other machine: join URL CODE")
+    print_result(made.code)
 
 
-@command("join", flag("url", help="the bus, as this machine reaches it"), flag("code", help="what keys invite has printed"),
-         flag("--ca", metavar="FILE", help="trust the certificates in this file, besides those of the system"),
+@bus_command("keys list", "keys list", JSON)
+def keys_list_command(bus, options):
+    """List the issued keys: id, role, owner, requests, last use, name."""
+    print_rows(options, bus.admin("keys"), lambda key: (
+        key.key_id, f"{key.role:7}", key.owner, str(key.total_requests),
+        format_age(time.time() - key.last_used_at) if key.last_used_at else "never", key.name))
+
+
+@bus_command("keys revoke", "keys revoke 267ecfd48ae038ad", flag("key_id", help="the id that keys list prints"))
+def keys_revoke_command(bus, options):
+    """End an issued key."""
+    bus.admin("revoke_key", key_id=options.key_id)
+
+
+@command("join", """
+         join https://bus.example.com K7Q2-9MXW
+         join http://100.101.102.103:8787 K7Q2-9MXW --plain
+         """,
+         flag("url", help="the bus, as this machine reaches it"), flag("code", help="what keys invite has printed"), CA,
          flag("--plain", action="store_true", help="the way there is plain http, but nobody else can read it: a VPN"))
 def join_command(options):
-    """Join a bus: get a key for a code, and keep both, so that no command needs flags any more.
-
-    $ join https://bus.example.com K7Q2-9MXW
-    $ join http://100.101.102.103:8787 K7Q2-9MXW --plain
-    """
+    """Join a bus: get a key for a code, and keep both, so that no command needs flags any more."""
     bus = IntentClient(options.url, "none", ca=options.ca)
     if not (bus.secure or options.plain):
         raise SetupError("The key would cross the network readable. Join through https, or a tunnel that ends on this "
                          "machine; or say --plain if a VPN encrypts the way.")
     made = bus.join(options.code)
     write_settings(bus.base_url, made.api_key, options.ca)
-    say(f"joined {bus.base_url} as {made.name}, role {made.role}; the key is in {CONFIG_FILE}")
+    log(f"joined {bus.base_url} as {made.name}, role {made.role}; the key is in {CONFIG_FILE}")
 
 
-@command("keys list", *CONNECTION, JSON_LINES)
-def keys_list(options):
-    """List the issued keys: id, role, owner, requests, last use, name.
-
-    $ keys list
-    """
-    for key in open_client(options).admin("keys"):
-        used = age(time.time() - key.last_used_at) if key.last_used_at else "never"
-        show(to_json(key) if options.json else printable(
-            f"{key.key_id}  {key.role:7}  {key.owner}  {key.total_requests}  {used}  {key.name}"))
+@bus_command("stats", "stats")
+def stats_command(bus, options):
+    """Print how the bus is, as JSON: intents by namespace and status, sizes, requests held."""
+    summary = bus.admin("summary")
+    summary.pop("history", None)     # for a plot, not for a reader
+    print_result(json.dumps(summary, indent=2))
 
 
-@command("keys revoke", *CONNECTION, flag("key_id", help="the id that keys list prints"))
-def keys_revoke(options):
-    """End an issued key.
-
-    $ keys revoke 267ecfd48ae038ad
-    """
-    open_client(options).admin("revoke_key", key_id=options.key_id)
-
-
-@command("stats", *CONNECTION)
-def stats(options):
-    """Print how the bus is, as JSON: intents by namespace and status, sizes, requests held.
-
-    $ stats
-    """
-    found = open_client(options).admin("summary")
-    found.pop("history", None)     # for a plot, not for a reader
-    show(json.dumps(found, indent=2))
-
-
-@command("purge", *CONNECTION, flag("--yes", action="store_true", help="really"))
-def purge_command(options):
-    """Delete all intents for good, or those of a --namespace; prints how many.
-
-    $ purge --namespace test --yes
-    """
+@bus_command("purge", "purge --namespace test --yes", flag("--yes", action="store_true", help="really"))
+def purge_command(bus, options):
+    """Delete all intents for good, or those of a --namespace; prints how many."""
     if not options.yes:
         raise Invalid("This deletes intents for good, whatever their state: say --yes.")
-    show(open_client(options).admin("purge", confirm=True, namespace=options.namespace).deleted)
+    print_result(bus.admin("purge", confirm=True, namespace=options.namespace).deleted)
 
 
-@command("doctor", *CONNECTION,
-         flag("--db", help="the database to look at (BUS_DB_PATH; default intentbus.db, if it is there)"), JSON_LINES)
-def doctor(options):
-    """Look for what goes wrong in practice, and say the cure; exit code 1 if something is bad.
-
-    $ doctor
-    """
-    findings = [finding for check in CHECKS for finding in check(options)]
-    for finding in findings:
-        show(to_json(finding._asdict()) if options.json else printable(f"{finding.level:4}  {finding.about:8}  {finding.words}"))
+@command("doctor", "doctor", *CONNECTION, DB, JSON)
+def doctor_command(options):
+    """Look for what goes wrong in practice, and say the cure; exit code 1 if something is bad."""
+    findings = [Record(finding._asdict()) for check in CHECKS for finding in check(options)]
+    print_rows(options, findings, lambda finding: (f"{finding.level:4}", f"{finding.about:8}", finding.words))
     return int(any(finding.level == "bad" for finding in findings))
 
 
-@command("backup", flag("file", help="the file to write; it must not exist"),
-         flag("--db", help="the database file (BUS_DB_PATH; default intentbus.db)"))
-def backup(options):
-    """Copy the database of a bus, running or not, into a file that serve --db can use.
-
-    $ backup bus-monday.db
-    """
-    import pathlib
+@command("backup", "backup bus-monday.db", flag("file", help="the file to write; it must not exist"), DB)
+def backup_command(options):
+    """Copy the database of a bus, running or not, into a file that serve --db can use."""
     import sqlite3
-    where = database_place(options)
-    if "://" in where:
+    source = database_place(options)
+    if "://" in source:
         raise SetupError("This copies SQLite files; the tool for a PostgreSQL database is pg_dump.")
-    source, made = pathlib.Path(where).resolve(), False
+    source = os.path.realpath(source)
     try:
-        if not source.is_file():
-            raise FileNotFoundError(errno.ENOENT, "there is no such database")
-        os.close(os.open(options.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-        made = True
-        with contextlib.closing(sqlite3.connect(f"{source.as_uri()}?mode=ro", uri=True)) as here, \
-                contextlib.closing(sqlite3.connect(options.file)) as there:
-            here.backup(there)
+        with contextlib.ExitStack() as undo:
+            if not os.path.isfile(source):
+                raise FileNotFoundError(errno.ENOENT, "there is no such database")
+            os.close(os.open(options.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            undo.callback(os.unlink, options.file)
+            uri = f"file:{urllib.parse.quote(source)}?mode=ro"
+            with contextlib.closing(sqlite3.connect(uri, uri=True)) as here, \
+                    contextlib.closing(sqlite3.connect(options.file)) as there:
+                here.backup(there)
+            undo.pop_all()
     except (OSError, sqlite3.Error) as error:
-        if made:
-            os.unlink(options.file)
         reason = getattr(error, "strerror", None) or error
         raise SetupError(f"{source} cannot be copied to {options.file}: {reason}.") from error
 
@@ -5263,11 +5232,8 @@ class Parser(argparse.ArgumentParser):
     """The parser of one command, whose help opens with examples."""
 
     def __init__(self, name):
-        function, flags = COMMANDS[name]
-        lines = function.__doc__.split("\n")
-        self._examples = [line.strip()[2:] for line in lines if line.strip().startswith("$ ")]
-        words = "\n".join(line.strip() for line in lines if not line.strip().startswith("$ ")).strip()
-        super().__init__(prog=f"intentbus.py {name}", description=words, formatter_class=argparse.RawDescriptionHelpFormatter)
+        function, self._examples, flags = COMMANDS[name]
+        super().__init__(f"intentbus.py {name}", description=function.__doc__)
         for names, settings in flags:
             self.add_argument(*names, **settings)
 
@@ -5281,66 +5247,72 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self):
         """Return the help: examples, usage, flags."""
-        shown = "".join(f"  {program()} {example}\n" for example in self._examples)
-        return f"examples:\n{shown}\n{super().format_help()}"
-
-
-def summary(name):
-    """Return what a command does, in a few words."""
-    return re.split(r"[:;.](?: |$)", COMMANDS[name][0].__doc__.splitlines()[0])[0]
+        examples = "".join(f"  {INVOCATION} {example}\n" for example in self._examples)
+        return f"examples:\n{examples}\n{super().format_help()}"
 
 
 def overview():
-    """Return what there is: the story, and the commands in groups."""
-    lines = [STORY.format(program()).rstrip("\n")]
+    """Return what there is: the introduction, and the commands in groups."""
+    lines = [INTRODUCTION.format(INVOCATION).rstrip("\n")]
     for title, names in GROUPS:
-        lines += ["", f"{title}:"] + [f"  {name:12} {summary(name)}" for name in names]
-    return "\n".join(lines) + "\n" + ENDING
+        lines += ["", f"{title}:", *(f"  {name:12} {first_clause(COMMANDS[name][0].__doc__)}" for name in names)]
+    return "\n".join(lines) + "\n" + EPILOG
 
 
-def named(words):
+def first_clause(text):
+    """Return a text up to the end of its first clause."""
+    return re.split(r"[:;.](?: |$)", text.splitlines()[0])[0]
+
+
+def find_command(words):
     """Return the command that these words start with, and the rest of them; raises Invalid if there is none."""
     for length in (2, 1):
-        if " ".join(words[:length]) in COMMANDS:
-            return " ".join(words[:length]), words[length:]
+        name = " ".join(words[:length])
+        if name in COMMANDS:
+            return name, words[length:]
     import difflib
     near = [name for name in COMMANDS if name.startswith(words[0] + " ")] or difflib.get_close_matches(words[0], COMMANDS)
-    raise Invalid(f"There is no command {words[0]!r}" + (f"; did you mean {' or '.join(near)}?" if near else
-                                                        ": --help shows those that are."))
+    hint = f"; did you mean {' or '.join(near)}?" if near else ": --help shows those that are."
+    raise Invalid(f"There is no command {words[0]!r}{hint}")
+
+
+def run_command(words):
+    """Run the command that these words say; return its exit code."""
+    if not words:
+        print(overview(), file=sys.stderr)
+        raise Invalid("A COMMAND is missing.")
+    if words[0] in ("-h", "--help", "help", "--version"):
+        print(f"intentbus {__version__}" if words[0] == "--version" else overview())
+        return 0
+    end = words.index("--") if "--" in words else len(words)
+    words = ["--wait=" if word == "--wait" else word for word in words[:end]] + words[end:]     # its value is optional
+    name, words = find_command(words)
+    options = Parser(name).parse(words)
+    if getattr(options, "namespace", "") is None:
+        options.namespace = os.environ.get("INTENT_BUS_NAMESPACE") or None
+    code = COMMANDS[name][0](options) or 0
+    sys.stdout.flush()
+    return code
 
 
 def main(arguments=None):
     """Run a command and return its exit code."""
-    warnings.showwarning = lambda message, *rest: say(message)
+    warnings.showwarning = lambda message, *_: log(message)
     if hasattr(sys.stdout, "reconfigure"):     # a result may hold what the encoding of stdout does not
         sys.stdout.reconfigure(errors="backslashreplace")
-    words = sys.argv[1:] if arguments is None else arguments
-    end = words.index("--") if "--" in words else len(words)
-    words = ["--wait=" if word == "--wait" else word for word in words[:end]] + words[end:]     # its value is optional
     try:
-        if not words:
-            print(overview(), file=sys.stderr)
-            raise Invalid("A COMMAND is missing.")
-        if words[0] in ("-h", "--help", "help", "--version"):
-            print(f"intentbus {__version__}" if words[0] == "--version" else overview())
-            return 0
-        name, words = named(words)
-        options = Parser(name).parse(words)
-        if getattr(options, "namespace", "") is None:
-            options.namespace = os.environ.get("INTENT_BUS_NAMESPACE") or None
-        code = COMMANDS[name][0](options) or 0
-        sys.stdout.flush()
-        return code
+        return run_command(sys.argv[1:] if arguments is None else arguments)
     except Error as error:
-        say(error)
+        log(error)
         return 2 if isinstance(error, SetupError) else EXIT_CODES.get(error.status, 5)
     except KeyboardInterrupt:
         return 130
     except OSError as error:     # our output cannot be written: its reader has had enough, or the disk is full
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            say(error.strerror)
-        return 0 if isinstance(error, BrokenPipeError) else 2
+        if isinstance(error, BrokenPipeError):
+            return 0
+        log(error.strerror)
+        return 2
 
 
 if __name__ == "__main__":

@@ -5589,7 +5589,7 @@ def test_a_mistyped_command_is_met_with_the_right_one():
 
 def test_every_command_and_flag_explains_itself_and_is_in_the_readme(serve):
     readme = (HERE / "README.md").read_text()
-    for name, (function, flags) in intentbus.COMMANDS.items():
+    for name, (function, _, flags) in intentbus.COMMANDS.items():
         assert f"`{name}" in readme and function.__doc__
         for names, options in flags:
             assert options["help"], names

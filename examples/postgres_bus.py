@@ -553,9 +553,9 @@ class PostgresStore(Store):
         """Say on stderr what is wrong, once, and when it is over; not in answers, since it may name hosts and users."""
         if error and what not in self._complaints:
             self._complaints[what] = error
-            intentbus.say(f"{what}: {brief(error)}. Trying again.")
+            intentbus.log(f"{what}: {brief(error)}. Trying again.")
         elif not error and self._complaints.pop(what, None):
-            intentbus.say(f"No longer so: {what}.")
+            intentbus.log(f"No longer so: {what}.")
 
     def _prepare(self, db):
         """Bring the tables to the schema of this version and return what names them; of several buses at once, one does so."""
