@@ -29,7 +29,7 @@ The parts, top to bottom; each uses only those above it:
      8. Page       what a person sees who opens the bus in a browser
      9. API        the endpoints, as a table; handle(request) -> response
     10. Server     sockets and strict HTTP/1.1 around handle
-    11. Local state  what a machine keeps for itself: the bus it has joined, and what could not be sent yet
+    11. Local state  the files of this machine: the bus that it has joined, and the spool of unsent requests
     12. Client     IntentClient: the Bus's verbs over HTTP
     13. Worker     claim, run, keep the lease, report; a program as the handler
     14. Doctor     what goes wrong in practice, and the cure
@@ -3498,31 +3498,31 @@ def wsgi_request(environ, headers, max_body):
 
 
 # ---- 11. Local state ----
-# What a machine keeps in ~/.intentbus, for itself alone: which bus it has joined, and what no bus has answered yet.
+# The files of this machine in ~/.intentbus: the bus that it has joined, and the spool of requests that no bus has answered.
 
 SPOOL_SCHEMA = """
-    CREATE TABLE IF NOT EXISTS requests (     -- that a bus has not answered yet, in the order in which they were made
+    CREATE TABLE IF NOT EXISTS requests (     -- sent in the order of their numbers
         number INTEGER PRIMARY KEY AUTOINCREMENT, bus TEXT NOT NULL, path TEXT NOT NULL, body TEXT NOT NULL,
-        idempotency_key TEXT,     -- of a publish
-        intent_id TEXT,           -- of an outcome; the latest one counts
+        idempotency_key TEXT,     -- only of a publish
+        intent_id TEXT,           -- only of an outcome, which replaces an earlier outcome of the intent
         created_at DOUBLE PRECISION NOT NULL,
-        refusal TEXT,             -- what the bus said to a publish that it will never take
+        refusal TEXT,             -- the error with which the bus refused a publish for good
         UNIQUE (bus, intent_id)
     )
 """
 
 
 def make_parent_folder(path):
-    """Make the folder of a file, for our eyes only, if there is none; raises SetupError."""
+    """Create the folder of a file, readable by its owner only, unless it exists; raises SetupError."""
     folder = os.path.dirname(os.path.abspath(path))
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
     except OSError as error:
-        raise SetupError(f"The folder {folder} cannot be made: {error.strerror}.") from error
+        raise SetupError(f"The folder {folder} cannot be created: {error.strerror}.") from error
 
 
 def read_settings():
-    """Return {"url", "key", "ca"} of the bus that this machine has joined, an empty record if none."""
+    """Return {"url", "key", "ca"} of the bus that this machine has joined, or an empty Record; raises SetupError."""
     content = read_private(CONFIG_FILE, "settings")
     if content is None:
         return Record()
@@ -3535,14 +3535,13 @@ def read_settings():
 
 
 def write_settings(url, key, ca):
-    """Write down the bus that this machine has joined, whole or not at all."""
+    """Save the bus that this machine has joined; a crash leaves the old settings or the new ones, never a mixture."""
     path = os.path.expanduser(CONFIG_FILE)
     make_parent_folder(path)
-    settings = to_json(dict(url=url, key=key, ca=ca and os.path.abspath(ca)))
     temporary = f"{path}.{os.getpid()}"
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-            file.write(settings + "\n")
+            file.write(to_json(dict(url=url, key=key, ca=ca and os.path.abspath(ca))) + "\n")
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -3551,20 +3550,20 @@ def write_settings(url, key, ca):
 
 
 class Spool:
-    """The requests of this machine that a bus has not answered yet, in one SQLite file that several processes share."""
+    """Requests that no bus has answered yet, in an SQLite file that the processes of this machine share."""
 
     def __init__(self, path=SPOOL_FILE):
-        """Open or create it; raises SetupError."""
+        """Open the file, or create it, readable by its owner only; raises SetupError."""
         import sqlite3
         self._path = os.path.expanduser(path)
-        self._lock = threading.Lock()     # the threads share one connection
+        self._lock = threading.Lock()     # all threads share one connection
         make_parent_folder(self._path)
         try:
             os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
             self._db = sqlite3.connect(self._path, timeout=BUSY_TIMEOUT_MS / 1000, isolation_level=None,
                                        check_same_thread=False)
             self._db.row_factory = lambda cursor, values: Record(zip((column[0] for column in cursor.description), values))
-            self._db.execute("PRAGMA synchronous = FULL")     # the journal is not a write-ahead log: processes share it
+            self._db.execute("PRAGMA synchronous = FULL")     # a spooled request survives a power cut
             self._db.execute("PRAGMA fullfsync = 1")
             self._db.execute(SPOOL_SCHEMA)
         except (OSError, sqlite3.Error) as error:
@@ -3572,7 +3571,7 @@ class Spool:
             raise SetupError(f"The spool {self._path} cannot be used: {reason}.") from error
 
     def add(self, bus, path, body, idempotency_key=None, intent_id=None):
-        """Keep a request, with a text as its body, and return its number; an outcome takes the place of an earlier one."""
+        """Store a request, whose body is text, and return its number; an outcome replaces an earlier one of its intent."""
         return self._run("""
             INSERT INTO requests (bus, path, body, idempotency_key, intent_id, created_at)
             VALUES      (:bus, :path, :body, :idempotency_key, :intent_id, :now)
@@ -3581,19 +3580,18 @@ class Spool:
                         body = excluded.body,
                         created_at = excluded.created_at
             RETURNING   number
-        """, bus=bus, path=path, body=body, idempotency_key=idempotency_key, intent_id=intent_id,
-                         now=time.time())[0].number
+        """, bus=bus, path=path, body=body, idempotency_key=idempotency_key, intent_id=intent_id, now=time.time())[0].number
 
     def remove(self, number):
-        """Forget a request."""
+        """Delete a request."""
         self._run("DELETE FROM requests WHERE number = :number", number=number)
 
     def mark_refused(self, number, reason):
-        """Keep a request apart, for a person to look at."""
+        """Record why the bus has refused a request; it is not sent again."""
         self._run("UPDATE requests SET refusal = :reason WHERE number = :number", number=number, reason=reason)
 
     def pending(self, bus):
-        """Return the requests that are to be sent to a bus: outcomes first, then intents in the order of their making."""
+        """Return the requests to send to a bus: outcomes first, then publishes in the order in which they were made."""
         return self._run("""
             SELECT   *
             FROM     requests
@@ -3603,25 +3601,21 @@ class Spool:
         """, bus=bus)
 
     def refused(self, bus):
-        """Return the requests that a bus has refused for good."""
+        """Return the publishes that a bus has refused for good."""
         return self._run("SELECT * FROM requests WHERE bus = :bus AND refusal IS NOT NULL ORDER BY number", bus=bus)
 
     def counts(self):
-        """Return how many requests are to be sent, to whatever bus, and how many are refused."""
-        return self._run("""
-            SELECT COUNT(*) - COUNT(refusal) AS waiting,
-                   COUNT(refusal) AS refused
-            FROM   requests
-        """)[0].values()
+        """Return the number of pending requests and of refused ones, for all buses together."""
+        return self._run("SELECT COUNT(*) - COUNT(refusal) AS pending, COUNT(refusal) AS refused FROM requests")[0].values()
 
     def outcome_of(self, bus, intent_id):
-        """Return the request that tells a bus the outcome of an intent, or None."""
+        """Return the spooled outcome of an intent, or None."""
         found = self._run("SELECT * FROM requests WHERE bus = :bus AND intent_id = :intent_id", bus=bus, intent_id=intent_id)
         return found[0] if found else None
 
     @contextlib.contextmanager
     def send_lock(self, seconds):
-        """Be the only process that sends, so that the order stays; raises Unavailable if another takes that long."""
+        """Keep other processes from sending, which would mix the order; raises Unavailable if one still sends after seconds."""
         deadline = time.monotonic() + seconds
         with open(self._path + ".lock", "a+") as guard:
             while True:
@@ -3630,7 +3624,7 @@ class Spool:
                     break
                 except OSError:
                     if time.monotonic() >= deadline:
-                        raise Unavailable("Another program is sending what is in the spool.") from None
+                        raise Unavailable("Another program is sending the spooled requests.") from None
                     time.sleep(SPOOL_CHECK_SECONDS)
             yield
 

@@ -4370,7 +4370,7 @@ def test_a_spool_that_cannot_be_used_is_said_in_words(tmp_path):
     (tmp_path / "file").write_text("no database, and long enough to be read as the head of one" * 20)
     with pytest.raises(intentbus.SetupError, match="The spool .* cannot be used: file is not a database"):
         intentbus.Spool(tmp_path / "file")
-    with pytest.raises(intentbus.SetupError, match="The folder .* cannot be made"):
+    with pytest.raises(intentbus.SetupError, match="The folder .* cannot be created"):
         intentbus.Spool(tmp_path / "file" / "spool.db")
 
 
@@ -5956,7 +5956,7 @@ def test_a_worker_whose_home_cannot_be_written_works_and_says_what_it_lacks(serv
     (home / ".intentbus").write_text("a file in the way")
     served.publish()
     code, out, err = at(served, "work", "--goal", "g", "--once")
-    assert (code, out) == (0, "1\n") and "cannot be made: File exists. What cannot be reported is not kept, then." in err
+    assert (code, out) == (0, "1\n") and "cannot be created: File exists. What cannot be reported is not kept, then." in err
 
 
 @SLOW
