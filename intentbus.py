@@ -3638,23 +3638,23 @@ class Spool:
 
 
 # ---- 12. Client ----
-# The Bus's verbs over HTTP, with its errors. What is safe to repeat is repeated when the network fails.
+# The verbs of the Bus over HTTP, with the same errors. A request that is safe to repeat is repeated when the network fails.
 
 LOOPBACK = re.compile(r"localhost|::1|127(\.[0-9]{1,3}){3}")
 
 
 def parse_bus_url(url):
-    """Return the parts of the URL of a bus; raises SetupError for what is none."""
+    """Return the parts of a bus's URL, as urlsplit does; raises SetupError unless it is http or https, without a user."""
     with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(url)
         if parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc and parts.port != 0:
             return parts
-    shown = url.rpartition("@")[2]     # what stands before it may be a password
-    raise SetupError(f"The URL of a bus is http://HOST:PORT or https://HOST, with no user in it, not {shown!r}.")
+    shown = url.rpartition("@")[2]     # the part before the @ may hold a password
+    raise SetupError(f"The URL of a bus is http://HOST:PORT or https://HOST, without a user name; {shown!r} is not.")
 
 
 def client_tls_context(ca):
-    """Return the TLS settings of a client that trusts the certificates in a file."""
+    """Return an SSL context that trusts the certificates in a file besides the system's; raises SetupError."""
     import ssl
     try:
         context = ssl.create_default_context()
@@ -3665,45 +3665,36 @@ def client_tls_context(ca):
 
 
 def encode_body(body):
-    """Return the JSON of a body as bytes; raises Invalid for what has none."""
+    """Return a body as JSON in UTF-8; raises Invalid if it cannot be encoded."""
     try:
         return to_json(body).encode()
     except (TypeError, ValueError) as error:
         raise Invalid(f"This cannot be sent as JSON in UTF-8: {error}.") from error
 
 
-def admin_credentials():
-    """Return the headers with BUS_ADMIN_SECRET or DASHBOARD_PASSWORD, none if neither is set."""
-    if token := os.environ.get("BUS_ADMIN_SECRET"):
-        return {"X-Admin-Token": token}
-    if password := os.environ.get("DASHBOARD_PASSWORD"):
-        return {"Authorization": "Basic " + base64.b64encode(f"admin:{password}".encode()).decode()}
-    return {}
-
-
 class Spooler:
-    """Sends the publishes and outcomes of a client through a spool, where each stays until the bus has answered."""
+    """Sends a client's publishes and outcomes by way of a spool, which keeps each until the bus has answered it."""
 
     def __init__(self, client, spool):
         self._client = client
         self._spool = spool
-        self.reporting = set()     # numbers of what threads of this process are sending
+        self.reporting = set()     # numbers of the outcomes that other threads are sending right now
 
     def publish(self, path, body, idempotency_key):
-        """Send the publishes that were kept, then this one; return its answer, or a Record of the status "spooled"."""
+        """Send all earlier publishes, then this one; return its answer, or a Record with the status "spooled"."""
         number = self._spool.add(self._client.base_url, path, encode_body(body).decode(), idempotency_key)
         try:
             with self._removing(number), self._spool.send_lock(self._client.timeout):
-                self._flush(before=number)     # if another process has sent this one meanwhile, its answer comes again
+                self._flush(before=number)
                 return self._client.request("POST", path, body, headers={"Idempotency-Key": idempotency_key}, retries=0)
         except TRANSIENT as error:
             return Record(id=None, ids=[], status="spooled", namespace=self._client.namespace, reason=str(error))
 
     def report(self, path, body, intent_id):
-        """Send an outcome; a transient error leaves it in the spool."""
+        """Send an outcome; a transient error leaves it in the spool and is raised."""
         try:
             number = self._spool.add(self._client.base_url, path, encode_body(body).decode(), intent_id=intent_id)
-        except StorageFull:     # what cannot be kept can still be told
+        except StorageFull:     # an outcome that cannot be stored can still be sent
             return self._client.request("POST", path, body)
         self.reporting.add(number)
         try:
@@ -3713,9 +3704,9 @@ class Spooler:
             self.reporting.discard(number)
 
     def claim(self, send):
-        """Return an intent that send() claims; those whose outcome is in the spool are reported instead."""
+        """Return the first intent from send() that has no outcome in the spool; report the outcomes of the others."""
         if self._due():
-            with contextlib.suppress(Error):     # a full bus, or a key that may only work, hinders no claim
+            with contextlib.suppress(Error):     # a refused publish must not keep this machine from working
                 self.flush()
         while intent := send():
             outcome = self._spool.outcome_of(self._client.base_url, intent.id)
@@ -3725,7 +3716,7 @@ class Spooler:
         return None
 
     def flush(self):
-        """Send all that is kept; return how many requests the bus has taken."""
+        """Send all requests in the spool; return how many the bus accepted."""
         with self._spool.send_lock(self._client.timeout):
             return self._flush()
 
@@ -3734,7 +3725,7 @@ class Spooler:
                    for request in self._due(before))
 
     def _due(self, before=float("inf")):
-        """Return the outcomes that no thread is sending, and the publishes from before a number."""
+        """Return the outcomes that no thread is sending, and the publishes with a smaller number."""
         return [request for request in self._spool.pending(self._client.base_url)
                 if (request.number not in self.reporting if request.intent_id else request.number < before)]
 
@@ -3749,7 +3740,7 @@ class Spooler:
         return 1
 
     def _send_outcome(self, request, **changes):
-        """Report an outcome; one that the bus refuses is a failure for good, one whose lease is lost is dropped."""
+        """Report an outcome; if the bus refuses it, fail the intent for good; if the lease is lost, drop the outcome."""
         body = dict(json.loads(request.body), **changes)
         with contextlib.suppress(NotFound):
             try:
@@ -3762,7 +3753,7 @@ class Spooler:
 
     @contextlib.contextmanager
     def _removing(self, number):
-        """Remove a request from the spool once the bus has answered it, if only with a refusal."""
+        """Remove a request from the spool unless a transient error leaves it unanswered."""
         try:
             yield
         except Error as error:
@@ -3773,17 +3764,17 @@ class Spooler:
 
 
 class IntentClient:
-    """A bus somewhere else.
+    """A client of a bus: the verbs of Bus, over HTTP.
 
     base_url, api_key and namespace default to INTENT_BUS_URL, INTENT_API_KEY and INTENT_BUS_NAMESPACE, then to the bus
-    that this machine has joined, then to this machine's own bus and its key in ~/.apikey. timeout is in seconds, for
-    each try of a request; ca is a file of certificates to trust. Every request is signed; the key itself is sent only
-    over https or to this machine. What is returned reads as x["id"] and as x.id. Every verb raises the Error that the
-    bus answered with, or Unreachable. See also listen().
+    that this machine has joined, then to http://127.0.0.1:8787 and the key in ~/.apikey. timeout is the seconds that each
+    attempt at a request may take; ca is a file of certificates to trust. Every request is signed; the key itself is sent
+    only over https or to this machine. Answers are Records: answer["id"] is answer.id. Every verb raises the Error that
+    the bus answered, or Unreachable.
 
-    With a spool, the path of a file, nothing is lost while the bus is away: publish keeps on disk what cannot be sent,
-    returns {"id": None, "status": "spooled"}, and the next publish, claim or flush() sends it, in order, once; fulfill
-    and fail are on disk until the bus has answered, and an intent whose outcome is there is reported, not claimed again.
+    With spool, the path of a file, requests outlast an absence of the bus. publish stores a request that cannot be sent
+    and returns {"id": None, "status": "spooled"}; the next publish, claim or flush() sends it, once and in order. fulfill
+    and fail store an outcome until the bus has answered; an intent with a stored outcome is reported, not claimed again.
     """
 
     def __init__(self, base_url=None, api_key=None, timeout=CLIENT_SECONDS, namespace=None, ca=None, spool=None):
@@ -3794,11 +3785,11 @@ class IntentClient:
         self.timeout = timeout
         parts = parse_bus_url(self.base_url)
         if self.base_url != joined.get("url"):
-            joined = {}     # a key is for its own bus
+            joined = {}     # its key is for that bus only
         key = api_key or os.environ.get("INTENT_API_KEY") or joined.get("key") or read_key()
         if not key:
-            raise SetupError(f"No key: join the bus with a code of its keys invite, or put a key into {KEY_FILE} or "
-                             f"INTENT_API_KEY (on the bus's machine it is in {KEY_FILE}, once serve has run).")
+            raise SetupError(f"No key: join the bus with a code from keys invite, or put a key into {KEY_FILE} or "
+                             f"INTENT_API_KEY (on the machine of the bus, serve creates {KEY_FILE}).")
         self._key = usable_key(key, "INTENT_API_KEY")
         ca = ca or joined.get("ca")
         self.spool = spool and Spool(spool)
@@ -3808,18 +3799,18 @@ class IntentClient:
         self.secure = bool(local) or parts.scheme == "https"
         self._identity = {"X-API-KEY": self._key} if self.secure else {"X-Key-ID": issued[1] if issued else "owner"}
         self._clock_offset = 0     # seconds
-        self._opener = urllib.request.OpenerDirector()     # one that follows no redirect: it would carry the key along
+        self._opener = urllib.request.OpenerDirector()     # follows no redirects, which would pass the key on
         for handler in (urllib.request.ProxyHandler({} if local else None), urllib.request.HTTPHandler(),
                         urllib.request.HTTPSHandler(context=ca and client_tls_context(ca))):
             self._opener.add_handler(handler)
 
     def publish(self, goal, payload, *, idempotency_key=None, **fields):
-        """Publish an intent; fields are those of Bus.publish. Repeated as needed, stored once."""
+        """Publish an intent with the fields of Bus.publish; it is stored once, however often the request is repeated."""
         body = dict(dict(goal=goal, payload=payload, namespace=self.namespace), **fields)
         return self._publish("/intent", body, idempotency_key)
 
     def publish_many(self, intents, *, idempotency_key=None):
-        """Publish up to 1,000 intents, each a dict of what publish takes, all or none, and return {"ids"}."""
+        """Publish up to 1,000 intents, each a dict of the arguments of publish, all or none; return {"ids"}."""
         bodies = [dict({"namespace": self.namespace}, **intent) for intent in intents]
         return self._publish("/intents", bodies, idempotency_key)
 
@@ -3832,17 +3823,14 @@ class IntentClient:
         return self.request("POST", path, body, headers={"Idempotency-Key": key})
 
     def flush(self):
-        """Send what is in the spool and return how many requests the bus has taken; raises what stops it.
-
-        A publish that the bus refuses for good is kept apart, see Spool.refused.
-        """
+        """Send the spooled requests and return how many the bus accepted; Spool.refused has those refused for good."""
         return self._spooler.flush() if self._spooler else 0
 
     def claim(self, goal=None, *, namespace=None, publisher=None, worker_id=None, capabilities=(), wait=0, lease=None,
               claim_token=None):
-        """Claim an intent, or return None if there is none within wait seconds.
+        """Claim an intent; return None if there is none within wait seconds.
 
-        Repeated as needed, claimed once; with a claim_token (32 to 64 characters, new ones), repeating is the caller's.
+        A lost answer is asked for again. With a claim_token, 32 to 64 random characters, the caller has to repeat instead.
         """
         query = dict(goal=goal, namespace=namespace or self.namespace, publisher=publisher, worker_id=worker_id,
                      capabilities=",".join(capabilities) or None, lease=lease)
@@ -3853,15 +3841,15 @@ class IntentClient:
         return self._spooler.claim(send) if self._spooler else send()
 
     def extend_claim(self, intent_id, claim_token=None, seconds=LEASE_SECONDS):
-        """Let the lease end that many seconds from now; NotFound means that it is lost."""
+        """Extend a lease to that many seconds from now; raises NotFound if it is lost."""
         return self.request("POST", f"/extend_claim/{intent_id}", dict(claim_token=claim_token, seconds=seconds), retries=0)
 
     def fulfill(self, intent_id, claim_token=None, result=None, result_type="json"):
-        """Report the work done."""
+        """Report that the work is done."""
         return self._report("fulfill", intent_id, claim_token=claim_token, result=result, result_type=result_type)
 
     def fail(self, intent_id, claim_token=None, error=None, retry=True):
-        """Report the work failed; retry=False makes the intent a dead letter at once."""
+        """Report that the work has failed; with retry=False the intent is dead at once."""
         return self._report("fail", intent_id, claim_token=claim_token, error=error, retry=retry)
 
     def _report(self, verb, intent_id, **body):
@@ -3870,7 +3858,7 @@ class IntentClient:
         return self.request("POST", f"/{verb}/{intent_id}", body)
 
     def release(self, intent_id, claim_token=None, delay=0):
-        """Hand an intent back, its attempt not counted."""
+        """Hand an intent back without counting the attempt; it can be claimed again after delay seconds."""
         return self.request("POST", f"/release/{intent_id}", dict(claim_token=claim_token, delay=delay))
 
     def get_status(self, intent_id):
@@ -3878,43 +3866,43 @@ class IntentClient:
         return self.request("GET", f"/status/{intent_id}")
 
     def get_result(self, intent_id, wait=0):
-        """Return the state of an intent with its result, once it has ended or wait seconds are over."""
+        """Return the state of an intent with its result, as soon as it has ended or after wait seconds."""
         return self.request("GET", f"/result/{intent_id}", wait=wait)
 
     def list(self, *, status=None, goal=None, namespace=None, limit=50, before=None, payload=False):
-        """Return {"intents": newest first, "next": what to pass as before for the next page, or None}."""
+        """Return {"intents", newest first, "next"}; pass next as before to get the next page, None is the last page."""
         page = self.request("GET", "/intents", query=dict(status=status, goal=goal, namespace=namespace, limit=limit,
                                                           before=before, payload="1" if payload else None))
         return Record(page, intents=[Record(intent) for intent in page.intents])
 
     def workers(self):
-        """Return {"workers"}: who has asked for work lately, the latest first."""
+        """Return {"workers"}: the workers that lately asked for work, the latest first."""
         return self.request("GET", "/workers")
 
     def events(self, after=None, wait=0):
-        """Return {"events": what has happened after a number, "next": the number to go on from, "missed"}."""
+        """Return {"events", "next", "missed"}: the events after a number, or from now on; pass next as after to go on."""
         return self.request("GET", "/events", query=dict(after=after), wait=wait)
 
     def who_am_i(self):
-        """Return {"key_id", "owner", "role", "admin", "now"}: what the bus knows this key by."""
+        """Return {"key_id", "owner", "role", "admin", "now"} of the key of this client."""
         return self.request("GET", "/whoami", retries=0)
 
     def join(self, code):
-        """Change the code of an invitation for a key, and return that with all about it."""
+        """Exchange the code of an invitation for a key; return {"api_key", "key_id", "name", "owner", "role"}."""
         return self.request("POST", "/join", dict(code=code), retries=0)
 
     def cancel(self, intent_id):
-        """End an unfinished intent."""
+        """Cancel an unfinished intent; raises Conflict if it has ended."""
         return self.request("POST", f"/cancel/{intent_id}", retries=0)
 
     def retry(self, intent_id=None, *, goal=None, namespace=None, limit=1000):
-        """Open a dead intent anew, or up to limit of them."""
+        """Reopen a dead intent, or up to limit dead intents of a goal or namespace."""
         if intent_id is not None:
             return self.request("POST", f"/retry/{intent_id}", retries=0)
         return self.request("POST", "/retry", dict(goal=goal, namespace=namespace, limit=limit), retries=0)
 
     def set(self, key, value, ttl=VALUE_TTL_SECONDS, if_absent=False):
-        """Keep a JSON value for ttl seconds; with if_absent, raises Conflict if the key is taken: a lock."""
+        """Store a JSON value for ttl seconds; with if_absent, raises Conflict if the key is taken, so it serves as a lock."""
         body = dict(value=value, ttl=ttl, if_absent=if_absent)
         return self.request("POST", f"/set/{key}", body, retries=0 if if_absent else RETRIES)
 
@@ -3923,21 +3911,25 @@ class IntentClient:
         return self.request("GET", f"/get/{key}").value
 
     def delete(self, key):
-        """Forget a key; return whether there was a value."""
+        """Delete a key; return {"deleted"}, whether it had a value."""
         return self.request("POST", f"/delete/{key}", retries=0)
 
     def admin(self, verb, **body):
-        """Ask for an /admin/ endpoint, by GET if there is no body, with BUS_ADMIN_SECRET or DASHBOARD_PASSWORD if set."""
-        secret = admin_credentials()
+        """Call /admin/VERB with BUS_ADMIN_SECRET or DASHBOARD_PASSWORD, if set; by GET if there is no body."""
+        secret = {}
+        if token := os.environ.get("BUS_ADMIN_SECRET"):
+            secret = {"X-Admin-Token": token}
+        elif password := os.environ.get("DASHBOARD_PASSWORD"):
+            secret = {"Authorization": "Basic " + base64.b64encode(f"admin:{password}".encode()).decode()}
         if secret and not self.secure:
-            raise SetupError("The admin's secret is sent only over https, or to this machine; use one of them.")
+            raise SetupError("The admin secret is sent only over https or to this machine.")
         return self.request("POST" if body else "GET", f"/admin/{verb}", body or None, headers=secret, retries=0,
                             kind=list if verb == "keys" else dict)
 
     def request(self, method, path, body=None, *, query=None, headers=None, wait=0, retries=RETRIES, kind=dict):
-        """Return the answer to a request, None for 204, after as many retries as it takes and is given.
+        """Send a request, again after a transient error; return the answer, or None for 204.
 
-        The bus may hold it for wait seconds. The answer is a Record or, with the kind list, a list of them.
+        The bus may hold the request for wait seconds. With kind=list, the answer is a list of Records.
         """
         query = dict(query or {}, wait=round(wait, 3) or None)
         try:
@@ -3957,7 +3949,7 @@ class IntentClient:
                 time.sleep(max(pause, error.details.get("retry_after", 0)))
 
     def _send_in_time(self, send):
-        """Send a request, once more if the bus says how far our clock is off."""
+        """Send a request; if the bus answers that the clock of this machine is wrong, correct it and send again."""
         try:
             return send()
         except Forbidden as error:
@@ -3991,21 +3983,20 @@ class IntentClient:
         return {"X-Timestamp": timestamp, "X-Nonce": nonce, "X-Signature": signature}
 
     def _read(self, status, headers, content, kind):
-        """Return what an answer holds, or raise the error that it says."""
+        """Return the value of an answer, or raise the error in it."""
         if status == 204:
             return None
         if 300 <= status < 400:
-            raise Unreachable(f"{self.base_url} redirects to {headers.get('Location')}; give that as the bus's URL.")
+            raise Unreachable(f"{self.base_url} redirects to {headers.get('Location')}; use that as the URL of the bus.")
         try:
             value = json.loads(content)
             if status < 300 and isinstance(value, kind):
                 return Record(value) if kind is dict else [Record(item) for item in value]
             error = dict(value["error"])
         except (ValueError, TypeError, KeyError, RecursionError):
-            raise Unreachable(f"{self.base_url} answered {status} without its JSON: a proxy page answered, "
-                              "not a bus.") from None
-        known = ERRORS.get(status, Unavailable if status in (502, 504) else Error)     # those two are a proxy's
-        raised = known(error.get("message", ""), error.get("code"))
+            raise Unreachable(f"{self.base_url} answered {status} without JSON: a proxy page answered, not a bus.") from None
+        kind_of_error = ERRORS.get(status, Unavailable if status in (502, 504) else Error)     # a proxy sends 502 and 504
+        raised = kind_of_error(error.get("message", ""), error.get("code"))
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             raised.details["retry_after"] = min(float(headers.get("Retry-After", "")), RETRY_MAX_SECONDS)
         with contextlib.suppress(TypeError, ValueError, OverflowError):

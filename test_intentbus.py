@@ -4749,7 +4749,7 @@ def test_a_bus_that_stays_away_is_unreachable_in_words(impatient):
 
 @pytest.mark.parametrize("answer, sentence", [
     (b"HTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\n<html>Log in", "a proxy page answered, not a bus"),
-    (b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n", "answered 502 without its JSON"),
+    (b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n", "answered 502 without JSON"),
     (b"HTTP/1.1 302 Found\r\nLocation: https://x.example/\r\nContent-Length: 0\r\n\r\n", "redirects to https://x.example/"),
     (b"SSH-2.0-OpenSSH_9.2\r\n", "cannot be reached"),
     (b"", "cannot be reached"),
