@@ -4005,23 +4005,23 @@ class IntentClient:
 
 
 # ---- 13. Worker ----
-# Claim, run, keep the lease, report. A handler is called with (intent, lease) and returns (result, result_type).
+# Claim, run, extend the lease, report. A handler is called with (intent, lease) and returns (result, result_type).
 
 PAST_TENSES = {"fulfill": "fulfilled", "fail": "failed", "release": "released"}
 
 
 class Reject(Exception):
-    """Raised by a handler for an intent that can never be done: it is a dead letter at once."""
+    """A handler raises this when no retry can help; the intent is dead at once."""
 
 
 class HandlerFailed(Exception):
-    """The handler ran and did not succeed; the intent is tried again."""
+    """The handler ran and failed; the intent is retried."""
 
 
 class Lease:
-    """A claim at work: while inside `with`, a thread extends it every third of its time.
+    """The lease of an intent; inside `with`, a thread extends it after each third of its seconds.
 
-    `broken` is None, or why the handler must end: "lost" to another worker, or "stopped" from here.
+    `broken` is None, or the reason why the handler must end: the lease is "lost", or the worker is "stopped".
     """
 
     def __init__(self, bus, intent, seconds):
@@ -4039,7 +4039,7 @@ class Lease:
 
     def _keep(self):
         due = steady_clock() + self._interval
-        while not self._done.wait(LEASE_CHECK_SECONDS):     # not until due: waiting stands still while a phone sleeps
+        while not self._done.wait(LEASE_CHECK_SECONDS):     # short waits, since a wait does not count while a phone sleeps
             if steady_clock() < due:
                 continue
             try:
@@ -4048,15 +4048,16 @@ class Lease:
             except NotFound:
                 self.broken = "lost"
                 return
-            except Error:     # the network may be back in a second
+            except Error:     # tried again after the next wait
                 pass
 
 
 class Worker:
-    """Works off the intents of a goal, or several, that a Bus or an IntentClient has, with a handler.
+    """Claims intents of a goal, or a list of goals, from a Bus or an IntentClient, and runs a handler for each.
 
-    concurrency handlers run at once; lease, max_time and poll are seconds. max_jobs ends it after as many intents,
-    drain when there is nothing more. on_message(sentence) is called with what happens.
+    Up to concurrency handlers run at the same time. The worker ends after max_jobs intents or max_time seconds, or with
+    drain once there is nothing to claim. lease and poll are seconds. on_message(sentence) is called for each outcome and
+    each error. Other options go to claim.
     """
 
     def __init__(self, bus, goal, handler, *, concurrency=1, lease=LEASE_SECONDS, max_jobs=None, max_time=None,
@@ -4069,17 +4070,17 @@ class Worker:
         self._drain = drain
         self._poll = poll
         self._log = on_message
-        self._jobs = threading.Semaphore(max_jobs or sys.maxsize)     # that may still be claimed
+        self._jobs = threading.Semaphore(max_jobs or sys.maxsize)     # one permit for each intent that may still be claimed
         self._deadline = time.monotonic() + (max_time or float("inf"))
         self._running = {}     # lease: intent
-        self._ended = queue.SimpleQueue()     # an item whenever a job or a thread has ended
+        self._ended = queue.SimpleQueue()     # gets an item when a handler or a thread ends, to wake run()
         self._stopping = threading.Event()
         self._interrupts = 0
         self.interrupted_by = None     # the number of the first signal
         self._failure = None
 
     def run(self):
-        """Work until all is done, or interrupt() or Ctrl-C ends it; raises what stops it."""
+        """Work until an option, interrupt() or Ctrl-C ends the worker; raises the error that stops it."""
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self._concurrency)]
         for thread in threads:
             thread.start()
@@ -4090,21 +4091,21 @@ class Worker:
             raise self._failure
 
     def interrupt(self, signal_number=None, frame=None):
-        """Claim nothing more and let what runs finish; the second time, end it and hand it back. For signal handlers."""
+        """Claim nothing more and let handlers finish; when called again, end them and release their intents."""
         self.interrupted_by = self.interrupted_by or signal_number
         self._interrupts += 1
-        self._ended.put(None)     # reentrant, which the methods of threading.Event are not
+        self._ended.put(None)     # unlike Event.set(), safe in a signal handler
 
     def _wind_down(self):
         self._stopping.set()
         if self._running:
-            self._log(f"finishing {len(self._running)} more; interrupt again to hand them back")
+            self._log(f"finishing {len(self._running)} more; interrupt again to release them")
         self._wait_while(lambda: self._running and self._interrupts < 2)
         for lease in list(self._running):
             lease.broken = lease.broken or "stopped"
         grace = getattr(self._handler, "kill_after", KILL_AFTER_SECONDS)
         self._wait_while(lambda: self._running, grace + 2 * PIPE_SECONDS + 2 * SLICE_SECONDS)
-        for intent in list(self._running.values()):     # its handler is a function, which nothing can end
+        for intent in list(self._running.values()):     # their handlers are Python functions, which cannot be killed
             self._report(intent, "release")
 
     def _wait_while(self, condition, seconds=float("inf")):
@@ -4118,7 +4119,7 @@ class Worker:
                 self.interrupt()
 
     def _work(self):
-        """What each thread does: claim and do, until there is nothing more to do."""
+        """Run in each thread: claim intents and process them until the worker ends."""
         try:
             while not self._is_over() and self._jobs.acquire(blocking=False):
                 intent = self._next()
@@ -4141,13 +4142,13 @@ class Worker:
         self._stopping.set()
 
     def _next(self):
-        """Return a claimed intent, or None after waiting for one."""
+        """Return a claimed intent, or None if a wait brought none."""
         if self._drain:
             return self._claim()
         started = time.monotonic()
         wait = max(0, min(CLAIM_WAIT_SECONDS, self._deadline - started))
         token = os.urandom(16).hex()
-        while True:     # with the same token: the answer that was lost may have been an intent
+        while True:     # always with the same token, in case a lost answer had claimed an intent
             try:
                 intent = self._claim(wait=wait, claim_token=token)
                 break
@@ -4156,12 +4157,12 @@ class Worker:
             self._stopping.wait(random.uniform(1, 2 * self._poll))
             if self._is_over():
                 return None
-        if not intent and time.monotonic() - started < wait / 2:     # a bus that does not hold claims
+        if not intent and time.monotonic() - started < wait / 2:     # this bus does not hold claims
             self._stopping.wait(self._poll)
         return intent
 
     def _do(self, intent):
-        """Run the handler for an intent and report how it went."""
+        """Run the handler for an intent and report the outcome."""
         lease = Lease(self._bus, intent, self._lease_seconds)
         self._running[lease] = intent
         try:
@@ -4170,8 +4171,8 @@ class Worker:
             with lease:
                 verb, details = self._run(intent, lease)
             if lease.broken == "lost":
-                self._log(f"{intent.id} lost: cancelled, or its lease was over before it was done")
-            elif lease.broken and verb != "fulfill":     # what is done stays done
+                self._log(f"{intent.id} lost: it was cancelled, or its lease ran out before the handler ended")
+            elif lease.broken and verb != "fulfill":     # finished work is reported even then
                 self._report(intent, "release")
             else:
                 self._report(intent, verb, **details)
@@ -4180,7 +4181,7 @@ class Worker:
             self._ended.put(None)
 
     def _run(self, intent, lease):
-        """Run the handler and return how to report: a verb of the bus, and its arguments but for id and token."""
+        """Run the handler; return the verb of the bus that reports the outcome, and its arguments."""
         try:
             result, result_type = self._handler(intent, lease)
             return "fulfill", dict(result=result, result_type=result_type)
@@ -4188,7 +4189,7 @@ class Worker:
             return "fail", dict(error=str(error), retry=False)
         except HandlerFailed as error:
             return "fail", dict(error=str(error))
-        except SetupError as error:     # our fault, not the intent's
+        except SetupError as error:     # the fault of this machine, not of the intent
             self._stop_for(error)
             return "release", {}
         except Exception as error:
@@ -4199,45 +4200,45 @@ class Worker:
             getattr(self._bus, verb)(intent.id, intent.claim_token, **details)
             self._log(f"{intent.id} {PAST_TENSES[verb]}" + (f": {details['error']}" if verb == "fail" else ""))
         except NotFound:
-            self._log(f"{intent.id} lost: cancelled, or its lease was over before it was reported")
+            self._log(f"{intent.id} lost: it was cancelled, or its lease ran out before the report")
         except (Invalid, PayloadTooLarge) as error:
             self._report(intent, "fail", error=f"The result was refused: {error}", retry=False)
         except Error as error:
             kept = verb != "release" and isinstance(error, TRANSIENT) and getattr(self._bus, "spool", None)
-            self._log(f"{intent.id} {verb} could not be reported, so it will be "
-                      f"{'kept, and reported later' if kept else 'done again'}: {error}")
+            consequence = "the spool keeps it and reports it later" if kept else "the intent will be done again"
+            self._log(f"{intent.id} {verb} could not be reported; {consequence}: {error}")
 
 
 def listen(bus, goal, handler, *, full_envelope=False, **options):
     """Call handler(payload) for each intent of a goal, until Ctrl-C; with full_envelope, handler(intent).
 
-    What it returns is the result, any JSON value. False or an exception fails the intent, Reject for good. The lease
-    is kept up meanwhile. options are those of Worker and of IntentClient.claim.
+    The result is the return value, any JSON value. False or an exception fails the intent, Reject fails it for good. The
+    lease is extended meanwhile. options are those of Worker and of claim.
     """
     def run(intent, lease):
         result = handler(intent if full_envelope else intent.payload)
         if result is False:
             raise HandlerFailed("The handler returned False.")
-        to_json(result).encode()     # what is no JSON value, or no Unicode, is the handler's failure
+        to_json(result).encode()     # raises here, so that a result without JSON fails the intent
         return result, "json"
     Worker(bus, goal, run, **options).run()
 
 
-IntentClient.listen = listen     # a verb of the client, made of parts below it
+IntentClient.listen = listen     # added here, since it needs the Worker
 
 SECRET_VARIABLES = ("INTENT_API_KEY", "BUS_SECRET", "BUS_ADMIN_SECRET", "DASHBOARD_PASSWORD", "BUS_METRICS_TOKEN")
-CTRL_BREAK = 1     # what a program on Windows can be asked to end by, as SIGTERM elsewhere: signal.CTRL_BREAK_EVENT
-CREATE_NEW_PROCESS_GROUP = 0x200     # of Windows: subprocess has it there only
+CTRL_BREAK_EVENT = 1     # the SIGTERM of Windows; the module signal has it only there
+CREATE_NEW_PROCESS_GROUP = 0x200     # the module subprocess has it only on Windows
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}|\{([A-Za-z_]\w*)\}", re.ASCII)
 
 
 def as_text(value):
-    """Return a JSON value as a program expects it: a string as it is, null as nothing, the rest as JSON."""
+    """Return a JSON value as text: a string as it is, null as an empty text, anything else as JSON."""
     return value if isinstance(value, str) else "" if value is None else to_json(value)
 
 
 def fill_placeholders(argument, intent):
-    """Return an argument with {id}, {goal}, {payload} and fields of the payload in place; {{name}} stays {name}."""
+    """Return an argument with {id}, {goal}, {payload} and the payload's fields filled in; {{name}} becomes {name}."""
     fields = intent.payload if isinstance(intent.payload, dict) else {}
     values = dict(fields, id=intent.id, goal=intent.goal, payload=intent.payload)
     def value_of(match):
@@ -4245,13 +4246,13 @@ def fill_placeholders(argument, intent):
         if escaped:
             return f"{{{escaped}}}"
         if field not in values:
-            raise Reject(f"The payload has no field {field!r}, which the handler's arguments need.")
+            raise Reject(f"The payload has no field {field!r}, which an argument of the handler needs.")
         return as_text(values[field])
     return PLACEHOLDER.sub(value_of, argument)
 
 
 def handler_environment(intent):
-    """Return the environment of a handler: ours without our keys, and the intent's."""
+    """Return the environment of a handler: the worker's without its secrets, and the variables of the intent."""
     values = dict(ID=intent.id, GOAL=intent.goal, NAMESPACE=intent.namespace, ATTEMPT=intent.claim_attempts,
                   MAX_ATTEMPTS=intent.max_attempts, PAYLOAD=to_json(intent.payload))
     if isinstance(intent.payload, dict):
@@ -4266,7 +4267,7 @@ def handler_environment(intent):
 
 
 def run_quietly(*arguments, timeout=None):
-    """Run a program without input and output; return whether it ended well, within timeout seconds."""
+    """Run a program without input or output; return whether it ends with exit code 0 within timeout seconds."""
     import subprocess
     try:
         return subprocess.run(arguments, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -4276,12 +4277,12 @@ def run_quietly(*arguments, timeout=None):
 
 
 def process_group_options():
-    """Return the options of a program that can be ended with all that it starts: of a session, or a console group."""
+    """Return the options of Popen that make a process group, so that a program can be ended with its children."""
     return {"start_new_session": True} if POSIX else {"creationflags": CREATE_NEW_PROCESS_GROUP}
 
 
 class PipeReader:
-    """Reads a pipe to its end in a thread, so that nobody blocks on it, and keeps what is not in the slice `excess`."""
+    """Reads a pipe in a thread, so that the writer never blocks; bytes in the slice excess are dropped."""
 
     def __init__(self, pipe, excess):
         self._pipe = pipe
@@ -4291,7 +4292,7 @@ class PipeReader:
         threading.Thread(target=self._drain, daemon=True).start()
 
     def read(self):
-        """Return what was kept; waits a moment for the end, which somebody may hold open."""
+        """Return the bytes; waits PIPE_SECONDS for the end, since another process may hold the pipe open."""
         self.ended.wait(PIPE_SECONDS)
         return bytes(self._kept)
 
@@ -4304,9 +4305,9 @@ class PipeReader:
 
 
 class Program:
-    """A handler that runs a program for each intent: payload on stdin, result on stdout, see the README's contract.
+    """A handler that runs a program: payload on stdin, result on stdout. The README has the contract.
 
-    timeout and kill_after are seconds, max_output bytes; result is how stdout is read: auto, json, text or none.
+    timeout and kill_after are seconds, max_output bytes; result says how to read stdout: auto, json, text or none.
     Raises SetupError if there is no such program.
     """
 
@@ -4315,7 +4316,7 @@ class Program:
         import shutil
         self._program = shutil.which(arguments[0])
         if not self._program:
-            raise SetupError(f"There is no program {arguments[0]!r} that can be run; check its path, and chmod +x it.")
+            raise SetupError(f"There is no program {arguments[0]!r} that can be run; check its path, and run chmod +x on it.")
         self._arguments = arguments[1:]
         self._timeout, self.kill_after = timeout, kill_after
         self._max_output = max_output
@@ -4326,42 +4327,42 @@ class Program:
         stdout = PipeReader(process.stdout, excess=slice(self._max_output, None))
         stderr = PipeReader(process.stderr, excess=slice(None, -STDERR_BYTES))
         try:
-            trouble = self._wait(process, stdout, lease)
+            reason = self._wait(process, stdout, lease)
         finally:
-            self._signal(process, "SIGKILL")     # what it left behind ends with it
+            self._signal(process, "SIGKILL")     # ends the children that the program left behind
             output = stdout.read()
             errors = stderr.read().decode(errors="replace").strip()
-        if trouble or process.returncode:
-            raise self._failure(trouble, process.returncode, errors)
+        if reason or process.returncode:
+            raise self._failure(reason, process.returncode, errors)
         return self._parse(output)
 
     def _start(self, intent):
         import subprocess
         import tempfile
         arguments = [self._program, *(fill_placeholders(argument, intent) for argument in self._arguments)]
-        with tempfile.TemporaryFile() as stdin:     # a file, since a pipe would block on a handler that does not read
+        with tempfile.TemporaryFile() as stdin:     # a pipe would block if the program does not read
             stdin.write(to_json(intent.payload).encode() + b"\n")
             stdin.seek(0)
             try:
                 return subprocess.Popen(arguments, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                         env=handler_environment(intent), **process_group_options())
-            except ValueError as error:     # a NUL in an argument
+            except ValueError as error:     # an argument has a NUL
                 raise Reject(f"The payload cannot be an argument: {error}.") from error
             except OSError as error:
                 if error.errno == errno.E2BIG:
                     raise Reject("The payload is too long for an argument.") from error
-                raise SetupError(f"The handler {self._program} cannot be run: {error.strerror}; does it start with "
-                                 "#!, and is it executable?") from error
+                raise SetupError(f"The handler {self._program} cannot be run: {error.strerror}; check that it starts with #! "
+                                 "and is executable.") from error
 
     def _wait(self, process, stdout, lease):
-        """Wait for the process; end it when its time is over or its lease broken, and return why, or None."""
+        """Wait for the process; end it after the timeout or when its lease is broken; return the reason, or None."""
         import subprocess
-        trouble = None
+        reason = None
         deadline = time.monotonic() + self._timeout
         while process.poll() is None:
             overdue = time.monotonic() >= deadline
-            if not trouble and (lease.broken or overdue):
-                trouble = lease.broken or f"timed out after {self._timeout:g} s"
+            if not reason and (lease.broken or overdue):
+                reason = lease.broken or f"timed out after {self._timeout:g} s"
                 self._signal(process, "SIGTERM")
                 deadline = time.monotonic() + self.kill_after
             elif overdue:
@@ -4369,23 +4370,23 @@ class Program:
             if stdout.ended.wait(SLICE_SECONDS):
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(SLICE_SECONDS)
-        return trouble
+        return reason
 
     def _signal(self, process, signal_name):
-        """Send a signal to the process and all that it started."""
+        """Send a signal to the process and its children."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if POSIX:
                 os.killpg(process.pid, getattr(signal, signal_name))
             elif signal_name == "SIGTERM":
-                process.send_signal(CTRL_BREAK)
+                process.send_signal(CTRL_BREAK_EVENT)
             else:
                 run_quietly("taskkill", "/F", "/T", "/PID", str(process.pid))
 
-    def _failure(self, trouble, code, errors):
-        """Return the exception for a program that was ended, or ended by itself with an exit code but 0."""
+    def _failure(self, reason, code, errors):
+        """Return the exception for a program that was ended, or that ended with another exit code than 0."""
         said = f": {errors}" if errors else ""
-        if trouble:
-            return HandlerFailed(trouble + said)
+        if reason:
+            return HandlerFailed(reason + said)
         if code == 100:
             return Reject(errors or "The handler rejected it with exit code 100.")
         if code in (126, 127):
@@ -4393,7 +4394,7 @@ class Program:
         return HandlerFailed((f"exit code {code}" if code > 0 else f"killed by signal {-code}") + said)
 
     def _parse(self, output):
-        """Return the result that this output stands for, and its type."""
+        """Return the result in the output of the program, and its type."""
         if self._result == "none" or self._result == "auto" and not output.strip():
             return None, "json"
         if self._result in ("auto", "json"):
@@ -4403,7 +4404,7 @@ class Program:
                 if self._result == "json":
                     raise HandlerFailed(f"The handler's output is not JSON: {error}") from error
         decoded = output.decode(errors="replace").replace("\0", "").rstrip("\n")
-        while len(to_json(decoded).encode()) > 2 * self._max_output:     # what is no UTF-8 takes three bytes, ESC six
+        while len(to_json(decoded).encode()) > 2 * self._max_output:     # an invalid byte becomes three bytes, ESC six
             decoded = decoded[:len(decoded) * 3 // 4]
         return decoded, "text"
 

@@ -5008,7 +5008,7 @@ def test_a_program_whose_lease_is_lost_is_ended_and_not_reported(live, quick_lea
     pid = int((HERE / "pid").read_text())
     (HERE / "pid").unlink()
     live.cancel(answer.id)
-    assert worker() and said == [f"{answer.id} lost: cancelled, or its lease was over before it was done"]
+    assert worker() and said == [f"{answer.id} lost: it was cancelled, or its lease ran out before the handler ended"]
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
 
@@ -5077,8 +5077,8 @@ def test_fields_of_the_payload_become_one_argument_each(bus, tmp_path, payload, 
 
 @POSIX
 @pytest.mark.parametrize("payload, argument, error", [
-    ({"a": 1}, "{b}", "The payload has no field 'b', which the handler's arguments need."),
-    ("text", "{a}", "The payload has no field 'a', which the handler's arguments need."),
+    ({"a": 1}, "{b}", "The payload has no field 'b', which an argument of the handler needs."),
+    ("text", "{a}", "The payload has no field 'a', which an argument of the handler needs."),
     ({"a": "x\0y"}, "{a}", "The payload cannot be an argument: embedded null byte."),
     ({"a": "x" * 200_000}, "{a}", "The payload is too long for an argument."),
 ])
@@ -5172,7 +5172,7 @@ def test_however_much_is_printed_of_whatever_the_work_is_done(client, tmp_path, 
 @pytest.mark.parametrize("text", ["", "echo no shebang", "#!", "#!/etc/passwd\n"], ids=["empty", "no shebang", "half", "no program"])
 def test_a_file_that_is_no_program_is_said_in_words_and_costs_no_attempt(bus, tmp_path, text):
     answer = bus.publish("g", 1)
-    with pytest.raises(intentbus.SetupError, match="cannot be run: .*; does it start with #!, and is it executable?"):
+    with pytest.raises(intentbus.SetupError, match="cannot be run: .*; check that it starts with #! and is executable"):
         work(bus, "g", intentbus.Program([script(tmp_path, text)]))
     assert (bus.get_status(answer.id).status, bus.get_status(answer.id).claim_attempts) == ("open", 0)
 
@@ -5240,7 +5240,7 @@ def test_output_is_cut_and_nothing_blocks_on_it(bus, tmp_path):
 @POSIX
 @pytest.mark.parametrize("text, sentence", [
     ("#!/bin/sh\nexit 127\n", "exit code 127, which means it cannot run here"),
-    ("#!/nowhere/sh\n", "cannot be run: No such file or directory; does it start with #!"),
+    ("#!/nowhere/sh\n", "cannot be run: No such file or directory; check that it starts with #!"),
     ("\x7fELF nonsense", "cannot be run: Exec format error"),
 ])
 def test_a_program_that_cannot_run_stops_the_worker_and_costs_no_attempt(bus, tmp_path, text, sentence):
@@ -5288,7 +5288,7 @@ def test_a_worker_keeps_what_it_could_not_report_and_says_so(away, tmp_path, imp
         away.stop()
         return "done", "text"
     Worker(bus, "g", handler, max_jobs=1, on_message=said.put).run()
-    assert "could not be reported, so it will be kept, and reported later" in said.get_nowait()
+    assert "could not be reported; the spool keeps it and reports it later" in said.get_nowait()
     away.start()
     Worker(spooling(away, tmp_path), "g", lambda intent, lease: pytest.fail("run again"), drain=True).run()
     assert away.bus.get_result(intent_id).result == "done"
