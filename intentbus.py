@@ -4410,22 +4410,22 @@ class Program:
 
 
 # ---- 14. Doctor ----
-# What goes wrong in practice, and the cure. A check yields findings: well, a remark, or bad, and a sentence that says why.
+# What goes wrong in practice, and its cure. Each check yields findings.
 
-Finding = collections.namedtuple("Finding", "level about words")     # level: ok, note or bad
+Finding = collections.namedtuple("Finding", "level about words")     # level: ok, note or bad; words: one or two sentences
 ok, note, bad = (functools.partial(Finding, level) for level in ("ok", "note", "bad"))
 SHARED_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "sdcardfs", "fuse", "vfat", "exfat")
 UNREACHABLE_CURES = {
     "ConnectionRefusedError": "Nothing listens there: start the bus with serve, or the tunnel that leads to it.",
     "gaierror": "That name is not known: check its spelling, and whether this machine is online.",
-    "SSLCertVerificationError": "Give the certificate with --ca; one that is not valid yet may be this machine's clock.",
+    "SSLCertVerificationError": "Pass the certificate with --ca; if it is said not to be valid yet, set this machine's clock.",
     "SSLError": "That port does not speak https: check http:// or https://, and the port.",
     "TimeoutError": "Nothing answers: a firewall is in the way, or that machine is off.",
 }
 
 
 def open_client(options, timeout=CLIENT_SECONDS, spool=None):
-    """Return the client that the flags of a command ask for; raises SetupError."""
+    """Return a client for the flags of a command; raises SetupError."""
     key = options.key_file and read_key(options.key_file)
     if options.key_file and key is None:
         raise SetupError(f"There is no key file {options.key_file}.")
@@ -4433,12 +4433,12 @@ def open_client(options, timeout=CLIENT_SECONDS, spool=None):
 
 
 def database_place(options):
-    """Return the path or URL of the database that a command is about."""
+    """Return the path or URL of the database for the flags of a command."""
     return options.db or os.environ.get("BUS_DB_PATH") or "intentbus.db"
 
 
 def file_system(path):
-    """Return the kind of the file system that a path is on, as Linux names it, or None."""
+    """Return the type of the file system that holds a path, such as ext4; None if it is unknown."""
     with contextlib.suppress(OSError):
         with open("/proc/mounts", encoding="utf-8", errors="replace") as file:
             mounts = [line.split()[1:3] for line in file]
@@ -4446,12 +4446,12 @@ def file_system(path):
 
 
 def in_termux():
-    """Return whether this is Termux, on a phone."""
+    """Return whether this program runs in Termux, on a phone."""
     return "TERMUX_VERSION" in os.environ or "com.termux" in os.environ.get("PREFIX", "")
 
 
 def check_versions(options):
-    """What this runs on."""
+    """Check the versions of Python and SQLite."""
     import sqlite3
     versions = f"Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}"
     if sys.version_info < (3, 9) or sqlite3.sqlite_version_info < (3, 35):
@@ -4461,10 +4461,10 @@ def check_versions(options):
 
 
 def check_clock(offset):
-    """How far the bus's clock is ahead of this machine's, in seconds."""
+    """Check how many seconds the clock of the bus is ahead."""
     difference = f"This machine's clock is {offset:+.0f} s off the bus's"
     if abs(offset) > SIGNATURE_SECONDS:
-        yield bad("clock", f"{difference}; set it, or signatures made by a shell are refused.")
+        yield bad("clock", f"{difference}; set it, or the bus refuses the signatures of shell scripts.")
     elif abs(offset) > CLOCK_JUMP_SECONDS:
         yield note("clock", f"{difference}.")
     else:
@@ -4472,26 +4472,26 @@ def check_clock(offset):
 
 
 def check_bus(options):
-    """The key, the way to the bus, the clock, and what the key may do there."""
-    with warnings.catch_warnings(record=True) as warned:
+    """Check the key, the connection to the bus, the role of the key, and the clock."""
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             bus = open_client(options, DOCTOR_SECONDS)
         except SetupError as error:
             yield bad("key", str(error))
             return
-    yield from (bad("key", f"{warning.message}.") for warning in warned)
+    yield from (bad("key", f"{warning.message}.") for warning in caught)
     try:
         me = bus.who_am_i()
     except Unreachable as error:
         reason = getattr(error.__cause__, "reason", error.__cause__)
-        cure = UNREACHABLE_CURES.get(type(reason).__name__, "Check the URL, and what stands between: a proxy, a tunnel.")
+        cure = UNREACHABLE_CURES.get(type(reason).__name__, "Check the URL, and any proxy or tunnel on the way.")
         yield bad("bus", f"{error} {cure}")
     except (Unauthorized, Forbidden) as error:
         yield ok("bus", f"{bus.base_url} answers.")
-        yield bad("key", f"The bus refuses this key: {error} Join it again with a new code of keys invite.")
+        yield bad("key", f"The bus refuses this key: {error} Join it again with a new code from keys invite.")
     except NotFound:
-        yield note("bus", f"{bus.base_url} is an older bus, or another: it cannot say what the key may do.")
+        yield note("bus", f"{bus.base_url} is an older or another bus, which cannot say what the key may do.")
     except Error as error:
         yield bad("bus", f"{bus.base_url} is in trouble: {error}")
     else:
@@ -4502,20 +4502,20 @@ def check_bus(options):
 
 
 def check_database(options):
-    """Where the database lies, if there is one here."""
+    """Check the place and the mode of the database file, if it is on this machine."""
     import shutil
     path = os.path.realpath(database_place(options))
     if "://" in database_place(options):
-        yield note("database", "It is on a database server, which has tools of its own to look after it.")
+        yield note("database", "It is on a database server; check it with the tools of that server.")
     if not os.path.exists(path):
         return
     kind = file_system(path)
     free = shutil.disk_usage(os.path.dirname(path)).free
     if kind in SHARED_FILE_SYSTEMS or re.match("/(sdcard|storage|mnt/media_rw)(/|$)", path):
-        yield bad("database", f"{path} is on {kind or 'shared storage'}, where locks and power cuts are not what SQLite "
-                              "needs; move it to this machine's own disk (on a phone: Termux's home).")
+        yield bad("database", f"{path} is on {kind or 'shared storage'}, where SQLite can lose data; move it to a local disk "
+                              "(on a phone, to the home of Termux).")
     elif free < FREE_BYTES:
-        yield bad("database", f"{path}: only {free // 2 ** 20} MB are free on that disk; make room.")
+        yield bad("database", f"The disk of {path} has only {free // 2 ** 20} MB free; make room.")
     elif POSIX and os.stat(path).st_mode & 0o077:
         yield bad("database", f"Others can read {path}; run: chmod 600 {path}")
     else:
@@ -4523,38 +4523,37 @@ def check_database(options):
 
 
 def check_spool(options):
-    """What could not be sent yet."""
+    """Check the spool for requests that were not sent."""
     if not os.path.exists(os.path.expanduser(SPOOL_FILE)):
         return
-    waiting, refused = Spool().counts()
+    pending, refused = Spool().counts()
     if refused:
-        yield bad("spool", f"The bus has refused {refused} for good; flush shows, flush --discard forgets them.")
-    elif waiting:
-        yield note("spool", f"{waiting} wait to be sent; flush sends them.")
+        yield bad("spool", f"A bus refused {refused} requests for good; flush shows them, flush --discard deletes them.")
+    elif pending:
+        yield note("spool", f"{pending} requests wait to be sent; flush sends them.")
     else:
-        yield ok("spool", "Nothing waits to be sent.")
+        yield ok("spool", "No request waits to be sent.")
 
 
 def check_termux(options):
-    """What Android needs, so that it lets a worker live."""
+    """Check the programs and settings that a worker needs on Android."""
     import shutil
     if not in_termux():
         return
     if not shutil.which("termux-battery-status"):
-        yield bad("termux", "There is no termux-api; run: pkg install termux-api, and install the app Termux:API.")
+        yield bad("termux", "There is no termux-api; run pkg install termux-api, and install the app Termux:API.")
     elif run_quietly("termux-battery-status", timeout=TERMUX_SECONDS):
         yield ok("termux", "Termux:API answers.")
     else:
-        yield bad("termux", "Termux:API does not answer; install its app, from where Termux came, and open it once.")
+        yield bad("termux", "Termux:API does not answer; install its app from the same store as Termux, and open it once.")
     if not shutil.which("termux-wake-lock"):
-        yield bad("termux", "There is no termux-wake-lock, so the worker sleeps with the phone; run: pkg install termux-tools")
+        yield bad("termux", "There is no termux-wake-lock, so workers sleep with the phone; run pkg install termux-tools.")
     boot_folder = os.path.expanduser("~/.termux/boot")
     if not os.path.isdir(boot_folder) or not os.listdir(boot_folder):
-        yield note("termux", "Nothing starts after a reboot: install the app Termux:Boot, open it once, and copy "
+        yield note("termux", "No worker starts after a reboot: install the app Termux:Boot, open it once, and copy "
                              "examples/termux_boot.sh into ~/.termux/boot/.")
-    yield note("termux", "Set Android's battery use of Termux to unrestricted.")
-    yield note("termux", "Android 12 and newer end programs beyond 32 (phantom processes): in the developer options, disable "
-                         "child process restrictions.")
+    yield note("termux", "In Android's settings, set the battery use of Termux to unrestricted.")
+    yield note("termux", "Android 12 and newer kill the 33rd program; disable child process restrictions in developer options.")
 
 
 CHECKS = (check_versions, check_bus, check_database, check_spool, check_termux)
