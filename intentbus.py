@@ -4418,7 +4418,7 @@ SHARED_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs
 UNREACHABLE_CURES = {
     "ConnectionRefusedError": "Nothing listens there: start the bus with serve, or the tunnel that leads to it.",
     "gaierror": "That name is not known: check its spelling, and whether this machine is online.",
-    "SSLCertVerificationError": "Pass the certificate with --ca; if it is said not to be valid yet, set this machine's clock.",
+    "SSLCertVerificationError": "Pass the certificate with --ca; if it is not valid yet, check the clock of this machine.",
     "SSLError": "That port does not speak https: check http:// or https://, and the port.",
     "TimeoutError": "Nothing answers: a firewall is in the way, or that machine is off.",
 }
@@ -4553,7 +4553,7 @@ def check_termux(options):
         yield note("termux", "No worker starts after a reboot: install the app Termux:Boot, open it once, and copy "
                              "examples/termux_boot.sh into ~/.termux/boot/.")
     yield note("termux", "In Android's settings, set the battery use of Termux to unrestricted.")
-    yield note("termux", "Android 12 and newer kill the 33rd program; disable child process restrictions in developer options.")
+    yield note("termux", "Android 12 and newer kill a 33rd program; disable child process restrictions in developer options.")
 
 
 CHECKS = (check_versions, check_bus, check_database, check_spool, check_termux)
