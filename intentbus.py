@@ -3938,29 +3938,30 @@ class IntentClient:
         except ValueError as error:
             raise Invalid(f"This cannot be sent in UTF-8: {error}.") from error
         data = None if method == "GET" else b"" if body is None else encode_body(body)
-        send = functools.partial(self._send, method, target, data, headers or {}, self.timeout + wait, kind)
+        corrected = False
         for attempt in itertools.count():
             try:
-                return self._send_in_time(send)
+                return self._send(method, target, data, headers or {}, self.timeout + wait, kind)
+            except Forbidden as error:     # if the clock of this machine is wrong, the bus answers its own
+                if corrected or "server_time" not in error.details:
+                    raise
+                self._clock_offset = error.details["server_time"] - time.time()
+                corrected = True
             except TRANSIENT as error:
-                if attempt == retries:
+                if attempt >= retries:
                     raise
                 pause = random.uniform(0, min(RETRY_SECONDS * 2 ** attempt, RETRY_MAX_SECONDS))
                 time.sleep(max(pause, error.details.get("retry_after", 0)))
 
-    def _send_in_time(self, send):
-        """Send a request; if the bus answers that the clock of this machine is wrong, correct it and send again."""
-        try:
-            return send()
-        except Forbidden as error:
-            if "server_time" not in error.details:
-                raise
-            self._clock_offset = error.details["server_time"] - time.time()
-            return send()
-
     def _send(self, method, target, data, headers, timeout, kind):
+        """Sign a request and send it once; return the value of the answer."""
         import http.client
-        headers = {**headers, **self._identity, **self._signature(method, target, data or b""),
+        path, _, query = target.partition("?")
+        pairs = urllib.parse.parse_qsl(query, True)
+        timestamp = f"{time.time() + self._clock_offset:.3f}"
+        nonce = os.urandom(16).hex()
+        signature = sign(self._key, method, urllib.parse.unquote(path), pairs, timestamp, nonce, data or b"")
+        headers = {**headers, **self._identity, "X-Timestamp": timestamp, "X-Nonce": nonce, "X-Signature": signature,
                    "User-Agent": f"intentbus/{__version__}", "Content-Type": "application/json"}
         try:
             request = urllib.request.Request(self.base_url + target, data, headers, method=method)
@@ -3972,15 +3973,6 @@ class IntentClient:
                 reason = f"its certificate is not trusted ({distrust}); see --ca"
             reason = getattr(reason, "strerror", None) or reason or type(reason).__name__
             raise Unreachable(f"The bus at {self.base_url} cannot be reached: {reason}.") from error
-
-    def _signature(self, method, target, data):
-        """Return the headers that sign a request."""
-        path, _, query = target.partition("?")
-        pairs = urllib.parse.parse_qsl(query, True)
-        timestamp = f"{time.time() + self._clock_offset:.3f}"
-        nonce = os.urandom(16).hex()
-        signature = sign(self._key, method, urllib.parse.unquote(path), pairs, timestamp, nonce, data)
-        return {"X-Timestamp": timestamp, "X-Nonce": nonce, "X-Signature": signature}
 
     def _read(self, status, headers, content, kind):
         """Return the value of an answer, or raise the error in it."""
@@ -4587,12 +4579,6 @@ UNPRINTABLE = re.compile(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]")
 COMMANDS = {}     # name: (function, examples, flags)
 
 
-def write_line(stream, line):
-    """Write a line in one piece, so that those of several threads do not mix."""
-    stream.write(line + "\n")
-    stream.flush()
-
-
 def escape(text, characters=CONTROL):
     """Return a text without what could command a terminal: those characters as escape sequences."""
     return re.sub(characters, lambda match: f"\\x{ord(match[0]):02x}", text)
@@ -4600,12 +4586,14 @@ def escape(text, characters=CONTROL):
 
 def log(message):
     """Tell the person at the terminal something, on stderr."""
-    write_line(sys.stderr, escape(f"intentbus: {message}".replace("\n", " | ")))
+    sys.stderr.write(escape(f"intentbus: {message}".replace("\n", " | ")) + "\n")
 
 
 def print_result(value):
     """Print what may be of anybody: all of it into a file or a pipe, no commands to a terminal."""
-    write_line(sys.stdout, escape(str(value), UNPRINTABLE) if sys.stdout.isatty() else str(value))
+    line = escape(str(value), UNPRINTABLE) if sys.stdout.isatty() else str(value)
+    sys.stdout.write(line + "\n")     # in one piece, so that the lines of several threads do not mix
+    sys.stdout.flush()
 
 
 def print_rows(options, records, cells):
@@ -4642,7 +4630,9 @@ def positive_int(text):
 
 
 def flag(*names, **settings):
-    """Return the arguments of an add_argument."""
+    """Return the arguments of an add_argument; the help says the default."""
+    if default := settings.get("default"):
+        settings["help"] += f" (default {format_age(default) if settings.get('type') is duration else default})"
     return names, settings
 
 
@@ -4669,8 +4659,8 @@ PUBLISH_FIELDS = ("priority", "delay", "ttl", "max_attempts", "backoff_base", "t
                   "visibility", "idempotency_key")
 NEW_KEY = (
     flag("name", help="whose or what for"),
-    flag("--owner", default="owner", help="whose intents it shares (default owner: the owner key's)"),
-    flag("--role", choices=("publish", "work", "both"), default="both", help="what the key may do (default both)"),
+    flag("--owner", default="owner", help="whose intents it shares"),
+    flag("--role", choices=("publish", "work", "both"), default="both", help="what the key may do"),
 )
 WAIT = flag("--wait", type=lambda text: duration(text) if text else PUBLISH_WAIT_SECONDS, metavar="=DURATION",
             help="wait for the end (--wait=DURATION, default 5m), print the result, exit 1 if it ended badly")
@@ -4691,18 +4681,14 @@ def bus_command(name, examples, *flags):
          serve --db ~/bus.db --port 9000 --log
          serve --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
          """,
-         flag("--host", default="127.0.0.1", help="the address to listen on (default 127.0.0.1: this machine only)"),
-         flag("--port", type=int, default=8787, help="the port; 0 picks a free one (default 8787)"),
+         flag("--host", default="127.0.0.1", help="the address to listen on; by default, this machine only"),
+         flag("--port", type=int, default=8787, help="the port; 0 picks a free one"),
          DB,
-         flag("--key-file", default=KEY_FILE,
-              help=f"the owner key's file (BUS_SECRET is the key itself; default {KEY_FILE})"),
-         flag("--max-body", type=positive_int, default=BODY_BYTES, metavar="BYTES",
-              help=f"of a request (default {BODY_BYTES})"),
-         flag("--retention", type=duration, default=RETENTION_SECONDS, help="how long what has ended is kept (default 7d)"),
-         flag("--rate-limit", type=positive_int, default=RATE_PER_MINUTE, metavar="N",
-              help=f"requests a minute of an issued key (default {RATE_PER_MINUTE})"),
-         flag("--max-unfinished", type=positive_int, default=UNFINISHED, metavar="N",
-              help=f"intents that an issued key may have waiting or running (default {UNFINISHED})"),
+         flag("--key-file", default=KEY_FILE, help="the owner key's file (BUS_SECRET is the key itself)"),
+         flag("--max-body", type=positive_int, default=BODY_BYTES, metavar="BYTES", help="of a request"),
+         flag("--retention", type=duration, default=RETENTION_SECONDS, help="how long what has ended is kept"),
+         flag("--rate-limit", type=positive_int, default=RATE_PER_MINUTE, metavar="N", help="requests of an issued key a minute"),
+         flag("--max-unfinished", type=positive_int, default=UNFINISHED, metavar="N", help="unfinished intents of an issued key"),
          flag("--require-claim-token", action="store_true", help="refuse workers of the 1.x protocol, which send none"),
          flag("--require-signatures", action="store_true", help="refuse what is not signed (BUS_REQUIRE_SIGNATURES)"),
          flag("--tls-cert", metavar="FILE", help="speak https, with this certificate (PEM)"),
@@ -4926,18 +4912,17 @@ def flush_command(options):
          """,
          *CONNECTION,
          flag("--goal", action="append", help="what to do; may repeat; without it, anything"),
-         flag("-j", "--jobs", type=positive_int, default=1, metavar="N", help="how many at once (default 1)"),
+         flag("-j", "--jobs", type=positive_int, default=1, metavar="N", help="how many at once"),
          flag("--once", dest="max_jobs", action="store_const", const=1, help="leave after one intent"),
          flag("--max-jobs", type=positive_int, metavar="N", help="leave after N intents"),
          flag("--drain", action="store_true", help="leave when there is nothing more to do"),
          flag("--max-time", type=duration, help="claim nothing more after that long"),
-         flag("--timeout", type=duration, default=HANDLER_SECONDS, help="end a handler that takes longer (default 5m)"),
-         flag("--kill-after", type=duration, default=KILL_AFTER_SECONDS, help="between TERM and KILL (default 5s)"),
-         flag("--lease", type=duration, default=LEASE_SECONDS, help="10s to 1h: after that silence it is lost (default 60s)"),
-         flag("--poll", type=duration, default=POLL_SECONDS, help="between claims at a bus that holds none (default 5s)"),
-         flag("--result", choices=("auto", "json", "text", "none"), default="auto", help="how stdout is read (default auto)"),
-         flag("--max-output", type=positive_int, default=OUTPUT_BYTES, metavar="BYTES",
-              help=f"of stdout (default {OUTPUT_BYTES})"),
+         flag("--timeout", type=duration, default=HANDLER_SECONDS, help="end a handler that takes longer"),
+         flag("--kill-after", type=duration, default=KILL_AFTER_SECONDS, help="between TERM and KILL"),
+         flag("--lease", type=duration, default=LEASE_SECONDS, help="10s to 1h: after that silence it is lost"),
+         flag("--poll", type=duration, default=POLL_SECONDS, help="between claims at a bus that holds none"),
+         flag("--result", choices=("auto", "json", "text", "none"), default="auto", help="how stdout is read"),
+         flag("--max-output", type=positive_int, default=OUTPUT_BYTES, metavar="BYTES", help="of stdout"),
          flag("--worker-id", help="a name, for intents meant for this worker, and for the command workers"),
          flag("--no-wake-lock", action="store_true", help="in Termux, let the phone sleep"),
          flag("--capability", dest="capabilities", action="append", default=[], help="what this worker can do; may repeat"),
@@ -4957,22 +4942,19 @@ def work_command(options):
         raise Invalid("--lease is from 10s to 1h.")
     if not (options.max_jobs or options.drain or options.max_time or options.no_wake_lock):
         stay_awake()
-    worker = Worker(open_client(options, spool=spool_if_usable()), options.goal, handler, on_message=log,
+    spool = SPOOL_FILE
+    try:
+        Spool()
+    except SetupError as error:
+        spool = None
+        log(f"{error} What cannot be reported is not kept, then.")
+    worker = Worker(open_client(options, spool=spool), options.goal, handler, on_message=log,
                     concurrency=options.jobs, lease=options.lease, max_jobs=options.max_jobs, max_time=options.max_time,
                     drain=options.drain, poll=options.poll, worker_id=options.worker_id, capabilities=options.capabilities)
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, worker.interrupt)
     worker.run()
     return 128 + worker.interrupted_by if worker.interrupted_by else 0
-
-
-def spool_if_usable():
-    """Return the file of the spool, or None where none can be: a worker works without it, too."""
-    try:
-        Spool()
-        return SPOOL_FILE
-    except SetupError as error:
-        log(f"{error} What cannot be reported is not kept, then.")
 
 
 def stay_awake():
@@ -5013,7 +4995,7 @@ def result_command(bus, options):
              """,
              flag("--status", choices=("open", "claimed", "fulfilled", "dead"), help="only these"),
              flag("--goal", help="only these"),
-             flag("--limit", type=positive_int, default=50, metavar="N", help="at most N (default 50)"), JSON)
+             flag("--limit", type=positive_int, default=50, metavar="N", help="at most N"), JSON)
 def list_command(bus, options):
     """List intents, newest first: id, status, attempts, age, goal, last error."""
     left = options.limit
@@ -5054,17 +5036,12 @@ def watch_command(bus, options):
             continue
         if page.missed:
             log(f"{page.missed} events were missed")
-        print_rows(options, map(Record, page.events), event_cells)
+        print_rows(options, map(Record, page.events), lambda entry: (
+            time.strftime("%H:%M:%S", time.localtime(entry.time)), f"{entry.event:9}", entry.id, entry.goal, entry.worker_id,
+            entry.last_error if entry.event in ("failed", "dead", "lost") else None))
         if after and not page.events and time.monotonic() - asked < RECHECK_SECONDS:     # a bus that holds no request
             time.sleep(RECHECK_SECONDS)
         after = page.next
-
-
-def event_cells(occurrence):
-    """Return the cells of the line of an event."""
-    error = occurrence.last_error if occurrence.event in ("failed", "dead", "lost") else None
-    return (time.strftime("%H:%M:%S", time.localtime(occurrence.time)), f"{occurrence.event:9}", occurrence.id,
-            occurrence.goal, occurrence.worker_id, error)
 
 
 @bus_command("cancel", "cancel 01a20a3bf4423c55cce77efa455c0ada", ID, JSON)
@@ -5080,7 +5057,7 @@ def cancel_command(bus, options):
              flag("id", nargs="?", help="the id that publish printed"),
              flag("--goal", help="all dead intents of this goal, up to --limit"),
              flag("--all", action="store_true", help="all dead intents, up to --limit"),
-             flag("--limit", type=positive_int, default=1000, metavar="N", help="at most N (default 1000)"), JSON)
+             flag("--limit", type=positive_int, default=1000, metavar="N", help="at most N"), JSON)
 def retry_command(bus, options):
     """Open a dead intent anew, or many; prints the new status, or how many."""
     if bool(options.id) + bool(options.goal) + options.all != 1:
@@ -5094,7 +5071,7 @@ def retry_command(bus, options):
              set "nightly backup" mine --ttl 1h --if-absent
              """,
              VALUE_NAME, flag("value", help="JSON, or text"),
-             flag("--ttl", type=duration, default=VALUE_TTL_SECONDS, help="how long it is kept, up to 1d (default 10m)"),
+             flag("--ttl", type=duration, default=VALUE_TTL_SECONDS, help="how long it is kept, up to 1d"),
              flag("--if-absent", action="store_true", help="only if there is none: exit 1 if the key is taken, a lock"))
 def set_command(bus, options):
     """Keep a value for a while."""
@@ -5238,15 +5215,11 @@ class Parser(argparse.ArgumentParser):
 
 def overview():
     """Return what there is: the introduction, and the commands in groups."""
-    lines = [INTRODUCTION.format(INVOCATION).rstrip("\n")]
+    lines = [INTRODUCTION.format(INVOCATION)]
     for title, names in GROUPS:
-        lines += ["", f"{title}:", *(f"  {name:12} {first_clause(COMMANDS[name][0].__doc__)}" for name in names)]
-    return "\n".join(lines) + "\n" + EPILOG
-
-
-def first_clause(text):
-    """Return a text up to the end of its first clause."""
-    return re.split(r"[:;.](?: |$)", text.splitlines()[0])[0]
+        clauses = (re.split(r"[:;.](?:\s|$)", COMMANDS[name][0].__doc__)[0] for name in names)
+        lines += [f"{title}:", *map("  {:12} {}".format, names, clauses), ""]
+    return "\n".join(lines) + EPILOG
 
 
 def find_command(words):
