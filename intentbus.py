@@ -4616,7 +4616,7 @@ def duration(text):
     return float(match[1]) * UNIT_SECONDS[match[2]]
 
 
-def format_age(seconds):
+def format_duration(seconds):
     """Return a span of time in its largest unit, such as 5m."""
     unit = next((unit for unit in "dhm" if seconds >= UNIT_SECONDS[unit]), "s")
     return f"{max(0, seconds) // UNIT_SECONDS[unit]:.0f}{unit}"
@@ -4632,14 +4632,14 @@ def positive_int(text):
 def flag(*names, **settings):
     """Return the arguments of an add_argument; the help says the default."""
     if default := settings.get("default"):
-        settings["help"] += f" (default {format_age(default) if settings.get('type') is duration else default})"
+        settings["help"] += f" (default {format_duration(default) if settings.get('type') is duration else default})"
     return names, settings
 
 
 def command(name, examples, *flags):
     """Make a function the command of that name: it takes the parsed arguments and returns the exit code, or None."""
     def register(function):
-        COMMANDS[name] = function, [line.strip() for line in examples.strip().split("\n")], flags
+        COMMANDS[name] = function, examples, flags
         return function
     return register
 
@@ -4654,7 +4654,7 @@ CONNECTION = (
 DB = flag("--db", help="the database file (BUS_DB_PATH; default intentbus.db)")
 ID = flag("id", help="the id that publish printed")
 JSON = flag("--json", action="store_true", help="print JSON")
-VALUE_NAME = flag("key", help="its name")
+VALUE_KEY = flag("key", help="its name")
 PUBLISH_FIELDS = ("priority", "delay", "ttl", "max_attempts", "backoff_base", "target_worker", "required_capability",
                   "visibility", "idempotency_key")
 NEW_KEY = (
@@ -4676,11 +4676,11 @@ def bus_command(name, examples, *flags):
     return register
 
 
-@command("serve", """
-         serve
-         serve --db ~/bus.db --port 9000 --log
-         serve --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
-         """,
+@command("serve", [
+             "serve",
+             "serve --db ~/bus.db --port 9000 --log",
+             "serve --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem",
+         ],
          flag("--host", default="127.0.0.1", help="the address to listen on; by default, this machine only"),
          flag("--port", type=int, default=8787, help="the port; 0 picks a free one"),
          DB,
@@ -4722,7 +4722,7 @@ def serve_command(options):
     host = f"[{options.host}]" if ":" in options.host else options.host
     url = f"http{'s' if options.tls_cert else ''}://{host}:{server.server_port}"
     print(url, flush=True)
-    welcome(options, url, store, key_source)
+    log_startup(options, url, store, key_source)
     while not stop.wait(1):     # in slices, since Windows lets no signal through a longer wait
         pass
     deadline = threading.Timer(EXIT_SECONDS, os._exit, [0])
@@ -4732,7 +4732,7 @@ def serve_command(options):
     store.close()
 
 
-def welcome(options, url, store, key_source):
+def log_startup(options, url, store, key_source):
     """Say what a person wants to know who has just started a bus."""
     log(f"{__version__}, database {store.path}, the key is {key_source}")
     if store.warning:
@@ -4745,12 +4745,12 @@ def welcome(options, url, store, key_source):
           file=sys.stderr, flush=True)
 
 
-@command("publish", """
-         publish send_notification title=nas message="the backup is done"
-         publish resize '{"file": "a.jpg"}' --wait
-         publish backup host=nas full:=true --delay 1h --spool
-         publish resize --lines < files.txt
-         """,
+@command("publish", [
+             'publish send_notification title=nas message="the backup is done"',
+             """publish resize '{"file": "a.jpg"}' --wait""",
+             "publish backup host=nas full:=true --delay 1h --spool",
+             "publish resize --lines < files.txt",
+         ],
          *CONNECTION,
          flag("goal", help="what is to be done"),
          flag("payload", nargs="*", help="JSON, or name=text and name:=json pairs, or @FILE, or - or nothing for stdin"),
@@ -4793,7 +4793,7 @@ def publish_lines(bus, options, fields):
     if options.payload or options.wait is not None:
         raise Invalid("--lines and --jsonl take the payloads from stdin, and do not wait.")
     key = fields.pop("idempotency_key", None)
-    parse = parse_json if options.jsonl else parse_line
+    parse = parse_json if options.jsonl else decode_line
     intents = (dict(fields, goal=options.goal, payload=parse(line)) for line in sys.stdin.buffer if line.strip())
     published = 0
     for number, batch in enumerate(batches(intents)):
@@ -4825,7 +4825,7 @@ def batches(intents):
         yield batch
 
 
-def parse_line(line):
+def decode_line(line):
     """Return the text of a line of bytes, without its end."""
     try:
         return line.decode().rstrip("\r\n")
@@ -4888,7 +4888,7 @@ def print_outcome(options, intent):
     return {"fulfilled": 0, "dead": 1}.get(intent.status, 3)
 
 
-@command("flush", "flush", *CONNECTION,
+@command("flush", ["flush"], *CONNECTION,
          flag("--discard", action="store_true", help="forget what the bus has refused for good"))
 def flush_command(options):
     """Send what publish --spool and work have kept, and print how many requests the bus has taken.
@@ -4905,11 +4905,11 @@ def flush_command(options):
     return 1 if refused and not options.discard else 0
 
 
-@command("work", """
-         work --goal send_notification -- ./handler.sh
-         work --goal resize -j 4 -- convert {file} -resize 50% {out}
-         work --goal backup --drain --timeout 1h -- ./backup.sh
-         """,
+@command("work", [
+             "work --goal send_notification -- ./handler.sh",
+             "work --goal resize -j 4 -- convert {file} -resize 50% {out}",
+             "work --goal backup --drain --timeout 1h -- ./backup.sh",
+         ],
          *CONNECTION,
          flag("--goal", action="append", help="what to do; may repeat; without it, anything"),
          flag("-j", "--jobs", type=positive_int, default=1, metavar="N", help="how many at once"),
@@ -4941,7 +4941,7 @@ def work_command(options):
     if not LEASE_RANGE_SECONDS[0] <= options.lease <= LEASE_RANGE_SECONDS[1]:
         raise Invalid("--lease is from 10s to 1h.")
     if not (options.max_jobs or options.drain or options.max_time or options.no_wake_lock):
-        stay_awake()
+        hold_wake_lock()
     spool = SPOOL_FILE
     try:
         Spool()
@@ -4957,7 +4957,7 @@ def work_command(options):
     return 128 + worker.interrupted_by if worker.interrupted_by else 0
 
 
-def stay_awake():
+def hold_wake_lock():
     """Take Termux's wake-lock, if this is Termux: a worker that runs for good is not to sleep with the screen."""
     if in_termux() and run_quietly("termux-wake-lock", timeout=TERMUX_SECONDS):
         log("the phone stays awake for this (--no-wake-lock); termux-wake-unlock lets it sleep again")
@@ -4969,7 +4969,7 @@ def print_payload(intent, lease):
     return None, "json"
 
 
-@bus_command("status", "status 01a20a3bf4423c55cce77efa455c0ada", ID, JSON)
+@bus_command("status", ["status 01a20a3bf4423c55cce77efa455c0ada"], ID, JSON)
 def status_command(bus, options):
     """Print the state of an intent."""
     intent = bus.get_status(options.id)
@@ -4978,7 +4978,7 @@ def status_command(bus, options):
         log(intent.last_error)
 
 
-@bus_command("result", "result 01a20a3bf4423c55cce77efa455c0ada --wait=10m", ID, WAIT, JSON)
+@bus_command("result", ["result 01a20a3bf4423c55cce77efa455c0ada --wait=10m"], ID, WAIT, JSON)
 def result_command(bus, options):
     """Print the result of an intent; exit 1 if it is dead, 3 if there is none yet."""
     if options.wait is not None:
@@ -4989,10 +4989,7 @@ def result_command(bus, options):
     return print_outcome(options, intent)
 
 
-@bus_command("list", """
-             list --status dead
-             list --goal resize --limit 500 --json
-             """,
+@bus_command("list", ["list --status dead", "list --goal resize --limit 500 --json"],
              flag("--status", choices=("open", "claimed", "fulfilled", "dead"), help="only these"),
              flag("--goal", help="only these"),
              flag("--limit", type=positive_int, default=50, metavar="N", help="at most N"), JSON)
@@ -5005,23 +5002,20 @@ def list_command(bus, options):
                         before=before)
         print_rows(options, page.intents, lambda intent: (
             intent.id, f"{intent.status:9}", f"{intent.claim_attempts}/{intent.max_attempts}",
-            f"{format_age(time.time() - intent.created_at):>4}", intent.goal, intent.last_error))
+            f"{format_duration(time.time() - intent.created_at):>4}", intent.goal, intent.last_error))
         before = page.next
         left = left - len(page.intents) if before else 0
 
 
-@bus_command("workers", "workers", JSON)
+@bus_command("workers", ["workers"], JSON)
 def workers_command(bus, options):
     """List who has asked for work in the last five minutes: last seen, owner, worker, version, goals, intent."""
     print_rows(options, map(Record, bus.workers().workers), lambda worker: (
-        f"{format_age(time.time() - worker.last_seen):>4}", worker.owner, worker.id, worker.version or "-",
+        f"{format_duration(time.time() - worker.last_seen):>4}", worker.owner, worker.id, worker.version or "-",
         ", ".join(worker.goals) or "any goal", worker.intent))
 
 
-@bus_command("watch", """
-             watch
-             watch --json | jq -c 'select(.event == "dead")'
-             """,
+@bus_command("watch", ["watch", """watch --json | jq -c 'select(.event == "dead")'"""],
              JSON)
 def watch_command(bus, options):
     """Follow what happens on the bus, a line an event, until Ctrl-C: time, what, intent, goal, worker, error."""
@@ -5044,16 +5038,13 @@ def watch_command(bus, options):
         after = page.next
 
 
-@bus_command("cancel", "cancel 01a20a3bf4423c55cce77efa455c0ada", ID, JSON)
+@bus_command("cancel", ["cancel 01a20a3bf4423c55cce77efa455c0ada"], ID, JSON)
 def cancel_command(bus, options):
     """End an intent that is not finished; a worker that has it drops it."""
     print_answer(options, bus.cancel(options.id), "status")
 
 
-@bus_command("retry", """
-             retry 01a20a3bf4423c55cce77efa455c0ada
-             retry --goal resize
-             """,
+@bus_command("retry", ["retry 01a20a3bf4423c55cce77efa455c0ada", "retry --goal resize"],
              flag("id", nargs="?", help="the id that publish printed"),
              flag("--goal", help="all dead intents of this goal, up to --limit"),
              flag("--all", action="store_true", help="all dead intents, up to --limit"),
@@ -5066,11 +5057,8 @@ def retry_command(bus, options):
     print_answer(options, answer, "status" if options.id else "retried")
 
 
-@bus_command("set", """
-             set thermostat '{"celsius": 19.5}' --ttl 1h
-             set "nightly backup" mine --ttl 1h --if-absent
-             """,
-             VALUE_NAME, flag("value", help="JSON, or text"),
+@bus_command("set", ["""set thermostat '{"celsius": 19.5}' --ttl 1h""", 'set "nightly backup" mine --ttl 1h --if-absent'],
+             VALUE_KEY, flag("value", help="JSON, or text"),
              flag("--ttl", type=duration, default=VALUE_TTL_SECONDS, help="how long it is kept, up to 1d"),
              flag("--if-absent", action="store_true", help="only if there is none: exit 1 if the key is taken, a lock"))
 def set_command(bus, options):
@@ -5082,19 +5070,19 @@ def set_command(bus, options):
     bus.set(options.key, value, options.ttl, options.if_absent)
 
 
-@bus_command("get", "get thermostat", VALUE_NAME)
+@bus_command("get", ["get thermostat"], VALUE_KEY)
 def get_command(bus, options):
     """Print a value that set has kept: a text as it is, the rest as JSON; exit 3 if there is none."""
     print_result(as_text(bus.get(options.key)))
 
 
-@bus_command("del", "del thermostat", VALUE_NAME)
+@bus_command("del", ["del thermostat"], VALUE_KEY)
 def delete_command(bus, options):
     """Forget a value; exit 3 if there was none."""
     return 0 if bus.delete(options.key).deleted else 3
 
 
-@bus_command("keys add", "keys add phone --role work", *NEW_KEY)
+@bus_command("keys add", ["keys add phone --role work"], *NEW_KEY)
 def keys_add_command(bus, options):
     """Issue a key and print it, this once."""
     made = bus.admin("generate_key", name=options.name, owner=options.owner, role=options.role)
@@ -5102,7 +5090,7 @@ def keys_add_command(bus, options):
     print_result(made.api_key)
 
 
-@bus_command("keys invite", "keys invite phone --role work", *NEW_KEY)
+@bus_command("keys invite", ["keys invite phone --role work"], *NEW_KEY)
 def keys_invite_command(bus, options):
     """Print a code that another machine can join the bus with: once, within ten minutes."""
     made = bus.admin("invite", name=options.name, owner=options.owner, role=options.role)
@@ -5111,24 +5099,21 @@ def keys_invite_command(bus, options):
     print_result(made.code)
 
 
-@bus_command("keys list", "keys list", JSON)
+@bus_command("keys list", ["keys list"], JSON)
 def keys_list_command(bus, options):
     """List the issued keys: id, role, owner, requests, last use, name."""
     print_rows(options, bus.admin("keys"), lambda key: (
         key.key_id, f"{key.role:7}", key.owner, str(key.total_requests),
-        format_age(time.time() - key.last_used_at) if key.last_used_at else "never", key.name))
+        format_duration(time.time() - key.last_used_at) if key.last_used_at else "never", key.name))
 
 
-@bus_command("keys revoke", "keys revoke 267ecfd48ae038ad", flag("key_id", help="the id that keys list prints"))
+@bus_command("keys revoke", ["keys revoke 267ecfd48ae038ad"], flag("key_id", help="the id that keys list prints"))
 def keys_revoke_command(bus, options):
     """End an issued key."""
     bus.admin("revoke_key", key_id=options.key_id)
 
 
-@command("join", """
-         join https://bus.example.com K7Q2-9MXW
-         join http://100.101.102.103:8787 K7Q2-9MXW --plain
-         """,
+@command("join", ["join https://bus.example.com K7Q2-9MXW", "join http://100.101.102.103:8787 K7Q2-9MXW --plain"],
          flag("url", help="the bus, as this machine reaches it"), flag("code", help="what keys invite has printed"), CA,
          flag("--plain", action="store_true", help="the way there is plain http, but nobody else can read it: a VPN"))
 def join_command(options):
@@ -5142,7 +5127,7 @@ def join_command(options):
     log(f"joined {bus.base_url} as {made.name}, role {made.role}; the key is in {CONFIG_FILE}")
 
 
-@bus_command("stats", "stats")
+@bus_command("stats", ["stats"])
 def stats_command(bus, options):
     """Print how the bus is, as JSON: intents by namespace and status, sizes, requests held."""
     summary = bus.admin("summary")
@@ -5150,7 +5135,7 @@ def stats_command(bus, options):
     print_result(json.dumps(summary, indent=2))
 
 
-@bus_command("purge", "purge --namespace test --yes", flag("--yes", action="store_true", help="really"))
+@bus_command("purge", ["purge --namespace test --yes"], flag("--yes", action="store_true", help="really"))
 def purge_command(bus, options):
     """Delete all intents for good, or those of a --namespace; prints how many."""
     if not options.yes:
@@ -5158,7 +5143,7 @@ def purge_command(bus, options):
     print_result(bus.admin("purge", confirm=True, namespace=options.namespace).deleted)
 
 
-@command("doctor", "doctor", *CONNECTION, DB, JSON)
+@command("doctor", ["doctor"], *CONNECTION, DB, JSON)
 def doctor_command(options):
     """Look for what goes wrong in practice, and say the cure; exit code 1 if something is bad."""
     findings = [Record(finding._asdict()) for check in CHECKS for finding in check(options)]
@@ -5166,7 +5151,7 @@ def doctor_command(options):
     return int(any(finding.level == "bad" for finding in findings))
 
 
-@command("backup", "backup bus-monday.db", flag("file", help="the file to write; it must not exist"), DB)
+@command("backup", ["backup bus-monday.db"], flag("file", help="the file to write; it must not exist"), DB)
 def backup_command(options):
     """Copy the database of a bus, running or not, into a file that serve --db can use."""
     import sqlite3
