@@ -4552,7 +4552,8 @@ CHECKS = (check_versions, check_bus, check_database, check_spool, check_termux)
 
 
 # ---- 15. Commands ----
-# The command line. Flags stand on the function, its docstring is the help; stdout is data, stderr is talk.
+# The command line. A command's examples and flags stand on its function, and its docstring is its help. Data goes to
+# stdout, messages go to stderr.
 
 INTRODUCTION = """intentbus: say "do this" here, have it done there.
 
@@ -4561,55 +4562,55 @@ INTRODUCTION = """intentbus: say "do this" here, have it done there.
   {0} publish notify message="hi"           # from cron, a shell, a script
 """
 EPILOG = """
-COMMAND --help shows examples and flags, --version the version. stdout is data, stderr is talk.
+COMMAND --help shows examples and flags, --version shows the version. Data goes to stdout, messages go to stderr.
 
-exit codes: 0 done; 1 the intent ended badly; 2 misused; 3 nothing there; 4 refused; 5 no bus to be reached;
-6 over a limit; 124 the wait is over; 130, 143 stopped by a signal"""
+exit codes: 0 success; 1 the intent is dead; 2 wrong usage or setup; 3 not found; 4 refused; 5 bus unreachable;
+6 over a limit; 124 timed out; 130, 143 stopped by a signal"""
 GROUPS = (
     ("run", ("serve", "publish", "work", "flush")),
-    ("look", ("status", "result", "list", "workers", "watch", "stats")),
-    ("put right", ("cancel", "retry", "purge", "doctor", "backup")),
+    ("inspect", ("status", "result", "list", "workers", "watch", "stats")),
+    ("repair", ("cancel", "retry", "purge", "doctor", "backup")),
     ("keys and machines", ("keys add", "keys invite", "keys list", "keys revoke", "join")),
-    ("small values", ("set", "get", "del")),
+    ("store values", ("set", "get", "del")),
 )
 EXIT_CODES = {400: 2, 401: 4, 403: 4, 404: 3, 409: 1, 413: 6, 422: 6, 429: 6}
-INVOCATION = f"{os.path.basename(sys.executable or 'python')} {os.path.basename(__file__)}"     # as a person would type it
+INVOCATION = f"{os.path.basename(sys.executable or 'python')} {os.path.basename(__file__)}"     # how a person starts it
 UNIT_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
-UNPRINTABLE = re.compile(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]")
+UNPRINTABLE = re.compile(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]")     # characters that can control a terminal
 COMMANDS = {}     # name: (function, examples, flags)
 
 
 def escape(text, characters=CONTROL):
-    """Return a text without what could command a terminal: those characters as escape sequences."""
+    r"""Replace the characters of a text that can control a terminal by escape sequences such as \x1b."""
     return re.sub(characters, lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 def log(message):
-    """Tell the person at the terminal something, on stderr."""
+    """Write a message to stderr, on one line."""
     sys.stderr.write(escape(f"intentbus: {message}".replace("\n", " | ")) + "\n")
 
 
 def print_result(value):
-    """Print what may be of anybody: all of it into a file or a pipe, no commands to a terminal."""
+    """Write a value to stdout as it is, but on a terminal without control characters."""
     line = escape(str(value), UNPRINTABLE) if sys.stdout.isatty() else str(value)
-    sys.stdout.write(line + "\n")     # in one piece, so that the lines of several threads do not mix
+    sys.stdout.write(line + "\n")     # one write, so that the lines of threads do not mix
     sys.stdout.flush()
 
 
 def print_rows(options, records, cells):
-    """Print a line for each record: JSON with --json, else what cells(record) returns."""
+    """Print a line for each record: with --json its JSON, else the cells that cells(record) returns."""
     for record in records:
         line = to_json(record) if options.json else "  ".join(str(cell) for cell in cells(record) if cell not in (None, ""))
         print_result(line if options.json else escape(line.replace("\n", " | ")))
 
 
 def print_answer(options, answer, field):
-    """Print a field of an answer of the bus, or all of it with --json."""
+    """Print a field of an answer; with --json, print the whole answer."""
     print_result(to_json(answer) if options.json else answer[field])
 
 
 def duration(text):
-    """Return the seconds of 90, 90s, 5m, 2h or 7d."""
+    """Parse a duration such as 90, 90s, 5m, 2h or 7d; return its seconds."""
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)", text, re.ASCII)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a duration such as 90, 90s, 5m, 2h or 7d")
@@ -4617,57 +4618,57 @@ def duration(text):
 
 
 def format_duration(seconds):
-    """Return a span of time in its largest unit, such as 5m."""
+    """Format seconds in their largest unit, such as 5m."""
     unit = next((unit for unit in "dhm" if seconds >= UNIT_SECONDS[unit]), "s")
     return f"{max(0, seconds) // UNIT_SECONDS[unit]:.0f}{unit}"
 
 
 def positive_int(text):
-    """Return a whole number from 1 up."""
+    """Parse a whole number from 1 up."""
     if not re.fullmatch(r"[1-9][0-9]{0,8}", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
     return int(text)
 
 
 def flag(*names, **settings):
-    """Return the arguments of an add_argument; the help says the default."""
+    """Return an argument of a command, as (names, settings) of add_argument; a default is added to the help."""
     if default := settings.get("default"):
         settings["help"] += f" (default {format_duration(default) if settings.get('type') is duration else default})"
     return names, settings
 
 
 def command(name, examples, *flags):
-    """Make a function the command of that name: it takes the parsed arguments and returns the exit code, or None."""
+    """Register a function as a command: it takes the parsed options and returns the exit code, or None for 0."""
     def register(function):
         COMMANDS[name] = function, examples, flags
         return function
     return register
 
 
-CA = flag("--ca", metavar="FILE", help="trust the certificates in this file, besides those of the system")
+CA = flag("--ca", metavar="FILE", help="trust the certificates in this file, besides the system's")
 CONNECTION = (
-    flag("--url", help=f"the bus (INTENT_BUS_URL; default the one joined, else {URL})"),
-    flag("--key-file", help=f"the file with the key (INTENT_API_KEY is the key itself; default as joined, else {KEY_FILE})"),
-    flag("--namespace", help="the part of the bus to use (INTENT_BUS_NAMESPACE; default default)"),
+    flag("--url", help=f"the URL of the bus (INTENT_BUS_URL; default the bus joined, else {URL})"),
+    flag("--key-file", help=f"the file with the key (INTENT_API_KEY is a key; default the bus joined, else {KEY_FILE})"),
+    flag("--namespace", help="the namespace on the bus (INTENT_BUS_NAMESPACE; default default)"),
     CA,
 )
 DB = flag("--db", help="the database file (BUS_DB_PATH; default intentbus.db)")
 ID = flag("id", help="the id that publish printed")
 JSON = flag("--json", action="store_true", help="print JSON")
-VALUE_KEY = flag("key", help="its name")
+STORED_KEY = flag("key", help="the key of the value")
 PUBLISH_FIELDS = ("priority", "delay", "ttl", "max_attempts", "backoff_base", "target_worker", "required_capability",
                   "visibility", "idempotency_key")
 NEW_KEY = (
-    flag("name", help="whose or what for"),
-    flag("--owner", default="owner", help="whose intents it shares"),
+    flag("name", help="a name for the key, such as that of its machine"),
+    flag("--owner", default="owner", help="the owner whose intents it shares"),
     flag("--role", choices=("publish", "work", "both"), default="both", help="what the key may do"),
 )
 WAIT = flag("--wait", type=lambda text: duration(text) if text else PUBLISH_WAIT_SECONDS, metavar="=DURATION",
-            help="wait for the end (--wait=DURATION, default 5m), print the result, exit 1 if it ended badly")
+            help="wait until it has ended (5m if no DURATION is given) and print its result; exit 1 if it is dead")
 
 
 def bus_command(name, examples, *flags):
-    """Make a function the command of that name that takes a client and the parsed arguments; CONNECTION flags are added."""
+    """Register a command that talks to a bus: its function gets a client first, and it has the CONNECTION flags too."""
     def register(function):
         @functools.wraps(function)
         def with_client(options):
@@ -4676,30 +4677,27 @@ def bus_command(name, examples, *flags):
     return register
 
 
-@command("serve", [
-             "serve",
-             "serve --db ~/bus.db --port 9000 --log",
-             "serve --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem",
-         ],
-         flag("--host", default="127.0.0.1", help="the address to listen on; by default, this machine only"),
+@command("serve", ["serve", "serve --db ~/bus.db --port 9000 --log",
+                   "serve --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem"],
+         flag("--host", default="127.0.0.1", help="the address to listen on"),
          flag("--port", type=int, default=8787, help="the port; 0 picks a free one"),
          DB,
-         flag("--key-file", default=KEY_FILE, help="the owner key's file (BUS_SECRET is the key itself)"),
-         flag("--max-body", type=positive_int, default=BODY_BYTES, metavar="BYTES", help="of a request"),
-         flag("--retention", type=duration, default=RETENTION_SECONDS, help="how long what has ended is kept"),
-         flag("--rate-limit", type=positive_int, default=RATE_PER_MINUTE, metavar="N", help="requests of an issued key a minute"),
-         flag("--max-unfinished", type=positive_int, default=UNFINISHED, metavar="N", help="unfinished intents of an issued key"),
-         flag("--require-claim-token", action="store_true", help="refuse workers of the 1.x protocol, which send none"),
-         flag("--require-signatures", action="store_true", help="refuse what is not signed (BUS_REQUIRE_SIGNATURES)"),
-         flag("--tls-cert", metavar="FILE", help="speak https, with this certificate (PEM)"),
-         flag("--tls-key", metavar="FILE", help="and its key (default: in the same file)"),
-         flag("--trust-proxy", action="store_true", help="believe X-Forwarded-For and -Proto (BUS_TRUST_PROXY)"),
-         flag("--announce-dead", action="store_true", help=f"publish an intent of the goal {DEATHS} for each that dies"),
-         flag("--log", action="store_true", help="a line of JSON on stderr for each request"))
+         flag("--key-file", default=KEY_FILE, help="the file with the owner key (BUS_SECRET is a key)"),
+         flag("--max-body", type=positive_int, default=BODY_BYTES, metavar="BYTES", help="the longest request body"),
+         flag("--retention", type=duration, default=RETENTION_SECONDS, help="how long to keep intents that have ended"),
+         flag("--rate-limit", type=positive_int, default=RATE_PER_MINUTE, metavar="N", help="requests a minute for an issued key"),
+         flag("--max-unfinished", type=positive_int, default=UNFINISHED, metavar="N", help="unfinished intents for an issued key"),
+         flag("--require-claim-token", action="store_true", help="refuse reports without one, as workers of the 1.x protocol send them"),
+         flag("--require-signatures", action="store_true", help="refuse unsigned requests (BUS_REQUIRE_SIGNATURES)"),
+         flag("--tls-cert", metavar="FILE", help="serve https with this certificate (PEM)"),
+         flag("--tls-key", metavar="FILE", help="the key of the certificate (default in the same file)"),
+         flag("--trust-proxy", action="store_true", help="trust X-Forwarded-For and X-Forwarded-Proto (BUS_TRUST_PROXY)"),
+         flag("--announce-dead", action="store_true", help=f"publish an intent with the goal {DEATHS} for each that dies"),
+         flag("--log", action="store_true", help="log each request to stderr, as a line of JSON"))
 def serve_command(options):
-    """Run the bus: HTTP in front of a SQLite file. Prints its URL once it listens; Ctrl-C or SIGTERM ends it well.
+    """Run the bus: HTTP in front of a SQLite file. Prints its URL once it listens; Ctrl-C or SIGTERM shuts it down.
 
-    The first start makes the owner key. Put a TLS proxy or a tunnel in front before you listen beyond this machine.
+    The first start creates the owner key. Put a TLS proxy or a tunnel in front before other machines use the bus.
     """
     if options.tls_key and not options.tls_cert:
         raise Invalid("--tls-key needs --tls-cert.")
@@ -4715,7 +4713,7 @@ def serve_command(options):
         store.close()
         raise
     stop = threading.Event()
-    for signal_name in ("SIGTERM", "SIGINT", "SIGBREAK"):     # the last one is Windows's
+    for signal_name in ("SIGTERM", "SIGINT", "SIGBREAK"):     # only Windows has SIGBREAK
         if hasattr(signal, signal_name):
             signal.signal(getattr(signal, signal_name), lambda *_: stop.set())
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -4723,7 +4721,7 @@ def serve_command(options):
     url = f"http{'s' if options.tls_cert else ''}://{host}:{server.server_port}"
     print(url, flush=True)
     log_startup(options, url, store, key_source)
-    while not stop.wait(1):     # in slices, since Windows lets no signal through a longer wait
+    while not stop.wait(1):     # a short wait, since signals do not interrupt waits on Windows
         pass
     deadline = threading.Timer(EXIT_SECONDS, os._exit, [0])
     deadline.daemon = True
@@ -4733,55 +4731,53 @@ def serve_command(options):
 
 
 def log_startup(options, url, store, key_source):
-    """Say what a person wants to know who has just started a bus."""
+    """Log the state of a bus that has just started, and the next commands to try."""
     log(f"{__version__}, database {store.path}, the key is {key_source}")
     if store.warning:
         log(store.warning)
     if not options.tls_cert and options.host not in ("127.0.0.1", "::1", "localhost"):
-        log("this is plain HTTP, and not only this machine can reach it: put a TLS proxy or a tunnel in front")
+        log("other machines can reach this bus over plain HTTP; put a TLS proxy or a tunnel in front of it")
     log("next, in two other terminals:")
     where = "" if url == URL else f" --url {url}"
     print(f"  {INVOCATION} work{where} --goal hello\n  {INVOCATION} publish{where} hello name=world",
           file=sys.stderr, flush=True)
 
 
-@command("publish", [
-             'publish send_notification title=nas message="the backup is done"',
-             """publish resize '{"file": "a.jpg"}' --wait""",
-             "publish backup host=nas full:=true --delay 1h --spool",
-             "publish resize --lines < files.txt",
-         ],
+@command("publish", ['publish send_notification title=nas message="the backup is done"',
+                     """publish resize '{"file": "a.jpg"}' --wait""",
+                     "publish backup host=nas full:=true --delay 1h --spool",
+                     "publish resize --lines < files.txt"],
          *CONNECTION,
-         flag("goal", help="what is to be done"),
-         flag("payload", nargs="*", help="JSON, or name=text and name:=json pairs, or @FILE, or - or nothing for stdin"),
+         flag("goal", help="the name of the work, which workers ask for"),
+         flag("payload", nargs="*", help="JSON, name=text and name:=json pairs, @FILE, or - or nothing for stdin"),
          WAIT,
          flag("--priority", type=int, help="0 to 1000, larger first (default 100)"),
-         flag("--delay", type=duration, help="do it that much later"),
-         flag("--ttl", type=duration, help="give it up when nobody has done it by then (default 7d)"),
+         flag("--delay", type=duration, help="how long to wait before it can be claimed"),
+         flag("--ttl", type=duration, help="how long it may take from then on; after that it is dead (default 7d)"),
          flag("--max-attempts", type=int, help="1 to 20 (default 3)"),
-         flag("--backoff", dest="backoff_base", type=duration, help="twice that before attempt 2, then doubled (default 5s)"),
-         flag("--worker", dest="target_worker", help="only this worker may do it"),
-         flag("--capability", dest="required_capability", help="only a worker with this capability may do it"),
-         flag("--public", dest="visibility", action="store_const", const="public", help="workers of every owner may do it"),
-         flag("--idempotency-key", help="publishing again with the same key within a day stores nothing new"),
+         flag("--backoff", dest="backoff_base", type=duration, help="half the pause before attempt 2; the pause doubles (default 5s)"),
+         flag("--worker", dest="target_worker", help="the id of the only worker that may claim it"),
+         flag("--capability", dest="required_capability", help="a capability that its worker must have"),
+         flag("--public", dest="visibility", action="store_const", const="public", help="let workers of every owner claim it"),
+         flag("--idempotency-key", help="within a day, publishing again with this key stores nothing new"),
          flag("--spool", action="store_const", const=SPOOL_FILE,
-              help="if the bus cannot be reached, keep it on disk: the next publish --spool, flush or work sends it"),
-         flag("--lines", action="store_true", help="an intent for each line of stdin, its text the payload"),
-         flag("--jsonl", action="store_true", help="an intent for each line of stdin, its JSON the payload"),
+              help="if the bus cannot be reached, store it on disk until the next publish --spool, flush or work"),
+         flag("--lines", action="store_true", help="publish an intent for each line of stdin, with its text as payload"),
+         flag("--jsonl", action="store_true", help="publish an intent for each line of stdin, with its JSON as payload"),
          JSON)
 def publish_command(options):
-    """Publish an intent and print its id. With --lines or --jsonl, one for each line of stdin, a thousand at a time."""
+    """Publish an intent and print its id. With --lines or --jsonl, up to 1,000 intents are sent in one request."""
     fields = {name: value for name, value in vars(options).items() if name in PUBLISH_FIELDS and value is not None}
     if options.spool and options.wait is not None:
-        raise Invalid("--spool does not wait: what is kept on disk may be sent tomorrow.")
+        raise Invalid("--spool and --wait exclude each other: a stored intent may be sent much later.")
     bus = open_client(options, spool=options.spool)
     if options.lines or options.jsonl:
         return publish_lines(bus, options, fields)
     answer = bus.publish(options.goal, read_payload(options.payload), **fields)
     if answer.get("status") == "spooled":
-        log(f"{answer.reason} It is kept, and sent by the next publish --spool, flush or work.")
+        log(f"{answer.reason} The intent is stored; the next publish --spool, flush or work sends it.")
     elif answer.get("never_claimed"):
-        log(f"nobody listens for {options.goal!r}, and nobody ever has: is that its name? workers shows who is there")
+        log(f"no worker has ever claimed {options.goal!r}; check the spelling (workers lists who is there)")
     if options.wait is not None:
         return wait_for_result(bus, answer.id, options)
     if options.json or answer.id:
@@ -4789,9 +4785,9 @@ def publish_command(options):
 
 
 def publish_lines(bus, options, fields):
-    """Publish an intent for each line of stdin and print the ids; on a terminal, say how far it is."""
+    """Publish an intent for each line of stdin and print the ids; on a terminal, show the progress."""
     if options.payload or options.wait is not None:
-        raise Invalid("--lines and --jsonl take the payloads from stdin, and do not wait.")
+        raise Invalid("--lines and --jsonl read payloads from stdin only, and exclude --wait.")
     key = fields.pop("idempotency_key", None)
     parse = parse_json if options.jsonl else decode_line
     intents = (dict(fields, goal=options.goal, payload=parse(line)) for line in sys.stdin.buffer if line.strip())
@@ -4799,7 +4795,7 @@ def publish_lines(bus, options, fields):
     for number, batch in enumerate(batches(intents)):
         answer = bus.publish_many(batch, idempotency_key=key and f"{key} {number}")
         if answer.get("status") == "spooled":
-            log(f"{answer.reason} {len(batch)} are kept, and sent by the next publish --spool, flush or work.")
+            log(f"{answer.reason} {len(batch)} intents are stored; the next publish --spool, flush or work sends them.")
             continue
         print_result("\n".join(to_json({"id": intent_id}) if options.json else intent_id for intent_id in answer.ids))
         published += len(answer.ids)
@@ -4810,11 +4806,11 @@ def publish_lines(bus, options, fields):
 
 
 def batches(intents):
-    """Yield lists of intents: up to BULK_INTENTS, and what fits a body."""
+    """Yield lists of intents, each of at most BULK_INTENTS and no larger than a request may be."""
     batch = []
     size = 0
     for intent in intents:
-        weight = len(to_json(intent).encode()) + 100     # the client adds the namespace
+        weight = len(to_json(intent).encode()) + 100     # room for the namespace, which the client adds
         if batch and (len(batch) == BULK_INTENTS or size + weight > BODY_BYTES):
             yield batch
             batch = []
@@ -4826,7 +4822,7 @@ def batches(intents):
 
 
 def decode_line(line):
-    """Return the text of a line of bytes, without its end."""
+    """Decode a line of stdin, without its line break; raises Invalid."""
     try:
         return line.decode().rstrip("\r\n")
     except UnicodeDecodeError as error:
@@ -4834,16 +4830,16 @@ def decode_line(line):
 
 
 def parse_json(source):
-    """Return the value of JSON that a person wrote, a text or bytes."""
+    """Return the value of JSON that a person wrote, as text or bytes; raises Invalid."""
     try:
         return from_json(source if isinstance(source, bytes) else source.encode())
     except (Invalid, UnicodeError) as error:
         shown = source[:60] if isinstance(source, str) else source[:60].decode(errors="replace")
-        raise Invalid(f"{error} Given was {shown!r}; a plain text needs quotes: '\"text\"'.") from error
+        raise Invalid(f"{error} The input was {shown!r}; plain text needs quotes: '\"text\"'.") from error
 
 
 def read_payload(words):
-    """Return the payload that the words on a command line say."""
+    """Return the payload for words of a command line: pairs, JSON, @FILE, or - or nothing for stdin."""
     pairs = [re.fullmatch(r"(\w+)(:?=)(.*)", word, re.ASCII | re.DOTALL) for word in words]
     if words and all(pairs):
         return {name: parse_json(value) if equals == ":=" else value for name, equals, value in map(re.Match.groups, pairs)}
@@ -4864,7 +4860,7 @@ def read_payload(words):
 
 
 def wait_for_result(bus, intent_id, options):
-    """Print the result of an intent once it has ended; return the exit code."""
+    """Print the result of an intent as soon as it has ended; return the exit code."""
     deadline = time.monotonic() + options.wait
     while True:
         until = min(deadline, time.monotonic() + CLAIM_WAIT_SECONDS)
@@ -4874,11 +4870,11 @@ def wait_for_result(bus, intent_id, options):
         if time.monotonic() >= deadline:
             log(f"{intent_id} is still {intent.status}; ask again with: result {intent_id}")
             return 124
-        time.sleep(max(0, min(1, until - time.monotonic())))     # a bus that holds no request has answered at once
+        time.sleep(max(0, min(1, until - time.monotonic())))     # this bus may not hold requests
 
 
 def print_outcome(options, intent):
-    """Print what came of an intent; return the exit code."""
+    """Print the result of an intent, or log why it is dead; return the exit code."""
     if options.json:
         print_result(to_json(intent))
     elif intent.status == "fulfilled" and intent.result is not None:
@@ -4889,11 +4885,11 @@ def print_outcome(options, intent):
 
 
 @command("flush", ["flush"], *CONNECTION,
-         flag("--discard", action="store_true", help="forget what the bus has refused for good"))
+         flag("--discard", action="store_true", help="delete the requests that the bus has refused for good"))
 def flush_command(options):
-    """Send what publish --spool and work have kept, and print how many requests the bus has taken.
+    """Send the requests that publish --spool and work have stored, and print how many the bus accepted.
 
-    Exit code 1 if the bus has refused some for good; they are kept until --discard.
+    Exit 1 if the bus has refused requests for good; they stay stored until --discard.
     """
     bus = open_client(options, spool=SPOOL_FILE)
     print_result(bus.flush())
@@ -4905,41 +4901,40 @@ def flush_command(options):
     return 1 if refused and not options.discard else 0
 
 
-@command("work", [
-             "work --goal send_notification -- ./handler.sh",
-             "work --goal resize -j 4 -- convert {file} -resize 50% {out}",
-             "work --goal backup --drain --timeout 1h -- ./backup.sh",
-         ],
+@command("work", ["work --goal send_notification -- ./handler.sh",
+                  "work --goal resize -j 4 -- convert {file} -resize 50% {out}",
+                  "work --goal backup --drain --timeout 1h -- ./backup.sh"],
          *CONNECTION,
-         flag("--goal", action="append", help="what to do; may repeat; without it, anything"),
-         flag("-j", "--jobs", type=positive_int, default=1, metavar="N", help="how many at once"),
-         flag("--once", dest="max_jobs", action="store_const", const=1, help="leave after one intent"),
-         flag("--max-jobs", type=positive_int, metavar="N", help="leave after N intents"),
-         flag("--drain", action="store_true", help="leave when there is nothing more to do"),
-         flag("--max-time", type=duration, help="claim nothing more after that long"),
-         flag("--timeout", type=duration, default=HANDLER_SECONDS, help="end a handler that takes longer"),
-         flag("--kill-after", type=duration, default=KILL_AFTER_SECONDS, help="between TERM and KILL"),
-         flag("--lease", type=duration, default=LEASE_SECONDS, help="10s to 1h: after that silence it is lost"),
-         flag("--poll", type=duration, default=POLL_SECONDS, help="between claims at a bus that holds none"),
-         flag("--result", choices=("auto", "json", "text", "none"), default="auto", help="how stdout is read"),
-         flag("--max-output", type=positive_int, default=OUTPUT_BYTES, metavar="BYTES", help="of stdout"),
-         flag("--worker-id", help="a name, for intents meant for this worker, and for the command workers"),
+         flag("--goal", action="append", help="a goal to work on; may be repeated (default any goal)"),
+         flag("-j", "--jobs", type=positive_int, default=1, metavar="N", help="how many handlers run at the same time"),
+         flag("--once", dest="max_jobs", action="store_const", const=1, help="stop after one intent"),
+         flag("--max-jobs", type=positive_int, metavar="N", help="stop after N intents"),
+         flag("--drain", action="store_true", help="stop when there is nothing to claim"),
+         flag("--max-time", type=duration, help="claim nothing more after that time"),
+         flag("--timeout", type=duration, default=HANDLER_SECONDS, help="how long a handler may run"),
+         flag("--kill-after", type=duration, default=KILL_AFTER_SECONDS, help="the time from TERM to KILL when a handler is ended"),
+         flag("--lease", type=duration, default=LEASE_SECONDS, help="how long a silent worker keeps an intent, 10s to 1h"),
+         flag("--poll", type=duration, default=POLL_SECONDS, help="the pause between claims if the bus does not hold them"),
+         flag("--result", choices=("auto", "json", "text", "none"), default="auto", help="how to read stdout"),
+         flag("--max-output", type=positive_int, default=OUTPUT_BYTES, metavar="BYTES", help="how much of stdout to keep"),
+         flag("--worker-id", help="the id of this worker, for publish --worker and for the list of workers"),
          flag("--no-wake-lock", action="store_true", help="in Termux, let the phone sleep"),
-         flag("--capability", dest="capabilities", action="append", default=[], help="what this worker can do; may repeat"),
+         flag("--capability", dest="capabilities", action="append", default=[], help="a capability of this worker; may be repeated"),
          flag("program", nargs="*", help="the handler and its arguments, after --"))
 def work_command(options):
-    """Work off intents: run a program for each, its payload on stdin, its stdout the result.
+    """Claim intents and run a program for each: stdin is its payload, stdout becomes its result.
 
-    {name} in an argument becomes that field of the payload, {id} {goal} {payload} likewise. Exit code 0 fulfils, 100
-    rejects for good, 126 and 127 stop the worker, any other fails for a retry. Without a program, prints each payload.
+    {name} in an argument becomes that field of the payload; {id}, {goal} and {payload} are filled in too. Exit code 0
+    fulfils the intent, 100 rejects it for good, 126 and 127 stop the worker, any other fails it for a retry. Without a
+    program, work prints each payload.
     """
     handler = print_payload
     if options.program:
         handler = Program(options.program, options.timeout, options.kill_after, options.max_output, options.result)
     if options.jobs > JOBS:
-        raise Invalid(f"-j is at most {JOBS}.")
+        raise Invalid(f"-j must be at most {JOBS}.")
     if not LEASE_RANGE_SECONDS[0] <= options.lease <= LEASE_RANGE_SECONDS[1]:
-        raise Invalid("--lease is from 10s to 1h.")
+        raise Invalid("--lease must be from 10s to 1h.")
     if not (options.max_jobs or options.drain or options.max_time or options.no_wake_lock):
         hold_wake_lock()
     spool = SPOOL_FILE
@@ -4947,7 +4942,7 @@ def work_command(options):
         Spool()
     except SetupError as error:
         spool = None
-        log(f"{error} What cannot be reported is not kept, then.")
+        log(f"{error} An outcome that cannot be reported will be lost.")
     worker = Worker(open_client(options, spool=spool), options.goal, handler, on_message=log,
                     concurrency=options.jobs, lease=options.lease, max_jobs=options.max_jobs, max_time=options.max_time,
                     drain=options.drain, poll=options.poll, worker_id=options.worker_id, capabilities=options.capabilities)
@@ -4958,20 +4953,20 @@ def work_command(options):
 
 
 def hold_wake_lock():
-    """Take Termux's wake-lock, if this is Termux: a worker that runs for good is not to sleep with the screen."""
+    """In Termux, keep the phone awake for a worker that runs until it is stopped."""
     if in_termux() and run_quietly("termux-wake-lock", timeout=TERMUX_SECONDS):
-        log("the phone stays awake for this (--no-wake-lock); termux-wake-unlock lets it sleep again")
+        log("the phone stays awake until you run termux-wake-unlock (or start with --no-wake-lock)")
 
 
 def print_payload(intent, lease):
-    """Handle an intent by printing its payload as a line of JSON."""
+    """Print the payload of an intent as a line of JSON: the handler of work without a program."""
     print_result(to_json(intent.payload))
     return None, "json"
 
 
 @bus_command("status", ["status 01a20a3bf4423c55cce77efa455c0ada"], ID, JSON)
 def status_command(bus, options):
-    """Print the state of an intent."""
+    """Print the status of an intent: open, claimed, fulfilled or dead."""
     intent = bus.get_status(options.id)
     print_answer(options, intent, "status")
     if intent.last_error and not options.json:
@@ -4980,7 +4975,7 @@ def status_command(bus, options):
 
 @bus_command("result", ["result 01a20a3bf4423c55cce77efa455c0ada --wait=10m"], ID, WAIT, JSON)
 def result_command(bus, options):
-    """Print the result of an intent; exit 1 if it is dead, 3 if there is none yet."""
+    """Print the result of an intent; exit 1 if it is dead, 3 if it has not ended."""
     if options.wait is not None:
         return wait_for_result(bus, options.id, options)
     intent = bus.get_result(options.id)
@@ -4990,9 +4985,9 @@ def result_command(bus, options):
 
 
 @bus_command("list", ["list --status dead", "list --goal resize --limit 500 --json"],
-             flag("--status", choices=("open", "claimed", "fulfilled", "dead"), help="only these"),
-             flag("--goal", help="only these"),
-             flag("--limit", type=positive_int, default=50, metavar="N", help="at most N"), JSON)
+             flag("--status", choices=("open", "claimed", "fulfilled", "dead"), help="only intents with this status"),
+             flag("--goal", help="only intents with this goal"),
+             flag("--limit", type=positive_int, default=50, metavar="N", help="at most N intents"), JSON)
 def list_command(bus, options):
     """List intents, newest first: id, status, attempts, age, goal, last error."""
     left = options.limit
@@ -5009,16 +5004,15 @@ def list_command(bus, options):
 
 @bus_command("workers", ["workers"], JSON)
 def workers_command(bus, options):
-    """List who has asked for work in the last five minutes: last seen, owner, worker, version, goals, intent."""
+    """List the workers of the last five minutes: last seen, owner, id, version, goals, intent."""
     print_rows(options, map(Record, bus.workers().workers), lambda worker: (
         f"{format_duration(time.time() - worker.last_seen):>4}", worker.owner, worker.id, worker.version or "-",
         ", ".join(worker.goals) or "any goal", worker.intent))
 
 
-@bus_command("watch", ["watch", """watch --json | jq -c 'select(.event == "dead")'"""],
-             JSON)
+@bus_command("watch", ["watch", """watch --json | jq -c 'select(.event == "dead")'"""], JSON)
 def watch_command(bus, options):
-    """Follow what happens on the bus, a line an event, until Ctrl-C: time, what, intent, goal, worker, error."""
+    """Print the events on the bus as they happen, until Ctrl-C: time, event, intent, goal, worker, error."""
     after = None
     while True:
         asked = time.monotonic()
@@ -5033,36 +5027,36 @@ def watch_command(bus, options):
         print_rows(options, map(Record, page.events), lambda entry: (
             time.strftime("%H:%M:%S", time.localtime(entry.time)), f"{entry.event:9}", entry.id, entry.goal, entry.worker_id,
             entry.last_error if entry.event in ("failed", "dead", "lost") else None))
-        if after and not page.events and time.monotonic() - asked < RECHECK_SECONDS:     # a bus that holds no request
+        if after and not page.events and time.monotonic() - asked < RECHECK_SECONDS:     # this bus does not hold requests
             time.sleep(RECHECK_SECONDS)
         after = page.next
 
 
 @bus_command("cancel", ["cancel 01a20a3bf4423c55cce77efa455c0ada"], ID, JSON)
 def cancel_command(bus, options):
-    """End an intent that is not finished; a worker that has it drops it."""
+    """Cancel an unfinished intent; a worker that has claimed it stops."""
     print_answer(options, bus.cancel(options.id), "status")
 
 
 @bus_command("retry", ["retry 01a20a3bf4423c55cce77efa455c0ada", "retry --goal resize"],
              flag("id", nargs="?", help="the id that publish printed"),
-             flag("--goal", help="all dead intents of this goal, up to --limit"),
+             flag("--goal", help="all dead intents with this goal, up to --limit"),
              flag("--all", action="store_true", help="all dead intents, up to --limit"),
-             flag("--limit", type=positive_int, default=1000, metavar="N", help="at most N"), JSON)
+             flag("--limit", type=positive_int, default=1000, metavar="N", help="at most N intents"), JSON)
 def retry_command(bus, options):
-    """Open a dead intent anew, or many; prints the new status, or how many."""
+    """Reopen a dead intent, or many; prints the new status, or the number of intents."""
     if bool(options.id) + bool(options.goal) + options.all != 1:
-        raise Invalid("Say what to retry: an id, --goal GOAL or --all.")
+        raise Invalid("retry needs one of these: an id, --goal GOAL, --all.")
     answer = bus.retry(options.id, goal=options.goal, namespace=options.namespace, limit=options.limit)
     print_answer(options, answer, "status" if options.id else "retried")
 
 
 @bus_command("set", ["""set thermostat '{"celsius": 19.5}' --ttl 1h""", 'set "nightly backup" mine --ttl 1h --if-absent'],
-             VALUE_KEY, flag("value", help="JSON, or text"),
-             flag("--ttl", type=duration, default=VALUE_TTL_SECONDS, help="how long it is kept, up to 1d"),
-             flag("--if-absent", action="store_true", help="only if there is none: exit 1 if the key is taken, a lock"))
+             STORED_KEY, flag("value", help="JSON; anything else is stored as text"),
+             flag("--ttl", type=duration, default=VALUE_TTL_SECONDS, help="how long to keep it, up to 1d"),
+             flag("--if-absent", action="store_true", help="exit 1 if the key has a value, so that it serves as a lock"))
 def set_command(bus, options):
-    """Keep a value for a while."""
+    """Store a value under a key, for some time."""
     try:
         value = from_json(options.value.encode())
     except (Invalid, UnicodeError):
@@ -5070,29 +5064,29 @@ def set_command(bus, options):
     bus.set(options.key, value, options.ttl, options.if_absent)
 
 
-@bus_command("get", ["get thermostat"], VALUE_KEY)
+@bus_command("get", ["get thermostat"], STORED_KEY)
 def get_command(bus, options):
-    """Print a value that set has kept: a text as it is, the rest as JSON; exit 3 if there is none."""
+    """Print a stored value: text as it is, anything else as JSON; exit 3 if there is none."""
     print_result(as_text(bus.get(options.key)))
 
 
-@bus_command("del", ["del thermostat"], VALUE_KEY)
+@bus_command("del", ["del thermostat"], STORED_KEY)
 def delete_command(bus, options):
-    """Forget a value; exit 3 if there was none."""
+    """Delete a stored value; exit 3 if there was none."""
     return 0 if bus.delete(options.key).deleted else 3
 
 
 @bus_command("keys add", ["keys add phone --role work"], *NEW_KEY)
 def keys_add_command(bus, options):
-    """Issue a key and print it, this once."""
+    """Issue a key and print it; it cannot be shown again."""
     made = bus.admin("generate_key", name=options.name, owner=options.owner, role=options.role)
-    log(f"id {made.key_id}, owner {made.owner}, role {made.role}; the key is shown only now")
+    log(f"id {made.key_id}, owner {made.owner}, role {made.role}; the key is not shown again")
     print_result(made.api_key)
 
 
 @bus_command("keys invite", ["keys invite phone --role work"], *NEW_KEY)
 def keys_invite_command(bus, options):
-    """Print a code that another machine can join the bus with: once, within ten minutes."""
+    """Print a code with which another machine can join the bus: once, within ten minutes."""
     made = bus.admin("invite", name=options.name, owner=options.owner, role=options.role)
     expiry = time.strftime("%H:%M", time.localtime(made.expires_at))
     log(f"for {made.name}, role {made.role}: valid until {expiry}, once. On the other machine: join URL CODE")
@@ -5109,19 +5103,19 @@ def keys_list_command(bus, options):
 
 @bus_command("keys revoke", ["keys revoke 267ecfd48ae038ad"], flag("key_id", help="the id that keys list prints"))
 def keys_revoke_command(bus, options):
-    """End an issued key."""
+    """Revoke an issued key."""
     bus.admin("revoke_key", key_id=options.key_id)
 
 
 @command("join", ["join https://bus.example.com K7Q2-9MXW", "join http://100.101.102.103:8787 K7Q2-9MXW --plain"],
-         flag("url", help="the bus, as this machine reaches it"), flag("code", help="what keys invite has printed"), CA,
-         flag("--plain", action="store_true", help="the way there is plain http, but nobody else can read it: a VPN"))
+         flag("url", help="the URL of the bus, as seen from this machine"), flag("code", help="a code of keys invite"), CA,
+         flag("--plain", action="store_true", help="allow plain http, because a VPN encrypts the connection"))
 def join_command(options):
-    """Join a bus: get a key for a code, and keep both, so that no command needs flags any more."""
+    """Join a bus: exchange a code for a key and save both the URL and the key, so that commands need no flags."""
     bus = IntentClient(options.url, "none", ca=options.ca)
     if not (bus.secure or options.plain):
-        raise SetupError("The key would cross the network readable. Join through https, or a tunnel that ends on this "
-                         "machine; or say --plain if a VPN encrypts the way.")
+        raise SetupError("The key would cross the network unencrypted. Join over https, or through a tunnel that ends on "
+                         "this machine; pass --plain if a VPN encrypts the connection.")
     made = bus.join(options.code)
     write_settings(bus.base_url, made.api_key, options.ca)
     log(f"joined {bus.base_url} as {made.name}, role {made.role}; the key is in {CONFIG_FILE}")
@@ -5129,35 +5123,35 @@ def join_command(options):
 
 @bus_command("stats", ["stats"])
 def stats_command(bus, options):
-    """Print how the bus is, as JSON: intents by namespace and status, sizes, requests held."""
+    """Print the state of the bus as JSON: intents by namespace and status, sizes, held requests."""
     summary = bus.admin("summary")
-    summary.pop("history", None)     # for a plot, not for a reader
+    summary.pop("history", None)     # the data of a chart
     print_result(json.dumps(summary, indent=2))
 
 
-@bus_command("purge", ["purge --namespace test --yes"], flag("--yes", action="store_true", help="really"))
+@bus_command("purge", ["purge --namespace test --yes"], flag("--yes", action="store_true", help="confirm"))
 def purge_command(bus, options):
-    """Delete all intents for good, or those of a --namespace; prints how many."""
+    """Delete all intents for good, or those of a --namespace; prints their number."""
     if not options.yes:
-        raise Invalid("This deletes intents for good, whatever their state: say --yes.")
+        raise Invalid("This deletes intents of every status, for good; confirm it with --yes.")
     print_result(bus.admin("purge", confirm=True, namespace=options.namespace).deleted)
 
 
 @command("doctor", ["doctor"], *CONNECTION, DB, JSON)
 def doctor_command(options):
-    """Look for what goes wrong in practice, and say the cure; exit code 1 if something is bad."""
+    """Look for common problems and print their cures; exit 1 if one is bad."""
     findings = [Record(finding._asdict()) for check in CHECKS for finding in check(options)]
     print_rows(options, findings, lambda finding: (f"{finding.level:4}", f"{finding.about:8}", finding.words))
     return int(any(finding.level == "bad" for finding in findings))
 
 
-@command("backup", ["backup bus-monday.db"], flag("file", help="the file to write; it must not exist"), DB)
+@command("backup", ["backup bus-monday.db"], flag("file", help="the file to create; it must not exist"), DB)
 def backup_command(options):
     """Copy the database of a bus, running or not, into a file that serve --db can use."""
     import sqlite3
     source = database_place(options)
     if "://" in source:
-        raise SetupError("This copies SQLite files; the tool for a PostgreSQL database is pg_dump.")
+        raise SetupError("backup copies SQLite files; use pg_dump for a PostgreSQL database.")
     source = os.path.realpath(source)
     try:
         with contextlib.ExitStack() as undo:
@@ -5176,7 +5170,7 @@ def backup_command(options):
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of one command, whose help opens with examples."""
+    """The argument parser of one command; its help starts with examples."""
 
     def __init__(self, name):
         function, self._examples, flags = COMMANDS[name]
@@ -5185,21 +5179,21 @@ class Parser(argparse.ArgumentParser):
             self.add_argument(*names, **settings)
 
     def parse(self, words):
-        """Return the options: flags may stand among the words, up to a "--"."""
+        """Return the options in a command line; flags may stand anywhere before "--"."""
         return self.parse_args(words) if "--" in words else self.parse_intermixed_args(words)
 
     def error(self, message):
-        """Raise Invalid: what is wrong, without the whole usage."""
+        """Raise Invalid, where argparse would print the usage and exit."""
         raise Invalid(f"{message}; see {self.prog} --help.")
 
     def format_help(self):
-        """Return the help: examples, usage, flags."""
+        """Return the examples, then the usual help."""
         examples = "".join(f"  {INVOCATION} {example}\n" for example in self._examples)
         return f"examples:\n{examples}\n{super().format_help()}"
 
 
 def overview():
-    """Return what there is: the introduction, and the commands in groups."""
+    """Return the help of the program: the introduction, and the commands in groups."""
     lines = [INTRODUCTION.format(INVOCATION)]
     for title, names in GROUPS:
         clauses = (re.split(r"[:;.](?:\s|$)", COMMANDS[name][0].__doc__)[0] for name in names)
@@ -5208,19 +5202,19 @@ def overview():
 
 
 def find_command(words):
-    """Return the command that these words start with, and the rest of them; raises Invalid if there is none."""
+    """Return the command at the start of a command line, and the remaining words; raises Invalid if there is none."""
     for length in (2, 1):
         name = " ".join(words[:length])
         if name in COMMANDS:
             return name, words[length:]
     import difflib
     near = [name for name in COMMANDS if name.startswith(words[0] + " ")] or difflib.get_close_matches(words[0], COMMANDS)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ": --help shows those that are."
+    hint = f"; did you mean {' or '.join(near)}?" if near else "; --help lists the commands."
     raise Invalid(f"There is no command {words[0]!r}{hint}")
 
 
 def run_command(words):
-    """Run the command that these words say; return its exit code."""
+    """Run the command in a command line; return its exit code."""
     if not words:
         print(overview(), file=sys.stderr)
         raise Invalid("A COMMAND is missing.")
@@ -5228,7 +5222,7 @@ def run_command(words):
         print(f"intentbus {__version__}" if words[0] == "--version" else overview())
         return 0
     end = words.index("--") if "--" in words else len(words)
-    words = ["--wait=" if word == "--wait" else word for word in words[:end]] + words[end:]     # its value is optional
+    words = ["--wait=" if word == "--wait" else word for word in words[:end]] + words[end:]     # --wait may have no value
     name, words = find_command(words)
     options = Parser(name).parse(words)
     if getattr(options, "namespace", "") is None:
@@ -5239,9 +5233,9 @@ def run_command(words):
 
 
 def main(arguments=None):
-    """Run a command and return its exit code."""
+    """Run a command line, of sys.argv by default; return the exit code, and log an error as one sentence."""
     warnings.showwarning = lambda message, *_: log(message)
-    if hasattr(sys.stdout, "reconfigure"):     # a result may hold what the encoding of stdout does not
+    if hasattr(sys.stdout, "reconfigure"):     # for characters that stdout cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return run_command(sys.argv[1:] if arguments is None else arguments)
@@ -5250,7 +5244,7 @@ def main(arguments=None):
         return 2 if isinstance(error, SetupError) else EXIT_CODES.get(error.status, 5)
     except KeyboardInterrupt:
         return 130
-    except OSError as error:     # our output cannot be written: its reader has had enough, or the disk is full
+    except OSError as error:     # stdout cannot be written: its reader is gone, or the disk is full
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return 0

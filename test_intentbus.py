@@ -5584,7 +5584,7 @@ def test_the_help_of_a_command_opens_with_examples_that_it_understands(name):
 def test_a_mistyped_command_is_met_with_the_right_one():
     assert_complaint(run("publsh", "g", "1"), 2, "no command 'publsh'", "did you mean publish?")
     assert_complaint(run("keys"), 2, "did you mean keys add or keys invite")
-    assert_complaint(run("frobnicate"), 2, "--help shows those that are")
+    assert_complaint(run("frobnicate"), 2, "--help lists the commands")
 
 
 def test_every_command_and_flag_explains_itself_and_is_in_the_readme(serve):
@@ -5921,7 +5921,7 @@ def test_a_machine_joins_a_bus_with_a_code_and_needs_no_flags_from_then_on(serve
 
 
 def test_a_key_is_not_fetched_over_a_network_that_can_read_it(home):
-    assert_complaint(run("join", "http://bus.example.com", "0000-0000"), 2, "--plain if a VPN encrypts the way")
+    assert_complaint(run("join", "http://bus.example.com", "0000-0000"), 2, "--plain if a VPN encrypts the connection")
     assert_complaint(run("join", "http://bus.invalid", "0000-0000", "--plain"), 5, "cannot be reached")
 
 
@@ -5929,7 +5929,7 @@ def test_publish_spool_keeps_what_cannot_be_sent_and_flush_sends_it(away, home):
     settings = dict(INTENT_BUS_URL=away.url, INTENT_API_KEY=KEY)
     for number in "12":
         code, out, err = run("publish", "g", number, "--spool", **settings)
-        assert (code, out) == (0, "") and "cannot be reached: Connection refused. It is kept, and sent by the next" in err
+        assert (code, out) == (0, "") and "cannot be reached: Connection refused. The intent is stored; the next" in err
     assert json.loads(run("publish", "g", "3", "--spool", "--json", **settings)[1])["status"] == "spooled"
     assert run("publish", "g", "--lines", "--spool", stdin=b"a\nb\n", **settings)[:2] == (0, "")
     assert_complaint(run("flush", **settings), 5, "cannot be reached")
@@ -5949,14 +5949,14 @@ def test_flush_tells_what_was_refused_until_it_is_discarded(away, home):
         assert_complaint((code, "", err), 1, "refused for good: priority must be")
     assert run("flush", "--discard", **settings)[0] == 0
     assert run("flush", **settings) == (0, "0\n", "")
-    assert_complaint(run("publish", "g", "1", "--spool", "--wait", **settings), 2, "--spool does not wait")
+    assert_complaint(run("publish", "g", "1", "--spool", "--wait", **settings), 2, "--spool and --wait exclude each other")
 
 
 def test_a_worker_whose_home_cannot_be_written_works_and_says_what_it_lacks(served, home):
     (home / ".intentbus").write_text("a file in the way")
     served.publish()
     code, out, err = at(served, "work", "--goal", "g", "--once")
-    assert (code, out) == (0, "1\n") and "cannot be created: File exists. What cannot be reported is not kept, then." in err
+    assert (code, out) == (0, "1\n") and "cannot be created: File exists. An outcome that cannot be reported will be lost." in err
 
 
 @SLOW
