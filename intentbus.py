@@ -3535,7 +3535,7 @@ def read_settings():
 
 
 def write_settings(url, key, ca):
-    """Save the bus that this machine has joined; a crash leaves the old settings or the new ones, never a mixture."""
+    """Save the bus that this machine has joined; after a crash, the file has either the old settings or the new ones."""
     path = os.path.expanduser(CONFIG_FILE)
     make_parent_folder(path)
     temporary = f"{path}.{os.getpid()}"
@@ -3615,7 +3615,7 @@ class Spool:
 
     @contextlib.contextmanager
     def send_lock(self, seconds):
-        """Keep other processes from sending, which would mix the order; raises Unavailable if one still sends after seconds."""
+        """Let one process send at a time, which keeps the order; raises Unavailable if another still sends after seconds."""
         deadline = time.monotonic() + seconds
         with open(self._path + ".lock", "a+") as guard:
             while True:
@@ -3703,12 +3703,12 @@ class Spooler:
         finally:
             self.reporting.discard(number)
 
-    def claim(self, send):
-        """Return the first intent from send() that has no outcome in the spool; report the outcomes of the others."""
+    def claim(self, claim_next):
+        """Return the first intent of claim_next() without an outcome in the spool; report the outcomes of the others."""
         if self._due():
             with contextlib.suppress(Error):     # a refused publish must not keep this machine from working
                 self.flush()
-        while intent := send():
+        while intent := claim_next():
             outcome = self._spool.outcome_of(self._client.base_url, intent.id)
             if not outcome:
                 return intent
@@ -3725,7 +3725,7 @@ class Spooler:
                    for request in self._due(before))
 
     def _due(self, before=float("inf")):
-        """Return the outcomes that no thread is sending, and the publishes with a smaller number."""
+        """Return the outcomes that no thread is sending, and the publishes with numbers below before."""
         return [request for request in self._spool.pending(self._client.base_url)
                 if (request.number not in self.reporting if request.intent_id else request.number < before)]
 
@@ -3772,7 +3772,7 @@ class IntentClient:
     only over https or to this machine. Answers are Records: answer["id"] is answer.id. Every verb raises the Error that
     the bus answered, or Unreachable.
 
-    With spool, the path of a file, requests outlast an absence of the bus. publish stores a request that cannot be sent
+    With spool, the path of a file, no request is lost while the bus is away. publish stores a request that cannot be sent
     and returns {"id": None, "status": "spooled"}; the next publish, claim or flush() sends it, once and in order. fulfill
     and fail store an outcome until the bus has answered; an intent with a stored outcome is reported, not claimed again.
     """
@@ -3830,7 +3830,8 @@ class IntentClient:
               claim_token=None):
         """Claim an intent; return None if there is none within wait seconds.
 
-        A lost answer is asked for again. With a claim_token, 32 to 64 random characters, the caller has to repeat instead.
+        A claim whose answer is lost is repeated, unless the caller passes a claim_token (32 to 64 random characters) and
+        repeats the claim with it.
         """
         query = dict(goal=goal, namespace=namespace or self.namespace, publisher=publisher, worker_id=worker_id,
                      capabilities=",".join(capabilities) or None, lease=lease)
@@ -3841,7 +3842,7 @@ class IntentClient:
         return self._spooler.claim(send) if self._spooler else send()
 
     def extend_claim(self, intent_id, claim_token=None, seconds=LEASE_SECONDS):
-        """Extend a lease to that many seconds from now; raises NotFound if it is lost."""
+        """Extend a lease, so that it ends seconds from now; raises NotFound if it is lost."""
         return self.request("POST", f"/extend_claim/{intent_id}", dict(claim_token=claim_token, seconds=seconds), retries=0)
 
     def fulfill(self, intent_id, claim_token=None, result=None, result_type="json"):
@@ -3870,7 +3871,7 @@ class IntentClient:
         return self.request("GET", f"/result/{intent_id}", wait=wait)
 
     def list(self, *, status=None, goal=None, namespace=None, limit=50, before=None, payload=False):
-        """Return {"intents", newest first, "next"}; pass next as before to get the next page, None is the last page."""
+        """Return {"intents", "next"}, newest first; next is the value of before for the next page, or None."""
         page = self.request("GET", "/intents", query=dict(status=status, goal=goal, namespace=namespace, limit=limit,
                                                           before=before, payload="1" if payload else None))
         return Record(page, intents=[Record(intent) for intent in page.intents])
@@ -3880,7 +3881,7 @@ class IntentClient:
         return self.request("GET", "/workers")
 
     def events(self, after=None, wait=0):
-        """Return {"events", "next", "missed"}: the events after a number, or from now on; pass next as after to go on."""
+        """Return {"events", "next", "missed"}: the events after a number, or from now on; next is the next value of after."""
         return self.request("GET", "/events", query=dict(after=after), wait=wait)
 
     def who_am_i(self):
@@ -3924,12 +3925,12 @@ class IntentClient:
         if secret and not self.secure:
             raise SetupError("The admin secret is sent only over https or to this machine.")
         return self.request("POST" if body else "GET", f"/admin/{verb}", body or None, headers=secret, retries=0,
-                            kind=list if verb == "keys" else dict)
+                            answer_type=list if verb == "keys" else dict)
 
-    def request(self, method, path, body=None, *, query=None, headers=None, wait=0, retries=RETRIES, kind=dict):
+    def request(self, method, path, body=None, *, query=None, headers=None, wait=0, retries=RETRIES, answer_type=dict):
         """Send a request, again after a transient error; return the answer, or None for 204.
 
-        The bus may hold the request for wait seconds. With kind=list, the answer is a list of Records.
+        The bus may hold the request for wait seconds. With answer_type=list, the answer is a list of Records.
         """
         query = dict(query or {}, wait=round(wait, 3) or None)
         try:
@@ -3941,7 +3942,7 @@ class IntentClient:
         corrected = False
         for attempt in itertools.count():
             try:
-                return self._send(method, target, data, headers or {}, self.timeout + wait, kind)
+                return self._send(method, target, data, headers or {}, self.timeout + wait, answer_type)
             except Forbidden as error:     # if the clock of this machine is wrong, the bus answers its own
                 if corrected or "server_time" not in error.details:
                     raise
@@ -3953,7 +3954,7 @@ class IntentClient:
                 pause = random.uniform(0, min(RETRY_SECONDS * 2 ** attempt, RETRY_MAX_SECONDS))
                 time.sleep(max(pause, error.details.get("retry_after", 0)))
 
-    def _send(self, method, target, data, headers, timeout, kind):
+    def _send(self, method, target, data, headers, timeout, answer_type):
         """Sign a request and send it once; return the value of the answer."""
         import http.client
         path, _, query = target.partition("?")
@@ -3966,7 +3967,7 @@ class IntentClient:
         try:
             request = urllib.request.Request(self.base_url + target, data, headers, method=method)
             with self._opener.open(request, timeout=timeout) as response:
-                return self._read(response.status, response.headers, response.read(), kind)
+                return self._read(response.status, response.headers, response.read(), answer_type)
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             if distrust := getattr(reason, "verify_message", None):
@@ -3974,7 +3975,7 @@ class IntentClient:
             reason = getattr(reason, "strerror", None) or reason or type(reason).__name__
             raise Unreachable(f"The bus at {self.base_url} cannot be reached: {reason}.") from error
 
-    def _read(self, status, headers, content, kind):
+    def _read(self, status, headers, content, answer_type):
         """Return the value of an answer, or raise the error in it."""
         if status == 204:
             return None
@@ -3982,13 +3983,13 @@ class IntentClient:
             raise Unreachable(f"{self.base_url} redirects to {headers.get('Location')}; use that as the URL of the bus.")
         try:
             value = json.loads(content)
-            if status < 300 and isinstance(value, kind):
-                return Record(value) if kind is dict else [Record(item) for item in value]
+            if status < 300 and isinstance(value, answer_type):
+                return Record(value) if answer_type is dict else [Record(item) for item in value]
             error = dict(value["error"])
         except (ValueError, TypeError, KeyError, RecursionError):
             raise Unreachable(f"{self.base_url} answered {status} without JSON: a proxy page answered, not a bus.") from None
-        kind_of_error = ERRORS.get(status, Unavailable if status in (502, 504) else Error)     # a proxy sends 502 and 504
-        raised = kind_of_error(error.get("message", ""), error.get("code"))
+        error_class = ERRORS.get(status, Unavailable if status in (502, 504) else Error)     # a proxy sends 502 and 504
+        raised = error_class(error.get("message", ""), error.get("code"))
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             raised.details["retry_after"] = min(float(headers.get("Retry-After", "")), RETRY_MAX_SECONDS)
         with contextlib.suppress(TypeError, ValueError, OverflowError):
