@@ -4024,13 +4024,13 @@ class Lease:
         self.broken = None
 
     def __enter__(self):
-        threading.Thread(target=self._keep, daemon=True).start()
+        threading.Thread(target=self._extend_until_done, daemon=True).start()
         return self
 
     def __exit__(self, *error):
         self._done.set()
 
-    def _keep(self):
+    def _extend_until_done(self):
         due = steady_clock() + self._interval
         while not self._done.wait(LEASE_CHECK_SECONDS):     # short waits, since a wait does not count while a phone sleeps
             if steady_clock() < due:
@@ -4058,42 +4058,39 @@ class Worker:
         self._bus = bus
         self._handler = handler
         self._claim = functools.partial(bus.claim, goal, lease=lease, **claim)
-        self._concurrency = concurrency
         self._lease_seconds = lease
         self._drain = drain
         self._poll = poll
         self._log = on_message
         self._jobs = threading.Semaphore(max_jobs or sys.maxsize)     # one permit for each intent that may still be claimed
         self._deadline = time.monotonic() + (max_time or float("inf"))
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(concurrency)]
         self._running = {}     # lease: intent
         self._ended = queue.SimpleQueue()     # gets an item when a handler or a thread ends, to wake run()
         self._stopping = threading.Event()
-        self._interrupts = 0
-        self.interrupted_by = None     # the number of the first signal
         self._failure = None
+        self.signals = []     # numbers of the signals that interrupted the worker
 
     def run(self):
         """Work until an option, interrupt() or Ctrl-C ends the worker; raises the error that stops it."""
-        threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self._concurrency)]
-        for thread in threads:
+        for thread in self._threads:
             thread.start()
-        self._wait_while(lambda: not self._interrupts and any(thread.is_alive() for thread in threads))
-        if self._interrupts:
+        self._wait_while(lambda: not self.signals and any(thread.is_alive() for thread in self._threads))
+        if self.signals:
             self._wind_down()
         if self._failure:
             raise self._failure
 
-    def interrupt(self, signal_number=None, frame=None):
+    def interrupt(self, signal_number=signal.SIGINT, frame=None):
         """Claim nothing more and let handlers finish; when called again, end them and release their intents."""
-        self.interrupted_by = self.interrupted_by or signal_number
-        self._interrupts += 1
+        self.signals.append(signal_number)
         self._ended.put(None)     # unlike Event.set(), safe in a signal handler
 
     def _wind_down(self):
         self._stopping.set()
         if self._running:
             self._log(f"finishing {len(self._running)} more; interrupt again to release them")
-        self._wait_while(lambda: self._running and self._interrupts < 2)
+        self._wait_while(lambda: self._running and len(self.signals) < 2)
         for lease in list(self._running):
             lease.broken = lease.broken or "stopped"
         grace = getattr(self._handler, "kill_after", KILL_AFTER_SECONDS)
@@ -4115,26 +4112,23 @@ class Worker:
         """Run in each thread: claim intents and process them until the worker ends."""
         try:
             while not self._is_over() and self._jobs.acquire(blocking=False):
-                intent = self._next()
+                intent = self._claim_next()
                 if intent:
-                    self._do(intent)
+                    self._process(intent)
                 elif self._drain:
                     return
                 else:
                     self._jobs.release()
         except Exception as error:
-            self._stop_for(error)
+            self._failure = error
+            self._stopping.set()
         finally:
             self._ended.put(None)
 
     def _is_over(self):
         return self._stopping.is_set() or time.monotonic() >= self._deadline
 
-    def _stop_for(self, error):
-        self._failure = error
-        self._stopping.set()
-
-    def _next(self):
+    def _claim_next(self):
         """Return a claimed intent, or None if a wait brought none."""
         if self._drain:
             return self._claim()
@@ -4154,7 +4148,7 @@ class Worker:
             self._stopping.wait(self._poll)
         return intent
 
-    def _do(self, intent):
+    def _process(self, intent):
         """Run the handler for an intent and report the outcome."""
         lease = Lease(self._bus, intent, self._lease_seconds)
         self._running[lease] = intent
@@ -4162,7 +4156,7 @@ class Worker:
             if self._stopping.is_set():
                 return self._report(intent, "release")
             with lease:
-                verb, details = self._run(intent, lease)
+                verb, details = self._run_handler(intent, lease)
             if lease.broken == "lost":
                 self._log(f"{intent.id} lost: it was cancelled, or its lease ran out before the handler ended")
             elif lease.broken and verb != "fulfill":     # finished work is reported even then
@@ -4173,7 +4167,7 @@ class Worker:
             del self._running[lease]
             self._ended.put(None)
 
-    def _run(self, intent, lease):
+    def _run_handler(self, intent, lease):
         """Run the handler; return the verb of the bus that reports the outcome, and its arguments."""
         try:
             result, result_type = self._handler(intent, lease)
@@ -4183,7 +4177,8 @@ class Worker:
         except HandlerFailed as error:
             return "fail", dict(error=str(error))
         except SetupError as error:     # the fault of this machine, not of the intent
-            self._stop_for(error)
+            self._failure = error
+            self._stopping.set()
             return "release", {}
         except Exception as error:
             return "fail", dict(error=f"{type(error).__name__}: {error}")
@@ -4950,7 +4945,7 @@ def work_command(options):
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, worker.interrupt)
     worker.run()
-    return 128 + worker.interrupted_by if worker.interrupted_by else 0
+    return 128 + worker.signals[0] if worker.signals else 0
 
 
 def hold_wake_lock():
