@@ -4421,7 +4421,7 @@ def open_client(options, timeout=CLIENT_SECONDS, spool=None):
     return IntentClient(options.url, key, timeout, options.namespace, options.ca, spool)
 
 
-def database_place(options):
+def database_location(options):
     """Return the path or URL of the database for the flags of a command."""
     return options.db or os.environ.get("BUS_DB_PATH") or "intentbus.db"
 
@@ -4451,9 +4451,9 @@ def check_versions(options):
 
 def check_clock(offset):
     """Check how many seconds the clock of the bus is ahead."""
-    difference = f"This machine's clock is {offset:+.0f} s off the bus's"
+    difference = f"The clock of the bus is {offset:+.0f} s off this machine's"
     if abs(offset) > SIGNATURE_SECONDS:
-        yield bad("clock", f"{difference}; set it, or the bus refuses the signatures of shell scripts.")
+        yield bad("clock", f"{difference}; set the wrong one, or the bus refuses requests that a shell script signs.")
     elif abs(offset) > CLOCK_JUMP_SECONDS:
         yield note("clock", f"{difference}.")
     else:
@@ -4493,8 +4493,9 @@ def check_bus(options):
 def check_database(options):
     """Check the place and the mode of the database file, if it is on this machine."""
     import shutil
-    path = os.path.realpath(database_place(options))
-    if "://" in database_place(options):
+    location = database_location(options)
+    path = os.path.realpath(location)
+    if "://" in location:
         yield note("database", "It is on a database server; check it with the tools of that server.")
     if not os.path.exists(path):
         return
@@ -4569,7 +4570,7 @@ GROUPS = (
     ("keys and machines", ("keys add", "keys invite", "keys list", "keys revoke", "join")),
     ("store values", ("set", "get", "del")),
 )
-EXIT_CODES = {400: 2, 401: 4, 403: 4, 404: 3, 409: 1, 413: 6, 422: 6, 429: 6}
+EXIT_CODES = {400: 2, 401: 4, 403: 4, 404: 3, 409: 1, 413: 6, 422: 6, 429: 6}     # by the HTTP status of the error
 INVOCATION = f"{os.path.basename(sys.executable or 'python')} {os.path.basename(__file__)}"     # how a person starts it
 UNIT_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 UNPRINTABLE = re.compile(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]")     # characters that can control a terminal
@@ -4644,7 +4645,7 @@ def command(name, examples, *flags):
 CA = flag("--ca", metavar="FILE", help="trust the certificates in this file, besides the system's")
 CONNECTION = (
     flag("--url", help=f"the URL of the bus (INTENT_BUS_URL; default the bus joined, else {URL})"),
-    flag("--key-file", help=f"the file with the key (INTENT_API_KEY is a key; default the bus joined, else {KEY_FILE})"),
+    flag("--key-file", help=f"the file with the key (or the key in INTENT_API_KEY; default the bus joined, else {KEY_FILE})"),
     flag("--namespace", help="the namespace on the bus (INTENT_BUS_NAMESPACE; default default)"),
     CA,
 )
@@ -4676,15 +4677,15 @@ def bus_command(name, examples, *flags):
          flag("--host", default="127.0.0.1", help="the address to listen on"),
          flag("--port", type=int, default=8787, help="the port; 0 picks a free one"),
          DB,
-         flag("--key-file", default=KEY_FILE, help="the file with the owner key (BUS_SECRET is a key)"),
+         flag("--key-file", default=KEY_FILE, help="the file with the owner key, unless BUS_SECRET has it"),
          flag("--max-body", type=positive_int, default=BODY_BYTES, metavar="BYTES", help="the longest request body"),
          flag("--retention", type=duration, default=RETENTION_SECONDS, help="how long to keep intents that have ended"),
-         flag("--rate-limit", type=positive_int, default=RATE_PER_MINUTE, metavar="N", help="requests a minute for a key"),
-         flag("--max-unfinished", type=positive_int, default=UNFINISHED, metavar="N", help="unfinished intents for a key"),
+         flag("--rate-limit", type=positive_int, default=RATE_PER_MINUTE, help="requests a minute for each issued key"),
+         flag("--max-unfinished", type=positive_int, default=UNFINISHED, help="unfinished intents for each issued key"),
          flag("--require-claim-token", action="store_true", help="refuse reports without one, as 1.x workers send"),
          flag("--require-signatures", action="store_true", help="refuse unsigned requests (BUS_REQUIRE_SIGNATURES)"),
          flag("--tls-cert", metavar="FILE", help="serve https with this certificate (PEM)"),
-         flag("--tls-key", metavar="FILE", help="the key of the certificate (default in the same file)"),
+         flag("--tls-key", metavar="FILE", help="the file with its key (default the same file)"),
          flag("--trust-proxy", action="store_true", help="trust X-Forwarded-For and X-Forwarded-Proto (BUS_TRUST_PROXY)"),
          flag("--announce-dead", action="store_true", help=f"publish an intent with the goal {DEATHS} for each that dies"),
          flag("--log", action="store_true", help="log each request to stderr, as a line of JSON"))
@@ -5139,7 +5140,7 @@ def doctor_command(options):
 def backup_command(options):
     """Copy the database of a bus, running or not, into a file that serve --db can use."""
     import sqlite3
-    source = database_place(options)
+    source = database_location(options)
     if "://" in source:
         raise SetupError("backup copies SQLite files; use pg_dump for a PostgreSQL database.")
     source = os.path.realpath(source)
