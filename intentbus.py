@@ -3769,8 +3769,7 @@ class IntentClient:
     base_url, api_key and namespace default to INTENT_BUS_URL, INTENT_API_KEY and INTENT_BUS_NAMESPACE, then to the bus
     that this machine has joined, then to http://127.0.0.1:8787 and the key in ~/.apikey. timeout is the seconds that each
     attempt at a request may take; ca is a file of certificates to trust. Every request is signed; the key itself is sent
-    only over https or to this machine. Answers are Records: answer["id"] is answer.id. Every verb raises the Error that
-    the bus answered, or Unreachable.
+    only over https or to this machine. A verb returns a Record, or raises Unreachable or the Error that the bus answered.
 
     With spool, the path of a file, no request is lost while the bus is away. publish stores a request that cannot be sent
     and returns {"id": None, "status": "spooled"}; the next publish, claim or flush() sends it, once and in order. fulfill
@@ -3830,8 +3829,7 @@ class IntentClient:
               claim_token=None):
         """Claim an intent; return None if there is none within wait seconds.
 
-        A claim whose answer is lost is repeated, unless the caller passes a claim_token (32 to 64 random characters) and
-        repeats the claim with it.
+        A claim whose answer is lost is repeated; with a claim_token, 32 to 64 random characters, by the caller only.
         """
         query = dict(goal=goal, namespace=namespace or self.namespace, publisher=publisher, worker_id=worker_id,
                      capabilities=",".join(capabilities) or None, lease=lease)
@@ -3958,10 +3956,10 @@ class IntentClient:
         """Sign a request and send it once; return the value of the answer."""
         import http.client
         path, _, query = target.partition("?")
-        pairs = urllib.parse.parse_qsl(query, True)
         timestamp = f"{time.time() + self._clock_offset:.3f}"
         nonce = os.urandom(16).hex()
-        signature = sign(self._key, method, urllib.parse.unquote(path), pairs, timestamp, nonce, data or b"")
+        signature = sign(self._key, method, urllib.parse.unquote(path), urllib.parse.parse_qsl(query, True), timestamp, nonce,
+                         data or b"")
         headers = {**headers, **self._identity, "X-Timestamp": timestamp, "X-Nonce": nonce, "X-Signature": signature,
                    "User-Agent": f"intentbus/{__version__}", "Content-Type": "application/json"}
         try:
@@ -4032,7 +4030,7 @@ class Lease:
 
     def _extend_until_done(self):
         due = steady_clock() + self._interval
-        while not self._done.wait(LEASE_CHECK_SECONDS):     # short waits, since a wait does not count while a phone sleeps
+        while not self._done.wait(LEASE_CHECK_SECONDS):     # short waits, since a wait stops counting while a phone sleeps
             if steady_clock() < due:
                 continue
             try:
@@ -4048,9 +4046,8 @@ class Lease:
 class Worker:
     """Claims intents of a goal, or a list of goals, from a Bus or an IntentClient, and runs a handler for each.
 
-    Up to concurrency handlers run at the same time. The worker ends after max_jobs intents or max_time seconds, or with
-    drain once there is nothing to claim. lease and poll are seconds. on_message(sentence) is called for each outcome and
-    each error. Other options go to claim.
+    Up to concurrency handlers run at a time. The worker ends after max_jobs intents or max_time seconds, or with drain once
+    there is nothing to claim. lease and poll are seconds. on_message(sentence) tells of outcomes and errors.
     """
 
     def __init__(self, bus, goal, handler, *, concurrency=1, lease=LEASE_SECONDS, max_jobs=None, max_time=None,
@@ -4200,14 +4197,14 @@ class Worker:
 def listen(bus, goal, handler, *, full_envelope=False, **options):
     """Call handler(payload) for each intent of a goal, until Ctrl-C; with full_envelope, handler(intent).
 
-    The result is the return value, any JSON value. False or an exception fails the intent, Reject fails it for good. The
-    lease is extended meanwhile. options are those of Worker and of claim.
+    It returns the result, any JSON value. False or an exception fails the intent, Reject fails it for good. options are
+    those of Worker and of claim.
     """
     def run(intent, lease):
         result = handler(intent if full_envelope else intent.payload)
         if result is False:
             raise HandlerFailed("The handler returned False.")
-        to_json(result).encode()     # raises here, so that a result without JSON fails the intent
+        to_json(result).encode()     # raises here, so that a result that is not JSON fails the intent
         return result, "json"
     Worker(bus, goal, run, **options).run()
 
@@ -4216,7 +4213,6 @@ IntentClient.listen = listen     # added here, since it needs the Worker
 
 SECRET_VARIABLES = ("INTENT_API_KEY", "BUS_SECRET", "BUS_ADMIN_SECRET", "DASHBOARD_PASSWORD", "BUS_METRICS_TOKEN")
 CTRL_BREAK_EVENT = 1     # the SIGTERM of Windows; the module signal has it only there
-CREATE_NEW_PROCESS_GROUP = 0x200     # the module subprocess has it only on Windows
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}|\{([A-Za-z_]\w*)\}", re.ASCII)
 
 
@@ -4266,29 +4262,27 @@ def run_quietly(*arguments, timeout=None):
 
 def process_group_options():
     """Return the options of Popen that make a process group, so that a program can be ended with its children."""
-    return {"start_new_session": True} if POSIX else {"creationflags": CREATE_NEW_PROCESS_GROUP}
+    return {"start_new_session": True} if POSIX else {"creationflags": 0x200}     # CREATE_NEW_PROCESS_GROUP
 
 
 class PipeReader:
     """Reads a pipe in a thread, so that the writer never blocks; excess is the slice of the collected bytes to drop."""
 
     def __init__(self, pipe, excess):
-        self._pipe = pipe
-        self._excess = excess
         self._kept = bytearray()
         self.ended = threading.Event()
-        threading.Thread(target=self._drain, daemon=True).start()
+        threading.Thread(target=self._drain, args=(pipe, excess), daemon=True).start()
 
     def read(self):
         """Return the bytes; waits PIPE_SECONDS for the end, since another process may hold the pipe open."""
         self.ended.wait(PIPE_SECONDS)
         return bytes(self._kept)
 
-    def _drain(self):
-        with self._pipe:
-            while data := os.read(self._pipe.fileno(), 65536):
+    def _drain(self, pipe, excess):
+        with pipe:
+            while data := os.read(pipe.fileno(), 65536):
                 self._kept += data
-                del self._kept[self._excess]
+                del self._kept[excess]
         self.ended.set()
 
 
@@ -4734,8 +4728,7 @@ def log_startup(options, url, store, key_source):
         log("other machines can reach this bus over plain HTTP; put a TLS proxy or a tunnel in front of it")
     log("next, in two other terminals:")
     where = "" if url == URL else f" --url {url}"
-    print(f"  {INVOCATION} work{where} --goal hello\n  {INVOCATION} publish{where} hello name=world",
-          file=sys.stderr, flush=True)
+    print(f"  {INVOCATION} work{where} --goal hello\n  {INVOCATION} publish{where} hello name=world", file=sys.stderr)
 
 
 @command("publish", ['publish send_notification title=nas message="the backup is done"',
@@ -4755,8 +4748,7 @@ def log_startup(options, url, store, key_source):
          flag("--capability", dest="required_capability", help="a capability that its worker must have"),
          flag("--public", dest="visibility", action="store_const", const="public", help="let workers of any owner claim it"),
          flag("--idempotency-key", help="within a day, publishing again with this key stores nothing new"),
-         flag("--spool", action="store_const", const=SPOOL_FILE,
-              help="if the bus cannot be reached, store it on disk until the next publish --spool, flush or work"),
+         flag("--spool", action="store_const", const=SPOOL_FILE, help="if the bus cannot be reached, store it and send it later"),
          flag("--lines", action="store_true", help="publish an intent for each line of stdin, with its text as payload"),
          flag("--jsonl", action="store_true", help="publish an intent for each line of stdin, with its JSON as payload"))
 def publish_command(options):
@@ -4926,8 +4918,9 @@ def work_command(options):
         raise Invalid(f"-j must be at most {JOBS}.")
     if not LEASE_RANGE_SECONDS[0] <= options.lease <= LEASE_RANGE_SECONDS[1]:
         raise Invalid("--lease must be from 10s to 1h.")
-    if not (options.max_jobs or options.drain or options.max_time or options.no_wake_lock):
-        hold_wake_lock()
+    may_sleep = options.max_jobs or options.drain or options.max_time or options.no_wake_lock
+    if not may_sleep and in_termux() and run_quietly("termux-wake-lock", timeout=TERMUX_SECONDS):
+        log("the phone stays awake until you run termux-wake-unlock (or start with --no-wake-lock)")
     spool = SPOOL_FILE
     try:
         Spool()
@@ -4941,12 +4934,6 @@ def work_command(options):
         signal.signal(signal_number, worker.interrupt)
     worker.run()
     return 128 + worker.signals[0] if worker.signals else 0
-
-
-def hold_wake_lock():
-    """In Termux, keep the phone awake for a worker that runs until it is stopped."""
-    if in_termux() and run_quietly("termux-wake-lock", timeout=TERMUX_SECONDS):
-        log("the phone stays awake until you run termux-wake-unlock (or start with --no-wake-lock)")
 
 
 def print_payload(intent, lease):
