@@ -4740,15 +4740,15 @@ def log_startup(options, url, store, key_source):
          flag("payload", nargs="*", help="JSON, name=text and name:=json pairs, @FILE, or - or nothing for stdin"),
          WAIT, JSON,
          flag("--priority", type=int, help="0 to 1000, larger first (default 100)"),
-         flag("--delay", type=duration, help="how long to wait before it can be claimed"),
-         flag("--ttl", type=duration, help="how long it may take from then on; after that it is dead (default 7d)"),
+         flag("--delay", type=duration, help="the time until it can be claimed"),
+         flag("--ttl", type=duration, help="how long it may stay unfinished after the delay (default 7d)"),
          flag("--max-attempts", type=int, help="1 to 20 (default 3)"),
          flag("--backoff", dest="backoff_base", type=duration, help="half the first pause; pauses double (default 5s)"),
          flag("--worker", dest="target_worker", help="the id of the only worker that may claim it"),
          flag("--capability", dest="required_capability", help="a capability that its worker must have"),
          flag("--public", dest="visibility", action="store_const", const="public", help="let workers of any owner claim it"),
          flag("--idempotency-key", help="within a day, publishing again with this key stores nothing new"),
-         flag("--spool", action="store_const", const=SPOOL_FILE, help="if the bus cannot be reached, store it and send it later"),
+         flag("--spool", action="store_const", const=SPOOL_FILE, help="if the bus cannot be reached, store the intent for later"),
          flag("--lines", action="store_true", help="publish an intent for each line of stdin, with its text as payload"),
          flag("--jsonl", action="store_true", help="publish an intent for each line of stdin, with its JSON as payload"))
 def publish_command(options):
