@@ -4748,7 +4748,7 @@ def log_startup(options, url, store, key_source):
          flag("--capability", dest="required_capability", help="a capability that its worker must have"),
          flag("--public", dest="visibility", action="store_const", const="public", help="let workers of any owner claim it"),
          flag("--idempotency-key", help="within a day, publishing again with this key stores nothing new"),
-         flag("--spool", action="store_const", const=SPOOL_FILE, help="if the bus cannot be reached, store the intent for later"),
+         flag("--spool", action="store_const", const=SPOOL_FILE, help="if the bus cannot be reached, store it for later"),
          flag("--lines", action="store_true", help="publish an intent for each line of stdin, with its text as payload"),
          flag("--jsonl", action="store_true", help="publish an intent for each line of stdin, with its JSON as payload"))
 def publish_command(options):
