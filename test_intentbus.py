@@ -53,6 +53,8 @@ import pytest
 import intentbus
 from intentbus import API, Bus, Caller, Intent, IntentClient, Keys, Record, Reject, Request, Store, Worker, listen
 
+# ---- Tools of the tests ----
+
 HERE = Path(__file__).parent
 PROGRAM = str(HERE / "intentbus.py")
 COMMAND = (sys.executable, "-m", "intentbus")     # hundreds of times: a module is compiled once, a program each time
@@ -61,10 +63,58 @@ os.environ.update(PYTHONPATH=str(HERE), PYTHONPYCACHEPREFIX=COMPILED.name)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 SOURCE = (HERE / "intentbus.py").read_text()
 KEY = "k" * 48
+
+ADMIN_SECRET = "a" * 40
+
+NOBODY = "0" * 32     # an id that no intent has
 SLOW = pytest.mark.skipif(not os.environ.get("INTENTBUS_TEST_SLOW"), reason="INTENTBUS_TEST_SLOW is not set")
 POSIX = pytest.mark.skipif(os.name != "posix", reason="process groups and signals of POSIX")
 CURL = pytest.mark.skipif(not shutil.which("curl"), reason="curl is not on this machine")
 OPENSSL = pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not on this machine")
+
+
+# -- Time and threads --
+
+PATIENCE_SECONDS = 120     # what has not come by then never will, however busy the machine
+
+
+def wait_until(fact, seconds=PATIENCE_SECONDS):
+    """Return what fact() returns once that is true."""
+    deadline = time.monotonic() + seconds
+    pause = threading.Event()
+    while not (found := fact()):
+        assert time.monotonic() < deadline, "what was waited for did not come"
+        pause.wait(0.01)
+    return found
+
+
+def in_thread(function, *args, **kwargs):
+    """Run a function in a thread; return a function that waits for its result."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(function(*args, **kwargs)), daemon=True)
+    thread.start()
+
+    def result():
+        thread.join(PATIENCE_SECONDS)
+        assert results, "the thread did not end"
+        return results[0]
+    result.ended = lambda: bool(results)
+    return result
+
+
+def at_once(number, function):
+    """Call function(0), function(1)... in as many threads at the same moment; return what they return or raise."""
+    barrier, results = threading.Barrier(number), queue.Queue()
+
+    def run(index):
+        barrier.wait(PATIENCE_SECONDS)
+        try:
+            results.put(function(index))
+        except Exception as error:
+            results.put(error)
+    for index in range(number):
+        threading.Thread(target=run, args=(index,), daemon=True).start()
+    return [results.get(timeout=PATIENCE_SECONDS) for _ in range(number)]
 
 
 class Clock:
@@ -85,6 +135,8 @@ class Clock:
 def clock():
     return Clock()
 
+
+# -- Databases --
 
 POSTGRES = os.environ.get("INTENTBUS_TEST_POSTGRES")     # the DSN of a database where schemas can be made and dropped
 ON_A_FILE = pytest.mark.parametrize("database", ["sqlite"], indirect=True)     # of what only a SQLite file has
@@ -135,13 +187,6 @@ def dsn(path):
     return make_conninfo(POSTGRES, options=f"-c search_path={schema}")
 
 
-def open_store(database, path):
-    """Return a store in such a database; the same path is the same intents."""
-    if database == "sqlite":
-        return Store(path)
-    return examples("postgres_bus").PostgresStore(dsn(path))
-
-
 def examples(name):
     """Return a program of the examples as a module."""
     sys.path.insert(0, str(HERE / "examples"))
@@ -151,12 +196,21 @@ def examples(name):
         sys.path.pop(0)
 
 
+def open_store(database, path):
+    """Return a store in such a database; the same path is the same intents."""
+    if database == "sqlite":
+        return Store(path)
+    return examples("postgres_bus").PostgresStore(dsn(path))
+
+
 @pytest.fixture
 def store(database, tmp_path):
     store = open_store(database, tmp_path / "bus.db")
     yield store
     store.close()
 
+
+# -- A bus in this process --
 
 @pytest.fixture
 def bus(store, clock):
@@ -188,42 +242,16 @@ def client(server):
     return IntentClient(f"http://127.0.0.1:{server.server_port}", KEY)
 
 
-PATIENCE_SECONDS = 120     # what has not come by then never will, however busy the machine
-
-
-def wait_until(fact, seconds=PATIENCE_SECONDS):
-    """Return what fact() returns once that is true."""
-    deadline = time.monotonic() + seconds
-    pause = threading.Event()
-    while not (found := fact()):
-        assert time.monotonic() < deadline, "what was waited for did not come"
-        pause.wait(0.01)
-    return found
-
-
-def in_thread(function, *args, **kwargs):
-    """Run a function in a thread; return a function that waits for its result."""
-    results = []
-    thread = threading.Thread(target=lambda: results.append(function(*args, **kwargs)), daemon=True)
-    thread.start()
-
-    def result():
-        thread.join(PATIENCE_SECONDS)
-        assert results, "the thread did not end"
-        return results[0]
-    result.ended = lambda: bool(results)
-    return result
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """Wrong keys are many here, and need not be slowed."""
+    monkeypatch.setattr(intentbus, "FAILURE_SECONDS", 0)
 
 
 def held(bus):
     """In how many lanes requests wait that a bus holds, once each has looked for itself and found nothing."""
     with bus._waiting._lock:
         return sum(bool(waiter.news._cond._waiters) for waiters in bus._waiting._held.values() for waiter in waiters)
-
-
-NOBODY = "0" * 32     # an id that no intent has
-COMMON = {"x-frame-options": "DENY", "x-content-type-options": "nosniff", "referrer-policy": "no-referrer",
-          "cache-control": "no-store", "x-intent-version": "7.61"}
 
 
 class Served:
@@ -272,6 +300,123 @@ class Served:
         return [intent["status"] for intent in self.ask("GET", "/intents").json["intents"]]
 
 
+class Bespoke(Served):
+    """A bus whose parts have options of their own; it can be restarted on its file."""
+
+    def __init__(self, folder, key=KEY, clock=None, keys=(), api=(), server=(), database="sqlite"):
+        self.made = folder, key, clock, keys, api, server, database
+        self.db = str(folder / "bus.db")
+        self.store = open_store(database, self.db)
+        clocks = dict(clock=lambda: clock.wall, steady=lambda: clock.steady) if clock else {}
+        self.keys = Keys(key, self.store, **dict(keys, **{name: clocks[name] for name in clocks if name == "clock"}))
+        self.api = API(Bus(self.store, **clocks), self.keys, **dict(api))
+        self.server = intentbus.http_server(self.api, port=0, **dict(server))
+        self.port = self.server.server_port
+        self.url = f"http{'s' if dict(server).get('tls') else ''}://127.0.0.1:{self.port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def restart(self, **changes):
+        """Stop it and start it again on the same file."""
+        self.close()
+        names = ("folder", "key", "clock", "keys", "api", "server", "database")
+        self.__init__(**dict(zip(names, self.made), **changes))
+
+    def issue(self, owner="ann", role="both", name=None, **headers):
+        """Return a new issued key, as the answer to its making."""
+        made = self.ask("POST", "/admin/generate_key", dict(owner=owner, role=role, name=name), **headers)
+        assert made.status == 201, made.body
+        return intentbus.Record(made.json)
+
+
+def watch(thing, name):
+    """Return a queue of what each call of a method returns from now on."""
+    calls, method = queue.Queue(), getattr(thing, name)
+
+    def watched(*args, **kwargs):
+        result = method(*args, **kwargs)
+        calls.put(result)
+        return result
+    setattr(thing, name, watched)
+    return calls
+
+
+@pytest.fixture
+def started(database, tmp_path):
+    """Start buses with options; each is closed at the end."""
+    with contextlib.ExitStack() as stack:
+        def start(**options):
+            bus = Bespoke(tmp_path, **dict(dict(database=database), **options))
+            stack.callback(lambda: bus.close())
+            return bus
+        yield start
+
+
+@pytest.fixture
+def served(database, tmp_path):
+    """A bus of one test's own."""
+    served = Served(tmp_path, database)
+    yield served
+    served.close()
+
+
+@pytest.fixture(scope="module")
+def shared(database, tmp_path_factory):
+    """One bus for all that is refused."""
+    served = Served(tmp_path_factory.mktemp("shared"), database)
+    yield served
+    served.close()
+
+
+@pytest.fixture
+def strict(shared):
+    """The shared bus; the test fails if the bus is not well after it, or has stored anything."""
+    before = shared.statuses()
+    yield shared
+    assert shared.statuses() == before
+
+
+@pytest.fixture
+def live(store):
+    bus = Bus(store)
+    bus.start()
+    wait_until(lambda: type(store) is Store or listens(store) and not store._missed)     # a bus that starts looks once by itself
+    yield bus
+    bus.stop()
+
+
+class Away:
+    """A bus that is away until start(), and the URL where it will be."""
+
+    def __init__(self, store):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.url, self.store, self.server = f"http://127.0.0.1:{self.port}", store, None
+
+    def start(self):
+        self.bus = Bus(self.store)
+        self.server = intentbus.http_server(API(self.bus, Keys(KEY, self.store)), port=self.port)
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def stop(self):
+        if self.server:
+            self.server.close()
+            self.server = None
+
+    def payloads(self, **which):
+        """What was published, oldest first."""
+        return [intent.payload for intent in reversed(self.bus.list(limit=500, payload=True, **which).intents)]
+
+
+@pytest.fixture
+def away(store):
+    away = Away(store)
+    yield away
+    away.stop()
+
+
+# -- HTTP --
+
 class Response:
     """What a server answered."""
 
@@ -305,6 +450,10 @@ def responses(data):
     return found
 
 
+COMMON = {"x-frame-options": "DENY", "x-content-type-options": "nosniff", "referrer-policy": "no-referrer",
+          "cache-control": "no-store", "x-intent-version": "7.61"}
+
+
 def clear(message):
     """Whether a message is one sentence for a person: short, with a full stop, and nothing of the inside in it."""
     inside = r"Traceback|File \"|\n|0x[0-9a-f]{6}|\bsys\.|sqlite|\b[A-Z]\w*(Error|Exception)\b|<class|object at"
@@ -326,40 +475,14 @@ def assert_common_headers(response):
     assert re.fullmatch(r"[A-Za-z0-9_.:-]{1,128}", response.headers["x-request-id"])
 
 
-def watch(thing, name):
-    """Return a queue of what each call of a method returns from now on."""
-    calls, method = queue.Queue(), getattr(thing, name)
-
-    def watched(*args, **kwargs):
-        result = method(*args, **kwargs)
-        calls.put(result)
-        return result
-    setattr(thing, name, watched)
-    return calls
+def post(*lines, end=b"\r\n"):
+    """Return a publish with these header lines after the necessary ones, and the body."""
+    return end.join((b"POST /intent HTTP/1.1", b"Host: x", b"X-API-KEY: " + KEY.encode(), *lines, b"", b"")) + BODY
 
 
-@pytest.fixture(scope="module")
-def shared(database, tmp_path_factory):
-    """One bus for all that is refused."""
-    served = Served(tmp_path_factory.mktemp("shared"), database)
-    yield served
-    served.close()
-
-
-@pytest.fixture
-def strict(shared):
-    """The shared bus; the test fails if the bus is not well after it, or has stored anything."""
-    before = shared.statuses()
-    yield shared
-    assert shared.statuses() == before
-
-
-@pytest.fixture
-def served(database, tmp_path):
-    """A bus of one test's own."""
-    served = Served(tmp_path, database)
-    yield served
-    served.close()
+def get(line, *lines):
+    """Return a request of this request line and header lines."""
+    return b"\r\n".join((line, *lines, b"", b""))
 
 
 def case(what, sent, *expected):
@@ -367,67 +490,13 @@ def case(what, sent, *expected):
     return pytest.param(sent, expected, id=what)
 
 
-ADMIN_SECRET = "a" * 40
+def a_publish(**fields):
+    """Return the body of a publish that would be fine but for these fields."""
+    return dict(dict(goal="g", payload=1), **fields)
 
 
-class Bespoke(Served):
-    """A bus whose parts have options of their own; it can be restarted on its file."""
-
-    def __init__(self, folder, key=KEY, clock=None, keys=(), api=(), server=(), database="sqlite"):
-        self.made = folder, key, clock, keys, api, server, database
-        self.db = str(folder / "bus.db")
-        self.store = open_store(database, self.db)
-        clocks = dict(clock=lambda: clock.wall, steady=lambda: clock.steady) if clock else {}
-        self.keys = Keys(key, self.store, **dict(keys, **{name: clocks[name] for name in clocks if name == "clock"}))
-        self.api = API(Bus(self.store, **clocks), self.keys, **dict(api))
-        self.server = intentbus.http_server(self.api, port=0, **dict(server))
-        self.port = self.server.server_port
-        self.url = f"http{'s' if dict(server).get('tls') else ''}://127.0.0.1:{self.port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def restart(self, **changes):
-        """Stop it and start it again on the same file."""
-        self.close()
-        names = ("folder", "key", "clock", "keys", "api", "server", "database")
-        self.__init__(**dict(zip(names, self.made), **changes))
-
-    def issue(self, owner="ann", role="both", name=None, **headers):
-        """Return a new issued key, as the answer to its making."""
-        made = self.ask("POST", "/admin/generate_key", dict(owner=owner, role=role, name=name), **headers)
-        assert made.status == 201, made.body
-        return intentbus.Record(made.json)
-
-
-@pytest.fixture
-def started(database, tmp_path):
-    """Start buses with options; each is closed at the end."""
-    with contextlib.ExitStack() as stack:
-        def start(**options):
-            bus = Bespoke(tmp_path, **dict(dict(database=database), **options))
-            stack.callback(lambda: bus.close())
-            return bus
-        yield start
-
-
-@pytest.fixture(autouse=True)
-def patient(monkeypatch):
-    """Wrong keys are many here, and need not be slowed."""
-    monkeypatch.setattr(intentbus, "FAILURE_SECONDS", 0)
-
-
-def at_once(number, function):
-    """Call function(0), function(1)... in as many threads at the same moment; return what they return or raise."""
-    barrier, results = threading.Barrier(number), queue.Queue()
-
-    def run(index):
-        barrier.wait(PATIENCE_SECONDS)
-        try:
-            results.put(function(index))
-        except Exception as error:
-            results.put(error)
-    for index in range(number):
-        threading.Thread(target=run, args=(index,), daemon=True).start()
-    return [results.get(timeout=PATIENCE_SECONDS) for _ in range(number)]
+def raw(payload):
+    return b'{"goal": "g", "payload": %s}' % payload
 
 
 def signed(method, canonical, body=b"", key=KEY, timestamp=None, nonce=None, **others):
@@ -444,9 +513,965 @@ def assert_signature_refused(response, message):
     assert_common_headers(response)
 
 
-def a_publish(**fields):
-    """Return the body of a publish that would be fine but for these fields."""
-    return dict(dict(goal="g", payload=1), **fields)
+def basic(user, password):
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
+def talking(url, key):
+    """Return ask(path, body), which posts over one kept connection and returns (status, answer)."""
+    link = http.client.HTTPConnection(url.partition("//")[2], timeout=20)
+
+    def ask(path, body=None, **headers):
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        link.request("POST", path, None if body is None else json.dumps(body), {"X-API-KEY": key, **named})
+        answer = link.getresponse()
+        content = answer.read()
+        return answer.status, content and json.loads(content)
+    return ask
+
+
+def read_answers(sock, methods):
+    """Return the responses to requests of these methods, or those until the server closes the connection."""
+    found, data = [], b""
+    for method in methods:
+        while b"\r\n\r\n" not in data or data.startswith(b"HTTP/1.1 100 "):
+            if data.startswith(b"HTTP/1.1 100 ") and b"\r\n\r\n" in data:
+                data = data.partition(b"\r\n\r\n")[2]
+                continue
+            more = sock.recv(65536)
+            if not more:
+                return found
+            data += more
+        head, _, data = data.partition(b"\r\n\r\n")
+        length = int(re.search(rb"(?i)\r\ncontent-length: (\d+)", head + b"\r\nContent-Length: 0")[1]) * (method != "HEAD")
+        while len(data) < length:
+            more = sock.recv(65536)
+            assert more, "the answer was cut short"
+            data += more
+        found += responses(head + b"\r\n\r\n" + data[:length]) if method != "HEAD" else responses(
+            re.sub(rb"(?i)\r\ncontent-length: \d+", b"", head) + b"\r\n\r\n")
+        data = data[length:]
+    return found
+
+
+# -- A bus as a program --
+
+class Serve:
+    """`intentbus.py serve` as a process, in a directory and HOME of its own."""
+
+    def __init__(self, home, *arguments, program=(PROGRAM, "serve"), **environment):
+        self.env = dict(os.environ, HOME=str(home), PYTHONUNBUFFERED="1")
+        for name in ("INTENT_API_KEY", "INTENT_BUS_URL", "INTENT_BUS_NAMESPACE", "BUS_SECRET", "BUS_DB_PATH"):
+            self.env.pop(name, None)
+        self.home = home
+        self.process = subprocess.Popen([sys.executable, *program, "--port", "0", *arguments], cwd=home,
+                                        env=dict(self.env, **environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.url = self.process.stdout.readline().strip()
+        self.env["INTENT_BUS_URL"] = self.url
+
+    def run(self, *arguments, **options):
+        """Run a command to its end."""
+        return subprocess.run([*COMMAND, *arguments], cwd=self.home, env=self.env, timeout=60,
+                              capture_output=True, text=True, **dict({"stdin": subprocess.DEVNULL}, **options)
+                              if "input" not in options else options)
+
+    def start(self, *arguments):
+        """Start a command."""
+        return subprocess.Popen([*COMMAND, *arguments], cwd=self.home, env=self.env, text=True,
+                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def stop(self):
+        """End it well; return its exit code and what it said."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        output, errors = self.process.communicate(timeout=10)
+        return self.process.returncode, output, errors
+
+
+@pytest.fixture(scope="module")
+def serve(tmp_path_factory):
+    serve = Serve(tmp_path_factory.mktemp("home"))
+    yield serve
+    serve.stop()
+
+
+def run_python(*arguments, **options):
+    return subprocess.run([sys.executable, *arguments], cwd=HERE, capture_output=True, text=True, timeout=30, **options)
+
+
+def run(*arguments, stdin=b"", **environment):
+    """Run a command as a process; return its exit code, stdout and stderr."""
+    env = dict({name: value for name, value in os.environ.items() if not name.startswith(("INTENT_", "BUS_"))}, **environment)
+    try:
+        done = subprocess.run([*COMMAND, *arguments], input=stdin, env=env, capture_output=True, timeout=10)
+    except subprocess.TimeoutExpired:
+        return None, "", "It did not end."
+    return done.returncode, done.stdout.decode(), done.stderr.decode(errors="replace")
+
+
+def at(bus, *arguments, stdin=b"", **environment):
+    """Run a command against a bus; return its exit code, stdout and stderr."""
+    return run(*arguments, stdin=stdin, INTENT_BUS_URL=bus.url, **dict(dict(INTENT_API_KEY=KEY), **environment))
+
+
+def assert_complaint(outcome, code, *words):
+    """Check that a command failed with this exit code, nothing on stdout, and one helpful sentence at the end of stderr."""
+    exit_code, out, err = outcome
+    assert (exit_code, out, "Traceback" in err) == (code, "", False), err
+    last = err.rstrip("\n").rpartition("\n")[2]
+    assert re.match(r"intentbus(\.py)?( \w+)?: ", last), err
+    assert [word for word in words if word not in last] == [], err
+    assert not re.search(r"\b[A-Z]\w*(Error|Exception)\b|Errno|\bsys\.|object at", last), err
+
+
+README = HERE / "README.md"
+
+
+def blocks(language):
+    """The code blocks of the README in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(), re.M | re.S)
+
+
+def shell(serve, command, **environment):
+    """Run a shell command as it would be typed in the project's directory."""
+    return subprocess.run(["sh", "-ec", command], cwd=HERE, env=dict(serve.env, **environment), capture_output=True,
+                          text=True, timeout=60, stdin=subprocess.DEVNULL)
+
+
+# -- Between a client and a bus --
+
+class Proxy:
+    """Passes requests on to a server, and drops the answers to the first so many."""
+
+    def __init__(self, port, drop=0):
+        self.port, self.drop, self.passed = port, drop, 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def run(self):
+        with contextlib.suppress(OSError):
+            while True:
+                with self.listener.accept()[0] as near, socket.create_connection(("127.0.0.1", self.port)) as far:
+                    answer = self.answer(near, far)
+                    self.passed += 1
+                    if self.passed > self.drop:
+                        near.sendall(answer)
+
+    def answer(self, near, far):
+        near.settimeout(0.2)     # urllib sends a body right behind its headers
+        with contextlib.suppress(TimeoutError, socket.timeout):
+            while data := near.recv(65536):
+                far.sendall(data)
+                if b"\r\n\r\n" in data and b"Content-Length: 0" in data or data.endswith(b"}"):
+                    break
+        return b"".join(iter(lambda: far.recv(65536), b""))
+
+
+class Weather:
+    """Passes requests on to a server, and lets each meet the fate that fate(path) names; counts them in met.
+
+    ok, or what a network does: the answer is lost, or cut in the middle, or later than the client waits; the request
+    is lost; a proxy answers a page or JSON of its own in place of the bus, which has done what was asked.
+    """
+
+    FATES = ("answer lost", "half an answer", "half a head", "late answer", "request lost", "502 page", "503 page", "504 JSON")
+    INSTEAD = {"502 page": b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 13\r\n\r\n<html>Oh no!\n",
+               "503 page": b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 0\r\nContent-Length: 4\r\n\r\nBusy",
+               "504 JSON": b"HTTP/1.1 504 Gateway Timeout\r\nContent-Length: 50\r\n\r\n"
+                           b'{"error": {"code": 504, "message": "upstream...."}}'[:50]}
+
+    def __init__(self, port, fate):
+        self.port, self.fate, self.met, self.lock = port, fate, collections.Counter(), threading.Lock()
+        self.patience = 20     # seconds
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+    def run(self):
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self.serve, args=(self.listener.accept()[0],), daemon=True).start()
+
+    def serve(self, near):
+        with near, contextlib.suppress(OSError):
+            request = self.request(near)
+            if not request:
+                return
+            with self.lock:
+                fate = self.fate(request.split()[1].decode())
+                self.met[fate] += 1
+            answer = b"" if fate == "request lost" else self.answer(request)
+            if fate == "late answer":
+                near.settimeout(self.patience)
+                near.recv(1)     # until the client has given up, or this has
+            elif fate != "answer lost":
+                near.sendall(self.spoilt(fate, answer))
+
+    def spoilt(self, fate, answer):
+        head, _, body = answer.partition(b"\r\n\r\n")
+        cut = {"half an answer": len(head) + 4 + len(body) // 2, "half a head": len(head) // 2}.get(fate, len(answer))
+        return self.INSTEAD.get(fate, answer[:cut])
+
+    def request(self, near):
+        data = b""
+        while b"\r\n\r\n" not in data:
+            if not (more := near.recv(65536)):
+                return b""
+            data += more
+        length = int((re.search(rb"(?i)\r\ncontent-length: *(\d+)", data) or [0, 0])[1])
+        while len(data) < data.index(b"\r\n\r\n") + 4 + length:
+            data += near.recv(65536)
+        return data
+
+    def answer(self, request):
+        with socket.create_connection(("127.0.0.1", self.port)) as far:
+            far.sendall(request)
+            return received(far)
+
+
+@pytest.fixture
+def weather(server):
+    """Start proxies before the server; each is closed at the end."""
+    with contextlib.ExitStack() as stack:
+        def start(fate):
+            weather = Weather(server.server_port, fate)
+            stack.callback(weather.close)
+            return weather
+        yield start
+
+
+class Fake:
+    """Something that answers every request with the same bytes, and keeps what it was asked."""
+
+    def __init__(self, status="200 OK", body=b"{}", *headers):
+        self.listener, self.asked = socket.create_server(("127.0.0.1", 0)), []
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        head = "".join(f"{line}\r\n" for line in (f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *headers))
+        self.answer = head.encode() + b"\r\n" + body
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def run(self):
+        with contextlib.suppress(OSError):
+            while True:
+                with self.listener.accept()[0] as sock:
+                    data = sock.recv(65536)
+                    while b"\r\n\r\n" not in data or len(data.partition(b"\r\n\r\n")[2]) < self.length(data):
+                        data += sock.recv(65536)
+                    self.asked.append(data.decode("latin-1"))
+                    sock.sendall(self.answer)
+
+    def length(self, data):
+        return int((re.search(rb"(?i)content-length: (\d+)", data) or [0, 0])[1])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.listener.close()
+
+
+class Forwarder:
+    """A port in front of others: each connection goes to the next one that listens; cut() ends all and takes no more."""
+
+    def __init__(self, *ports):
+        self.ports, self.links, self.listener = collections.deque(ports), set(), socket.create_server(("127.0.0.1", 0))
+        self.port, self.open = self.listener.getsockname()[1], True
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                near = self.listener.accept()[0]
+                threading.Thread(target=self.link, args=(near,), daemon=True).start()
+
+    def link(self, near):
+        far = self.open and self.reach()
+        if not far:
+            return near.close()
+        with near, far:
+            self.links |= {near, far}
+            back = threading.Thread(target=self.carry, args=(far, near), daemon=True)
+            back.start()
+            self.carry(near, far)
+            back.join()
+            self.links -= {near, far}
+
+    def reach(self):
+        for _ in range(len(self.ports)):
+            self.ports.rotate(1)
+            with contextlib.suppress(OSError):
+                far = socket.create_connection(("127.0.0.1", self.ports[0]), timeout=5)
+                far.settimeout(None)
+                return far
+
+    def carry(self, here, there):
+        with contextlib.suppress(OSError):
+            while data := here.recv(65536):
+                there.sendall(data)
+        for link in (here, there):
+            with contextlib.suppress(OSError):
+                link.shutdown(socket.SHUT_RDWR)
+
+    def cut(self):
+        self.open = False
+        for link in list(self.links):
+            with contextlib.suppress(OSError):
+                link.shutdown(socket.SHUT_RDWR)
+
+    def close(self):
+        self.cut()
+        self.listener.close()
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(intentbus, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(intentbus, "RETRY_MAX_SECONDS", 0.01)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty HOME of our own, and no settings in the environment."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    for name in ("INTENT_BUS_URL", "INTENT_API_KEY", "INTENT_BUS_NAMESPACE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "home"
+
+
+# -- Odd requests --
+
+NASTY = ("", " ", "\t", "a\nb", "\r\nX-Evil: 1", "\0", "\x7f", "\x1b[2J", "ä", "漢字", "😀", "\ud800", "\u202e", "%00", "%", "%zz", "%ff", "../../etc",
+         "' OR 1=1 --", '"; DROP TABLE intents; --', "$(id)", "`id`", "{id}", "{{x}}", "<script>", "-rf", "null", "NaN", "1e999", "-1",
+         "0x10", "1_000", "٣", "9" * 400, "a" * 70, "a" * 257, "a" * 9000, "default", "g", "public", "both", "open", "dead", "json")
+NUMBERS = (0, 1, -1, 0.5, 3, 10, 59, 61, 3600, 2 ** 31, 2 ** 53, 2 ** 63, 2 ** 64, -2 ** 63, 1e308, 10 ** 400, 1e-320)
+
+FUZZED = ("--trust-proxy", "--rate-limit", "100000000", "--max-unfinished", "100000000")
+FUZZED_BODIES = {"/intent": dict(intentbus.PUBLISH_DEFAULTS, goal="g", payload={"n": 1}), "/set/*": {"value": 1, "ttl": 60, "if_absent": True},
+          "/fulfill/*": {"claim_token": "x", "result": [1], "result_type": "text"}, "/fail/*": {"error": "e", "retry": False},
+          "/release/*": {"delay": 1}, "/extend_claim/*": {"seconds": 60}, "/retry": {"goal": "g", "limit": 3},
+          "/admin/purge": {"confirm": True, "namespace": "x"}, "/admin/generate_key": {"owner": "o", "name": "n", "role": "work"},
+          "/admin/revoke_key": {"key_id": "0" * 16, "api_key": "tk_"}}
+FUZZED_HEADERS = ("X-Worker-ID", "X-Worker-Capabilities", "Idempotency-Key", "X-Request-ID", "X-Key-ID", "X-Timestamp", "X-Nonce",
+                  "X-Signature", "X-Admin-Token", "Authorization", "X-Forwarded-Proto", "Content-Type", "Expect", "Connection", "Cookie",
+                  "X-Claim-Token", "Transfer-Encoding", "Host", "Content-Length", "Upgrade", "Range", "Accept-Encoding")
+
+
+class Fuzzer:
+    """Requests that are right, nearly right and wrong, the same ones for the same seed."""
+
+    def __init__(self, seed, keys):
+        self.chance, self.keys, self.ids = random.Random(seed), keys, [NOBODY]
+
+    def word(self):
+        """A word that is odd, or that stands for something."""
+        return self.chance.choice((*NASTY, *self.ids[-20:], *self.keys))
+
+    def value(self, depth=0):
+        """Any JSON value."""
+        kind = self.chance.randrange(8 if depth < 3 else 5)
+        if kind < 2:
+            return self.word()
+        if kind < 5:
+            return self.chance.choice((*NUMBERS, True, False, None))
+        some = range(self.chance.randrange(4))
+        return [self.value(depth + 1) for _ in some] if kind < 7 else {self.word(): self.value(depth + 1) for _ in some}
+
+    def body(self, route):
+        """The bytes of a body for a route: right, with a field or some bytes changed, or of another kind."""
+        pick = self.chance.random()
+        fields = dict(FUZZED_BODIES.get(route, {}))
+        if pick < 0.5 and fields:
+            fields = {name: value for name, value in fields.items() if self.chance.random() < 0.8}
+            if self.chance.random() < 0.6:
+                fields[self.chance.choice((*fields, "goal", "payload", self.word()))] = self.value()
+        elif pick < 0.7:
+            fields = self.value()
+        body = json.dumps([fields] * self.chance.randrange(4) if route == "/intents" else fields).encode()
+        if pick > 0.97:
+            body = self.chance.choice((b"[" * 70_000, b'{"a":' * 100, b"\xff\xfe{}", b"\xef\xbb\xbf{}", b"\x1f\x8b\x08\0\0", b"a=1&b=2",
+                                       b'{"goal":"\xc3("}', b"1" * 5000, b"x" * 300_000, b'{"goal":"g","goal":1,"payload":NaN}'))
+        elif pick > 0.85 and body:
+            at = self.chance.randrange(len(body))
+            body = body[:at] + bytes([self.chance.randrange(256)]) + body[at + self.chance.randrange(3):]
+        return body
+
+    def target(self, route):
+        """A path for a route, and perhaps a query."""
+        quoted = self.chance.choice((urllib.parse.quote, lambda word: word.encode("latin-1", "ignore").decode("latin-1")))
+        word = self.word().encode("utf-8", "replace").decode()
+        path = route.replace("*", quoted(word).replace(" ", "+").replace("\r", "").replace("\n", ""))
+        names = ("goal", "namespace", "publisher", "worker_id", "capabilities", "lease", "limit", "before", "status", "payload", "value",
+                 "ttl", "wait", "if_absent", "zzz")
+        pairs = [(self.chance.choice(names), self.word()) for _ in range(self.chance.choice((0, 0, 0, 1, 2, 5, 120)))]
+        pairs = [(name, "0.01" if name == "wait" and re.fullmatch(r"[0-9.]+", word) else word) for name, word in pairs]
+        query = urllib.parse.urlencode(pairs, errors="replace")
+        return path + ("?" + query if query else "")
+
+    def request(self):
+        """(method, bytes)."""
+        method, route = self.chance.choice(intentbus.ROUTES)[:2]
+        if self.chance.random() < 0.1:
+            method = self.chance.choice(("GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE", "PRI", "get", "PATCH", "CONNECT"))
+        target, body = self.target(route), b"" if method == "GET" and self.chance.random() < 0.8 else self.body(route)
+        forwarded = ".".join(str(self.chance.randrange(256)) for _ in range(4))     # wrong keys are slowed by address
+        headers = {"Host": "x", "Content-Length": str(len(body)), "X-Forwarded-For": forwarded}
+        credential = self.chance.random()
+        if credential < 0.85:
+            headers["X-API-KEY"] = self.chance.choice(self.keys)
+        if 0.8 < credential < 0.95:
+            headers.update((name.replace("_", "-"), value) for name, value in signed(
+                method, target.split("?")[0], body, timestamp=self.chance.choice((None, "1", "NaN", "-1e9", "9" * 20))).items())
+        for _ in range(self.chance.choice((0, 0, 0, 1, 3))):
+            headers[self.chance.choice(FUZZED_HEADERS)] = self.word().encode("utf-8", "replace").decode("latin-1")
+        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        return method, f"{method} {target} HTTP/1.1\r\n{head}\r\n".encode("latin-1", "replace") + body
+
+    def damaged(self):
+        """The bytes of a request with some of them changed, doubled or gone; or any bytes."""
+        data = bytearray(self.request()[1])
+        for _ in range(self.chance.randrange(1, 6)):
+            at = self.chance.randrange(len(data))
+            data[at:at + self.chance.randrange(3)] = self.chance.choice((b"", b"\r", b"\n", b"\0", b" ", b":", bytes(data[at:at + 40])))
+        return bytes(data) if self.chance.random() < 0.8 else self.chance.getrandbits(8 * 200).to_bytes(200, "big")
+
+
+def fuzz(port, fuzzer, number):
+    """Send a number of requests, most of them pipelined; return how often each status was answered."""
+    statuses = collections.Counter()
+
+    def note(answers, methods):
+        for method, answer in zip(methods, answers):
+            statuses[answer.status] += 1
+            assert 200 <= answer.status < 500, (answer.status, answer.body)
+            assert_common_headers(answer)
+            if answer.status >= 400 and method != "HEAD":
+                error = answer.json["error"]
+                assert re.fullmatch("[a-z_]+", error["code"]) and isinstance(error["message"], str) and error["message"]
+            elif answer.status == 201 and b'"id"' in answer.body:
+                fuzzer.ids.append(answer.json["id"])
+
+    sent = 0
+    while sent < number:
+        raw = fuzzer.chance.random() < 0.1
+        requests = [("?", fuzzer.damaged())] if raw else [fuzzer.request() for _ in range(fuzzer.chance.choice((1, 5, 30)))]
+        methods, blocks = zip(*requests)
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as sock:
+            with contextlib.suppress(ConnectionError):     # it closes what it cannot frame
+                sock.sendall(b"".join(blocks))
+                sock.shutdown(socket.SHUT_WR)
+            answers, data = [], b""
+            with contextlib.suppress(ConnectionError):
+                if raw:     # nobody knows how many requests that is, and of which methods
+                    data = received(sock)
+                else:
+                    answers = read_answers(sock, methods)
+        note(answers, methods)
+        assert not re.search(rb"HTTP/1\.1 5", data), data
+        sent += len(answers) + raw
+    return statuses
+
+
+def fuzzing(serve, seed, number):
+    """Fuzz a bus with all kinds of keys; return how often each status was answered."""
+    client = IntentClient(serve.url, intentbus.read_key(serve.home / ".apikey"))
+    issued = [client.admin("generate_key", owner="ann", name="x", role=role).api_key for role in ("publish", "work", "both")]
+    keys = [intentbus.read_key(serve.home / ".apikey")] * 4 + issued + ["wrong", "tk_" + "0" * 56]
+    statuses = fuzz(int(serve.url.rpartition(":")[2]), Fuzzer(seed, keys), number)
+    assert client.publish("after", 1).id
+    return statuses
+
+
+# -- The browser --
+
+def in_a_browser(test):
+    """Mark a test that drives a browser: one for the long run, where there is one; the page knows nothing of databases."""
+    here = pytest.mark.skipif(not shutil.which("chromedriver"), reason="chromedriver is not on this machine")
+    return ON_A_FILE(SLOW(here(test)))
+
+
+class Browser:
+    """Chromium without a window, driven over the WebDriver protocol (W3C)."""
+
+    def __init__(self, folder):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.base = f"http://127.0.0.1:{free.getsockname()[1]}"
+        self.process = subprocess.Popen(["chromedriver", f"--port={self.base.rpartition(':')[2]}"], stdout=subprocess.DEVNULL,
+                                        stderr=subprocess.DEVNULL, env=dict(os.environ, HOME=str(folder)))
+        wait_until(self.ready)
+        arguments = ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--user-data-dir={folder}/profile"]
+        self.base += "/session/" + self.ask("POST", "/session", {"capabilities": {"alwaysMatch": {
+            "browserName": "chrome", "goog:chromeOptions": {"args": arguments}, "goog:loggingPrefs": {"browser": "ALL"},
+            "unhandledPromptBehavior": "ignore"}}})["sessionId"]
+
+    def ready(self):
+        with contextlib.suppress(OSError):
+            return self.ask("GET", "/status")["ready"]
+
+    def close(self):
+        self.ask("DELETE", "")
+        self.process.terminate()
+        self.process.wait(10)
+
+    def ask(self, method, path, body=None):
+        data = json.dumps(body if body is not None else {}).encode() if method == "POST" else None
+        with urllib.request.urlopen(urllib.request.Request(self.base + path, data, method=method), timeout=30) as answer:
+            return json.load(answer)["value"]
+
+    def run(self, script, *arguments):
+        """Return what a script returns, in the page."""
+        return self.ask("POST", "/execute/sync", {"script": script, "args": arguments})
+
+    def open(self, url):
+        self.ask("POST", "/url", {"url": url})
+
+    def size(self, width, height, dark=False):
+        """Be a screen of that size, in light or dark."""
+        for command, params in (("Emulation.setDeviceMetricsOverride", dict(width=width, height=height, deviceScaleFactor=1, mobile=width < 600)),
+                                ("Emulation.setEmulatedMedia", dict(features=[dict(name="prefers-color-scheme", value="dark" if dark else "light")]))):
+            self.ask("POST", "/goog/cdp/execute", {"cmd": command, "params": params})
+
+    def text(self):
+        return self.run("return document.body.innerText")
+
+    def sees(self, *words):
+        """Wait until the page shows all these words."""
+        try:
+            wait_until(lambda: all(word in self.text() for word in words))
+        except AssertionError:
+            raise AssertionError(f"{words} is not in:\n{self.text()}") from None
+
+    def click(self, words, accept=None):
+        """Click the button or link with these words; answer what it asks, and return the question."""
+        self.run("""[...document.querySelectorAll('button, a')].find(node => node.textContent.trim() === arguments[0]).click()""", words)
+        return self.answer(accept) if accept is not None else None
+
+    def answer(self, accept):
+        asked = []
+        def question():
+            with contextlib.suppress(urllib.error.HTTPError):
+                asked.append(self.ask("GET", "/alert/text"))
+            return asked
+        wait_until(question)
+        self.ask("POST", "/alert/" + ("accept" if accept else "dismiss"))
+        return asked[0]
+
+    def complaints(self):
+        """What the console has said since the last call."""
+        return [entry["message"] for entry in self.ask("POST", "/se/log", {"type": "browser"})]
+
+    def shot(self, path):
+        Path(path).write_bytes(base64.b64decode(self.ask("GET", "/screenshot")))
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    browser = Browser(tmp_path_factory.mktemp("browser"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def page(browser, served):
+    """The dashboard of an empty bus, signed in."""
+    browser.complaints()
+    browser.size(1280, 800)
+    served.page = served.url.replace("//", f"//admin:{KEY}@") + "/admin/dashboard"
+    browser.open(served.page)
+    browser.sees("Nothing waits.")
+    yield browser
+    assert browser.complaints() == []
+
+
+# -- WSGI and TLS --
+
+class QuietHandler(wsgiref.simple_server.WSGIRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def wsgi(tmp_path, monkeypatch):
+    """intentbus.application with a file of its own, to be called."""
+    for name in [name for name in os.environ if name.startswith(("BUS_", "DASHBOARD_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("BUS_DB_PATH", str(tmp_path / "wsgi.db"))
+    monkeypatch.setenv("BUS_SECRET", KEY)
+    intentbus.wsgi_api.cache_clear()
+    yield wsgi_call
+    api = intentbus.wsgi_api(os.getpid())
+    api.bus.stop()
+    api.bus.store.close()
+    intentbus.wsgi_api.cache_clear()
+
+
+def wsgi_call(method, target, body=b"", **environ):
+    """Call the application as a WSGI server does; return its response."""
+    path, _, query = target.partition("?")
+    environ = dict({"REQUEST_METHOD": method, "PATH_INFO": urllib.parse.unquote(path, "latin-1"), "QUERY_STRING": query,
+                    "CONTENT_LENGTH": str(len(body)), "HTTP_X_API_KEY": KEY, "SCRIPT_NAME": "",
+                    "wsgi.input": io.BytesIO(body)}, **environ)
+    wsgiref.util.setup_testing_defaults(environ)
+    started = []
+    answer = intentbus.application(environ, lambda status, headers, error=None: started.extend((status, headers)))
+    body = b"".join(answer)
+    getattr(answer, "close", bool)()
+    return Response(int(started[0][:3]), {name.lower(): value for name, value in started[1]}, body)
+
+
+def certificate(folder, name):
+    """Make a certificate of this machine with the openssl program; return its file and that of its key."""
+    if not shutil.which("openssl"):
+        pytest.skip("openssl is not on this machine")
+    files = [str(folder / f"{name}.{end}") for end in ("crt", "key")]
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days",
+                    "2", "-subj", f"/CN={name}", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-addext",
+                    "keyUsage=critical,digitalSignature,keyCertSign", "-out", files[0], "-keyout", files[1]],
+                   check=True, capture_output=True)
+    return files
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tls")
+    return certificate(folder, "ours"), certificate(folder, "another")
+
+
+# -- The machine --
+
+def preloaded(folder, source):
+    """Compile a library that goes between a program and the system; return the environment that loads it."""
+    if not sys.platform.startswith("linux") or not shutil.which("cc"):
+        pytest.skip("this needs Linux and a C compiler")
+    (folder / "between.c").write_text(source)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", "between.so", "between.c", "-ldl"], cwd=folder, check=True)
+    return {"LD_PRELOAD": str(folder / "between.so")}
+
+
+NO_SHARED_MEMORY = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+static void *refuse(const char *name, void *at, size_t length, int how, int flags, int file, off_t offset) {
+    char link[64], path[4096];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", file);
+    ssize_t size = file < 0 ? -1 : readlink(link, path, sizeof path);
+    if (size > 0 && flags & MAP_SHARED && memmem(path, size, "intentbus.db", 12)) { errno = ENODEV; return MAP_FAILED; }
+    void *(*real)(void *, size_t, int, int, int, off_t) = dlsym(RTLD_NEXT, name);
+    return real(at, length, how, flags, file, offset);
+}
+void *mmap(void *a, size_t l, int h, int f, int d, off_t o) { return refuse("mmap", a, l, h, f, d, o); }
+void *mmap64(void *a, size_t l, int h, int f, int d, off_t o) { return refuse("mmap64", a, l, h, f, d, o); }
+"""
+
+DISK = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static int number = 0;
+static void keep(int file) {     /* what is on the disk now: a copy of the file, named by number and name */
+    char link[64], path[4096], draft[4200], image[4200], part[65536];
+    const char *folder = getenv("DISK_IMAGES");
+    struct stat status;
+    snprintf(link, sizeof link, "/proc/self/fd/%d", file);
+    ssize_t size = readlink(link, path, sizeof path - 1);
+    if (!folder || size < 0 || fstat(file, &status) || !S_ISREG(status.st_mode)) return;
+    path[size] = 0;
+    const char *name = strrchr(path, '/') + 1;
+    if (strncmp(name, "bus.db", 6)) return;
+    snprintf(draft, sizeof draft, "%s/draft", folder);
+    int copy = open(draft, O_CREAT | O_WRONLY | O_TRUNC, 0600);
+    for (off_t at = 0; (size = pread(file, part, sizeof part, at)) > 0; at += size)
+        if (write(copy, part, size) != size) abort();
+    close(copy);
+    snprintf(image, sizeof image, "%s/%06d-%s", folder, number++, name);
+    rename(draft, image);
+}
+static int synced(const char *name, int file) {
+    int (*real)(int) = dlsym(RTLD_NEXT, name);
+    pthread_mutex_lock(&lock);
+    int result = real(file);
+    if (!result) keep(file);
+    pthread_mutex_unlock(&lock);
+    return result;
+}
+int fsync(int file) { return synced("fsync", file); }
+int fdatasync(int file) { return synced("fdatasync", file); }
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def fill_up(place):
+    """Fill a file system to its last byte, and return the file that takes the room."""
+    filler = place / "filler"
+    with contextlib.suppress(OSError), open(filler, "ab", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    return filler
+
+
+def memory(process):
+    """The resident memory of a process in MB."""
+    with open(f"/proc/{process.pid}/status") as status:
+        return int(re.search(r"VmRSS:\s+(\d+) kB", status.read())[1]) / 1000
+
+
+def belongings(process):
+    """How many open files and threads a process has."""
+    return len(os.listdir(f"/proc/{process.pid}/fd")), len(os.listdir(f"/proc/{process.pid}/task"))
+
+
+def open_files():
+    """Return how many files and pipes this process has open; not sockets, since a pool of connections grows as it likes."""
+    return sum("socket:" not in os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd"))
+
+
+def left_behind(intent_id):
+    """The processes that were started for an intent and still run."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if folder.name.isdigit() and f"INTENT_ID={intent_id}".encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+    return found
+
+
+# -- Handlers --
+
+def script(tmp_path, text, name="handler.sh"):
+    path = tmp_path / name
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
+def work(bus, goal, handler, **options):
+    """Work off all there is; return what was said."""
+    said = []
+    Worker(bus, goal, handler, drain=True, say=said.append, **options).run()
+    return said
+
+
+def run_handler(bus, tmp_path, text, payload, arguments=(), **options):
+    """Publish a payload, work it off with a shell script, and return how it ended."""
+    answer = bus.publish("g", payload)
+    work(bus, "g", intentbus.Program([script(tmp_path, "#!/bin/sh\n" + text), *arguments], **options))
+    return bus.get_result(answer.id)
+
+
+# -- Load --
+
+def figure(what, text):
+    """Keep a measured figure for whoever reads the run: pytest -rP shows it."""
+    print(f"FIGURE {what}: {text}")
+
+
+def percentile(times, share):
+    """The time that this share of them does not exceed."""
+    return sorted(times)[int(share * (len(times) - 1))]
+
+
+def latencies(port, number=300):
+    """How long each of so many health checks took, in seconds, each on a connection of its own."""
+    times = []
+    for _ in range(number):
+        started = time.monotonic()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=30) as answer:
+            assert answer.status == 200
+        times.append(time.monotonic() - started)
+    return times
+
+
+class Answered:
+    """What a bus has answered: published ids, {id: (token, when)} of claims, and reports by outcome."""
+
+    def __init__(self):
+        self.published, self.claims, self.fulfilled, self.failed, self.reported = [], [], [], [], set()
+
+    def load(self, url, key, ended):
+        """Publish, claim, and fulfil or fail in turn, until the bus is gone."""
+        ask = talking(url, key)
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            for number in itertools.count():
+                self.published.append(ask("/intent", a_publish())[1]["id"])
+                status, claimed = ask("/claim?goal=g")
+                if status != 200:
+                    continue
+                self.claims.append((claimed["id"], time.monotonic()))
+                outcome = (self.fulfilled, self.failed)[number % 2]
+                self.reported.add(claimed["id"])
+                status, _ = ask(f"/{'fail' if number % 2 else 'fulfill'}/{claimed['id']}", {"claim_token": claimed["claim_token"]})
+                if status == 200:
+                    outcome.append(claimed["id"])
+        ended.put(1)
+
+
+class Carrier:
+    """A worker that does not give up: what gets no answer is sent again, over a new connection."""
+
+    def __init__(self, url, goal):
+        self.url, self.goal, self.done, self.ask = url, goal, [], talking(url, KEY)
+
+    def persist(self, *request, **headers):
+        while True:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                status, answer = self.ask(*request, **headers)
+                if status < 500:
+                    return status, answer
+            self.ask = talking(self.url, KEY)
+
+    def work(self, stopped):
+        while not stopped.is_set():
+            status, claimed = self.persist(f"/claim?goal={self.goal}&wait=1", X_Claim_Token=os.urandom(16).hex())
+            if status == 200:
+                self.done.append(claimed["payload"])
+                status, _ = self.persist(f"/fulfill/{claimed['id']}", {"claim_token": claimed["claim_token"]})
+                assert status == 200
+
+
+class Traffic:
+    """Publishers and workers at several buses, which do not give up."""
+
+    def __init__(self, buses):
+        self.urls = [bus.url for bus in buses]
+        self.answered, self.refused, self.stopped = [], [], threading.Event()
+        self.threads = [threading.Thread(target=run, args=(IntentClient(self.urls[number % len(self.urls)], KEY),), daemon=True)
+                        for run in (self.publish, self.work) for number in range(4)]
+        for thread in self.threads:
+            thread.start()
+
+    def publish(self, bus):
+        while not self.stopped.is_set():
+            try:
+                self.answered.append(bus.publish("g", 1).id)
+            except intentbus.Error as error:
+                self.refused.append(error)
+
+    def work(self, bus):
+        while not self.stopped.is_set():
+            with contextlib.suppress(intentbus.Error):
+                if claimed := bus.claim("g", wait=1):
+                    bus.fulfill(claimed.id, claimed.claim_token)
+
+    def flows(self, number):
+        """Wait until so many more publishes have been answered."""
+        wanted = len(self.answered) + number
+        wait_until(lambda: len(self.answered) >= wanted, seconds=120)
+
+    def end(self):
+        """Stop, work off what is left, and return how many of those whose publish was answered are in which status."""
+        self.stopped.set()
+        for thread in self.threads:
+            thread.join(60)
+        bus = IntentClient(self.urls[0], KEY)
+        while claimed := bus.claim("g"):
+            bus.fulfill(claimed.id, claimed.claim_token)
+        return collections.Counter(bus.get_status(id).status for id in self.answered)
+
+
+# -- PostgreSQL servers --
+
+POSTGRES_PROGRAMS = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)     # where Debian has them
+
+
+class Cluster:
+    """A PostgreSQL server of a test's own, or the standby of another one; root lets the user postgres run it."""
+
+    def __init__(self, folder, primary=None):
+        self.folder, self.data = folder, f"{folder}/{'standby' if primary else 'primary'}"
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        if primary:
+            self.run("pg_basebackup", "-D", self.data, "-R", "-h", "127.0.0.1", "-p", str(primary.port), "-U", "bus")
+        else:
+            self.run("initdb", "-D", self.data, "-A", "trust", "-U", "bus", "--encoding", "UTF8", "--locale", "C")
+        self.control("start", "-o", f"-p {self.port} -k {folder} -c listen_addresses=127.0.0.1")
+
+    def run(self, program, *arguments):
+        as_postgres = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
+        subprocess.run([*as_postgres, POSTGRES_PROGRAMS / program, *arguments], cwd=self.folder, check=True,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def control(self, *arguments):
+        self.run("pg_ctl", "-D", self.data, "-l", f"{self.data}.log", "-w", *arguments)
+
+    def ask(self, *statements):
+        """Run statements; return the first value of the last one's first row, if it has any."""
+        import psycopg
+        with psycopg.connect(f"postgresql://bus@127.0.0.1:{self.port}/postgres", autocommit=True) as db:
+            for statement in statements:
+                result = db.execute(statement)
+            row = result.description and result.fetchone()
+            return row and row[0]
+
+
+@pytest.fixture
+def cluster():
+    """Start PostgreSQL servers at will; they are ended after."""
+    if not POSTGRES_PROGRAMS:
+        pytest.skip("PostgreSQL's programs are not on this machine")
+    folder, started = tempfile.mkdtemp(), []
+    if os.getuid() == 0:
+        shutil.chown(folder, "postgres")
+
+    def start(primary=None):
+        started.append(Cluster(folder, primary))
+        return started[-1]
+    yield start
+    for server in started:
+        with contextlib.suppress(subprocess.CalledProcessError):     # some are stopped by then
+            server.control("-m", "immediate", "stop")
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def running(tmp_path):
+    """Start programs at will; what still runs at the end is killed."""
+    programs = []
+
+    def start(*arguments, **options):
+        programs.append(subprocess.Popen([*COMMAND, *arguments], **options))
+        return programs[-1]
+
+    def bus(where=None):
+        """A bus on the PostgreSQL of this test, or another, as a process."""
+        bus = Serve(tmp_path, "--db", where or dsn(tmp_path / "bus.db"), program=[HERE / "examples" / "postgres_bus.py"], BUS_SECRET=KEY)
+        programs.append(bus.process)
+        assert bus.url, bus.stop()
+        return bus
+    yield Record(start=start, bus=bus)
+    for program in programs:
+        program.kill()
+        program.wait()
+    drop_schemas()
 
 
 # ---- 0. The whole ----
@@ -892,36 +1917,6 @@ def test_a_migration_that_is_killed_leaves_the_file_as_it_was(tmp_path):
         assert len(store.list(10)[0]) == 1 and [row.status for row in store.tallies()] == ["open"]
 
 
-NO_SHARED_MEMORY = r"""
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <errno.h>
-#include <stdio.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
-static void *refuse(const char *name, void *at, size_t length, int how, int flags, int file, off_t offset) {
-    char link[64], path[4096];
-    snprintf(link, sizeof link, "/proc/self/fd/%d", file);
-    ssize_t size = file < 0 ? -1 : readlink(link, path, sizeof path);
-    if (size > 0 && flags & MAP_SHARED && memmem(path, size, "intentbus.db", 12)) { errno = ENODEV; return MAP_FAILED; }
-    void *(*real)(void *, size_t, int, int, int, off_t) = dlsym(RTLD_NEXT, name);
-    return real(at, length, how, flags, file, offset);
-}
-void *mmap(void *a, size_t l, int h, int f, int d, off_t o) { return refuse("mmap", a, l, h, f, d, o); }
-void *mmap64(void *a, size_t l, int h, int f, int d, off_t o) { return refuse("mmap64", a, l, h, f, d, o); }
-"""
-
-
-def preloaded(folder, source):
-    """Compile a library that goes between a program and the system; return the environment that loads it."""
-    if not sys.platform.startswith("linux") or not shutil.which("cc"):
-        pytest.skip("this needs Linux and a C compiler")
-    (folder / "between.c").write_text(source)
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", "between.so", "between.c", "-ldl"], cwd=folder, check=True)
-    return {"LD_PRELOAD": str(folder / "between.so")}
-
-
 @SLOW
 def test_where_a_file_system_has_no_shared_memory_the_bus_works_and_says_so(tmp_path):
     bus = Serve(tmp_path, **preloaded(tmp_path, NO_SHARED_MEMORY))
@@ -1190,15 +2185,6 @@ def test_a_list_looks_at_so_many_intents_only_and_says_where_to_go_on(bus, clock
     dead = bus.list(status="dead", limit=50)
     assert [intent.id for intent in dead.intents] == ids[11:1:-1] + [ids[1]]
     assert [intent.id for intent in bus.list(status="dead", before=dead.next).intents] == [ids[0]]
-
-
-@pytest.fixture
-def live(store):
-    bus = Bus(store)
-    bus.start()
-    wait_until(lambda: type(store) is Store or listens(store) and not store._missed)     # a bus that starts looks once by itself
-    yield bus
-    bus.stop()
 
 
 def test_a_held_claim_gets_what_is_published_and_wakes_nobody_else(live):
@@ -1890,10 +2876,6 @@ def test_the_matrix_has_every_route():
     assert list(zip([row[0] for row in MATRIX], paths)) == [route[:2] for route in intentbus.ROUTES]
 
 
-def basic(user, password):
-    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
-
-
 @pytest.mark.parametrize("settings, headers, status", [
     ({}, dict(key=KEY), 200),
     ({}, dict(Authorization=f"Bearer {KEY}"), 200),
@@ -2426,9 +3408,6 @@ def test_of_many_who_use_one_code_at_once_one_gets_a_key(served):
 
 # ---- 7. Fields ----
 
-def raw(payload):
-    return b'{"goal": "g", "payload": %s}' % payload
-
 
 BAD_PUBLISHES = (
     case("no body", b"", "invalid_goal", "goal is required"),
@@ -2489,7 +3468,6 @@ BAD_PUBLISHES = (
     case("a long unknown field", a_publish(**{"u" * 9999: 1}), "invalid_request", "u" * 60),
     case("a control character in a field's name", a_publish(**{"a\nb\x1b": 1}), "invalid_request", "Unknown field"),
 )
-
 
 
 @pytest.mark.parametrize("body, expected", BAD_PUBLISHES)
@@ -2673,104 +3651,6 @@ def test_a_list_can_be_narrowed_to_a_goal(served, goal):
 
 
 # ---- 8. Page ----
-
-def in_a_browser(test):
-    """Mark a test that drives a browser: one for the long run, where there is one; the page knows nothing of databases."""
-    here = pytest.mark.skipif(not shutil.which("chromedriver"), reason="chromedriver is not on this machine")
-    return ON_A_FILE(SLOW(here(test)))
-
-
-class Browser:
-    """Chromium without a window, driven over the WebDriver protocol (W3C)."""
-
-    def __init__(self, folder):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.base = f"http://127.0.0.1:{free.getsockname()[1]}"
-        self.process = subprocess.Popen(["chromedriver", f"--port={self.base.rpartition(':')[2]}"], stdout=subprocess.DEVNULL,
-                                        stderr=subprocess.DEVNULL, env=dict(os.environ, HOME=str(folder)))
-        wait_until(self.ready)
-        arguments = ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--user-data-dir={folder}/profile"]
-        self.base += "/session/" + self.ask("POST", "/session", {"capabilities": {"alwaysMatch": {
-            "browserName": "chrome", "goog:chromeOptions": {"args": arguments}, "goog:loggingPrefs": {"browser": "ALL"},
-            "unhandledPromptBehavior": "ignore"}}})["sessionId"]
-
-    def ready(self):
-        with contextlib.suppress(OSError):
-            return self.ask("GET", "/status")["ready"]
-
-    def close(self):
-        self.ask("DELETE", "")
-        self.process.terminate()
-        self.process.wait(10)
-
-    def ask(self, method, path, body=None):
-        data = json.dumps(body if body is not None else {}).encode() if method == "POST" else None
-        with urllib.request.urlopen(urllib.request.Request(self.base + path, data, method=method), timeout=30) as answer:
-            return json.load(answer)["value"]
-
-    def run(self, script, *arguments):
-        """Return what a script returns, in the page."""
-        return self.ask("POST", "/execute/sync", {"script": script, "args": arguments})
-
-    def open(self, url):
-        self.ask("POST", "/url", {"url": url})
-
-    def size(self, width, height, dark=False):
-        """Be a screen of that size, in light or dark."""
-        for command, params in (("Emulation.setDeviceMetricsOverride", dict(width=width, height=height, deviceScaleFactor=1, mobile=width < 600)),
-                                ("Emulation.setEmulatedMedia", dict(features=[dict(name="prefers-color-scheme", value="dark" if dark else "light")]))):
-            self.ask("POST", "/goog/cdp/execute", {"cmd": command, "params": params})
-
-    def text(self):
-        return self.run("return document.body.innerText")
-
-    def sees(self, *words):
-        """Wait until the page shows all these words."""
-        try:
-            wait_until(lambda: all(word in self.text() for word in words))
-        except AssertionError:
-            raise AssertionError(f"{words} is not in:\n{self.text()}") from None
-
-    def click(self, words, accept=None):
-        """Click the button or link with these words; answer what it asks, and return the question."""
-        self.run("""[...document.querySelectorAll('button, a')].find(node => node.textContent.trim() === arguments[0]).click()""", words)
-        return self.answer(accept) if accept is not None else None
-
-    def answer(self, accept):
-        asked = []
-        def question():
-            with contextlib.suppress(urllib.error.HTTPError):
-                asked.append(self.ask("GET", "/alert/text"))
-            return asked
-        wait_until(question)
-        self.ask("POST", "/alert/" + ("accept" if accept else "dismiss"))
-        return asked[0]
-
-    def complaints(self):
-        """What the console has said since the last call."""
-        return [entry["message"] for entry in self.ask("POST", "/se/log", {"type": "browser"})]
-
-    def shot(self, path):
-        Path(path).write_bytes(base64.b64decode(self.ask("GET", "/screenshot")))
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    browser = Browser(tmp_path_factory.mktemp("browser"))
-    yield browser
-    browser.close()
-
-
-@pytest.fixture
-def page(browser, served):
-    """The dashboard of an empty bus, signed in."""
-    browser.complaints()
-    browser.size(1280, 800)
-    served.page = served.url.replace("//", f"//admin:{KEY}@") + "/admin/dashboard"
-    browser.open(served.page)
-    browser.sees("Nothing waits.")
-    yield browser
-    assert browser.complaints() == []
 
 
 def test_the_page_is_small_self_contained_and_writes_text_only():
@@ -3452,16 +4332,6 @@ SMUGGLED = (b"POST /intent HTTP/1.1\r\nHost: x\r\nX-API-KEY: %s\r\nContent-Lengt
             % (KEY.encode(), len(BODY), BODY))
 
 
-def post(*lines, end=b"\r\n"):
-    """Return a publish with these header lines after the necessary ones, and the body."""
-    return end.join((b"POST /intent HTTP/1.1", b"Host: x", b"X-API-KEY: " + KEY.encode(), *lines, b"", b"")) + BODY
-
-
-def get(line, *lines):
-    """Return a request of this request line and header lines."""
-    return b"\r\n".join((line, *lines, b"", b""))
-
-
 LENGTH = b"Content-Length: %d" % len(BODY)
 HEALTH = b"GET /health HTTP/1.1"
 FRAMING = (
@@ -3764,40 +4634,6 @@ def test_the_log_names_the_client_as_a_trusted_proxy_does(started, capsys, trust
     assert json.loads(capsys.readouterr().err)["peer"] == peer
 
 
-class QuietHandler(wsgiref.simple_server.WSGIRequestHandler):
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def wsgi(tmp_path, monkeypatch):
-    """intentbus.application with a file of its own, to be called."""
-    for name in [name for name in os.environ if name.startswith(("BUS_", "DASHBOARD_"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("BUS_DB_PATH", str(tmp_path / "wsgi.db"))
-    monkeypatch.setenv("BUS_SECRET", KEY)
-    intentbus.wsgi_api.cache_clear()
-    yield wsgi_call
-    api = intentbus.wsgi_api(os.getpid())
-    api.bus.stop()
-    api.bus.store.close()
-    intentbus.wsgi_api.cache_clear()
-
-
-def wsgi_call(method, target, body=b"", **environ):
-    """Call the application as a WSGI server does; return its response."""
-    path, _, query = target.partition("?")
-    environ = dict({"REQUEST_METHOD": method, "PATH_INFO": urllib.parse.unquote(path, "latin-1"), "QUERY_STRING": query,
-                    "CONTENT_LENGTH": str(len(body)), "HTTP_X_API_KEY": KEY, "SCRIPT_NAME": "",
-                    "wsgi.input": io.BytesIO(body)}, **environ)
-    wsgiref.util.setup_testing_defaults(environ)
-    started = []
-    answer = intentbus.application(environ, lambda status, headers, error=None: started.extend((status, headers)))
-    body = b"".join(answer)
-    getattr(answer, "close", bool)()
-    return Response(int(started[0][:3]), {name.lower(): value for name, value in started[1]}, body)
-
-
 @pytest.fixture(params=["server", "wsgi"])
 def bus_url(request, served):
     """The URL of a bus behind our server, and behind another's WSGI server."""
@@ -3885,24 +4721,6 @@ def test_a_claim_held_under_wsgi_gets_what_becomes_due(wsgi):
     assert wsgi("POST", "/claim?wait=1", **{"wsgi.multithread": True}).status == 200
 
 
-def certificate(folder, name):
-    """Make a certificate of this machine with the openssl program; return its file and that of its key."""
-    if not shutil.which("openssl"):
-        pytest.skip("openssl is not on this machine")
-    files = [str(folder / f"{name}.{end}") for end in ("crt", "key")]
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days",
-                    "2", "-subj", f"/CN={name}", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-addext",
-                    "keyUsage=critical,digitalSignature,keyCertSign", "-out", files[0], "-keyout", files[1]],
-                   check=True, capture_output=True)
-    return files
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tls")
-    return certificate(folder, "ours"), certificate(folder, "another")
-
-
 @pytest.fixture
 def encrypted(started, certificates):
     return started(api=dict(enforce_https=True), server=dict(tls=certificates[0]))
@@ -3978,172 +4796,6 @@ def test_at_the_limit_the_connection_that_owes_a_request_for_longest_makes_room(
         assert served.publish() == responses(received(worker))[0].json["id"]
 
 
-NASTY = ("", " ", "\t", "a\nb", "\r\nX-Evil: 1", "\0", "\x7f", "\x1b[2J", "ä", "漢字", "😀", "\ud800", "\u202e", "%00", "%", "%zz", "%ff", "../../etc",
-         "' OR 1=1 --", '"; DROP TABLE intents; --', "$(id)", "`id`", "{id}", "{{x}}", "<script>", "-rf", "null", "NaN", "1e999", "-1",
-         "0x10", "1_000", "٣", "9" * 400, "a" * 70, "a" * 257, "a" * 9000, "default", "g", "public", "both", "open", "dead", "json")
-NUMBERS = (0, 1, -1, 0.5, 3, 10, 59, 61, 3600, 2 ** 31, 2 ** 53, 2 ** 63, 2 ** 64, -2 ** 63, 1e308, 10 ** 400, 1e-320)
-FUZZED_BODIES = {"/intent": dict(intentbus.PUBLISH_DEFAULTS, goal="g", payload={"n": 1}), "/set/*": {"value": 1, "ttl": 60, "if_absent": True},
-          "/fulfill/*": {"claim_token": "x", "result": [1], "result_type": "text"}, "/fail/*": {"error": "e", "retry": False},
-          "/release/*": {"delay": 1}, "/extend_claim/*": {"seconds": 60}, "/retry": {"goal": "g", "limit": 3},
-          "/admin/purge": {"confirm": True, "namespace": "x"}, "/admin/generate_key": {"owner": "o", "name": "n", "role": "work"},
-          "/admin/revoke_key": {"key_id": "0" * 16, "api_key": "tk_"}}
-FUZZED_HEADERS = ("X-Worker-ID", "X-Worker-Capabilities", "Idempotency-Key", "X-Request-ID", "X-Key-ID", "X-Timestamp", "X-Nonce",
-                  "X-Signature", "X-Admin-Token", "Authorization", "X-Forwarded-Proto", "Content-Type", "Expect", "Connection", "Cookie",
-                  "X-Claim-Token", "Transfer-Encoding", "Host", "Content-Length", "Upgrade", "Range", "Accept-Encoding")
-
-
-class Fuzzer:
-    """Requests that are right, nearly right and wrong, the same ones for the same seed."""
-
-    def __init__(self, seed, keys):
-        self.chance, self.keys, self.ids = random.Random(seed), keys, [NOBODY]
-
-    def word(self):
-        """A word that is odd, or that stands for something."""
-        return self.chance.choice((*NASTY, *self.ids[-20:], *self.keys))
-
-    def value(self, depth=0):
-        """Any JSON value."""
-        kind = self.chance.randrange(8 if depth < 3 else 5)
-        if kind < 2:
-            return self.word()
-        if kind < 5:
-            return self.chance.choice((*NUMBERS, True, False, None))
-        some = range(self.chance.randrange(4))
-        return [self.value(depth + 1) for _ in some] if kind < 7 else {self.word(): self.value(depth + 1) for _ in some}
-
-    def body(self, route):
-        """The bytes of a body for a route: right, with a field or some bytes changed, or of another kind."""
-        pick = self.chance.random()
-        fields = dict(FUZZED_BODIES.get(route, {}))
-        if pick < 0.5 and fields:
-            fields = {name: value for name, value in fields.items() if self.chance.random() < 0.8}
-            if self.chance.random() < 0.6:
-                fields[self.chance.choice((*fields, "goal", "payload", self.word()))] = self.value()
-        elif pick < 0.7:
-            fields = self.value()
-        body = json.dumps([fields] * self.chance.randrange(4) if route == "/intents" else fields).encode()
-        if pick > 0.97:
-            body = self.chance.choice((b"[" * 70_000, b'{"a":' * 100, b"\xff\xfe{}", b"\xef\xbb\xbf{}", b"\x1f\x8b\x08\0\0", b"a=1&b=2",
-                                       b'{"goal":"\xc3("}', b"1" * 5000, b"x" * 300_000, b'{"goal":"g","goal":1,"payload":NaN}'))
-        elif pick > 0.85 and body:
-            at = self.chance.randrange(len(body))
-            body = body[:at] + bytes([self.chance.randrange(256)]) + body[at + self.chance.randrange(3):]
-        return body
-
-    def target(self, route):
-        """A path for a route, and perhaps a query."""
-        quoted = self.chance.choice((urllib.parse.quote, lambda word: word.encode("latin-1", "ignore").decode("latin-1")))
-        word = self.word().encode("utf-8", "replace").decode()
-        path = route.replace("*", quoted(word).replace(" ", "+").replace("\r", "").replace("\n", ""))
-        names = ("goal", "namespace", "publisher", "worker_id", "capabilities", "lease", "limit", "before", "status", "payload", "value",
-                 "ttl", "wait", "if_absent", "zzz")
-        pairs = [(self.chance.choice(names), self.word()) for _ in range(self.chance.choice((0, 0, 0, 1, 2, 5, 120)))]
-        pairs = [(name, "0.01" if name == "wait" and re.fullmatch(r"[0-9.]+", word) else word) for name, word in pairs]
-        query = urllib.parse.urlencode(pairs, errors="replace")
-        return path + ("?" + query if query else "")
-
-    def request(self):
-        """(method, bytes)."""
-        method, route = self.chance.choice(intentbus.ROUTES)[:2]
-        if self.chance.random() < 0.1:
-            method = self.chance.choice(("GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE", "PRI", "get", "PATCH", "CONNECT"))
-        target, body = self.target(route), b"" if method == "GET" and self.chance.random() < 0.8 else self.body(route)
-        forwarded = ".".join(str(self.chance.randrange(256)) for _ in range(4))     # wrong keys are slowed by address
-        headers = {"Host": "x", "Content-Length": str(len(body)), "X-Forwarded-For": forwarded}
-        credential = self.chance.random()
-        if credential < 0.85:
-            headers["X-API-KEY"] = self.chance.choice(self.keys)
-        if 0.8 < credential < 0.95:
-            headers.update((name.replace("_", "-"), value) for name, value in signed(
-                method, target.split("?")[0], body, timestamp=self.chance.choice((None, "1", "NaN", "-1e9", "9" * 20))).items())
-        for _ in range(self.chance.choice((0, 0, 0, 1, 3))):
-            headers[self.chance.choice(FUZZED_HEADERS)] = self.word().encode("utf-8", "replace").decode("latin-1")
-        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        return method, f"{method} {target} HTTP/1.1\r\n{head}\r\n".encode("latin-1", "replace") + body
-
-    def damaged(self):
-        """The bytes of a request with some of them changed, doubled or gone; or any bytes."""
-        data = bytearray(self.request()[1])
-        for _ in range(self.chance.randrange(1, 6)):
-            at = self.chance.randrange(len(data))
-            data[at:at + self.chance.randrange(3)] = self.chance.choice((b"", b"\r", b"\n", b"\0", b" ", b":", bytes(data[at:at + 40])))
-        return bytes(data) if self.chance.random() < 0.8 else self.chance.getrandbits(8 * 200).to_bytes(200, "big")
-
-
-def read_answers(sock, methods):
-    """Return the responses to requests of these methods, or those until the server closes the connection."""
-    found, data = [], b""
-    for method in methods:
-        while b"\r\n\r\n" not in data or data.startswith(b"HTTP/1.1 100 "):
-            if data.startswith(b"HTTP/1.1 100 ") and b"\r\n\r\n" in data:
-                data = data.partition(b"\r\n\r\n")[2]
-                continue
-            more = sock.recv(65536)
-            if not more:
-                return found
-            data += more
-        head, _, data = data.partition(b"\r\n\r\n")
-        length = int(re.search(rb"(?i)\r\ncontent-length: (\d+)", head + b"\r\nContent-Length: 0")[1]) * (method != "HEAD")
-        while len(data) < length:
-            more = sock.recv(65536)
-            assert more, "the answer was cut short"
-            data += more
-        found += responses(head + b"\r\n\r\n" + data[:length]) if method != "HEAD" else responses(
-            re.sub(rb"(?i)\r\ncontent-length: \d+", b"", head) + b"\r\n\r\n")
-        data = data[length:]
-    return found
-
-
-def fuzz(port, fuzzer, number):
-    """Send a number of requests, most of them pipelined; return how often each status was answered."""
-    statuses = collections.Counter()
-
-    def note(answers, methods):
-        for method, answer in zip(methods, answers):
-            statuses[answer.status] += 1
-            assert 200 <= answer.status < 500, (answer.status, answer.body)
-            assert_common_headers(answer)
-            if answer.status >= 400 and method != "HEAD":
-                error = answer.json["error"]
-                assert re.fullmatch("[a-z_]+", error["code"]) and isinstance(error["message"], str) and error["message"]
-            elif answer.status == 201 and b'"id"' in answer.body:
-                fuzzer.ids.append(answer.json["id"])
-
-    sent = 0
-    while sent < number:
-        raw = fuzzer.chance.random() < 0.1
-        requests = [("?", fuzzer.damaged())] if raw else [fuzzer.request() for _ in range(fuzzer.chance.choice((1, 5, 30)))]
-        methods, blocks = zip(*requests)
-        with socket.create_connection(("127.0.0.1", port), timeout=30) as sock:
-            with contextlib.suppress(ConnectionError):     # it closes what it cannot frame
-                sock.sendall(b"".join(blocks))
-                sock.shutdown(socket.SHUT_WR)
-            answers, data = [], b""
-            with contextlib.suppress(ConnectionError):
-                if raw:     # nobody knows how many requests that is, and of which methods
-                    data = received(sock)
-                else:
-                    answers = read_answers(sock, methods)
-        note(answers, methods)
-        assert not re.search(rb"HTTP/1\.1 5", data), data
-        sent += len(answers) + raw
-    return statuses
-
-
-def fuzzing(serve, seed, number):
-    """Fuzz a bus with all kinds of keys; return how often each status was answered."""
-    client = IntentClient(serve.url, intentbus.read_key(serve.home / ".apikey"))
-    issued = [client.admin("generate_key", owner="ann", name="x", role=role).api_key for role in ("publish", "work", "both")]
-    keys = [intentbus.read_key(serve.home / ".apikey")] * 4 + issued + ["wrong", "tk_" + "0" * 56]
-    statuses = fuzz(int(serve.url.rpartition(":")[2]), Fuzzer(seed, keys), number)
-    assert client.publish("after", 1).id
-    return statuses
-
-
-FUZZED = ("--trust-proxy", "--rate-limit", "100000000", "--max-unfinished", "100000000")
-
-
 def test_whatever_is_sent_is_answered_or_refused_in_words(tmp_path):
     serve = Serve(tmp_path, *FUZZED)
     statuses = fuzzing(serve, seed=1, number=200)
@@ -4217,27 +4869,6 @@ def test_no_text_in_any_place_is_more_than_text(started, capsys, place):
     log = capsys.readouterr().err
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", log)
     assert all(json.loads(line)["status"] < 500 for line in log.split("\n") if line)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 4 MB."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no file system can be mounted here")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
-def fill_up(place):
-    """Fill a file system to its last byte, and return the file that takes the room."""
-    filler = place / "filler"
-    with contextlib.suppress(OSError), open(filler, "ab", buffering=0) as file:
-        while file.write(bytes(4096)):
-            pass
-    return filler
 
 
 def test_a_full_disk_is_said_loses_nothing_and_is_forgotten_once_there_is_room(small_disk, monkeypatch):
@@ -4319,15 +4950,6 @@ def test_a_damaged_file_is_refused_in_words_and_nothing_is_accepted_on_top(start
 
 # ---- 11. Machine ----
 
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    """An empty HOME of our own, and no settings in the environment."""
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    (tmp_path / "home").mkdir()
-    for name in ("INTENT_BUS_URL", "INTENT_API_KEY", "INTENT_BUS_NAMESPACE"):
-        monkeypatch.delenv(name, raising=False)
-    return tmp_path / "home"
-
 
 @POSIX
 def test_what_a_machine_keeps_is_its_owners_alone(home):
@@ -4384,36 +5006,6 @@ def test_one_program_sends_at_a_time(tmp_path):
 
 
 # ---- 12. Client ----
-
-class Away:
-    """A bus that is away until start(), and the URL where it will be."""
-
-    def __init__(self, store):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        self.url, self.store, self.server = f"http://127.0.0.1:{self.port}", store, None
-
-    def start(self):
-        self.bus = Bus(self.store)
-        self.server = intentbus.http_server(API(self.bus, Keys(KEY, self.store)), port=self.port)
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        return self
-
-    def stop(self):
-        if self.server:
-            self.server.close()
-            self.server = None
-
-    def payloads(self, **which):
-        """What was published, oldest first."""
-        return [intent.payload for intent in reversed(self.bus.list(limit=500, payload=True, **which).intents)]
-
-
-@pytest.fixture
-def away(store):
-    away = Away(store)
-    yield away
-    away.stop()
 
 
 def spooling(away, tmp_path):
@@ -4525,119 +5117,6 @@ def test_an_outcome_whose_lease_is_lost_is_dropped_and_one_too_large_is_a_failur
     away.start().bus.cancel(ids[0])
     assert bus.flush() == 2 and bus.spool.waiting(away.url) == []
     assert [away.bus.get_status(intent_id).last_error.partition(":")[0] for intent_id in ids] == ["Cancelled", "The result was refused"]
-
-
-
-class Proxy:
-    """Passes requests on to a server, and drops the answers to the first so many."""
-
-    def __init__(self, port, drop=0):
-        self.port, self.drop, self.passed = port, drop, 0
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        threading.Thread(target=self.run, daemon=True).start()
-
-    def run(self):
-        with contextlib.suppress(OSError):
-            while True:
-                with self.listener.accept()[0] as near, socket.create_connection(("127.0.0.1", self.port)) as far:
-                    answer = self.answer(near, far)
-                    self.passed += 1
-                    if self.passed > self.drop:
-                        near.sendall(answer)
-
-    def answer(self, near, far):
-        near.settimeout(0.2)     # urllib sends a body right behind its headers
-        with contextlib.suppress(TimeoutError, socket.timeout):
-            while data := near.recv(65536):
-                far.sendall(data)
-                if b"\r\n\r\n" in data and b"Content-Length: 0" in data or data.endswith(b"}"):
-                    break
-        return b"".join(iter(lambda: far.recv(65536), b""))
-
-
-class Weather:
-    """Passes requests on to a server, and lets each meet the fate that fate(path) names; counts them in met.
-
-    ok, or what a network does: the answer is lost, or cut in the middle, or later than the client waits; the request
-    is lost; a proxy answers a page or JSON of its own in place of the bus, which has done what was asked.
-    """
-
-    FATES = ("answer lost", "half an answer", "half a head", "late answer", "request lost", "502 page", "503 page", "504 JSON")
-    INSTEAD = {"502 page": b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 13\r\n\r\n<html>Oh no!\n",
-               "503 page": b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 0\r\nContent-Length: 4\r\n\r\nBusy",
-               "504 JSON": b"HTTP/1.1 504 Gateway Timeout\r\nContent-Length: 50\r\n\r\n"
-                           b'{"error": {"code": 504, "message": "upstream...."}}'[:50]}
-
-    def __init__(self, port, fate):
-        self.port, self.fate, self.met, self.lock = port, fate, collections.Counter(), threading.Lock()
-        self.patience = 20     # seconds
-        self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        threading.Thread(target=self.run, daemon=True).start()
-
-    def close(self):
-        with contextlib.suppress(OSError):
-            self.listener.shutdown(socket.SHUT_RDWR)
-        self.listener.close()
-
-    def run(self):
-        with contextlib.suppress(OSError):
-            while True:
-                threading.Thread(target=self.serve, args=(self.listener.accept()[0],), daemon=True).start()
-
-    def serve(self, near):
-        with near, contextlib.suppress(OSError):
-            request = self.request(near)
-            if not request:
-                return
-            with self.lock:
-                fate = self.fate(request.split()[1].decode())
-                self.met[fate] += 1
-            answer = b"" if fate == "request lost" else self.answer(request)
-            if fate == "late answer":
-                near.settimeout(self.patience)
-                near.recv(1)     # until the client has given up, or this has
-            elif fate != "answer lost":
-                near.sendall(self.spoilt(fate, answer))
-
-    def spoilt(self, fate, answer):
-        head, _, body = answer.partition(b"\r\n\r\n")
-        cut = {"half an answer": len(head) + 4 + len(body) // 2, "half a head": len(head) // 2}.get(fate, len(answer))
-        return self.INSTEAD.get(fate, answer[:cut])
-
-    def request(self, near):
-        data = b""
-        while b"\r\n\r\n" not in data:
-            if not (more := near.recv(65536)):
-                return b""
-            data += more
-        length = int((re.search(rb"(?i)\r\ncontent-length: *(\d+)", data) or [0, 0])[1])
-        while len(data) < data.index(b"\r\n\r\n") + 4 + length:
-            data += near.recv(65536)
-        return data
-
-    def answer(self, request):
-        with socket.create_connection(("127.0.0.1", self.port)) as far:
-            far.sendall(request)
-            return received(far)
-
-
-@pytest.fixture
-def weather(server):
-    """Start proxies before the server; each is closed at the end."""
-    with contextlib.ExitStack() as stack:
-        def start(fate):
-            weather = Weather(server.server_port, fate)
-            stack.callback(weather.close)
-            return weather
-        yield start
-
-
-@pytest.fixture
-def impatient(monkeypatch):
-    monkeypatch.setattr(intentbus, "RETRY_SECONDS", 0.01)
-    monkeypatch.setattr(intentbus, "RETRY_MAX_SECONDS", 0.01)
 
 
 def test_the_client_has_every_verb_of_the_bus_with_the_same_answers(client, server):
@@ -4765,36 +5244,6 @@ def test_what_is_no_bus_is_told_from_one(answer, sentence, impatient):
         threading.Thread(target=answer_all, daemon=True).start()
         with pytest.raises(intentbus.Unreachable, match=re.escape(sentence)):
             IntentClient(f"http://127.0.0.1:{listener.getsockname()[1]}", KEY).get_status("x")
-
-
-class Fake:
-    """Something that answers every request with the same bytes, and keeps what it was asked."""
-
-    def __init__(self, status="200 OK", body=b"{}", *headers):
-        self.listener, self.asked = socket.create_server(("127.0.0.1", 0)), []
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        head = "".join(f"{line}\r\n" for line in (f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *headers))
-        self.answer = head.encode() + b"\r\n" + body
-        threading.Thread(target=self.run, daemon=True).start()
-
-    def run(self):
-        with contextlib.suppress(OSError):
-            while True:
-                with self.listener.accept()[0] as sock:
-                    data = sock.recv(65536)
-                    while b"\r\n\r\n" not in data or len(data.partition(b"\r\n\r\n")[2]) < self.length(data):
-                        data += sock.recv(65536)
-                    self.asked.append(data.decode("latin-1"))
-                    sock.sendall(self.answer)
-
-    def length(self, data):
-        return int((re.search(rb"(?i)content-length: (\d+)", data) or [0, 0])[1])
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.listener.close()
 
 
 @pytest.mark.parametrize("status, body", [
@@ -4929,27 +5378,6 @@ def test_a_client_corrects_its_clock(started, monkeypatch):
 @pytest.fixture
 def quick_leases(monkeypatch):
     monkeypatch.setattr(intentbus, "LEASE_CHECK_SECONDS", 0.01)
-
-
-def work(bus, goal, handler, **options):
-    """Work off all there is; return what was said."""
-    said = []
-    Worker(bus, goal, handler, drain=True, say=said.append, **options).run()
-    return said
-
-
-def script(tmp_path, text, name="handler.sh"):
-    path = tmp_path / name
-    path.write_text(text)
-    path.chmod(0o755)
-    return str(path)
-
-
-def run_handler(bus, tmp_path, text, payload, arguments=(), **options):
-    """Publish a payload, work it off with a shell script, and return how it ended."""
-    answer = bus.publish("g", payload)
-    work(bus, "g", intentbus.Program([script(tmp_path, "#!/bin/sh\n" + text), *arguments], **options))
-    return bus.get_result(answer.id)
 
 
 @pytest.mark.parametrize("either", ["bus", "client"])
@@ -5103,21 +5531,6 @@ def test_every_exit_code_has_its_outcome(bus, tmp_path):
     for code, id in ids.items():
         found = bus.get_status(id)
         assert (found.status, found.last_error) == expected.get(code, ("open", f"exit code {code}"))
-
-
-def open_files():
-    """Return how many files and pipes this process has open; not sockets, since a pool of connections grows as it likes."""
-    return sum("socket:" not in os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd"))
-
-
-def left_behind(intent_id):
-    """The processes that were started for an intent and still run."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if folder.name.isdigit() and f"INTENT_ID={intent_id}".encode() in (folder / "environ").read_bytes():
-                found.append(int(folder.name))
-    return found
 
 
 @SLOW
@@ -5411,48 +5824,6 @@ def test_the_doctor_says_what_waits_to_be_sent(home):
 
 # ---- 15. Commands ----
 
-class Serve:
-    """`intentbus.py serve` as a process, in a directory and HOME of its own."""
-
-    def __init__(self, home, *arguments, program=(PROGRAM, "serve"), **environment):
-        self.env = dict(os.environ, HOME=str(home), PYTHONUNBUFFERED="1")
-        for name in ("INTENT_API_KEY", "INTENT_BUS_URL", "INTENT_BUS_NAMESPACE", "BUS_SECRET", "BUS_DB_PATH"):
-            self.env.pop(name, None)
-        self.home = home
-        self.process = subprocess.Popen([sys.executable, *program, "--port", "0", *arguments], cwd=home,
-                                        env=dict(self.env, **environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        self.url = self.process.stdout.readline().strip()
-        self.env["INTENT_BUS_URL"] = self.url
-
-    def run(self, *arguments, **options):
-        """Run a command to its end."""
-        return subprocess.run([*COMMAND, *arguments], cwd=self.home, env=self.env, timeout=60,
-                              capture_output=True, text=True, **dict({"stdin": subprocess.DEVNULL}, **options)
-                              if "input" not in options else options)
-
-    def start(self, *arguments):
-        """Start a command."""
-        return subprocess.Popen([*COMMAND, *arguments], cwd=self.home, env=self.env, text=True,
-                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-    def stop(self):
-        """End it well; return its exit code and what it said."""
-        if self.process.poll() is None:
-            self.process.terminate()
-        output, errors = self.process.communicate(timeout=10)
-        return self.process.returncode, output, errors
-
-
-@pytest.fixture(scope="module")
-def serve(tmp_path_factory):
-    serve = Serve(tmp_path_factory.mktemp("home"))
-    yield serve
-    serve.stop()
-
-
-def run_python(*arguments, **options):
-    return subprocess.run([sys.executable, *arguments], cwd=HERE, capture_output=True, text=True, timeout=30, **options)
-
 
 @POSIX
 def test_serve_makes_a_key_prints_its_url_and_ends_well(tmp_path):
@@ -5684,26 +6055,6 @@ def test_what_stdout_cannot_encode_is_printed_all_the_same(serve):
         assert (done.returncode, printed[1:-2] in done.stdout) == (0, True)
 
 
-def run(*arguments, stdin=b"", **environment):
-    """Run a command as a process; return its exit code, stdout and stderr."""
-    env = dict({name: value for name, value in os.environ.items() if not name.startswith(("INTENT_", "BUS_"))}, **environment)
-    try:
-        done = subprocess.run([*COMMAND, *arguments], input=stdin, env=env, capture_output=True, timeout=10)
-    except subprocess.TimeoutExpired:
-        return None, "", "It did not end."
-    return done.returncode, done.stdout.decode(), done.stderr.decode(errors="replace")
-
-
-def assert_complaint(outcome, code, *words):
-    """Check that a command failed with this exit code, nothing on stdout, and one helpful sentence at the end of stderr."""
-    exit_code, out, err = outcome
-    assert (exit_code, out, "Traceback" in err) == (code, "", False), err
-    last = err.rstrip("\n").rpartition("\n")[2]
-    assert re.match(r"intentbus(\.py)?( \w+)?: ", last), err
-    assert [word for word in words if word not in last] == [], err
-    assert not re.search(r"\b[A-Z]\w*(Error|Exception)\b|Errno|\bsys\.|object at", last), err
-
-
 def foreign_files(folder):
     """Put files into a folder that are no database of this bus, and return their paths."""
     for name, statements in (("newer.db", "PRAGMA user_version = 999"), ("other.db", "CREATE TABLE contacts (name TEXT)"),
@@ -5901,11 +6252,6 @@ def test_what_is_not_a_bus_is_exit_5(monkeypatch, capsys, answer):
         threading.Thread(target=answer_once, args=(listener,), daemon=True).start()
         code = intentbus.main(["cancel", NOBODY, "--url", f"http://127.0.0.1:{listener.getsockname()[1]}"])
     assert_complaint((code, *capsys.readouterr()), 5, "http://127.0.0.1")
-
-
-def at(bus, *arguments, stdin=b"", **environment):
-    """Run a command against a bus; return its exit code, stdout and stderr."""
-    return run(*arguments, stdin=stdin, INTENT_BUS_URL=bus.url, **dict(dict(INTENT_API_KEY=KEY), **environment))
 
 
 def test_a_machine_joins_a_bus_with_a_code_and_needs_no_flags_from_then_on(served, home):
@@ -6115,19 +6461,6 @@ def test_a_backup_overwrites_nothing_and_leaves_nothing_of_one_that_failed(serve
 
 
 # ---- The README and the examples ----
-
-README = HERE / "README.md"
-
-
-def blocks(language):
-    """The code blocks of the README in a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(), re.M | re.S)
-
-
-def shell(serve, command, **environment):
-    """Run a shell command as it would be typed in the project's directory."""
-    return subprocess.run(["sh", "-ec", command], cwd=HERE, env=dict(serve.env, **environment), capture_output=True,
-                          text=True, timeout=60, stdin=subprocess.DEVNULL)
 
 
 @POSIX
@@ -6662,59 +6995,6 @@ def test_a_claim_that_finds_nothing_costs_no_rate_at_any_bus(buses):
     assert [bus.ask("POST", "/claim?goal=g", b"", key).status for bus in (one, other) * 4] == [204] * 8
 
 
-class Forwarder:
-    """A port in front of others: each connection goes to the next one that listens; cut() ends all and takes no more."""
-
-    def __init__(self, *ports):
-        self.ports, self.links, self.listener = collections.deque(ports), set(), socket.create_server(("127.0.0.1", 0))
-        self.port, self.open = self.listener.getsockname()[1], True
-        threading.Thread(target=self.accept, daemon=True).start()
-
-    def accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                near = self.listener.accept()[0]
-                threading.Thread(target=self.link, args=(near,), daemon=True).start()
-
-    def link(self, near):
-        far = self.open and self.reach()
-        if not far:
-            return near.close()
-        with near, far:
-            self.links |= {near, far}
-            back = threading.Thread(target=self.carry, args=(far, near), daemon=True)
-            back.start()
-            self.carry(near, far)
-            back.join()
-            self.links -= {near, far}
-
-    def reach(self):
-        for _ in range(len(self.ports)):
-            self.ports.rotate(1)
-            with contextlib.suppress(OSError):
-                far = socket.create_connection(("127.0.0.1", self.ports[0]), timeout=5)
-                far.settimeout(None)
-                return far
-
-    def carry(self, here, there):
-        with contextlib.suppress(OSError):
-            while data := here.recv(65536):
-                there.sendall(data)
-        for link in (here, there):
-            with contextlib.suppress(OSError):
-                link.shutdown(socket.SHUT_RDWR)
-
-    def cut(self):
-        self.open = False
-        for link in list(self.links):
-            with contextlib.suppress(OSError):
-                link.shutdown(socket.SHUT_RDWR)
-
-    def close(self):
-        self.cut()
-        self.listener.close()
-
-
 @ON_POSTGRES
 def test_a_bus_that_has_lost_its_database_says_so_and_is_well_once_that_is_back(tmp_path, monkeypatch):
     from psycopg.conninfo import conninfo_to_dict, make_conninfo
@@ -7168,56 +7448,11 @@ def test_a_bus_moves_to_postgresql_and_back_with_everything(tmp_path, clock):
     drop_schemas()
 
 
-@pytest.fixture
-def running(tmp_path):
-    """Start programs at will; what still runs at the end is killed."""
-    programs = []
-
-    def start(*arguments, **options):
-        programs.append(subprocess.Popen([*COMMAND, *arguments], **options))
-        return programs[-1]
-
-    def bus(where=None):
-        """A bus on the PostgreSQL of this test, or another, as a process."""
-        bus = Serve(tmp_path, "--db", where or dsn(tmp_path / "bus.db"), program=[HERE / "examples" / "postgres_bus.py"], BUS_SECRET=KEY)
-        programs.append(bus.process)
-        assert bus.url, bus.stop()
-        return bus
-    yield Record(start=start, bus=bus)
-    for program in programs:
-        program.kill()
-        program.wait()
-    drop_schemas()
-
-
 def summary_of(bus):
     """Return what /admin/summary says."""
     request = urllib.request.Request(bus.url + "/admin/summary", headers={"X-API-KEY": KEY})
     with urllib.request.urlopen(request, timeout=20) as answer:
         return json.load(answer)
-
-
-class Carrier:
-    """A worker that does not give up: what gets no answer is sent again, over a new connection."""
-
-    def __init__(self, url, goal):
-        self.url, self.goal, self.done, self.ask = url, goal, [], talking(url, KEY)
-
-    def persist(self, *request, **headers):
-        while True:
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                status, answer = self.ask(*request, **headers)
-                if status < 500:
-                    return status, answer
-            self.ask = talking(self.url, KEY)
-
-    def work(self, stopped):
-        while not stopped.is_set():
-            status, claimed = self.persist(f"/claim?goal={self.goal}&wait=1", X_Claim_Token=os.urandom(16).hex())
-            if status == 200:
-                self.done.append(claimed["payload"])
-                status, _ = self.persist(f"/fulfill/{claimed['id']}", {"claim_token": claimed["claim_token"]})
-                assert status == 200
 
 
 @SLOW
@@ -7268,99 +7503,6 @@ def test_from_a_publish_on_one_bus_to_a_worker_at_another_it_takes_milliseconds(
     took.sort()
     figure("hand-off from bus to bus", f"median {took[100]:.1f} ms, p99 {took[197]:.1f} ms")
     assert one.stop()[0] == other.stop()[0] == 0
-
-
-POSTGRES_PROGRAMS = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)     # where Debian has them
-
-
-class Cluster:
-    """A PostgreSQL server of a test's own, or the standby of another one; root lets the user postgres run it."""
-
-    def __init__(self, folder, primary=None):
-        self.folder, self.data = folder, f"{folder}/{'standby' if primary else 'primary'}"
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        if primary:
-            self.run("pg_basebackup", "-D", self.data, "-R", "-h", "127.0.0.1", "-p", str(primary.port), "-U", "bus")
-        else:
-            self.run("initdb", "-D", self.data, "-A", "trust", "-U", "bus", "--encoding", "UTF8", "--locale", "C")
-        self.control("start", "-o", f"-p {self.port} -k {folder} -c listen_addresses=127.0.0.1")
-
-    def run(self, program, *arguments):
-        as_postgres = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
-        subprocess.run([*as_postgres, POSTGRES_PROGRAMS / program, *arguments], cwd=self.folder, check=True,
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    def control(self, *arguments):
-        self.run("pg_ctl", "-D", self.data, "-l", f"{self.data}.log", "-w", *arguments)
-
-    def ask(self, *statements):
-        """Run statements; return the first value of the last one's first row, if it has any."""
-        import psycopg
-        with psycopg.connect(f"postgresql://bus@127.0.0.1:{self.port}/postgres", autocommit=True) as db:
-            for statement in statements:
-                result = db.execute(statement)
-            row = result.description and result.fetchone()
-            return row and row[0]
-
-
-@pytest.fixture
-def cluster():
-    """Start PostgreSQL servers at will; they are ended after."""
-    if not POSTGRES_PROGRAMS:
-        pytest.skip("PostgreSQL's programs are not on this machine")
-    folder, started = tempfile.mkdtemp(), []
-    if os.getuid() == 0:
-        shutil.chown(folder, "postgres")
-
-    def start(primary=None):
-        started.append(Cluster(folder, primary))
-        return started[-1]
-    yield start
-    for server in started:
-        with contextlib.suppress(subprocess.CalledProcessError):     # some are stopped by then
-            server.control("-m", "immediate", "stop")
-    shutil.rmtree(folder)
-
-
-class Traffic:
-    """Publishers and workers at several buses, which do not give up."""
-
-    def __init__(self, buses):
-        self.urls = [bus.url for bus in buses]
-        self.answered, self.refused, self.stopped = [], [], threading.Event()
-        self.threads = [threading.Thread(target=run, args=(IntentClient(self.urls[number % len(self.urls)], KEY),), daemon=True)
-                        for run in (self.publish, self.work) for number in range(4)]
-        for thread in self.threads:
-            thread.start()
-
-    def publish(self, bus):
-        while not self.stopped.is_set():
-            try:
-                self.answered.append(bus.publish("g", 1).id)
-            except intentbus.Error as error:
-                self.refused.append(error)
-
-    def work(self, bus):
-        while not self.stopped.is_set():
-            with contextlib.suppress(intentbus.Error):
-                if claimed := bus.claim("g", wait=1):
-                    bus.fulfill(claimed.id, claimed.claim_token)
-
-    def flows(self, number):
-        """Wait until so many more publishes have been answered."""
-        wanted = len(self.answered) + number
-        wait_until(lambda: len(self.answered) >= wanted, seconds=120)
-
-    def end(self):
-        """Stop, work off what is left, and return how many of those whose publish was answered are in which status."""
-        self.stopped.set()
-        for thread in self.threads:
-            thread.join(60)
-        bus = IntentClient(self.urls[0], KEY)
-        while claimed := bus.claim("g"):
-            bus.fulfill(claimed.id, claimed.claim_token)
-        return collections.Counter(bus.get_status(id).status for id in self.answered)
 
 
 @SLOW
@@ -7769,48 +7911,6 @@ def test_a_bus_that_is_away_and_programs_that_are_killed_lose_and_repeat_nothing
     away.stop()
 
 
-def figure(what, text):
-    """Keep a measured figure for whoever reads the run: pytest -rP shows it."""
-    print(f"FIGURE {what}: {text}")
-
-
-def talking(url, key):
-    """Return ask(path, body), which posts over one kept connection and returns (status, answer)."""
-    link = http.client.HTTPConnection(url.partition("//")[2], timeout=20)
-
-    def ask(path, body=None, **headers):
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        link.request("POST", path, None if body is None else json.dumps(body), {"X-API-KEY": key, **named})
-        answer = link.getresponse()
-        content = answer.read()
-        return answer.status, content and json.loads(content)
-    return ask
-
-
-class Answered:
-    """What a bus has answered: published ids, {id: (token, when)} of claims, and reports by outcome."""
-
-    def __init__(self):
-        self.published, self.claims, self.fulfilled, self.failed, self.reported = [], [], [], [], set()
-
-    def load(self, url, key, ended):
-        """Publish, claim, and fulfil or fail in turn, until the bus is gone."""
-        ask = talking(url, key)
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            for number in itertools.count():
-                self.published.append(ask("/intent", a_publish())[1]["id"])
-                status, claimed = ask("/claim?goal=g")
-                if status != 200:
-                    continue
-                self.claims.append((claimed["id"], time.monotonic()))
-                outcome = (self.fulfilled, self.failed)[number % 2]
-                self.reported.add(claimed["id"])
-                status, _ = ask(f"/{'fail' if number % 2 else 'fulfill'}/{claimed['id']}", {"claim_token": claimed["claim_token"]})
-                if status == 200:
-                    outcome.append(claimed["id"])
-        ended.put(1)
-
-
 @SLOW
 @POSIX
 def test_a_bus_that_is_killed_two_hundred_times_has_lost_nothing_it_has_answered(tmp_path):
@@ -7871,49 +7971,6 @@ def test_what_a_hundred_killed_workers_had_is_done_by_others(serve, tmp_path):
     figure("kill -9 of workers", f"{len(lags)} of 100 done by another, the last one {max(lags):.1f} s after the kill (lease 10 s)")
     assert len(lags) == 100 and max(lags) < 10 + 2
     assert {intent.status for intent in client.list(goal="wave9").intents} == {"fulfilled"}
-
-
-DISK = r"""
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <fcntl.h>
-#include <pthread.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static int number = 0;
-static void keep(int file) {     /* what is on the disk now: a copy of the file, named by number and name */
-    char link[64], path[4096], draft[4200], image[4200], part[65536];
-    const char *folder = getenv("DISK_IMAGES");
-    struct stat status;
-    snprintf(link, sizeof link, "/proc/self/fd/%d", file);
-    ssize_t size = readlink(link, path, sizeof path - 1);
-    if (!folder || size < 0 || fstat(file, &status) || !S_ISREG(status.st_mode)) return;
-    path[size] = 0;
-    const char *name = strrchr(path, '/') + 1;
-    if (strncmp(name, "bus.db", 6)) return;
-    snprintf(draft, sizeof draft, "%s/draft", folder);
-    int copy = open(draft, O_CREAT | O_WRONLY | O_TRUNC, 0600);
-    for (off_t at = 0; (size = pread(file, part, sizeof part, at)) > 0; at += size)
-        if (write(copy, part, size) != size) abort();
-    close(copy);
-    snprintf(image, sizeof image, "%s/%06d-%s", folder, number++, name);
-    rename(draft, image);
-}
-static int synced(const char *name, int file) {
-    int (*real)(int) = dlsym(RTLD_NEXT, name);
-    pthread_mutex_lock(&lock);
-    int result = real(file);
-    if (!result) keep(file);
-    pthread_mutex_unlock(&lock);
-    return result;
-}
-int fsync(int file) { return synced("fsync", file); }
-int fdatasync(int file) { return synced("fdatasync", file); }
-"""
 
 
 @SLOW
@@ -7982,12 +8039,6 @@ def test_a_backup_under_load_holds_all_that_was_answered_before_it_began(tmp_pat
     serve.process.kill()
     serve.process.communicate()
     figure("backups under load", f"5, of up to {len(before)} intents, each with all that was answered before and equal counts")
-
-
-def memory(process):
-    """The resident memory of a process in MB."""
-    with open(f"/proc/{process.pid}/status") as status:
-        return int(re.search(r"VmRSS:\s+(\d+) kB", status.read())[1]) / 1000
 
 
 @SLOW
@@ -8063,27 +8114,6 @@ def pages(client, goal):
         page = client.list(goal=goal, limit=500, before=before or None)
         yield page.intents
         before = page.next
-
-
-def percentile(times, share):
-    """The time that this share of them does not exceed."""
-    return sorted(times)[int(share * (len(times) - 1))]
-
-
-def latencies(port, number=300):
-    """How long each of so many health checks took, in seconds, each on a connection of its own."""
-    times = []
-    for _ in range(number):
-        started = time.monotonic()
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=30) as answer:
-            assert answer.status == 200
-        times.append(time.monotonic() - started)
-    return times
-
-
-def belongings(process):
-    """How many open files and threads a process has."""
-    return len(os.listdir(f"/proc/{process.pid}/fd")), len(os.listdir(f"/proc/{process.pid}/task"))
 
 
 @SLOW
