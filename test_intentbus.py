@@ -12,8 +12,9 @@ import bisect
 import collections
 import concurrent.futures
 import contextlib
-import hmac
+import functools
 import hashlib
+import hmac
 import http.client
 import http.server
 import importlib
@@ -197,7 +198,9 @@ def examples(name):
 
 
 def open_store(database, path):
-    """Return a store in such a database; the same path is the same intents."""
+    """Return a store in such a database; the same path is the same intents. A database may also be a function of the path."""
+    if callable(database):
+        return database(path)
     if database == "sqlite":
         return Store(path)
     return examples("postgres_bus").PostgresStore(dsn(path))
@@ -212,39 +215,161 @@ def store(database, tmp_path):
 
 # -- A bus in this process --
 
+def assembled(store, key=KEY, clock=None, bus=(), keys=(), api=()):
+    """Return the API of a bus on a store. Only this function knows how the parts are put together.
+
+    clock is moved by hand; bus, keys and api are options of the parts with these names.
+    """
+    times = dict(clock=lambda: clock.wall, steady=lambda: clock.steady) if clock else {}
+    walls = dict(clock=times["clock"]) if clock else {}
+    return API(Bus(store, **dict(times, **dict(bus))), Keys(key, store, **dict(walls, **dict(keys))), **dict(api))
+
+
 @pytest.fixture
 def bus(store, clock):
-    """A bus at a time that stands still until a test moves it."""
-    bus = Bus(store, clock=lambda: clock.wall, steady=lambda: clock.steady, jitter=lambda: 0.5)
-    yield bus
-    bus.stop()
+    """A bus without a server, at a time that stands still until a test moves it."""
+    return assembled(store, clock=clock, bus=dict(jitter=lambda: 0.5)).bus
 
 
-@contextlib.contextmanager
-def serving(store, **options):
-    """A real server on a free port; yields the server, its bus as server.api.bus."""
-    server = intentbus.http_server(API(Bus(store), Keys(KEY, store), **options), port=0)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.close()
+class Served:
+    """A bus in this process behind a server on a free port, and ways to talk to it."""
+
+    def __init__(self, folder, database="sqlite", **options):
+        """Start it; options are those of assembled(), and server: those of http_server()."""
+        self.db, self.database, self.options, self.port, self.server = str(folder / "bus.db"), database, options, 0, None
+        self.start()
+
+    def start(self, **changes):
+        """Start it again after stop(), with some options changed; its file and its port stay the same."""
+        self.options.update(changes)
+        options = dict(self.options)
+        serving = dict(options.pop("server", ()))
+        self.store = open_store(self.database, self.db)
+        self.api = assembled(self.store, **options)
+        self.server = intentbus.http_server(self.api, port=self.port, **serving)
+        self.port = self.server.server_port
+        self.url = f"http{'s' if 'tls' in serving else ''}://127.0.0.1:{self.port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def stop(self):
+        """Stop it, if it runs."""
+        if self.server:
+            self.server.close()
+            self.store.close()
+        self.server = None
+
+    def restart(self, **changes):
+        """Stop it, and start it with some options changed."""
+        self.stop()
+        return self.start(**changes)
+
+    @functools.cached_property
+    def client(self):
+        """A client with the owner key."""
+        return IntentClient(self.url, KEY)
+
+    def connect(self):
+        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
+
+    def talk(self, data):
+        """Send bytes, and return all that comes until the server closes the connection."""
+        with self.connect() as sock:
+            with contextlib.suppress(ConnectionError):
+                sock.sendall(data)
+            return received(sock)
+
+    def send(self, data):
+        """Send bytes, and return all responses that come until the server closes the connection."""
+        return responses(self.talk(data))
+
+    def ask(self, method, target, body=b"", key=KEY, **headers):
+        """Return the response to a request; see asking()."""
+        response, = self.send(asking(method, target, body, key, **headers))
+        return response
+
+    def publish(self, **fields):
+        """Publish an intent, and return its id."""
+        return self.ask("POST", "/intent", a_publish(**fields)).json["id"]
+
+    def statuses(self):
+        """Return the status of each intent, the newest first."""
+        return [intent["status"] for intent in self.ask("GET", "/intents").json["intents"]]
+
+    def payloads(self, **which):
+        """Return the payload of each intent, the oldest first."""
+        return [intent.payload for intent in reversed(self.client.list(limit=500, payload=True, **which).intents)]
+
+    def issue(self, owner="ann", role="both", name=None, **headers):
+        """Issue a key, and return the answer."""
+        made = self.ask("POST", "/admin/generate_key", dict(owner=owner, role=role, name=name), **headers)
+        assert made.status == 201, made.body
+        return Record(made.json)
+
+    def held(self):
+        """Return how many requests the bus holds."""
+        return self.ask("GET", "/admin/summary").json["held_requests"]
+
+    def hold(self, method, target, key=KEY, **headers):
+        """Send a request that the bus is to hold; return its connection once it is held."""
+        others, sock = self.held(), self.connect()
+        sock.settimeout(PATIENCE_SECONDS)
+        sock.sendall(asking(method, target, b"", key, **headers))
+        wait_until(lambda: self.held() > others)
+        return sock
+
+
+def answer(sock):
+    """Return the response on a connection that ends with it."""
+    response, = responses(received(sock))
+    return response
+
+
+def asking(method, target, body=b"", key=KEY, **headers):
+    """Return the bytes of a request, after which the server closes; a body that is not bytes is sent as JSON."""
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    named = {"Host": "x", "Connection": "close", "Content-Length": len(body), "X-API-KEY": key}
+    named.update({name.replace("_", "-"): value for name, value in headers.items()})
+    head = "".join(f"{name}: {value}\r\n" for name, value in named.items() if value is not None)
+    return f"{method} {target} HTTP/1.1\r\n{head}\r\n".encode("latin-1") + body
 
 
 @pytest.fixture
-def server(store):
-    with serving(store) as server:
-        yield server
+def started(database, tmp_path):
+    """Start buses with options; each is stopped at the end."""
+    with contextlib.ExitStack() as stack:
+        def start(**options):
+            bus = Served(tmp_path, **dict(dict(database=database), **options))
+            stack.callback(bus.stop)
+            return bus
+        yield start
 
 
 @pytest.fixture
-def client(server):
-    return IntentClient(f"http://127.0.0.1:{server.server_port}", KEY)
+def served(started):
+    """A bus of the test's own."""
+    return started()
+
+
+@pytest.fixture(scope="module")
+def shared(database, tmp_path_factory):
+    """One bus for all requests that are refused."""
+    shared = Served(tmp_path_factory.mktemp("shared"), database)
+    yield shared
+    shared.stop()
+
+
+@pytest.fixture
+def strict(shared):
+    """The shared bus; the test fails if the bus is not well after it, or has stored anything."""
+    before = shared.statuses()
+    yield shared
+    assert shared.statuses() == before
 
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch):
-    """Wrong keys are many here, and need not be slowed."""
+    """The answers to wrong keys are not delayed: these tests send many from one address."""
     monkeypatch.setattr(intentbus, "FAILURE_SECONDS", 0)
 
 
@@ -252,80 +377,6 @@ def held(bus):
     """In how many lanes requests wait that a bus holds, once each has looked for itself and found nothing."""
     with bus._waiting._lock:
         return sum(bool(waiter.news._cond._waiters) for waiters in bus._waiting._held.values() for waiter in waiters)
-
-
-class Served:
-    """A bus on a free port, and ways to talk to it."""
-
-    def __init__(self, folder, database="sqlite"):
-        self.db = str(folder / "bus.db")
-        self.store = open_store(database, self.db)
-        self.api = intentbus.API(intentbus.Bus(self.store), intentbus.Keys(KEY, self.store))
-        self.server = intentbus.http_server(self.api, port=0)
-        self.port = self.server.server_port
-        self.url = f"http://127.0.0.1:{self.port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def close(self):
-        self.server.close()
-        self.store.close()
-
-    def connect(self):
-        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
-
-    def talk(self, data):
-        """Send bytes and return all that comes until the server closes the connection."""
-        with self.connect() as sock:
-            with contextlib.suppress(ConnectionError):
-                sock.sendall(data)
-            return received(sock)
-
-    def send(self, data):
-        """Send bytes and return all responses that come until the server closes the connection."""
-        return responses(self.talk(data))
-
-    def ask(self, method, target, body=b"", key=KEY, **headers):
-        """Return the one response to a request; a body that is not bytes is sent as JSON."""
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        named = {"Host": "x", "Connection": "close", "Content-Length": len(body), "X-API-KEY": key}
-        named.update({name.replace("_", "-"): value for name, value in headers.items()})
-        head = "".join(f"{name}: {value}\r\n" for name, value in named.items() if value is not None)
-        response, = self.send(f"{method} {target} HTTP/1.1\r\n{head}\r\n".encode("latin-1") + body)
-        return response
-
-    def publish(self, **fields):
-        return self.ask("POST", "/intent", dict(dict(goal="g", payload=1), **fields)).json["id"]
-
-    def statuses(self):
-        return [intent["status"] for intent in self.ask("GET", "/intents").json["intents"]]
-
-
-class Bespoke(Served):
-    """A bus whose parts have options of their own; it can be restarted on its file."""
-
-    def __init__(self, folder, key=KEY, clock=None, keys=(), api=(), server=(), database="sqlite"):
-        self.made = folder, key, clock, keys, api, server, database
-        self.db = str(folder / "bus.db")
-        self.store = open_store(database, self.db)
-        clocks = dict(clock=lambda: clock.wall, steady=lambda: clock.steady) if clock else {}
-        self.keys = Keys(key, self.store, **dict(keys, **{name: clocks[name] for name in clocks if name == "clock"}))
-        self.api = API(Bus(self.store, **clocks), self.keys, **dict(api))
-        self.server = intentbus.http_server(self.api, port=0, **dict(server))
-        self.port = self.server.server_port
-        self.url = f"http{'s' if dict(server).get('tls') else ''}://127.0.0.1:{self.port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def restart(self, **changes):
-        """Stop it and start it again on the same file."""
-        self.close()
-        names = ("folder", "key", "clock", "keys", "api", "server", "database")
-        self.__init__(**dict(zip(names, self.made), **changes))
-
-    def issue(self, owner="ann", role="both", name=None, **headers):
-        """Return a new issued key, as the answer to its making."""
-        made = self.ask("POST", "/admin/generate_key", dict(owner=owner, role=role, name=name), **headers)
-        assert made.status == 201, made.body
-        return intentbus.Record(made.json)
 
 
 def watch(thing, name):
@@ -341,78 +392,12 @@ def watch(thing, name):
 
 
 @pytest.fixture
-def started(database, tmp_path):
-    """Start buses with options; each is closed at the end."""
-    with contextlib.ExitStack() as stack:
-        def start(**options):
-            bus = Bespoke(tmp_path, **dict(dict(database=database), **options))
-            stack.callback(lambda: bus.close())
-            return bus
-        yield start
-
-
-@pytest.fixture
-def served(database, tmp_path):
-    """A bus of one test's own."""
-    served = Served(tmp_path, database)
-    yield served
-    served.close()
-
-
-@pytest.fixture(scope="module")
-def shared(database, tmp_path_factory):
-    """One bus for all that is refused."""
-    served = Served(tmp_path_factory.mktemp("shared"), database)
-    yield served
-    served.close()
-
-
-@pytest.fixture
-def strict(shared):
-    """The shared bus; the test fails if the bus is not well after it, or has stored anything."""
-    before = shared.statuses()
-    yield shared
-    assert shared.statuses() == before
-
-
-@pytest.fixture
 def live(store):
-    bus = Bus(store)
+    bus = assembled(store).bus
     bus.start()
     wait_until(lambda: type(store) is Store or listens(store) and not store._missed)     # a bus that starts looks once by itself
     yield bus
     bus.stop()
-
-
-class Away:
-    """A bus that is away until start(), and the URL where it will be."""
-
-    def __init__(self, store):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        self.url, self.store, self.server = f"http://127.0.0.1:{self.port}", store, None
-
-    def start(self):
-        self.bus = Bus(self.store)
-        self.server = intentbus.http_server(API(self.bus, Keys(KEY, self.store)), port=self.port)
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        return self
-
-    def stop(self):
-        if self.server:
-            self.server.close()
-            self.server = None
-
-    def payloads(self, **which):
-        """What was published, oldest first."""
-        return [intent.payload for intent in reversed(self.bus.list(limit=500, payload=True, **which).intents)]
-
-
-@pytest.fixture
-def away(store):
-    away = Away(store)
-    yield away
-    away.stop()
 
 
 # -- HTTP --
@@ -736,11 +721,11 @@ class Weather:
 
 
 @pytest.fixture
-def weather(server):
+def weather(served):
     """Start proxies before the server; each is closed at the end."""
     with contextlib.ExitStack() as stack:
         def start(fate):
-            weather = Weather(server.server_port, fate)
+            weather = Weather(served.port, fate)
             stack.callback(weather.close)
             return weather
         yield start
@@ -1694,7 +1679,7 @@ def test_however_many_read_at_once_the_file_is_opened_a_few_times_only(store):
 @ON_A_FILE
 def test_a_second_store_on_the_same_file_is_refused_in_words(store):
     with pytest.raises(intentbus.SetupError, match="Another bus is serving .*bus.db; stop it, or"):
-        Store(store.path)
+        open_store("sqlite", store.path)
 
 
 @POSIX
@@ -1703,7 +1688,7 @@ def test_a_second_store_on_the_same_file_is_refused_in_words(store):
 def test_a_second_store_behind_a_link_is_refused_too(store, tmp_path):
     os.symlink(store.path, tmp_path / "link.db")
     with pytest.raises(intentbus.SetupError, match="Another bus is serving .*bus.db; stop it, or"):
-        Store(tmp_path / "link.db")
+        open_store("sqlite", tmp_path / "link.db")
 
 
 def test_the_lock_of_a_killed_process_is_no_obstacle(tmp_path):
@@ -1714,7 +1699,7 @@ def test_the_lock_of_a_killed_process_is_no_obstacle(tmp_path):
     assert process.stdout.readline() == b"open\n"
     process.kill()
     process.communicate()
-    Store(path).close()
+    open_store("sqlite", path).close()
 
 
 def plan(store, statement, **values):
@@ -1776,16 +1761,16 @@ def test_a_file_of_another_kind_is_refused_and_left_alone(tmp_path, prepare, sen
         db.commit()
     before = path.read_bytes()
     with pytest.raises(intentbus.SetupError, match=sentence):
-        Store(path)
+        open_store("sqlite", path)
     assert path.read_bytes() == before
 
 
 def test_what_is_no_database_is_refused_in_words(tmp_path):
     (tmp_path / "notes.txt").write_text("milk, bread, and a lot of other things that are no database " * 20)
     with pytest.raises(intentbus.SetupError, match="cannot be used: file is not a database"):
-        Store(tmp_path / "notes.txt")
+        open_store("sqlite", tmp_path / "notes.txt")
     with pytest.raises(intentbus.SetupError, match="cannot be opened: No such file or directory"):
-        Store(tmp_path / "nowhere" / "bus.db")
+        open_store("sqlite", tmp_path / "nowhere" / "bus.db")
 
 
 VERSION_1 = """
@@ -1863,8 +1848,8 @@ VERSION_1 = """
 def test_a_database_of_the_first_release_opens_and_works(tmp_path, clock):
     with contextlib.closing(sqlite3.connect(tmp_path / "bus.db")) as old:
         old.executescript(VERSION_1)
-    store = Store(tmp_path / "bus.db")
-    bus = Bus(store, clock=lambda: clock.wall, steady=lambda: clock.steady, boot=lambda: None)
+    store = open_store("sqlite", tmp_path / "bus.db")
+    bus = assembled(store, clock=clock, bus=dict(boot=lambda: None)).bus
     ids = [row.id for row in bus.list().intents]
     assert sorted(bus.get_status(id).status for id in ids) == ["claimed", "dead", "fulfilled", "open", "open", "open"]
     assert bus.claim("g", namespace="home").payload == {"n": 1} and bus.claim("g") is None
@@ -1879,7 +1864,7 @@ def test_a_database_of_the_first_release_opens_and_works(tmp_path, clock):
     assert (bus.claim("g").payload, bus.claim("again").claim_attempts) == ("later", 2)
     assert {row["status"]: row["intents"] for row in store.tallies() if row.namespace == "default"} == dict(
         claimed=2, fulfilled=2, open=1)
-    keys = Keys(KEY, store, clock=lambda: clock.wall)
+    keys = assembled(store, clock=clock).keys
     issued = "tk_a29f44ae718dbcd208bcad3244b2fcf55a6dd5b901e11d081bc66bb5"
     assert keys.caller(intentbus.Request("GET", "/", {"x-api-key": issued})).owner == "ann"
     with pytest.raises(intentbus.Unauthorized):
@@ -1906,14 +1891,14 @@ def locked(path):
 
 
 def test_a_migration_that_is_killed_leaves_the_file_as_it_was(tmp_path):
-    with contextlib.closing(Store(tmp_path / "bus.db")) as store:
+    with contextlib.closing(open_store("sqlite", tmp_path / "bus.db")) as store:
         add(store, published())
     code = f"import intentbus; intentbus.MIGRATIONS += ({SLOW_MIGRATION!r},); intentbus.Store('bus.db')"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=dict(os.environ, PYTHONPATH=str(HERE)))
     wait_until(lambda: locked(tmp_path / "bus.db"))
     process.kill()
     process.wait()
-    with contextlib.closing(Store(tmp_path / "bus.db")) as store:
+    with contextlib.closing(open_store("sqlite", tmp_path / "bus.db")) as store:
         assert len(store.list(10)[0]) == 1 and [row.status for row in store.tallies()] == ["open"]
 
 
@@ -1995,7 +1980,7 @@ def test_without_a_token_the_owner_of_the_running_claim_may_report(bus, clock):
 
 
 def test_a_bus_can_insist_on_tokens(store):
-    bus = Bus(store, require_claim_token=True)
+    bus = assembled(store, bus=dict(require_claim_token=True)).bus
     bus.publish("g", 1)
     intent = bus.claim("g")
     with pytest.raises(intentbus.Invalid, match="claim_token is required"):
@@ -2300,7 +2285,7 @@ def test_a_jump_of_the_wall_clock_expires_nothing_and_stalls_nothing(bus, clock,
 @pytest.mark.parametrize("jump", [3600, -3600])
 def test_a_jump_of_the_clock_does_not_stall_who_waits(store, jump):
     ahead = [0]
-    bus = Bus(store, clock=lambda: time.time() + ahead[0])
+    bus = assembled(store, bus=dict(clock=lambda: time.time() + ahead[0])).bus
     bus.start()
     claim = in_thread(bus.claim, "g", wait=20)
     wait_until(lambda: held(bus) == 2)
@@ -2312,7 +2297,7 @@ def test_a_jump_of_the_clock_does_not_stall_who_waits(store, jump):
 
 def test_a_clock_that_is_set_in_the_middle_of_everything_blocks_nothing(store):
     ticks = itertools.count(1_800_000_000, 10)     # it jumps whenever somebody looks
-    bus = Bus(store, clock=lambda: float(next(ticks)))
+    bus = assembled(store, bus=dict(clock=lambda: float(next(ticks)))).bus
 
     def work():
         for end in (bus.fulfill, bus.fail, bus.release):
@@ -2325,19 +2310,19 @@ def test_a_clock_that_is_set_in_the_middle_of_everything_blocks_nothing(store):
 
 
 def test_a_clock_set_back_is_not_counted_again_at_each_start(store, clock):
-    bus = Bus(store, clock=lambda: clock.wall, steady=lambda: clock.steady)
+    bus = assembled(store, clock=clock).bus
     id = bus.publish("g", 1, ttl=3600).id
     clock.set(-50 * 366 * 86400)
     for _ in range(3):
-        bus = Bus(store, clock=lambda: clock.wall, steady=lambda: clock.steady)
+        bus = assembled(store, clock=clock).bus
         bus.settle()
         assert (bus.get_status(id).status, round(store.get(id).expires_at - clock.wall)) == ("open", 3600)
 
 
 def test_a_bus_that_starts_with_its_clock_set_back_carries_on(store, clock):
-    Bus(store, clock=lambda: clock.wall, steady=lambda: clock.steady).publish("g", 1, delay=30)
+    assembled(store, clock=clock).bus.publish("g", 1, delay=30)
     clock.set(-40 * 366 * 86400)
-    bus = Bus(store, clock=lambda: clock.wall, steady=lambda: clock.steady)
+    bus = assembled(store, clock=clock).bus
     assert bus.claim("g") is None
     clock.pass_(31)
     assert bus.claim("g").payload == 1
@@ -2353,7 +2338,7 @@ over_clock_steps = pytest.mark.parametrize("steps", CLOCK_STEPS.values(), ids=CL
 
 def started_bus(store, clock, boot="this"):
     """A bus as after a start, its time moved by hand; it has had its first look around, as a server's has."""
-    bus = Bus(store, clock=lambda: clock.wall, steady=lambda: clock.steady, jitter=lambda: 0.5, boot=lambda: boot)
+    bus = assembled(store, clock=clock, bus=dict(jitter=lambda: 0.5, boot=lambda: boot)).bus
     bus._tidy()
     return bus
 
@@ -2439,7 +2424,7 @@ def test_a_bus_that_was_off_with_a_right_clock_knows_how_long(store, clock):
 
 def test_the_time_is_put_on_record_when_a_bus_ends(store):
     ahead, rows = [0], lambda: json.loads(store.recall("clock", "", "", 0))
-    bus = Bus(store, clock=lambda: time.time() + ahead[0])
+    bus = assembled(store, bus=dict(clock=lambda: time.time() + ahead[0])).bus
     bus.start()
     bus.publish("g", 1)
     wait_until(lambda: store.recall("clock", "", "", 0))
@@ -2550,7 +2535,7 @@ class Trial:
 
 def assert_trial(folder, seed, number):
     """Run one trial; return how often its clock was set."""
-    with contextlib.closing(Store(folder / f"{seed}.db")) as store:
+    with contextlib.closing(open_store("sqlite", folder / f"{seed}.db")) as store:
         trial = Trial(store, seed)
         try:
             trial.run(number)
@@ -2578,10 +2563,10 @@ def test_a_publish_says_how_many_listen_and_if_nobody_ever_has(bus, clock):
 
 
 def test_that_a_goal_has_had_a_worker_is_known_after_a_restart(store):
-    bus = Bus(store)
+    bus = assembled(store).bus
     bus.publish("g", 1)
     bus.claim("g")
-    assert "never_claimed" not in Bus(store).publish("g", 1) and Bus(store).publish("typo", 1).never_claimed
+    assert "never_claimed" not in assembled(store).bus.publish("g", 1) and assembled(store).bus.publish("typo", 1).never_claimed
 
 
 def test_workers_of_other_owners_are_neither_counted_nor_listed(bus):
@@ -2645,7 +2630,7 @@ def test_events_are_for_who_may_see_the_intent(bus):
 
 def test_who_watches_too_slowly_is_told_how_much_was_missed(store, monkeypatch):
     monkeypatch.setattr(intentbus, "EVENTS", 20)
-    bus = Bus(store)
+    bus = assembled(store).bus
     start = bus.events().next
     for number in range(intentbus.EVENTS + 5):
         bus.publish("g", number)
@@ -2663,7 +2648,7 @@ def test_a_held_watch_is_told_at_once(live):
 
 
 def test_each_death_is_announced_once_and_those_of_announcements_are_not(store, clock):
-    bus = Bus(store, announce_dead=True, clock=lambda: clock.wall, steady=lambda: clock.steady)
+    bus = assembled(store, clock=clock, bus=dict(announce_dead=True)).bus
     ids = [bus.publish(goal, 1, ttl=10, namespace="n", caller=ALICE).id for goal in ("expires", "is cancelled")]
     bus.cancel(ids[1], caller=ALICE)
     clock.pass_(11)
@@ -2677,7 +2662,7 @@ def test_each_death_is_announced_once_and_those_of_announcements_are_not(store, 
 
 
 def test_a_death_and_its_announcement_are_stored_together_or_not_at_all(store, monkeypatch):
-    bus = Bus(store, announce_dead=True)
+    bus = assembled(store, bus=dict(announce_dead=True)).bus
     intent_id = bus.publish("g", 1).id
     monkeypatch.setattr(intentbus, "INSERT", "INSERT INTO nowhere VALUES (1)")
     with pytest.raises(intentbus.Error):
@@ -2686,7 +2671,7 @@ def test_a_death_and_its_announcement_are_stored_together_or_not_at_all(store, m
 
 
 def test_what_happened_is_counted_by_the_minute_and_kept_over_a_restart(store, clock):
-    bus = Bus(store, clock=lambda: clock.wall, steady=lambda: clock.steady)
+    bus = assembled(store, clock=clock).bus
     minute = int(clock.wall // 60)
     for _ in range(3):
         bus.publish("g", 1)
@@ -2696,7 +2681,7 @@ def test_what_happened_is_counted_by_the_minute_and_kept_over_a_restart(store, c
     assert bus.summary().history == counts
     bus.tend_sometimes()
     assert bus.summary().history == counts
-    bus = Bus(store, clock=lambda: clock.wall, steady=lambda: clock.steady)
+    bus = assembled(store, clock=clock).bus
     bus.publish("g", 1)
     assert bus.summary().history == counts[:2] + [[minute, "published", 4]]
     clock.pass_(60 * intentbus.HISTORY_MINUTES)
@@ -2816,14 +2801,14 @@ BODIES = {"/intent": a_publish(goal="new"), "/intents": [a_publish(goal="new")],
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory):
     """A bus with an admin secret, and a key of each kind."""
-    bus = Bespoke(tmp_path_factory.mktemp("guarded"), keys=dict(admin_secret=ADMIN_SECRET, rate=100_000))
+    bus = Served(tmp_path_factory.mktemp("guarded"), keys=dict(admin_secret=ADMIN_SECRET, rate=100_000))
     admin = bus.admin = dict(key=None, X_Admin_Token=ADMIN_SECRET)
     bus.issued = {name: bus.issue(owner, role, **admin).api_key for name, owner, role in (
         ("publish", "ann", "publish"), ("work", "ann", "work"), ("both", "ann", "both"), ("other", "bob", "both"),
         ("revoked", "ann", "both"))}
     assert bus.ask("POST", "/admin/revoke_key", {"api_key": bus.issued["revoked"]}, **admin).status == 200
     yield bus
-    bus.close()
+    bus.stop()
 
 
 @pytest.fixture
@@ -3283,7 +3268,7 @@ def test_no_secret_is_in_the_file_the_log_or_an_answer(started, capsys):
                                                             f"/admin/intents/{intent_id}", f"/admin/dead/{intent_id}")]]
     IntentClient(bus.url, key).set("k", 1)
     files = [Path(path).read_bytes() for path in (bus.db, bus.db + "-wal")]
-    bus.close()
+    bus.stop()
     log = capsys.readouterr().err
     assert log.count("\n") > 15 and [json.loads(line) for line in log.splitlines()][0]["status"] == 201
     places = [*files, Path(bus.db).read_bytes(), log.encode(), *[answer.body for answer in answers]]
@@ -3391,7 +3376,7 @@ def test_five_wrong_tries_end_an_invitation(served, wrong, then):
 
 
 def test_an_invitation_ends_after_ten_minutes_and_the_file_holds_no_code(store, clock):
-    keys = Keys(KEY, store, clock=lambda: clock.wall)
+    keys = assembled(store, clock=clock).keys
     code = keys.invite("owner", "phone", "both", clock.wall).code
     with store._reader() as db:
         assert code[5:] not in str(db.execute("SELECT * FROM memos").fetchall())
@@ -3863,7 +3848,7 @@ CONTRAST = """
 def test_a_refresh_that_fails_says_so_and_keeps_the_last_figures(page, served):
     served.publish(goal="kept")
     page.sees("kept")
-    served.server.close()
+    served.stop()
     page.sees("The bus does not answer; what is shown is old.", "kept")
     page.complaints()
 
@@ -4085,13 +4070,13 @@ def test_a_claim_of_several_goals_gets_the_first_of_any(served):
 
 @pytest.mark.parametrize("name", ["k", "my key", "a/b", "/", "caf\u00e9/\u65e5\u672c", "100%", "a+b", "a?b#c&d=e", "..", "*",
                                   "\n\0"])
-def test_a_value_is_kept_under_any_name(client, name):
-    assert client.set(name, {"a": [1, "\u00e9"]}).ok
-    assert client.get(name) == {"a": [1, "\u00e9"]}
-    assert client.delete(name) == {"ok": True, "deleted": True}
-    assert client.delete(name) == {"ok": True, "deleted": False}
+def test_a_value_is_kept_under_any_name(served, name):
+    assert served.client.set(name, {"a": [1, "\u00e9"]}).ok
+    assert served.client.get(name) == {"a": [1, "\u00e9"]}
+    assert served.client.delete(name) == {"ok": True, "deleted": True}
+    assert served.client.delete(name) == {"ok": True, "deleted": False}
     with pytest.raises(intentbus.NotFound):
-        client.get(name)
+        served.client.get(name)
 
 
 @pytest.mark.parametrize("value", [0, False, "", [], {}, 1.5, "text", {"deep": [None]}], ids=repr)
@@ -4452,10 +4437,10 @@ def test_a_request_that_does_not_arrive_in_time_is_given_up(served, monkeypatch,
     assert response.headers["connection"] == "close"
 
 
-def test_one_connection_too_many_is_told_so(tmp_path, monkeypatch):
+def test_one_connection_too_many_is_told_so(started, monkeypatch):
     monkeypatch.setattr(intentbus, "CONNECTIONS", 1)
-    served = Served(tmp_path)
-    with contextlib.closing(served), served.connect() as first:
+    served = started()
+    with served.connect() as first:
         first.sendall(get(b"POST /claim?wait=20 HTTP/1.1", b"Host: x", b"X-API-KEY: " + KEY.encode()))
         wait_until(lambda: held(served.api.bus))
         response, = served.send(b"")
@@ -4476,17 +4461,16 @@ def test_a_claim_cannot_keep_the_bus_busy_with_its_lanes(strict):
     assert response.status == 400     # 470,000 lanes to look at, while nobody else can write
 
 
-def test_a_connection_for_which_there_is_no_thread_is_not_counted_for_ever(tmp_path, monkeypatch):
+def test_a_connection_for_which_there_is_no_thread_is_not_counted_for_ever(started, monkeypatch):
     monkeypatch.setattr(intentbus, "CONNECTIONS", 1)
-    served = Served(tmp_path)
+    served = started()
     def no_thread(self):
         raise RuntimeError("can't start new thread")
-    with contextlib.closing(served):
-        with monkeypatch.context() as broken:
-            broken.setattr(threading.Thread, "start", no_thread)
-            with contextlib.suppress(ConnectionError):
-                served.talk(b"")
-        assert served.ask("GET", "/health").status == 200
+    with monkeypatch.context() as broken:
+        broken.setattr(threading.Thread, "start", no_thread)
+        with contextlib.suppress(ConnectionError):
+            served.talk(b"")
+    assert served.ask("GET", "/health").status == 200
 
 
 def test_a_connection_serves_several_requests(served):
@@ -4630,7 +4614,7 @@ def test_work_goes_to_the_next_client_when_the_first_has_hung_up(served):
 def test_the_log_names_the_client_as_a_trusted_proxy_does(started, capsys, trust_proxy, peer):
     bus = started(server=dict(log=True, trust_proxy=trust_proxy))
     bus.ask("GET", "/health", X_Forwarded_For="198.51.100.1, 203.0.113.7")
-    bus.close()
+    bus.stop()
     assert json.loads(capsys.readouterr().err)["peer"] == peer
 
 
@@ -4778,11 +4762,11 @@ def test_a_refused_head_has_no_body_either(strict):
 
 @pytest.mark.parametrize("said", [b"", b"GET /health HT", post(LENGTH)[:-1], get(HEALTH, b"Host: x")],
                          ids=["nothing", "half a head", "half a body", "a request"])
-def test_at_the_limit_the_connection_that_owes_a_request_for_longest_makes_room(tmp_path, monkeypatch, said):
+def test_at_the_limit_the_connection_that_owes_a_request_for_longest_makes_room(started, monkeypatch, said):
     monkeypatch.setattr(intentbus, "CONNECTIONS", 8)
-    served = Served(tmp_path)
+    served = started()
     waiting = get(b"POST /claim?wait=20 HTTP/1.1", b"Host: x", b"X-API-KEY: " + KEY.encode(), b"Connection: close")
-    with contextlib.closing(served), served.connect() as worker, contextlib.ExitStack() as slow:
+    with served.connect() as worker, contextlib.ExitStack() as slow:
         worker.sendall(waiting)
         wait_until(lambda: held(served.api.bus))
         others = []
@@ -4873,7 +4857,7 @@ def test_no_text_in_any_place_is_more_than_text(started, capsys, place):
 
 def test_a_full_disk_is_said_loses_nothing_and_is_forgotten_once_there_is_room(small_disk, monkeypatch):
     monkeypatch.setattr(intentbus, "RECHECK_SECONDS", 0.1)
-    bus = Bespoke(small_disk)
+    bus = Served(small_disk)
     answered = [bus.publish(payload="x" * 5000) for _ in range(20)]
     claimed = bus.ask("POST", "/claim").json
     filler = fill_up(small_disk)
@@ -4894,12 +4878,12 @@ def test_a_full_disk_is_said_loses_nothing_and_is_forgotten_once_there_is_room(s
     assert sorted(stored) == sorted(answered) and stored[claimed["id"]] == "fulfilled"
     with contextlib.closing(sqlite3.connect(bus.db)) as db:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    bus.close()
+    bus.stop()
 
 
 def test_a_worker_outlasts_a_full_disk_at_the_bus(small_disk, impatient, monkeypatch):
     monkeypatch.setattr(intentbus, "RETRIES", 10_000)
-    bus = Bespoke(small_disk)
+    bus = Served(small_disk)
     client = IntentClient(bus.url, KEY)
     ids = [client.publish("g", number).id for number in range(3)]
 
@@ -4910,7 +4894,7 @@ def test_a_worker_outlasts_a_full_disk_at_the_bus(small_disk, impatient, monkeyp
         return "y" * 50_000
     listen(client, "g", handler, max_jobs=3, poll=0.01)
     assert [client.get_status(id).status for id in ids] == ["fulfilled"] * 3
-    bus.close()
+    bus.stop()
 
 
 @ON_A_FILE
@@ -4935,17 +4919,17 @@ def test_a_damaged_file_is_refused_in_words_and_nothing_is_accepted_on_top(start
     bus = started()
     for _ in range(200):
         bus.publish(payload="x" * 1000)
-    bus.close()
+    bus.stop()
     with open(bus.db, "r+b") as file:
         file.seek(8 * 4096)
         file.write(os.urandom(100 * 4096))
     with contextlib.suppress(intentbus.Unavailable):     # it may be noticed at once
-        bus = Bespoke(Path(bus.db).parent)
+        bus = Served(Path(bus.db).parent)
         answers = [bus.ask("POST", "/intent", a_publish()), bus.ask("POST", "/claim"), bus.ask("GET", "/intents")]
         assert {answer.status for answer in answers} & {503} and not {answer.status for answer in answers} & {500}
         for answer in answers:
             assert answer.status < 300 or assert_refusal(answer, 503, "database_busy", "cannot be used") is None
-        bus.close()
+        bus.stop()
 
 
 # ---- 11. Machine ----
@@ -5008,121 +4992,122 @@ def test_one_program_sends_at_a_time(tmp_path):
 # ---- 12. Client ----
 
 
-def spooling(away, tmp_path):
-    return IntentClient(away.url, KEY, spool=tmp_path / "spool.db")
+def spooling(served, tmp_path):
+    return IntentClient(served.url, KEY, spool=tmp_path / "spool.db")
 
 
-def test_what_is_published_while_the_bus_is_away_arrives_once_and_in_order(away, tmp_path):
+def test_what_is_published_while_the_bus_is_away_arrives_once_and_in_order(served, tmp_path):
+    served.stop()
     for number in range(20):
-        answer = spooling(away, tmp_path).publish("g", number)
+        answer = spooling(served, tmp_path).publish("g", number)
         assert answer.pick(("id", "status")) == {"id": None, "status": "spooled"} and "cannot be reached" in answer.reason
-    assert spooling(away, tmp_path).publish_many([dict(goal="g", payload=20), dict(goal="g", payload=21)]).ids == []
-    away.start()
-    assert spooling(away, tmp_path).publish("g", 22).id
-    found = away.payloads()
+    assert spooling(served, tmp_path).publish_many([dict(goal="g", payload=20), dict(goal="g", payload=21)]).ids == []
+    served.start()
+    assert spooling(served, tmp_path).publish("g", 22).id
+    found = served.payloads()
     assert found[:20] + sorted(found[20:22]) + found[22:] == list(range(23)), "a bulk is one moment"
-    assert spooling(away, tmp_path).flush() == 0
+    assert spooling(served, tmp_path).flush() == 0
 
 
-def test_a_publish_whose_answer_is_lost_is_kept_and_stored_once(server, tmp_path):
-    proxy = Proxy(server.server_port, drop=1)
+def test_a_publish_whose_answer_is_lost_is_kept_and_stored_once(served, tmp_path):
+    proxy = Proxy(served.port, drop=1)
     bus = IntentClient(proxy.url, KEY, spool=tmp_path / "spool.db")
     assert bus.publish("g", 1).status == "spooled" and bus.flush() == 1
-    assert len(server.api.bus.list().intents) == 1
+    assert len(served.client.list().intents) == 1
 
 
-def test_several_programs_with_one_spool_send_everything_once(away, tmp_path):
+def test_several_programs_with_one_spool_send_everything_once(served, tmp_path):
+    served.stop()
     for number in range(30):
-        spooling(away, tmp_path).publish("g", number)
-    away.start()
-    answers = at_once(6, lambda number: spooling(away, tmp_path).publish("g", 100 + number).id)
-    found = away.payloads()
+        spooling(served, tmp_path).publish("g", number)
+    served.start()
+    answers = at_once(6, lambda number: spooling(served, tmp_path).publish("g", 100 + number).id)
+    found = served.payloads()
     assert found[:30] == list(range(30)) and sorted(found[30:]) == list(range(100, 106)) and len(set(answers)) == 6
 
 
-def test_what_the_bus_refuses_for_good_is_kept_apart_and_holds_up_nothing(away, tmp_path):
-    bus = spooling(away, tmp_path)
+def test_what_the_bus_refuses_for_good_is_kept_apart_and_holds_up_nothing(served, tmp_path):
+    served.stop()
+    bus = spooling(served, tmp_path)
     for payload, fields in ((1, {}), (2, {"priority": 5000}), (3, {})):
         bus.publish("g", payload, **fields)
-    away.start()
-    assert bus.flush() == 2 and away.payloads() == [1, 3]
+    served.start()
+    assert bus.flush() == 2 and served.payloads() == [1, 3]
     refused, = bus.spool.refused(bus.base_url)
     assert refused.refusal == "priority must be a whole number from 0 to 1000." and json.loads(refused.body)["payload"] == 2
 
 
-def test_what_the_bus_refuses_at_once_is_said_and_not_kept(away, tmp_path):
-    away.start()
+def test_what_the_bus_refuses_at_once_is_said_and_not_kept(served, tmp_path):
     with pytest.raises(intentbus.Invalid, match="priority must be"):
-        spooling(away, tmp_path).publish("g", 1, priority=5000)
+        spooling(served, tmp_path).publish("g", 1, priority=5000)
     with pytest.raises(intentbus.Unauthorized):
-        IntentClient(away.url, "wrong", spool=tmp_path / "spool.db").publish("g", 1)
+        IntentClient(served.url, "wrong", spool=tmp_path / "spool.db").publish("g", 1)
     with pytest.raises(intentbus.Invalid, match="cannot be sent as JSON"):
-        spooling(away, tmp_path).publish("g", {1, 2})
-    assert spooling(away, tmp_path).spool.waiting(away.url) == []
+        spooling(served, tmp_path).publish("g", {1, 2})
+    assert spooling(served, tmp_path).spool.waiting(served.url) == []
 
 
-def test_a_spool_keeps_the_requests_of_each_bus_apart(away, tmp_path):
+def test_a_spool_keeps_the_requests_of_each_bus_apart(served, tmp_path):
     IntentClient("http://127.0.0.1:9", KEY, spool=tmp_path / "spool.db").publish("g", "for another")
-    away.start()
-    spooling(away, tmp_path).publish("g", 1)
-    assert away.payloads() == [1]
+    spooling(served, tmp_path).publish("g", 1)
+    assert served.payloads() == [1]
 
 
 @pytest.mark.parametrize("report, status", [
     (lambda bus, intent: bus.fulfill(intent.id, intent.claim_token, 7), "fulfilled"),
     (lambda bus, intent: bus.fail(intent.id, intent.claim_token, "no", retry=False), "dead"),
 ])
-def test_an_outcome_that_could_not_be_told_is_told_by_the_next_program(away, tmp_path, impatient, report, status):
-    bus = spooling(away.start(), tmp_path)
+def test_an_outcome_that_could_not_be_told_is_told_by_the_next_program(served, tmp_path, impatient, report, status):
+    bus = spooling(served, tmp_path)
     intent_id = bus.publish("g", 1).id
     intent = bus.claim("g")
-    away.stop()
+    served.stop()
     with pytest.raises(intentbus.Unreachable):
         report(bus, intent)
-    away.start()
-    assert spooling(away, tmp_path).claim("g") is None
-    assert away.bus.get_result(intent_id).pick(("status", "claim_attempts")) == {"status": status, "claim_attempts": 1}
-    assert bus.spool.waiting(away.url) == []
+    served.start()
+    assert spooling(served, tmp_path).claim("g") is None
+    assert served.client.get_result(intent_id).pick(("status", "claim_attempts")) == {"status": status, "claim_attempts": 1}
+    assert bus.spool.waiting(served.url) == []
 
 
-def test_what_cannot_be_published_hinders_no_claim_of_the_same_machine(away, tmp_path):
-    spooling(away, tmp_path).publish("g", "spooled")
-    away.start().bus.publish("g", "there")
-    key = Keys(KEY, away.store).generate("owner", "phone", "work", time.time()).api_key
-    bus = IntentClient(away.url, key, spool=tmp_path / "spool.db")
-    assert bus.claim("g").payload == "there" and len(bus.spool.waiting(away.url)) == 1
+def test_what_cannot_be_published_hinders_no_claim_of_the_same_machine(served, tmp_path):
+    served.stop()
+    spooling(served, tmp_path).publish("g", "spooled")
+    served.start().client.publish("g", "there")
+    bus = IntentClient(served.url, served.issue("owner", "work").api_key, spool=tmp_path / "spool.db")
+    assert bus.claim("g").payload == "there" and len(bus.spool.waiting(served.url)) == 1
     with pytest.raises(intentbus.Forbidden, match="may work only"):
         bus.flush()
 
 
-def test_an_intent_whose_outcome_waits_here_is_told_and_not_claimed_again(away, tmp_path, clock):
-    bus = spooling(away.start(), tmp_path)
+def test_an_intent_whose_outcome_waits_here_is_told_and_not_claimed_again(served, tmp_path, clock):
+    bus = spooling(served, tmp_path)
     intent_id, other = bus.publish("g", 1).id, bus.publish("g", 2).id
     intent = bus.claim("g")
-    away.bus.release(intent_id, intent.claim_token)     # as if the lease had been lost meanwhile
+    served.client.release(intent_id, intent.claim_token)     # as if the lease had been lost meanwhile
     number = bus.spool.add(bus.base_url, f"/fulfill/{intent_id}", json.dumps(dict(claim_token="old", result=7)), intent_id=intent_id)
     bus._reporting.add(number)     # while another thread is still trying to tell
     assert bus.claim("g").id == other
-    assert away.bus.get_result(intent_id).pick(("status", "result")) == {"status": "fulfilled", "result": 7}
+    assert served.client.get_result(intent_id).pick(("status", "result")) == {"status": "fulfilled", "result": 7}
 
 
-def test_an_outcome_whose_lease_is_lost_is_dropped_and_one_too_large_is_a_failure(away, tmp_path, impatient):
-    bus = spooling(away.start(), tmp_path)
+def test_an_outcome_whose_lease_is_lost_is_dropped_and_one_too_large_is_a_failure(served, tmp_path, impatient):
+    bus = spooling(served, tmp_path)
     ids = [bus.publish("g", number).id for number in range(2)]
     claims = [bus.claim("g") for _ in ids]
-    away.stop()
+    served.stop()
     for claim, result in zip(claims, (1, "x" * 300_000)):
         with pytest.raises(intentbus.Unreachable):
             bus.fulfill(claim.id, claim.claim_token, result)
-    away.start().bus.cancel(ids[0])
-    assert bus.flush() == 2 and bus.spool.waiting(away.url) == []
-    assert [away.bus.get_status(intent_id).last_error.partition(":")[0] for intent_id in ids] == ["Cancelled", "The result was refused"]
+    served.start().client.cancel(ids[0])
+    assert bus.flush() == 2 and bus.spool.waiting(served.url) == []
+    assert [served.client.get_status(intent_id).last_error.partition(":")[0] for intent_id in ids] == ["Cancelled", "The result was refused"]
 
 
-def test_the_client_has_every_verb_of_the_bus_with_the_same_answers(client, server):
-    bus = server.api.bus
+def test_the_client_has_every_verb_of_the_bus_with_the_same_answers(served):
+    client = served.client
     answer = client.publish("g", {"n": 1}, priority=7)
-    assert client.get_status(answer.id) == bus.get_status(answer["id"])
+    assert client.get_status(answer.id) == served.ask("GET", f"/status/{answer['id']}").json
     intent = client.claim("g", worker_id="w", capabilities=("a", "b"), wait=1)
     assert (intent.priority, intent.payload) == (7, {"n": 1})
     assert client.extend_claim(intent.id, intent.claim_token, 30).extended_by == 30
@@ -5132,7 +5117,7 @@ def test_the_client_has_every_verb_of_the_bus_with_the_same_answers(client, serv
     assert client.retry(intent.id).status == "open"
     intent = client.claim()
     assert client.fulfill(intent.id, intent.claim_token, "ok", "text").ok
-    assert client.get_result(intent.id, wait=5) == bus.get_result(intent.id)
+    assert client.get_result(intent.id, wait=5) == served.ask("GET", f"/result/{intent.id}").json
     assert client.cancel(client.publish("g", 1).id).status == "dead"
     assert client.retry(goal="g").retried == 1
     assert client.list(status="open").intents[0].goal == "g"
@@ -5155,29 +5140,29 @@ def test_the_verbs_of_bus_and_client_take_the_same_arguments():
     (lambda c: c.publish("g", "x" * 300_000), intentbus.PayloadTooLarge, "payload_too_large"),
     (lambda c: c.cancel(c.claim("g").id) and c.cancel(c.list().intents[0].id), intentbus.Conflict, "conflict"),
 ])
-def test_the_client_raises_what_the_bus_raised(client, cause, kind, code):
-    client.publish("g", 1)
+def test_the_client_raises_what_the_bus_raised(served, cause, kind, code):
+    served.client.publish("g", 1)
     with pytest.raises(kind) as caught:
-        cause(client)
+        cause(served.client)
     assert (type(caught.value), caught.value.code) == (kind, code) and str(caught.value).endswith(".")
 
 
-def test_a_lost_answer_to_a_publish_stores_no_second_intent(client, server, impatient):
-    proxy = Proxy(server.server_port, drop=3)
+def test_a_lost_answer_to_a_publish_stores_no_second_intent(served, impatient):
+    proxy = Proxy(served.port, drop=3)
     answer = IntentClient(proxy.url, KEY).publish("g", 1)
-    assert [intent.id for intent in client.list().intents] == [answer.id] and proxy.passed == 4
+    assert [intent.id for intent in served.client.list().intents] == [answer.id] and proxy.passed == 4
 
 
-def test_a_lost_answer_to_a_report_is_asked_for_again(client, server, impatient):
-    client.publish("g", 1)
-    intent = client.claim("g")
-    assert IntentClient(Proxy(server.server_port, drop=2).url, KEY).fulfill(intent.id, intent.claim_token, 5).ok
-    assert client.get_result(intent.id).result == 5
+def test_a_lost_answer_to_a_report_is_asked_for_again(served, impatient):
+    served.client.publish("g", 1)
+    intent = served.client.claim("g")
+    assert IntentClient(Proxy(served.port, drop=2).url, KEY).fulfill(intent.id, intent.claim_token, 5).ok
+    assert served.client.get_result(intent.id).result == 5
 
 
 @pytest.mark.parametrize("fate", Weather.FATES)
 @SLOW
-def test_what_the_network_does_to_one_try_is_made_good_by_the_next(client, weather, impatient, fate):
+def test_what_the_network_does_to_one_try_is_made_good_by_the_next(served, weather, impatient, fate):
     seen = collections.Counter()
 
     def first_try_of_each(path):
@@ -5189,9 +5174,9 @@ def test_what_the_network_does_to_one_try_is_made_good_by_the_next(client, weath
     first, second = bus.claim("g"), bus.claim("g")
     bus.fulfill(first.id, first.claim_token, "done")
     bus.fail(second.id, second.claim_token, "no")
-    assert [(client.get_status(id).status, client.get_status(id).claim_attempts) for id in ids] == [
+    assert [(served.client.get_status(id).status, served.client.get_status(id).claim_attempts) for id in ids] == [
         ("fulfilled", 1), ("dead", 1)]
-    assert len(client.list().intents) == 2 and client.get_status(second.id).last_error == "no"
+    assert len(served.client.list().intents) == 2 and served.client.get_status(second.id).last_error == "no"
     assert proxy.met[fate] == 4
 
 
@@ -5380,12 +5365,11 @@ def quick_leases(monkeypatch):
     monkeypatch.setattr(intentbus, "LEASE_CHECK_SECONDS", 0.01)
 
 
-@pytest.mark.parametrize("either", ["bus", "client"])
-def test_listen_hands_payloads_to_a_function_and_returns_its_results(server, client, either):
-    bus = client if either == "client" else server.api.bus
-    answers = [bus.publish("double", n).id for n in (1, 2, "x", None or [])]
-    listen(bus, "double", lambda payload: {"twice": payload * 2}, drain=True)
-    assert [bus.get_result(id).result for id in answers] == [{"twice": 2}, {"twice": 4}, {"twice": "xx"}, {"twice": []}]
+@pytest.mark.parametrize("how", [listen, IntentClient.listen], ids=["function", "method"])
+def test_listen_hands_payloads_to_a_function_and_returns_its_results(served, how):
+    answers = [served.client.publish("double", n).id for n in (1, 2, "x", None or [])]
+    how(served.client, "double", lambda payload: {"twice": payload * 2}, drain=True)
+    assert [served.client.get_result(id).result for id in answers] == [{"twice": 2}, {"twice": 4}, {"twice": "xx"}, {"twice": []}]
 
 
 def refuse(payload):
@@ -5399,17 +5383,17 @@ def refuse(payload):
     (refuse, "dead", "never"),
     (lambda payload: "x" * 300_000, "dead", "The result was refused: The body is over the limit of 262144 bytes."),
 ])
-def test_a_handler_that_does_not_succeed_fails_the_intent(client, handler, status, error):
-    answer = client.publish("g", 1)
-    client.listen("g", handler, drain=True)
-    found = client.get_status(answer.id)
+def test_a_handler_that_does_not_succeed_fails_the_intent(served, handler, status, error):
+    answer = served.client.publish("g", 1)
+    served.client.listen("g", handler, drain=True)
+    found = served.client.get_status(answer.id)
     assert (found.status, found.last_error) == (status, error)
 
 
-def test_a_handler_may_have_the_whole_intent(client):
-    client.publish("g", 1, priority=3)
+def test_a_handler_may_have_the_whole_intent(served):
+    served.client.publish("g", 1, priority=3)
     seen = []
-    client.listen("g", seen.append, full_envelope=True, max_jobs=1)
+    served.client.listen("g", seen.append, full_envelope=True, max_jobs=1)
     assert (seen[0].priority, seen[0].claim_attempts) == (3, 1)
 
 
@@ -5575,8 +5559,8 @@ def test_a_program_that_leaves_its_session_does_not_hold_up_the_worker(bus, tmp_
 @pytest.mark.parametrize("text", ["yes '\"' | head -c 300000", "head -c 300000 /dev/zero | tr '\\0' '\\377'",
                                   "head -c 300000 /dev/zero | tr '\\0' '\\33'", "head -c 1000000 /dev/urandom", "yes 😀 | head -c 300001"],
                          ids=range(5))
-def test_however_much_is_printed_of_whatever_the_work_is_done(client, tmp_path, text):
-    found = run_handler(client, tmp_path, text, 1)
+def test_however_much_is_printed_of_whatever_the_work_is_done(served, tmp_path, text):
+    found = run_handler(served.client, tmp_path, text, 1)
     assert (found.status, found.result_type, found.last_error) == ("fulfilled", "text", None)
     assert len(intentbus.to_json(found.result).encode()) > 127 * 1024
 
@@ -5665,46 +5649,40 @@ def test_a_program_that_cannot_run_stops_the_worker_and_costs_no_attempt(bus, tm
         intentbus.Program(["./nothing.sh"])
 
 
-def test_a_worker_goes_on_when_the_bus_comes_back(store, impatient, monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+def test_a_worker_goes_on_when_the_bus_comes_back(served, impatient, monkeypatch):
     said, done = [], []
-    client = IntentClient(f"http://127.0.0.1:{port}", KEY)
-    worker = Worker(client, "g", lambda intent, lease: (done.append(intent.payload), "json"), max_jobs=1, say=said.append,
+    served.stop()
+    worker = Worker(served.client, "g", lambda intent, lease: (done.append(intent.payload), "json"), max_jobs=1, say=said.append,
                     poll=0.05)
     running = in_thread(lambda: worker.run() or True)
     wait_until(lambda: any("cannot be reached" in sentence for sentence in said))
-    bus = Bus(store)
-    server = intentbus.http_server(API(bus, Keys(KEY, store)), port=port)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    bus.publish("g", "there")
+    served.start().publish(payload="there")
     assert running() and done == ["there"]
-    server.close()
 
 
 @SLOW
-def test_a_worker_whose_claims_are_answered_by_nobody_gets_them_later_as_one_attempt(client, weather, impatient):
-    ids = [client.publish("g", number, max_attempts=1).id for number in range(2)]
+def test_a_worker_whose_claims_are_answered_by_nobody_gets_them_later_as_one_attempt(served, weather, impatient):
+    ids = [served.client.publish("g", number, max_attempts=1).id for number in range(2)]
     fates = iter(["answer lost", "504 JSON", "ok", "ok", "503 page"])
     proxy = weather(lambda path: next(fates, "ok"))
     said, done = [], []
     Worker(IntentClient(proxy.url, KEY), "g", lambda intent, lease: (done.append(intent.payload), "json"), max_jobs=2,
            poll=0, say=said.append).run()
     assert sorted(done) == [0, 1] and sum("Trying again." in sentence for sentence in said) == 3
-    assert {(client.get_status(id).status, client.get_status(id).claim_attempts) for id in ids} == {("fulfilled", 1)}
+    assert {(served.client.get_status(id).status, served.client.get_status(id).claim_attempts) for id in ids} == {("fulfilled", 1)}
 
 
-def test_a_worker_keeps_what_it_could_not_report_and_says_so(away, tmp_path, impatient):
-    bus, said = spooling(away.start(), tmp_path), queue.Queue()
+def test_a_worker_keeps_what_it_could_not_report_and_says_so(served, tmp_path, impatient):
+    bus, said = spooling(served, tmp_path), queue.Queue()
     intent_id = bus.publish("g", 1).id
     def handler(intent, lease):
-        away.stop()
+        served.stop()
         return "done", "text"
     Worker(bus, "g", handler, max_jobs=1, say=said.put).run()
     assert "could not be reported, so it will be kept, and reported later" in said.get_nowait()
-    away.start()
-    Worker(spooling(away, tmp_path), "g", lambda intent, lease: pytest.fail("run again"), drain=True).run()
-    assert away.bus.get_result(intent_id).result == "done"
+    served.start()
+    Worker(spooling(served, tmp_path), "g", lambda intent, lease: pytest.fail("run again"), drain=True).run()
+    assert served.client.get_result(intent_id).result == "done"
 
 
 def test_on_windows_a_program_has_a_console_group_and_is_ended_with_all_it_started(monkeypatch, tmp_path):
@@ -6089,7 +6067,7 @@ def test_a_file_that_is_not_the_bus_s_is_left_as_it_was(tmp_path):
     for path in foreign_files(tmp_path):
         before = path.read_bytes()
         with pytest.raises(intentbus.SetupError):
-            intentbus.Bus(intentbus.Store(str(path)))
+            open_store("sqlite", path)
         assert path.read_bytes() == before, path.name
 
 
@@ -6271,24 +6249,26 @@ def test_a_key_is_not_fetched_over_a_network_that_can_read_it(home):
     assert_complaint(run("join", "http://bus.invalid", "0000-0000", "--plain"), 5, "cannot be reached")
 
 
-def test_publish_spool_keeps_what_cannot_be_sent_and_flush_sends_it(away, home):
-    settings = dict(INTENT_BUS_URL=away.url, INTENT_API_KEY=KEY)
+def test_publish_spool_keeps_what_cannot_be_sent_and_flush_sends_it(served, home):
+    served.stop()
+    settings = dict(INTENT_BUS_URL=served.url, INTENT_API_KEY=KEY)
     for number in "12":
         code, out, err = run("publish", "g", number, "--spool", **settings)
         assert (code, out) == (0, "") and "cannot be reached: Connection refused. It is kept, and sent by the next" in err
     assert json.loads(run("publish", "g", "3", "--spool", "--json", **settings)[1])["status"] == "spooled"
     assert run("publish", "g", "--lines", "--spool", stdin=b"a\nb\n", **settings)[:2] == (0, "")
     assert_complaint(run("flush", **settings), 5, "cannot be reached")
-    away.start()
+    served.start()
     assert run("flush", **settings) == (0, "4\n", "")
-    assert sorted(map(str, away.payloads())) == ["1", "2", "3", "a", "b"]
+    assert sorted(map(str, served.payloads())) == ["1", "2", "3", "a", "b"]
 
 
 @SLOW
-def test_flush_tells_what_was_refused_until_it_is_discarded(away, home):
-    settings = dict(INTENT_BUS_URL=away.url, INTENT_API_KEY=KEY)
+def test_flush_tells_what_was_refused_until_it_is_discarded(served, home):
+    served.stop()
+    settings = dict(INTENT_BUS_URL=served.url, INTENT_API_KEY=KEY)
     run("publish", "g", "1", "--spool", "--priority", "9999", **settings)
-    away.start()
+    served.start()
     for sent in ("0\n", "0\n"):     # each time
         code, out, err = run("flush", **settings)
         assert out == sent
@@ -6306,21 +6286,18 @@ def test_a_worker_whose_home_cannot_be_written_works_and_says_what_it_lacks(serv
 
 
 @SLOW
-def test_watch_follows_the_bus_over_a_restart(store, home):
-    away = Away(store).start()
-    watching = subprocess.Popen([*COMMAND, "watch"], env=dict(os.environ, INTENT_BUS_URL=away.url, INTENT_API_KEY=KEY), text=True,
+def test_watch_follows_the_bus_over_a_restart(served, home):
+    watching = subprocess.Popen([*COMMAND, "watch"], env=dict(os.environ, INTENT_BUS_URL=served.url, INTENT_API_KEY=KEY), text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    wait_until(lambda: held(away.bus))
+    wait_until(served.held)
     for number in range(2):
-        id = IntentClient(away.url, KEY).publish("g", 1).id
+        id = served.publish()
         assert re.fullmatch(rf"\d\d:\d\d:\d\d  published  {id}  g\n", watching.stdout.readline())
-        away.stop()
-        away.start()
-        wait_until(lambda: held(away.bus))
+        served.restart()
+        wait_until(served.held)
     watching.send_signal(signal.SIGINT)
     assert watching.wait(20) == 130
     watching.communicate()
-    away.stop()
 
 
 def test_keys_are_added_listed_and_revoked(served):
@@ -6434,10 +6411,10 @@ def test_the_backup_of_a_busy_bus_is_a_bus(started, tmp_path, monkeypatch):
     assert integrity == [("ok",)] and counted == tallied and counted["claimed"] == 1
     assert 499 <= counted["open"] <= 499 + len(publishing())
     assert stat.S_IMODE(copy.stat().st_mode) == 0o600 or os.name != "posix"
-    restored = Bespoke(copy.parent)
+    restored = Served(copy.parent)
     assert restored.ask("GET", "/intents", key=key).status == 200 and restored.ask("POST", "/claim").status == 200
     assert restored.ask("GET", "/admin/summary").json["intents"]["default"]["claimed"] == 2
-    restored.close()
+    restored.stop()
 
 
 @ON_A_FILE
@@ -6445,7 +6422,7 @@ def test_a_backup_of_a_bus_at_rest_has_everything(started, tmp_path):
     bus = started()
     bus.ask("POST", "/intents", [a_publish()] * 10)
     bus.ask("POST", f"/cancel/{bus.publish()}")
-    bus.close()
+    bus.stop()
     assert run("backup", str(tmp_path / "copy.db"), BUS_DB_PATH=bus.db)[0] == 0
     assert contents(tmp_path / "copy.db") == contents(bus.db) == ({"open": 10, "dead": 1}, {"open": 10, "dead": 1}, [("ok",)])
 
@@ -6837,8 +6814,8 @@ def buses(tmp_path):
     started = []
     with contextlib.ExitStack() as stack:
         def start(**options):
-            started.append(Bespoke(tmp_path, database="postgres", **options))
-            stack.callback(started[-1].close)
+            started.append(Served(tmp_path, database="postgres", **options))
+            stack.callback(started[-1].stop)
             wait_until(lambda: all(len(bus.store._others) == len(started) - 1 for bus in started))
             return started[-1]
         yield start
@@ -7002,27 +6979,22 @@ def test_a_bus_that_has_lost_its_database_says_so_and_is_well_once_that_is_back(
     monkeypatch.setattr(postgres_bus, "POOL_SECONDS", 1)
     direct = dsn(tmp_path / "bus.db")
     way = Forwarder(int(conninfo_to_dict(direct).get("port", 5432)))
-    store = postgres_bus.PostgresStore(make_conninfo(direct, host="127.0.0.1", port=way.port))
-    with serving(store) as server:
-        bus = server.api.bus
-        kept = bus.publish("g", 1).id
-        held_claim = in_thread(IntentClient(f"http://127.0.0.1:{server.server_port}", KEY).claim, "other", wait=20)
-        wait_until(lambda: held(bus) == 2)
-        way.cut()
-        served = Served.__new__(Served)
-        served.port = server.server_port
-        refused = served.ask("POST", "/intent", a_publish())
-        assert_refusal(refused, 503, "database_busy", "PostgreSQL")
-        assert refused.headers["retry-after"] == "1"
-        assert served.ask("GET", "/health", key=None).status == 503
-        way.open = True
-        wait_until(lambda: served.ask("GET", "/health", key=None).status == 200)
-        assert served.ask("POST", "/claim?goal=g").json["id"] == kept
-        other = open_store("postgres", tmp_path / "bus.db")
-        found = Bus(other).publish("other", 1).id     # who was held over it all is still there, and hears of it
-        assert held_claim().id == found
-        other.close()
-    store.close()
+    bus = Served(tmp_path, lambda _: postgres_bus.PostgresStore(make_conninfo(direct, host="127.0.0.1", port=way.port)))
+    kept = bus.publish()
+    claim = bus.hold("POST", "/claim?goal=other&wait=60")
+    way.cut()
+    refused = bus.ask("POST", "/intent", a_publish())
+    assert_refusal(refused, 503, "database_busy", "PostgreSQL")
+    assert refused.headers["retry-after"] == "1"
+    assert bus.ask("GET", "/health", key=None).status == 503
+    way.open = True
+    wait_until(lambda: bus.ask("GET", "/health", key=None).status == 200)
+    assert bus.ask("POST", "/claim?goal=g").json["id"] == kept
+    other = Served(tmp_path, "postgres")
+    found = other.publish(goal="other")     # the held claim is still there, and hears of it
+    assert answer(claim).json["id"] == found
+    other.stop()
+    bus.stop()
     way.close()
     drop_schemas()
 
@@ -7159,7 +7131,7 @@ def test_a_publish_and_a_nonce_go_over_the_network_once_a_claim_and_a_report_twi
 @pytest.mark.parametrize("number", [1, 197, 198, 199, 500])
 def test_a_claim_finds_its_intent_however_many_are_due_before_it(tmp_path, number):
     store = open_store("postgres", tmp_path / "bus.db")
-    bus = Bus(store)     # one that settles nothing by itself
+    bus = assembled(store).bus     # one that settles nothing by itself
     ids = bus.publish_many([dict(goal="g", payload=1, delay=0.001)] * number).ids
     wait_until(lambda: bus.now() > store.get(ids[-1]).run_at)
     assert bus.claim("g").id in ids
@@ -7358,9 +7330,9 @@ def test_several_buses_have_the_clock_of_their_database_and_never_shift_what_the
     lease = one.api.bus.claim("g", wait=0) or one.publish() and one.api.bus.claim("g", lease=300)
     monkeypatch.setattr(Store, "shift", lambda *_: pytest.fail("it was shifted"))
     one.store._ahead += 4000     # a database whose clock was set: after a failover, or by hand
-    late = Bus(one.store, boot=lambda: "another")
+    late = assembled(one.store, bus=dict(boot=lambda: "another")).bus
     one.store._ahead -= 8000
-    assert late.now() < late.now() + 1 and Bus(one.store, boot=lambda: "a third").now() < lease.claim_expires_at
+    assert late.now() < late.now() + 1 and assembled(one.store, bus=dict(boot=lambda: "a third")).bus.now() < lease.claim_expires_at
 
 
 @ON_POSTGRES
@@ -7410,7 +7382,7 @@ def migrate(*arguments):
 
 @ON_POSTGRES
 def test_a_bus_moves_to_postgresql_and_back_with_everything(tmp_path, clock):
-    started = Bespoke(tmp_path)
+    started = Served(tmp_path)
     bus, where = started.api.bus, dsn(tmp_path / "bus.db")
     populate(bus)
     bus.publish_many([dict(goal="many", payload={"n": n, "text": "é\0\U0001f600"}) for n in range(1000)])
@@ -7422,27 +7394,27 @@ def test_a_bus_moves_to_postgresql_and_back_with_everything(tmp_path, clock):
     bus.fail(bus.claim("many").id, error="no", retry=False)
     code, _, errors = migrate(started.db, where)
     assert code == 2 and "Another bus is serving" in errors
-    started.close()
+    started.stop()
     there = dumped(started.db)
-    owned = Bespoke(tmp_path, database="postgres")
+    owned = Served(tmp_path, database="postgres")
     owned.api.bus.set("lock", "somebody's")
-    owned.close()
+    owned.stop()
     code, _, errors = migrate(started.db, where)
     assert code == 2 and "has intents, keys or values already" in errors
     owned.restart()
     owned.api.bus.delete("lock")
-    owned.close()
+    owned.stop()
     code, said, errors = migrate(started.db, where)
     assert code == 0 and f"intents: {len(there['intents'])}" in errors and "everything is there" in said, errors
     code, _, errors = migrate(started.db, where)
     assert code == 2 and "has intents, keys or values already" in errors
-    on_postgres = Bespoke(tmp_path, database="postgres")
+    on_postgres = Served(tmp_path, database="postgres")
     code, _, errors = migrate("--back", tmp_path / "back.db", where)
     assert code == 2 and "bus is running" in errors and not os.path.exists(tmp_path / "back.db")
     code, _, errors = migrate("--back", "postgresql://bus@db.example/bus", tmp_path / "back.db")
     assert code == 2 and "the file comes first" in errors
     assert on_postgres.api.bus.get("value") == {"a": 1}
-    on_postgres.close()
+    on_postgres.stop()
     assert migrate("--back", tmp_path / "back.db", where)[0] == 0
     assert dumped(tmp_path / "back.db") == there
     drop_schemas()
@@ -7535,8 +7507,7 @@ def test_buses_follow_a_failover_to_a_standby_and_say_meanwhile_when_to_come_aga
              for _ in range(2)]
     traffic = Traffic(buses)
     traffic.flows(200)
-    began, served = time.monotonic(), Served.__new__(Served)
-    served.port = int(buses[0].url.rpartition(":")[2])
+    began = time.monotonic()
     primary.control("-m", "immediate", "stop")
     refused = served.ask("POST", "/intent", a_publish())
     assert_refusal(refused, 503, "database_busy", "PostgreSQL")
@@ -7862,22 +7833,21 @@ def test_a_worker_without_a_token_is_refused_where_tokens_are_required(tmp_path)
 
 @SLOW
 @POSIX
-def test_a_bus_that_is_away_and_programs_that_are_killed_lose_and_repeat_nothing(store, home, tmp_path):
+def test_a_bus_that_is_away_and_programs_that_are_killed_lose_and_repeat_nothing(served, home, tmp_path):
     """200 publishes and two outcomes while the bus is away, programs killed at random; then everything arrives once."""
-    away, chance = Away(store), random.Random(6)
-    settings = dict(os.environ, INTENT_BUS_URL=away.url, INTENT_API_KEY=KEY)
+    chance = random.Random(6)
+    settings = dict(os.environ, INTENT_BUS_URL=served.url, INTENT_API_KEY=KEY)
     runs = tmp_path / "runs"
-    away.start()
-    jobs = [away.bus.publish("job", number).id for number in range(2)]
+    jobs = [served.publish(goal="job", payload=number) for number in range(2)]
     worker = subprocess.Popen([*COMMAND, "work", "--goal", "job", "-j", "2", "--", "sh", "-c",
                                f'echo "$INTENT_ID" >>{runs}; while [ -e {tmp_path}/hold ]; do sleep 0.05; done; echo done'], env=settings,
                               stderr=subprocess.PIPE, text=True, start_new_session=True)
     (tmp_path / "hold").write_text("")
     wait_until(lambda: runs.exists() and len(runs.read_text().split()) == 2)
-    away.stop()
+    served.stop()
     (tmp_path / "hold").unlink()
     spool = intentbus.Spool()
-    wait_until(lambda: len(spool.waiting(away.url)) == 2)     # both outcomes are on disk
+    wait_until(lambda: len(spool.waiting(served.url)) == 2)     # both outcomes are on disk
     worker.kill()
     worker.communicate()
     said = []     # numbers whose program has said that they are kept
@@ -7893,7 +7863,7 @@ def test_a_bus_that_is_away_and_programs_that_are_killed_lose_and_repeat_nothing
             said.append(number)
     numbers = iter(range(200))
     at_once(4, lambda thread: [publish(number) for number in numbers])
-    away.start()
+    served.start()
     for _ in range(8):     # killed while they send
         process = subprocess.Popen([*COMMAND, "flush"], env=settings, stdout=subprocess.PIPE)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -7902,13 +7872,12 @@ def test_a_bus_that_is_away_and_programs_that_are_killed_lose_and_repeat_nothing
         process.communicate()
     drained = subprocess.run([*COMMAND, "work", "--goal", "job", "--drain", "--", "sh", "-c", f'echo "$INTENT_ID" >>{runs}'],
                              env=settings, capture_output=True, timeout=60)
-    arrived = away.payloads(goal="g")
+    arrived = served.payloads(goal="g")
     figure("bus away", f"{len(said)} of 200 publishes said kept, {len(arrived)} arrived, {200 - len(said)} killed")
-    assert drained.returncode == 0 and spool.waiting(away.url) == []
+    assert drained.returncode == 0 and spool.waiting(served.url) == []
     assert len(set(arrived)) == len(arrived) and set(said) <= set(arrived)
     assert sorted(runs.read_text().split()) == sorted(jobs), "each ran once"
-    assert [away.bus.get_result(id).result for id in jobs] == ["done", "done"]
-    away.stop()
+    assert [served.client.get_result(id).result for id in jobs] == ["done", "done"]
 
 
 @SLOW
@@ -7929,7 +7898,7 @@ def test_a_bus_that_is_killed_two_hundred_times_has_lost_nothing_it_has_answered
         serve.process.communicate()
         for _ in range(4):
             ended.get(timeout=20)
-    with contextlib.closing(Store(tmp_path / "bus.db")) as store:
+    with contextlib.closing(open_store("sqlite", tmp_path / "bus.db")) as store:
         stored = {id: store.get(id) for id in {*answered.published, *answered.fulfilled, *answered.failed}}
         with store._reader() as db:
             assert [*db.execute("PRAGMA integrity_check").fetchone().values()] == ["ok"]
@@ -8031,7 +8000,7 @@ def test_a_backup_under_load_holds_all_that_was_answered_before_it_began(tmp_pat
         wait_until(lambda: len(answered.published) > 100 * (number + 1))
         before, done = list(answered.published), list(answered.fulfilled)
         assert serve.run("backup", f"{number}.db", "--db", "bus.db").returncode == 0
-        with contextlib.closing(Store(tmp_path / f"{number}.db")) as copy, copy._reader() as db:
+        with contextlib.closing(open_store("sqlite", tmp_path / f"{number}.db")) as copy, copy._reader() as db:
             assert [*db.execute("PRAGMA integrity_check").fetchone().values()] == ["ok"]
             assert {copy.get(id).status for id in before} and {copy.get(id).status for id in done} == {"fulfilled"}
             counted = {row.status: row.n for row in db.execute("SELECT status, COUNT(*) AS n FROM intents GROUP BY status")}
@@ -8217,7 +8186,7 @@ def is_report_or_claim(path):
 @SLOW
 @POSIX
 @pytest.mark.parametrize("fates, most", [(("answer lost",), 1000), (Weather.FATES, 400)], ids=["lost answers", "all sorts"])
-def test_answers_that_are_lost_cost_no_intent_and_no_second_run(client, weather, impatient, tmp_path, fates, most):
+def test_answers_that_are_lost_cost_no_intent_and_no_second_run(served, weather, impatient, tmp_path, fates, most):
     seed = 4
     chance, log = random.Random(seed), tmp_path / "log"
     spoil = lambda path: is_report_or_claim(path) and sum(
@@ -8250,7 +8219,7 @@ def test_answers_that_are_lost_cost_no_intent_and_no_second_run(client, weather,
         listener = in_thread(lambda: bus.listen("listen", handler, full_envelope=True, concurrency=16, poll=0.1,
                                                 max_jobs=jobs[1]) or True)
         wait_until(lambda: len(ids) == number, 60)
-        done = lambda: sum(states.get("fulfilled", 0) for states in bus_summary(client).values())
+        done = lambda: sum(states.get("fulfilled", 0) for states in bus_summary(served.client).values())
         wait_until(lambda: done() == number, 60)
         assert all(thread() for thread in publishers) and listener() and worker.wait(30) == 0
     finally:
@@ -8262,7 +8231,7 @@ def test_answers_that_are_lost_cost_no_intent_and_no_second_run(client, weather,
            f"{met} of {sum(proxy.met.values())} requests spoilt, {number} intents, {number - len(set(ids))} duplicates, "
            f"{len(runs) - len(set(runs))} runs twice (seed {seed}): {dict(proxy.met)}")
     assert met == most and len(set(ids)) == number, seed
-    assert sum(bus_summary(client)["default"].values()) == number
+    assert sum(bus_summary(served.client)["default"].values()) == number
     assert len(runs) == len(set(runs)) == sum(jobs), seed     # each attempt ran once, and none was spent on a lost answer
 
 
