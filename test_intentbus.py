@@ -231,38 +231,8 @@ def bus(store, clock):
     return assembled(store, clock=clock, bus=dict(jitter=lambda: 0.5)).bus
 
 
-class Served:
-    """A bus in this process behind a server on a free port, and ways to talk to it."""
-
-    def __init__(self, folder, database="sqlite", **options):
-        """Start it; options are those of assembled(), and server: those of http_server()."""
-        self.db, self.database, self.options, self.port, self.server = str(folder / "bus.db"), database, options, 0, None
-        self.start()
-
-    def start(self, **changes):
-        """Start it again after stop(), with some options changed; its file and its port stay the same."""
-        self.options.update(changes)
-        options = dict(self.options)
-        serving = dict(options.pop("server", ()))
-        self.store = open_store(self.database, self.db)
-        self.api = assembled(self.store, **options)
-        self.server = intentbus.http_server(self.api, port=self.port, **serving)
-        self.port = self.server.server_port
-        self.url = f"http{'s' if 'tls' in serving else ''}://127.0.0.1:{self.port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def stop(self):
-        """Stop it, if it runs."""
-        if self.server:
-            self.server.close()
-            self.store.close()
-        self.server = None
-
-    def restart(self, **changes):
-        """Stop it, and start it with some options changed."""
-        self.stop()
-        return self.start(**changes)
+class Reachable:
+    """A bus at url and port, and ways to talk to it."""
 
     @functools.cached_property
     def client(self):
@@ -317,6 +287,40 @@ class Served:
         sock.sendall(asking(method, target, b"", key, **headers))
         wait_until(lambda: self.held() > others)
         return sock
+
+
+class Served(Reachable):
+    """A bus in this process behind a server on a free port, and ways to talk to it."""
+
+    def __init__(self, folder, database="sqlite", **options):
+        """Start it; options are those of assembled(), and server: those of http_server()."""
+        self.db, self.database, self.options, self.port, self.server = str(folder / "bus.db"), database, options, 0, None
+        self.start()
+
+    def start(self, **changes):
+        """Start it again after stop(), with some options changed; its file and its port stay the same."""
+        self.options.update(changes)
+        options = dict(self.options)
+        serving = dict(options.pop("server", ()))
+        self.store = open_store(self.database, self.db)
+        self.api = assembled(self.store, **options)
+        self.server = intentbus.http_server(self.api, port=self.port, **serving)
+        self.port = self.server.server_port
+        self.url = f"http{'s' if 'tls' in serving else ''}://127.0.0.1:{self.port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def stop(self):
+        """Stop it, if it runs."""
+        if self.server:
+            self.server.close()
+            self.store.close()
+        self.server = None
+
+    def restart(self, **changes):
+        """Stop it, and start it with some options changed."""
+        self.stop()
+        return self.start(**changes)
 
 
 def answer(sock):
@@ -541,18 +545,21 @@ def read_answers(sock, methods):
 
 # -- A bus as a program --
 
-class Serve:
-    """`intentbus.py serve` as a process, in a directory and HOME of its own."""
+class Serve(Reachable):
+    """A bus as a program, in a directory and HOME of its own; without a key, it makes one."""
 
-    def __init__(self, home, *arguments, program=(PROGRAM, "serve"), **environment):
+    def __init__(self, home, *arguments, key=KEY, program=(PROGRAM, "serve"), **environment):
         self.env = dict(os.environ, HOME=str(home), PYTHONUNBUFFERED="1")
         for name in ("INTENT_API_KEY", "INTENT_BUS_URL", "INTENT_BUS_NAMESPACE", "BUS_SECRET", "BUS_DB_PATH"):
             self.env.pop(name, None)
         self.home = home
+        if key and not (home / ".apikey").exists():
+            (home / ".apikey").write_text(key)
+            (home / ".apikey").chmod(0o600)
         self.process = subprocess.Popen([sys.executable, *program, "--port", "0", *arguments], cwd=home,
                                         env=dict(self.env, **environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.url = self.process.stdout.readline().strip()
-        self.env["INTENT_BUS_URL"] = self.url
+        self.env["INTENT_BUS_URL"], self.port = self.url, int(self.url.rpartition(":")[2] or 0)
 
     def run(self, *arguments, **options):
         """Run a command to its end."""
@@ -965,10 +972,10 @@ def fuzz(port, fuzzer, number):
 
 def fuzzing(serve, seed, number):
     """Fuzz a bus with all kinds of keys; return how often each status was answered."""
-    client = IntentClient(serve.url, intentbus.read_key(serve.home / ".apikey"))
+    client = serve.client
     issued = [client.admin("generate_key", owner="ann", name="x", role=role).api_key for role in ("publish", "work", "both")]
-    keys = [intentbus.read_key(serve.home / ".apikey")] * 4 + issued + ["wrong", "tk_" + "0" * 56]
-    statuses = fuzz(int(serve.url.rpartition(":")[2]), Fuzzer(seed, keys), number)
+    keys = [KEY] * 4 + issued + ["wrong", "tk_" + "0" * 56]
+    statuses = fuzz(serve.port, Fuzzer(seed, keys), number)
     assert client.publish("after", 1).id
     return statuses
 
@@ -1448,7 +1455,7 @@ def running(tmp_path):
 
     def bus(where=None):
         """A bus on the PostgreSQL of this test, or another, as a process."""
-        bus = Serve(tmp_path, "--db", where or dsn(tmp_path / "bus.db"), program=[HERE / "examples" / "postgres_bus.py"], BUS_SECRET=KEY)
+        bus = Serve(tmp_path, "--db", where or dsn(tmp_path / "bus.db"), program=[HERE / "examples" / "postgres_bus.py"])
         programs.append(bus.process)
         assert bus.url, bus.stop()
         return bus
@@ -5805,7 +5812,7 @@ def test_the_doctor_says_what_waits_to_be_sent(home):
 
 @POSIX
 def test_serve_makes_a_key_prints_its_url_and_ends_well(tmp_path):
-    serve = Serve(tmp_path)
+    serve = Serve(tmp_path, key=None)
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+", serve.url)
     claim = serve.start("work", "--goal", "g")
     published = serve.run("publish", "later", "1")
@@ -5860,7 +5867,7 @@ def test_the_ways_to_say_a_payload(serve, words, stdin, payload):
     (serve.home / "file.json").write_text('{"from": "file"}')
     options = {"input": stdin} if stdin else {}
     id = serve.run("publish", "ways", *words, "--priority", "9", "--delay", "2h", "--capability", "x", **options).stdout.strip()
-    intent = IntentClient(serve.url, intentbus.read_key(serve.home / ".apikey")).list(goal="ways", payload=True).intents[0]
+    intent = serve.client.list(goal="ways", payload=True).intents[0]
     assert (intent.id, intent.payload, intent.priority, intent.required_capability) == (id, payload, 9, "x")
     assert round(intent.run_at - intent.created_at) == 7200
 
@@ -5952,7 +5959,7 @@ def test_durations(words, seconds):
 
 
 def test_what_is_printed_cannot_command_the_terminal(serve):
-    client = IntentClient(serve.url, intentbus.read_key(serve.home / ".apikey"))
+    client = serve.client
     intent = client.publish("escape", 1) and client.claim("escape")
     client.fail(intent.id, intent.claim_token, "\x1b]0;owned\x07\x1b[2J\nsecond line", retry=False)
     for output in (serve.run("list", "--status", "dead").stdout, serve.run("result", intent.id).stderr):
@@ -5962,7 +5969,7 @@ def test_what_is_printed_cannot_command_the_terminal(serve):
 @POSIX
 def test_a_result_that_would_command_a_terminal_goes_raw_only_into_a_pipe(serve):
     import pty
-    client = IntentClient(serve.url, intentbus.read_key(serve.home / ".apikey"))
+    client = serve.client
     id = client.publish("raw", 1).id
     intent = client.claim("raw")
     client.fulfill(id, intent.claim_token, "\x1b[2Jtwo\nlines\t\x9b31mä", "text")
@@ -6754,7 +6761,7 @@ def test_the_walk_through_on_a_phone_is_as_the_readme_says(serve, termux):
 def test_the_boot_script_starts_the_worker_and_starts_it_again(serve, termux):
     house, start = termux
     start("scp -r here:intentbus .").wait(20)
-    (house / ".apikey").write_text(Path(serve.home, ".apikey").read_text())
+    (house / ".apikey").write_text(KEY)
     (house / ".apikey").chmod(0o600)
     worker = (house.parent / "usr" / "bin" / "python3")
     worker.write_text(f"""#!/bin/sh
@@ -7420,22 +7427,15 @@ def test_a_bus_moves_to_postgresql_and_back_with_everything(tmp_path, clock):
     drop_schemas()
 
 
-def summary_of(bus):
-    """Return what /admin/summary says."""
-    request = urllib.request.Request(bus.url + "/admin/summary", headers={"X-API-KEY": KEY})
-    with urllib.request.urlopen(request, timeout=20) as answer:
-        return json.load(answer)
-
-
 @SLOW
 @ON_POSTGRES
 @POSIX
 def test_of_two_buses_one_is_killed_and_every_intent_is_done_exactly_once(running):
     """Two bus processes, 16 workers spread over both, 20,000 intents."""
     number, one, other, stopped = 20_000, running.bus(), running.bus(), threading.Event()
-    balancer = Forwarder(*(int(bus.url.rpartition(":")[2]) for bus in (one, other)))
+    balancer = Forwarder(one.port, other.port)
     publisher = IntentClient(f"http://127.0.0.1:{balancer.port}", KEY)
-    fulfilled = lambda: summary_of(other)["intents"].get("default", {}).get("fulfilled", 0)
+    fulfilled = lambda: other.client.admin("summary")["intents"].get("default", {}).get("fulfilled", 0)
     publish = lambda batches: [publisher.publish_many([dict(goal="g", payload=batch * 1000 + n) for n in range(1000)],
                                                       idempotency_key=f"batch {batch}") for batch in batches]
     publish(range(10))
@@ -7465,7 +7465,7 @@ def test_from_a_publish_on_one_bus_to_a_worker_at_another_it_takes_milliseconds(
     publish, claim, took = talking(one.url, KEY), talking(other.url, KEY), []
     for _ in range(200):
         arrived = in_thread(lambda: (claim("/claim?goal=g&wait=20"), time.monotonic()))
-        wait_until(lambda: summary_of(other)["held_requests"] == 1)
+        wait_until(lambda: other.held() == 1)
         start = time.monotonic()
         assert publish("/intent", a_publish())[0] == 201
         (status, claimed), end = arrived()
@@ -7509,7 +7509,7 @@ def test_buses_follow_a_failover_to_a_standby_and_say_meanwhile_when_to_come_aga
     traffic.flows(200)
     began = time.monotonic()
     primary.control("-m", "immediate", "stop")
-    refused = served.ask("POST", "/intent", a_publish())
+    refused = buses[0].ask("POST", "/intent", a_publish())
     assert_refusal(refused, 503, "database_busy", "PostgreSQL")
     assert refused.headers["retry-after"] == "1"
     standby.control("promote")
@@ -7887,11 +7887,11 @@ def test_a_bus_that_is_killed_two_hundred_times_has_lost_nothing_it_has_answered
     for _ in range(200):
         started = time.monotonic()
         serve = Serve(tmp_path, "--db", "bus.db")
-        urllib.request.urlopen(serve.url + "/health", timeout=20).close()
+        assert serve.ask("GET", "/health").status == 200
         starts.append(time.monotonic() - started)
-        key, ended = intentbus.read_key(tmp_path / ".apikey"), queue.SimpleQueue()
+        ended = queue.SimpleQueue()
         for _ in range(4):
-            threading.Thread(target=answered.load, args=(serve.url, key, ended), daemon=True).start()
+            threading.Thread(target=answered.load, args=(serve.url, KEY, ended), daemon=True).start()
         with contextlib.suppress(queue.Empty):
             ended.get(timeout=chance.uniform(0.02, 0.3))
         serve.process.kill()
@@ -7918,7 +7918,7 @@ def test_a_bus_that_is_killed_two_hundred_times_has_lost_nothing_it_has_answered
 @SLOW
 @POSIX
 def test_what_a_hundred_killed_workers_had_is_done_by_others(serve, tmp_path):
-    client, lags, rescues = IntentClient(serve.url, intentbus.read_key(serve.home / ".apikey")), [], []
+    client, lags, rescues = serve.client, [], []
     for wave in range(10):
         goal, marks = f"wave{wave}", tmp_path / f"wave{wave}"
         marks.mkdir()
@@ -7948,10 +7948,10 @@ def test_a_power_cut_at_any_moment_loses_nothing_that_was_answered(tmp_path):
     images.mkdir()
     home.mkdir()
     serve = Serve(home, "--db", "bus.db", DISK_IMAGES=str(images), **preloaded(tmp_path, DISK))
-    key, said = intentbus.read_key(home / ".apikey"), queue.SimpleQueue()     # (images there were, id, what was answered)
+    said = queue.SimpleQueue()     # (images there were, id, what was answered)
 
     def load(rounds):
-        ask = talking(serve.url, key)
+        ask = talking(serve.url, KEY)
         for number in range(rounds):
             id = ask("/intent", a_publish(goal=f"g{number}", payload="x" * 6000))[1]["id"]
             said.put((len(os.listdir(images)), id, "published"))
@@ -7993,9 +7993,9 @@ def test_a_power_cut_at_any_moment_loses_nothing_that_was_answered(tmp_path):
 @POSIX
 def test_a_backup_under_load_holds_all_that_was_answered_before_it_began(tmp_path):
     serve = Serve(tmp_path, "--db", "bus.db")
-    answered, ended, key = Answered(), queue.SimpleQueue(), intentbus.read_key(tmp_path / ".apikey")
+    answered, ended = Answered(), queue.SimpleQueue()
     for _ in range(3):
-        threading.Thread(target=answered.load, args=(serve.url, key, ended), daemon=True).start()
+        threading.Thread(target=answered.load, args=(serve.url, KEY, ended), daemon=True).start()
     for number in range(5):
         wait_until(lambda: len(answered.published) > 100 * (number + 1))
         before, done = list(answered.published), list(answered.fulfilled)
@@ -8014,13 +8014,13 @@ def test_a_backup_under_load_holds_all_that_was_answered_before_it_began(tmp_pat
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from /proc")
 def test_an_hours_load_leaves_log_file_and_memory_bounded(tmp_path):
     serve = Serve(tmp_path, "--retention", "3s", "--db", "bus.db")
-    key, jobs, done, samples = intentbus.read_key(tmp_path / ".apikey"), queue.SimpleQueue(), queue.SimpleQueue(), []
+    jobs, done, samples = queue.SimpleQueue(), queue.SimpleQueue(), []
 
     def load():
         link = http.client.HTTPConnection(serve.url[7:], timeout=30)
 
         def ask(path, body=None):
-            link.request("POST", path, body and json.dumps(body), {"X-API-KEY": key})
+            link.request("POST", path, body and json.dumps(body), {"X-API-KEY": KEY})
             return json.loads(link.getresponse().read())
         while jobs.get() is not None:
             ask("/intent", {"goal": "g", "payload": "x" * 500})
@@ -8092,9 +8092,8 @@ def test_slow_and_vanishing_clients_take_nothing_and_hold_up_nobody(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     serve = Serve(tmp_path)
-    port, key = int(serve.url.rpartition(":")[2]), intentbus.read_key(tmp_path / ".apikey")
-    address, head = ("127.0.0.1", port), f"Host: x\r\nX-API-KEY: {key}\r\n"
-    client = IntentClient(serve.url, key)
+    port, client, head = serve.port, serve.client, f"Host: x\r\nX-API-KEY: {KEY}\r\n"
+    address = ("127.0.0.1", port)
     latencies(port, 50)
     before, quiet = belongings(serve.process), percentile(latencies(port), 0.99)
     bound, p99 = max(5 * quiet, 0.1), {}     # a floor, since a quiet p99 of some milliseconds says little on a shared machine
@@ -8148,7 +8147,7 @@ def test_slow_and_vanishing_clients_take_nothing_and_hold_up_nobody(tmp_path):
 @SLOW
 @POSIX
 def test_ten_thousand_intents_are_done_once_each_by_eight_workers(serve, tmp_path):
-    client = IntentClient(serve.url, intentbus.read_key(serve.home / ".apikey"))
+    client = serve.client
     worker = serve.start("work", "--goal", "bulk", "-j", "8", "--max-jobs", "5000")
     done = collections.Counter()
     output = in_thread(lambda: [done.update([json.loads(line)]) for line in worker.stdout])
@@ -8243,7 +8242,7 @@ def bus_summary(client):
 @SLOW
 @POSIX
 def test_a_worker_asleep_past_its_lease_ends_its_program_and_reports_nothing(serve, tmp_path):
-    client = IntentClient(serve.url, intentbus.read_key(serve.home / ".apikey"))
+    client = serve.client
     texts = {"long": "echo $$ > long; exec sleep 60", "short": "echo $$ > short; read x < gate; echo stale"}
     os.mkfifo(tmp_path / "gate")
     workers, jobs = {}, {}
