@@ -213,6 +213,63 @@ def store(database, tmp_path):
     store.close()
 
 
+def forbid(served, goal, how="ABORT"):
+    """Let the database of a bus refuse each intent of a goal; how is what SQLite does to the transaction then."""
+    if served.database == "sqlite":
+        with contextlib.closing(sqlite3.connect(served.db)) as db:
+            db.execute(f"CREATE TRIGGER forbidden BEFORE INSERT ON intents WHEN NEW.goal = '{goal}' "
+                       f"BEGIN SELECT RAISE({how}, 'forbidden'); END")
+    else:
+        postgres(f"ALTER TABLE {schema_of(served.db)}.intents ADD CONSTRAINT forbidden CHECK (goal <> '{goal}')")
+
+
+@contextlib.contextmanager
+def occupied(path):
+    """Hold the write lock of a SQLite file, as another program may."""
+    with contextlib.closing(sqlite3.connect(path, timeout=PATIENCE_SECONDS, isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        yield
+        db.execute("ROLLBACK")
+
+
+def commits(path):
+    """Return how many transactions are in the write-ahead log of a SQLite file (https://sqlite.org/fileformat2.html)."""
+    log = Path(f"{path}-wal").read_bytes()
+    page_bytes, salts = struct.unpack(">I", log[8:12])[0], log[16:24]
+    frames = (log[start:start + 24] for start in range(32, len(log), 24 + page_bytes))
+    return sum(frame[4:8] != bytes(4) for frame in frames if frame[8:16] == salts)
+
+
+class Work:
+    """The connections to SQLite that this process has made, and how many times ten instructions they have run."""
+
+    def __init__(self):
+        self.connections = self.done = 0
+
+    def note(self):
+        self.done += 1
+
+    def of(self, function, *args, **kwargs):
+        """Call a function; return its work and its result."""
+        before = self.done
+        result = function(*args, **kwargs)
+        return self.done - before, result
+
+
+@pytest.fixture
+def sqlite_work(monkeypatch):
+    """The work of all connections to SQLite that are made from now on."""
+    work, connect = Work(), sqlite3.connect
+
+    def counted(*args, **kwargs):
+        db = connect(*args, **kwargs)
+        work.connections += 1
+        db.set_progress_handler(lambda: work.note(), 10)
+        return db
+    monkeypatch.setattr(sqlite3, "connect", counted)
+    return work
+
+
 # -- A bus in this process --
 
 def assembled(store, key=KEY, clock=None, bus=(), keys=(), api=()):
@@ -280,11 +337,16 @@ class Reachable:
         """Return how many requests the bus holds."""
         return self.ask("GET", "/admin/summary").json["held_requests"]
 
-    def hold(self, method, target, key=KEY, **headers):
-        """Send a request that the bus is to hold; return its connection once it is held."""
-        others, sock = self.held(), self.connect()
+    def begin(self, method, target, body=b"", key=KEY, **headers):
+        """Send a request, and return the connection that answer() reads."""
+        sock = self.connect()
         sock.settimeout(PATIENCE_SECONDS)
-        sock.sendall(asking(method, target, b"", key, **headers))
+        sock.sendall(asking(method, target, body, key, **headers))
+        return sock
+
+    def hold(self, method, target, body=b"", key=KEY, **headers):
+        """Send a request that the bus is to hold; return its connection once it is held."""
+        others, sock = self.held(), self.begin(method, target, body, key, **headers)
         wait_until(lambda: self.held() > others)
         return sock
 
@@ -1137,13 +1199,14 @@ def certificates(tmp_path_factory):
 
 # -- The machine --
 
-def preloaded(folder, source):
+@functools.lru_cache(maxsize=None)
+def preloaded(source):
     """Compile a library that goes between a program and the system; return the environment that loads it."""
     if not sys.platform.startswith("linux") or not shutil.which("cc"):
         pytest.skip("this needs Linux and a C compiler")
-    (folder / "between.c").write_text(source)
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", "between.so", "between.c", "-ldl"], cwd=folder, check=True)
-    return {"LD_PRELOAD": str(folder / "between.so")}
+    library = tempfile.NamedTemporaryFile(suffix=".so", dir=COMPILED.name, delete=False).name
+    subprocess.run(["cc", "-shared", "-fPIC", "-x", "c", "-o", library, "-", "-ldl"], input=source.encode(), check=True)
+    return {"LD_PRELOAD": library}
 
 
 NO_SHARED_MEMORY = r"""
@@ -1169,6 +1232,7 @@ void *mmap64(void *a, size_t l, int h, int f, int d, off_t o) { return refuse("m
 DISK = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -1196,8 +1260,10 @@ static void keep(int file) {     /* what is on the disk now: a copy of the file,
     snprintf(image, sizeof image, "%s/%06d-%s", folder, number++, name);
     rename(draft, image);
 }
-static int synced(const char *name, int file) {
+static int synced(const char *name, int file) {     /* it fails while there is a file named by DISK_FAULT */
     int (*real)(int) = dlsym(RTLD_NEXT, name);
+    const char *fault = getenv("DISK_FAULT");
+    if (fault && !access(fault, F_OK)) { errno = EIO; return -1; }
     pthread_mutex_lock(&lock);
     int result = real(file);
     if (!result) keep(file);
@@ -1228,6 +1294,16 @@ def fill_up(place):
         while file.write(bytes(4096)):
             pass
     return filler
+
+
+LINUX = pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="only Linux says what has been received")
+
+
+def unread(port):
+    """Return how much the server on a port has not received yet: bytes, and connections."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(int(row[4].partition(":")[2], 16) for row in rows
+               if row[1].endswith(f":{port:04X}") and row[3] in ("01", "0A"))     # established, listening
 
 
 def memory(process):
@@ -1570,89 +1646,89 @@ def test_backoff_doubles_with_each_attempt_up_to_an_hour(attempt, delay):
 
 # ---- 4. Store ----
 
-def add(store, *intents):
-    store.add(list(intents), Intent(), 0)
-
-
 @ON_A_FILE
-def test_the_file_is_its_owners_alone_and_says_what_the_protocol_says(store):
-    add(store, published())
-    assert stat.S_IMODE(os.stat(store.path).st_mode) == 0o600 or os.name != "posix"
-    with contextlib.closing(sqlite3.connect(store.path)) as db:
+def test_the_file_is_its_owners_alone_and_says_what_the_protocol_says(served):
+    served.publish()
+    assert stat.S_IMODE(os.stat(served.db).st_mode) == 0o600 or os.name != "posix"
+    with contextlib.closing(sqlite3.connect(served.db)) as db:
         assert db.execute("SELECT goal, status, priority, payload FROM intents").fetchall() == [("g", "open", 100, "1")]
         assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         assert db.execute("PRAGMA user_version").fetchone() == (len(intentbus.MIGRATIONS),)
 
 
-@ON_A_FILE
-def test_every_write_is_synced(store):
-    assert store._db.execute("PRAGMA synchronous").fetchone().synchronous == 2
+def test_no_publish_or_report_is_answered_before_it_is_on_disk(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    serve = Serve(tmp_path, "--db", "bus.db", DISK_IMAGES=str(images), **preloaded(DISK))
+    for verb in ("fulfill", "fail", "release", "cancel"):
+        synced = [len(os.listdir(images))]
+        intent_id = serve.publish(goal=verb)
+        synced.append(len(os.listdir(images)))
+        assert serve.ask("POST", f"/claim?goal={verb}").status == 200
+        synced.append(len(os.listdir(images)))
+        assert serve.ask("POST", f"/{verb}/{intent_id}").status == 200
+        synced.append(len(os.listdir(images)))
+        assert synced[0] < synced[1] and synced[2] < synced[3], verb
+    serve.stop()
 
 
 @ON_A_FILE
-def test_operations_of_many_threads_share_commits_and_a_failure_hurts_nobody_else(store):
-    commits = []
-    store.on_commit = lambda intents: commits.append(len(intents))
-    errors = []
-
-    def publish(number):
-        try:
-            add(store, *[published(payload=number)] * (2 if number % 10 == 0 else 1))     # the same id twice: refused
-        except sqlite3.IntegrityError:
-            errors.append(number)
-
-    with store._alone():     # a slow commit: all that comes meanwhile queues up behind it
-        threads = [threading.Thread(target=publish, args=(number,)) for number in range(50)]
-        for thread in threads:
-            thread.start()
-        wait_until(lambda: len(store._jobs) == 50)
-    for thread in threads:
-        thread.join()
-    assert sorted(errors) == [0, 10, 20, 30, 40]
-    assert commits == [45] and len(store.list(100)[0]) == 45
+@LINUX
+@pytest.mark.parametrize("how", ["ABORT", "ROLLBACK"])     # ROLLBACK ends the transaction, as a full disk does
+def test_requests_that_queue_up_share_a_commit_and_no_failure(served, how):
+    forbid(served, "forbidden", how)
+    with occupied(served.db):
+        sent = [served.begin("POST", "/intents", [a_publish(payload=number), a_publish(goal="g" if number % 10 else "forbidden")])
+                for number in range(50)]
+        wait_until(lambda: not unread(served.port))
+        before = commits(served.db)
+    answers = [answer(sock) for sock in sent]
+    assert [number for number in range(50) if answers[number].status != 201] == [0, 10, 20, 30, 40]
+    assert {answers[number].status for number in (0, 10, 20, 30, 40)} == {500}
+    assert commits(served.db) - before <= 15
+    stored = {id for response in answers if response.status == 201 for id in response.json["ids"]}
+    assert {intent.id for intent in served.client.list(limit=500).intents} == stored
+    assert served.ask("GET", "/admin/summary").json["intents"] == {"default": {"open": 90}}
 
 
-@ON_A_FILE
-def test_a_commit_that_fails_fails_everyone_in_it_and_the_next_one_works(store, monkeypatch):
-    class Broken:
-        def __init__(self, db):
-            self.db = db
+@LINUX
+def test_a_commit_that_fails_is_no_success_for_any_request_in_it(tmp_path):
+    fault = tmp_path / "fault"
+    serve = Serve(tmp_path, "--db", "bus.db", DISK_FAULT=str(fault), **preloaded(DISK))
 
-        def __getattr__(self, name):
-            return getattr(self.db, name)
+    def publish():
+        return [serve.begin("POST", "/intent", a_publish(), Idempotency_Key=f"key {number}") for number in range(10)]
+    with occupied(tmp_path / "bus.db"):
+        sent = publish()
+        wait_until(lambda: not unread(serve.port))
+        fault.touch()
+    for sock in sent:
+        assert_refusal(answer(sock), 503, "database_busy")
+    assert serve.statuses() == [] and serve.ask("GET", "/admin/summary").json["intents"] == {}
+    fault.unlink()
+    assert [answer(sock).status for sock in publish()] == [201] * 10
+    assert serve.statuses() == ["open"] * 10
+    assert serve.ask("GET", "/admin/summary").json["intents"] == {"default": {"open": 10}}
+    serve.stop()
 
-        def execute(self, statement, *args):
-            if statement == "COMMIT":
-                raise sqlite3.OperationalError("database or disk is full")
-            return self.db.execute(statement, *args)
 
-    monkeypatch.setattr(store, "_db", Broken(store._db))
-    with pytest.raises(intentbus.StorageFull, match="nothing of this request was stored"):
-        add(store, published())
-    monkeypatch.undo()
-    add(store, published())
-    assert len(store.list(10)[0]) == 1
-
-
-def test_an_operation_that_fails_after_it_has_written_leaves_nothing(store):
-    def fail():
-        store._insert([published()])
-        raise ValueError
+def test_a_request_that_fails_halfway_leaves_nothing(served):
+    forbid(served, "forbidden")
     for _ in range(3):
-        with pytest.raises(ValueError):
-            store._commit(fail, synced=True)
-        assert store.list(10) == ([], None) and store.tallies() == []
-    add(store, published())
-    assert len(store.list(10)[0]) == 1 and [row.intents for row in store.tallies()] == [1]
+        refused = served.ask("POST", "/intents", [a_publish(), a_publish(goal="forbidden")], Idempotency_Key="k")
+        assert_refusal(refused, 500, "internal_error")
+        assert served.statuses() == [] and served.ask("GET", "/admin/summary").json["intents"] == {}
+    assert served.ask("POST", "/intents", [a_publish()], Idempotency_Key="k").status == 201
+    assert served.statuses() == ["open"] and served.ask("GET", "/admin/summary").json["intents"] == {"default": {"open": 1}}
 
 
 @ON_A_FILE
-def test_readers_in_the_way_do_not_let_the_log_grow_without_end(store, monkeypatch):
+def test_readers_in_the_way_do_not_let_the_log_grow_without_end(started, monkeypatch):
     monkeypatch.setattr(intentbus, "WAL_BYTES", 400_000)
-    store._cut_at, done = 400_000, threading.Event()
+    served, done = started(), threading.Event()
 
-    def read():     # two of these, so that there is always somebody with a view of the file
-        with contextlib.closing(sqlite3.connect(store.path, isolation_level=None)) as reader:
+    def read():     # two of these, so that the file is always being read
+        with contextlib.closing(sqlite3.connect(served.db, isolation_level=None)) as reader:
             while not done.is_set():
                 reader.execute("BEGIN")
                 reader.execute("SELECT COUNT(*) FROM intents").fetchone()
@@ -1663,98 +1739,110 @@ def test_readers_in_the_way_do_not_let_the_log_grow_without_end(store, monkeypat
     readers = [in_thread(read), in_thread(read)]
     lengths = []
     for _ in range(40):
-        add(store, published(payload="x" * 40_000))
-        lengths.append(store.bytes()[1])
+        served.publish(payload="x" * 40_000)
+        lengths.append(os.path.getsize(served.db + "-wal"))
     done.set()
     assert all(reader() for reader in readers)
-    assert max(lengths) < 3 * 400_000 < 40 * 40_000 < store.bytes()[0] + 400_000
+    assert max(lengths) < 3 * 400_000 < 40 * 40_000 < os.path.getsize(served.db) + 400_000
 
 
 @ON_A_FILE
-def test_however_many_read_at_once_the_file_is_opened_a_few_times_only(store):
-    opened = watch(store, "_connect")
-    with contextlib.ExitStack() as reading:
-        for _ in range(intentbus.READERS):
-            reading.enter_context(store._reader())
-            opened.get(timeout=10)
-        late = in_thread(store.tallies)
-        with pytest.raises(queue.Empty):     # each would be two descriptors more, for good
-            opened.get(timeout=0.1)
-    assert late() == []
-
-
-@ON_A_FILE
-def test_a_second_store_on_the_same_file_is_refused_in_words(store):
-    with pytest.raises(intentbus.SetupError, match="Another bus is serving .*bus.db; stop it, or"):
-        open_store("sqlite", store.path)
+def test_many_slow_reads_at_once_open_the_file_a_few_times_only(sqlite_work, started, monkeypatch):
+    served, pause = started(), threading.Event()
+    monkeypatch.setattr(sqlite_work, "note", lambda: pause.wait(0.001) and None)
+    answers = at_once(40, lambda index: served.ask("GET", "/admin/summary"))
+    assert [response.status for response in answers] == [200] * 40
+    assert sqlite_work.connections <= intentbus.READERS + 1     # each is two descriptors
 
 
 @POSIX
-@POSIX
 @ON_A_FILE
-def test_a_second_store_behind_a_link_is_refused_too(store, tmp_path):
-    os.symlink(store.path, tmp_path / "link.db")
-    with pytest.raises(intentbus.SetupError, match="Another bus is serving .*bus.db; stop it, or"):
-        open_store("sqlite", tmp_path / "link.db")
+def test_a_second_bus_on_the_same_file_is_refused(served, tmp_path):
+    os.symlink(served.db, tmp_path / "link.db")
+    for path in (served.db, tmp_path / "link.db"):
+        with pytest.raises(intentbus.SetupError, match="Another bus is serving .*bus.db; stop it, or"):
+            open_store("sqlite", path)
 
 
 def test_the_lock_of_a_killed_process_is_no_obstacle(tmp_path):
-    path = tmp_path / "bus.db"
-    process = subprocess.Popen([sys.executable, "-c", "import intentbus, sys; store = intentbus.Store(sys.argv[1])\n"
-                                "print('open', flush=True); input()", str(path)], cwd=HERE, stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"open\n"
-    process.kill()
-    process.communicate()
-    open_store("sqlite", path).close()
-
-
-def plan(store, statement, **values):
-    rows = store._db.execute("EXPLAIN QUERY PLAN " + statement, values).fetchall()
-    return " / ".join(row.detail for row in rows)
+    serve = Serve(tmp_path, "--db", "bus.db")
+    intent_id = serve.publish()
+    with pytest.raises(intentbus.SetupError, match="Another bus is serving"):
+        open_store("sqlite", tmp_path / "bus.db")
+    serve.process.kill()
+    serve.process.communicate()
+    served = Served(tmp_path)
+    assert served.ask("POST", "/claim").json["id"] == intent_id
+    served.stop()
 
 
 @ON_A_FILE
-def test_claims_and_deadlines_neither_scan_nor_sort(store):
-    assert plan(store, intentbus.HEAD_OF_NEXT_LANE, start="a", stop="b") == (
-        "SEARCH intents USING INDEX intents_ready (lane>? AND lane<?)")
-    statements = []
-    store._db.set_trace_callback(statements.append)
-    store.settle(1000)
-    store.clean(1000, 7)
-    store._db.set_trace_callback(None)
-    plans = [plan(store, s) for s in statements if re.match(r"\s*(SELECT|DELETE|UPDATE)", s)]
-    assert len(plans) == 3 and not [p for p in plans if "SCAN" in p or "TEMP B-TREE" in p]
+def test_no_verb_works_harder_the_more_is_stored(sqlite_work, bus, clock, monkeypatch):
+    monkeypatch.setattr(intentbus, "LIST_ROWS", 100)     # a list looks at no more
+
+    def store(number):
+        """Store as many intents in each state."""
+        bus.publish_many([dict(goal="dead", payload=1, ttl=1)] * number)
+        clock.pass_(2)
+        bus.cleanup()
+        for goal in ("done", "held") * (number // 10):
+            bus.publish(goal, 1)
+            intent = bus.claim(goal, lease=3600)
+            assert goal == "held" or bus.fulfill(intent.id)
+        bus.publish_many([dict(goal="later", payload=1, delay=1000)] * number)
+        bus.publish_many([dict(goal=goal, payload=1, priority=900) for goal in ("g", "open")] * number)
+
+    def work():
+        """Return the work of each verb."""
+        done = {}
+
+        def do(what, verb, *args, **kwargs):
+            done[what], result = sqlite_work.of(verb, *args, **kwargs)
+            return result
+        intent_id = do("publish", bus.publish, "mine", 1).id
+        do("claim", bus.claim, "mine")
+        do("status", bus.get_status, intent_id)
+        do("extend", bus.extend_claim, intent_id)
+        do("fail", bus.fail, intent_id)
+        do("claim of any goal", bus.claim)
+        do("claim in vain", bus.claim, "none")
+        do("claim with a token", bus.claim, "g", claim_token="t" * 32)
+        do("repeated claim", bus.claim, "g", claim_token="t" * 32)
+        do("release", bus.release, bus.claim("g").id)
+        do("fulfill", bus.fulfill, bus.claim("g").id)
+        do("cancel", bus.cancel, bus.publish("g", 1).id)
+        do("list", bus.list)
+        do("list of the dead", bus.list, status="dead")
+        do("dead letters", bus.dead, limit=50)
+        do("summary", bus.summary)
+        do("cleanup", bus.cleanup)
+        return done
+    store(100)
+    work()     # whatever is looked at once only
+    few = work()
+    store(900)
+    many = work()
+    assert min(few[verb] for verb in few if verb != "cleanup") > 0
+    assert {verb: (few[verb], many[verb]) for verb in few if many[verb] > few[verb] + 20} == {}
 
 
 @ON_A_FILE
-def test_a_list_of_the_dead_looks_at_the_dead_only(store):
-    values = dict.fromkeys(("before", "floor", "status", "ready", "owner", "goal", "namespace", "limit", "rows"))
-    for statement in (intentbus.PAGE, intentbus.PAGE_FLOOR):
-        assert re.match(r"SEARCH intents USING (COVERING )?INDEX intents_dead", plan(store, statement.format(
-            kind=intentbus.DEAD), **values))
+def test_a_count_of_the_dead_looks_at_the_dead_only(sqlite_work, bus):
+    bus.cancel(bus.publish("g", 1).id)
+    work = lambda: sqlite_work.of(bus.sweep_dead, "count", goal="g")[0]
+    few = max(work(), work())
+    bus.publish_many([dict(goal="g", payload=1)] * 1000)
+    assert work() <= few + 5
 
 
-@ON_A_FILE
-def test_to_find_the_dead_that_fit_looks_at_the_dead_only(store):
-    assert "INDEX intents_dead" in plan(store, intentbus.THE_DEAD.format(what="id"), **intentbus.dead_values(10))
-
-
-@ON_A_FILE
-def test_the_next_wake_is_one_look_into_an_index(store):
-    add(store, published(), published(now=2000.0))
-    assert store.next_wake() == 1000 + 3600
-    assert "intents_wake" in plan(store, "SELECT MIN(wake_at) AS wake_at FROM intents WHERE wake_at IS NOT NULL")
-
-
-def test_what_has_ended_is_deleted_after_its_retention_and_not_before(store):
-    done, waiting = published(), published()
-    add(store, done, waiting)
-    store.change(done.id, lambda intent: intent.fulfilled(1000, None, "json"))
-    store.clean(1000 + 59, retention=60)
-    assert len(store.list(10)[0]) == 2
-    store.clean(1000 + 60, retention=60)
-    assert [intent.id for intent in store.list(10)[0]] == [waiting.id]
+def test_an_ended_intent_is_deleted_after_its_retention(store, clock):
+    bus = assembled(store, clock=clock, bus=dict(retention=60)).bus
+    ids = [bus.publish(goal, 1).id for goal in ("done", "waiting")]
+    bus.fulfill(bus.claim("done").id)
+    clock.pass_(59)
+    assert bus.cleanup().fulfilled_deleted == 0 and len(bus.list().intents) == 2
+    clock.pass_(1)
+    assert bus.cleanup().fulfilled_deleted == 1 and [intent.id for intent in bus.list().intents] == ids[1:]
 
 
 @pytest.mark.parametrize("prepare, sentence", [
@@ -1855,31 +1943,28 @@ VERSION_1 = """
 def test_a_database_of_the_first_release_opens_and_works(tmp_path, clock):
     with contextlib.closing(sqlite3.connect(tmp_path / "bus.db")) as old:
         old.executescript(VERSION_1)
-    store = open_store("sqlite", tmp_path / "bus.db")
-    bus = assembled(store, clock=clock, bus=dict(boot=lambda: None)).bus
+    options, done = dict(clock=clock, bus=dict(boot=lambda: None)), "01a3185c500000006f604259ccc43707"
+    with contextlib.closing(open_store("sqlite", tmp_path / "bus.db")) as store:
+        assert assembled(store, **options).bus.publish("done", 1, idempotency_key="once").id == done
+    served = Served(tmp_path, **options)
+    bus = served.client
     ids = [row.id for row in bus.list().intents]
     assert sorted(bus.get_status(id).status for id in ids) == ["claimed", "dead", "fulfilled", "open", "open", "open"]
     assert bus.claim("g", namespace="home").payload == {"n": 1} and bus.claim("g") is None
     held, token = "01a3185c500000001c89eb7b2266193d", "d900b70fb64ae815002f4c7207f0fd34"
     assert bus.fulfill(held, token, "late but done").ok
-    done = "01a3185c500000006f604259ccc43707"
     assert bus.get_result(done).result == {"ok": True}
-    assert bus.publish("done", 1, idempotency_key="once").id == done
     assert bus.retry("01a3185c50000000f0fc14c7dcc52374").status == "open"
     assert bus.get("thermostat") == {"celsius": 19.5}
     clock.pass_(3600)
     assert (bus.claim("g").payload, bus.claim("again").claim_attempts) == ("later", 2)
-    assert {row["status"]: row["intents"] for row in store.tallies() if row.namespace == "default"} == dict(
-        claimed=2, fulfilled=2, open=1)
-    keys = assembled(store, clock=clock).keys
+    assert bus.admin("summary")["intents"]["default"] == dict(claimed=2, fulfilled=2, open=1)
     issued = "tk_a29f44ae718dbcd208bcad3244b2fcf55a6dd5b901e11d081bc66bb5"
-    assert keys.caller(intentbus.Request("GET", "/", {"x-api-key": issued})).owner == "ann"
-    with pytest.raises(intentbus.Unauthorized):
-        keys.caller(intentbus.Request("GET", "/", {"x-api-key": "tk_0900d449d078bd2c2b15b029c6da9659a8ac186bb58148e5c3116884"}))
-    with store._reader() as db:
-        assert db.execute("PRAGMA user_version").fetchone().user_version == len(intentbus.MIGRATIONS)
-    bus.stop()
-    store.close()
+    assert served.ask("GET", "/whoami", key=issued).json["owner"] == "ann"
+    assert served.ask("GET", "/whoami", key="tk_0900d449d078bd2c2b15b029c6da9659a8ac186bb58148e5c3116884").status == 401
+    served.stop()
+    with contextlib.closing(sqlite3.connect(tmp_path / "bus.db")) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (len(intentbus.MIGRATIONS),)
 
 
 SLOW_MIGRATION = """
@@ -1898,20 +1983,24 @@ def locked(path):
 
 
 def test_a_migration_that_is_killed_leaves_the_file_as_it_was(tmp_path):
-    with contextlib.closing(open_store("sqlite", tmp_path / "bus.db")) as store:
-        add(store, published())
-    code = f"import intentbus; intentbus.MIGRATIONS += ({SLOW_MIGRATION!r},); intentbus.Store('bus.db')"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=dict(os.environ, PYTHONPATH=str(HERE)))
+    served = Served(tmp_path)
+    intent_id = served.publish()
+    served.stop()
+    code = (f"import intentbus; intentbus.MIGRATIONS += ({SLOW_MIGRATION!r},)\n"
+            "intentbus.main(['serve', '--port', '0', '--db', 'bus.db'])")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=dict(os.environ, HOME=str(tmp_path), BUS_SECRET=KEY))
     wait_until(lambda: locked(tmp_path / "bus.db"))
     process.kill()
     process.wait()
-    with contextlib.closing(open_store("sqlite", tmp_path / "bus.db")) as store:
-        assert len(store.list(10)[0]) == 1 and [row.status for row in store.tallies()] == ["open"]
+    served.start()
+    assert [intent.id for intent in served.client.list().intents] == [intent_id]
+    assert served.ask("GET", "/admin/summary").json["intents"] == {"default": {"open": 1}}
+    served.stop()
 
 
 @SLOW
 def test_where_a_file_system_has_no_shared_memory_the_bus_works_and_says_so(tmp_path):
-    bus = Serve(tmp_path, **preloaded(tmp_path, NO_SHARED_MEMORY))
+    bus = Serve(tmp_path, **preloaded(NO_SHARED_MEMORY))
     id = bus.run("publish", "g", "1").stdout.strip()
     assert bus.run("work", "--goal", "g", "--once").stdout == "1\n"
     assert bus.run("status", id).stdout == "fulfilled\n"
@@ -7947,7 +8036,7 @@ def test_a_power_cut_at_any_moment_loses_nothing_that_was_answered(tmp_path):
     images, home = tmp_path / "images", tmp_path / "home"
     images.mkdir()
     home.mkdir()
-    serve = Serve(home, "--db", "bus.db", DISK_IMAGES=str(images), **preloaded(tmp_path, DISK))
+    serve = Serve(home, "--db", "bus.db", DISK_IMAGES=str(images), **preloaded(DISK))
     said = queue.SimpleQueue()     # (images there were, id, what was answered)
 
     def load(rounds):
