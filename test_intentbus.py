@@ -457,15 +457,6 @@ def watch(thing, name):
     return calls
 
 
-@pytest.fixture
-def live(store):
-    bus = assembled(store).bus
-    bus.start()
-    wait_until(lambda: type(store) is Store or listens(store) and not store._missed)     # a bus that starts looks once by itself
-    yield bus
-    bus.stop()
-
-
 # -- HTTP --
 
 class Response:
@@ -737,12 +728,19 @@ class Weather:
 
     def __init__(self, port, fate):
         self.port, self.fate, self.met, self.lock = port, fate, collections.Counter(), threading.Lock()
-        self.patience = 20     # seconds
+        self.patience, self.late = 20, []     # seconds; the connections whose answer is late
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         threading.Thread(target=self.run, daemon=True).start()
 
+    def hang_up(self):
+        """Close the connections whose answer is late."""
+        for near in self.late:
+            with contextlib.suppress(OSError):
+                near.shutdown(socket.SHUT_RDWR)
+
     def close(self):
+        self.hang_up()
         with contextlib.suppress(OSError):
             self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
@@ -763,6 +761,7 @@ class Weather:
             answer = b"" if fate == "request lost" else self.answer(request)
             if fate == "late answer":
                 near.settimeout(self.patience)
+                self.late.append(near)
                 near.recv(1)     # until the client has given up, or this has
             elif fate != "answer lost":
                 near.sendall(self.spoilt(fate, answer))
@@ -897,6 +896,26 @@ def home(tmp_path, monkeypatch):
     for name in ("INTENT_BUS_URL", "INTENT_API_KEY", "INTENT_BUS_NAMESPACE"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path / "home"
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """The requests that clients send; nothing leaves this machine."""
+    requests = []
+
+    def open(self, request, data=None, timeout=None):
+        requests.append(request)
+        raise OSError("no network")
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", open)
+    monkeypatch.setattr(intentbus, "RETRY_SECONDS", 0)
+    return requests
+
+
+def sent_headers(sent, ask):
+    """Let a client send a request that reaches nobody; return its headers by lower-case name."""
+    with pytest.raises(intentbus.Unreachable):
+        ask()
+    return {name.lower(): value for name, value in sent[-1].header_items()}
 
 
 # -- Odd requests --
@@ -1342,17 +1361,17 @@ def script(tmp_path, text, name="handler.sh"):
 
 
 def work(bus, goal, handler, **options):
-    """Work off all there is; return what was said."""
+    """Work off all there is at a bus; return what the worker said."""
     said = []
-    Worker(bus, goal, handler, drain=True, say=said.append, **options).run()
+    Worker(bus.client, goal, handler, drain=True, say=said.append, **options).run()
     return said
 
 
 def run_handler(bus, tmp_path, text, payload, arguments=(), **options):
-    """Publish a payload, work it off with a shell script, and return how it ended."""
-    answer = bus.publish("g", payload)
+    """Publish a payload, work it off with a shell script, and return its result."""
+    intent_id = bus.publish(payload=payload)
     work(bus, "g", intentbus.Program([script(tmp_path, "#!/bin/sh\n" + text), *arguments], **options))
-    return bus.get_result(answer.id)
+    return bus.client.get_result(intent_id)
 
 
 # -- Load --
@@ -2229,6 +2248,8 @@ def test_retry_gives_dead_intents_a_new_life(bus, clock):
     for id in ids:
         bus.cancel(id)
         clock.pass_(1)
+    with pytest.raises(intentbus.NotFound):
+        bus.retry("")
     assert bus.retry(ids[2]).status == "open"
     assert bus.retry(goal="a", limit=1).retried == 1
     status = bus.get_status(ids[0])
@@ -5031,7 +5052,7 @@ def test_a_client_that_trusts_the_certificate_talks_tls(encrypted, certificates)
     assert (intent.id, len(intent.payload)) == (intent_id, 200_000)
     assert bus.fulfill(intent_id, intent.claim_token, "ok").ok and bus.get_result(intent_id, wait=5).result == "ok"
     late = in_thread(bus.claim, "g", wait=20)
-    wait_until(lambda: held(encrypted.api.bus))
+    wait_until(lambda: bus.admin("summary").held_requests)
     bus.publish("g", 2)
     assert late().payload == 2
 
@@ -5043,7 +5064,7 @@ def test_a_client_that_does_not_trust_the_certificate_says_so_in_words(encrypted
         assert not re.search(r"_ssl\.c|\[SSL", str(caught.value))
     with pytest.raises(intentbus.Unreachable, match="cannot be reached"):
         IntentClient(encrypted.url.replace("https", "http"), KEY).publish("g", 1)
-    assert encrypted.api.bus.list().intents == []
+    assert IntentClient(encrypted.url, KEY, ca=certificates[0][0]).list().intents == []
 
 
 def test_a_ca_is_trusted_besides_those_of_the_system(encrypted, certificates, monkeypatch, impatient):
@@ -5257,16 +5278,19 @@ def test_what_a_machine_keeps_is_its_owners_alone(home):
     assert modes == {"config.json": 0o600, "spool.db": 0o600} and (home / ".intentbus").stat().st_mode & 0o777 == 0o700
 
 
-def test_a_flag_goes_before_the_environment_that_before_the_bus_joined_and_that_before_the_default(home, monkeypatch):
-    intentbus.make_key()
-    assert (IntentClient().base_url, IntentClient()._key) == (intentbus.URL, intentbus.read_key())
+def test_a_flag_goes_before_the_environment_that_before_the_bus_joined_and_that_before_the_default(home, sent, monkeypatch):
+    def found(*arguments):
+        client = IntentClient(*arguments)
+        return client.base_url, sent_headers(sent, client.list)["x-api-key"]
+    own = intentbus.make_key()
+    assert found() == (intentbus.URL, own)
     intentbus.remember_joined("https://joined", "joined", None)
-    assert (IntentClient().base_url, IntentClient()._key) == ("https://joined", "joined")
+    assert found() == ("https://joined", "joined")
     monkeypatch.setenv("INTENT_BUS_URL", "https://environment")
-    assert (IntentClient().base_url, IntentClient()._key) == ("https://environment", intentbus.read_key()), "its own key only"
+    assert found() == ("https://environment", own), "the key of the bus joined is for that bus only"
     monkeypatch.setenv("INTENT_API_KEY", "environment")
-    assert IntentClient()._key == "environment"
-    assert (IntentClient("https://flag/", "flag").base_url, IntentClient("https://flag", "flag")._key) == ("https://flag", "flag")
+    assert found() == ("https://environment", "environment")
+    assert found("https://flag/", "flag") == found("https://flag", "flag") == ("https://flag", "flag")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"url": 1}', '{"url": "https://x"}', '{"url": "https://x", "key": ""}', "\0"])
@@ -5394,15 +5418,23 @@ def test_what_cannot_be_published_hinders_no_claim_of_the_same_machine(served, t
         bus.flush()
 
 
-def test_an_intent_whose_outcome_waits_here_is_told_and_not_claimed_again(served, tmp_path, clock):
-    bus = spooling(served, tmp_path)
-    intent_id, other = bus.publish("g", 1).id, bus.publish("g", 2).id
+def test_an_intent_whose_outcome_waits_here_is_told_and_not_claimed_again(served, weather, tmp_path, impatient):
+    slow = weather(lambda path: "late answer" if path.startswith("/fulfill/") and not slow.met["late answer"] else "ok")
+    bus = IntentClient(slow.url, KEY, spool=tmp_path / "spool.db")
+    intent_id, other = served.publish(payload=1), served.publish(payload=2)
     intent = bus.claim("g")
-    served.client.release(intent_id, intent.claim_token)     # as if the lease had been lost meanwhile
-    number = bus.spool.add(bus.base_url, f"/fulfill/{intent_id}", json.dumps(dict(claim_token="old", result=7)), intent_id=intent_id)
-    bus._reporting.add(number)     # while another thread is still trying to tell
+    served.client.release(intent_id, intent.claim_token)     # its lease is lost
+
+    def tell():
+        with contextlib.suppress(intentbus.NotFound):
+            bus.fulfill(intent_id, intent.claim_token, 7)
+        return True
+    telling = in_thread(tell)
+    wait_until(lambda: slow.met["late answer"])     # the outcome is on its way, and in the spool
     assert bus.claim("g").id == other
     assert served.client.get_result(intent_id).pick(("status", "result")) == {"status": "fulfilled", "result": 7}
+    slow.hang_up()
+    assert telling() and bus.spool.waiting(bus.base_url) == []
 
 
 def test_an_outcome_whose_lease_is_lost_is_dropped_and_one_too_large_is_a_failure(served, tmp_path, impatient):
@@ -5595,15 +5627,15 @@ def test_a_url_that_is_no_buss_is_refused_and_its_password_not_repeated(url):
     assert "hunter2" not in str(refused.value) and "\x1b" not in str(refused.value)
 
 
-def test_an_empty_id_is_no_word_for_all(live):
-    dead = live.publish("g", 1).id
-    live.cancel(dead)
+def test_an_empty_id_is_no_word_for_all(served):
+    intent_id = served.publish()
+    served.client.cancel(intent_id)
     with pytest.raises(intentbus.NotFound):
-        live.retry("")
-    assert live.get_status(dead).status == "dead"
+        served.client.retry("")
+    assert served.client.get_status(intent_id).status == "dead"
 
 
-def test_where_the_client_finds_its_settings(monkeypatch, tmp_path):
+def test_where_the_client_finds_its_settings(sent, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("INTENT_BUS_URL", "http://127.0.0.1:1/")
     monkeypatch.setenv("INTENT_BUS_NAMESPACE", "home")
@@ -5612,22 +5644,10 @@ def test_where_the_client_finds_its_settings(monkeypatch, tmp_path):
         IntentClient()
     key = intentbus.make_key()
     found = IntentClient()
-    assert (found.base_url, found.namespace, found._key) == ("http://127.0.0.1:1", "home", key)
+    assert (found.base_url, found.namespace) == ("http://127.0.0.1:1", "home")
+    assert sent_headers(sent, found.list)["x-api-key"] == key
     with pytest.raises(intentbus.SetupError, match="The URL of a bus is http://HOST:PORT"):
         IntentClient("ftp://x")
-
-
-@pytest.fixture
-def sent(monkeypatch):
-    """The requests that clients send; nothing leaves this machine."""
-    requests = []
-
-    def open(self, request, data=None, timeout=None):
-        requests.append(request)
-        raise OSError("no network")
-    monkeypatch.setattr(urllib.request.OpenerDirector, "open", open)
-    monkeypatch.setattr(intentbus, "RETRY_SECONDS", 0)
-    return requests
 
 
 HERE_OR_ENCRYPTED = ("http://127.0.0.1:8787", "http://localhost", "http://127.1.2.3", "http://[::1]:8787", "https://bus.example",
@@ -5641,9 +5661,7 @@ IN_THE_OPEN = ("http://bus.example", "http://10.0.0.1:8787", "http://localhost.e
 def test_the_key_itself_is_sent_only_encrypted_or_to_this_machine(sent, url, safe, key, key_id):
     bus = IntentClient(url, key, timeout=5)
     for ask in (lambda: bus.publish("g", 1), lambda: bus.claim("g"), lambda: bus.get_result("x"), lambda: bus.set("k", 1)):
-        with pytest.raises(intentbus.Unreachable):
-            ask()
-        headers = {name.lower(): value for name, value in sent[-1].header_items()}
+        headers = sent_headers(sent, ask)
         assert headers.get("x-api-key") == (key if safe else None) and headers.get("x-key-id") == (None if safe else key_id)
         assert {"x-timestamp", "x-nonce", "x-signature"} <= set(headers)
         assert safe or key not in f"{headers} {sent[-1].full_url} {sent[-1].data}"
@@ -5662,22 +5680,14 @@ def test_a_key_that_stays_at_home_works(served, monkeypatch):
     assert bus.get_status(bus.publish("g", 1).id).status == "open"
 
 
-def test_a_client_corrects_its_clock(started, monkeypatch):
-    real = time.time
-    bus = started(keys=dict(clock=real))
-    monkeypatch.setattr(time, "time", lambda: real() + 7200)
-    answers = watch(bus.api, "handle")
-    slow = IntentClient(bus.url, KEY)
-    assert slow.publish("g", 1).status == slow.publish("g", 2).status == "published"
-    assert [answers.get().status for _ in range(answers.qsize())] == [403, 201, 201]
+def test_a_client_corrects_its_clock(tmp_path, monkeypatch):
+    serve, right = Serve(tmp_path, "--log"), time.time
+    monkeypatch.setattr(time, "time", lambda: right() + 7200)
+    assert serve.client.publish("g", 1).status == serve.client.publish("g", 2).status == "published"
+    assert re.findall(r'"status": (\d+)', serve.stop()[2]) == ["403", "201", "201"]
 
 
 # ---- 13. Worker ----
-
-@pytest.fixture
-def quick_leases(monkeypatch):
-    monkeypatch.setattr(intentbus, "LEASE_CHECK_SECONDS", 0.01)
-
 
 @pytest.mark.parametrize("how", [listen, IntentClient.listen], ids=["function", "method"])
 def test_listen_hands_payloads_to_a_function_and_returns_its_results(served, how):
@@ -5711,53 +5721,56 @@ def test_a_handler_may_have_the_whole_intent(served):
     assert (seen[0].priority, seen[0].claim_attempts) == (3, 1)
 
 
-def test_a_lease_is_kept_up_while_the_handler_works(live, quick_leases):
-    answer = live.publish("g", 1)
-    ends = []
+@pytest.fixture
+def quick_leases(monkeypatch):
+    """For workers of this process, time passes twenty times as fast: a lease of 10 s is extended every sixth of a second."""
+    clock = intentbus.steady_clock
+    monkeypatch.setattr(intentbus, "LEASE_CHECK_SECONDS", 0.01)
+    monkeypatch.setattr(intentbus, "steady_clock", lambda: 20 * clock())
 
-    def handler(intent):     # returns once its lease has been extended to twice its length
-        wait_until(lambda: ends.append(live.get_status(intent.id).claim_expires_at) or ends[-1] > intent.claim_expires_at + 0.6)
-        assert live.claim("g") is None
 
-    listen(live, "g", handler, full_envelope=True, drain=True, lease=0.6)
-    found = live.get_status(answer.id)
+def test_a_lease_is_kept_up_while_the_handler_works(serve, quick_leases):
+    intent_id, ends = serve.publish(goal="kept up"), []
+
+    def handler(intent):     # it returns once its lease has been extended twice
+        wait_until(lambda: ends.append(serve.client.get_status(intent.id).claim_expires_at) or len({*ends}) > 2)
+        assert max(ends) > intent.claim_expires_at and serve.client.claim("kept up") is None
+    listen(serve.client, "kept up", handler, full_envelope=True, drain=True, lease=10)
+    found = serve.client.get_status(intent_id)
     assert (found.status, found.claim_attempts) == ("fulfilled", 1)
 
 
 @POSIX
-def test_a_program_whose_lease_is_lost_is_ended_and_not_reported(live, quick_leases, tmp_path):
-    answer = live.publish("g", 1)
-    program = intentbus.Program([script(tmp_path, "#!/bin/sh\necho $$ > pid\nexec sleep 60\n")], kill_after=1)
-    said = []
-    worker = in_thread(lambda: Worker(live, "g", program, max_jobs=1, lease=0.3, say=said.append).run() or True)
-    wait_until(lambda: (HERE / "pid").exists() and (HERE / "pid").read_text().strip())
-    pid = int((HERE / "pid").read_text())
-    (HERE / "pid").unlink()
-    live.cancel(answer.id)
-    assert worker() and said == [f"{answer.id} lost: cancelled, or its lease was over before it was done"]
+def test_a_program_whose_lease_is_lost_is_ended_and_not_reported(serve, quick_leases, tmp_path):
+    intent_id, pid, said = serve.publish(goal="lost"), tmp_path / "pid", []
+    program = intentbus.Program([script(tmp_path, f"#!/bin/sh\necho $$ > {pid}\nexec sleep 60\n")], kill_after=1)
+    worker = in_thread(lambda: Worker(serve.client, "lost", program, max_jobs=1, lease=10, say=said.append).run() or True)
+    wait_until(lambda: pid.exists() and pid.read_text().strip())
+    serve.client.cancel(intent_id)
+    assert worker() and said == [f"{intent_id} lost: cancelled, or its lease was over before it was done"]
     with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
+        os.kill(int(pid.read_text()), 0)
 
 
-def test_what_is_done_in_spite_of_two_interrupts_is_reported_done(live):
-    answer = live.publish("g", 1)
+def test_what_is_done_in_spite_of_two_interrupts_is_reported_done(served):
+    intent_id, begun = served.publish(), threading.Event()
 
     def handler(intent, lease):
+        begun.set()
         wait_until(lambda: lease.broken)
         return "done", "json"
-    worker = Worker(live, "g", handler, max_jobs=1)
+    worker = Worker(served.client, "g", handler, max_jobs=1)
     running = in_thread(lambda: worker.run() or True)
-    wait_until(lambda: worker._running)
+    assert begun.wait(PATIENCE_SECONDS)
     worker.interrupt()
     worker.interrupt()
-    assert running() and live.get_result(answer.id).result == "done"
+    assert running() and served.client.get_result(intent_id).result == "done"
 
 
-def test_concurrent_workers_do_each_intent_once(live):
+def test_concurrent_workers_do_each_intent_once(served):
     done = collections.Counter()
-    for number in range(200):
-        live.publish("g", number)
-    work(live, "g", lambda intent, lease: (done.update([intent.payload]), "json"), concurrency=8)
+    served.client.publish_many([a_publish(payload=number) for number in range(200)])
+    work(served, "g", lambda intent, lease: (done.update([intent.payload]), "json"), concurrency=8)
     assert len(done) == 200 and set(done.values()) == {1}
 
 
@@ -5779,10 +5792,10 @@ def test_concurrent_workers_do_each_intent_once(live):
     ("kill -9 $$", "open", "killed by signal 9"),
     ("head -c 5000 /dev/zero | tr '\\0' x >&2; exit 1", "open", "exit code 1: " + "x" * 1987),
 ], ids=range(15))
-def test_what_a_program_does_and_what_becomes_of_the_intent(bus, tmp_path, monkeypatch, text, status, result):
+def test_what_a_program_does_and_what_becomes_of_the_intent(served, tmp_path, monkeypatch, text, status, result):
     monkeypatch.setenv("INTENT_API_KEY", "secret")
     monkeypatch.setenv("BUS_SECRET", "secret")
-    found = run_handler(bus, tmp_path, text, {"a": "b", "n": 3})
+    found = run_handler(served, tmp_path, text, {"a": "b", "n": 3})
     assert (found.status, found.result if status == "fulfilled" else found.last_error) == (status, result)
 
 
@@ -5794,10 +5807,10 @@ def test_what_a_program_does_and_what_becomes_of_the_intent(bus, tmp_path, monke
     ({"list": [1, {"a": 2}]}, "{list}", '[1,{"a":2}]'),
     ({"id": "x"}, "{goal} {payload} {{payload}} {} {a-b} ${HOME}", 'g {"id":"x"} {payload} {} {a-b} $HOME-is-missing'),
 ], ids=range(5))
-def test_fields_of_the_payload_become_one_argument_each(bus, tmp_path, payload, argument, expected):
+def test_fields_of_the_payload_become_one_argument_each(served, tmp_path, payload, argument, expected):
     if "missing" in expected:
         argument, expected = argument.replace(" ${HOME}", ""), expected.replace(" $HOME-is-missing", "")
-    found = run_handler(bus, tmp_path, "printf '%s|' \"$@\"", payload, [argument, "end"], result="text")
+    found = run_handler(served, tmp_path, "printf '%s|' \"$@\"", payload, [argument, "end"], result="text")
     assert found.result == f"{expected}|end|"
 
 
@@ -5808,27 +5821,26 @@ def test_fields_of_the_payload_become_one_argument_each(bus, tmp_path, payload, 
     ({"a": "x\0y"}, "{a}", "The payload cannot be an argument: embedded null byte."),
     ({"a": "x" * 200_000}, "{a}", "The payload is too long for an argument."),
 ])
-def test_a_payload_that_fits_no_argument_is_rejected_for_good(bus, tmp_path, payload, argument, error):
-    found = run_handler(bus, tmp_path, "true", payload, [argument])
+def test_a_payload_that_fits_no_argument_is_rejected_for_good(served, tmp_path, payload, argument, error):
+    found = run_handler(served, tmp_path, "true", payload, [argument])
     assert (found.status, found.last_error) == ("dead", error)
 
 
 @POSIX
 @pytest.mark.parametrize("text", ["exec sleep 60", "trap '' TERM; sleep 60 & wait; sleep 60"], ids=["ends", "ignores TERM"])
-def test_a_program_that_takes_too_long_is_ended(bus, tmp_path, text):
-    found = run_handler(bus, tmp_path, "echo waiting >&2\n" + text, 1, timeout=0.3, kill_after=0.1)
+def test_a_program_that_takes_too_long_is_ended(served, tmp_path, text):
+    found = run_handler(served, tmp_path, "echo waiting >&2\n" + text, 1, timeout=0.3, kill_after=0.1)
     assert (found.status, found.last_error) == ("open", "timed out after 0.3 s: waiting")
 
 
 @POSIX
-def test_every_exit_code_has_its_outcome(bus, tmp_path):
+def test_every_exit_code_has_its_outcome(served, tmp_path):
     codes = [code for code in range(256) if code not in (126, 127)]     # those two stop the worker
-    ids = {code: bus.publish("g", {"code": code}).id for code in codes}
-    work(bus, "g", intentbus.Program([script(tmp_path, '#!/bin/sh\nexit "$1"\n'), "{code}"]), concurrency=8)
+    ids = served.client.publish_many([a_publish(payload={"code": code}) for code in codes]).ids
+    work(served, "g", intentbus.Program([script(tmp_path, '#!/bin/sh\nexit "$1"\n'), "{code}"]), concurrency=8)
     expected = {0: ("fulfilled", None), 100: ("dead", "The handler rejected it with exit code 100.")}
-    for code, id in ids.items():
-        found = bus.get_status(id)
-        assert (found.status, found.last_error) == expected.get(code, ("open", f"exit code {code}"))
+    found = {intent.id: (intent.status, intent.last_error) for intent in served.client.list(limit=500).intents}
+    assert [found[id] for id in ids] == [expected.get(code, ("open", f"exit code {code}")) for code in codes]
 
 
 @SLOW
@@ -5849,10 +5861,10 @@ def test_every_exit_code_has_its_outcome(bus, tmp_path):
     ("printf '\\000\\377\\303('; exit 0", "fulfilled", "\ufffd\ufffd("),
     ("printf '\\033[2J\\377' >&2; exit 1", "open", "exit code 1: \x1b[2J\ufffd"),
 ], ids=range(13))
-def test_of_a_wild_program_the_outcome_is_right_and_nothing_is_left(bus, tmp_path, monkeypatch, text, status, outcome):
+def test_of_a_wild_program_the_outcome_is_right_and_nothing_is_left(serve, tmp_path, monkeypatch, text, status, outcome):
     monkeypatch.chdir(tmp_path)
     files = open_files()
-    found = run_handler(bus, tmp_path, text, "x" * 250_000, timeout=0.4 if "0.4" in str(outcome) else 30, kill_after=0.1,
+    found = run_handler(serve, tmp_path, text, "x" * 250_000, timeout=0.4 if "0.4" in str(outcome) else 30, kill_after=0.1,
                         max_output=1000)
     assert (found.status, found.result if status == "fulfilled" else found.last_error) == (status, outcome)
     wait_until(lambda: not left_behind(found.id))
@@ -5861,10 +5873,10 @@ def test_of_a_wild_program_the_outcome_is_right_and_nothing_is_left(bus, tmp_pat
 
 @SLOW
 @POSIX
-def test_a_program_that_leaves_its_session_does_not_hold_up_the_worker(bus, tmp_path):
+def test_a_program_that_leaves_its_session_does_not_hold_up_the_worker(served, tmp_path):
     if not shutil.which("setsid"):
         pytest.skip("setsid is not on this machine")
-    found = run_handler(bus, tmp_path, f"setsid sleep 60 & echo $! > {tmp_path}/pid; sleep 0.1; echo done", 1)
+    found = run_handler(served, tmp_path, f"setsid sleep 60 & echo $! > {tmp_path}/pid; sleep 0.1; echo done", 1)
     assert (found.status, found.result) == ("fulfilled", "done")
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
 
@@ -5874,18 +5886,18 @@ def test_a_program_that_leaves_its_session_does_not_hold_up_the_worker(bus, tmp_
                                   "head -c 300000 /dev/zero | tr '\\0' '\\33'", "head -c 1000000 /dev/urandom", "yes 😀 | head -c 300001"],
                          ids=range(5))
 def test_however_much_is_printed_of_whatever_the_work_is_done(served, tmp_path, text):
-    found = run_handler(served.client, tmp_path, text, 1)
+    found = run_handler(served, tmp_path, text, 1)
     assert (found.status, found.result_type, found.last_error) == ("fulfilled", "text", None)
     assert len(intentbus.to_json(found.result).encode()) > 127 * 1024
 
 
 @POSIX
 @pytest.mark.parametrize("text", ["", "echo no shebang", "#!", "#!/etc/passwd\n"], ids=["empty", "no shebang", "half", "no program"])
-def test_a_file_that_is_no_program_is_said_in_words_and_costs_no_attempt(bus, tmp_path, text):
-    answer = bus.publish("g", 1)
+def test_a_file_that_is_no_program_is_said_in_words_and_costs_no_attempt(served, tmp_path, text):
+    answer = served.client.publish("g", 1)
     with pytest.raises(intentbus.SetupError, match="cannot be run: .*; does it start with #!, and is it executable?"):
-        work(bus, "g", intentbus.Program([script(tmp_path, text)]))
-    assert (bus.get_status(answer.id).status, bus.get_status(answer.id).claim_attempts) == ("open", 0)
+        work(served, "g", intentbus.Program([script(tmp_path, text)]))
+    assert (served.client.get_status(answer.id).status, served.client.get_status(answer.id).claim_attempts) == ("open", 0)
 
 
 @POSIX
@@ -5901,15 +5913,15 @@ def test_what_is_not_executable_is_refused_before_the_first_claim(tmp_path, monk
 
 
 @POSIX
-def test_a_relative_program_is_that_of_the_workers_own_directory(bus, tmp_path, monkeypatch):
+def test_a_relative_program_is_that_of_the_workers_own_directory(served, tmp_path, monkeypatch):
     for folder in ("here", "there"):
         (tmp_path / folder).mkdir()
         script(tmp_path / folder, f"#!/bin/sh\necho {folder} $(basename $(pwd))\n", "h.sh")
     monkeypatch.chdir(tmp_path / "here")
-    ids = {program: bus.publish(program, 1).id for program in ("./h.sh", "../there/h.sh")}
+    ids = {program: served.client.publish(program, 1).id for program in ("./h.sh", "../there/h.sh")}
     for program in ids:
-        work(bus, program, intentbus.Program([program]))
-    assert [bus.get_result(id).result for id in ids.values()] == ["here here", "there here"]
+        work(served, program, intentbus.Program([program]))
+    assert [served.client.get_result(id).result for id in ids.values()] == ["here here", "there here"]
 
 
 @SLOW
@@ -5928,9 +5940,9 @@ def test_a_program_has_no_terminal_to_change(serve):
 
 
 @POSIX
-def test_a_payload_names_no_variable_but_its_own(bus, tmp_path):
+def test_a_payload_names_no_variable_but_its_own(served, tmp_path):
     names = ("LD_PRELOAD", "PATH", "IFS", "BASH_ENV", "a=b", "a\nb", "BASH_FUNC_x%%", "x\0", "-", "ä", "", "ID", "1")
-    found = run_handler(bus, tmp_path, "env -0 | tr '\\n\\0' ' \\n'", {name: "() { :; }; touch evil" for name in names}, result="text")
+    found = run_handler(served, tmp_path, "env -0 | tr '\\n\\0' ' \\n'", {name: "() { :; }; touch evil" for name in names}, result="text")
     given = dict(line.partition("=")[::2] for line in found.result.split("\n"))
     assert given["PATH"] == os.environ["PATH"] and given.get("LD_PRELOAD") == os.environ.get("LD_PRELOAD")
     assert given["INTENT_ID"] == found.id
@@ -5942,8 +5954,8 @@ def test_a_payload_names_no_variable_but_its_own(bus, tmp_path):
 
 
 @POSIX
-def test_output_is_cut_and_nothing_blocks_on_it(bus, tmp_path):
-    found = run_handler(bus, tmp_path, "yes | head -c 3000000; yes err | head -c 1000000 >&2", "x" * 200_000,
+def test_output_is_cut_and_nothing_blocks_on_it(served, tmp_path):
+    found = run_handler(served, tmp_path, "yes | head -c 3000000; yes err | head -c 1000000 >&2", "x" * 200_000,
                         max_output=1000, result="text")
     assert (found.status, len(found.result)) == ("fulfilled", 999)
 
@@ -5954,11 +5966,11 @@ def test_output_is_cut_and_nothing_blocks_on_it(bus, tmp_path):
     ("#!/nowhere/sh\n", "cannot be run: No such file or directory; does it start with #!"),
     ("\x7fELF nonsense", "cannot be run: Exec format error"),
 ])
-def test_a_program_that_cannot_run_stops_the_worker_and_costs_no_attempt(bus, tmp_path, text, sentence):
-    answer = bus.publish("g", 1)
+def test_a_program_that_cannot_run_stops_the_worker_and_costs_no_attempt(served, tmp_path, text, sentence):
+    answer = served.client.publish("g", 1)
     with pytest.raises(intentbus.SetupError, match=re.escape(sentence)):
-        work(bus, "g", intentbus.Program([script(tmp_path, text)]))
-    assert (bus.get_status(answer.id).status, bus.get_status(answer.id).claim_attempts) == ("open", 0)
+        work(served, "g", intentbus.Program([script(tmp_path, text)]))
+    assert (served.client.get_status(answer.id).status, served.client.get_status(answer.id).claim_attempts) == ("open", 0)
     with pytest.raises(intentbus.SetupError, match="There is no program './nothing.sh' that can be run"):
         intentbus.Program(["./nothing.sh"])
 
@@ -5999,21 +6011,17 @@ def test_a_worker_keeps_what_it_could_not_report_and_says_so(served, tmp_path, i
     assert served.client.get_result(intent_id).result == "done"
 
 
-def test_on_windows_a_program_has_a_console_group_and_is_ended_with_all_it_started(monkeypatch, tmp_path):
-    asked = []
+@POSIX     # whose SIGHUP has the number of CTRL_BREAK_EVENT
+def test_on_windows_a_program_has_a_console_group_and_is_ended_with_all_it_started(served, monkeypatch, tmp_path):
+    script(tmp_path, f'#!/bin/sh\necho "$@" >"{tmp_path}/ended"\n', "taskkill")
     monkeypatch.setattr(intentbus, "POSIX", False)
     assert intentbus.own_group() == {"creationflags": 0x200}, "CREATE_NEW_PROCESS_GROUP"
-    program = intentbus.Program([sys.executable])
-    (tmp_path / "taskkill").write_text(f'#!/bin/sh\necho "$@" >"{tmp_path}/ended"\n')
-    (tmp_path / "taskkill").chmod(0o755)
+    monkeypatch.setattr(intentbus, "own_group", dict)     # that option is refused here
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        monkeypatch.setattr(process, "send_signal", asked.append)
-        program._signal(process, "SIGTERM")
-        program._signal(process, "SIGKILL")
-        process.communicate(b"\n")
-    assert asked == [1], "CTRL_BREAK_EVENT"
-    assert (tmp_path / "ended").read_text() == f"/F /T /PID {process.pid}\n"
+    text = "trap 'echo CTRL_BREAK_EVENT >&2; exit 3' HUP\necho $$ >&2\nwhile :; do sleep 0.05; done"
+    found = run_handler(served, tmp_path, text, 1, timeout=0.3)
+    said = re.fullmatch(r"timed out after 0\.3 s: (\d+)\nCTRL_BREAK_EVENT", found.last_error)
+    assert (tmp_path / "ended").read_text() == f"/F /T /PID {said[1]}\n"
 
 
 def test_the_steady_clock_runs_on_while_the_machine_sleeps_wherever_it_can(monkeypatch):
@@ -6517,18 +6525,18 @@ def test_no_bus_is_exit_5(monkeypatch, capsys, tmp_path):
 @POSIX
 @pytest.mark.parametrize("skew", [7200, -7200])
 @SLOW
-def test_the_commands_of_a_machine_with_a_wrong_clock_do_their_work(started, tmp_path, skew):
-    bus = started(keys=dict(require_signatures=True))
-    answers = watch(bus.api, "handle")
+def test_the_commands_of_a_machine_with_a_wrong_clock_do_their_work(started, tmp_path, capsys, skew):
+    bus = started(keys=dict(require_signatures=True), server=dict(log=True))
     (tmp_path / "sitecustomize.py").write_text(f"import time\nright = time.time\ntime.time = lambda: right() + {skew}\n")
     wrong = dict(PYTHONPATH=str(tmp_path), HOME=str(tmp_path))
     worker = subprocess.Popen([sys.executable, PROGRAM, "work", "--goal", "g", "--once", "--", "cat"], stderr=subprocess.PIPE,
                               env=dict(os.environ, INTENT_API_KEY=KEY, INTENT_BUS_URL=bus.url, **wrong))
-    wait_until(lambda: bus.api.bus.workers().workers)
+    wait_until(lambda: bus.client.workers().workers)
     code, output, errors = at(bus, "publish", "g", "5", "--wait", **wrong)
     assert (code, output, errors) == (0, "5\n", "") and worker.wait(20) == 0 and b"fulfilled" in worker.communicate()[1]
-    statuses = collections.Counter(answers.get().status for _ in range(answers.qsize()))
-    assert statuses[403] == 2 and set(statuses) == {200, 201, 403}     # one refusal for each process to learn from
+    log = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    asked = [line["status"] for line in log if line["path"] != "/workers"]
+    assert asked.count(403) == 2 and set(asked) == {200, 201, 403}     # one refusal for each process to learn from
 
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 200 OK\r\n\r\n<html>Log in</html>", b"HTTP/1.1 302 Found\r\nLocation: /x\r\n\r\n",
