@@ -63,6 +63,7 @@ COMPILED = tempfile.TemporaryDirectory()
 os.environ.update(PYTHONPATH=str(HERE), PYTHONPYCACHEPREFIX=COMPILED.name)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 SOURCE = (HERE / "intentbus.py").read_text()
+TREE = ast.parse(SOURCE)
 KEY = "k" * 48
 
 ADMIN_SECRET = "a" * 40
@@ -388,7 +389,7 @@ class Served(Reachable):
         self.server = intentbus.http_server(self.api, port=self.port, **serving)
         self.port = self.server.server_port
         self.url = f"http{'s' if 'tls' in serving else ''}://127.0.0.1:{self.port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.005,), daemon=True).start()
         return self
 
     def stop(self):
@@ -660,12 +661,17 @@ class Serve(Reachable):
         output, errors = self.process.communicate(timeout=10)
         return self.process.returncode, output, errors
 
+    def kill(self):
+        """End it at once; return what it said on stderr."""
+        self.process.kill()
+        return self.process.communicate(timeout=10)[1]
+
 
 @pytest.fixture(scope="module")
 def serve(tmp_path_factory):
     serve = Serve(tmp_path_factory.mktemp("home"))
     yield serve
-    serve.stop()
+    serve.kill()
 
 
 def run_python(*arguments, **options):
@@ -1299,6 +1305,7 @@ static void keep(int file) {     /* what is on the disk now: a copy of the file,
     if (strncmp(name, "bus.db", 6)) return;
     snprintf(draft, sizeof draft, "%s/draft", folder);
     int copy = open(draft, O_CREAT | O_WRONLY | O_TRUNC, 0600);
+    if (copy < 0) return;     /* the folder is not there: no images are wanted */
     for (off_t at = 0; (size = pread(file, part, sizeof part, at)) > 0; at += size)
         if (write(copy, part, size) != size) abort();
     close(copy);
@@ -1605,7 +1612,7 @@ def test_each_part_uses_only_the_parts_above_it():
     lines = [first for _, _, first in parts()]
     table = symtable.symtable(SOURCE, "intentbus.py", "exec")
     defined = {}
-    for node in ast.parse(SOURCE).body:
+    for node in TREE.body:
         for target in node.targets if isinstance(node, ast.Assign) else [node]:
             defined.setdefault(getattr(target, "id", getattr(target, "name", None)), bisect.bisect(lines, node.lineno))
     low = []
@@ -1620,8 +1627,8 @@ def test_each_part_uses_only_the_parts_above_it():
 
 
 def test_only_the_standard_library_is_imported():
-    names = {alias.name for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.ImportFrom)}
+    names = {alias.name for node in ast.walk(TREE) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(TREE) if isinstance(node, ast.ImportFrom)}
     if sys.version_info < (3, 10):
         pytest.skip("this Python has no list of its standard library")
     assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names
@@ -1689,6 +1696,60 @@ def test_backoff_doubles_with_each_attempt_up_to_an_hour(attempt, delay):
     assert intent.failed(1000, "no", True, jitter=1)["run_at"] == 1000 + delay
 
 
+# -- Lanes --
+
+LANE, PATTERNS_OF, PAST, SPAN = intentbus.lane, intentbus.patterns, intentbus.past, intentbus.span
+ODD_GOALS = ("g", "g ", "g!", "ga", "g~", "G", "0", "a b", "-", "\u00a0g", "\u00e9t\u00e9", "\u65e5", "\u2028", "\U0001f600", "\U0010ffff", "g" * 256)
+ODD_OWNERS = ("a", "an", "ann", "ann2", "Ann", "\u00e4nn", "\U0001f600", "a!", "a b")
+ODD_TOKENS = (None, None, "w", "w1", "w-", "W", "a:b")
+
+
+def random_lane(chance):
+    """Return the parts of a lane: namespace, audience, target worker, capability, goal, publisher."""
+    publisher = chance.choice(ODD_OWNERS)
+    return (chance.choice(("default", "n", "n1", "n.1", "-")), chance.choice(("", publisher)), chance.choice(ODD_TOKENS),
+            chance.choice(ODD_TOKENS), chance.choice(ODD_GOALS) + chance.choice(("", "", chance.choice(ODD_GOALS)[:3].strip())), publisher)
+
+
+def random_pattern(chance, lane):
+    """Return the parts of a pattern that covers a lane, or nearly: one part may be another lane's."""
+    parts, other, index = list(lane), random_lane(chance), chance.randrange(12)
+    if index < 6:
+        parts[index] = other[index]
+    return (*parts[:4], chance.choice((parts[4], "")), chance.choice((parts[5], "")))
+
+
+def covers(pattern, lane):
+    """Whether a pattern covers a lane: an empty goal and an empty publisher stand for any."""
+    return pattern[:4] == lane[:4] and pattern[4] in ("", lane[4]) and pattern[5] in ("", lane[5])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_pattern_covers_a_lane_if_its_parts_do(seed):
+    chance, seen = random.Random(seed), collections.Counter()
+    for _ in range(2000):
+        lane = random_lane(chance)
+        pattern = random_pattern(chance, lane)
+        name, pattern_name = LANE(*lane), LANE(*pattern)
+        assert (name == pattern_name) == (lane == pattern)
+        covered = covers(pattern, lane)
+        assert (pattern_name in PATTERNS_OF(name)) == covered, (pattern, lane)
+        start, stop, publisher = SPAN(pattern_name)
+        inside = start.encode() <= name.encode() < stop.encode() and (not publisher or name.endswith("\t" + publisher))
+        assert inside == covered, (pattern, lane)
+        seen[covered] += 1
+    assert min(seen.values()) > 300
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_past_a_lane_is_before_every_other_lane_behind_it(seed):
+    chance = random.Random(seed)
+    names = sorted({LANE(*random_lane(chance)).encode() for _ in range(2000)})     # as a database sorts them
+    assert len(names) > 1000
+    for name, following in zip(names, names[1:]):
+        assert name < PAST(name.decode()).encode() < following
+
+
 # ---- 4. Store ----
 
 @ON_A_FILE
@@ -1701,20 +1762,32 @@ def test_the_file_is_its_owners_alone_and_says_what_the_protocol_says(served):
         assert db.execute("PRAGMA user_version").fetchone() == (len(intentbus.MIGRATIONS),)
 
 
-def test_no_publish_or_report_is_answered_before_it_is_on_disk(tmp_path):
-    images = tmp_path / "images"
-    images.mkdir()
-    serve = Serve(tmp_path, "--db", "bus.db", DISK_IMAGES=str(images), **preloaded(DISK))
+@pytest.fixture(scope="module")
+def on_a_watched_disk(tmp_path_factory):
+    """A bus as a program that keeps an image of each file it syncs, in images, and cannot sync while there is a file fault."""
+    home = tmp_path_factory.mktemp("disk")
+    serve = Serve(home, "--db", "bus.db", DISK_IMAGES=str(home / "images"), DISK_FAULT=str(home / "fault"), **preloaded(DISK))
+    serve.images, serve.fault = home / "images", home / "fault"
+    yield serve
+    serve.kill()
+
+
+def test_no_publish_or_report_is_answered_before_it_is_on_disk(on_a_watched_disk):
+    bus, synced = on_a_watched_disk, []
+    bus.images.mkdir()
+
+    def ask(path, body=b""):
+        """Return the answer to a request, once it is noted how many syncs there were before and after."""
+        before = len(os.listdir(bus.images))
+        response = bus.ask("POST", path, body)
+        synced.append((path, len(os.listdir(bus.images)) - before))
+        return response.json
     for verb in ("fulfill", "fail", "release", "cancel"):
-        synced = [len(os.listdir(images))]
-        intent_id = serve.publish(goal=verb)
-        synced.append(len(os.listdir(images)))
-        assert serve.ask("POST", f"/claim?goal={verb}").status == 200
-        synced.append(len(os.listdir(images)))
-        assert serve.ask("POST", f"/{verb}/{intent_id}").status == 200
-        synced.append(len(os.listdir(images)))
-        assert synced[0] < synced[1] and synced[2] < synced[3], verb
-    serve.stop()
+        intent_id = ask("/intent", a_publish(goal=verb))["id"]
+        assert bus.client.claim(verb).id == intent_id
+        assert ask(f"/{verb}/{intent_id}")["ok"]
+    assert len(synced) == 8 and all(number > 0 for _, number in synced), synced
+    shutil.rmtree(bus.images)
 
 
 @ON_A_FILE
@@ -1737,24 +1810,23 @@ def test_requests_that_queue_up_share_a_commit_and_no_failure(served, how):
 
 
 @LINUX
-def test_a_commit_that_fails_is_no_success_for_any_request_in_it(tmp_path):
-    fault = tmp_path / "fault"
-    serve = Serve(tmp_path, "--db", "bus.db", DISK_FAULT=str(fault), **preloaded(DISK))
+def test_a_commit_that_fails_is_no_success_for_any_request_in_it(on_a_watched_disk):
+    bus = on_a_watched_disk
+    before = bus.ask("GET", "/admin/summary").json["intents"].get("default", {}).get("open", 0)
 
     def publish():
-        return [serve.begin("POST", "/intent", a_publish(), Idempotency_Key=f"key {number}") for number in range(10)]
-    with occupied(tmp_path / "bus.db"):
+        return [bus.begin("POST", "/intent", a_publish(goal="failing"), Idempotency_Key=f"key {number}") for number in range(10)]
+    with occupied(bus.home / "bus.db"):
         sent = publish()
-        wait_until(lambda: not unread(serve.port))
-        fault.touch()
+        wait_until(lambda: not unread(bus.port))
+        bus.fault.touch()
     for sock in sent:
         assert_refusal(response_on(sock), 503, "database_busy")
-    assert serve.statuses() == [] and serve.ask("GET", "/admin/summary").json["intents"] == {}
-    fault.unlink()
+    assert not bus.client.list(goal="failing").intents
+    bus.fault.unlink()
     assert [response_on(sock).status for sock in publish()] == [201] * 10
-    assert serve.statuses() == ["open"] * 10
-    assert serve.ask("GET", "/admin/summary").json["intents"] == {"default": {"open": 10}}
-    serve.stop()
+    assert [intent.status for intent in bus.client.list(goal="failing").intents] == ["open"] * 10
+    assert bus.ask("GET", "/admin/summary").json["intents"]["default"]["open"] == before + 10
 
 
 def test_a_request_that_fails_halfway_leaves_nothing(served):
@@ -1814,8 +1886,7 @@ def test_the_lock_of_a_killed_process_is_no_obstacle(tmp_path):
     intent_id = serve.publish()
     with pytest.raises(intentbus.SetupError, match="Another bus is serving"):
         open_store("sqlite", tmp_path / "bus.db")
-    serve.process.kill()
-    serve.process.communicate()
+    serve.kill()
     served = Served(tmp_path)
     assert served.ask("POST", "/claim").json["id"] == intent_id
     served.stop()
@@ -1865,7 +1936,7 @@ def test_no_verb_works_harder_the_more_is_stored(sqlite_work, bus, clock, monkey
     store(100)
     work()     # whatever is looked at once only
     few = work()
-    store(900)
+    store(400)
     many = work()
     assert min(few[verb] for verb in few if verb != "cleanup") > 0
     assert {verb: (few[verb], many[verb]) for verb in few if many[verb] > few[verb] + 20} == {}
@@ -2188,6 +2259,38 @@ def test_intents_are_claimed_by_priority_then_time(bus, clock):
         bus.publish("g", payload, priority=priority)
         clock.pass_(0.01)
     assert [bus.claim("g").payload for _ in range(5)] == ["b", "e", "a", "c", "d"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_claim_takes_the_first_of_all_that_it_may_take(bus, clock, seed):
+    chance, stored, taken = random.Random(seed), [], 0
+    names = dict(namespace=("default", "n"), goal=("g", "g!", "\u00e9"), target_worker=(None, None, "w", "v"),
+                 required_capability=(None, None, "a", "b"), visibility=("private", "public"), priority=(0, 100, 100, 900))
+    for _ in range(300):
+        clock.pass_(chance.choice((0, 0.5, 10)))
+        caller = chance.choice((ALICE, BOB))
+        if chance.random() < 0.5:
+            fields = {name: chance.choice(values) for name, values in names.items()}
+            delay = chance.choice((0, 0, 5, 60))
+            intent_id = bus.publish(payload=1, delay=delay, caller=caller, **fields).id
+            stored.append(Record(fields, id=intent_id, owner=caller.owner, run_at=clock.wall + delay, attempts=0, at=clock.wall))
+            continue
+        goals = chance.choice((None, ["g"], ["g!", "\u00e9"]))
+        asked = dict(namespace=chance.choice(names["namespace"]), worker_id=chance.choice((None, "w")),
+                     capabilities=chance.choice(((), ("a",), ("a", "b"))), publisher=chance.choice((None, caller.owner)))
+        may = [intent for intent in stored if intent.run_at <= clock.wall and intent.namespace == asked["namespace"]
+               and (goals is None or intent.goal in goals) and intent.target_worker in (None, asked["worker_id"])
+               and intent.required_capability in (None, *asked["capabilities"]) and asked["publisher"] in (None, intent.owner)
+               and (intent.visibility == "public" or intent.owner == caller.owner)]
+        first = min(may, default=None, key=lambda intent: (-intent.priority, intent.run_at, intent.attempts, intent.at, intent.id))
+        claimed = bus.claim(goals, lease=3600, caller=caller, **asked)
+        assert (claimed and claimed.id) == (first and first.id), (seed, asked, goals)
+        if claimed and chance.random() < 0.3:
+            bus.release(claimed.id, claimed.claim_token, caller=caller)
+        elif claimed:
+            stored.remove(first)
+            taken += 1
+    assert taken > 30
 
 
 def test_without_a_goal_the_first_of_all_goals_is_claimed(bus, clock):
@@ -2513,6 +2616,7 @@ def test_a_delay_that_began_before_a_restart_ends_in_its_time(served, no_recheck
     assert claimed_by(served.begin("POST", "/claim?goal=g&wait=60")).id == intent_id
 
 
+@SLOW
 def test_a_claimed_intent_expires_in_its_time(served, no_rechecks):
     intent_id = served.publish(ttl=1)
     result = served.hold("GET", f"/result/{intent_id}?wait=60")
@@ -2536,7 +2640,7 @@ def test_a_row_that_another_program_wrote_is_noticed(served, quick_rechecks):
 
 
 def test_many_clients_share_the_work_and_each_intent_is_claimed_once(served):
-    ids, taken = served.client.publish_many([a_publish() for _ in range(200)]).ids, collections.Counter()
+    ids, taken = served.client.publish_many([a_publish() for _ in range(120)]).ids, collections.Counter()
 
     def work(index):
         ask = talking(served.url, KEY)
@@ -2564,7 +2668,7 @@ def test_no_held_claim_misses_an_intent(served, no_rechecks):
             ask(f"/fulfill/{intent['id']}", {"claim_token": intent["claim_token"]})
 
     workers = in_thread(at_once, 4, work)
-    chance, publish, numbers = random.Random(1), talking(served.url, KEY), iter(range(200))
+    chance, publish, numbers = random.Random(1), talking(served.url, KEY), iter(range(120))
     while batch := list(itertools.islice(numbers, chance.choice([1, 1, 1, 2, 5]))):
         publish("/intents", [a_publish(goal=chance.choice("gh"), payload=number) for number in batch])
         for _ in batch if chance.random() < 0.5 else batch[:1]:     # sometimes all are held again, sometimes some are at work
@@ -3522,7 +3626,7 @@ def test_one_wrong_secret_is_answered_as_another(started, settings, path, header
 
 def test_secrets_are_compared_in_constant_time():
     """Among the keys, == is for the words of the protocol; it would tell how much of a secret was right."""
-    keys, = [node for node in ast.parse(SOURCE).body if getattr(node, "name", None) == "Keys"]
+    keys, = [node for node in TREE.body if getattr(node, "name", None) == "Keys"]
     compared = [node for node in ast.walk(keys) if isinstance(node, ast.Compare)
                 and isinstance(node.ops[0], (ast.Eq, ast.NotEq, ast.In, ast.NotIn))]
     assert compared and not [node.lineno for node in compared if not any(
@@ -4301,12 +4405,12 @@ def test_an_error_is_a_code_and_a_message_and_nothing_else(strict):
 
 
 @pytest.mark.parametrize("verb", ["extend_claim", "fulfill", "fail", "release"])
-@pytest.mark.parametrize("token", ["", "wrong", "\0", "\u00e9", "0" * 32, "0" * 100000])
-def test_a_wrong_token_changes_nothing(served, verb, token):
+def test_a_wrong_token_changes_nothing(served, verb):
     served.publish()
     claim = served.ask("POST", "/claim").json
-    response = served.ask("POST", f"/{verb}/{claim['id']}", {"claim_token": token})
-    assert_refusal(response, 404, "not_found", claim["id"])
+    for token in ("", "wrong", "\0", "\u00e9", "0" * 32, "0" * 100000):
+        response = served.ask("POST", f"/{verb}/{claim['id']}", {"claim_token": token})
+        assert_refusal(response, 404, "not_found", claim["id"])
     status = served.ask("GET", f"/status/{claim['id']}").json
     assert (status["status"], status["claim_expires_at"]) == ("claimed", claim["claim_expires_at"])
 
@@ -5685,7 +5789,7 @@ def test_a_client_corrects_its_clock(tmp_path, monkeypatch):
     serve, right = Serve(tmp_path, "--log"), time.time
     monkeypatch.setattr(time, "time", lambda: right() + 7200)
     assert serve.client.publish("g", 1).status == serve.client.publish("g", 2).status == "published"
-    assert re.findall(r'"status": (\d+)', serve.stop()[2]) == ["403", "201", "201"]
+    assert re.findall(r'"status": (\d+)', serve.kill()) == ["403", "201", "201"]
 
 
 # ---- 13. Worker ----
@@ -5770,9 +5874,9 @@ def test_what_is_done_in_spite_of_two_interrupts_is_reported_done(served):
 
 def test_concurrent_workers_do_each_intent_once(served):
     done = collections.Counter()
-    served.client.publish_many([a_publish(payload=number) for number in range(200)])
+    served.client.publish_many([a_publish(payload=number) for number in range(100)])
     work(served, "g", lambda intent, lease: (done.update([intent.payload]), "json"), concurrency=8)
-    assert len(done) == 200 and set(done.values()) == {1}
+    assert len(done) == 100 and set(done.values()) == {1}
 
 
 @POSIX
@@ -5834,9 +5938,12 @@ def test_a_program_that_takes_too_long_is_ended(served, tmp_path, text):
     assert (found.status, found.last_error) == ("open", "timed out after 0.3 s: waiting")
 
 
+EXIT_CODES = range(256) if os.environ.get("INTENTBUS_TEST_SLOW") else (*range(10), *range(97, 104), *range(120, 150), 255)
+
+
 @POSIX
 def test_every_exit_code_has_its_outcome(served, tmp_path):
-    codes = [code for code in range(256) if code not in (126, 127)]     # those two stop the worker
+    codes = [code for code in EXIT_CODES if code not in (126, 127)]     # those two stop the worker
     ids = served.client.publish_many([a_publish(payload={"code": code}) for code in codes]).ids
     work(served, "g", intentbus.Program([script(tmp_path, '#!/bin/sh\nexit "$1"\n'), "{code}"]), concurrency=8)
     expected = {0: ("fulfilled", None), 100: ("dead", "The handler rejected it with exit code 100.")}
@@ -8205,8 +8312,7 @@ def test_a_bus_that_is_killed_two_hundred_times_has_lost_nothing_it_has_answered
             threading.Thread(target=answered.load, args=(serve.url, KEY, ended), daemon=True).start()
         with contextlib.suppress(queue.Empty):
             ended.get(timeout=chance.uniform(0.02, 0.3))
-        serve.process.kill()
-        serve.process.communicate()
+        serve.kill()
         for _ in range(4):
             ended.get(timeout=20)
     with contextlib.closing(open_store("sqlite", tmp_path / "bus.db")) as store:
@@ -8273,8 +8379,7 @@ def test_a_power_cut_at_any_moment_loses_nothing_that_was_answered(tmp_path):
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         list(pool.map(load, (60, 60, 60)))
-    serve.process.kill()
-    serve.process.communicate()
+    serve.kill()
     answers = sorted(said.get() for _ in range(said.qsize()))
     checked, disk = 0, tmp_path / "disk"
     for number, image in enumerate(sorted(path for path in images.iterdir() if path.name != "draft"), 1):
@@ -8316,8 +8421,7 @@ def test_a_backup_under_load_holds_all_that_was_answered_before_it_began(tmp_pat
             assert {copy.get(id).status for id in before} and {copy.get(id).status for id in done} == {"fulfilled"}
             counted = {row.status: row.n for row in db.execute("SELECT status, COUNT(*) AS n FROM intents GROUP BY status")}
             assert {row.status: row.intents for row in copy.tallies()} == counted
-    serve.process.kill()
-    serve.process.communicate()
+    serve.kill()
     figure("backups under load", f"5, of up to {len(before)} intents, each with all that was answered before and equal counts")
 
 
@@ -8383,8 +8487,7 @@ def test_a_hundred_thousand_odd_requests_find_no_fault(tmp_path):
     after = memory(serve.process)
     figure("fuzzer", f"{sum(statuses.values())} answers: {dict(sorted(statuses.items()))}; memory {before:.1f} MB after 10,000, {after:.1f} MB at the end")
     assert after < 1.3 * before + 5
-    serve.process.kill()
-    serve.process.communicate()
+    serve.kill()
 
 
 def pages(client, goal):
