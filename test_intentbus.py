@@ -1414,6 +1414,15 @@ def figure(what, text):
     print(f"FIGURE {what}: {text}")
 
 
+def pages(client, goal):
+    """The pages of a list."""
+    before = ""
+    while before is not None:
+        page = client.list(goal=goal, limit=500, before=before or None)
+        yield page.intents
+        before = page.next
+
+
 def percentile(times, share):
     """The time that this share of them does not exceed."""
     return sorted(times)[int(share * (len(times) - 1))]
@@ -5063,6 +5072,212 @@ def test_nothing_is_claimed_for_a_client_that_hung_up_while_it_waited(served, le
     assert (status["status"], status["claim_attempts"]) == ("open", 0)
 
 
+# -- Held, busy and ending --
+
+def kept(method, target, number, *lines):
+    """Return the bytes of a request without a body that keeps its connection; its number is its X-Request-ID."""
+    return get(f"{method} {target} HTTP/1.1".encode(), b"Host: x", b"X-API-KEY: " + KEY.encode(), b"X-Request-ID: %d" % number, *lines)
+
+
+def test_requests_behind_a_held_one_wait_their_turn(served):
+    with served.connect() as sock:
+        sock.sendall(kept("POST", "/claim?goal=g&wait=60", 0) + post(LENGTH, b"X-Request-ID: 1")
+                     + kept("POST", "/claim?goal=g&wait=60", 2) + kept("GET", "/health", 3, b"Connection: close"))
+        wait_until(served.held)
+        assert served.statuses() == [], "the publish behind it is not done yet"
+        intent_id = served.publish()
+        answers = responses(received(sock))
+    assert [response.headers["x-request-id"] for response in answers] == ["0", "1", "2", "3"]
+    assert [response.status for response in answers] == [200, 201, 200, 200]
+    assert [answers[0].json["id"], answers[1].json["id"]] == [intent_id, answers[2].json["id"]]
+
+
+def test_much_that_is_sent_behind_a_held_request_is_answered_after_it(served):
+    with served.connect() as sock:
+        requests = [kept("POST", "/claim?goal=g&wait=60", 0), *(kept("GET", "/", number, b"X: " + b"a" * 8000) for number in range(1, 50))]
+        sending = in_thread(lambda: sock.sendall(b"".join(requests) + kept("GET", "/", 50, b"Connection: close")) or True)
+        wait_until(served.held)
+        intent_id = served.publish()
+        answers = responses(received(sock))
+        assert sending()
+    assert [response.headers["x-request-id"] for response in answers] == [str(number) for number in range(51)]
+    assert answers[0].json["id"] == intent_id and {response.status for response in answers} == {200}
+
+
+@LINUX
+def test_a_held_request_takes_no_processor_time_whatever_is_sent_behind_it(serve):
+    def seconds():
+        """Return the processor time that the bus has had."""
+        spent = Path(f"/proc/{serve.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(spent[11]) + int(spent[12])) / os.sysconf("SC_CLK_TCK")
+    with serve.connect() as sock:
+        requests = [kept("GET", "/", number, b"X: " + b"a" * 8000) for number in range(100)]
+        sending = in_thread(lambda: sock.sendall(kept("POST", "/claim?goal=none&wait=0.5", 0) + b"".join(requests)) or True)
+        wait_until(serve.held)
+        before = seconds()
+        assert sock.recv(12) == b"HTTP/1.1 204"
+        assert seconds() - before < 0.25
+        assert sending()
+
+
+def test_a_bus_with_many_held_and_half_requests_answers_the_others(served):
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(served.begin("POST", "/claim?goal=g&wait=60")) for _ in range(50)]
+        for half in (b"", b"GET /health HT", post(LENGTH)[:-1]) * 15:
+            stack.enter_context(served.connect()).sendall(half)
+        wait_until(lambda: served.held() == 50)
+        assert [served.ask("GET", path, key=None).status for path in ("/health", "/")] == [200, 200]
+        served.ask("POST", "/intents", [a_publish()] * 50)
+        assert len({claimed_by(claim).id for claim in held}) == 50
+
+
+@ON_A_FILE
+def test_reads_go_on_while_another_program_holds_the_file(served):
+    done, waiting = served.publish(), served.publish(goal="h")
+    served.ask("POST", f"/fulfill/{served.client.claim('g').id}", {"result": 7})
+    result = served.hold("GET", f"/result/{waiting}?wait=60")
+    with occupied(served.db):
+        sent = [served.begin("POST", "/intent", a_publish(goal="later")) for _ in range(20)]
+        assert served.ask("GET", f"/result/{done}").json["result"] == 7
+        assert sorted(served.statuses()) == ["fulfilled", "open"] and served.held() == 1
+        assert [served.ask("GET", path).status for path in ("/", "/whoami", "/events?after=0", "/workers", "/get/none", "/metrics")] == [
+            200, 200, 200, 200, 404, 200]
+    assert [response_on(sock).status for sock in sent] == [201] * 20
+    served.ask("POST", f"/cancel/{waiting}")
+    assert response_on(result).json["status"] == "dead"
+
+
+@ON_A_FILE
+def test_a_file_that_another_program_holds_for_long_is_said_to_be_busy(started, monkeypatch):
+    monkeypatch.setattr(intentbus, "BUSY_TIMEOUT_MS", 100)
+    bus = started()
+    with occupied(bus.db):
+        refused = bus.ask("POST", "/intent", a_publish())
+        assert_refusal(refused, 503, "database_busy")
+        assert refused.headers["retry-after"] == "1"
+        assert bus.statuses() == []
+    assert bus.ask("POST", "/intent", a_publish()).status == 201
+    assert bus.statuses() == ["open"]
+
+
+def test_held_requests_are_answered_when_the_bus_ends(served):
+    open_id, start = served.publish(goal="other"), served.client.events().next
+    claims = [served.hold("POST", f"/claim?wait=60&goal={goal}") for goal in ("g", "g&goal=h")]
+    result = served.hold("GET", f"/result/{open_id}?wait=60")
+    watch = served.hold("GET", f"/events?after={start}&wait=60")
+    served.stop()
+    for claim in claims:
+        assert_empty(claim)
+    assert response_on(result).json["status"] == "open"
+    assert response_on(watch).json == {"events": [], "next": start, "missed": 0}
+    served.start()
+    assert served.client.claim("other").claim_attempts == 1 and served.client.claim("g") is None
+
+
+def test_a_request_behind_a_held_one_is_not_begun_when_the_bus_ends(served):
+    with served.connect() as sock:
+        sock.sendall(kept("POST", "/claim?goal=none&wait=60", 0) + post(LENGTH, b"Connection: close"))
+        wait_until(served.held)
+        served.stop()
+        held, = responses(received(sock))
+    assert (held.status, held.headers["connection"]) == (204, "close")
+    assert served.start().statuses() == []
+
+
+def test_a_bus_that_is_restarted_again_and_again_loses_no_publish_it_answered(served):
+    there, ended, answered = threading.Event(), threading.Event(), queue.SimpleQueue()
+    there.set()
+
+    def publish(index):
+        while not ended.is_set() and there.wait(PATIENCE_SECONDS):
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                ask = talking(served.url, KEY)
+                while not ended.is_set():
+                    status, found = ask("/intent", a_publish())
+                    assert status == 201
+                    answered.put(found["id"])
+        return True
+    publishing = in_thread(at_once, 3, publish)
+    for number in range(4):
+        wait_until(lambda: answered.qsize() >= 20 * (number + 1))
+        there.clear()
+        served.restart()
+        there.set()
+    ended.set()
+    assert publishing() == [True] * 3
+    ids = {answered.get() for _ in range(answered.qsize())}
+    listed = {intent.id for page in pages(served.client, "g") for intent in page}
+    assert ids <= listed
+
+
+def ending(serve, number, seconds=5):
+    """Send a signal to a bus; return its exit code, which it must have within some seconds."""
+    began = time.monotonic()
+    serve.process.send_signal(number)
+    code = serve.process.wait(PATIENCE_SECONDS)
+    assert time.monotonic() - began < seconds
+    return code
+
+
+@POSIX
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_bus_that_is_told_to_end_leaves_nobody_hanging(tmp_path, number):
+    serve = Serve(tmp_path)
+    intent_id = serve.publish()
+    held, idle, half = serve.hold("POST", "/claim?goal=none&wait=60"), serve.connect(), [serve.connect() for _ in range(2)]
+    idle.sendall(kept("GET", "/health", 0))
+    assert idle.recv(12) == b"HTTP/1.1 200"
+    half[0].sendall(b"GET /health HT")
+    half[1].sendall(post(LENGTH)[:-1])
+    assert ending(serve, number) == 0
+    assert_empty(held)
+    for sock in (idle, *half):
+        with contextlib.suppress(ConnectionError):
+            assert b"HTTP/1.1 2" not in received(sock)
+    assert not (tmp_path / "intentbus.db-wal").exists() or not (tmp_path / "intentbus.db-wal").stat().st_size
+    with contextlib.closing(sqlite3.connect(tmp_path / "intentbus.db")) as db:
+        assert db.execute("SELECT id, status FROM intents").fetchall() == [(intent_id, "open")]
+    assert "Traceback" not in serve.process.communicate()[1]
+
+
+@POSIX
+@LINUX
+def test_a_bus_that_is_told_to_end_finishes_what_it_has_begun(tmp_path):
+    serve = Serve(tmp_path)
+    with occupied(tmp_path / "intentbus.db"):
+        sent = [serve.begin("POST", "/intent", a_publish()) for _ in range(3)]
+        wait_until(lambda: not unread(serve.port))
+        serve.process.terminate()
+
+        def refused():
+            try:
+                serve.connect().close()
+            except ConnectionRefusedError:
+                return True
+        wait_until(refused)     # it takes no more connections
+    answers = [response_on(sock) for sock in sent]
+    assert [(response.status, response.headers["connection"]) for response in answers] == [(201, "close")] * 3
+    assert serve.process.wait(PATIENCE_SECONDS) == 0
+    with contextlib.closing(sqlite3.connect(tmp_path / "intentbus.db")) as db:
+        assert {id for id, in db.execute("SELECT id FROM intents")} == {response.json["id"] for response in answers}
+    serve.process.communicate()
+
+
+@SLOW
+@POSIX
+@LINUX
+def test_a_bus_that_is_told_to_end_waits_for_no_client_and_no_file(tmp_path):
+    serve = Serve(tmp_path)
+    serve.ask("POST", "/intents", [a_publish(payload="x" * 200)] * 1000)
+    deaf = serve.connect()     # it reads nothing of megabytes
+    deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    deaf.sendall(kept("GET", "/intents?limit=500&payload=1", 0) * 200)
+    with occupied(tmp_path / "intentbus.db"):
+        serve.begin("POST", "/intent", a_publish())
+        assert ending(serve, signal.SIGTERM, 6) == 0
+    serve.process.communicate()
+
+
 @pytest.mark.parametrize("trust_proxy, peer", [(True, "203.0.113.7"), (False, "127.0.0.1")])
 def test_the_log_names_the_client_as_a_trusted_proxy_does(started, capsys, trust_proxy, peer):
     bus = started(server=dict(log=True, trust_proxy=trust_proxy))
@@ -8488,15 +8703,6 @@ def test_a_hundred_thousand_odd_requests_find_no_fault(tmp_path):
     figure("fuzzer", f"{sum(statuses.values())} answers: {dict(sorted(statuses.items()))}; memory {before:.1f} MB after 10,000, {after:.1f} MB at the end")
     assert after < 1.3 * before + 5
     serve.kill()
-
-
-def pages(client, goal):
-    """The pages of a list."""
-    before = ""
-    while before is not None:
-        page = client.list(goal=goal, limit=500, before=before or None)
-        yield page.intents
-        before = page.next
 
 
 @SLOW
