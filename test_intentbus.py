@@ -381,9 +381,13 @@ class Reachable:
 class Served(Reachable):
     """A bus in this process behind a server on a free port, and ways to talk to it."""
 
-    def __init__(self, folder, database="sqlite", **options):
-        """Start it; the options are those of assembled(), and server, for those of http_server()."""
-        self.db, self.database, self.options, self.port, self.server = str(folder / "bus.db"), database, options, 0, None
+    def __init__(self, folder, database="sqlite", poll=0.005, **options):
+        """Start it; the options are those of assembled(), and server, for those of http_server().
+
+        poll is how often, in seconds, the server looks whether it is to stop.
+        """
+        self.db, self.database, self.poll, self.options = str(folder / "bus.db"), database, poll, options
+        self.port, self.server = 0, None
         self.start()
 
     def start(self, **changes):
@@ -396,7 +400,7 @@ class Served(Reachable):
         self.server = intentbus.http_server(self.api, port=self.port, **serving)
         self.port = self.server.server_port
         self.url = f"http{'s' if 'tls' in serving else ''}://127.0.0.1:{self.port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.005,), daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(self.poll,), daemon=True).start()
         return self
 
     def stop(self):
@@ -447,7 +451,7 @@ def served(started):
 @pytest.fixture(scope="module")
 def shared(database, tmp_path_factory):
     """One bus for all tests whose requests are refused."""
-    shared = Served(tmp_path_factory.mktemp("shared"), database)
+    shared = Served(tmp_path_factory.mktemp("shared"), database, poll=0.1)
     shared.seen = []
     yield shared
     shared.stop()
@@ -1817,16 +1821,16 @@ def test_queued_requests_share_a_commit_but_not_a_failure(served, how):
     forbid(served, "forbidden", how)
     with occupied(served.db):
         sent = [served.begin("POST", "/intents", [a_publish(payload=number), a_publish(goal="g" if number % 10 else "forbidden")])
-                for number in range(50)]
+                for number in range(30)]
         wait_until(lambda: not unread(served.port))
         before = commits(served.db)
     answers = [response_on(sock) for sock in sent]
-    assert [number for number in range(50) if answers[number].status != 201] == [0, 10, 20, 30, 40]
-    assert {answers[number].status for number in (0, 10, 20, 30, 40)} == {500}
-    assert commits(served.db) - before <= 15
+    assert [number for number in range(30) if answers[number].status != 201] == [0, 10, 20]
+    assert {answers[number].status for number in (0, 10, 20)} == {500}
+    assert commits(served.db) - before <= 10
     stored = {id for response in answers if response.status == 201 for id in response.json["ids"]}
     assert {intent.id for intent in served.client.list(limit=500).intents} == stored
-    assert served.ask("GET", "/admin/summary").json["intents"] == {"default": {"open": 90}}
+    assert served.ask("GET", "/admin/summary").json["intents"] == {"default": {"open": 54}}
 
 
 @LINUX
@@ -1887,8 +1891,8 @@ def test_readers_do_not_let_the_write_ahead_log_grow_without_end(started, monkey
 def test_many_slow_reads_share_a_few_connections(sqlite_work, started, monkeypatch):
     served, pause = started(), threading.Event()
     monkeypatch.setattr(sqlite_work, "note", lambda: pause.wait(0.001) and None)
-    answers = at_once(40, lambda index: served.ask("GET", "/admin/summary"))
-    assert [response.status for response in answers] == [200] * 40
+    answers = at_once(30, lambda index: served.ask("GET", "/admin/summary"))
+    assert [response.status for response in answers] == [200] * 30
     assert sqlite_work.connections <= intentbus.READERS + 1     # each takes two descriptors
 
 
@@ -2284,12 +2288,12 @@ def test_intents_are_claimed_by_priority_then_time(bus, clock):
     assert [bus.claim("g").payload for _ in range(5)] == ["b", "e", "a", "c", "d"]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_claim_takes_the_first_eligible_intent(bus, clock, seed):
     chance, stored, taken = random.Random(seed), [], 0
     names = dict(namespace=("default", "n"), goal=("g", "g!", "\u00e9"), target_worker=(None, None, "w", "v"),
                  required_capability=(None, None, "a", "b"), visibility=("private", "public"), priority=(0, 100, 100, 900))
-    for _ in range(300):
+    for _ in range(200):
         clock.pass_(chance.choice((0, 0.5, 10)))
         caller = chance.choice((ALICE, BOB))
         if chance.random() < 0.5:
@@ -2314,7 +2318,7 @@ def test_a_claim_takes_the_first_eligible_intent(bus, clock, seed):
         elif claimed:
             stored.remove(first)
             taken += 1
-    assert taken > 30
+    assert taken > 20
 
 
 def test_a_claim_without_a_goal_takes_the_first_of_any_goal(bus, clock):
@@ -2665,7 +2669,7 @@ def test_a_row_written_by_another_program_is_noticed(quick_rechecks, served):
 
 
 def test_many_clients_claim_each_intent_once(served):
-    ids, taken = served.client.publish_many([a_publish() for _ in range(120)]).ids, collections.Counter()
+    ids, taken = served.client.publish_many([a_publish() for _ in range(80)]).ids, collections.Counter()
 
     def work(index):
         ask = talking(served.url, KEY)
@@ -2693,7 +2697,7 @@ def test_no_wake_up_of_a_held_claim_is_lost(no_rechecks, served):
             ask(f"/fulfill/{intent['id']}", {"claim_token": intent["claim_token"]})
 
     workers = in_thread(at_once, 4, work)
-    chance, publish, numbers = random.Random(1), talking(served.url, KEY), iter(range(120))
+    chance, publish, numbers = random.Random(1), talking(served.url, KEY), iter(range(60))
     while batch := list(itertools.islice(numbers, chance.choice([1, 1, 1, 2, 5]))):
         publish("/intents", [a_publish(goal=chance.choice("gh"), payload=number) for number in batch])
         for _ in batch if chance.random() < 0.5 else batch[:1]:     # workers are sometimes held again, sometimes busy
@@ -3106,14 +3110,14 @@ def test_a_watch_is_not_woken_by_invisible_events(no_rechecks, served):
 
 def test_a_watcher_sees_every_event_once(no_rechecks, served):
     start, ids = served.client.events().next, []
-    publishing = in_thread(lambda: [ids.append(served.publish()) for _ in range(50)])
+    publishing = in_thread(lambda: [ids.append(served.publish()) for _ in range(30)])
     seen, after = [], start
-    while len(seen) < 50:
+    while len(seen) < 30:
         page = served.client.events(after, wait=60)
         assert page.missed == 0 and page.events
         seen, after = seen + [event["id"] for event in page.events], page.next
     publishing()
-    assert seen == ids and after == start + 50
+    assert seen == ids and after == start + 30
 
 
 def test_each_death_is_announced_once_but_not_of_announcements(store, clock):
@@ -3268,7 +3272,7 @@ BODIES = {"/intent": a_publish(goal="new"), "/intents": [a_publish(goal="new")],
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory):
     """A bus with an admin secret, and a key of each kind."""
-    bus = Served(tmp_path_factory.mktemp("guarded"), keys=dict(admin_secret=ADMIN_SECRET, rate=100_000))
+    bus = Served(tmp_path_factory.mktemp("guarded"), poll=0.1, keys=dict(admin_secret=ADMIN_SECRET, rate=100_000))
     admin = bus.admin = dict(key=None, X_Admin_Token=ADMIN_SECRET)
     bus.issued = {name: bus.issue(owner, role, **admin).api_key for name, owner, role in (
         ("publish", "ann", "publish"), ("work", "ann", "work"), ("both", "ann", "both"), ("other", "bob", "both"),
@@ -3329,35 +3333,45 @@ def test_the_matrix_has_every_route():
     assert list(zip([row[0] for row in MATRIX], paths)) == [route[:2] for route in intentbus.ROUTES]
 
 
-@pytest.mark.parametrize("settings, headers, status", [
-    ({}, dict(key=KEY), 200),
-    ({}, dict(Authorization=f"Bearer {KEY}"), 200),
-    ({}, dict(Authorization=basic("admin", KEY)), 200),
-    ({}, dict(X_Key_ID="owner", **signed("GET", "/admin/keys")), 200),
-    ({}, {}, 401),
-    ({}, dict(X_Admin_Token=""), 401),
-    ({}, dict(X_Admin_Token=ADMIN_SECRET), 401),
-    ({}, dict(Authorization=basic("admin", "")), 401),
-    (dict(admin_secret=ADMIN_SECRET), dict(X_Admin_Token=ADMIN_SECRET), 200),
-    (dict(admin_secret=ADMIN_SECRET), dict(X_Admin_Token=ADMIN_SECRET, key=KEY), 200),
-    (dict(admin_secret=ADMIN_SECRET), dict(X_Admin_Token=ADMIN_SECRET[1:]), 401),
-    (dict(admin_secret=ADMIN_SECRET), dict(X_Admin_Token="\xe9"), 401),
-    (dict(admin_secret=ADMIN_SECRET), dict(key=ADMIN_SECRET), 401),
-    (dict(admin_secret=ADMIN_SECRET), dict(Authorization=basic("admin", KEY)), 401),
-    (dict(dashboard_password="pw"), dict(Authorization=basic("admin", "pw")), 200),
-    (dict(dashboard_password="pw"), dict(Authorization=basic("root", "pw")), 401),
-    (dict(dashboard_password="pw"), dict(Authorization=basic("admin", KEY)), 401),
-    (dict(dashboard_password="pw"), dict(key=KEY), 401),
-    (dict(dashboard_password="pw"), dict(X_Admin_Token="pw"), 401),
-    (dict(dashboard_password="pw", admin_secret=ADMIN_SECRET), dict(Authorization=basic("admin", "pw")), 200),
-    (dict(dashboard_password="pw", admin_secret=ADMIN_SECRET), dict(X_Admin_Token=ADMIN_SECRET), 200),
-])
-def test_admin_credentials(started, settings, headers, status):
-    response = started(keys=settings).ask("GET", "/admin/keys", **dict(dict(key=None), **headers))
-    assert response.status == status
-    if status == 401:
-        assert_refusal(response, 401, "unauthorized", "Authentication required")
-        assert response.headers["www-authenticate"] == 'Basic realm="Intent Bus"'
+@pytest.mark.parametrize("settings, credentials", [
+    ({}, [
+        (dict(key=KEY), 200),
+        (dict(Authorization=f"Bearer {KEY}"), 200),
+        (dict(Authorization=basic("admin", KEY)), 200),
+        (dict(X_Key_ID="owner", **signed("GET", "/admin/keys")), 200),
+        ({}, 401),
+        (dict(X_Admin_Token=""), 401),
+        (dict(X_Admin_Token=ADMIN_SECRET), 401),
+        (dict(Authorization=basic("admin", "")), 401),
+    ]),
+    (dict(admin_secret=ADMIN_SECRET), [
+        (dict(X_Admin_Token=ADMIN_SECRET), 200),
+        (dict(X_Admin_Token=ADMIN_SECRET, key=KEY), 200),
+        (dict(X_Admin_Token=ADMIN_SECRET[1:]), 401),
+        (dict(X_Admin_Token="\xe9"), 401),
+        (dict(key=ADMIN_SECRET), 401),
+        (dict(Authorization=basic("admin", KEY)), 401),
+    ]),
+    (dict(dashboard_password="pw"), [
+        (dict(Authorization=basic("admin", "pw")), 200),
+        (dict(Authorization=basic("root", "pw")), 401),
+        (dict(Authorization=basic("admin", KEY)), 401),
+        (dict(key=KEY), 401),
+        (dict(X_Admin_Token="pw"), 401),
+    ]),
+    (dict(dashboard_password="pw", admin_secret=ADMIN_SECRET), [
+        (dict(Authorization=basic("admin", "pw")), 200),
+        (dict(X_Admin_Token=ADMIN_SECRET), 200),
+    ]),
+], ids=["no secret", "an admin secret", "a dashboard password", "both"])
+def test_admin_credentials(started, settings, credentials):
+    bus = started(keys=settings)
+    for headers, status in credentials:
+        response = bus.ask("GET", "/admin/keys", **dict(dict(key=None), **headers))
+        assert response.status == status, headers
+        if status == 401:
+            assert_refusal(response, 401, "unauthorized", "Authentication required")
+            assert response.headers["www-authenticate"] == 'Basic realm="Intent Bus"'
 
 
 def test_a_valid_key_is_refused_like_a_wrong_one_by_admin_endpoints(served):
@@ -3602,22 +3616,24 @@ def test_anothers_intent_cannot_be_told_from_an_unknown_id(started, tokens, visi
     assert tables_of(bus)["intents"] == before and bus.holds(0)
 
 
-@pytest.mark.parametrize("method, target, body, headers", [
-    ("GET", "/intents?goal={goal}&payload=1", b"", {}),
-    ("GET", "/intents?before={id}", b"", {}),
-    ("GET", "/intents?status=open&namespace=secret", b"", {}),
-    ("POST", "/claim?goal={goal}&namespace=secret", b"", {}),
-    ("POST", "/claim?namespace=secret", b"", {"X-Claim-Token": "{token}"}),
-    ("POST", "/claim?publisher={key_id}&namespace=secret", b"", {}),
-    ("POST", "/claim?publisher={owner}&namespace=secret", b"", {}),
+REQUESTS_OF_ANOTHER = (     # method, target, body, headers; with names that exist for ann, or do not exist
+    ("GET", "/intents?goal={goal}&payload=1", None, {}),
+    ("GET", "/intents?before={id}", None, {}),
+    ("GET", "/intents?status=open&namespace=secret", None, {}),
+    ("POST", "/claim?goal={goal}&namespace=secret", None, {}),
+    ("POST", "/claim?namespace=secret", None, {"X-Claim-Token": "{token}"}),
+    ("POST", "/claim?publisher={key_id}&namespace=secret", None, {}),
+    ("POST", "/claim?publisher={owner}&namespace=secret", None, {}),
     ("POST", "/retry", {"goal": "{goal}"}, {}),
     ("POST", "/retry", {"namespace": "secret"}, {}),
     ("POST", "/intents", [], {"Idempotency-Key": "{goal}"}),
-    ("GET", "/get/{goal}", b"", {}),
-    ("POST", "/delete/{goal}", b"", {}),
+    ("GET", "/get/{goal}", None, {}),
+    ("POST", "/delete/{goal}", None, {}),
     ("POST", "/set/{goal}", {"value": 1, "if_absent": True}, {}),
-], ids=lambda value: value if isinstance(value, str) and value.startswith("/") else "")
-def test_the_data_of_other_owners_changes_no_answer(started, method, target, body, headers):
+)
+
+
+def test_the_data_of_other_owners_changes_no_answer(started):
     bus = started()
     ann, bob = bus.issue("ann"), bus.issue("bob")
     bus.ask("POST", "/intent", a_publish(goal="hers", namespace="secret"), ann.api_key, Idempotency_Key="hers")
@@ -3629,12 +3645,13 @@ def test_the_data_of_other_owners_changes_no_answer(started, method, target, bod
     nowhere = dict(goal="none", id=NOBODY[:-1] + "1", token="0" * 32, key_id="0" * 16, owner="nobody")
     before = tables_of(bus)["intents"]
 
-    def asked(names):
-        filled = json.loads(re.sub(r"\{(\w+)\}", lambda match: names[match[1]], json.dumps([target, headers, body or None])))
-        response = bus.ask(method, filled[0], filled[2] or b"", bob.api_key, **filled[1])
+    def asked(names, method, *sent):
+        target, body, headers = json.loads(re.sub(r"\{(\w+)\}", lambda match: names[match[1]], json.dumps(sent)))
+        response = bus.ask(method, target, b"" if body is None else body, bob.api_key, **headers)
         return response.status, response.body.decode().replace(names["goal"], "GOAL")
-    assert asked(there) == asked(nowhere)
-    assert tables_of(bus)["intents"] == before
+    for request in REQUESTS_OF_ANOTHER:
+        assert asked(there, *request) == asked(nowhere, *request), request
+        assert tables_of(bus)["intents"] == before, request
 
 
 WRONG_SECRETS = ("", "a", ADMIN_SECRET[:-1], ADMIN_SECRET[:-1] + "b", ADMIN_SECRET + "a", "\xe9" * 40, "b" * 400)
@@ -4050,13 +4067,10 @@ def test_a_bad_field_is_refused_and_named(sent, expected):
 
 @pytest.mark.parametrize("path", [path.replace("*", NOBODY) for method, path, _, _ in intentbus.ROUTES
                                   if method == "POST" and path != "/claim"])
-@pytest.mark.parametrize("body, expected", [
-    case("cut off", b'{"claim_token": ', "invalid_json"),
-    case("1000 brackets", b"[" * 1000, "invalid_json", "64 levels"),
-    case("a number", b"7", "invalid_request", "JSON"),
-])
-def test_every_endpoint_refuses_a_body_that_is_not_json(strict, path, body, expected):
-    assert_refusal(strict.ask("POST", path, body), 400, *expected)
+def test_every_endpoint_refuses_a_body_that_is_not_json(strict, path):
+    for body, *expected in ((b'{"claim_token": ', "invalid_json"), (b"[" * 1000, "invalid_json", "64 levels"),
+                            (b"7", "invalid_request", "JSON")):
+        assert_refusal(strict.ask("POST", path, body), 400, *expected)
 
 
 BAD_REQUESTS = (
@@ -4570,21 +4584,20 @@ def test_a_claim_of_several_goals_gets_the_first_of_any(served):
 
 # -- Keys and values --
 
-@pytest.mark.parametrize("name", ["k", "my key", "a/b", "/", "caf\u00e9/\u65e5\u672c", "100%", "a+b", "a?b#c&d=e", "..", "*",
-                                  "\n\0"])
-def test_a_value_is_kept_under_any_name(served, name):
-    assert served.client.set(name, {"a": [1, "\u00e9"]}).ok
-    assert served.client.get(name) == {"a": [1, "\u00e9"]}
-    assert served.client.delete(name) == {"ok": True, "deleted": True}
-    assert served.client.delete(name) == {"ok": True, "deleted": False}
-    with pytest.raises(intentbus.NotFound):
-        served.client.get(name)
+def test_a_value_is_kept_under_any_name(served):
+    for name in ("k", "my key", "a/b", "/", "caf\u00e9/\u65e5\u672c", "100%", "a+b", "a?b#c&d=e", "..", "*", "\n\0"):
+        assert served.client.set(name, {"a": [1, "\u00e9", name]}).ok
+        assert served.client.get(name) == {"a": [1, "\u00e9", name]}
+        assert served.client.delete(name) == {"ok": True, "deleted": True}
+        assert served.client.delete(name) == {"ok": True, "deleted": False}
+        with pytest.raises(intentbus.NotFound):
+            served.client.get(name)
 
 
-@pytest.mark.parametrize("value", [0, False, "", [], {}, 1.5, "text", {"deep": [None]}], ids=repr)
-def test_any_json_value_but_null_is_kept(served, value):
-    assert served.ask("POST", "/set/k", {"value": value, "ttl": 86400}).json == {"ok": True}
-    assert served.ask("GET", "/get/k").json == {"value": value}
+def test_any_json_value_but_null_is_kept(served):
+    for value in (0, False, "", [], {}, 1.5, "text", {"deep": [None]}):
+        assert served.ask("POST", "/set/k", {"value": value, "ttl": 86400}).json == {"ok": True}
+        assert served.ask("GET", "/get/k").json == {"value": value}
 
 
 @pytest.mark.parametrize("target, body, code", [
@@ -4599,11 +4612,11 @@ def test_a_bad_value_is_refused(strict, target, body, code):
     assert strict.ask("GET", "/get/k").status == 404
 
 
-@pytest.mark.parametrize("query, value", [("value=hello", "hello"), ("value=&ttl=60", ""), ("value=5", "5"),
-                                          ("ttl=1.5&value=a+b%2F%C3%A9", "a b/\u00e9")])
-def test_clients_of_the_first_protocol_set_values_in_the_query(served, query, value):
-    assert served.ask("POST", f"/set/k?{query}").json == {"ok": True}
-    assert served.ask("GET", "/get/k").json == {"value": value}
+def test_clients_of_the_first_protocol_set_values_in_the_query(served):
+    for query, value in (("value=hello", "hello"), ("value=&ttl=60", ""), ("value=5", "5"),
+                         ("ttl=1.5&value=a+b%2F%C3%A9", "a b/\u00e9")):
+        assert served.ask("POST", f"/set/k?{query}").json == {"ok": True}
+        assert served.ask("GET", "/get/k").json == {"value": value}
 
 
 @pytest.mark.parametrize("target, body, seconds", [("/set/k", {"value": 1}, 600), ("/set/k", {"value": 1, "ttl": 30}, 30),
@@ -4662,35 +4675,35 @@ COUNTS = {"expired_open_dead", "expired_claims_dead", "fulfilled_deleted", "dead
           "idempotency_deleted", "nonces_deleted"}
 
 
-@pytest.mark.parametrize("method, path, fields", [
-    ("POST", "/admin/cleanup", COUNTS),
-    ("GET", "/admin/keys", {"key_id", "name", "owner", "role", "created_at", "last_used_at", "total_requests"}),
-    ("GET", "/admin/intents/{open}", STATUS | {"payload", "expires_at", "result"}),
-    ("POST", "/admin/intents/{open}/cancel", {"ok", "id", "status"}),
-    ("POST", "/admin/intents/{claimed}/cancel", {"ok", "id", "status"}),
-    ("POST", "/admin/intents/{dead}/retry", {"ok", "id", "status"}),
-    ("GET", "/admin/dead", DEAD_LETTER),
-    ("GET", "/admin/dead/{dead}", DEAD_LETTER | {"payload", "publisher", "visibility"}),
-    ("GET", "/admin/summary", set()),
-])
-def test_the_fields_of_each_admin_answer(lived_in, method, path, fields):
-    answer = lived_in.ask(method, path.format(**lived_in.states))
-    assert answer.status == 200 and answer.headers["content-type"] == "application/json"
-    assert_common_headers(answer)
-    for found in answer.json if isinstance(answer.json, list) else [answer.json]:
-        assert fields <= set(found)
-    assert isinstance(answer.json, list) == (path in ("/admin/keys", "/admin/dead")) and answer.json
+def test_the_fields_of_each_admin_answer(lived_in):
+    for method, path, fields in (
+        ("POST", "/admin/cleanup", COUNTS),
+        ("GET", "/admin/keys", {"key_id", "name", "owner", "role", "created_at", "last_used_at", "total_requests"}),
+        ("GET", "/admin/intents/{open}", STATUS | {"payload", "expires_at", "result"}),
+        ("GET", "/admin/dead", DEAD_LETTER),
+        ("GET", "/admin/dead/{dead}", DEAD_LETTER | {"payload", "publisher", "visibility"}),
+        ("GET", "/admin/summary", set()),
+        ("POST", "/admin/intents/{open}/cancel", {"ok", "id", "status"}),
+        ("POST", "/admin/intents/{claimed}/cancel", {"ok", "id", "status"}),
+        ("POST", "/admin/intents/{dead}/retry", {"ok", "id", "status"}),
+    ):
+        answer = lived_in.ask(method, path.format(**lived_in.states))
+        assert answer.status == 200 and answer.headers["content-type"] == "application/json", path
+        assert_common_headers(answer)
+        for found in answer.json if isinstance(answer.json, list) else [answer.json]:
+            assert fields <= set(found), path
+        assert isinstance(answer.json, list) == (path in ("/admin/keys", "/admin/dead")) and answer.json
 
 
-@pytest.mark.parametrize("method, path, status, code", [
-    ("GET", f"/admin/intents/{NOBODY}", 404, "not_found"), ("GET", f"/admin/dead/{NOBODY}", 404, "not_found"),
-    ("GET", "/admin/dead/{open}", 404, "not_found"), ("POST", f"/admin/intents/{NOBODY}/cancel", 404, "not_found"),
-    ("POST", "/admin/intents/{dead}/cancel", 409, "conflict"), ("POST", "/admin/intents/{open}/retry", 409, "conflict"),
-    ("POST", "/admin/intents/{fulfilled}/retry", 409, "conflict"), ("POST", "/admin/purge", 400, "confirmation_required"),
-    ("GET", "/admin/nothing", 404, "not_found"), ("GET", "/admin/purge", 405, "method_not_allowed"),
-])
-def test_admin_requests_that_are_refused(lived_in, method, path, status, code):
-    assert_refusal(lived_in.ask(method, path.format(**lived_in.states)), status, code)
+def test_admin_requests_that_are_refused(lived_in):
+    for method, path, status, code in (
+        ("GET", f"/admin/intents/{NOBODY}", 404, "not_found"), ("GET", f"/admin/dead/{NOBODY}", 404, "not_found"),
+        ("GET", "/admin/dead/{open}", 404, "not_found"), ("POST", f"/admin/intents/{NOBODY}/cancel", 404, "not_found"),
+        ("POST", "/admin/intents/{dead}/cancel", 409, "conflict"), ("POST", "/admin/intents/{open}/retry", 409, "conflict"),
+        ("POST", "/admin/intents/{fulfilled}/retry", 409, "conflict"), ("POST", "/admin/purge", 400, "confirmation_required"),
+        ("GET", "/admin/nothing", 404, "not_found"), ("GET", "/admin/purge", 405, "method_not_allowed"),
+    ):
+        assert_refusal(lived_in.ask(method, path.format(**lived_in.states)), status, code)
 
 
 def test_an_admin_sees_everything_of_an_intent_but_its_token(lived_in):
@@ -5086,15 +5099,15 @@ def test_the_home_page_and_health_need_no_key(strict):
     assert (health.status, health.json["ok"], health.json["version"]) == (200, True, intentbus.__version__)
 
 
-@pytest.mark.parametrize("query", ["wait=60", "wait=60&goal=g", "wait=60&goal=a&goal=g"])
 @pytest.mark.parametrize("leave", [
     lambda sock: sock.close(),
     lambda sock: sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)) or sock.close(),
     lambda sock: sock.sendall(b"\r\n") or sock.close(),
     lambda sock: sock.sendall(asking("GET", "/health") * 3) or sock.close(),
 ], ids=["with an end", "with a reset", "after a line end", "after more requests"])
-def test_nothing_is_claimed_for_a_client_that_hung_up_while_held(served, leave, query):
-    leave(served.hold("POST", f"/claim?{query}"))
+def test_nothing_is_claimed_for_a_client_that_hung_up_while_held(served, leave):
+    for goals in ("", "&goal=g", "&goal=a&goal=g"):
+        leave(served.hold("POST", f"/claim?wait=60{goals}"))
     intent_id = served.publish()
     served.holds(0)
     status = served.ask("GET", f"/status/{intent_id}").json
@@ -5231,8 +5244,8 @@ def test_no_answered_publish_is_lost_in_a_restart_under_load(served):
                     answered.put(found["id"])
         return True
     publishing = in_thread(at_once, 3, publish)
-    for number in range(4):
-        wait_until(lambda: answered.qsize() >= 20 * (number + 1))
+    for number in range(3):
+        wait_until(lambda: answered.qsize() >= 10 * (number + 1))
         there.clear()
         served.restart()
         there.set()
@@ -5262,7 +5275,7 @@ def ending(serve, number, seconds=5):
 
 
 @POSIX
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=SLOW), signal.SIGINT])
 def test_a_stop_signal_ends_the_bus_and_every_connection(tmp_path, number):
     serve = Serve(tmp_path)
     intent_id = serve.publish()
@@ -5285,11 +5298,11 @@ def test_a_stop_signal_ends_the_bus_and_every_connection(tmp_path, number):
 @POSIX
 @LINUX
 def test_a_stopping_bus_finishes_the_requests_it_has_begun(tmp_path):
-    serve, payloads = Serve(tmp_path), ["x" * 200_000] * 40
-    for payload in payloads:
-        serve.publish(payload=payload)
+    serve = Serve(tmp_path)
+    for _ in range(28):
+        serve.publish(payload="x" * 200_000)
     slow = socket.socket()
-    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)     # eight megabytes do not fit into the system's buffers
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)     # five megabytes do not fit into the system's buffers
     slow.settimeout(HELD_SECONDS)
     slow.connect(("127.0.0.1", serve.port))
     slow.sendall(asking("GET", "/intents?payload=1"))
@@ -5302,7 +5315,7 @@ def test_a_stopping_bus_finishes_the_requests_it_has_begun(tmp_path):
     answers = [response_on(sock) for sock in sent]
     assert [(response.status, response.headers["connection"]) for response in answers] == [(201, "close")] * 3
     listed, = responses(begun + received(slow))
-    assert [intent["payload"] for intent in listed.json["intents"]] == payloads
+    assert listed.status == 200 and len(listed.body) > 28 * 200_000
     assert serve.process.wait(PATIENCE_SECONDS) == 0
     with contextlib.closing(sqlite3.connect(tmp_path / "intentbus.db")) as db:
         late = {id for id, in db.execute("SELECT id FROM intents WHERE goal = 'late'")}
@@ -6137,9 +6150,9 @@ def test_work_done_despite_two_interrupts_is_reported(served):
 
 def test_concurrent_workers_do_each_intent_once(served):
     done = collections.Counter()
-    served.client.publish_many([a_publish(payload=number) for number in range(100)])
+    served.client.publish_many([a_publish(payload=number) for number in range(80)])
     work(served, "g", lambda intent, lease: (done.update([intent.payload]), "json"), concurrency=8)
-    assert len(done) == 100 and set(done.values()) == {1}
+    assert len(done) == 80 and set(done.values()) == {1}
 
 
 @POSIX
