@@ -1,8 +1,9 @@
 """The tests of intentbus, in the order of its parts. Run: python -m pytest -q
 
-Real parts throughout: a real server on port 0, real processes, a real SQLite file. INTENTBUS_TEST_SLOW=1 adds the long
-ones; INTENTBUS_TEST_CLIENTS names a directory of virtual environments with the published clients; INTENTBUS_TEST_POSTGRES
-is the DSN of a PostgreSQL to run the same tests on. .ci/run has all of these.
+They run the real thing: a server on port 0, processes, a SQLite file; and they see it from outside: over HTTP, or with a
+connection of their own to the file. INTENTBUS_TEST_SLOW=1 adds the slow tests. INTENTBUS_TEST_CLIENTS names a directory of
+virtual environments with the published clients. INTENTBUS_TEST_POSTGRES is the DSN of a PostgreSQL server for a second run
+of the same tests. .ci/run sets all three.
 """
 
 import argparse
@@ -12,8 +13,9 @@ import bisect
 import collections
 import concurrent.futures
 import contextlib
-import hmac
+import functools
 import hashlib
+import hmac
 import http.client
 import http.server
 import importlib
@@ -51,20 +53,72 @@ from pathlib import Path
 import pytest
 
 import intentbus
-from intentbus import API, Bus, Caller, Intent, IntentClient, Keys, Record, Reject, Request, Store, Worker, listen
+from intentbus import API, Bus, Caller, Intent, IntentClient, Keys, Record, Reject, Store, Worker, listen
+
+# ---- Tools of the tests ----
 
 HERE = Path(__file__).parent
 PROGRAM = str(HERE / "intentbus.py")
-COMMAND = (sys.executable, "-m", "intentbus")     # hundreds of times: a module is compiled once, a program each time
+COMMAND = (sys.executable, "-m", "intentbus")     # a module is compiled once, a program each time
 COMPILED = tempfile.TemporaryDirectory()
 os.environ.update(PYTHONPATH=str(HERE), PYTHONPYCACHEPREFIX=COMPILED.name)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 SOURCE = (HERE / "intentbus.py").read_text()
+TREE = ast.parse(SOURCE)
 KEY = "k" * 48
+
+ADMIN_SECRET = "a" * 40
+
+NOBODY = "0" * 32     # an id that does not exist
 SLOW = pytest.mark.skipif(not os.environ.get("INTENTBUS_TEST_SLOW"), reason="INTENTBUS_TEST_SLOW is not set")
 POSIX = pytest.mark.skipif(os.name != "posix", reason="process groups and signals of POSIX")
 CURL = pytest.mark.skipif(not shutil.which("curl"), reason="curl is not on this machine")
 OPENSSL = pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not on this machine")
+
+
+# -- Time and threads --
+
+PATIENCE_SECONDS = 120     # enough for the busiest machine
+HELD_SECONDS = 45     # a request that is held for 60 s is answered by an event, not by its end
+
+
+def wait_until(fact, seconds=PATIENCE_SECONDS):
+    """Call fact() until its result is true, and return that."""
+    deadline = time.monotonic() + seconds
+    pause = threading.Event()
+    while not (found := fact()):
+        assert time.monotonic() < deadline, "the fact did not come true"
+        pause.wait(0.01)
+    return found
+
+
+def in_thread(function, *args, **kwargs):
+    """Run a function in a thread; return a function that waits for its result."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(function(*args, **kwargs)), daemon=True)
+    thread.start()
+
+    def result():
+        thread.join(PATIENCE_SECONDS)
+        assert results, "the thread did not end"
+        return results[0]
+    result.ended = lambda: bool(results)
+    return result
+
+
+def at_once(number, function):
+    """Call function(0), function(1)... in as many threads at the same moment; return their results and exceptions."""
+    barrier, results = threading.Barrier(number), queue.Queue()
+
+    def run(index):
+        barrier.wait(PATIENCE_SECONDS)
+        try:
+            results.put(function(index))
+        except Exception as error:
+            results.put(error)
+    for index in range(number):
+        threading.Thread(target=run, args=(index,), daemon=True).start()
+    return [results.get(timeout=PATIENCE_SECONDS) for _ in range(number)]
 
 
 class Clock:
@@ -86,28 +140,30 @@ def clock():
     return Clock()
 
 
+# -- Databases --
+
 POSTGRES = os.environ.get("INTENTBUS_TEST_POSTGRES")     # the DSN of a database where schemas can be made and dropped
-ON_A_FILE = pytest.mark.parametrize("database", ["sqlite"], indirect=True)     # of what only a SQLite file has
+ON_A_FILE = pytest.mark.parametrize("database", ["sqlite"], indirect=True)     # a test of SQLite files only
 
 
 def ON_POSTGRES(test):
-    """Mark a test of what only several buses over one PostgreSQL have; pytest -k postgres finds it by the attribute."""
+    """Mark a test of several buses over one PostgreSQL; pytest -k postgres finds it by the attribute."""
     test.postgres = True
     return pytest.mark.skipif(not POSTGRES, reason="INTENTBUS_TEST_POSTGRES is not set")(test)
 
 
 @pytest.fixture(scope="module", params=["sqlite", *(["postgres"] if POSTGRES else [])])
 def database(request):
-    """What the intents are in: the tests of the store and of all above it are one contract for both."""
+    """The kind of database: the tests of the store and of all above it are one contract for both."""
     yield request.param
     drop_schemas()
 
 
-SCHEMAS = set()     # that were made in PostgreSQL, one for each path that would be a file
+SCHEMAS = set()     # made in PostgreSQL, one for each path that stands for a file
 
 
 def drop_schemas():
-    """Drop what was made in PostgreSQL."""
+    """Drop the schemas that were made in PostgreSQL."""
     while SCHEMAS:
         postgres(f"DROP SCHEMA {SCHEMAS.pop()} CASCADE")
 
@@ -135,13 +191,6 @@ def dsn(path):
     return make_conninfo(POSTGRES, options=f"-c search_path={schema}")
 
 
-def open_store(database, path):
-    """Return a store in such a database; the same path is the same intents."""
-    if database == "sqlite":
-        return Store(path)
-    return examples("postgres_bus").PostgresStore(dsn(path))
-
-
 def examples(name):
     """Return a program of the examples as a module."""
     sys.path.insert(0, str(HERE / "examples"))
@@ -151,6 +200,15 @@ def examples(name):
         sys.path.pop(0)
 
 
+def open_store(database, path):
+    """Open the store of a path, in a file or in PostgreSQL; a database may also be a function of the path."""
+    if callable(database):
+        return database(path)
+    if database == "sqlite":
+        return Store(path)
+    return examples("postgres_bus").PostgresStore(dsn(path))
+
+
 @pytest.fixture
 def store(database, tmp_path):
     store = open_store(database, tmp_path / "bus.db")
@@ -158,122 +216,290 @@ def store(database, tmp_path):
     store.close()
 
 
-@pytest.fixture
-def bus(store, clock):
-    """A bus at a time that stands still until a test moves it."""
-    bus = Bus(store, clock=lambda: clock.wall, steady=lambda: clock.steady, jitter=lambda: 0.5)
-    yield bus
-    bus.stop()
+def forbid(served, goal, how="ABORT"):
+    """Make the database of a bus refuse each intent of a goal; how is the effect on the transaction in SQLite."""
+    if served.database == "sqlite":
+        with contextlib.closing(sqlite3.connect(served.db)) as db:
+            db.execute(f"CREATE TRIGGER forbidden BEFORE INSERT ON intents WHEN NEW.goal = '{goal}' "
+                       f"BEGIN SELECT RAISE({how}, 'forbidden'); END")
+    else:
+        postgres(f"ALTER TABLE {schema_of(served.db)}.intents ADD CONSTRAINT forbidden CHECK (goal <> '{goal}')")
+
+
+def tables_of(served):
+    """Return {table: (columns, rows)} of the database of a bus, both as text."""
+    if served.database == "sqlite":
+        with contextlib.closing(sqlite3.connect(served.db)) as db:
+            return {name: (columns, str(db.execute(f"SELECT * FROM {name}").fetchall())) for name, columns in db.execute(
+                "SELECT name, sql FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'").fetchall()}
+    schema = schema_of(served.db)
+    columns = postgres("SELECT table_name, column_name, data_type FROM information_schema.columns WHERE table_schema = %s",
+                       [schema])
+    return {name: (str(sorted(row for row in columns if row[0] == name)), str(postgres(f"SELECT * FROM {schema}.{name}")))
+            for name in {row[0] for row in columns}}
 
 
 @contextlib.contextmanager
-def serving(store, **options):
-    """A real server on a free port; yields the server, its bus as server.api.bus."""
-    server = intentbus.http_server(API(Bus(store), Keys(KEY, store), **options), port=0)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.close()
+def occupied(path):
+    """Hold the write lock of a SQLite file, as another program may."""
+    with contextlib.closing(sqlite3.connect(path, timeout=PATIENCE_SECONDS, isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        yield
+        db.execute("ROLLBACK")
+
+
+def commits(path):
+    """Return the number of transactions in the write-ahead log of a SQLite file (https://sqlite.org/fileformat2.html)."""
+    log = Path(f"{path}-wal").read_bytes()
+    page_bytes, salts = struct.unpack(">I", log[8:12])[0], log[16:24]
+    frames = (log[start:start + 24] for start in range(32, len(log), 24 + page_bytes))
+    return sum(frame[4:8] != bytes(4) for frame in frames if frame[8:16] == salts)
+
+
+class Work:
+    """The number of connections to SQLite that this process has made, and of instructions that they ran, in tens."""
+
+    def __init__(self):
+        self.connections = self.done = 0
+
+    def note(self):
+        self.done += 1
+
+    def of(self, function, *args, **kwargs):
+        """Call a function, and return its work and its result."""
+        before = self.done
+        result = function(*args, **kwargs)
+        return self.done - before, result
 
 
 @pytest.fixture
-def server(store):
-    with serving(store) as server:
-        yield server
+def sqlite_work(monkeypatch):
+    """The work of all connections to SQLite from now on."""
+    work, connect = Work(), sqlite3.connect
+
+    def counted(*args, **kwargs):
+        db = connect(*args, **kwargs)
+        work.connections += 1
+        db.set_progress_handler(lambda: work.note(), 10)
+        return db
+    monkeypatch.setattr(sqlite3, "connect", counted)
+    return work
+
+
+# -- A bus in this process --
+
+def assembled(store, key=KEY, clock=None, bus=(), keys=(), api=()):
+    """Return the API of a bus on a store. Only this function knows how the parts are put together.
+
+    clock is moved by hand; bus, keys and api are options of the parts with these names.
+    """
+    times = dict(clock=lambda: clock.wall, steady=lambda: clock.steady) if clock else {}
+    walls = dict(clock=times["clock"]) if clock else {}
+    return API(Bus(store, **dict(times, **dict(bus))), Keys(key, store, **dict(walls, **dict(keys))), **dict(api))
 
 
 @pytest.fixture
-def client(server):
-    return IntentClient(f"http://127.0.0.1:{server.server_port}", KEY)
+def bus(store, clock):
+    """A bus without a server, at a time that stands still until a test moves it."""
+    return assembled(store, clock=clock, bus=dict(jitter=lambda: 0.5)).bus
 
 
-PATIENCE_SECONDS = 120     # what has not come by then never will, however busy the machine
+def tend(bus):
+    """Do the housekeeping of a bus without a server; a server does it about once a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(intentbus, "RECHECK_SECONDS", 0)
+        bus.tend_sometimes()
 
 
-def wait_until(fact, seconds=PATIENCE_SECONDS):
-    """Return what fact() returns once that is true."""
-    deadline = time.monotonic() + seconds
-    pause = threading.Event()
-    while not (found := fact()):
-        assert time.monotonic() < deadline, "what was waited for did not come"
-        pause.wait(0.01)
-    return found
+class Reachable:
+    """A bus with a url and a port, and ways to talk to it."""
 
-
-def in_thread(function, *args, **kwargs):
-    """Run a function in a thread; return a function that waits for its result."""
-    results = []
-    thread = threading.Thread(target=lambda: results.append(function(*args, **kwargs)), daemon=True)
-    thread.start()
-
-    def result():
-        thread.join(PATIENCE_SECONDS)
-        assert results, "the thread did not end"
-        return results[0]
-    result.ended = lambda: bool(results)
-    return result
-
-
-def held(bus):
-    """In how many lanes requests wait that a bus holds, once each has looked for itself and found nothing."""
-    with bus._waiting._lock:
-        return sum(bool(waiter.news._cond._waiters) for waiters in bus._waiting._held.values() for waiter in waiters)
-
-
-NOBODY = "0" * 32     # an id that no intent has
-COMMON = {"x-frame-options": "DENY", "x-content-type-options": "nosniff", "referrer-policy": "no-referrer",
-          "cache-control": "no-store", "x-intent-version": "7.61"}
-
-
-class Served:
-    """A bus on a free port, and ways to talk to it."""
-
-    def __init__(self, folder, database="sqlite"):
-        self.db = str(folder / "bus.db")
-        self.store = open_store(database, self.db)
-        self.api = intentbus.API(intentbus.Bus(self.store), intentbus.Keys(KEY, self.store))
-        self.server = intentbus.http_server(self.api, port=0)
-        self.port = self.server.server_port
-        self.url = f"http://127.0.0.1:{self.port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def close(self):
-        self.server.close()
-        self.store.close()
+    @functools.cached_property
+    def client(self):
+        """A client with the owner key."""
+        return IntentClient(self.url, KEY)
 
     def connect(self):
-        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
 
     def talk(self, data):
-        """Send bytes and return all that comes until the server closes the connection."""
+        """Send bytes, and return all that comes until the server closes the connection."""
         with self.connect() as sock:
             with contextlib.suppress(ConnectionError):
                 sock.sendall(data)
             return received(sock)
 
     def send(self, data):
-        """Send bytes and return all responses that come until the server closes the connection."""
+        """Send bytes, and return all responses that come until the server closes the connection."""
         return responses(self.talk(data))
 
     def ask(self, method, target, body=b"", key=KEY, **headers):
-        """Return the one response to a request; a body that is not bytes is sent as JSON."""
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        named = {"Host": "x", "Connection": "close", "Content-Length": len(body), "X-API-KEY": key}
-        named.update({name.replace("_", "-"): value for name, value in headers.items()})
-        head = "".join(f"{name}: {value}\r\n" for name, value in named.items() if value is not None)
-        response, = self.send(f"{method} {target} HTTP/1.1\r\n{head}\r\n".encode("latin-1") + body)
+        """Return the response to a request; see asking()."""
+        response, = self.send(asking(method, target, body, key, **headers))
         return response
 
     def publish(self, **fields):
-        return self.ask("POST", "/intent", dict(dict(goal="g", payload=1), **fields)).json["id"]
+        """Publish an intent, and return its id."""
+        return self.ask("POST", "/intent", a_publish(**fields)).json["id"]
 
     def statuses(self):
+        """Return the status of each intent, the newest first."""
         return [intent["status"] for intent in self.ask("GET", "/intents").json["intents"]]
 
+    def payloads(self, **which):
+        """Return the payload of each intent, the oldest first."""
+        return [intent.payload for intent in reversed(self.client.list(limit=500, payload=True, **which).intents)]
+
+    def issue(self, owner="ann", role="both", name=None, **headers):
+        """Issue a key, and return the answer."""
+        made = self.ask("POST", "/admin/generate_key", dict(owner=owner, role=role, name=name), **headers)
+        assert made.status == 201, made.body
+        return Record(made.json)
+
+    def held(self):
+        """Return how many requests the bus holds."""
+        return self.ask("GET", "/admin/summary").json["held_requests"]
+
+    def holds(self, number):
+        """Wait until the bus holds that many requests; return True."""
+        return wait_until(lambda: self.held() == number)
+
+    def begin(self, method, target, body=b"", key=KEY, **headers):
+        """Send a request, and return the connection that response_on() reads."""
+        sock = self.connect()
+        sock.settimeout(HELD_SECONDS)
+        sock.sendall(asking(method, target, body, key, **headers))
+        return sock
+
+    def hold(self, method, target, body=b"", key=KEY, **headers):
+        """Send a request, wait until the bus holds it, and return its connection."""
+        others, sock = self.held(), self.begin(method, target, body, key, **headers)
+        wait_until(lambda: self.held() > others)
+        return sock
+
+
+class Served(Reachable):
+    """A bus in this process behind a server on a free port, and ways to talk to it."""
+
+    def __init__(self, folder, database="sqlite", poll=0.005, **options):
+        """Start it; the options are those of assembled(), and server, for those of http_server().
+
+        poll is how often, in seconds, the server looks whether it is to stop.
+        """
+        self.db, self.database, self.poll, self.options = str(folder / "bus.db"), database, poll, options
+        self.port, self.server = 0, None
+        self.start()
+
+    def start(self, **changes):
+        """Start it again after stop(), on the same file and port, with some options changed."""
+        self.options.update(changes)
+        options = dict(self.options)
+        serving = dict(options.pop("server", ()))
+        self.store = open_store(self.database, self.db)
+        self.api = assembled(self.store, **options)
+        self.server = intentbus.http_server(self.api, port=self.port, **serving)
+        self.port = self.server.server_port
+        self.url = f"http{'s' if 'tls' in serving else ''}://127.0.0.1:{self.port}"
+        threading.Thread(target=self.server.serve_forever, args=(self.poll,), daemon=True).start()
+        return self
+
+    def stop(self):
+        """Stop it, if it runs."""
+        if self.server:
+            self.server.close()
+            self.store.close()
+        self.server = None
+
+    def restart(self, **changes):
+        """Stop it, and start it with some options changed."""
+        self.stop()
+        return self.start(**changes)
+
+
+def response_on(sock):
+    """Read the one response on a connection that then ends."""
+    response, = responses(received(sock))
+    return response
+
+
+def asking(method, target, body=b"", key=KEY, **headers):
+    """Return the bytes of a request that ends its connection; a body that is not bytes is sent as JSON."""
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    named = {"Host": "x", "Connection": "close", "Content-Length": len(body), "X-API-KEY": key}
+    named.update({name.replace("_", "-"): value for name, value in headers.items()})
+    head = "".join(f"{name}: {value}\r\n" for name, value in named.items() if value is not None)
+    return f"{method} {target} HTTP/1.1\r\n{head}\r\n".encode("latin-1") + body
+
+
+@pytest.fixture
+def started(database, tmp_path):
+    """Start buses with options; each is stopped at the end."""
+    with contextlib.ExitStack() as stack:
+        def start(**options):
+            bus = Served(tmp_path, **dict(dict(database=database), **options))
+            stack.callback(bus.stop)
+            return bus
+        yield start
+
+
+@pytest.fixture
+def served(started):
+    """A bus of the test's own."""
+    return started()
+
+
+@pytest.fixture(scope="module")
+def shared(database, tmp_path_factory):
+    """One bus for all tests whose requests are refused."""
+    shared = Served(tmp_path_factory.mktemp("shared"), database, poll=0.1)
+    shared.seen = []
+    yield shared
+    shared.stop()
+
+
+@pytest.fixture
+def strict(shared):
+    """The shared bus; the test fails if the bus no longer answers, or has stored anything."""
+    yield shared
+    before, shared.seen = shared.seen, shared.statuses()
+    assert shared.seen == before
+
+
+@pytest.fixture
+def no_rechecks(monkeypatch):
+    """Buses that start from now on recheck once an hour: a recheck does not make up for a missed alarm or wake-up."""
+    monkeypatch.setattr(intentbus, "RECHECK_SECONDS", 3600)
+
+
+@pytest.fixture
+def quick_rechecks(monkeypatch):
+    """Buses that start from now on recheck often."""
+    monkeypatch.setattr(intentbus, "RECHECK_SECONDS", 0.05)
+
+
+def claimed_by(sock):
+    """Read the answer to a held claim, and return its intent."""
+    response = response_on(sock)
+    assert response.status == 200, (response.status, response.body)
+    return Record(response.json)
+
+
+def assert_empty(sock):
+    """Read the answer to a held claim, and check that it is empty."""
+    response = response_on(sock)
+    assert (response.status, response.body, response.headers["retry-after"]) == (204, b"", "1")
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """The answers to wrong keys are not delayed: these tests send many from one address."""
+    monkeypatch.setattr(intentbus, "FAILURE_SECONDS", 0)
+
+
+# -- HTTP --
 
 class Response:
-    """What a server answered."""
+    """A response, as a server sent it."""
 
     def __init__(self, status, headers, body):
         self.status, self.headers, self.body = status, headers, body
@@ -284,7 +510,7 @@ class Response:
 
 
 def received(sock):
-    """Return all bytes until the other side closes."""
+    """Read all bytes until the other side closes."""
     data = b""
     while more := sock.recv(65536):
         data += more
@@ -292,27 +518,33 @@ def received(sock):
 
 
 def responses(data):
-    """Return the responses that these bytes are."""
+    """Parse bytes as responses."""
     found = []
     while data:
         head, end, data = data.partition(b"\r\n\r\n")
         first, *lines = head.decode("latin-1").split("\r\n")
         assert end and re.fullmatch(r"HTTP/1\.1 \d{3} [A-Z][A-Za-z ]+", first)
         headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+        assert len(headers) == len(lines), "a header that is sent twice"
         length = int(headers.get("content-length", 0))
+        assert len(data) >= length, "a response that is cut short"
         found.append(Response(int(first.split()[1]), headers, data[:length]))
         data = data[length:]
     return found
 
 
+COMMON = {"x-frame-options": "DENY", "x-content-type-options": "nosniff", "referrer-policy": "no-referrer",
+          "cache-control": "no-store", "x-intent-version": "7.61"}
+
+
 def clear(message):
-    """Whether a message is one sentence for a person: short, with a full stop, and nothing of the inside in it."""
+    """Return whether a message is one short sentence with a full stop, and shows no internals."""
     inside = r"Traceback|File \"|\n|0x[0-9a-f]{6}|\bsys\.|sqlite|\b[A-Z]\w*(Error|Exception)\b|<class|object at"
     return 15 <= len(message) <= 320 and message.endswith(".") and not re.search(inside, message)
 
 
 def assert_refusal(response, status, code, *words):
-    """Check what PROTOCOL.md, section 4, says of every error, and that the message has these words."""
+    """Check an error as PROTOCOL.md, section 4, specifies it, and the words of its message."""
     assert (response.status, response.json["error"]["code"]) == (status, code), response.body
     assert set(response.json) == {"error"}
     assert clear(response.json["error"]["message"]), response.body
@@ -326,112 +558,32 @@ def assert_common_headers(response):
     assert re.fullmatch(r"[A-Za-z0-9_.:-]{1,128}", response.headers["x-request-id"])
 
 
-def watch(thing, name):
-    """Return a queue of what each call of a method returns from now on."""
-    calls, method = queue.Queue(), getattr(thing, name)
-
-    def watched(*args, **kwargs):
-        result = method(*args, **kwargs)
-        calls.put(result)
-        return result
-    setattr(thing, name, watched)
-    return calls
+def post(*lines, end=b"\r\n"):
+    """Return a publish with these header lines after the necessary ones, and the body."""
+    return end.join((b"POST /intent HTTP/1.1", b"Host: x", b"X-API-KEY: " + KEY.encode(), *lines, b"", b"")) + BODY
 
 
-@pytest.fixture(scope="module")
-def shared(database, tmp_path_factory):
-    """One bus for all that is refused."""
-    served = Served(tmp_path_factory.mktemp("shared"), database)
-    yield served
-    served.close()
-
-
-@pytest.fixture
-def strict(shared):
-    """The shared bus; the test fails if the bus is not well after it, or has stored anything."""
-    before = shared.statuses()
-    yield shared
-    assert shared.statuses() == before
-
-
-@pytest.fixture
-def served(database, tmp_path):
-    """A bus of one test's own."""
-    served = Served(tmp_path, database)
-    yield served
-    served.close()
+def get(line, *lines):
+    """Return a request of this request line and header lines."""
+    return b"\r\n".join((line, *lines, b"", b""))
 
 
 def case(what, sent, *expected):
-    """Return a row of a table: its name, what is sent, what is expected."""
+    """Return a row of a table: its name, the input, the expected outcome."""
     return pytest.param(sent, expected, id=what)
 
 
-ADMIN_SECRET = "a" * 40
+def a_publish(**fields):
+    """Return the body of a publish, valid but for these fields."""
+    return dict(dict(goal="g", payload=1), **fields)
 
 
-class Bespoke(Served):
-    """A bus whose parts have options of their own; it can be restarted on its file."""
-
-    def __init__(self, folder, key=KEY, clock=None, keys=(), api=(), server=(), database="sqlite"):
-        self.made = folder, key, clock, keys, api, server, database
-        self.db = str(folder / "bus.db")
-        self.store = open_store(database, self.db)
-        clocks = dict(clock=lambda: clock.wall, steady=lambda: clock.steady) if clock else {}
-        self.keys = Keys(key, self.store, **dict(keys, **{name: clocks[name] for name in clocks if name == "clock"}))
-        self.api = API(Bus(self.store, **clocks), self.keys, **dict(api))
-        self.server = intentbus.http_server(self.api, port=0, **dict(server))
-        self.port = self.server.server_port
-        self.url = f"http{'s' if dict(server).get('tls') else ''}://127.0.0.1:{self.port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def restart(self, **changes):
-        """Stop it and start it again on the same file."""
-        self.close()
-        names = ("folder", "key", "clock", "keys", "api", "server", "database")
-        self.__init__(**dict(zip(names, self.made), **changes))
-
-    def issue(self, owner="ann", role="both", name=None, **headers):
-        """Return a new issued key, as the answer to its making."""
-        made = self.ask("POST", "/admin/generate_key", dict(owner=owner, role=role, name=name), **headers)
-        assert made.status == 201, made.body
-        return intentbus.Record(made.json)
-
-
-@pytest.fixture
-def started(database, tmp_path):
-    """Start buses with options; each is closed at the end."""
-    with contextlib.ExitStack() as stack:
-        def start(**options):
-            bus = Bespoke(tmp_path, **dict(dict(database=database), **options))
-            stack.callback(lambda: bus.close())
-            return bus
-        yield start
-
-
-@pytest.fixture(autouse=True)
-def patient(monkeypatch):
-    """Wrong keys are many here, and need not be slowed."""
-    monkeypatch.setattr(intentbus, "FAILURE_SECONDS", 0)
-
-
-def at_once(number, function):
-    """Call function(0), function(1)... in as many threads at the same moment; return what they return or raise."""
-    barrier, results = threading.Barrier(number), queue.Queue()
-
-    def run(index):
-        barrier.wait(PATIENCE_SECONDS)
-        try:
-            results.put(function(index))
-        except Exception as error:
-            results.put(error)
-    for index in range(number):
-        threading.Thread(target=run, args=(index,), daemon=True).start()
-    return [results.get(timeout=PATIENCE_SECONDS) for _ in range(number)]
+def raw(payload):
+    return b'{"goal": "g", "payload": %s}' % payload
 
 
 def signed(method, canonical, body=b"", key=KEY, timestamp=None, nonce=None, **others):
-    """Return the headers of a request signed as PROTOCOL.md, section 3, says; canonical is PATH[?QUERY]."""
+    """Return the headers of a signed request (PROTOCOL.md, section 3); canonical is PATH[?QUERY]."""
     timestamp, nonce = timestamp or repr(time.time()), nonce or os.urandom(8).hex()
     said = "\n".join((method, canonical, timestamp, nonce, "")).encode() + body
     signature = hmac.new(key.encode(), said, "sha256").hexdigest()
@@ -444,15 +596,1031 @@ def assert_signature_refused(response, message):
     assert_common_headers(response)
 
 
-def a_publish(**fields):
-    """Return the body of a publish that would be fine but for these fields."""
-    return dict(dict(goal="g", payload=1), **fields)
+def basic(user, password):
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
+def talking(url, key, timeout=20):
+    """Return ask(path, body), which posts over one kept connection and returns (status, answer)."""
+    link = http.client.HTTPConnection(url.partition("//")[2], timeout=timeout)
+
+    def ask(path, body=None, **headers):
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        link.request("POST", path, None if body is None else json.dumps(body), {"X-API-KEY": key, **named})
+        answer = link.getresponse()
+        content = answer.read()
+        return answer.status, content and json.loads(content)
+    return ask
+
+
+def read_answers(sock, methods):
+    """Read the responses to requests of these methods, up to the end of the connection."""
+    found, data = [], b""
+    for method in methods:
+        while b"\r\n\r\n" not in data or data.startswith(b"HTTP/1.1 100 "):
+            if data.startswith(b"HTTP/1.1 100 ") and b"\r\n\r\n" in data:
+                data = data.partition(b"\r\n\r\n")[2]
+                continue
+            more = sock.recv(65536)
+            if not more:
+                return found
+            data += more
+        head, _, data = data.partition(b"\r\n\r\n")
+        length = int(re.search(rb"(?i)\r\ncontent-length: (\d+)", head + b"\r\nContent-Length: 0")[1]) * (method != "HEAD")
+        while len(data) < length:
+            more = sock.recv(65536)
+            assert more, "the answer was cut short"
+            data += more
+        found += responses(head + b"\r\n\r\n" + data[:length]) if method != "HEAD" else responses(
+            re.sub(rb"(?i)\r\ncontent-length: \d+", b"", head) + b"\r\n\r\n")
+        data = data[length:]
+    return found
+
+
+# -- A bus as a program --
+
+class Serve(Reachable):
+    """A bus as a program, in a directory and HOME of its own; with key=None it makes its own key."""
+
+    def __init__(self, home, *arguments, key=KEY, program=(PROGRAM, "serve"), **environment):
+        self.env = dict(os.environ, HOME=str(home), PYTHONUNBUFFERED="1")
+        for name in ("INTENT_API_KEY", "INTENT_BUS_URL", "INTENT_BUS_NAMESPACE", "BUS_SECRET", "BUS_DB_PATH"):
+            self.env.pop(name, None)
+        self.home = home
+        if key and not (home / ".apikey").exists():
+            (home / ".apikey").write_text(key)
+            (home / ".apikey").chmod(0o600)
+        self.process = subprocess.Popen([sys.executable, *program, "--port", "0", *arguments], cwd=home,
+                                        env=dict(self.env, **environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.url = self.process.stdout.readline().strip()
+        self.env["INTENT_BUS_URL"], self.port = self.url, int(self.url.rpartition(":")[2] or 0)
+
+    def run(self, *arguments, **options):
+        """Run a command to its end."""
+        return subprocess.run([*COMMAND, *arguments], cwd=self.home, env=self.env, timeout=60,
+                              capture_output=True, text=True, **dict({"stdin": subprocess.DEVNULL}, **options)
+                              if "input" not in options else options)
+
+    def start(self, *arguments):
+        """Start a command."""
+        return subprocess.Popen([*COMMAND, *arguments], cwd=self.home, env=self.env, text=True,
+                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def stop(self):
+        """Terminate it; return its exit code, stdout and stderr."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        output, errors = self.process.communicate(timeout=10)
+        return self.process.returncode, output, errors
+
+    def kill(self):
+        """Kill it; return its stderr."""
+        self.process.kill()
+        return self.process.communicate(timeout=10)[1]
+
+
+@pytest.fixture(scope="module")
+def serve(tmp_path_factory):
+    serve = Serve(tmp_path_factory.mktemp("home"))
+    yield serve
+    serve.kill()
+
+
+def run_python(*arguments, **options):
+    return subprocess.run([sys.executable, *arguments], cwd=HERE, capture_output=True, text=True, timeout=30, **options)
+
+
+def run(*arguments, stdin=b"", **environment):
+    """Run a command as a process; return its exit code, stdout and stderr."""
+    env = dict({name: value for name, value in os.environ.items() if not name.startswith(("INTENT_", "BUS_"))}, **environment)
+    try:
+        done = subprocess.run([*COMMAND, *arguments], input=stdin, env=env, capture_output=True, timeout=10)
+    except subprocess.TimeoutExpired:
+        return None, "", "It did not end."
+    return done.returncode, done.stdout.decode(), done.stderr.decode(errors="replace")
+
+
+def at(bus, *arguments, stdin=b"", **environment):
+    """Run a command against a bus; return its exit code, stdout and stderr."""
+    return run(*arguments, stdin=stdin, INTENT_BUS_URL=bus.url, **dict(dict(INTENT_API_KEY=KEY), **environment))
+
+
+def assert_complaint(outcome, code, *words):
+    """Check that a command failed with this exit code, nothing on stdout, and one helpful sentence at the end of stderr."""
+    exit_code, out, err = outcome
+    assert (exit_code, out, "Traceback" in err) == (code, "", False), err
+    last = err.rstrip("\n").rpartition("\n")[2]
+    assert re.match(r"intentbus(\.py)?( \w+)?: ", last), err
+    assert [word for word in words if word not in last] == [], err
+    assert not re.search(r"\b[A-Z]\w*(Error|Exception)\b|Errno|\bsys\.|object at", last), err
+
+
+README = HERE / "README.md"
+
+
+def blocks(language):
+    """Return the code blocks of the README in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(), re.M | re.S)
+
+
+def shell(serve, command, **environment):
+    """Run a shell command in the project's directory."""
+    return subprocess.run(["sh", "-ec", command], cwd=HERE, env=dict(serve.env, **environment), capture_output=True,
+                          text=True, timeout=60, stdin=subprocess.DEVNULL)
+
+
+# -- Between a client and a bus --
+
+class Proxy:
+    """Passes requests on to a server, and drops the first answers."""
+
+    def __init__(self, port, drop=0):
+        self.port, self.drop, self.passed = port, drop, 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def run(self):
+        with contextlib.suppress(OSError):
+            while True:
+                with self.listener.accept()[0] as near, socket.create_connection(("127.0.0.1", self.port)) as far:
+                    answer = self.answer(near, far)
+                    self.passed += 1
+                    if self.passed > self.drop:
+                        near.sendall(answer)
+
+    def answer(self, near, far):
+        near.settimeout(0.2)     # urllib sends a body right behind its headers
+        with contextlib.suppress(TimeoutError, socket.timeout):
+            while data := near.recv(65536):
+                far.sendall(data)
+                if b"\r\n\r\n" in data and b"Content-Length: 0" in data or data.endswith(b"}"):
+                    break
+        return b"".join(iter(lambda: far.recv(65536), b""))
+
+
+class Weather:
+    """Passes requests on to a server, and does to each what fate(path) names; met counts the fates.
+
+    A fate is ok, or a fault of a network: a lost answer, half an answer, an answer later than the client waits, a lost
+    request; or a page or JSON of a proxy in place of the answer of the bus, which has carried out the request.
+    """
+
+    FATES = ("answer lost", "half an answer", "half a head", "late answer", "request lost", "502 page", "503 page", "504 JSON")
+    INSTEAD = {"502 page": b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 13\r\n\r\n<html>Oh no!\n",
+               "503 page": b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 0\r\nContent-Length: 4\r\n\r\nBusy",
+               "504 JSON": b"HTTP/1.1 504 Gateway Timeout\r\nContent-Length: 50\r\n\r\n"
+                           b'{"error": {"code": 504, "message": "upstream...."}}'[:50]}
+
+    def __init__(self, port, fate):
+        self.port, self.fate, self.met, self.lock = port, fate, collections.Counter(), threading.Lock()
+        self.patience, self.late = 20, []     # seconds; connections with a late answer
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def hang_up(self):
+        """Close the connections with a late answer."""
+        for near in self.late:
+            with contextlib.suppress(OSError):
+                near.shutdown(socket.SHUT_RDWR)
+
+    def close(self):
+        self.hang_up()
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+    def run(self):
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self.serve, args=(self.listener.accept()[0],), daemon=True).start()
+
+    def serve(self, near):
+        with near, contextlib.suppress(OSError):
+            request = self.request(near)
+            if not request:
+                return
+            with self.lock:
+                fate = self.fate(request.split()[1].decode())
+                self.met[fate] += 1
+            answer = b"" if fate == "request lost" else self.answer(request)
+            if fate == "late answer":
+                near.settimeout(self.patience)
+                self.late.append(near)
+                near.recv(1)     # until the client gives up, or this does
+            elif fate != "answer lost":
+                near.sendall(self.spoilt(fate, answer))
+
+    def spoilt(self, fate, answer):
+        head, _, body = answer.partition(b"\r\n\r\n")
+        cut = {"half an answer": len(head) + 4 + len(body) // 2, "half a head": len(head) // 2}.get(fate, len(answer))
+        return self.INSTEAD.get(fate, answer[:cut])
+
+    def request(self, near):
+        data = b""
+        while b"\r\n\r\n" not in data:
+            if not (more := near.recv(65536)):
+                return b""
+            data += more
+        length = int((re.search(rb"(?i)\r\ncontent-length: *(\d+)", data) or [0, 0])[1])
+        while len(data) < data.index(b"\r\n\r\n") + 4 + length:
+            data += near.recv(65536)
+        return data
+
+    def answer(self, request):
+        with socket.create_connection(("127.0.0.1", self.port)) as far:
+            far.sendall(request)
+            return received(far)
+
+
+@pytest.fixture
+def weather(served):
+    """Start proxies before the server; each is closed at the end."""
+    with contextlib.ExitStack() as stack:
+        def start(fate):
+            weather = Weather(served.port, fate)
+            stack.callback(weather.close)
+            return weather
+        yield start
+
+
+class Fake:
+    """A server that answers every request with the same bytes, and records the requests."""
+
+    def __init__(self, status="200 OK", body=b"{}", *headers):
+        self.listener, self.asked = socket.create_server(("127.0.0.1", 0)), []
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        head = "".join(f"{line}\r\n" for line in (f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *headers))
+        self.answer = head.encode() + b"\r\n" + body
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def run(self):
+        with contextlib.suppress(OSError):
+            while True:
+                with self.listener.accept()[0] as sock:
+                    data = sock.recv(65536)
+                    while b"\r\n\r\n" not in data or len(data.partition(b"\r\n\r\n")[2]) < self.length(data):
+                        data += sock.recv(65536)
+                    self.asked.append(data.decode("latin-1"))
+                    sock.sendall(self.answer)
+
+    def length(self, data):
+        return int((re.search(rb"(?i)content-length: (\d+)", data) or [0, 0])[1])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.listener.close()
+
+
+class Forwarder:
+    """A port in front of others: each connection goes to the next one that listens; cut() ends all and refuses new ones."""
+
+    def __init__(self, *ports):
+        self.ports, self.links, self.listener = collections.deque(ports), set(), socket.create_server(("127.0.0.1", 0))
+        self.port, self.open = self.listener.getsockname()[1], True
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                near = self.listener.accept()[0]
+                threading.Thread(target=self.link, args=(near,), daemon=True).start()
+
+    def link(self, near):
+        far = self.open and self.reach()
+        if not far:
+            return near.close()
+        with near, far:
+            self.links |= {near, far}
+            back = threading.Thread(target=self.carry, args=(far, near), daemon=True)
+            back.start()
+            self.carry(near, far)
+            back.join()
+            self.links -= {near, far}
+
+    def reach(self):
+        for _ in range(len(self.ports)):
+            self.ports.rotate(1)
+            with contextlib.suppress(OSError):
+                far = socket.create_connection(("127.0.0.1", self.ports[0]), timeout=5)
+                far.settimeout(None)
+                return far
+
+    def carry(self, here, there):
+        with contextlib.suppress(OSError):
+            while data := here.recv(65536):
+                there.sendall(data)
+        for link in (here, there):
+            with contextlib.suppress(OSError):
+                link.shutdown(socket.SHUT_RDWR)
+
+    def cut(self):
+        self.open = False
+        for link in list(self.links):
+            with contextlib.suppress(OSError):
+                link.shutdown(socket.SHUT_RDWR)
+
+    def close(self):
+        self.cut()
+        self.listener.close()
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(intentbus, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(intentbus, "RETRY_MAX_SECONDS", 0.01)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty HOME, and no settings in the environment."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    for name in ("INTENT_BUS_URL", "INTENT_API_KEY", "INTENT_BUS_NAMESPACE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """The requests that clients send; nothing leaves this machine."""
+    requests = []
+
+    def open(self, request, data=None, timeout=None):
+        requests.append(request)
+        raise OSError("no network")
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", open)
+    monkeypatch.setattr(intentbus, "RETRY_SECONDS", 0)
+    return requests
+
+
+def sent_headers(sent, ask):
+    """Make a client send a request, and return its headers by lower-case name."""
+    with pytest.raises(intentbus.Unreachable):
+        ask()
+    return {name.lower(): value for name, value in sent[-1].header_items()}
+
+
+# -- Odd requests --
+
+NASTY = ("", " ", "\t", "a\nb", "\r\nX-Evil: 1", "\0", "\x7f", "\x1b[2J", "ä", "漢字", "😀", "\ud800", "\u202e", "%00", "%", "%zz", "%ff", "../../etc",
+         "' OR 1=1 --", '"; DROP TABLE intents; --', "$(id)", "`id`", "{id}", "{{x}}", "<script>", "-rf", "null", "NaN", "1e999", "-1",
+         "0x10", "1_000", "٣", "9" * 400, "a" * 70, "a" * 257, "a" * 9000, "default", "g", "public", "both", "open", "dead", "json")
+NUMBERS = (0, 1, -1, 0.5, 3, 10, 59, 61, 3600, 2 ** 31, 2 ** 53, 2 ** 63, 2 ** 64, -2 ** 63, 1e308, 10 ** 400, 1e-320)
+
+FUZZED = ("--trust-proxy", "--rate-limit", "100000000", "--max-unfinished", "100000000")
+FUZZED_BODIES = {"/intent": dict(intentbus.PUBLISH_DEFAULTS, goal="g", payload={"n": 1}), "/set/*": {"value": 1, "ttl": 60, "if_absent": True},
+          "/fulfill/*": {"claim_token": "x", "result": [1], "result_type": "text"}, "/fail/*": {"error": "e", "retry": False},
+          "/release/*": {"delay": 1}, "/extend_claim/*": {"seconds": 60}, "/retry": {"goal": "g", "limit": 3},
+          "/admin/purge": {"confirm": True, "namespace": "x"}, "/admin/generate_key": {"owner": "o", "name": "n", "role": "work"},
+          "/admin/revoke_key": {"key_id": "0" * 16, "api_key": "tk_"}}
+FUZZED_HEADERS = ("X-Worker-ID", "X-Worker-Capabilities", "Idempotency-Key", "X-Request-ID", "X-Key-ID", "X-Timestamp", "X-Nonce",
+                  "X-Signature", "X-Admin-Token", "Authorization", "X-Forwarded-Proto", "Content-Type", "Expect", "Connection", "Cookie",
+                  "X-Claim-Token", "Transfer-Encoding", "Host", "Content-Length", "Upgrade", "Range", "Accept-Encoding")
+
+
+class Fuzzer:
+    """Valid, nearly valid and invalid requests, the same ones for the same seed."""
+
+    def __init__(self, seed, keys):
+        self.chance, self.keys, self.ids = random.Random(seed), keys, [NOBODY]
+
+    def word(self):
+        """Return an odd word, an id or a key."""
+        return self.chance.choice((*NASTY, *self.ids[-20:], *self.keys))
+
+    def value(self, depth=0):
+        """Return any JSON value."""
+        kind = self.chance.randrange(8 if depth < 3 else 5)
+        if kind < 2:
+            return self.word()
+        if kind < 5:
+            return self.chance.choice((*NUMBERS, True, False, None))
+        some = range(self.chance.randrange(4))
+        return [self.value(depth + 1) for _ in some] if kind < 7 else {self.word(): self.value(depth + 1) for _ in some}
+
+    def body(self, route):
+        """Return a body for a route, in bytes: valid, with a field or some bytes changed, or of another kind."""
+        pick = self.chance.random()
+        fields = dict(FUZZED_BODIES.get(route, {}))
+        if pick < 0.5 and fields:
+            fields = {name: value for name, value in fields.items() if self.chance.random() < 0.8}
+            if self.chance.random() < 0.6:
+                fields[self.chance.choice((*fields, "goal", "payload", self.word()))] = self.value()
+        elif pick < 0.7:
+            fields = self.value()
+        body = json.dumps([fields] * self.chance.randrange(4) if route == "/intents" else fields).encode()
+        if pick > 0.97:
+            body = self.chance.choice((b"[" * 70_000, b'{"a":' * 100, b"\xff\xfe{}", b"\xef\xbb\xbf{}", b"\x1f\x8b\x08\0\0", b"a=1&b=2",
+                                       b'{"goal":"\xc3("}', b"1" * 5000, b"x" * 300_000, b'{"goal":"g","goal":1,"payload":NaN}'))
+        elif pick > 0.85 and body:
+            at = self.chance.randrange(len(body))
+            body = body[:at] + bytes([self.chance.randrange(256)]) + body[at + self.chance.randrange(3):]
+        return body
+
+    def target(self, route):
+        """Return a path for a route, perhaps with a query."""
+        quoted = self.chance.choice((urllib.parse.quote, lambda word: word.encode("latin-1", "ignore").decode("latin-1")))
+        word = self.word().encode("utf-8", "replace").decode()
+        path = route.replace("*", quoted(word).replace(" ", "+").replace("\r", "").replace("\n", ""))
+        names = ("goal", "namespace", "publisher", "worker_id", "capabilities", "lease", "limit", "before", "status", "payload", "value",
+                 "ttl", "wait", "if_absent", "zzz")
+        pairs = [(self.chance.choice(names), self.word()) for _ in range(self.chance.choice((0, 0, 0, 1, 2, 5, 120)))]
+        pairs = [(name, "0.01" if name == "wait" and re.fullmatch(r"[0-9.]+", word) else word) for name, word in pairs]
+        query = urllib.parse.urlencode(pairs, errors="replace")
+        return path + ("?" + query if query else "")
+
+    def request(self):
+        """Return (method, bytes)."""
+        method, route = self.chance.choice(intentbus.ROUTES)[:2]
+        if self.chance.random() < 0.1:
+            method = self.chance.choice(("GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE", "PRI", "get", "PATCH", "CONNECT"))
+        target, body = self.target(route), b"" if method == "GET" and self.chance.random() < 0.8 else self.body(route)
+        forwarded = ".".join(str(self.chance.randrange(256)) for _ in range(4))     # wrong keys are slowed by address
+        headers = {"Host": "x", "Content-Length": str(len(body)), "X-Forwarded-For": forwarded}
+        credential = self.chance.random()
+        if credential < 0.85:
+            headers["X-API-KEY"] = self.chance.choice(self.keys)
+        if 0.8 < credential < 0.95:
+            headers.update((name.replace("_", "-"), value) for name, value in signed(
+                method, target.split("?")[0], body, timestamp=self.chance.choice((None, "1", "NaN", "-1e9", "9" * 20))).items())
+        for _ in range(self.chance.choice((0, 0, 0, 1, 3))):
+            headers[self.chance.choice(FUZZED_HEADERS)] = self.word().encode("utf-8", "replace").decode("latin-1")
+        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        return method, f"{method} {target} HTTP/1.1\r\n{head}\r\n".encode("latin-1", "replace") + body
+
+    def damaged(self):
+        """Return the bytes of a request with some of them changed, doubled or removed; or random bytes."""
+        data = bytearray(self.request()[1])
+        for _ in range(self.chance.randrange(1, 6)):
+            at = self.chance.randrange(len(data))
+            data[at:at + self.chance.randrange(3)] = self.chance.choice((b"", b"\r", b"\n", b"\0", b" ", b":", bytes(data[at:at + 40])))
+        return bytes(data) if self.chance.random() < 0.8 else self.chance.getrandbits(8 * 200).to_bytes(200, "big")
+
+
+def fuzz(port, fuzzer, number):
+    """Send requests, most of them pipelined; return how often each status was answered."""
+    statuses = collections.Counter()
+
+    def note(answers, methods):
+        for method, answer in zip(methods, answers):
+            statuses[answer.status] += 1
+            assert 200 <= answer.status < 500, (answer.status, answer.body)
+            assert_common_headers(answer)
+            if answer.status >= 400 and method != "HEAD":
+                error = answer.json["error"]
+                assert re.fullmatch("[a-z_]+", error["code"]) and isinstance(error["message"], str) and error["message"]
+            elif answer.status == 201 and b'"id"' in answer.body:
+                fuzzer.ids.append(answer.json["id"])
+
+    sent = 0
+    while sent < number:
+        raw = fuzzer.chance.random() < 0.1
+        requests = [("?", fuzzer.damaged())] if raw else [fuzzer.request() for _ in range(fuzzer.chance.choice((1, 5, 30)))]
+        methods, blocks = zip(*requests)
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as sock:
+            with contextlib.suppress(ConnectionError):     # the bus closes after a request that it cannot frame
+                sock.sendall(b"".join(blocks))
+                sock.shutdown(socket.SHUT_WR)
+            answers, data = [], b""
+            with contextlib.suppress(ConnectionError):
+                if raw:     # of unknown number and methods
+                    data = received(sock)
+                else:
+                    answers = read_answers(sock, methods)
+        note(answers, methods)
+        assert not re.search(rb"HTTP/1\.1 5", data), data
+        sent += len(answers) + raw
+    return statuses
+
+
+def fuzzing(serve, seed, number):
+    """Fuzz a bus with keys of all kinds; return how often each status was answered."""
+    client = serve.client
+    issued = [client.admin("generate_key", owner="ann", name="x", role=role).api_key for role in ("publish", "work", "both")]
+    keys = [KEY] * 4 + issued + ["wrong", "tk_" + "0" * 56]
+    statuses = fuzz(serve.port, Fuzzer(seed, keys), number)
+    assert client.publish("after", 1).id
+    return statuses
+
+
+# -- The browser --
+
+def in_a_browser(test):
+    """Mark a slow test that drives a browser; the page does not depend on the database."""
+    here = pytest.mark.skipif(not shutil.which("chromedriver"), reason="chromedriver is not on this machine")
+    return ON_A_FILE(SLOW(here(test)))
+
+
+class Browser:
+    """Chromium without a window, driven over the WebDriver protocol (W3C)."""
+
+    def __init__(self, folder):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.base = f"http://127.0.0.1:{free.getsockname()[1]}"
+        self.process = subprocess.Popen(["chromedriver", f"--port={self.base.rpartition(':')[2]}"], stdout=subprocess.DEVNULL,
+                                        stderr=subprocess.DEVNULL, env=dict(os.environ, HOME=str(folder)))
+        wait_until(self.ready)
+        arguments = ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--user-data-dir={folder}/profile"]
+        self.base += "/session/" + self.ask("POST", "/session", {"capabilities": {"alwaysMatch": {
+            "browserName": "chrome", "goog:chromeOptions": {"args": arguments}, "goog:loggingPrefs": {"browser": "ALL"},
+            "unhandledPromptBehavior": "ignore"}}})["sessionId"]
+
+    def ready(self):
+        with contextlib.suppress(OSError):
+            return self.ask("GET", "/status")["ready"]
+
+    def close(self):
+        self.ask("DELETE", "")
+        self.process.terminate()
+        self.process.wait(10)
+
+    def ask(self, method, path, body=None):
+        data = json.dumps(body if body is not None else {}).encode() if method == "POST" else None
+        with urllib.request.urlopen(urllib.request.Request(self.base + path, data, method=method), timeout=30) as answer:
+            return json.load(answer)["value"]
+
+    def run(self, script, *arguments):
+        """Run a script in the page, and return its result."""
+        return self.ask("POST", "/execute/sync", {"script": script, "args": arguments})
+
+    def open(self, url):
+        self.ask("POST", "/url", {"url": url})
+
+    def size(self, width, height, dark=False):
+        """Emulate a screen of that size, in light or dark."""
+        for command, params in (("Emulation.setDeviceMetricsOverride", dict(width=width, height=height, deviceScaleFactor=1, mobile=width < 600)),
+                                ("Emulation.setEmulatedMedia", dict(features=[dict(name="prefers-color-scheme", value="dark" if dark else "light")]))):
+            self.ask("POST", "/goog/cdp/execute", {"cmd": command, "params": params})
+
+    def text(self):
+        return self.run("return document.body.innerText")
+
+    def sees(self, *words):
+        """Wait until the page shows all these words."""
+        try:
+            wait_until(lambda: all(word in self.text() for word in words))
+        except AssertionError:
+            raise AssertionError(f"{words} is not in:\n{self.text()}") from None
+
+    def click(self, words, accept=None):
+        """Click the button or link with these words; answer its question, if any, and return that."""
+        self.run("""[...document.querySelectorAll('button, a')].find(node => node.textContent.trim() === arguments[0]).click()""", words)
+        return self.answer(accept) if accept is not None else None
+
+    def answer(self, accept):
+        asked = []
+        def question():
+            with contextlib.suppress(urllib.error.HTTPError):
+                asked.append(self.ask("GET", "/alert/text"))
+            return asked
+        wait_until(question)
+        self.ask("POST", "/alert/" + ("accept" if accept else "dismiss"))
+        return asked[0]
+
+    def complaints(self):
+        """Return the messages on the console since the last call."""
+        return [entry["message"] for entry in self.ask("POST", "/se/log", {"type": "browser"})]
+
+    def shot(self, path):
+        Path(path).write_bytes(base64.b64decode(self.ask("GET", "/screenshot")))
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    browser = Browser(tmp_path_factory.mktemp("browser"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def page(browser, served):
+    """The dashboard of an empty bus, signed in."""
+    browser.complaints()
+    browser.size(1280, 800)
+    served.page = served.url.replace("//", f"//admin:{KEY}@") + "/admin/dashboard"
+    browser.open(served.page)
+    browser.sees("Nothing waits.")
+    yield browser
+    assert browser.complaints() == []
+
+
+# -- WSGI and TLS --
+
+class QuietHandler(wsgiref.simple_server.WSGIRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def wsgi(tmp_path, monkeypatch):
+    """A function that calls intentbus.application, which has a file of its own."""
+    for name in [name for name in os.environ if name.startswith(("BUS_", "DASHBOARD_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("BUS_DB_PATH", str(tmp_path / "wsgi.db"))
+    monkeypatch.setenv("BUS_SECRET", KEY)
+    intentbus.wsgi_api.cache_clear()
+    yield wsgi_call
+    intentbus.wsgi_api(os.getpid()).bus.store.close()
+    intentbus.wsgi_api.cache_clear()
+
+
+def wsgi_call(method, target, body=b"", **environ):
+    """Call the application as a WSGI server does, and return its response."""
+    path, _, query = target.partition("?")
+    environ = dict({"REQUEST_METHOD": method, "PATH_INFO": urllib.parse.unquote(path, "latin-1"), "QUERY_STRING": query,
+                    "CONTENT_LENGTH": str(len(body)), "HTTP_X_API_KEY": KEY, "SCRIPT_NAME": "",
+                    "wsgi.input": io.BytesIO(body)}, **environ)
+    wsgiref.util.setup_testing_defaults(environ)
+    started = []
+    answer = intentbus.application(environ, lambda status, headers, error=None: started.extend((status, headers)))
+    body = b"".join(answer)
+    getattr(answer, "close", bool)()
+    return Response(int(started[0][:3]), {name.lower(): value for name, value in started[1]}, body)
+
+
+def certificate(folder, name):
+    """Make a certificate of this machine with openssl; return the files of the certificate and of its key."""
+    if not shutil.which("openssl"):
+        pytest.skip("openssl is not on this machine")
+    files = [str(folder / f"{name}.{end}") for end in ("crt", "key")]
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days",
+                    "2", "-subj", f"/CN={name}", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-addext",
+                    "keyUsage=critical,digitalSignature,keyCertSign", "-out", files[0], "-keyout", files[1]],
+                   check=True, capture_output=True)
+    return files
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tls")
+    return certificate(folder, "ours"), certificate(folder, "another")
+
+
+# -- The machine --
+
+@functools.lru_cache(maxsize=None)
+def preloaded(source):
+    """Compile a library to load before the C library; return the environment that loads it."""
+    if not sys.platform.startswith("linux") or not shutil.which("cc"):
+        pytest.skip("this needs Linux and a C compiler")
+    library = tempfile.NamedTemporaryFile(suffix=".so", dir=COMPILED.name, delete=False).name
+    subprocess.run(["cc", "-shared", "-fPIC", "-x", "c", "-o", library, "-", "-ldl"], input=source.encode(), check=True)
+    return {"LD_PRELOAD": library}
+
+
+NO_SHARED_MEMORY = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+static void *refuse(const char *name, void *at, size_t length, int how, int flags, int file, off_t offset) {
+    char link[64], path[4096];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", file);
+    ssize_t size = file < 0 ? -1 : readlink(link, path, sizeof path);
+    if (size > 0 && flags & MAP_SHARED && memmem(path, size, "intentbus.db", 12)) { errno = ENODEV; return MAP_FAILED; }
+    void *(*real)(void *, size_t, int, int, int, off_t) = dlsym(RTLD_NEXT, name);
+    return real(at, length, how, flags, file, offset);
+}
+void *mmap(void *a, size_t l, int h, int f, int d, off_t o) { return refuse("mmap", a, l, h, f, d, o); }
+void *mmap64(void *a, size_t l, int h, int f, int d, off_t o) { return refuse("mmap64", a, l, h, f, d, o); }
+"""
+
+DISK = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static int number = 0;
+static void keep(int file) {     /* what is on the disk now: a copy of the file, named by number and name */
+    char link[64], path[4096], draft[4200], image[4200], part[65536];
+    const char *folder = getenv("DISK_IMAGES");
+    struct stat status;
+    snprintf(link, sizeof link, "/proc/self/fd/%d", file);
+    ssize_t size = readlink(link, path, sizeof path - 1);
+    if (!folder || size < 0 || fstat(file, &status) || !S_ISREG(status.st_mode)) return;
+    path[size] = 0;
+    const char *name = strrchr(path, '/') + 1;
+    if (strncmp(name, "bus.db", 6)) return;
+    snprintf(draft, sizeof draft, "%s/draft", folder);
+    int copy = open(draft, O_CREAT | O_WRONLY | O_TRUNC, 0600);
+    if (copy < 0) return;     /* the folder is not there: no images are wanted */
+    for (off_t at = 0; (size = pread(file, part, sizeof part, at)) > 0; at += size)
+        if (write(copy, part, size) != size) abort();
+    close(copy);
+    snprintf(image, sizeof image, "%s/%06d-%s", folder, number++, name);
+    rename(draft, image);
+}
+static int synced(const char *name, int file) {     /* it fails while there is a file named by DISK_FAULT */
+    int (*real)(int) = dlsym(RTLD_NEXT, name);
+    const char *fault = getenv("DISK_FAULT");
+    if (fault && !access(fault, F_OK)) { errno = EIO; return -1; }
+    pthread_mutex_lock(&lock);
+    int result = real(file);
+    if (!result) keep(file);
+    pthread_mutex_unlock(&lock);
+    return result;
+}
+int fsync(int file) { return synced("fsync", file); }
+int fdatasync(int file) { return synced("fdatasync", file); }
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def fill_up(place):
+    """Fill a file system to its last byte, and return the file that fills it."""
+    filler = place / "filler"
+    with contextlib.suppress(OSError), open(filler, "ab", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    return filler
+
+
+LINUX = pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="only Linux says what has been received")
+
+
+def unread(port):
+    """Return the number of bytes and connections that the server on a port has not received yet; 0 where this is unknown."""
+    if not os.path.exists("/proc/net/tcp"):
+        return 0
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(int(row[4].partition(":")[2], 16) for row in rows
+               if row[1].endswith(f":{port:04X}") and row[3] in ("01", "0A"))     # established, listening
+
+
+def memory(process):
+    """Return the resident memory of a process in MB."""
+    with open(f"/proc/{process.pid}/status") as status:
+        return int(re.search(r"VmRSS:\s+(\d+) kB", status.read())[1]) / 1000
+
+
+def belongings(process):
+    """Return the numbers of open files and of threads of a process."""
+    return len(os.listdir(f"/proc/{process.pid}/fd")), len(os.listdir(f"/proc/{process.pid}/task"))
+
+
+def open_files():
+    """Return the number of open files and pipes of this process, without sockets, of which a pool may open more."""
+    return sum("socket:" not in os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd"))
+
+
+def left_behind(intent_id):
+    """Return the running processes that were started for an intent."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if folder.name.isdigit() and f"INTENT_ID={intent_id}".encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+    return found
+
+
+# -- Handlers --
+
+def script(tmp_path, text, name="handler.sh"):
+    path = tmp_path / name
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
+def work(bus, goal, handler, **options):
+    """Work off all intents of a goal at a bus; return the messages of the worker."""
+    said = []
+    Worker(bus.client, goal, handler, drain=True, on_message=said.append, **options).run()
+    return said
+
+
+def run_handler(bus, tmp_path, text, payload, arguments=(), **options):
+    """Publish a payload, work it off with a shell script, and return the intent with its result."""
+    intent_id = bus.publish(payload=payload)
+    work(bus, "g", intentbus.Program([script(tmp_path, "#!/bin/sh\n" + text), *arguments], **options))
+    return bus.client.get_result(intent_id)
+
+
+# -- Load --
+
+def figure(what, text):
+    """Report a measured figure: pytest -rP shows it."""
+    print(f"FIGURE {what}: {text}")
+
+
+def pages(client, goal):
+    """Yield the pages of a list."""
+    before = ""
+    while before is not None:
+        page = client.list(goal=goal, limit=500, before=before or None)
+        yield page.intents
+        before = page.next
+
+
+def percentile(times, share):
+    """Return the time that this share of the times does not exceed."""
+    return sorted(times)[int(share * (len(times) - 1))]
+
+
+def latencies(port, number=300):
+    """Return the seconds that each of many health checks took, each on its own connection."""
+    times = []
+    for _ in range(number):
+        started = time.monotonic()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=30) as answer:
+            assert answer.status == 200
+        times.append(time.monotonic() - started)
+    return times
+
+
+class Answered:
+    """The answers of a bus: ids of publishes, (id, time) of claims, ids of reports by outcome."""
+
+    def __init__(self):
+        self.published, self.claims, self.fulfilled, self.failed, self.reported = [], [], [], [], set()
+
+    def load(self, url, key, ended):
+        """Publish, claim, and fulfil or fail in turn, until the bus is killed."""
+        ask = talking(url, key)
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            for number in itertools.count():
+                self.published.append(ask("/intent", a_publish())[1]["id"])
+                status, claimed = ask("/claim?goal=g")
+                if status != 200:
+                    continue
+                self.claims.append((claimed["id"], time.monotonic()))
+                outcome = (self.fulfilled, self.failed)[number % 2]
+                self.reported.add(claimed["id"])
+                status, _ = ask(f"/{'fail' if number % 2 else 'fulfill'}/{claimed['id']}", {"claim_token": claimed["claim_token"]})
+                if status == 200:
+                    outcome.append(claimed["id"])
+        ended.put(1)
+
+
+class Carrier:
+    """A worker that does not give up: a request without an answer is sent again, over a new connection."""
+
+    def __init__(self, url, goal):
+        self.url, self.goal, self.done, self.ask = url, goal, [], talking(url, KEY)
+
+    def persist(self, *request, **headers):
+        while True:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                status, answer = self.ask(*request, **headers)
+                if status < 500:
+                    return status, answer
+            self.ask = talking(self.url, KEY)
+
+    def work(self, stopped):
+        while not stopped.is_set():
+            status, claimed = self.persist(f"/claim?goal={self.goal}&wait=1", X_Claim_Token=os.urandom(16).hex())
+            if status == 200:
+                self.done.append(claimed["payload"])
+                status, _ = self.persist(f"/fulfill/{claimed['id']}", {"claim_token": claimed["claim_token"]})
+                assert status == 200
+
+
+class Traffic:
+    """Publishers and workers at several buses, which ignore errors and go on."""
+
+    def __init__(self, buses):
+        self.urls = [bus.url for bus in buses]
+        self.answered, self.refused, self.stopped = [], [], threading.Event()
+        self.threads = [threading.Thread(target=run, args=(IntentClient(self.urls[number % len(self.urls)], KEY),), daemon=True)
+                        for run in (self.publish, self.work) for number in range(4)]
+        for thread in self.threads:
+            thread.start()
+
+    def publish(self, bus):
+        while not self.stopped.is_set():
+            try:
+                self.answered.append(bus.publish("g", 1).id)
+            except intentbus.Error as error:
+                self.refused.append(error)
+
+    def work(self, bus):
+        while not self.stopped.is_set():
+            with contextlib.suppress(intentbus.Error):
+                if claimed := bus.claim("g", wait=1):
+                    bus.fulfill(claimed.id, claimed.claim_token)
+
+    def flows(self, number):
+        """Wait until that many more publishes have been answered."""
+        wanted = len(self.answered) + number
+        wait_until(lambda: len(self.answered) >= wanted, seconds=120)
+
+    def end(self):
+        """Stop, work off the rest, and count the intents whose publish was answered by status."""
+        self.stopped.set()
+        for thread in self.threads:
+            thread.join(60)
+        bus = IntentClient(self.urls[0], KEY)
+        while claimed := bus.claim("g"):
+            bus.fulfill(claimed.id, claimed.claim_token)
+        return collections.Counter(bus.get_status(id).status for id in self.answered)
+
+
+# -- PostgreSQL servers --
+
+POSTGRES_PROGRAMS = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)     # where Debian has them
+
+
+class Cluster:
+    """A PostgreSQL server, or the standby of another one; root runs it as the user postgres."""
+
+    def __init__(self, folder, primary=None):
+        self.folder, self.data = folder, f"{folder}/{'standby' if primary else 'primary'}"
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        if primary:
+            self.run("pg_basebackup", "-D", self.data, "-R", "-h", "127.0.0.1", "-p", str(primary.port), "-U", "bus")
+        else:
+            self.run("initdb", "-D", self.data, "-A", "trust", "-U", "bus", "--encoding", "UTF8", "--locale", "C")
+        self.control("start", "-o", f"-p {self.port} -k {folder} -c listen_addresses=127.0.0.1")
+
+    def run(self, program, *arguments):
+        as_postgres = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
+        subprocess.run([*as_postgres, POSTGRES_PROGRAMS / program, *arguments], cwd=self.folder, check=True,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def control(self, *arguments):
+        self.run("pg_ctl", "-D", self.data, "-l", f"{self.data}.log", "-w", *arguments)
+
+    def ask(self, *statements):
+        """Run statements; return the first value of the last one's result, if it has any."""
+        import psycopg
+        with psycopg.connect(f"postgresql://bus@127.0.0.1:{self.port}/postgres", autocommit=True) as db:
+            for statement in statements:
+                result = db.execute(statement)
+            row = result.description and result.fetchone()
+            return row and row[0]
+
+
+@pytest.fixture
+def cluster():
+    """Start PostgreSQL servers; they are stopped at the end."""
+    if not POSTGRES_PROGRAMS:
+        pytest.skip("PostgreSQL's programs are not on this machine")
+    folder, started = tempfile.mkdtemp(), []
+    if os.getuid() == 0:
+        shutil.chown(folder, "postgres")
+
+    def start(primary=None):
+        started.append(Cluster(folder, primary))
+        return started[-1]
+    yield start
+    for server in started:
+        with contextlib.suppress(subprocess.CalledProcessError):     # it may be stopped already
+            server.control("-m", "immediate", "stop")
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def running(tmp_path):
+    """Start programs; those that still run at the end are killed."""
+    programs = []
+
+    def start(*arguments, **options):
+        programs.append(subprocess.Popen([*COMMAND, *arguments], **options))
+        return programs[-1]
+
+    def bus(where=None):
+        """Start a bus as a program, on the PostgreSQL of this test or on another one."""
+        bus = Serve(tmp_path, "--db", where or dsn(tmp_path / "bus.db"), program=[HERE / "examples" / "postgres_bus.py"])
+        programs.append(bus.process)
+        assert bus.url, bus.stop()
+        return bus
+    yield Record(start=start, bus=bus)
+    for program in programs:
+        program.kill()
+        program.wait()
+    drop_schemas()
 
 
 # ---- 0. The whole ----
 
 def parts():
-    """The parts of the module: (number, name, first line)."""
+    """Return the parts of the module: (number, name, first line)."""
     return [(int(number), name, SOURCE[:SOURCE.index(f"# ---- {number}. {name} ----")].count("\n") + 1)
             for number, name in re.findall(r"^# ---- (\d+)\. (\w[\w ]*) ----$", SOURCE, re.M)]
 
@@ -467,7 +1635,7 @@ def test_each_part_uses_only_the_parts_above_it():
     lines = [first for _, _, first in parts()]
     table = symtable.symtable(SOURCE, "intentbus.py", "exec")
     defined = {}
-    for node in ast.parse(SOURCE).body:
+    for node in TREE.body:
         for target in node.targets if isinstance(node, ast.Assign) else [node]:
             defined.setdefault(getattr(target, "id", getattr(target, "name", None)), bisect.bisect(lines, node.lineno))
     low = []
@@ -482,8 +1650,8 @@ def test_each_part_uses_only_the_parts_above_it():
 
 
 def test_only_the_standard_library_is_imported():
-    names = {alias.name for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.ImportFrom)}
+    names = {alias.name for node in ast.walk(TREE) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(TREE) if isinstance(node, ast.ImportFrom)}
     if sys.version_info < (3, 10):
         pytest.skip("this Python has no list of its standard library")
     assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names
@@ -539,7 +1707,7 @@ def test_an_intent_reads_both_ways():
     (lambda i: i.woken(4600), "dead", 0, None),
 ], ids=["claimed", "claimed beyond expiry", "fulfilled", "failed", "failed for good", "released", "released for later",
         "cancelled", "lease over", "expired"])
-def test_what_happens_to_a_claimed_intent(change, status, ready, wake_at):
+def test_each_transition_of_a_claimed_intent(change, status, ready, wake_at):
     changes = change(claimed())
     assert (changes.get("status", "claimed"), changes.get("ready", 0), changes["wake_at"]) == (status, ready, wake_at)
 
@@ -551,91 +1719,157 @@ def test_backoff_doubles_with_each_attempt_up_to_an_hour(attempt, delay):
     assert intent.failed(1000, "no", True, jitter=1)["run_at"] == 1000 + delay
 
 
+# -- Lanes --
+
+LANE, PATTERNS_OF, PAST, SPAN = intentbus.lane, intentbus.patterns, intentbus.past, intentbus.span
+ODD_GOALS = ("g", "g ", "g!", "ga", "g~", "G", "0", "a b", "-", "\u00a0g", "\u00e9t\u00e9", "\u65e5", "\u2028", "\U0001f600",
+             "\U0010ffff", "g" * 256)
+ODD_OWNERS = ("a", "an", "ann", "ann2", "Ann", "\u00e4nn", "\U0001f600", "a!", "a b")
+ODD_TOKENS = (None, None, "w", "w1", "w-", "W", "a:b")
+
+
+def random_lane(chance):
+    """Return the parts of a lane: namespace, audience, target worker, capability, goal, publisher."""
+    publisher, more = chance.choice(ODD_OWNERS), chance.choice(("", "", chance.choice(ODD_GOALS)[:3].strip()))
+    return (chance.choice(("default", "n", "n1", "n.1", "-")), chance.choice(("", publisher)), chance.choice(ODD_TOKENS),
+            chance.choice(ODD_TOKENS), chance.choice(ODD_GOALS) + more, publisher)
+
+
+def random_pattern(chance, lane):
+    """Return the parts of a pattern that covers a lane, or nearly: one part may be another lane's."""
+    parts, other, index = list(lane), random_lane(chance), chance.randrange(12)
+    if index < 6:
+        parts[index] = other[index]
+    return (*parts[:4], chance.choice((parts[4], "")), chance.choice((parts[5], "")))
+
+
+def covers(pattern, lane):
+    """Return whether a pattern covers a lane: an empty goal or publisher stands for any."""
+    return pattern[:4] == lane[:4] and pattern[4] in ("", lane[4]) and pattern[5] in ("", lane[5])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_pattern_covers_a_lane_if_its_parts_do(seed):
+    chance, seen = random.Random(seed), collections.Counter()
+    for _ in range(2000):
+        lane = random_lane(chance)
+        pattern = random_pattern(chance, lane)
+        name, pattern_name = LANE(*lane), LANE(*pattern)
+        assert (name == pattern_name) == (lane == pattern)
+        covered = covers(pattern, lane)
+        assert (pattern_name in PATTERNS_OF(name)) == covered, (pattern, lane)
+        start, stop, publisher = SPAN(pattern_name)
+        inside = start.encode() <= name.encode() < stop.encode() and (not publisher or name.endswith("\t" + publisher))
+        assert inside == covered, (pattern, lane)
+        seen[covered] += 1
+    assert min(seen.values()) > 300
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_end_of_a_lane_sorts_before_the_next_lane(seed):
+    chance = random.Random(seed)
+    names = sorted({LANE(*random_lane(chance)).encode() for _ in range(2000)})     # in the order of a database
+    assert len(names) > 1000
+    for name, following in zip(names, names[1:]):
+        assert name < PAST(name.decode()).encode() < following
+
+
 # ---- 4. Store ----
 
-def add(store, *intents):
-    store.add(list(intents), Intent(), 0)
-
-
 @ON_A_FILE
-def test_the_file_is_its_owners_alone_and_says_what_the_protocol_says(store):
-    add(store, published())
-    assert stat.S_IMODE(os.stat(store.path).st_mode) == 0o600 or os.name != "posix"
-    with contextlib.closing(sqlite3.connect(store.path)) as db:
+def test_the_file_is_private_and_readable_with_any_sql_tool(served):
+    served.publish()
+    assert stat.S_IMODE(os.stat(served.db).st_mode) == 0o600 or os.name != "posix"
+    with contextlib.closing(sqlite3.connect(served.db)) as db:
         assert db.execute("SELECT goal, status, priority, payload FROM intents").fetchall() == [("g", "open", 100, "1")]
         assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         assert db.execute("PRAGMA user_version").fetchone() == (len(intentbus.MIGRATIONS),)
 
 
-@ON_A_FILE
-def test_every_write_is_synced(store):
-    assert store._db.execute("PRAGMA synchronous").fetchone().synchronous == 2
+@pytest.fixture(scope="module")
+def on_a_watched_disk(tmp_path_factory):
+    """A bus as a program that keeps an image of each file it syncs in images, and cannot sync while the file fault exists."""
+    home = tmp_path_factory.mktemp("disk")
+    serve = Serve(home, "--db", "bus.db", DISK_IMAGES=str(home / "images"), DISK_FAULT=str(home / "fault"), **preloaded(DISK))
+    serve.images, serve.fault = home / "images", home / "fault"
+    yield serve
+    serve.kill()
+
+
+def test_no_publish_or_report_is_answered_before_it_is_on_disk(on_a_watched_disk):
+    bus, synced = on_a_watched_disk, []
+    bus.images.mkdir()
+
+    def ask(path, body=b""):
+        """Send a request, note the number of syncs before its answer, and return that."""
+        before = len(os.listdir(bus.images))
+        response = bus.ask("POST", path, body)
+        synced.append((path, len(os.listdir(bus.images)) - before))
+        return response.json
+    for verb in ("fulfill", "fail", "release", "cancel"):
+        intent_id = ask("/intent", a_publish(goal=verb))["id"]
+        assert bus.client.claim(verb).id == intent_id
+        assert ask(f"/{verb}/{intent_id}")["ok"]
+    assert len(synced) == 8 and all(number > 0 for _, number in synced), synced
+    shutil.rmtree(bus.images)
 
 
 @ON_A_FILE
-def test_operations_of_many_threads_share_commits_and_a_failure_hurts_nobody_else(store):
-    commits = []
-    store.on_commit = lambda intents: commits.append(len(intents))
-    errors = []
-
-    def publish(number):
-        try:
-            add(store, *[published(payload=number)] * (2 if number % 10 == 0 else 1))     # the same id twice: refused
-        except sqlite3.IntegrityError:
-            errors.append(number)
-
-    with store._alone():     # a slow commit: all that comes meanwhile queues up behind it
-        threads = [threading.Thread(target=publish, args=(number,)) for number in range(50)]
-        for thread in threads:
-            thread.start()
-        wait_until(lambda: len(store._jobs) == 50)
-    for thread in threads:
-        thread.join()
-    assert sorted(errors) == [0, 10, 20, 30, 40]
-    assert commits == [45] and len(store.list(100)[0]) == 45
+@LINUX
+@pytest.mark.parametrize("how", ["ABORT", "ROLLBACK"])     # ROLLBACK ends the transaction, as a full disk does
+def test_queued_requests_share_a_commit_but_not_a_failure(served, how):
+    forbid(served, "forbidden", how)
+    with occupied(served.db):
+        sent = [served.begin("POST", "/intents", [a_publish(payload=number), a_publish(goal="g" if number % 10 else "forbidden")])
+                for number in range(30)]
+        wait_until(lambda: not unread(served.port))
+        before = commits(served.db)
+    answers = [response_on(sock) for sock in sent]
+    assert [number for number in range(30) if answers[number].status != 201] == [0, 10, 20]
+    assert {answers[number].status for number in (0, 10, 20)} == {500}
+    assert commits(served.db) - before <= 10
+    stored = {id for response in answers if response.status == 201 for id in response.json["ids"]}
+    assert {intent.id for intent in served.client.list(limit=500).intents} == stored
+    assert served.ask("GET", "/admin/summary").json["intents"] == {"default": {"open": 54}}
 
 
-@ON_A_FILE
-def test_a_commit_that_fails_fails_everyone_in_it_and_the_next_one_works(store, monkeypatch):
-    class Broken:
-        def __init__(self, db):
-            self.db = db
+@LINUX
+def test_a_failed_commit_is_reported_to_every_request_in_it(on_a_watched_disk):
+    bus = on_a_watched_disk
+    before = bus.ask("GET", "/admin/summary").json["intents"].get("default", {}).get("open", 0)
 
-        def __getattr__(self, name):
-            return getattr(self.db, name)
-
-        def execute(self, statement, *args):
-            if statement == "COMMIT":
-                raise sqlite3.OperationalError("database or disk is full")
-            return self.db.execute(statement, *args)
-
-    monkeypatch.setattr(store, "_db", Broken(store._db))
-    with pytest.raises(intentbus.StorageFull, match="nothing of this request was stored"):
-        add(store, published())
-    monkeypatch.undo()
-    add(store, published())
-    assert len(store.list(10)[0]) == 1
+    def publish():
+        return [bus.begin("POST", "/intent", a_publish(goal="failing"), Idempotency_Key=f"key {number}") for number in range(10)]
+    with occupied(bus.home / "bus.db"):
+        sent = publish()
+        wait_until(lambda: not unread(bus.port))
+        bus.fault.touch()
+    for sock in sent:
+        assert_refusal(response_on(sock), 503, "database_busy")
+    assert not bus.client.list(goal="failing").intents
+    bus.fault.unlink()
+    assert [response_on(sock).status for sock in publish()] == [201] * 10
+    assert [intent.status for intent in bus.client.list(goal="failing").intents] == ["open"] * 10
+    assert bus.ask("GET", "/admin/summary").json["intents"]["default"]["open"] == before + 10
 
 
-def test_an_operation_that_fails_after_it_has_written_leaves_nothing(store):
-    def fail():
-        store._insert([published()])
-        raise ValueError
+def test_a_request_that_fails_halfway_stores_nothing(served):
+    forbid(served, "forbidden")
     for _ in range(3):
-        with pytest.raises(ValueError):
-            store._commit(fail, synced=True)
-        assert store.list(10) == ([], None) and store.tallies() == []
-    add(store, published())
-    assert len(store.list(10)[0]) == 1 and [row.intents for row in store.tallies()] == [1]
+        refused = served.ask("POST", "/intents", [a_publish(), a_publish(goal="forbidden")], Idempotency_Key="k")
+        assert_refusal(refused, 500, "internal_error")
+        assert served.statuses() == [] and served.ask("GET", "/admin/summary").json["intents"] == {}
+    assert served.ask("POST", "/intents", [a_publish()], Idempotency_Key="k").status == 201
+    assert served.statuses() == ["open"] and served.ask("GET", "/admin/summary").json["intents"] == {"default": {"open": 1}}
 
 
 @ON_A_FILE
-def test_readers_in_the_way_do_not_let_the_log_grow_without_end(store, monkeypatch):
+def test_readers_do_not_let_the_write_ahead_log_grow_without_end(started, monkeypatch):
     monkeypatch.setattr(intentbus, "WAL_BYTES", 400_000)
-    store._cut_at, done = 400_000, threading.Event()
+    served, done = started(), threading.Event()
 
-    def read():     # two of these, so that there is always somebody with a view of the file
-        with contextlib.closing(sqlite3.connect(store.path, isolation_level=None)) as reader:
+    def read():     # two of these: at any time one of them reads
+        with contextlib.closing(sqlite3.connect(served.db, isolation_level=None)) as reader:
             while not done.is_set():
                 reader.execute("BEGIN")
                 reader.execute("SELECT COUNT(*) FROM intents").fetchone()
@@ -646,121 +1880,132 @@ def test_readers_in_the_way_do_not_let_the_log_grow_without_end(store, monkeypat
     readers = [in_thread(read), in_thread(read)]
     lengths = []
     for _ in range(40):
-        add(store, published(payload="x" * 40_000))
-        lengths.append(store.bytes()[1])
+        served.publish(payload="x" * 40_000)
+        lengths.append(os.path.getsize(served.db + "-wal"))
     done.set()
     assert all(reader() for reader in readers)
-    assert max(lengths) < 3 * 400_000 < 40 * 40_000 < store.bytes()[0] + 400_000
+    assert max(lengths) < 3 * 400_000 < 40 * 40_000 < os.path.getsize(served.db) + 400_000
 
 
 @ON_A_FILE
-def test_however_many_read_at_once_the_file_is_opened_a_few_times_only(store):
-    opened = watch(store, "_connect")
-    with contextlib.ExitStack() as reading:
-        for _ in range(intentbus.READERS):
-            reading.enter_context(store._reader())
-            opened.get(timeout=10)
-        late = in_thread(store.tallies)
-        with pytest.raises(queue.Empty):     # each would be two descriptors more, for good
-            opened.get(timeout=0.1)
-    assert late() == []
-
-
-@ON_A_FILE
-def test_a_second_store_on_the_same_file_is_refused_in_words(store):
-    with pytest.raises(intentbus.SetupError, match="Another bus is serving .*bus.db; stop it, or"):
-        Store(store.path)
+def test_many_slow_reads_share_a_few_connections(sqlite_work, started, monkeypatch):
+    served, pause = started(), threading.Event()
+    monkeypatch.setattr(sqlite_work, "note", lambda: pause.wait(0.001) and None)
+    answers = at_once(30, lambda index: served.ask("GET", "/admin/summary"))
+    assert [response.status for response in answers] == [200] * 30
+    assert sqlite_work.connections <= intentbus.READERS + 1     # each takes two descriptors
 
 
 @POSIX
-@POSIX
 @ON_A_FILE
-def test_a_second_store_behind_a_link_is_refused_too(store, tmp_path):
-    os.symlink(store.path, tmp_path / "link.db")
-    with pytest.raises(intentbus.SetupError, match="Another bus is serving .*bus.db; stop it, or"):
-        Store(tmp_path / "link.db")
+def test_a_second_bus_on_the_same_file_is_refused(served, tmp_path):
+    os.symlink(served.db, tmp_path / "link.db")
+    for path in (served.db, tmp_path / "link.db"):
+        with pytest.raises(intentbus.SetupError, match="Another bus is serving .*bus.db; stop it, or"):
+            open_store("sqlite", path)
 
 
-def test_the_lock_of_a_killed_process_is_no_obstacle(tmp_path):
-    path = tmp_path / "bus.db"
-    process = subprocess.Popen([sys.executable, "-c", "import intentbus, sys; store = intentbus.Store(sys.argv[1])\n"
-                                "print('open', flush=True); input()", str(path)], cwd=HERE, stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"open\n"
-    process.kill()
-    process.communicate()
-    Store(path).close()
-
-
-def plan(store, statement, **values):
-    rows = store._db.execute("EXPLAIN QUERY PLAN " + statement, values).fetchall()
-    return " / ".join(row.detail for row in rows)
+def test_a_bus_starts_on_the_file_of_a_killed_one(tmp_path):
+    serve = Serve(tmp_path, "--db", "bus.db")
+    intent_id = serve.publish()
+    with pytest.raises(intentbus.SetupError, match="Another bus is serving"):
+        open_store("sqlite", tmp_path / "bus.db")
+    serve.kill()
+    served = Served(tmp_path)
+    assert served.ask("POST", "/claim").json["id"] == intent_id
+    served.stop()
 
 
 @ON_A_FILE
-def test_claims_and_deadlines_neither_scan_nor_sort(store):
-    assert plan(store, intentbus.HEAD_OF_NEXT_LANE, start="a", stop="b") == (
-        "SEARCH intents USING INDEX intents_ready (lane>? AND lane<?)")
-    statements = []
-    store._db.set_trace_callback(statements.append)
-    store.settle(1000)
-    store.clean(1000, 7)
-    store._db.set_trace_callback(None)
-    plans = [plan(store, s) for s in statements if re.match(r"\s*(SELECT|DELETE|UPDATE)", s)]
-    assert len(plans) == 3 and not [p for p in plans if "SCAN" in p or "TEMP B-TREE" in p]
+def test_the_cost_of_a_verb_does_not_grow_with_the_table(sqlite_work, bus, clock, monkeypatch):
+    monkeypatch.setattr(intentbus, "LIST_ROWS", 100)     # of which a list reads no more
+
+    def fill_up_with(number):
+        """Store a number of intents in each state."""
+        bus.publish_many([dict(goal="dead", payload=1, ttl=1)] * number)
+        clock.pass_(2)
+        bus.cleanup()
+        for goal in ("done", "held") * (number // 10):
+            bus.publish(goal, 1)
+            intent = bus.claim(goal, lease=3600)
+            assert goal == "held" or bus.fulfill(intent.id)
+        bus.publish_many([dict(goal="later", payload=1, delay=1000)] * number)
+        bus.publish_many([dict(goal=goal, payload=1, priority=900) for goal in ("g", "open")] * number)
+
+    def costs():
+        """Return the work of each verb, by name."""
+        done = {}
+
+        def do(name, verb, *args, **kwargs):
+            done[name], result = sqlite_work.of(verb, *args, **kwargs)
+            return result
+        intent_id = do("publish", bus.publish, "mine", 1).id
+        do("claim", bus.claim, "mine")
+        do("status", bus.get_status, intent_id)
+        do("extend", bus.extend_claim, intent_id)
+        do("fail", bus.fail, intent_id)
+        do("claim of any goal", bus.claim)
+        do("claim in vain", bus.claim, "none")
+        do("claim with a token", bus.claim, "g", claim_token="t" * 32)
+        do("repeated claim", bus.claim, "g", claim_token="t" * 32)
+        do("release", bus.release, bus.claim("g").id)
+        do("fulfill", bus.fulfill, bus.claim("g").id)
+        do("cancel", bus.cancel, bus.publish("g", 1).id)
+        do("list", bus.list)
+        do("list of the dead", bus.list, status="dead")
+        do("dead letters", bus.dead, limit=50)
+        do("summary", bus.summary)
+        do("cleanup", bus.cleanup)
+        return done
+    fill_up_with(100)
+    costs()     # some lookups are made only once
+    few = costs()
+    fill_up_with(400)
+    many = costs()
+    assert min(few[verb] for verb in few if verb != "cleanup") > 0
+    assert {verb: (few[verb], many[verb]) for verb in few if many[verb] > few[verb] + 20} == {}
 
 
 @ON_A_FILE
-def test_a_list_of_the_dead_looks_at_the_dead_only(store):
-    values = dict.fromkeys(("before", "floor", "status", "ready", "owner", "goal", "namespace", "limit", "rows"))
-    for statement in (intentbus.PAGE, intentbus.PAGE_FLOOR):
-        assert re.match(r"SEARCH intents USING (COVERING )?INDEX intents_dead", plan(store, statement.format(
-            kind=intentbus.DEAD), **values))
+def test_counting_dead_intents_reads_dead_intents_only(sqlite_work, bus):
+    bus.cancel(bus.publish("g", 1).id)
+    cost = lambda: sqlite_work.of(bus.sweep_dead, "count", goal="g")[0]
+    few = max(cost(), cost())
+    bus.publish_many([dict(goal="g", payload=1)] * 1000)
+    assert cost() <= few + 5
 
 
-@ON_A_FILE
-def test_to_find_the_dead_that_fit_looks_at_the_dead_only(store):
-    assert "INDEX intents_dead" in plan(store, intentbus.THE_DEAD.format(what="id"), **intentbus.dead_values(10))
-
-
-@ON_A_FILE
-def test_the_next_wake_is_one_look_into_an_index(store):
-    add(store, published(), published(now=2000.0))
-    assert store.next_wake() == 1000 + 3600
-    assert "intents_wake" in plan(store, "SELECT MIN(wake_at) AS wake_at FROM intents WHERE wake_at IS NOT NULL")
-
-
-def test_what_has_ended_is_deleted_after_its_retention_and_not_before(store):
-    done, waiting = published(), published()
-    add(store, done, waiting)
-    store.change(done.id, lambda intent: intent.fulfilled(1000, None, "json"))
-    store.clean(1000 + 59, retention=60)
-    assert len(store.list(10)[0]) == 2
-    store.clean(1000 + 60, retention=60)
-    assert [intent.id for intent in store.list(10)[0]] == [waiting.id]
+def test_an_ended_intent_is_deleted_after_its_retention(store, clock):
+    bus = assembled(store, clock=clock, bus=dict(retention=60)).bus
+    ids = [bus.publish(goal, 1).id for goal in ("done", "waiting")]
+    bus.fulfill(bus.claim("done").id)
+    clock.pass_(59)
+    assert bus.cleanup().fulfilled_deleted == 0 and len(bus.list().intents) == 2
+    clock.pass_(1)
+    assert bus.cleanup().fulfilled_deleted == 1 and [intent.id for intent in bus.list().intents] == ids[1:]
 
 
 @pytest.mark.parametrize("prepare, sentence", [
     (f"PRAGMA application_id = {intentbus.APPLICATION_ID}; PRAGMA user_version = 999", "was written by a newer intentbus \\(schema 999"),
     ("CREATE TABLE recipes (name); PRAGMA user_version = 1", "belongs to another program"),
 ])
-def test_a_file_of_another_kind_is_refused_and_left_alone(tmp_path, prepare, sentence):
+def test_the_database_of_another_program_is_refused_and_left_alone(tmp_path, prepare, sentence):
     path = tmp_path / "other.db"
     with contextlib.closing(sqlite3.connect(path)) as db:
         db.executescript(prepare)
         db.commit()
     before = path.read_bytes()
     with pytest.raises(intentbus.SetupError, match=sentence):
-        Store(path)
+        open_store("sqlite", path)
     assert path.read_bytes() == before
 
 
-def test_what_is_no_database_is_refused_in_words(tmp_path):
+def test_a_file_that_is_not_a_database_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("milk, bread, and a lot of other things that are no database " * 20)
     with pytest.raises(intentbus.SetupError, match="cannot be used: file is not a database"):
-        Store(tmp_path / "notes.txt")
+        open_store("sqlite", tmp_path / "notes.txt")
     with pytest.raises(intentbus.SetupError, match="cannot be opened: No such file or directory"):
-        Store(tmp_path / "nowhere" / "bus.db")
+        open_store("sqlite", tmp_path / "nowhere" / "bus.db")
 
 
 VERSION_1 = """
@@ -838,31 +2083,28 @@ VERSION_1 = """
 def test_a_database_of_the_first_release_opens_and_works(tmp_path, clock):
     with contextlib.closing(sqlite3.connect(tmp_path / "bus.db")) as old:
         old.executescript(VERSION_1)
-    store = Store(tmp_path / "bus.db")
-    bus = Bus(store, clock=lambda: clock.wall, steady=lambda: clock.steady, boot=lambda: None)
+    options, done = dict(clock=clock, bus=dict(boot=lambda: None)), "01a3185c500000006f604259ccc43707"
+    with contextlib.closing(open_store("sqlite", tmp_path / "bus.db")) as store:
+        assert assembled(store, **options).bus.publish("done", 1, idempotency_key="once").id == done
+    served = Served(tmp_path, **options)
+    bus = served.client
     ids = [row.id for row in bus.list().intents]
     assert sorted(bus.get_status(id).status for id in ids) == ["claimed", "dead", "fulfilled", "open", "open", "open"]
     assert bus.claim("g", namespace="home").payload == {"n": 1} and bus.claim("g") is None
     held, token = "01a3185c500000001c89eb7b2266193d", "d900b70fb64ae815002f4c7207f0fd34"
     assert bus.fulfill(held, token, "late but done").ok
-    done = "01a3185c500000006f604259ccc43707"
     assert bus.get_result(done).result == {"ok": True}
-    assert bus.publish("done", 1, idempotency_key="once").id == done
     assert bus.retry("01a3185c50000000f0fc14c7dcc52374").status == "open"
     assert bus.get("thermostat") == {"celsius": 19.5}
     clock.pass_(3600)
     assert (bus.claim("g").payload, bus.claim("again").claim_attempts) == ("later", 2)
-    assert {row["status"]: row["intents"] for row in store.tallies() if row.namespace == "default"} == dict(
-        claimed=2, fulfilled=2, open=1)
-    keys = Keys(KEY, store, clock=lambda: clock.wall)
+    assert bus.admin("summary")["intents"]["default"] == dict(claimed=2, fulfilled=2, open=1)
     issued = "tk_a29f44ae718dbcd208bcad3244b2fcf55a6dd5b901e11d081bc66bb5"
-    assert keys.caller(intentbus.Request("GET", "/", {"x-api-key": issued})).owner == "ann"
-    with pytest.raises(intentbus.Unauthorized):
-        keys.caller(intentbus.Request("GET", "/", {"x-api-key": "tk_0900d449d078bd2c2b15b029c6da9659a8ac186bb58148e5c3116884"}))
-    with store._reader() as db:
-        assert db.execute("PRAGMA user_version").fetchone().user_version == len(intentbus.MIGRATIONS)
-    bus.stop()
-    store.close()
+    assert served.ask("GET", "/whoami", key=issued).json["owner"] == "ann"
+    assert served.ask("GET", "/whoami", key="tk_0900d449d078bd2c2b15b029c6da9659a8ac186bb58148e5c3116884").status == 401
+    served.stop()
+    with contextlib.closing(sqlite3.connect(tmp_path / "bus.db")) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (len(intentbus.MIGRATIONS),)
 
 
 SLOW_MIGRATION = """
@@ -872,7 +2114,7 @@ SLOW_MIGRATION = """
 
 
 def locked(path):
-    """Whether somebody is writing to a database."""
+    """Return whether another connection holds the write lock of a database."""
     with contextlib.closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as db:
         try:
             db.execute("BEGIN IMMEDIATE")
@@ -880,51 +2122,26 @@ def locked(path):
             return True
 
 
-def test_a_migration_that_is_killed_leaves_the_file_as_it_was(tmp_path):
-    with contextlib.closing(Store(tmp_path / "bus.db")) as store:
-        add(store, published())
-    code = f"import intentbus; intentbus.MIGRATIONS += ({SLOW_MIGRATION!r},); intentbus.Store('bus.db')"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=dict(os.environ, PYTHONPATH=str(HERE)))
+def test_a_killed_migration_leaves_the_file_unchanged(tmp_path):
+    served = Served(tmp_path)
+    intent_id = served.publish()
+    served.stop()
+    code = (f"import intentbus; intentbus.MIGRATIONS += ({SLOW_MIGRATION!r},)\n"
+            "intentbus.main(['serve', '--port', '0', '--db', 'bus.db'])")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path,
+                               env=dict(os.environ, HOME=str(tmp_path), BUS_SECRET=KEY))
     wait_until(lambda: locked(tmp_path / "bus.db"))
     process.kill()
     process.wait()
-    with contextlib.closing(Store(tmp_path / "bus.db")) as store:
-        assert len(store.list(10)[0]) == 1 and [row.status for row in store.tallies()] == ["open"]
-
-
-NO_SHARED_MEMORY = r"""
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <errno.h>
-#include <stdio.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
-static void *refuse(const char *name, void *at, size_t length, int how, int flags, int file, off_t offset) {
-    char link[64], path[4096];
-    snprintf(link, sizeof link, "/proc/self/fd/%d", file);
-    ssize_t size = file < 0 ? -1 : readlink(link, path, sizeof path);
-    if (size > 0 && flags & MAP_SHARED && memmem(path, size, "intentbus.db", 12)) { errno = ENODEV; return MAP_FAILED; }
-    void *(*real)(void *, size_t, int, int, int, off_t) = dlsym(RTLD_NEXT, name);
-    return real(at, length, how, flags, file, offset);
-}
-void *mmap(void *a, size_t l, int h, int f, int d, off_t o) { return refuse("mmap", a, l, h, f, d, o); }
-void *mmap64(void *a, size_t l, int h, int f, int d, off_t o) { return refuse("mmap64", a, l, h, f, d, o); }
-"""
-
-
-def preloaded(folder, source):
-    """Compile a library that goes between a program and the system; return the environment that loads it."""
-    if not sys.platform.startswith("linux") or not shutil.which("cc"):
-        pytest.skip("this needs Linux and a C compiler")
-    (folder / "between.c").write_text(source)
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", "between.so", "between.c", "-ldl"], cwd=folder, check=True)
-    return {"LD_PRELOAD": str(folder / "between.so")}
+    served.start()
+    assert [intent.id for intent in served.client.list().intents] == [intent_id]
+    assert served.ask("GET", "/admin/summary").json["intents"] == {"default": {"open": 1}}
+    served.stop()
 
 
 @SLOW
-def test_where_a_file_system_has_no_shared_memory_the_bus_works_and_says_so(tmp_path):
-    bus = Serve(tmp_path, **preloaded(tmp_path, NO_SHARED_MEMORY))
+def test_a_file_system_without_shared_memory_works_with_a_warning(tmp_path):
+    bus = Serve(tmp_path, **preloaded(NO_SHARED_MEMORY))
     id = bus.run("publish", "g", "1").stdout.strip()
     assert bus.run("work", "--goal", "g", "--once").stdout == "1\n"
     assert bus.run("status", id).stdout == "fulfilled\n"
@@ -940,8 +2157,10 @@ ALICE = Caller("k1", "alice", "both", False, None)
 BOB = Caller("k2", "bob", "both", False, None)
 
 
-def test_an_intent_goes_from_its_publisher_to_a_worker_and_its_result_back(bus):
+def test_an_intent_reaches_a_worker_and_its_result_the_publisher(bus):
     answer = bus.publish("greet", {"name": "Ada"})
+    found = bus.get_result(answer.id)
+    assert (found.status, found.result, found.result_type) == ("open", None, "json")
     intent = bus.claim("greet", worker_id="w1")
     assert (intent.id, intent.payload, intent.claim_attempts, intent.claim_timeout) == (answer.id, {"name": "Ada"}, 1, 60)
     bus.fulfill(intent.id, intent.claim_token, {"said": "hi"})
@@ -964,7 +2183,7 @@ def test_a_silent_worker_loses_its_intent_to_another(bus, clock):
     bus.fulfill(second.id, second.claim_token)
 
 
-def test_work_done_after_the_lease_counts_unless_somebody_else_has_claimed_it(bus, clock):
+def test_a_late_report_counts_until_the_intent_is_claimed_again(bus, clock):
     bus.publish("g", 1, max_attempts=1)
     intent = bus.claim("g")
     clock.pass_(61)
@@ -977,7 +2196,7 @@ def test_work_done_after_the_lease_counts_unless_somebody_else_has_claimed_it(bu
 
 @pytest.mark.parametrize("verb, others", [("fulfill", ("fail", "release")), ("fail", ("fulfill", "release")),
                                           ("release", ("fulfill", "fail"))])
-def test_a_report_may_be_repeated_and_not_be_contradicted(bus, verb, others):
+def test_a_report_may_be_repeated_but_not_contradicted(bus, verb, others):
     bus.publish("g", 1)
     intent = bus.claim("g")
     first = getattr(bus, verb)(intent.id, intent.claim_token)
@@ -989,7 +2208,7 @@ def test_a_report_may_be_repeated_and_not_be_contradicted(bus, verb, others):
     assert bus.get_status(intent.id) == status
 
 
-def test_without_a_token_the_owner_of_the_running_claim_may_report(bus, clock):
+def test_the_owner_of_a_running_claim_may_report_without_a_token(bus, clock):
     bus.publish("g", 1, visibility="public")
     intent = bus.claim("g", caller=ALICE)
     with pytest.raises(intentbus.NotFound):
@@ -999,8 +2218,8 @@ def test_without_a_token_the_owner_of_the_running_claim_may_report(bus, clock):
         bus.fulfill(intent.id, caller=ALICE)
 
 
-def test_a_bus_can_insist_on_tokens(store):
-    bus = Bus(store, require_claim_token=True)
+def test_a_bus_can_require_claim_tokens(store):
+    bus = assembled(store, bus=dict(require_claim_token=True)).bus
     bus.publish("g", 1)
     intent = bus.claim("g")
     with pytest.raises(intentbus.Invalid, match="claim_token is required"):
@@ -1019,7 +2238,7 @@ def test_an_extension_moves_the_end_of_the_lease(bus, clock):
     assert bus.claim("g").id == intent.id
 
 
-def test_a_failure_is_tried_again_after_its_backoff_until_no_attempt_is_left(bus, clock):
+def test_a_failed_intent_is_retried_until_no_attempt_is_left(bus, clock):
     bus.publish("g", 1, max_attempts=2, backoff_base=5)
     intent = bus.claim("g")
     answer = bus.fail(intent.id, intent.claim_token, "x" * 3000)
@@ -1042,7 +2261,7 @@ def test_a_release_gives_the_attempt_back(bus, clock):
 
 
 @pytest.mark.parametrize("claim_first", [False, True])
-def test_what_nobody_finishes_in_time_expires(bus, clock, claim_first):
+def test_an_unfinished_intent_expires(bus, clock, claim_first):
     answer = bus.publish("g", 1, ttl=30, delay=10)
     clock.pass_(10)
     if claim_first:
@@ -1053,7 +2272,7 @@ def test_what_nobody_finishes_in_time_expires(bus, clock, claim_first):
     assert (status.status, status.last_error, status.completed_at) == ("dead", "expired", clock.wall)
 
 
-def test_more_expired_intents_than_one_pass_settles_are_still_not_claimed(bus, clock, monkeypatch):
+def test_expired_intents_beyond_one_pass_are_not_claimed(bus, clock, monkeypatch):
     monkeypatch.setattr(intentbus, "SETTLE_ROWS", 2)
     for number in range(5):
         bus.publish("g", number, ttl=30)
@@ -1069,7 +2288,40 @@ def test_intents_are_claimed_by_priority_then_time(bus, clock):
     assert [bus.claim("g").payload for _ in range(5)] == ["b", "e", "a", "c", "d"]
 
 
-def test_without_a_goal_the_first_of_all_goals_is_claimed(bus, clock):
+@pytest.mark.parametrize("seed", range(3))
+def test_a_claim_takes_the_first_eligible_intent(bus, clock, seed):
+    chance, stored, taken = random.Random(seed), [], 0
+    names = dict(namespace=("default", "n"), goal=("g", "g!", "\u00e9"), target_worker=(None, None, "w", "v"),
+                 required_capability=(None, None, "a", "b"), visibility=("private", "public"), priority=(0, 100, 100, 900))
+    for _ in range(200):
+        clock.pass_(chance.choice((0, 0.5, 10)))
+        caller = chance.choice((ALICE, BOB))
+        if chance.random() < 0.5:
+            fields = {name: chance.choice(values) for name, values in names.items()}
+            delay = chance.choice((0, 0, 5, 60))
+            intent_id = bus.publish(payload=1, delay=delay, caller=caller, **fields).id
+            stored.append(Record(fields, id=intent_id, owner=caller.owner, run_at=clock.wall + delay, attempts=0, at=clock.wall))
+            continue
+        goals = chance.choice((None, ["g"], ["g!", "\u00e9"]))
+        asked = dict(namespace=chance.choice(names["namespace"]), worker_id=chance.choice((None, "w")),
+                     capabilities=chance.choice(((), ("a",), ("a", "b"))), publisher=chance.choice((None, caller.owner)))
+        may = [intent for intent in stored if intent.run_at <= clock.wall and intent.namespace == asked["namespace"]
+               and (goals is None or intent.goal in goals) and intent.target_worker in (None, asked["worker_id"])
+               and intent.required_capability in (None, *asked["capabilities"]) and asked["publisher"] in (None, intent.owner)
+               and (intent.visibility == "public" or intent.owner == caller.owner)]
+        first = min(may, default=None, key=lambda intent: (
+            -intent.priority, intent.run_at, intent.attempts, intent.at, intent.id))
+        claimed = bus.claim(goals, lease=3600, caller=caller, **asked)
+        assert (claimed and claimed.id) == (first and first.id), (seed, asked, goals)
+        if claimed and chance.random() < 0.3:
+            bus.release(claimed.id, claimed.claim_token, caller=caller)
+        elif claimed:
+            stored.remove(first)
+            taken += 1
+    assert taken > 20
+
+
+def test_a_claim_without_a_goal_takes_the_first_of_any_goal(bus, clock):
     for goal, priority in (("b", 100), ("a", 100), ("c", 900)):
         bus.publish(goal, goal, priority=priority)
         clock.pass_(0.01)
@@ -1096,17 +2348,17 @@ def test_without_a_goal_the_first_of_all_goals_is_claimed(bus, clock):
     ({}, {"caller": intentbus.OWNER, "publisher": "alice"}, True),
 ])
 @pytest.mark.parametrize("goal", ["g", None])
-def test_who_may_take_what_alice_published(bus, fields, claim, taken, goal):
+def test_each_claim_that_may_take_an_intent_of_alice(bus, fields, claim, taken, goal):
     bus.publish("g", 1, caller=ALICE, **fields)
     assert bool(bus.claim(goal, **dict({"caller": ALICE}, **claim))) == taken
 
 
-def test_only_an_admin_may_claim_what_another_published(bus):
+def test_only_an_admin_may_claim_by_another_publisher(bus):
     with pytest.raises(intentbus.Forbidden):
         bus.claim("g", publisher="alice", caller=BOB)
 
 
-def test_a_private_intent_is_invisible_to_others_as_if_it_did_not_exist(bus):
+def test_a_private_intent_does_not_exist_for_other_owners(bus):
     answer = bus.publish("g", 1, caller=ALICE)
     for verb in (bus.get_status, bus.get_result, bus.cancel, bus.retry):
         with pytest.raises(intentbus.NotFound, match=f"There is no intent {answer.id}"):
@@ -1115,7 +2367,7 @@ def test_a_private_intent_is_invisible_to_others_as_if_it_did_not_exist(bus):
     assert bus.get_status(answer.id).status == "open"
 
 
-def test_the_worker_of_a_public_intent_may_look_at_it_and_not_cancel_it(bus):
+def test_the_worker_of_a_public_intent_may_read_but_not_cancel_it(bus):
     answer = bus.publish("g", 1, visibility="public", caller=ALICE)
     bus.claim("g", caller=BOB)
     assert bus.get_status(answer.id, caller=BOB).status == "claimed"
@@ -1134,7 +2386,7 @@ def test_an_idempotency_key_stores_one_intent_for_a_day(bus, clock):
     assert len(bus.list().intents) == 3
 
 
-def test_cancel_ends_an_unfinished_intent_and_its_worker_learns_of_it(bus):
+def test_cancel_ends_an_intent_and_the_lease_of_its_worker(bus):
     answer = bus.publish("g", 1)
     intent = bus.claim("g")
     assert bus.cancel(answer.id).status == "dead"
@@ -1146,13 +2398,15 @@ def test_cancel_ends_an_unfinished_intent_and_its_worker_learns_of_it(bus):
     assert bus.get_status(answer.id).last_error == "Cancelled"
 
 
-def test_retry_gives_dead_intents_a_new_life(bus, clock):
+def test_retry_reopens_dead_intents(bus, clock):
     ids = [bus.publish(goal, 1).id for goal in ("a", "a", "b")]
     with pytest.raises(intentbus.Conflict, match="only a dead one"):
         bus.retry(ids[0])
     for id in ids:
         bus.cancel(id)
         clock.pass_(1)
+    with pytest.raises(intentbus.NotFound):
+        bus.retry("")
     assert bus.retry(ids[2]).status == "open"
     assert bus.retry(goal="a", limit=1).retried == 1
     status = bus.get_status(ids[0])
@@ -1160,7 +2414,7 @@ def test_retry_gives_dead_intents_a_new_life(bus, clock):
     assert bus.get_status(ids[1]).status == "dead"
 
 
-def test_a_list_is_newest_first_in_pages_and_without_payloads(bus, clock):
+def test_a_list_is_newest_first_paged_and_without_payloads(bus, clock):
     ids = []
     for number in range(5):
         ids.append(bus.publish("g", number).id)
@@ -1172,9 +2426,7 @@ def test_a_list_is_newest_first_in_pages_and_without_payloads(bus, clock):
     assert not bus.list(status="dead").intents and not bus.list(goal="x").intents
 
 
-# Waiting: a bus with a running clock, tended as a server does.
-
-def test_a_list_looks_at_so_many_intents_only_and_says_where_to_go_on(bus, clock, monkeypatch):
+def test_a_page_of_a_list_reads_a_bounded_number_of_intents(bus, clock, monkeypatch):
     monkeypatch.setattr(intentbus, "LIST_ROWS", 10)
     ids = []
     for number in range(35):
@@ -1192,111 +2444,272 @@ def test_a_list_looks_at_so_many_intents_only_and_says_where_to_go_on(bus, clock
     assert [intent.id for intent in bus.list(status="dead", before=dead.next).intents] == [ids[0]]
 
 
-@pytest.fixture
-def live(store):
-    bus = Bus(store)
-    bus.start()
-    wait_until(lambda: type(store) is Store or listens(store) and not store._missed)     # a bus that starts looks once by itself
-    yield bus
-    bus.stop()
+# -- Waiting --
+
+def test_a_publish_answers_one_held_claim_and_leaves_the_others(served):
+    claims = [served.hold("POST", f"/claim?wait=60{goal}") for goal in ("&goal=g", "", "&goal=other")]
+    ids = [served.publish()]
+    assert claimed_by(claims[0]).id == ids[0] and served.holds(2)
+    ids.append(served.publish())
+    assert claimed_by(claims[1]).id == ids[1] and served.holds(1)
+    ids.append(served.publish(goal="other"))
+    assert claimed_by(claims[2]).id == ids[2] and served.holds(0)
+    assert [served.client.get_status(id).claim_attempts for id in ids] == [1, 1, 1]
 
 
-def test_a_held_claim_gets_what_is_published_and_wakes_nobody_else(live):
-    claims = [in_thread(live.claim, goal, wait=20) for goal in ("g", None, "other")]
-    wait_until(lambda: held(live) == 6)     # in the private and the public lane each
-    live.publish("g", 1)
-    assert wait_until(lambda: held(live) == 4)
-    assert claims[0]().payload == 1
-    live.publish("g", 2)
-    assert claims[1]().payload == 2
-    assert held(live) == 2
+@ON_A_FILE     # a bus on PostgreSQL wakes all claims once after its start
+def test_the_longest_held_claim_is_served_first(no_rechecks, served):
+    claims = [served.hold("POST", "/claim?goal=g&wait=60") for _ in range(6)]
+    for number, claim in enumerate(claims):
+        intent_id = served.publish()
+        assert claimed_by(claim).id == intent_id and served.holds(5 - number)
+
+
+def test_a_bulk_publish_answers_one_held_claim_per_intent(no_rechecks, served):
+    claims = [served.hold("POST", "/claim?goal=g&wait=60") for _ in range(3)]
+    ids = served.ask("POST", "/intents", [a_publish(), a_publish(goal="other"), a_publish(), a_publish()]).json["ids"]
+    assert sorted(claimed_by(claim).id for claim in claims) == sorted(id for id in ids if id != ids[1])
 
 
 @pytest.mark.parametrize("wake", [
-    lambda bus: bus.publish("g", 1, delay=0.05),
-    lambda bus: bus.retry(goal="dead"),
-    lambda bus, intent: bus.release(intent.id, intent.claim_token),
-    lambda bus, intent: bus.extend_claim(intent.id, intent.claim_token, 0.05),
-], ids=["a delay that is over", "a retry", "a release", "a lease that is over"])
-def test_a_held_claim_is_woken_by(live, wake):
-    live.cancel(live.publish("dead", 1).id)
-    live.publish("taken", 1)
-    taken = live.claim("taken")
-    claim = in_thread(live.claim, None, wait=20)
-    wait_until(lambda: held(live) == 2)
-    wake(*(live, taken)[:wake.__code__.co_argcount])
-    assert claim().payload == 1
+    lambda bus, clock, claim: bus.publish(),
+    lambda bus, clock, claim: bus.publish(delay=5) and clock.pass_(5),
+    lambda bus, clock, claim: bus.client.retry(claim["dead"].id),
+    lambda bus, clock, claim: bus.client.retry(goal="dead"),
+    lambda bus, clock, claim: bus.client.release(claim["taken"].id, claim["taken"].claim_token),
+    lambda bus, clock, claim: bus.client.release(claim["taken"].id, claim["taken"].claim_token, delay=7) and clock.pass_(7),
+    lambda bus, clock, claim: bus.client.fail(claim["taken"].id, claim["taken"].claim_token) and clock.pass_(60),
+    lambda bus, clock, claim: clock.pass_(300),
+    lambda bus, clock, claim: bus.client.extend_claim(claim["taken"].id, claim["taken"].claim_token, 10) and clock.pass_(10),
+], ids=["a publish", "a delay that ends", "a retry", "a retry of many", "a release", "a release for later", "a failure",
+        "a lease that runs out", "a shortened lease that runs out"])
+def test_a_held_claim_is_answered_after(started, clock, quick_rechecks, wake):
+    bus = started(clock=clock)
+    bus.publish(goal="dead")
+    bus.publish(goal="taken", ttl=9999)
+    claims = {goal: bus.client.claim(goal, lease=300) for goal in ("dead", "taken")}
+    bus.client.fail(claims["dead"].id, claims["dead"].claim_token, retry=False)
+    held = bus.hold("POST", "/claim?goal=g&goal=dead&goal=taken&wait=60")
+    wake(bus, clock, claims)
+    assert claimed_by(held).goal in ("g", "dead", "taken") and bus.holds(0)
 
 
-def test_news_for_a_client_that_hung_up_goes_to_the_next(live):
-    gone = threading.Event()
-    first = in_thread(live.claim, "g", wait=20, still_there=lambda: not gone.is_set())
-    wait_until(lambda: held(live) == 2)
-    second = in_thread(live.claim, "g", wait=20)
-    wait_until(lambda: held(live) == 4)
-    gone.set()
-    live.publish("g", 1)
-    assert first() is None and second().payload == 1
+def test_a_held_claim_waits_while_a_lease_is_extended(started, clock, quick_rechecks):
+    bus = started(clock=clock)
+    bus.publish()
+    intent = bus.client.claim("g", lease=10)
+    held = bus.hold("POST", "/claim?goal=g&wait=60")
+    for _ in range(3):
+        clock.pass_(9)
+        bus.client.extend_claim(intent.id, intent.claim_token, 10)
+    bus.holds(1)
+    clock.pass_(10)
+    assert claimed_by(held).claim_attempts == 2
 
 
-def test_news_that_was_not_used_goes_to_one_who_can_use_it(live):
-    gone = threading.Event()
-    first = in_thread(live.claim, ["x", "y"], wait=20, still_there=lambda: not gone.is_set())
-    wait_until(lambda: held(live) == 4)
-    second = in_thread(live.claim, "x", wait=20)
-    wait_until(lambda: held(live) == 6)
-    third = in_thread(live.claim, "y", wait=20)
-    wait_until(lambda: held(live) == 8)
-    gone.set()
-    live.publish("y", "y")
-    assert third().payload == "y" and first() is None
-    live.publish("x", "x")
-    assert second().payload == "x"
+MINE, ANNS = dict(visibility="public"), dict(visibility="public", publisher="ann")     # publisher: the owner of the key
 
 
-def test_a_held_claim_is_empty_when_its_time_is_over(live):
-    assert live.claim("g", wait=0.05) is None
-    assert held(live) == 0
+@pytest.mark.parametrize("query, passed_by, taken", [
+    ("goal=g", dict(goal="h"), dict()),
+    ("", dict(namespace="other"), dict(goal="h")),
+    ("namespace=other", dict(), dict(namespace="other")),
+    ("goal=g", dict(target_worker="w"), dict()),
+    ("goal=g&worker_id=w", dict(target_worker="v"), dict(target_worker="w")),
+    ("worker_id=w", dict(target_worker="v"), dict(target_worker="w", goal="h")),
+    ("goal=g&capabilities=a,b", dict(required_capability="c"), dict(required_capability="b")),
+    ("goal=g&publisher=ann", MINE, ANNS),
+    ("publisher=ann", MINE, dict(ANNS, goal="h")),
+    ("publisher=owner", ANNS, dict(MINE, goal="h")),
+    ("goal=g", dict(publisher="ann"), ANNS),
+    ("", dict(publisher="ann"), dict(ANNS, goal="h")),
+], ids=str)
+def test_a_held_claim_is_answered_from_its_own_lanes_only(no_rechecks, served, query, passed_by, taken):
+    ann = served.issue("ann").api_key
+
+    def publish(publisher="owner", **fields):
+        return served.ask("POST", "/intent", a_publish(**fields), ann if publisher == "ann" else KEY).json["id"]
+    claim = served.hold("POST", f"/claim?{query}&wait=60")
+    other = publish(**passed_by)
+    served.holds(1)
+    wanted = publish(**taken)
+    assert claimed_by(claim).id == wanted
+    assert served.ask("GET", f"/status/{other}").json["status"] == "open"
 
 
-def test_a_held_result_comes_when_the_intent_ends(live):
-    answer = live.publish("g", 1)
-    results = [in_thread(live.get_result, answer.id, wait=20) for _ in range(3)]
-    wait_until(lambda: held(live) == 3)
-    intent = live.claim("g")
-    live.fulfill(intent.id, intent.claim_token, "text", "text")
-    assert [result().result for result in results] == ["text"] * 3
-    assert live.get_result(live.publish("g", 1).id, wait=0.05).status == "open"
+def test_an_intent_skips_held_claims_whose_client_hung_up(no_rechecks, served):
+    claims = [served.hold("POST", "/claim?goal=g&wait=60") for _ in range(4)]
+    for claim in claims[:3]:
+        claim.close()
+    intent_id = served.publish()
+    claim = claimed_by(claims[3])
+    assert (claim.id, claim.claim_attempts) == (intent_id, 1)
+
+
+def test_an_intent_skips_a_hung_up_claim_of_several_goals(no_rechecks, served):
+    gone, x, y = (served.hold("POST", f"/claim?{goals}&wait=60") for goals in ("goal=x&goal=y", "goal=x", "goal=y"))
+    gone.close()
+    served.publish(goal="y")
+    assert claimed_by(y).goal == "y"
+    served.publish(goal="x")
+    assert claimed_by(x).goal == "x"
+
+
+def test_a_claim_of_two_goals_leaves_one_intent_to_the_next_claim(no_rechecks, served):
+    both, x = (served.hold("POST", f"/claim?{goals}&wait=60") for goals in ("goal=x&goal=y", "goal=x"))
+    served.ask("POST", "/intents", [a_publish(goal="x", priority=1), a_publish(goal="y", priority=9)])
+    assert (claimed_by(both).goal, claimed_by(x).goal) == ("y", "x")
+
+
+def test_two_intents_and_three_claims_leave_one_claim_held(no_rechecks, served):
+    claims = {goals: served.hold("POST", f"/claim?goal={goals}&wait=60") for goals in ("x&goal=y", "y", "x")}
+    served.ask("POST", "/intents", [a_publish(goal="x", priority=1), a_publish(goal="y", priority=9)])
+    taken = claimed_by(claims["x&goal=y"]).goal
+    other = "y" if taken == "x" else "x"     # either is valid
+    assert claimed_by(claims[other]).goal == other
+    served.holds(1)
+    served.publish(goal=taken)
+    assert claimed_by(claims[taken]).goal == taken
+
+
+def test_a_held_claim_is_empty_after_its_wait(served):
+    started = time.monotonic()
+    assert_empty(served.begin("POST", "/claim?goal=g&wait=0.05"))
+    assert time.monotonic() - started >= 0.05 and served.holds(0)
+    served.publish()
+    assert served.ask("POST", "/claim?goal=g").json["claim_attempts"] == 1
+
+
+def test_a_claim_that_finds_an_intent_is_not_held(served):
+    served.publish()
+    assert claimed_by(served.begin("POST", "/claim?goal=g&wait=60")).claim_attempts == 1
+    served.holds(0)
+
+
+def test_several_held_results_are_answered_when_the_intent_ends(no_rechecks, served):
+    intent_id = served.publish()
+    results = [served.hold("GET", f"/result/{intent_id}?wait=60") for _ in range(3)]
+    intent = served.client.claim("g")
+    served.holds(3)
+    served.client.fulfill(intent.id, intent.claim_token, "text", "text")
+    found = [response_on(result).json for result in results]
+    assert [(intent["status"], intent["result"], intent["result_type"]) for intent in found] == [("fulfilled", "text", "text")] * 3
+    assert served.holds(0) and served.client.get_result(served.publish(), wait=0.05).status == "open"
+    assert served.client.get_result(intent_id, wait=60).result == "text", "at once"
+
+
+@pytest.mark.parametrize("end", [
+    lambda bus, clock, claim: bus.client.fail(claim.id, claim.claim_token, retry=False),
+    lambda bus, clock, claim: bus.client.cancel(claim.id),
+    lambda bus, clock, claim: clock.pass_(60),
+    lambda bus, clock, claim: bus.client.extend_claim(claim.id, claim.claim_token, 3600) and clock.pass_(100),
+], ids=["a failure", "a cancel", "the loss of the last lease", "its expiry"])
+def test_a_held_result_is_answered_by_a_death(started, clock, quick_rechecks, end):
+    bus = started(clock=clock)
+    intent_id = bus.publish(max_attempts=1, ttl=100)
+    result, claim = bus.hold("GET", f"/result/{intent_id}?wait=60"), bus.client.claim("g")
+    end(bus, clock, claim)
+    assert response_on(result).json["status"] == "dead" and bus.holds(0)
+
+
+def test_a_held_result_of_a_deleted_intent_is_not_found(served):
+    intent_id = served.publish()
+    result = served.hold("GET", f"/result/{intent_id}?wait=0.3")
+    served.ask("POST", "/admin/purge", {"confirm": True})
+    assert response_on(result).status == 404
+
+
+# Alarms, without rechecks: a held request is answered on time because the bus knows the due time.
+
+def test_a_held_claim_is_answered_when_a_delay_ends(no_rechecks, served):
+    claim = served.hold("POST", "/claim?wait=60")
+    served.publish(goal="later", delay=30)
+    soon = served.publish(goal="soon", delay=0.1)     # brings the alarm forward
+    intent = claimed_by(claim)
+    assert intent.id == soon and served.client.who_am_i().now - intent.created_at >= 0.1
+    assert_empty(served.begin("POST", "/claim?wait=0.1"))
+
+
+def test_several_delays_end_on_time(no_rechecks, served):
+    claims = [served.hold("POST", "/claim?goal=g&wait=60") for _ in range(4)]
+    delays = [0.2, 0.05, 0.1, 0.15]
+    for delay in delays:
+        served.publish(payload=delay, delay=delay)
+    intents = [claimed_by(claim) for claim in claims]
+    assert sorted(intent.payload for intent in intents) == sorted(delays)
+
+
+def test_a_delay_ends_on_time_across_a_restart(no_rechecks, served):
+    intent_id = served.publish(delay=0.3)
+    served.restart()
+    assert claimed_by(served.begin("POST", "/claim?goal=g&wait=60")).id == intent_id
+
+
+@SLOW
+def test_a_claimed_intent_expires_on_time(no_rechecks, served):
+    intent_id = served.publish(ttl=1)
+    result = served.hold("GET", f"/result/{intent_id}?wait=60")
+    assert served.client.claim("g").id == intent_id
+    found = response_on(result).json
+    assert (found["status"], found["last_error"]) == ("dead", "expired")
+    assert found["completed_at"] >= found["created_at"] + 1
 
 
 @ON_A_FILE
-def test_rows_written_by_another_program_are_noticed(live, store):
-    claim = in_thread(live.claim, "g", wait=20)
-    wait_until(lambda: held(live) == 2)
-    row = published(now=time.time())
-    with contextlib.closing(sqlite3.connect(store.path)) as db:
-        db.execute(intentbus.INSERT, row)
+def test_a_row_written_by_another_program_is_noticed(quick_rechecks, served):
+    served.publish()
+    with contextlib.closing(sqlite3.connect(served.db)) as db:
+        db.row_factory = sqlite3.Row
+        row = dict(db.execute("SELECT * FROM intents").fetchone(), id="f" * 32)
+        assert served.client.claim("g")
+        claim = served.hold("POST", "/claim?goal=g&wait=60")
+        db.execute(f"INSERT INTO intents ({', '.join(row)}) VALUES (:{', :'.join(row)})", row)
         db.commit()
-    assert claim().id == row.id
+        assert claimed_by(claim).id == row["id"]
 
 
-def test_many_threads_share_the_work_and_each_intent_is_claimed_once(live):
-    taken = collections.Counter()
+def test_many_clients_claim_each_intent_once(served):
+    ids, taken = served.client.publish_many([a_publish() for _ in range(80)]).ids, collections.Counter()
 
-    def work():
-        while intent := live.claim("g"):
-            taken[intent.payload] += 1
-            live.fulfill(intent.id, intent.claim_token)
+    def work(index):
+        ask = talking(served.url, KEY)
+        while True:
+            status, intent = ask("/claim?goal=g")
+            if status != 200:
+                return status
+            taken[intent["id"]] += 1
+            ask(f"/fulfill/{intent['id']}", {"claim_token": intent["claim_token"]})
+    assert at_once(8, work) == [204] * 8
+    assert set(taken) == set(ids) and set(taken.values()) == {1}
 
-    for number in range(400):
-        live.publish("g", number)
-    for thread in [in_thread(lambda: work() or True) for _ in range(8)]:
-        thread()
-    assert len(taken) == 400 and set(taken.values()) == {1}
+
+def test_no_wake_up_of_a_held_claim_is_lost(no_rechecks, served):
+    """A lost wake-up leaves a claim held although an intent is open; it shows as a 204 after a minute."""
+    done = queue.SimpleQueue()
+
+    def work(index):
+        ask = talking(served.url, KEY, PATIENCE_SECONDS)
+        while True:
+            status, intent = ask("/claim?goal=g&goal=h&wait=60")
+            done.put((status, intent and intent["payload"]))
+            if status != 200 or intent["payload"] == "end":
+                return status
+            ask(f"/fulfill/{intent['id']}", {"claim_token": intent["claim_token"]})
+
+    workers = in_thread(at_once, 4, work)
+    chance, publish, numbers = random.Random(1), talking(served.url, KEY), iter(range(60))
+    while batch := list(itertools.islice(numbers, chance.choice([1, 1, 1, 2, 5]))):
+        publish("/intents", [a_publish(goal=chance.choice("gh"), payload=number) for number in batch])
+        for _ in batch if chance.random() < 0.5 else batch[:1]:     # workers are sometimes held again, sometimes busy
+            assert done.get(timeout=PATIENCE_SECONDS)[0] == 200
+    for _ in range(4):
+        publish("/intent", a_publish(payload="end", priority=0))
+    assert workers() == [200] * 4
+    assert {status for status, _ in [done.get() for _ in range(done.qsize())]} <= {200}
 
 
 @pytest.mark.parametrize("jump", [3600, -3600, 10 * 366 * 86400, -50 * 366 * 86400])
-def test_a_jump_of_the_wall_clock_expires_nothing_and_stalls_nothing(bus, clock, jump):
+def test_a_clock_jump_expires_nothing_and_stalls_nothing(bus, clock, jump):
     bus.publish("leased", 1)
     bus.publish("delayed", 2, delay=30)
     intent = bus.claim("leased")
@@ -1311,69 +2724,65 @@ def test_a_jump_of_the_wall_clock_expires_nothing_and_stalls_nothing(bus, clock,
     assert not bus.list(status="dead").intents
 
 
+@ON_A_FILE     # several buses use the clock of their database
 @pytest.mark.parametrize("jump", [3600, -3600])
-def test_a_jump_of_the_clock_does_not_stall_who_waits(store, jump):
-    ahead = [0]
-    bus = Bus(store, clock=lambda: time.time() + ahead[0])
-    bus.start()
-    claim = in_thread(bus.claim, "g", wait=20)
-    wait_until(lambda: held(bus) == 2)
-    bus.publish("g", 1, delay=0.2)
-    ahead[0] = jump
-    assert claim().payload == 1
-    bus.stop()
+def test_a_clock_jump_does_not_stall_a_held_claim(started, quick_rechecks, jump):
+    clock = dict(ahead=0)
+    bus = started(bus=dict(clock=lambda: time.time() + clock["ahead"]))
+    claim = bus.hold("POST", "/claim?goal=g&wait=60")
+    bus.publish(delay=0.2)
+    clock["ahead"] = jump
+    assert claimed_by(claim).claim_attempts == 1
 
 
-def test_a_clock_that_is_set_in_the_middle_of_everything_blocks_nothing(store):
-    ticks = itertools.count(1_800_000_000, 10)     # it jumps whenever somebody looks
-    bus = Bus(store, clock=lambda: float(next(ticks)))
-
-    def work():
-        for end in (bus.fulfill, bus.fail, bus.release):
-            bus.publish("g", 1)
-            intent = bus.claim("g")
-            bus.extend_claim(intent.id, intent.claim_token)
-            end(intent.id, intent.claim_token)
-        return bus.cancel(intent.id).status
-    assert in_thread(work)() == "dead"
+@ON_A_FILE     # several buses use the clock of their database
+def test_a_clock_that_jumps_at_each_look_blocks_nothing(started):
+    ticks = itertools.count(1_800_000_000, 10)     # the clock jumps at each look
+    bus = started(bus=dict(clock=lambda: float(next(ticks)))).client
+    for end in (bus.fulfill, bus.fail, bus.release):
+        bus.publish("g", 1)
+        intent = bus.claim("g")
+        bus.extend_claim(intent.id, intent.claim_token)
+        end(intent.id, intent.claim_token)
+    assert bus.cancel(intent.id).status == "dead"
 
 
-def test_a_clock_set_back_is_not_counted_again_at_each_start(store, clock):
-    bus = Bus(store, clock=lambda: clock.wall, steady=lambda: clock.steady)
-    id = bus.publish("g", 1, ttl=3600).id
+def test_a_clock_set_back_is_corrected_once_not_at_each_start(store, clock):
+    intent_id = assembled(store, clock=clock).bus.publish("g", 1, ttl=3600).id
     clock.set(-50 * 366 * 86400)
     for _ in range(3):
-        bus = Bus(store, clock=lambda: clock.wall, steady=lambda: clock.steady)
-        bus.settle()
-        assert (bus.get_status(id).status, round(store.get(id).expires_at - clock.wall)) == ("open", 3600)
+        bus = assembled(store, clock=clock).bus
+        tend(bus)
+        found = bus.inspect(intent_id)
+        assert (found.status, round(found.expires_at - clock.wall)) == ("open", 3600)
 
 
-def test_a_bus_that_starts_with_its_clock_set_back_carries_on(store, clock):
-    Bus(store, clock=lambda: clock.wall, steady=lambda: clock.steady).publish("g", 1, delay=30)
+def test_a_bus_starts_with_its_clock_set_back(store, clock):
+    assembled(store, clock=clock).bus.publish("g", 1, delay=30)
     clock.set(-40 * 366 * 86400)
-    bus = Bus(store, clock=lambda: clock.wall, steady=lambda: clock.steady)
+    bus = assembled(store, clock=clock).bus
     assert bus.claim("g") is None
     clock.pass_(31)
     assert bus.claim("g").payload == 1
 
 
 HOUR, YEARS = 3600, 10 * 366 * 86400
-TO_1970 = 100 - 1_800_000_000     # from where the manual clock starts
+TO_1970 = 100 - 1_800_000_000     # from the start of the manual clock
 CLOCK_STEPS = {"an hour back": [-HOUR], "an hour ahead": [HOUR], "ten years ahead": [YEARS], "1970": [TO_1970],
                "1970, then now": [TO_1970, -TO_1970], "ten years ahead, then now": [YEARS, -YEARS],
                "an hour back, then now": [-HOUR, HOUR], "forth and back": [HOUR, -2 * HOUR, YEARS, HOUR - YEARS]}
 over_clock_steps = pytest.mark.parametrize("steps", CLOCK_STEPS.values(), ids=CLOCK_STEPS)
 
 
-def started_bus(store, clock, boot="this"):
-    """A bus as after a start, its time moved by hand; it has had its first look around, as a server's has."""
-    bus = Bus(store, clock=lambda: clock.wall, steady=lambda: clock.steady, jitter=lambda: 0.5, boot=lambda: boot)
-    bus._tidy()
+def started_bus(store, clock, boot="this", retention=intentbus.RETENTION_SECONDS):
+    """Return a bus that has just started, with the housekeeping that a server does first; its time is moved by hand."""
+    bus = assembled(store, clock=clock, bus=dict(jitter=lambda: 0.5, boot=lambda: boot, retention=retention)).bus
+    tend(bus)
     return bus
 
 
 def populate(bus):
-    """Publish one intent that is claimed for a minute, one due in 100 s, one that fails into 41 s, one that dies in 200 s."""
+    """Publish an intent claimed for a minute, one due in 100 s, one due in 41 s after a failure, one that dies in 200 s."""
     bus.publish("claimed", 1)
     bus.publish("delayed", 1, delay=100)
     bus.publish("failed", 1, backoff_base=20)
@@ -1382,12 +2791,12 @@ def populate(bus):
     bus.fail(failed.id, failed.claim_token)
     bus.set("value", 1, ttl=300)
     bus.publish("once", 1, ttl=9999, delay=9000, idempotency_key="key")
-    bus._tidy()
+    tend(bus)
     return bus.claim("claimed", lease=60)
 
 
 def assert_time_is_as_it_was(bus, clock, taken):
-    """Check what has become of what populate() left, ten seconds of steady time later; time passes on the way."""
+    """Check the intents of populate() ten seconds of steady time later, and on the way through their lives."""
     dead = lambda: [intent.goal for intent in bus.list(status="dead").intents]
     assert bus.claim(["claimed", "delayed", "failed"]) is None and not dead()
     assert bus.extend_claim(taken.id, taken.claim_token, 60).ok
@@ -1414,75 +2823,80 @@ def assert_time_is_as_it_was(bus, clock, taken):
 
 @over_clock_steps
 @pytest.mark.parametrize("down", [False, True], ids=["while it runs", "while it is down"])
-def test_time_goes_on_as_it_was_when_the_clock_is_set(store, clock, steps, down):
+def test_leases_and_delays_keep_steady_time_when_the_clock_is_set(store, clock, steps, down):
     bus = started_bus(store, clock)
     taken = populate(bus)
     for step in steps:
         clock.set(step)
         clock.pass_(10 / len(steps))
         bus = started_bus(store, clock) if down else bus
-        bus._tidy()
+        tend(bus)
     assert_time_is_as_it_was(bus, clock, taken)
 
 
 @pytest.mark.parametrize("boots", [[-HOUR], [TO_1970], [TO_1970, -TO_1970], [YEARS], [YEARS, -YEARS], [-HOUR, HOUR]], ids=str)
-def test_a_machine_that_starts_with_a_wrong_clock_goes_on_from_the_time_on_record(store, clock, boots):
+def test_a_boot_with_a_wrong_clock_continues_from_the_recorded_time(store, clock, boots):
     bus = started_bus(store, clock)
     taken = populate(bus)
-    clock.steady = 3     # it was off for 10 s by the wall, which a clock that is wrong does not tell
+    clock.steady = 3     # it was off for 10 s, which a wrong clock does not tell
     clock.set(boots[0])
     clock.pass_(10)
     bus = started_bus(store, clock, "another")
     for step in boots[1:]:
         clock.set(step)
-        bus._tidy()
-    clock.pass_(10)     # what it was off for is lost to the delays, and only that
+        tend(bus)
+    clock.pass_(10)     # only the time off is lost to the delays
     assert_time_is_as_it_was(bus, clock, taken)
 
 
-def test_a_bus_that_was_off_with_a_right_clock_knows_how_long(store, clock):
+def test_time_off_counts_when_the_clock_is_right(store, clock):
     bus = started_bus(store, clock)
     bus.publish("g", 1, delay=1000)
     bus.publish("short", 1, ttl=1000)
-    bus._tidy()
+    tend(bus)
     clock.wall += 1001
     clock.steady = 1
     bus = started_bus(store, clock, "another")
     assert bus.claim("g").payload == 1 and [intent.goal for intent in bus.list(status="dead").intents] == ["short"]
 
 
-def test_the_time_is_put_on_record_when_a_bus_ends(store):
-    ahead, rows = [0], lambda: json.loads(store.recall("clock", "", "", 0))
-    bus = Bus(store, clock=lambda: time.time() + ahead[0])
-    bus.start()
-    bus.publish("g", 1)
-    wait_until(lambda: store.recall("clock", "", "", 0))
-    before = rows()[1]
+def test_a_bus_records_the_time_when_it_stops(started, clock):
+    bus = started(clock=clock, bus=dict(boot=lambda: "this"))
+    bus.publish(delay=100)
+    bus.restart()     # a start records the time too, and then once a minute
+    assert bus.statuses() == ["open"]
+    clock.pass_(50)
     bus.stop()
-    assert rows()[1] > before and rows()[3] == intentbus.this_boot()
+    clock.steady = 3     # the machine boots with its clock at 1970
+    clock.set(TO_1970)
+    bus.start(bus=dict(boot=lambda: "another"))
+    clock.pass_(49)
+    assert bus.ask("POST", "/claim").status == 204
+    clock.pass_(2)
+    assert bus.ask("POST", "/claim").status == 200
 
 
 class Expected:
-    """What steady time should do to an intent."""
+    """The expected times of an intent, in steady time."""
 
     def __init__(self, due, expires):
         self.due, self.expires, self.leased_until, self.token, self.attempts = due, expires, 0, None, 0
 
 
 class Trial:
-    """Random operations on a bus whose clock is set at random, checked against a model that knows steady time only."""
+    """Random operations on a bus whose clock is set at random, checked against a model in steady time."""
 
     TOLERANCE = 0.01     # seconds; sums of floats
 
     def __init__(self, store, seed):
         self.store, self.random, self.clock = store, random.Random(seed), Clock()
-        self.bus, self.model, self.steps = started_bus(store, self.clock), {}, 0
+        self.bus, self.model, self.steps = started_bus(store, self.clock, retention=1e12), {}, 0
         self.publish()
-        self.bus._tidy()
+        tend(self.bus)
 
     def run(self, number):
         verbs = [self.publish, self.claim, self.claim, self.claim, self.extend, self.fail, self.release, self.fulfill,
-                 self.pass_time, self.pass_time, self.set_clock, self.restart, lambda: self.bus._tidy()]
+                 self.pass_time, self.pass_time, self.set_clock, self.restart, lambda: tend(self.bus)]
         for _ in range(number):
             self.random.choice(verbs)()
             self.check_the_dead()
@@ -1511,7 +2925,7 @@ class Trial:
         known.leased_until, known.token, known.attempts = self.now + lease, intent.claim_token, intent.claim_attempts
 
     def held(self):
-        """Return an intent under a lease and its id, or (None, None)."""
+        """Return (id, model) of an intent under a lease, or (None, None)."""
         live = [(id, known) for id, known in self.model.items()
                 if min(known.leased_until, known.expires) > self.now + self.TOLERANCE]
         return self.random.choice(live) if live else (None, None)
@@ -1548,23 +2962,22 @@ class Trial:
         self.steps += 1
         target = self.random.choice([HOUR, -HOUR, 601, -601, 3, -3, YEARS, -YEARS, 100 - self.clock.wall,
                                      1_800_000_000 - self.clock.wall])
-        self.clock.set(max(target, 10 - self.clock.wall))     # the time of a machine is not below 0
+        self.clock.set(max(target, 10 - self.clock.wall))     # the time of a machine is positive
 
     def restart(self):
         if self.random.random() < 0.5:
             self.set_clock()
-        self.bus = started_bus(self.store, self.clock)
+        self.bus = started_bus(self.store, self.clock, retention=1e12)
 
     def check_the_dead(self):
         for intent in self.bus.list(status="dead", limit=500).intents:
             known = self.model.pop(intent.id, None)
             assert not known or known.attempts >= 20 or known.expires <= self.now + self.TOLERANCE, "dead before its time"
-        self.bus.retention = 1e12
 
 
 def assert_trial(folder, seed, number):
     """Run one trial; return how often its clock was set."""
-    with contextlib.closing(Store(folder / f"{seed}.db")) as store:
+    with contextlib.closing(open_store("sqlite", folder / f"{seed}.db")) as store:
         trial = Trial(store, seed)
         try:
             trial.run(number)
@@ -1574,11 +2987,11 @@ def assert_trial(folder, seed, number):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_whatever_the_clock_is_set_to_leases_delays_and_lives_keep_steady_time(tmp_path, seed):
+def test_random_clock_settings_change_no_lease_delay_or_expiry(tmp_path, seed):
     assert assert_trial(tmp_path, seed, 120)
 
 
-def test_a_publish_says_how_many_listen_and_if_nobody_ever_has(bus, clock):
+def test_a_publish_reports_how_many_workers_listen(bus, clock):
     assert bus.publish("g", 1).pick(("listening", "never_claimed")) == {"listening": 0, "never_claimed": True}
     for worker in ("a", "b"):
         bus.claim(["g", "h"], worker_id=worker)
@@ -1591,11 +3004,11 @@ def test_a_publish_says_how_many_listen_and_if_nobody_ever_has(bus, clock):
     assert "never_claimed" not in bus.publish("g", 1)
 
 
-def test_that_a_goal_has_had_a_worker_is_known_after_a_restart(store):
-    bus = Bus(store)
+def test_a_restart_remembers_goals_that_have_had_a_worker(store):
+    bus = assembled(store).bus
     bus.publish("g", 1)
     bus.claim("g")
-    assert "never_claimed" not in Bus(store).publish("g", 1) and Bus(store).publish("typo", 1).never_claimed
+    assert "never_claimed" not in assembled(store).bus.publish("g", 1) and assembled(store).bus.publish("typo", 1).never_claimed
 
 
 def test_workers_of_other_owners_are_neither_counted_nor_listed(bus):
@@ -1606,7 +3019,7 @@ def test_workers_of_other_owners_are_neither_counted_nor_listed(bus):
     assert [worker.id for worker in bus.workers().workers] == ["hers"]
 
 
-def test_the_workers_that_were_seen_are_listed_with_what_they_do(bus, clock):
+def test_workers_are_listed_with_their_goals_and_intents(bus, clock):
     intent_id = bus.publish("g", 1).id
     bus.claim("g", worker_id="w", seen_as=("w", "intentbus/1"))
     clock.pass_(1)
@@ -1619,17 +3032,18 @@ def test_the_workers_that_were_seen_are_listed_with_what_they_do(bus, clock):
     assert bus.workers().workers == []
 
 
-def test_so_many_workers_are_remembered_and_no_more(bus, monkeypatch):
+def test_the_number_of_remembered_workers_is_bounded(bus, monkeypatch):
     monkeypatch.setattr(intentbus, "WORKERS", 3)
     for number in range(5):
         bus.claim(f"goal{number}", worker_id=f"w{number}")
     assert [worker.id for worker in bus.workers().workers] == ["w4", "w3", "w2"]
 
 
-def test_each_event_of_an_intents_life_is_told_once_in_its_order(bus, clock):
+def test_each_event_of_an_intent_is_reported_once_in_order(bus, clock):
     start = bus.events().next
     intent_id = bus.publish("g", 1, max_attempts=2).id
     claim = bus.claim("g", worker_id="w")
+    bus.extend_claim(intent_id, claim.claim_token)     # no event
     bus.fail(intent_id, claim.claim_token, "no luck")
     clock.pass_(60)
     claim = bus.claim("g")
@@ -1648,7 +3062,7 @@ def test_each_event_of_an_intents_life_is_told_once_in_its_order(bus, clock):
     assert bus.events(page.next) == {"events": [], "next": page.next, "missed": 0}
 
 
-def test_events_are_for_who_may_see_the_intent(bus):
+def test_events_are_visible_to_owners_of_the_intent_only(bus):
     start = bus.events().next
     bus.publish("g", 1, caller=ALICE)
     bus.publish("p", 1, visibility="public", caller=ALICE)
@@ -1657,27 +3071,57 @@ def test_events_are_for_who_may_see_the_intent(bus):
     assert len(bus.events(start, caller=ALICE).events) == len(bus.events(start).events) == 3
 
 
-def test_who_watches_too_slowly_is_told_how_much_was_missed(store, monkeypatch):
+def test_a_slow_watcher_is_told_how_many_events_it_missed(store, monkeypatch):
     monkeypatch.setattr(intentbus, "EVENTS", 20)
-    bus = Bus(store)
+    bus = assembled(store).bus
     start = bus.events().next
     for number in range(intentbus.EVENTS + 5):
         bus.publish("g", number)
     page = bus.events(start)
     assert (page.missed, len(page.events), page.next) == (5, intentbus.EVENTS, start + intentbus.EVENTS + 5)
-    assert bus.events(page.next + 10 ** 9).events == [], "a number of another bus"
+    of_another_bus = bus.events(page.next + 10 ** 9)
+    assert (of_another_bus.events, of_another_bus.next) == ([], page.next)
 
 
-def test_a_held_watch_is_told_at_once(live):
-    start = live.events().next
-    watching = in_thread(live.events, start, wait=60)
-    wait_until(lambda: held(live))
-    live.publish("g", 1)
-    assert [event.event for event in watching().events] == ["published"]
+def test_an_event_answers_every_held_watch(no_rechecks, served):
+    start = served.client.events().next
+    watching = [served.hold("GET", f"/events?after={start}&wait=60") for _ in range(3)]
+    intent_id = served.publish()
+    told = [response_on(watch).json for watch in watching]
+    assert [[(event["event"], event["id"]) for event in page["events"]] for page in told] == [[("published", intent_id)]] * 3
+    assert served.holds(0) and {page["next"] for page in told} == {start + 1}
 
 
-def test_each_death_is_announced_once_and_those_of_announcements_are_not(store, clock):
-    bus = Bus(store, announce_dead=True, clock=lambda: clock.wall, steady=lambda: clock.steady)
+def test_a_watch_without_events_ends_after_its_wait(served):
+    start = served.client.events().next
+    assert served.client.events(start, wait=0.05) == {"events": [], "next": start, "missed": 0}
+    served.holds(0)
+
+
+def test_a_watch_is_not_woken_by_invisible_events(no_rechecks, served):
+    ann, start = served.issue("ann").api_key, served.client.events().next
+    watching = served.hold("GET", f"/events?after={start}&wait=60", key=ann)
+    served.publish()
+    served.holds(1)
+    seen = served.ask("POST", "/intent", a_publish(), ann).json["id"]
+    page = response_on(watching).json
+    assert [event["id"] for event in page["events"]] == [seen] and page["next"] == start + 2
+
+
+def test_a_watcher_sees_every_event_once(no_rechecks, served):
+    start, ids = served.client.events().next, []
+    publishing = in_thread(lambda: [ids.append(served.publish()) for _ in range(30)])
+    seen, after = [], start
+    while len(seen) < 30:
+        page = served.client.events(after, wait=60)
+        assert page.missed == 0 and page.events
+        seen, after = seen + [event["id"] for event in page.events], page.next
+    publishing()
+    assert seen == ids and after == start + 30
+
+
+def test_each_death_is_announced_once_but_not_of_announcements(store, clock):
+    bus = assembled(store, clock=clock, bus=dict(announce_dead=True)).bus
     ids = [bus.publish(goal, 1, ttl=10, namespace="n", caller=ALICE).id for goal in ("expires", "is cancelled")]
     bus.cancel(ids[1], caller=ALICE)
     clock.pass_(11)
@@ -1690,17 +3134,16 @@ def test_each_death_is_announced_once_and_those_of_announcements_are_not(store, 
     assert {intent.status for intent in bus.list(goal="intent.dead").intents} <= {"dead"} and not bus.list(status="open").intents
 
 
-def test_a_death_and_its_announcement_are_stored_together_or_not_at_all(store, monkeypatch):
-    bus = Bus(store, announce_dead=True)
-    intent_id = bus.publish("g", 1).id
-    monkeypatch.setattr(intentbus, "INSERT", "INSERT INTO nowhere VALUES (1)")
-    with pytest.raises(intentbus.Error):
-        bus.cancel(intent_id)
-    assert bus.get_status(intent_id).status == "open"
+def test_a_death_is_stored_with_its_announcement_or_not_at_all(started):
+    bus = started(bus=dict(announce_dead=True))
+    forbid(bus, "intent.dead")
+    intent_id = bus.publish()
+    assert bus.ask("POST", f"/cancel/{intent_id}").status == 500
+    assert bus.statuses() == ["open"]
 
 
-def test_what_happened_is_counted_by_the_minute_and_kept_over_a_restart(store, clock):
-    bus = Bus(store, clock=lambda: clock.wall, steady=lambda: clock.steady)
+def test_events_are_counted_by_the_minute_across_a_restart(store, clock):
+    bus = assembled(store, clock=clock).bus
     minute = int(clock.wall // 60)
     for _ in range(3):
         bus.publish("g", 1)
@@ -1708,9 +3151,9 @@ def test_what_happened_is_counted_by_the_minute_and_kept_over_a_restart(store, c
     bus.fail(bus.claim("g").id)
     counts = [[minute, "failed", 1], [minute, "fulfilled", 1], [minute, "published", 3]]
     assert bus.summary().history == counts
-    bus.tend_sometimes()
+    tend(bus)
     assert bus.summary().history == counts
-    bus = Bus(store, clock=lambda: clock.wall, steady=lambda: clock.steady)
+    bus = assembled(store, clock=clock).bus
     bus.publish("g", 1)
     assert bus.summary().history == counts[:2] + [[minute, "published", 4]]
     clock.pass_(60 * intentbus.HISTORY_MINUTES)
@@ -1722,7 +3165,7 @@ def test_what_happened_is_counted_by_the_minute_and_kept_over_a_restart(store, c
     assert bus.summary(1440).history[-1][:2] == [decade, "published"], "a day comes by ten minutes"
 
 
-def test_the_summary_says_which_goal_has_waited_longest_and_who_is_there(bus, clock):
+def test_the_summary_lists_waiting_goals_longest_first(bus, clock):
     for goal, priority in (("old", 1), ("new", 900), ("old", 900), ("new", 1)):
         bus.publish(goal, 1, priority=priority)
         clock.pass_(10)
@@ -1744,11 +3187,11 @@ def test_the_summary_says_which_goal_has_waited_longest_and_who_is_there(bus, cl
     ({"x-api-key": "first", "authorization": "Bearer second"}, "first"),
     ({}, None),
 ])
-def test_where_a_key_is_looked_for(headers, key):
+def test_a_key_is_read_from_any_of_its_headers(headers, key):
     assert intentbus.presented_key(headers) == key
 
 
-def test_a_new_key_file_is_its_owners_alone_and_reads_back(tmp_path):
+def test_a_new_key_file_is_private_and_reads_back(tmp_path):
     path = str(tmp_path / "key")
     assert intentbus.read_key(path) is None
     key = intentbus.make_key(path)
@@ -1759,7 +3202,7 @@ def test_a_new_key_file_is_its_owners_alone_and_reads_back(tmp_path):
 
 
 @POSIX
-def test_a_key_file_that_others_can_reach_is_refused_or_warned_of(tmp_path):
+def test_an_exposed_key_file_is_refused_or_warned_about(tmp_path):
     path = tmp_path / "key"
     intentbus.make_key(path)
     path.chmod(0o644)
@@ -1774,9 +3217,9 @@ def test_a_key_file_that_others_can_reach_is_refused_or_warned_of(tmp_path):
         intentbus.read_key(path)
 
 
-# Who may do what, on a bus with an admin secret. publish, work, both: roles of keys of ann, whose intent and value it is;
-# other: a key of bob; owner: the owner key; admin: X-Admin-Token alone; signed, forged, replayed: ann's key of both roles.
-# {open}, {claimed} and {dead} are an intent of ann's in that state, a claimed one held by a key of hers.
+# The status of each request by caller, on a bus with an admin secret. publish, work, both: roles of ann's keys; the intents
+# and the value are hers; other: a key of bob; owner: the owner key; admin: X-Admin-Token alone; signed, forged, replayed: a
+# key of ann with both roles. {open}, {claimed} and {dead} stand for an intent of ann in that state, claimed by a key of hers.
 CALLERS = "none unknown revoked publish work both other owner admin signed forged replayed".split()
 MATRIX = """
                                       none unkn revo publ work both othe owne admi sign forg repl
@@ -1821,7 +3264,6 @@ MATRIX = """
     GET  /metrics                      401  401  401  401  401  401  401  401  200  401  401  401
 """
 MATRIX = [line.split() for line in MATRIX.strip().splitlines()[1:]]
-ANN = Caller("a", "ann", "both", False, None)
 BODIES = {"/intent": a_publish(goal="new"), "/intents": [a_publish(goal="new")], "/set/new": {"value": 1},
           "/admin/generate_key": {"owner": "new"}, "/admin/invite": {"owner": "new"},
           "/admin/intents": a_publish(goal="new"), "/admin/dead": {"action": "count"}}
@@ -1830,31 +3272,31 @@ BODIES = {"/intent": a_publish(goal="new"), "/intents": [a_publish(goal="new")],
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory):
     """A bus with an admin secret, and a key of each kind."""
-    bus = Bespoke(tmp_path_factory.mktemp("guarded"), keys=dict(admin_secret=ADMIN_SECRET, rate=100_000))
+    bus = Served(tmp_path_factory.mktemp("guarded"), poll=0.1, keys=dict(admin_secret=ADMIN_SECRET, rate=100_000))
     admin = bus.admin = dict(key=None, X_Admin_Token=ADMIN_SECRET)
     bus.issued = {name: bus.issue(owner, role, **admin).api_key for name, owner, role in (
         ("publish", "ann", "publish"), ("work", "ann", "work"), ("both", "ann", "both"), ("other", "bob", "both"),
         ("revoked", "ann", "both"))}
     assert bus.ask("POST", "/admin/revoke_key", {"api_key": bus.issued["revoked"]}, **admin).status == 200
     yield bus
-    bus.close()
+    bus.stop()
 
 
 @pytest.fixture
 def emptied(guarded):
-    """The guarded bus, without the intents of the tests before."""
+    """The guarded bus, without the intents of earlier tests."""
     assert guarded.ask("POST", "/admin/purge", {"confirm": True}, **guarded.admin).status == 200
     return guarded
 
 
 def prepared(bus, state):
     """Return the id of a new private intent of ann's, open, claimed by her, or dead."""
-    goal = os.urandom(8).hex()
-    intent_id = bus.api.bus.publish(goal, 1, caller=ANN).id
+    goal, key = os.urandom(8).hex(), bus.issued["both"]
+    intent_id = bus.ask("POST", "/intent", a_publish(goal=goal), key).json["id"]
     if state == "claimed":
-        assert bus.api.bus.claim(goal, caller=ANN).id == intent_id
+        assert bus.ask("POST", f"/claim?goal={goal}", key=key).json["id"] == intent_id
     if state == "dead":
-        bus.api.bus.cancel(intent_id, caller=ANN)
+        assert bus.ask("POST", f"/cancel/{intent_id}", key=key).status == 200
     return intent_id
 
 
@@ -1872,11 +3314,12 @@ def asked_by(bus, who, method, path, body):
 
 @pytest.mark.parametrize("method, path, statuses", [(row[0], row[1], row[2:]) for row in MATRIX],
                          ids=[" ".join(row[:2]) for row in MATRIX])
-def test_who_may_do_what(emptied, method, path, statuses):
-    state, found = re.search("{(.*)}", path), {}
+def test_each_role_may_call_its_endpoints_only(emptied, method, path, statuses):
+    state, found, response = re.search("{(.*)}", path), {}, None
     for who in CALLERS:
-        intent_id = prepared(emptied, state[1] if state else "open")
-        emptied.api.bus.set("k", 1, caller=ANN)
+        if not response or response.status < 400:     # the last answer may have changed the intent or the value
+            intent_id = prepared(emptied, state[1] if state else "open")
+            emptied.ask("POST", "/set/k", {"value": 1}, emptied.issued["both"])
         response = asked_by(emptied, who, method, re.sub("{.*}", intent_id, path), BODIES.get(path, {}))
         found[who] = str(response.status)
         if response.status in (401, 403):
@@ -1890,42 +3333,48 @@ def test_the_matrix_has_every_route():
     assert list(zip([row[0] for row in MATRIX], paths)) == [route[:2] for route in intentbus.ROUTES]
 
 
-def basic(user, password):
-    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+@pytest.mark.parametrize("settings, credentials", [
+    ({}, [
+        (dict(key=KEY), 200),
+        (dict(Authorization=f"Bearer {KEY}"), 200),
+        (dict(Authorization=basic("admin", KEY)), 200),
+        (dict(X_Key_ID="owner", **signed("GET", "/admin/keys")), 200),
+        ({}, 401),
+        (dict(X_Admin_Token=""), 401),
+        (dict(X_Admin_Token=ADMIN_SECRET), 401),
+        (dict(Authorization=basic("admin", "")), 401),
+    ]),
+    (dict(admin_secret=ADMIN_SECRET), [
+        (dict(X_Admin_Token=ADMIN_SECRET), 200),
+        (dict(X_Admin_Token=ADMIN_SECRET, key=KEY), 200),
+        (dict(X_Admin_Token=ADMIN_SECRET[1:]), 401),
+        (dict(X_Admin_Token="\xe9"), 401),
+        (dict(key=ADMIN_SECRET), 401),
+        (dict(Authorization=basic("admin", KEY)), 401),
+    ]),
+    (dict(dashboard_password="pw"), [
+        (dict(Authorization=basic("admin", "pw")), 200),
+        (dict(Authorization=basic("root", "pw")), 401),
+        (dict(Authorization=basic("admin", KEY)), 401),
+        (dict(key=KEY), 401),
+        (dict(X_Admin_Token="pw"), 401),
+    ]),
+    (dict(dashboard_password="pw", admin_secret=ADMIN_SECRET), [
+        (dict(Authorization=basic("admin", "pw")), 200),
+        (dict(X_Admin_Token=ADMIN_SECRET), 200),
+    ]),
+], ids=["no secret", "an admin secret", "a dashboard password", "both"])
+def test_admin_credentials(started, settings, credentials):
+    bus = started(keys=settings)
+    for headers, status in credentials:
+        response = bus.ask("GET", "/admin/keys", **dict(dict(key=None), **headers))
+        assert response.status == status, headers
+        if status == 401:
+            assert_refusal(response, 401, "unauthorized", "Authentication required")
+            assert response.headers["www-authenticate"] == 'Basic realm="Intent Bus"'
 
 
-@pytest.mark.parametrize("settings, headers, status", [
-    ({}, dict(key=KEY), 200),
-    ({}, dict(Authorization=f"Bearer {KEY}"), 200),
-    ({}, dict(Authorization=basic("admin", KEY)), 200),
-    ({}, dict(X_Key_ID="owner", **signed("GET", "/admin/keys")), 200),
-    ({}, {}, 401),
-    ({}, dict(X_Admin_Token=""), 401),
-    ({}, dict(X_Admin_Token=ADMIN_SECRET), 401),
-    ({}, dict(Authorization=basic("admin", "")), 401),
-    (dict(admin_secret=ADMIN_SECRET), dict(X_Admin_Token=ADMIN_SECRET), 200),
-    (dict(admin_secret=ADMIN_SECRET), dict(X_Admin_Token=ADMIN_SECRET, key=KEY), 200),
-    (dict(admin_secret=ADMIN_SECRET), dict(X_Admin_Token=ADMIN_SECRET[1:]), 401),
-    (dict(admin_secret=ADMIN_SECRET), dict(X_Admin_Token="\xe9"), 401),
-    (dict(admin_secret=ADMIN_SECRET), dict(key=ADMIN_SECRET), 401),
-    (dict(admin_secret=ADMIN_SECRET), dict(Authorization=basic("admin", KEY)), 401),
-    (dict(dashboard_password="pw"), dict(Authorization=basic("admin", "pw")), 200),
-    (dict(dashboard_password="pw"), dict(Authorization=basic("root", "pw")), 401),
-    (dict(dashboard_password="pw"), dict(Authorization=basic("admin", KEY)), 401),
-    (dict(dashboard_password="pw"), dict(key=KEY), 401),
-    (dict(dashboard_password="pw"), dict(X_Admin_Token="pw"), 401),
-    (dict(dashboard_password="pw", admin_secret=ADMIN_SECRET), dict(Authorization=basic("admin", "pw")), 200),
-    (dict(dashboard_password="pw", admin_secret=ADMIN_SECRET), dict(X_Admin_Token=ADMIN_SECRET), 200),
-])
-def test_what_makes_an_admin(started, settings, headers, status):
-    response = started(keys=settings).ask("GET", "/admin/keys", **dict(dict(key=None), **headers))
-    assert response.status == status
-    if status == 401:
-        assert_refusal(response, 401, "unauthorized", "Authentication required")
-        assert response.headers["www-authenticate"] == 'Basic realm="Intent Bus"'
-
-
-def test_a_key_that_is_valid_but_not_an_admins_gets_the_same_refusal(served):
+def test_a_valid_key_is_refused_like_a_wrong_one_by_admin_endpoints(served):
     key = served.ask("POST", "/admin/generate_key", {"owner": "ann"}).json["api_key"]
     valid, unknown, none = (served.ask("GET", "/admin/keys", key=key) for key in (key, "wrong", None))
     assert valid.body == unknown.body == none.body and b"Authentication required" in valid.body
@@ -1935,7 +3384,7 @@ def test_a_key_that_is_valid_but_not_an_admins_gets_the_same_refusal(served):
 @pytest.mark.parametrize("headers, status", [
     (dict(Authorization="Bearer metrics"), 200), (dict(Authorization="Bearer wrong"), 401), ({}, 401), (dict(key=KEY), 200),
 ])
-def test_the_metrics_have_a_token_of_their_own(started, headers, status):
+def test_the_metrics_have_their_own_token(started, headers, status):
     bus = started(keys=dict(metrics_token="metrics"))
     assert bus.ask("GET", "/metrics", **dict(dict(key=None), **headers)).status == status
     assert bus.ask("GET", "/admin/keys", key="metrics").status == 401
@@ -1960,7 +3409,7 @@ def test_the_metrics_have_a_token_of_their_own(started, headers, status):
     (dict(X_Signature="\xe9"), "Bad signature"),
     (dict(X_Nonce="another"), "Bad signature"),
 ], ids=repr)
-def test_a_signature_that_is_none_is_refused_in_the_protocols_words(strict, changes, message):
+def test_a_bad_signature_is_refused_with_the_protocols_message(strict, changes, message):
     assert_signature_refused(strict.ask("GET", "/get/x", **dict(signed("GET", "/get/x"), **changes)), message)
 
 
@@ -2001,16 +3450,16 @@ def test_the_canonical_form_of_path_and_query(strict, target, canonical):
     assert_refusal(strict.ask("GET", target, **signed("GET", canonical)), 404, "not_found")
 
 
-def test_the_signed_body_is_the_bytes_that_were_sent(served):
+def test_the_signature_covers_the_exact_bytes_of_the_body(served):
     body = b' { "value" : "caf\xc3\xa9" }\n'
     assert served.ask("POST", "/set/k", body, **signed("POST", "/set/k", body)).status == 200
     assert_signature_refused(served.ask("POST", "/set/k", body, **signed("POST", "/set/k", body.strip())), "Bad signature")
 
 
 @pytest.mark.parametrize("issued", [False, True])
-def test_a_key_id_stands_for_a_key_that_stays_at_home(started, issued):
+def test_a_signed_request_may_name_its_key_by_id(started, issued):
     bus = started()
-    made = bus.issue() if issued else intentbus.Record(api_key=KEY, key_id="owner")
+    made = bus.issue() if issued else Record(api_key=KEY, key_id="owner")
     headers = signed("GET", "/intents", key=made.api_key, X_Key_ID=made.key_id)
     assert bus.ask("GET", "/intents", key=None, **headers).status == 200
     assert_signature_refused(bus.ask("GET", "/intents", key=None, **headers), "Replay detected")
@@ -2021,7 +3470,7 @@ def test_a_key_id_stands_for_a_key_that_stays_at_home(started, issued):
     assert unknown.status == 401 and unknown.json["error"]["message"] == "Invalid API key."
 
 
-def test_of_many_simultaneous_copies_of_a_request_one_is_accepted(served):
+def test_of_many_simultaneous_replays_one_is_accepted(served):
     body = json.dumps(a_publish()).encode()
     headers = signed("POST", "/intent", body)
     answers = at_once(50, lambda index: served.ask("POST", "/intent", body, **headers))
@@ -2031,7 +3480,7 @@ def test_of_many_simultaneous_copies_of_a_request_one_is_accepted(served):
         assert_signature_refused(answer, "Replay detected")
 
 
-def test_a_restart_does_not_reopen_the_window_for_replays(started):
+def test_a_replay_is_refused_after_a_restart(started):
     bus, headers = started(), signed("GET", "/get/x")
     assert bus.ask("GET", "/get/x", **headers).status == 404
     bus.restart()
@@ -2046,14 +3495,12 @@ def test_a_nonce_is_each_keys_own(started):
 
 
 def remembers(bus, text):
-    """Whether a text is in the tables of a bus."""
-    with bus.store._reader() as db:
-        return any(text in str(db.execute(f"SELECT * FROM {table}").fetchall())
-                   for table in ("intents", "keys", "memos", "tallies", "history"))
+    """Return whether a text is in the tables of a bus."""
+    return any(text in rows for _, rows in tables_of(bus).values())
 
 
 @pytest.mark.parametrize("ahead", [-300, 0, 300])
-def test_a_nonce_is_remembered_while_its_timestamp_is_good_and_then_forgotten(started, clock, ahead):
+def test_a_nonce_is_remembered_as_long_as_its_timestamp_is_valid(started, clock, ahead):
     bus = started(clock=clock)
     headers = signed("GET", "/get/x", timestamp=str(int(clock.wall + ahead)))
     assert bus.ask("GET", "/get/x", **headers).status == 404
@@ -2067,14 +3514,14 @@ def test_a_nonce_is_remembered_while_its_timestamp_is_good_and_then_forgotten(st
     assert_signature_refused(bus.ask("GET", "/get/x", **headers), "Stale timestamp")
 
 
-def test_a_stale_timestamp_is_told_the_time(started, clock):
+def test_a_stale_timestamp_is_refused_with_the_server_time(started, clock):
     bus = started(clock=clock)
     stale = bus.ask("GET", "/get/x", **signed("GET", "/get/x", timestamp=str(int(clock.wall - 301))))
     assert_signature_refused(stale, "Stale timestamp")
     assert stale.json["error"]["server_time"] == clock.wall
 
 
-def test_a_bus_can_insist_on_signatures(started):
+def test_a_bus_can_require_signatures(started):
     bus = started(keys=dict(require_signatures=True))
     assert_signature_refused(bus.ask("GET", "/get/x"), "Missing required signature headers.")
     assert_signature_refused(bus.ask("GET", "/admin/keys"), "Missing required signature headers.")
@@ -2105,14 +3552,14 @@ def test_an_issued_key_is_shown_once_used_listed_and_revoked(started, clock):
     ({"owner": "ann", "role": "admin"}, "invalid_role"), ({"owner": "ann", "role": 1}, "invalid_role"),
     ({"owner": "ann", "name": []}, "invalid_name"), ([], "invalid_request"),
 ], ids=repr)
-def test_a_key_is_not_issued_for_what_is_no_owner_name_or_role(strict, body, code):
+def test_a_key_needs_a_valid_owner_name_and_role(strict, body, code):
     assert_refusal(strict.ask("POST", "/admin/generate_key", body), 400, code)
     assert strict.ask("GET", "/admin/keys").json == []
 
 
 @pytest.mark.parametrize("body", [{}, {"key_id": "owner"}, {"api_key": KEY}, {"api_key": "tk_" + "0" * 56}, {"key_id": ""}],
                          ids=repr)
-def test_what_is_no_issued_key_cannot_be_revoked(strict, body):
+def test_only_issued_keys_can_be_revoked(strict, body):
     assert_refusal(strict.ask("POST", "/admin/revoke_key", body), 404, "not_found")
     assert strict.ask("GET", "/intents").status == 200
 
@@ -2130,7 +3577,7 @@ def test_keys_of_one_owner_share_their_private_intents(started):
 @pytest.mark.parametrize("state", ["open", "claimed", "dead"])
 @pytest.mark.parametrize("method, path", [route[:2] for route in intentbus.ROUTES if route[1].endswith("/*")
                                           and not route[1].startswith(("/admin", "/set", "/get", "/delete"))])
-def test_another_owners_intent_looks_like_one_that_does_not_exist(guarded, method, path, state):
+def test_anothers_intent_is_answered_like_an_unknown_id(guarded, method, path, state):
     intent_id, key = prepared(guarded, state), guarded.issued["other"]
     for body in (b"", {"claim_token": "wrong"}):
         theirs, nobodys = (guarded.ask(method, path.replace("*", id), body, key) for id in (intent_id, NOBODY))
@@ -2143,47 +3590,50 @@ WITH_AN_ID = [route[:2] for route in intentbus.ROUTES if "*" in route[1] and not
 
 
 def facts(response):
-    """What an answer says, but for what differs from one request to the next."""
+    """Return the status, body and headers of a response, without the headers that differ from request to request."""
     return response.status, response.body, {name: value for name, value in response.headers.items()
                                             if name not in ("x-request-id", "date", "content-length")}
 
 
+@ON_A_FILE
 @pytest.mark.parametrize("tokens, visibility", [(False, "private"), (True, "public")], ids=["", "--require-claim-token, public"])
-def test_an_id_of_anothers_cannot_be_told_from_one_that_is_none(guarded, monkeypatch, tokens, visibility):
-    monkeypatch.setattr(guarded.api.bus, "require_claim_token", tokens)
-    bus = guarded.api.bus
-    ids = [bus.publish("g", 1, caller=ANN, visibility=visibility).id for _ in range(3)]
-    claimed = bus.claim("g", caller=ANN, publisher="ann").id
-    bus.cancel(next(id for id in ids if id != claimed), caller=ANN)
-    before = [dict(guarded.store.get(id)) for id in ids]
+def test_anothers_intent_cannot_be_told_from_an_unknown_id(started, tokens, visibility):
+    bus = started(bus=dict(require_claim_token=tokens), keys=dict(rate=100_000))
+    ann, bob = bus.issue("ann").api_key, bus.issue("bob").api_key
+    ids = [bus.ask("POST", "/intent", a_publish(visibility=visibility), ann).json["id"] for _ in range(3)]
+    claimed = bus.ask("POST", "/claim?publisher=ann", key=ann).json["id"]
+    bus.ask("POST", f"/cancel/{next(id for id in ids if id != claimed)}", key=ann)
+    before = tables_of(bus)["intents"]
     for method, path in WITH_AN_ID:
         for body, query in ((b"", ""), ({"claim_token": "0" * 32}, ""), (b"", "?wait=30"))[:3 if path == "/result/*" else 2]:
-            asked = {id: guarded.ask(method, path.replace("*", id) + query, body, guarded.issued["other"])
+            asked = {id: bus.ask(method, path.replace("*", id) + query, body, bob)
                      for id in (NOBODY, *ids, *ODD_IDS * (not body and not query))}
             status, said, headers = facts(asked[NOBODY])
-            for id, answer in asked.items():
+            for id, response in asked.items():
                 named = intentbus.to_json(urllib.parse.unquote(id))[1:-1]
-                assert facts(answer) == (status, said.replace(NOBODY.encode(), named.encode()), headers), (method, path, body, id)
-    assert [dict(guarded.store.get(id)) for id in ids] == before and held(bus) == 0
-    bus.purge(confirm=True)
+                expected = status, said.replace(NOBODY.encode(), named.encode()), headers
+                assert facts(response) == expected, (method, path, body, id)
+    assert tables_of(bus)["intents"] == before and bus.holds(0)
 
 
-@pytest.mark.parametrize("method, target, body, headers", [
-    ("GET", "/intents?goal={goal}&payload=1", b"", {}),
-    ("GET", "/intents?before={id}", b"", {}),
-    ("GET", "/intents?status=open&namespace=secret", b"", {}),
-    ("POST", "/claim?goal={goal}&namespace=secret", b"", {}),
-    ("POST", "/claim?namespace=secret", b"", {"X-Claim-Token": "{token}"}),
-    ("POST", "/claim?publisher={key_id}&namespace=secret", b"", {}),
-    ("POST", "/claim?publisher={owner}&namespace=secret", b"", {}),
+REQUESTS_OF_ANOTHER = (     # method, target, body, headers; with names that exist for ann, or do not exist
+    ("GET", "/intents?goal={goal}&payload=1", None, {}),
+    ("GET", "/intents?before={id}", None, {}),
+    ("GET", "/intents?status=open&namespace=secret", None, {}),
+    ("POST", "/claim?goal={goal}&namespace=secret", None, {}),
+    ("POST", "/claim?namespace=secret", None, {"X-Claim-Token": "{token}"}),
+    ("POST", "/claim?publisher={key_id}&namespace=secret", None, {}),
+    ("POST", "/claim?publisher={owner}&namespace=secret", None, {}),
     ("POST", "/retry", {"goal": "{goal}"}, {}),
     ("POST", "/retry", {"namespace": "secret"}, {}),
     ("POST", "/intents", [], {"Idempotency-Key": "{goal}"}),
-    ("GET", "/get/{goal}", b"", {}),
-    ("POST", "/delete/{goal}", b"", {}),
+    ("GET", "/get/{goal}", None, {}),
+    ("POST", "/delete/{goal}", None, {}),
     ("POST", "/set/{goal}", {"value": 1, "if_absent": True}, {}),
-], ids=lambda value: value if isinstance(value, str) and value.startswith("/") else "")
-def test_what_another_owner_has_changes_no_answer(started, method, target, body, headers):
+)
+
+
+def test_the_data_of_other_owners_changes_no_answer(started):
     bus = started()
     ann, bob = bus.issue("ann"), bus.issue("bob")
     bus.ask("POST", "/intent", a_publish(goal="hers", namespace="secret"), ann.api_key, Idempotency_Key="hers")
@@ -2193,31 +3643,42 @@ def test_what_another_owner_has_changes_no_answer(started, method, target, body,
     bus.ask("POST", "/set/hers", {"value": 1}, ann.api_key)
     there = dict(goal="hers", id=claimed, token=token, key_id=ann.key_id, owner="ann")
     nowhere = dict(goal="none", id=NOBODY[:-1] + "1", token="0" * 32, key_id="0" * 16, owner="nobody")
-    before = [dict(intent) for intent in bus.store.list(9)[0]]
+    before = tables_of(bus)["intents"]
 
-    def asked(names):
-        filled = json.loads(re.sub(r"\{(\w+)\}", lambda match: names[match[1]], json.dumps([target, headers, body or None])))
-        answer = bus.ask(method, filled[0], filled[2] or b"", bob.api_key, **filled[1])
-        return answer.status, answer.body.decode().replace(names["goal"], "GOAL")
-    assert asked(there) == asked(nowhere)
-    assert [dict(intent) for intent in bus.store.list(9)[0]] == before
+    def asked(names, method, *sent):
+        target, body, headers = json.loads(re.sub(r"\{(\w+)\}", lambda match: names[match[1]], json.dumps(sent)))
+        response = bus.ask(method, target, b"" if body is None else body, bob.api_key, **headers)
+        return response.status, response.body.decode().replace(names["goal"], "GOAL")
+    for request in REQUESTS_OF_ANOTHER:
+        assert asked(there, *request) == asked(nowhere, *request), request
+        assert tables_of(bus)["intents"] == before, request
 
 
-@pytest.mark.parametrize("wrong", ["", "a", ADMIN_SECRET[:-1], ADMIN_SECRET[:-1] + "b", ADMIN_SECRET + "a", "\xe9" * 40, "b" * 400])
+WRONG_SECRETS = ("", "a", ADMIN_SECRET[:-1], ADMIN_SECRET[:-1] + "b", ADMIN_SECRET + "a", "\xe9" * 40, "b" * 400)
+
+
 @pytest.mark.parametrize("settings, path, header", [
     (dict(admin_secret=ADMIN_SECRET), "/admin/keys", lambda secret: dict(X_Admin_Token=secret)),
     (dict(dashboard_password=ADMIN_SECRET), "/admin/keys", lambda secret: dict(Authorization=basic("admin", secret))),
     (dict(metrics_token=ADMIN_SECRET, admin_secret="x" * 40), "/metrics", lambda secret: dict(Authorization="Bearer " + secret)),
 ], ids=["admin secret", "dashboard password", "metrics token"])
-def test_every_wrong_secret_is_compared_alike(started, monkeypatch, settings, path, header, wrong):
-    bus, compared, compare = started(keys=settings), [], hmac.compare_digest
+def test_every_wrong_secret_gets_the_same_answer(started, settings, path, header):
+    bus = started(keys=settings)
     assert bus.ask("GET", path, key=None, **header(ADMIN_SECRET)).status == 200
-    monkeypatch.setattr(hmac, "compare_digest", lambda *both: compared.append(both[1]) or compare(*both))
-    assert bus.ask("GET", path, key=None, **header(wrong)).status == 401
-    assert compared == [secret.encode() for secret in settings.values()]
+    refused = [facts(bus.ask("GET", path, key=None, **header(wrong))) for wrong in WRONG_SECRETS]
+    assert refused[0][0] == 401 and refused == [refused[0]] * len(WRONG_SECRETS)
 
 
-def test_another_owner_neither_lists_nor_claims_nor_reads(emptied):
+def test_secrets_are_compared_in_constant_time():
+    """In Keys, == compares with words of the protocol only: its time would tell how much of a secret is right."""
+    keys, = [node for node in TREE.body if getattr(node, "name", None) == "Keys"]
+    compared = [node for node in ast.walk(keys) if isinstance(node, ast.Compare)
+                and isinstance(node.ops[0], (ast.Eq, ast.NotEq, ast.In, ast.NotIn))]
+    assert compared and not [node.lineno for node in compared if not any(
+        isinstance(side, ast.Constant) for side in (node.left, *node.comparators))]
+
+
+def test_another_owner_cannot_list_claim_or_read(emptied):
     prepared(emptied, "open")
     emptied.ask("POST", "/set/mine", {"value": 1}, emptied.issued["both"])
     other = emptied.issued["other"]
@@ -2228,7 +3689,7 @@ def test_another_owner_neither_lists_nor_claims_nor_reads(emptied):
     assert len(emptied.ask("GET", "/intents", key=emptied.issued["both"]).json["intents"]) == 1
 
 
-def test_a_claim_may_name_the_callers_own_key_its_id_or_its_owner_as_publisher(started):
+def test_a_claim_may_name_itself_as_publisher_by_key_id_or_owner(started):
     bus = started()
     ann, bob = bus.issue("ann"), bus.issue("bob")
     for publisher in (ann.api_key, ann.key_id, "ann"):
@@ -2242,7 +3703,7 @@ def test_a_claim_may_name_the_callers_own_key_its_id_or_its_owner_as_publisher(s
     assert bus.ask("POST", "/claim?publisher=nobody").status == 204
 
 
-def test_issued_keys_outlive_a_restart_and_not_the_owner_key(started):
+def test_issued_keys_survive_a_restart_but_not_a_new_owner_key(started):
     bus = started()
     kept, revoked = bus.issue(), bus.issue()
     bus.ask("POST", "/admin/revoke_key", {"key_id": revoked.key_id})
@@ -2252,7 +3713,7 @@ def test_issued_keys_outlive_a_restart_and_not_the_owner_key(started):
     assert [bus.ask("GET", "/intents", key=key).status for key in (kept.api_key, KEY, "another" * 8)] == [401, 401, 200]
 
 
-def test_how_often_a_key_was_used_outlives_a_restart(started):
+def test_the_usage_of_a_key_survives_a_restart(started):
     bus = started()
     key = bus.issue().api_key
     bus.ask("GET", "/intents", key=key)
@@ -2260,28 +3721,29 @@ def test_how_often_a_key_was_used_outlives_a_restart(started):
     assert [listed["total_requests"] for listed in bus.ask("GET", "/admin/keys").json] == [1]
 
 
-def test_every_request_of_many_threads_is_counted(started):
+def test_concurrent_requests_of_a_key_are_all_counted(started):
     bus = started()
     key = bus.issue().api_key
     at_once(10, lambda index: [bus.ask("GET", "/intents", key=key) for _ in range(10)])
     assert [listed["total_requests"] for listed in bus.ask("GET", "/admin/keys").json] == [100]
 
 
-@pytest.mark.parametrize("kind", ["never issued", "revoked", "of another bus", "in use"])
-def test_the_same_work_is_done_for_every_issued_key_whether_it_is_one_or_not(started, monkeypatch, kind):
+@ON_A_FILE
+def test_a_wrong_key_costs_the_same_lookup_as_a_right_one(no_rechecks, sqlite_work, started):
     bus = started()
-    issued = bus.issue()
-    wrong = issued.api_key[:-1] + ("0" if issued.api_key[-1] != "0" else "1")
-    key = {"never issued": "tk_" + "0" * 56, "of another bus": wrong}.get(kind, issued.api_key)
-    if kind == "revoked":
-        bus.ask("POST", "/admin/revoke_key", {"key_id": issued.key_id})
-    steps = []
-    for place, name in ((hmac, "compare_digest"), (hmac, "new"), (bus.store, "key")):
-        method = getattr(place, name)
-        monkeypatch.setattr(place, name, lambda *args, name=name, method=method, **rest: steps.append(name) or method(*args, **rest))
-    answer = bus.ask("GET", "/intents", key=key)
-    assert (answer.status == 200) == (kind == "in use")
-    assert steps == ["new", "key", "compare_digest"]
+    used, revoked = bus.issue().api_key, bus.issue()
+    bus.ask("POST", "/admin/revoke_key", {"key_id": revoked.key_id})
+    wrong = {"never issued": "tk_" + "0" * 56, "revoked": revoked.api_key,
+             "of another bus": used[:-1] + ("0" if used[-1] != "0" else "1")}
+
+    def asking_with(key):
+        return sqlite_work.of(lambda: [bus.ask("GET", "/whoami", key=key) for _ in range(20)])
+    usual, answers = asking_with(used)
+    assert usual >= 20 and {response.status for response in answers} == {200}
+    for kind, key in wrong.items():
+        done, answers = asking_with(key)
+        assert {facts(response)[:2] for response in answers} == {facts(bus.ask("GET", "/whoami", key="wrong"))[:2]}
+        assert done > usual / 4, f"{kind}: it was not looked for"
 
 
 @ON_A_FILE
@@ -2301,7 +3763,7 @@ def test_no_secret_is_in_the_file_the_log_or_an_answer(started, capsys):
                                                             f"/admin/intents/{intent_id}", f"/admin/dead/{intent_id}")]]
     IntentClient(bus.url, key).set("k", 1)
     files = [Path(path).read_bytes() for path in (bus.db, bus.db + "-wal")]
-    bus.close()
+    bus.stop()
     log = capsys.readouterr().err
     assert log.count("\n") > 15 and [json.loads(line) for line in log.splitlines()][0]["status"] == 201
     places = [*files, Path(bus.db).read_bytes(), log.encode(), *[answer.body for answer in answers]]
@@ -2311,7 +3773,7 @@ def test_no_secret_is_in_the_file_the_log_or_an_answer(started, capsys):
 
 # -- Limits --
 
-def test_an_issued_key_that_asks_too_much_is_told_when_to_come_back(started):
+def test_an_issued_key_is_rate_limited(started):
     bus = started(keys=dict(rate=3))
     key = bus.issue().api_key
     assert [bus.ask("POST", "/claim", key=key).status for _ in range(10)] == [204] * 10     # not counted
@@ -2323,18 +3785,15 @@ def test_an_issued_key_that_asks_too_much_is_told_when_to_come_back(started):
     assert [bus.ask("GET", "/intents").status for _ in range(10)] == [200] * 10
 
 
-def test_a_refusal_says_once_when_to_come_back(started):
+def test_a_rate_limited_request_says_when_to_retry(started):
     bus = started(keys=dict(rate=3))
     key = bus.issue().api_key
-    told = watch(bus, "talk")
-    while bus.ask("GET", "/intents", key=key).status != 429:
+    while (response := bus.ask("GET", "/intents", key=key)).status != 429:
         pass
-    last = [told.get() for _ in range(told.qsize())][-1]
-    assert len(re.findall(rb"\r\nRetry-After: \d+\r\n", last)) == 1
-    assert int(re.search(rb"\r\nRetry-After: (\d+)\r\n", last)[1]) > 1     # 20 s are needed for one more of 3 a minute
+    assert 1 < int(response.headers["retry-after"]) <= 21     # for one more of 3 a minute
 
 
-def test_an_issued_key_may_have_so_many_unfinished_intents(started, monkeypatch):
+def test_the_unfinished_intents_of_an_issued_key_are_limited(started, monkeypatch):
     monkeypatch.setattr(intentbus, "UNFINISHED", 3)
     bus = started()
     key = bus.issue().api_key
@@ -2343,7 +3802,7 @@ def test_an_issued_key_may_have_so_many_unfinished_intents(started, monkeypatch)
         refused = bus.ask("POST", path, body, key)
         assert_refusal(refused, 429, "limit_exceeded", "3")
         assert refused.headers["retry-after"] == "1"
-    assert bus.ask("POST", "/intents", [a_publish()] * 3, key, Idempotency_Key="i").status == 201     # a repeat is no more
+    assert bus.ask("POST", "/intents", [a_publish()] * 3, key, Idempotency_Key="i").status == 201     # a repeat does not count
     claim = bus.ask("POST", "/claim", key=key).json
     assert bus.ask("POST", "/intent", a_publish(), key).status == 429
     bus.ask("POST", f"/fulfill/{claim['id']}", key=key)
@@ -2352,33 +3811,34 @@ def test_an_issued_key_may_have_so_many_unfinished_intents(started, monkeypatch)
 
 
 @ON_A_FILE
+@LINUX
 def test_publishes_of_one_commit_share_the_limit(started, monkeypatch):
     monkeypatch.setattr(intentbus, "UNFINISHED", 5)
     bus = started()
     key = bus.issue().api_key
-    with bus.store._alone():     # a slow commit: all that comes meanwhile queues up behind it
-        answers = [in_thread(bus.ask, "POST", "/intent", a_publish(), key) for _ in range(20)]
-        wait_until(lambda: len(bus.store._jobs) == 20)
-    assert sorted(answer().status for answer in answers) == [201] * 5 + [429] * 15
+    with occupied(bus.db):
+        sent = [bus.begin("POST", "/intent", a_publish(), key) for _ in range(20)]
+        wait_until(lambda: not unread(bus.port))
+    assert sorted(response_on(sock).status for sock in sent) == [201] * 5 + [429] * 15
 
 
 @pytest.mark.parametrize("steps", [[HOUR, -HOUR], [YEARS, -YEARS], [-HOUR, HOUR], [-HOUR, 2 * HOUR, -HOUR]], ids=str)
-def test_a_clock_that_is_set_and_set_right_again_opens_no_window_for_replays(started, clock, steps):
+def test_a_clock_set_and_set_right_allows_no_replay(started, clock, steps):
     bus = started(clock=clock)
     sent = signed("GET", "/get/x", timestamp=f"{clock.wall:.3f}")
     assert bus.ask("GET", "/get/x", **sent).status == 404
     for step in steps:
         clock.set(step)
-        bus.api.bus.cleanup()     # what a tending bus does by itself
+        bus.ask("POST", "/admin/cleanup")
         assert bus.ask("GET", "/get/x", **sent).status == 403
     clock.pass_(299)
-    bus.api.bus.cleanup()
+    bus.ask("POST", "/admin/cleanup")
     assert_signature_refused(bus.ask("GET", "/get/x", **sent), "Replay detected")
 
 
-@ON_A_FILE     # several buses have the clock of their database
+@ON_A_FILE     # several buses use the clock of their database
 @pytest.mark.parametrize("step", [HOUR, -HOUR, YEARS, TO_1970])
-def test_a_rate_limit_is_neither_lifted_nor_prolonged_by_a_clock_that_is_set(started, clock, step):
+def test_a_clock_jump_does_not_change_a_rate_limit(started, clock, step):
     bus = started(clock=clock, keys=dict(rate=3))
     key = bus.issue().api_key
     statuses = lambda: [bus.ask("GET", "/get/x", key=key).status for _ in range(4)]
@@ -2408,17 +3868,16 @@ def test_five_wrong_tries_end_an_invitation(served, wrong, then):
     assert served.ask("POST", "/join", {"code": other}, key=None).status == 201
 
 
-def test_an_invitation_ends_after_ten_minutes_and_the_file_holds_no_code(store, clock):
-    keys = Keys(KEY, store, clock=lambda: clock.wall)
-    code = keys.invite("owner", "phone", "both", clock.wall).code
-    with store._reader() as db:
-        assert code[5:] not in str(db.execute("SELECT * FROM memos").fetchall())
-    with pytest.raises(intentbus.Unauthorized):
-        keys.join(Request("POST", "/join"), code, clock.wall + 601)
-    assert keys.join(Request("POST", "/join"), code, clock.wall + 599).role == "both"
+@pytest.mark.parametrize("seconds, status", [(599, 201), (601, 401)])
+def test_an_invitation_ends_after_ten_minutes_and_is_not_stored(started, clock, seconds, status):
+    bus = started(clock=clock)
+    code = bus.ask("POST", "/admin/invite", {"owner": "owner", "name": "phone"}).json["code"]
+    assert code[5:] not in tables_of(bus)["memos"][1]
+    clock.pass_(seconds)
+    assert bus.ask("POST", "/join", {"code": code}, key=None).status == status
 
 
-def test_of_many_who_use_one_code_at_once_one_gets_a_key(served):
+def test_of_many_simultaneous_uses_of_a_code_one_gets_a_key(served):
     code = served.ask("POST", "/admin/invite", {"owner": "a"}).json["code"]
     answers = at_once(8, lambda number: served.ask("POST", "/join", {"code": code}, key=None).status)
     assert sorted(answers) == [201] + [401] * 7
@@ -2426,12 +3885,21 @@ def test_of_many_who_use_one_code_at_once_one_gets_a_key(served):
 
 # ---- 7. Fields ----
 
-def raw(payload):
-    return b'{"goal": "g", "payload": %s}' % payload
+def assert_invalid(check, code, *words):
+    """Check that Invalid is raised with this code, and that its message has these words."""
+    with pytest.raises(intentbus.Invalid) as refused:
+        check()
+    assert refused.value.code == code and clear(str(refused.value)), refused.value
+    assert [word for word in words if word not in str(refused.value)] == [], refused.value
+
+
+def validated(values, fields, strict=False):
+    """Validate a body, a JSON value or text in bytes, and return its fields."""
+    body = values if isinstance(values, bytes) else json.dumps(values).encode()
+    return intentbus.checked(intentbus.from_json(body), fields, strict)
 
 
 BAD_PUBLISHES = (
-    case("no body", b"", "invalid_goal", "goal is required"),
     case("an empty object", {}, "invalid_goal", "goal is required"),
     case("goal null", a_publish(goal=None), "invalid_goal", "goal is required"),
     case("goal a number", a_publish(goal=7), "invalid_goal", "goal", "string", "1", "256"),
@@ -2469,8 +3937,6 @@ BAD_PUBLISHES = (
     case("delay huge", a_publish(delay=10 ** 400), "invalid_delay", "31622400"),
     case("run_at a string", a_publish(run_at="tomorrow"), "invalid_run_at", "run_at", "number"),
     case("run_at negative", a_publish(run_at=-1), "invalid_run_at", "run_at"),
-    case("run_at too late", a_publish(run_at=2 ** 40), "invalid_run_at", "366 days"),
-    case("run_at with delay", a_publish(run_at=1, delay=1), "invalid_run_at", "delay"),
     case("ttl 0", a_publish(ttl=0), "invalid_ttl", "ttl", "1"),
     case("ttl over 366 days", a_publish(ttl=1e9), "invalid_ttl", "31622400"),
     case("ttl an object", a_publish(ttl={}), "invalid_ttl", "number"),
@@ -2491,11 +3957,9 @@ BAD_PUBLISHES = (
 )
 
 
-
 @pytest.mark.parametrize("body, expected", BAD_PUBLISHES)
-def test_a_publish_with_a_bad_field_is_refused_and_the_message_names_it(strict, body, expected):
-    response = strict.ask("POST", "/intent", body)
-    assert_refusal(response, 400, *expected)
+def test_a_bad_field_of_a_publish_is_refused_and_named(body, expected):
+    assert_invalid(lambda: validated(body, intentbus.PUBLISH, strict=True), *expected)
 
 
 BAD_JSON = (
@@ -2536,109 +4000,124 @@ BAD_JSON = (
 
 
 @pytest.mark.parametrize("body, expected", BAD_JSON)
-def test_a_body_that_is_not_a_json_object_is_refused(strict, body, expected):
-    response = strict.ask("POST", "/intent", body)
-    assert_refusal(response, 400, *expected)
+def test_a_body_that_is_not_a_json_object_is_refused(body, expected):
+    assert_invalid(lambda: validated(body, intentbus.PUBLISH, strict=True), *expected)
 
 
-@pytest.mark.parametrize("path", [f"/{verb}/{NOBODY}" for verb in ("extend_claim", "fulfill", "fail", "release")] + ["/retry"])
-@pytest.mark.parametrize("body, expected", [
-    case("cut off", b'{"claim_token": ', "invalid_json"),
-    case("NaN", b'{"result": NaN}', "invalid_json", "NaN"),
-    case("Latin-1", b'{"error": "caf\xe9"}', "invalid_json", "UTF-8"),
-    case("1000 brackets", b"[" * 1000, "invalid_json", "64 levels"),
-    case("a list", b"[1]", "invalid_request", "JSON object"),
-])
-def test_every_endpoint_with_a_body_refuses_what_is_not_a_json_object(strict, path, body, expected):
-    assert_refusal(strict.ask("POST", path, body), 400, *expected)
-
-
-BAD_REPORTS = (
-    case("seconds 9", ("extend_claim", {"seconds": 9}), "invalid_seconds", "seconds", "10", "3600"),
-    case("seconds 3601", ("extend_claim", {"seconds": 3601}), "invalid_seconds", "10", "3600"),
-    case("seconds a string", ("extend_claim", {"seconds": "60"}), "invalid_seconds", "number"),
-    case("seconds true", ("extend_claim", {"seconds": True}), "invalid_seconds", "number"),
-    case("token a number", ("extend_claim", {"claim_token": 5}), "invalid_claim_token", "claim_token", "string"),
-    case("token a list", ("fulfill", {"claim_token": ["a"]}), "invalid_claim_token", "string"),
-    case("result_type unknown", ("fulfill", {"result_type": "xml"}), "invalid_result_type", '"json"', '"text"'),
-    case("result_type a list", ("fulfill", {"result_type": []}), "invalid_result_type", "result_type"),
-    case("text that is a number", ("fulfill", {"result": 5, "result_type": "text"}), "invalid_result", "string"),
-    case("text that is null", ("fulfill", {"result_type": "text"}), "invalid_result", "string"),
-    case("text that is an object", ("fulfill", {"result": {}, "result_type": "text"}), "invalid_result", "string"),
-    case("token an object", ("fail", {"claim_token": {}}), "invalid_claim_token", "string"),
-    case("error a number", ("fail", {"error": 5}), "invalid_error", "error", "string"),
-    case("error a list", ("fail", {"error": ["it broke"]}), "invalid_error", "string"),
-    case("retry a string", ("fail", {"retry": "false"}), "invalid_retry", "true or false"),
-    case("retry 0", ("fail", {"retry": 0}), "invalid_retry", "true or false"),
-    case("delay negative", ("release", {"delay": -1}), "invalid_delay", "delay", "0"),
-    case("delay too long", ("release", {"delay": 1e12}), "invalid_delay", "31622400"),
-    case("delay a string", ("release", {"delay": "5m"}), "invalid_delay", "number"),
-    case("token false", ("release", {"claim_token": False}), "invalid_claim_token", "string"),
+BAD_FIELDS = (
+    case("extend_claim: seconds 9", (intentbus.EXTEND, {"seconds": 9}), "invalid_seconds", "seconds", "10", "3600"),
+    case("extend_claim: seconds 3601", (intentbus.EXTEND, {"seconds": 3601}), "invalid_seconds", "10", "3600"),
+    case("extend_claim: seconds a string", (intentbus.EXTEND, {"seconds": "60"}), "invalid_seconds", "number"),
+    case("extend_claim: seconds true", (intentbus.EXTEND, {"seconds": True}), "invalid_seconds", "number"),
+    case("extend_claim: token a number", (intentbus.EXTEND, {"claim_token": 5}), "invalid_claim_token", "claim_token", "string"),
+    case("fulfill: token a list", (intentbus.FULFILL, {"claim_token": ["a"]}), "invalid_claim_token", "string"),
+    case("fulfill: result_type unknown", (intentbus.FULFILL, {"result_type": "xml"}), "invalid_result_type", '"json"', '"text"'),
+    case("fulfill: result_type a list", (intentbus.FULFILL, {"result_type": []}), "invalid_result_type", "result_type"),
+    case("fail: token an object", (intentbus.FAIL, {"claim_token": {}}), "invalid_claim_token", "string"),
+    case("fail: error a number", (intentbus.FAIL, {"error": 5}), "invalid_error", "error", "string"),
+    case("fail: error a list", (intentbus.FAIL, {"error": ["it broke"]}), "invalid_error", "string"),
+    case("fail: retry a string", (intentbus.FAIL, {"retry": "false"}), "invalid_retry", "true or false"),
+    case("fail: retry 0", (intentbus.FAIL, {"retry": 0}), "invalid_retry", "true or false"),
+    case("release: delay negative", (intentbus.RELEASE, {"delay": -1}), "invalid_delay", "delay", "0"),
+    case("release: delay too long", (intentbus.RELEASE, {"delay": 1e12}), "invalid_delay", "31622400"),
+    case("release: delay a string", (intentbus.RELEASE, {"delay": "5m"}), "invalid_delay", "number"),
+    case("release: token false", (intentbus.RELEASE, {"claim_token": False}), "invalid_claim_token", "string"),
+    case("retry: limit 0", (intentbus.RETRY, {"limit": 0}), "invalid_limit", "limit", "1", "1000"),
+    case("retry: limit 1001", (intentbus.RETRY, {"limit": 1001}), "invalid_limit", "1000"),
+    case("retry: limit 1.0", (intentbus.RETRY, {"limit": 1.0}), "invalid_limit", "whole"),
+    case("retry: limit a string", (intentbus.RETRY, {"limit": "5"}), "invalid_limit", "whole"),
+    case("retry: goal a list", (intentbus.RETRY, {"goal": ["a"]}), "invalid_goal", "string"),
+    case("retry: namespace bad", (intentbus.RETRY, {"namespace": "a b"}), "invalid_namespace", "64"),
+    case("claim: wait a word", (intentbus.CLAIM, {"wait": "long"}), "invalid_wait", "wait", "0", "60"),
+    case("claim: wait 61", (intentbus.CLAIM, {"wait": "61"}), "invalid_wait", "60"),
+    case("claim: wait -1", (intentbus.CLAIM, {"wait": "-1"}), "invalid_wait", "0"),
+    case("claim: wait nan", (intentbus.CLAIM, {"wait": "nan"}), "invalid_wait", "60"),
+    case("claim: wait inf", (intentbus.CLAIM, {"wait": "inf"}), "invalid_wait", "60"),
+    case("claim: wait 1e1", (intentbus.CLAIM, {"wait": "1e1"}), "invalid_wait", "60"),
+    case("claim: wait 1_0", (intentbus.CLAIM, {"wait": "1_0"}), "invalid_wait", "60"),
+    case("claim: wait in Arabic digits", (intentbus.CLAIM, {"wait": "\u0663"}), "invalid_wait", "60"),
+    case("claim: lease 9", (intentbus.CLAIM, {"lease": "9"}), "invalid_lease", "10", "3600"),
+    case("claim: lease of 99 digits", (intentbus.CLAIM, {"lease": "9" * 99}), "invalid_lease", "3600"),
+    case("claim: goal of 257", (intentbus.CLAIM, {"goal": "g" * 257}), "invalid_goal", "256"),
+    case("claim: goal blank", (intentbus.CLAIM, {"goal": " "}), "invalid_goal", "256"),
+    case("claim: goal empty, as of an unset variable", (intentbus.CLAIM, {"goal": ""}), "invalid_goal", "256"),
+    case("claim: goal with a tab", (intentbus.CLAIM, {"goal": "a\tb"}), "invalid_goal", "control"),
+    case("claim: namespace bad", (intentbus.CLAIM, {"namespace": "a/b"}), "invalid_namespace", "64"),
+    case("claim: worker_id bad", (intentbus.CLAIM, {"worker_id": "a b"}), "invalid_worker_id", "64"),
+    case("claim: capabilities bad", (intentbus.CLAIM, {"capabilities": "gpu,a b"}), "invalid_capabilities", "64"),
+    case("claim: publisher with NUL", (intentbus.CLAIM, {"publisher": "\x00"}), "invalid_publisher", "256"),
+    case("result: wait bad", (intentbus.RESULT, {"wait": "x"}), "invalid_wait", "60"),
+    case("result: wait 60.5", (intentbus.RESULT, {"wait": "60.5"}), "invalid_wait", "60"),
+    case("list: limit 0", (intentbus.LIST, {"limit": "0"}), "invalid_limit", "1", "500"),
+    case("list: limit 501", (intentbus.LIST, {"limit": "501"}), "invalid_limit", "500"),
+    case("list: limit 5.0", (intentbus.LIST, {"limit": "5.0"}), "invalid_limit", "whole"),
+    case("list: limit a word", (intentbus.LIST, {"limit": "all"}), "invalid_limit", "500"),
+    case("list: limit +5", (intentbus.LIST, {"limit": "+5"}), "invalid_limit", "500"),
+    case("list: status unknown", (intentbus.LIST, {"status": "done"}), "invalid_status", '"open"', '"dead"'),
+    case("list: payload yes", (intentbus.LIST, {"payload": "yes"}), "invalid_payload", "payload", "0", "1"),
+    case("list: namespace bad", (intentbus.LIST, {"namespace": "\x00"}), "invalid_namespace", "64"),
 )
 
 
-@pytest.mark.parametrize("sent, expected", BAD_REPORTS)
-def test_a_report_with_a_bad_field_is_refused_and_the_message_names_it(strict, sent, expected):
-    verb, body = sent
-    assert_refusal(strict.ask("POST", f"/{verb}/{NOBODY}", body), 400, *expected)
+@pytest.mark.parametrize("sent, expected", BAD_FIELDS)
+def test_a_bad_field_is_refused_and_named(sent, expected):
+    fields, values = sent
+    assert_invalid(lambda: intentbus.checked(values, fields), *expected)
 
 
-@pytest.mark.parametrize("body, expected", [
-    case("limit 0", {"limit": 0}, "invalid_limit", "limit", "1", "1000"),
-    case("limit 1001", {"limit": 1001}, "invalid_limit", "1000"),
-    case("limit 1.0", {"limit": 1.0}, "invalid_limit", "whole"),
-    case("limit a string", {"limit": "5"}, "invalid_limit", "whole"),
-    case("goal a list", {"goal": ["a"]}, "invalid_goal", "string"),
-    case("namespace bad", {"namespace": "a b"}, "invalid_namespace", "64"),
-])
-def test_a_retry_of_many_with_a_bad_field_is_refused(strict, body, expected):
-    assert_refusal(strict.ask("POST", "/retry", body), 400, *expected)
+@pytest.mark.parametrize("path", [path.replace("*", NOBODY) for method, path, _, _ in intentbus.ROUTES
+                                  if method == "POST" and path != "/claim"])
+def test_every_endpoint_refuses_a_body_that_is_not_json(strict, path):
+    for body, *expected in ((b'{"claim_token": ', "invalid_json"), (b"[" * 1000, "invalid_json", "64 levels"),
+                            (b"7", "invalid_request", "JSON")):
+        assert_refusal(strict.ask("POST", path, body), 400, *expected)
 
 
-BAD_QUERIES = (
-    case("wait a word", "POST /claim?wait=long", "invalid_wait", "wait", "0", "60"),
-    case("wait 61", "POST /claim?wait=61", "invalid_wait", "60"),
-    case("wait -1", "POST /claim?wait=-1", "invalid_wait", "0"),
-    case("wait nan", "POST /claim?wait=nan", "invalid_wait", "60"),
-    case("wait inf", "POST /claim?wait=inf", "invalid_wait", "60"),
-    case("wait 1e1", "POST /claim?wait=1e1", "invalid_wait", "60"),
-    case("wait 1_0", "POST /claim?wait=1_0", "invalid_wait", "60"),
-    case("wait in Arabic digits", "POST /claim?wait=%D9%A3", "invalid_wait", "60"),
-    case("wait twice", "POST /claim?wait=0&wait=1", "invalid_wait", "twice"),
-    case("lease 9", "POST /claim?lease=9", "invalid_lease", "10", "3600"),
-    case("lease of 99 digits", "POST /claim?lease=" + "9" * 99, "invalid_lease", "3600"),
-    case("goal of 257", "POST /claim?goal=" + "g" * 257, "invalid_goal", "256"),
-    case("goal blank", "POST /claim?goal=%20", "invalid_goal", "256"),
-    case("goal empty, as of an unset variable", "POST /claim?goal=", "invalid_goal", "256"),
-    case("one goal of two bad", "POST /claim?goal=a&goal=%0A", "invalid_goal", "256"),
-    case("goal with a tab", "POST /claim?goal=a%09b", "invalid_goal", "control"),
-    case("namespace bad", "POST /claim?namespace=a/b", "invalid_namespace", "64"),
-    case("worker_id bad", "POST /claim?worker_id=a%20b", "invalid_worker_id", "64"),
-    case("capabilities bad", "POST /claim?capabilities=gpu,a%20b", "invalid_capabilities", "64"),
-    case("publisher with NUL", "POST /claim?publisher=%00", "invalid_publisher", "256"),
-    case("result wait bad", f"GET /result/{NOBODY}?wait=x", "invalid_wait", "60"),
-    case("result wait 60.5", f"GET /result/{NOBODY}?wait=60.5", "invalid_wait", "60"),
-    case("limit 0", "GET /intents?limit=0", "invalid_limit", "1", "500"),
-    case("limit 501", "GET /intents?limit=501", "invalid_limit", "500"),
-    case("limit 5.0", "GET /intents?limit=5.0", "invalid_limit", "whole"),
-    case("limit a word", "GET /intents?limit=all", "invalid_limit", "500"),
-    case("limit +5", "GET /intents?limit=%2B5", "invalid_limit", "500"),
-    case("status unknown", "GET /intents?status=done", "invalid_status", '"open"', '"dead"'),
-    case("payload yes", "GET /intents?payload=yes", "invalid_payload", "payload", "0", "1"),
-    case("namespace bad in a list", "GET /intents?namespace=%00", "invalid_namespace", "64"),
-    case("a broken escape in the path", "GET /status/%zz", "invalid_request", "percent-encoded"),
-    case("a cut escape in the path", "GET /status/%4", "invalid_request", "percent-encoded"),
-    case("a broken escape in the query", "POST /claim?goal=%zz", "invalid_request", "percent-encoded"),
-    case("a path that is not UTF-8", "GET /status/%ff", "invalid_request", "percent-encoded"),
-    case("a surrogate in the path", "GET /status/%ed%a0%80", "invalid_request", "percent-encoded"),
-    case("a query that is not UTF-8", "POST /claim?goal=%c3", "invalid_request", "percent-encoded"),
-    case("1000 parameters", "POST /claim?" + "&".join(["goal=g"] * 1000), "invalid_request", "100"),
+BAD_REQUESTS = (
+    case("publish, without a body", ("POST /intent", b""), "invalid_goal", "goal is required"),
+    case("publish", ("POST /intent", a_publish(priority=1001)), "invalid_priority", "priority", "0", "1000"),
+    case("publish, a mistyped field", ("POST /intent", a_publish(priorty=5)), "invalid_request", "'priorty'", "priority"),
+    case("publish, too late", ("POST /intent", a_publish(run_at=2 ** 40)), "invalid_run_at", "366 days"),
+    case("publish, run_at and a delay", ("POST /intent", a_publish(run_at=1, delay=1)), "invalid_run_at", "delay"),
+    case("publish, NaN", ("POST /intent", raw(b"NaN")), "invalid_json", "NaN"),
+    case("admin's publish", ("POST /admin/intents", a_publish(goal="")), "invalid_goal", "1", "256"),
+    case("extend_claim", (f"POST /extend_claim/{NOBODY}", {"seconds": 9}), "invalid_seconds", "seconds", "10", "3600"),
+    case("fulfill", (f"POST /fulfill/{NOBODY}", {"result_type": "xml"}), "invalid_result_type", '"json"', '"text"'),
+    case("fulfill, text that is a number", (f"POST /fulfill/{NOBODY}", {"result": 5, "result_type": "text"}),
+         "invalid_result", "string"),
+    case("fulfill, text that is null", (f"POST /fulfill/{NOBODY}", {"result_type": "text"}), "invalid_result", "string"),
+    case("fulfill, text that is an object", (f"POST /fulfill/{NOBODY}", {"result": {}, "result_type": "text"}),
+         "invalid_result", "string"),
+    case("fail", (f"POST /fail/{NOBODY}", {"error": 5}), "invalid_error", "error", "string"),
+    case("release", (f"POST /release/{NOBODY}", {"delay": -1}), "invalid_delay", "delay", "0"),
+    case("retry", ("POST /retry", {"limit": 0}), "invalid_limit", "limit", "1", "1000"),
+    case("purge", ("POST /admin/purge", {"confirm": 1}), "invalid_confirm", "true or false"),
+    case("the dead", ("POST /admin/dead", {"action": "burn"}), "invalid_action", '"count"'),
+    case("join", ("POST /join", {"code": 7}), "invalid_code", "string"),
+    case("claim", ("POST /claim?wait=61", b""), "invalid_wait", "60"),
+    case("claim, a parameter twice", ("POST /claim?wait=0&wait=1", b""), "invalid_wait", "twice"),
+    case("claim, one goal of two", ("POST /claim?goal=a&goal=%0A", b""), "invalid_goal", "256"),
+    case("claim, digits of another script", ("POST /claim?wait=%D9%A3", b""), "invalid_wait", "60"),
+    case("result", (f"GET /result/{NOBODY}?wait=x", b""), "invalid_wait", "60"),
+    case("list", ("GET /intents?status=done", b""), "invalid_status", '"open"', '"dead"'),
+    case("admin's list", ("GET /admin/intents?limit=501", b""), "invalid_limit", "500"),
+    case("events", ("GET /events?after=x", b""), "invalid_after", "whole"),
+    case("summary", ("GET /admin/summary?minutes=0", b""), "invalid_minutes", "1440"),
+    case("a name of a value", ("POST /set/" + "k" * 513, {"value": 1}), "invalid_key", "512"),
+    case("a broken escape in the path", ("GET /status/%zz", b""), "invalid_request", "percent-encoded"),
+    case("a cut escape in the path", ("GET /status/%4", b""), "invalid_request", "percent-encoded"),
+    case("a broken escape in the query", ("POST /claim?goal=%zz", b""), "invalid_request", "percent-encoded"),
+    case("a path that is not UTF-8", ("GET /status/%ff", b""), "invalid_request", "percent-encoded"),
+    case("a surrogate in the path", ("GET /status/%ed%a0%80", b""), "invalid_request", "percent-encoded"),
+    case("a query that is not UTF-8", ("POST /claim?goal=%c3", b""), "invalid_request", "percent-encoded"),
+    case("1000 parameters", ("POST /claim?" + "&".join(["goal=g"] * 1000), b""), "invalid_request", "100"),
 )
 
 
-@pytest.mark.parametrize("sent, expected", BAD_QUERIES)
-def test_a_bad_path_or_query_is_refused(strict, sent, expected):
-    assert_refusal(strict.ask(*sent.split(" ")), 400, *expected)
+@pytest.mark.parametrize("sent, expected", BAD_REQUESTS)
+def test_a_bad_field_is_refused_by_its_endpoint(strict, sent, expected):
+    request, body = sent
+    assert_refusal(strict.ask(*request.split(" "), body), 400, *expected)
 
 
 @pytest.mark.parametrize("target, headers, expected", [
@@ -2668,119 +4147,21 @@ def test_the_largest_values_are_accepted(served):
 @pytest.mark.parametrize("goal", ["send", "send mail", "\u00e9t\u00e9", "a+b&c=d%"])
 def test_a_list_can_be_narrowed_to_a_goal(served, goal):
     wanted, _ = served.publish(goal=goal), served.publish(goal="another")
-    response = served.ask("GET", "/intents?goal=" + intentbus.urllib.parse.quote(goal))
+    response = served.ask("GET", "/intents?goal=" + urllib.parse.quote(goal))
     assert (response.status, [intent["id"] for intent in response.json["intents"]]) == (200, [wanted])
 
 
 # ---- 8. Page ----
 
-def in_a_browser(test):
-    """Mark a test that drives a browser: one for the long run, where there is one; the page knows nothing of databases."""
-    here = pytest.mark.skipif(not shutil.which("chromedriver"), reason="chromedriver is not on this machine")
-    return ON_A_FILE(SLOW(here(test)))
 
-
-class Browser:
-    """Chromium without a window, driven over the WebDriver protocol (W3C)."""
-
-    def __init__(self, folder):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.base = f"http://127.0.0.1:{free.getsockname()[1]}"
-        self.process = subprocess.Popen(["chromedriver", f"--port={self.base.rpartition(':')[2]}"], stdout=subprocess.DEVNULL,
-                                        stderr=subprocess.DEVNULL, env=dict(os.environ, HOME=str(folder)))
-        wait_until(self.ready)
-        arguments = ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--user-data-dir={folder}/profile"]
-        self.base += "/session/" + self.ask("POST", "/session", {"capabilities": {"alwaysMatch": {
-            "browserName": "chrome", "goog:chromeOptions": {"args": arguments}, "goog:loggingPrefs": {"browser": "ALL"},
-            "unhandledPromptBehavior": "ignore"}}})["sessionId"]
-
-    def ready(self):
-        with contextlib.suppress(OSError):
-            return self.ask("GET", "/status")["ready"]
-
-    def close(self):
-        self.ask("DELETE", "")
-        self.process.terminate()
-        self.process.wait(10)
-
-    def ask(self, method, path, body=None):
-        data = json.dumps(body if body is not None else {}).encode() if method == "POST" else None
-        with urllib.request.urlopen(urllib.request.Request(self.base + path, data, method=method), timeout=30) as answer:
-            return json.load(answer)["value"]
-
-    def run(self, script, *arguments):
-        """Return what a script returns, in the page."""
-        return self.ask("POST", "/execute/sync", {"script": script, "args": arguments})
-
-    def open(self, url):
-        self.ask("POST", "/url", {"url": url})
-
-    def size(self, width, height, dark=False):
-        """Be a screen of that size, in light or dark."""
-        for command, params in (("Emulation.setDeviceMetricsOverride", dict(width=width, height=height, deviceScaleFactor=1, mobile=width < 600)),
-                                ("Emulation.setEmulatedMedia", dict(features=[dict(name="prefers-color-scheme", value="dark" if dark else "light")]))):
-            self.ask("POST", "/goog/cdp/execute", {"cmd": command, "params": params})
-
-    def text(self):
-        return self.run("return document.body.innerText")
-
-    def sees(self, *words):
-        """Wait until the page shows all these words."""
-        try:
-            wait_until(lambda: all(word in self.text() for word in words))
-        except AssertionError:
-            raise AssertionError(f"{words} is not in:\n{self.text()}") from None
-
-    def click(self, words, accept=None):
-        """Click the button or link with these words; answer what it asks, and return the question."""
-        self.run("""[...document.querySelectorAll('button, a')].find(node => node.textContent.trim() === arguments[0]).click()""", words)
-        return self.answer(accept) if accept is not None else None
-
-    def answer(self, accept):
-        asked = []
-        def question():
-            with contextlib.suppress(urllib.error.HTTPError):
-                asked.append(self.ask("GET", "/alert/text"))
-            return asked
-        wait_until(question)
-        self.ask("POST", "/alert/" + ("accept" if accept else "dismiss"))
-        return asked[0]
-
-    def complaints(self):
-        """What the console has said since the last call."""
-        return [entry["message"] for entry in self.ask("POST", "/se/log", {"type": "browser"})]
-
-    def shot(self, path):
-        Path(path).write_bytes(base64.b64decode(self.ask("GET", "/screenshot")))
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    browser = Browser(tmp_path_factory.mktemp("browser"))
-    yield browser
-    browser.close()
-
-
-@pytest.fixture
-def page(browser, served):
-    """The dashboard of an empty bus, signed in."""
-    browser.complaints()
-    browser.size(1280, 800)
-    served.page = served.url.replace("//", f"//admin:{KEY}@") + "/admin/dashboard"
-    browser.open(served.page)
-    browser.sees("Nothing waits.")
-    yield browser
-    assert browser.complaints() == []
-
-
-def test_the_page_is_small_self_contained_and_writes_text_only():
+def test_the_page_is_small_and_self_contained_and_writes_text_only():
     page = intentbus.DASHBOARD.replace("http://www.w3.org/2000/svg", "")     # a name, not a place
     assert page.count("\n") <= 350 and len(page.encode()) <= 25_000
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|https?://|<[^>]+ style=|<[^>]+ on\w+=", page)
     assert len(re.findall("<script>", page)) == len(re.findall("<style>", page)) == 1
 
 
-def test_the_page_is_for_admins_and_may_load_nothing_but_itself(served):
+def test_the_page_is_for_admins_and_loads_nothing_else(served):
     assert served.ask("GET", "/admin/dashboard", key="wrong").status == 401
     answer = served.ask("GET", "/admin/dashboard")
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
@@ -2802,24 +4183,24 @@ def test_a_page_of_another_site_can_change_nothing(served, headers, status):
     assert served.ask("GET", "/admin/summary", **headers).status == 200
 
 
-def test_what_the_dashboard_is_fed_with_holds_no_secret(served):
+def test_the_data_of_the_dashboard_holds_no_secret(served):
     key = served.ask("POST", "/admin/generate_key", {"owner": "ann"}).json["api_key"]
     served.publish()
     token = served.ask("POST", "/claim").json["claim_token"]
     for path in ("/admin/summary", "/intents", "/admin/keys", "/workers", "/events?after=0", "/admin/intents/" + served.ask("GET", "/intents").json["intents"][0]["id"]):
         body = served.ask("GET", path).body.decode()
-        assert not [secret for secret in (KEY, key, token, intentbus.hash_token(token)) if secret in body], path
+        assert not [secret for secret in (KEY, key, token, hashlib.sha256(token.encode()).hexdigest()) if secret in body], path
 
 
 def buried(served, goal, error="it broke", **fields):
-    """Publish an intent, and let it die; return its id."""
+    """Publish an intent and fail it for good; return its id."""
     intent_id = served.publish(goal=goal, **fields)
     claim = served.ask("POST", "/claim?goal=" + urllib.parse.quote(goal)).json
     served.ask("POST", f"/fail/{intent_id}", {"claim_token": claim["claim_token"], "error": error, "retry": False})
     return intent_id
 
 
-def test_exactly_those_that_were_counted_are_retried_or_deleted(served):
+def test_the_dead_intents_that_were_counted_are_retried_or_deleted(served):
     old = [buried(served, goal) for goal in ("a", "a", "b", "b")]
     sweep = lambda action, **which: served.ask("POST", "/admin/dead", dict(which, action=action)).json
     counted = sweep("count", goal="a")
@@ -2840,14 +4221,14 @@ def test_delayed_intents_can_be_listed(served):
 
 
 @in_a_browser
-def test_the_dashboard_asks_who_is_there(browser, served):
+def test_the_dashboard_asks_for_credentials(browser, served):
     browser.open(served.url.replace("//", "//admin:wrong@") + "/admin/dashboard")
     assert browser.run("return document.querySelectorAll('script').length") == 0
     browser.complaints()
 
 
 @in_a_browser
-def test_the_figures_change_by_themselves_after_a_publish_from_outside(page, served):
+def test_the_figures_are_refreshed_after_a_publish_from_outside(page, served):
     served.publish(goal="from outside")
     page.sees("from outside", "No worker for from outside.", "1 published")
     assert page.run("return document.getElementById('count-open').textContent") == "1"
@@ -2870,7 +4251,7 @@ def test_a_dead_intent_is_retried_by_clicking(page, served):
 
 
 @in_a_browser
-def test_what_is_copied_as_a_command_publishes_the_same(page, served):
+def test_the_copied_command_publishes_the_same_intent(page, served):
     payload = {"it's": ["$HOME", "`x`", "\n", "ü"]}
     intent_id = served.publish(goal="a 'goal'", payload=payload, priority=7, visibility="public")
     page.open(served.page + "#intent/" + intent_id)
@@ -2883,7 +4264,7 @@ def test_what_is_copied_as_a_command_publishes_the_same(page, served):
 
 
 @in_a_browser
-def test_all_dead_that_match_are_retried_and_some_are_deleted(page, served):
+def test_dead_intents_are_retried_by_filter_and_deleted_by_selection(page, served):
     ids = {goal: [buried(served, goal) for _ in range(2)] for goal in ("a", "b")}
     page.open(served.page + "#dead?goal=a")
     page.sees("Retry all that match")
@@ -2914,11 +4295,11 @@ def test_a_key_is_added_shown_once_and_revoked(page, served):
 
 
 @in_a_browser
-def test_a_test_intent_is_published_and_its_mistakes_are_said(page, served):
+def test_a_test_intent_is_published_after_its_mistake_is_shown(page, served):
     page.open(served.page + "#publish")
     page.sees("Publish a test intent")
     page.run("document.querySelector('textarea').value = 'oops'")
-    page.click("Publish")     # the page's name in the menu
+    page.click("Publish")     # the entry of the menu
     page.run("document.querySelector('form').requestSubmit()")
     page.sees("The payload is not JSON")
     page.run("document.querySelector('textarea').value = '[1]'; document.querySelector('form').requestSubmit()")
@@ -2943,7 +4324,7 @@ def test_hostile_text_in_every_field_stays_text(page, served):
         page.sees("intentbus")
         wait_until(lambda: page.run("return document.getElementById('view').children.length"))
         assert page.run("return document.querySelectorAll('main img, main script, main b b, #pwned, svg svg').length") == 0
-        with pytest.raises(urllib.error.HTTPError):     # no such alert
+        with pytest.raises(urllib.error.HTTPError):     # no alert is open
             page.ask("GET", "/alert/text")
     page.open(served.page + "#dead")
     page.sees(XSS[0], XSS[1])
@@ -2980,10 +4361,10 @@ CONTRAST = """
 
 
 @in_a_browser
-def test_a_refresh_that_fails_says_so_and_keeps_the_last_figures(page, served):
+def test_a_failed_refresh_keeps_the_last_figures_and_says_so(page, served):
     served.publish(goal="kept")
     page.sees("kept")
-    served.server.close()
+    served.stop()
     page.sees("The bus does not answer; what is shown is old.", "kept")
     page.complaints()
 
@@ -3018,7 +4399,7 @@ def test_no_key_and_an_unknown_key_are_told_apart(strict, method, path):
     {"Authorization": "Basic " + base64.b64encode(b"\xff\xfe").decode()},
     {"Authorization": "Basic " + base64.b64encode(KEY.encode()).decode()},
 ], ids=repr)
-def test_a_key_that_is_not_the_bus_s_is_refused(strict, headers):
+def test_a_key_of_another_bus_is_refused(strict, headers):
     response = strict.ask("GET", "/intents", key=None, **headers)
     assert_refusal(response, 401, "unauthorized")
     assert response.json["error"]["message"] == "Invalid API key."
@@ -3038,7 +4419,7 @@ def test_an_unknown_id_is_not_found(strict, method, path):
 
 
 @pytest.mark.parametrize("intent_id", ["x", "%00", "..", "a/b", "%2e%2e%2fintents", "%C3%A9", "'--", "0" * 31, "0" * 33, "*"])
-def test_an_id_that_is_none_is_not_found(strict, intent_id):
+def test_a_malformed_id_is_not_found(strict, intent_id):
     assert_refusal(strict.ask("GET", f"/status/{intent_id}"), 404, "not_found")
 
 
@@ -3051,7 +4432,7 @@ def test_an_unknown_path_is_not_found(strict, method, path):
 
 
 @pytest.mark.parametrize("method, path", [route[:2] for route in ROUTES])
-def test_a_wrong_method_is_refused_with_those_that_are_right(strict, method, path):
+def test_a_wrong_method_is_refused_with_the_allowed_ones(strict, method, path):
     response = strict.ask("DELETE", path, a_publish())
     assert_refusal(response, 405, "method_not_allowed", method)
     assert method in response.headers["allow"].split(", ")
@@ -3068,18 +4449,18 @@ def test_an_error_is_a_code_and_a_message_and_nothing_else(strict):
 
 
 @pytest.mark.parametrize("verb", ["extend_claim", "fulfill", "fail", "release"])
-@pytest.mark.parametrize("token", ["", "wrong", "\0", "\u00e9", "0" * 32, "0" * 100000])
-def test_a_wrong_token_changes_nothing(served, verb, token):
+def test_a_wrong_token_changes_nothing(served, verb):
     served.publish()
     claim = served.ask("POST", "/claim").json
-    response = served.ask("POST", f"/{verb}/{claim['id']}", {"claim_token": token})
-    assert_refusal(response, 404, "not_found", claim["id"])
+    for token in ("", "wrong", "\0", "\u00e9", "0" * 32, "0" * 100000):
+        response = served.ask("POST", f"/{verb}/{claim['id']}", {"claim_token": token})
+        assert_refusal(response, 404, "not_found", claim["id"])
     status = served.ask("GET", f"/status/{claim['id']}").json
     assert (status["status"], status["claim_expires_at"]) == ("claimed", claim["claim_expires_at"])
 
 
 @pytest.mark.parametrize("verb", ["cancel", "retry"])
-def test_what_has_come_to_another_end_is_a_conflict(served, verb):
+def test_cancelling_or_retrying_a_fulfilled_intent_is_a_conflict(served, verb):
     intent_id = served.publish()
     served.ask("POST", "/claim")
     served.ask("POST", f"/fulfill/{intent_id}")
@@ -3104,7 +4485,7 @@ def test_a_body_over_the_limit_is_refused_before_it_is_sent(strict):
     assert_refusal(strict.ask("POST", "/intent", b" " * largest), 400, "invalid_goal")
 
 
-def test_a_body_that_was_sent_although_over_the_limit_is_refused_in_words(strict):
+def test_a_sent_body_over_the_limit_is_refused_with_its_reason(strict):
     assert_refusal(strict.ask("POST", "/intent", b"[" * 3_000_000), 413, "payload_too_large", str(256 * 1024))
 
 
@@ -3144,7 +4525,7 @@ def test_nothing_is_published_of_an_empty_list(strict, body):
     (None, "invalid_request", ["object"]),
     ([a_publish()], "invalid_request", ["object"]),
 ], ids=repr)
-def test_one_bad_intent_refuses_all_and_is_named_by_its_index(strict, bad, code, words):
+def test_one_bad_intent_of_a_bulk_refuses_all_and_is_named(strict, bad, code, words):
     bodies = [a_publish(), a_publish(), bad, a_publish(goal="")]
     for answer in (strict.ask("POST", "/intents", bodies), ndjson(strict, *[json.dumps(body).encode() for body in bodies])):
         assert_refusal(answer, 400, code, "2", *words)
@@ -3161,7 +4542,7 @@ def test_the_first_bad_line_is_the_one_that_is_named(strict):
 
 
 @pytest.mark.parametrize("body", [[a_publish()] * 1001, a_publish(), "text", b""], ids=["1001", "object", "string", "none"])
-def test_what_is_no_list_of_up_to_a_thousand_is_refused(strict, body):
+def test_a_bulk_that_is_not_a_list_of_up_to_a_thousand_is_refused(strict, body):
     assert_refusal(strict.ask("POST", "/intents", body), 400, "invalid_request", "1000")
 
 
@@ -3174,7 +4555,7 @@ def test_a_repeated_bulk_publish_stores_nothing_more(served):
     assert served.statuses() == ["open", "open"]
 
 
-def test_a_bulk_publish_of_one_is_not_the_same_request_as_a_publish(served):
+def test_a_bulk_publish_of_one_is_another_request_than_a_publish(served):
     assert served.ask("POST", "/intent", a_publish(), Idempotency_Key="k").status == 201
     assert_refusal(served.ask("POST", "/intents", [a_publish()], Idempotency_Key="k"), 422, "idempotency_conflict")
     assert served.ask("POST", "/intents", [a_publish()], Idempotency_Key="l").status == 201
@@ -3203,21 +4584,20 @@ def test_a_claim_of_several_goals_gets_the_first_of_any(served):
 
 # -- Keys and values --
 
-@pytest.mark.parametrize("name", ["k", "my key", "a/b", "/", "caf\u00e9/\u65e5\u672c", "100%", "a+b", "a?b#c&d=e", "..", "*",
-                                  "\n\0"])
-def test_a_value_is_kept_under_any_name(client, name):
-    assert client.set(name, {"a": [1, "\u00e9"]}).ok
-    assert client.get(name) == {"a": [1, "\u00e9"]}
-    assert client.delete(name) == {"ok": True, "deleted": True}
-    assert client.delete(name) == {"ok": True, "deleted": False}
-    with pytest.raises(intentbus.NotFound):
-        client.get(name)
+def test_a_value_is_kept_under_any_name(served):
+    for name in ("k", "my key", "a/b", "/", "caf\u00e9/\u65e5\u672c", "100%", "a+b", "a?b#c&d=e", "..", "*", "\n\0"):
+        assert served.client.set(name, {"a": [1, "\u00e9", name]}).ok
+        assert served.client.get(name) == {"a": [1, "\u00e9", name]}
+        assert served.client.delete(name) == {"ok": True, "deleted": True}
+        assert served.client.delete(name) == {"ok": True, "deleted": False}
+        with pytest.raises(intentbus.NotFound):
+            served.client.get(name)
 
 
-@pytest.mark.parametrize("value", [0, False, "", [], {}, 1.5, "text", {"deep": [None]}], ids=repr)
-def test_any_json_value_but_null_is_kept(served, value):
-    assert served.ask("POST", "/set/k", {"value": value, "ttl": 86400}).json == {"ok": True}
-    assert served.ask("GET", "/get/k").json == {"value": value}
+def test_any_json_value_but_null_is_kept(served):
+    for value in (0, False, "", [], {}, 1.5, "text", {"deep": [None]}):
+        assert served.ask("POST", "/set/k", {"value": value, "ttl": 86400}).json == {"ok": True}
+        assert served.ask("GET", "/get/k").json == {"value": value}
 
 
 @pytest.mark.parametrize("target, body, code", [
@@ -3232,11 +4612,11 @@ def test_a_bad_value_is_refused(strict, target, body, code):
     assert strict.ask("GET", "/get/k").status == 404
 
 
-@pytest.mark.parametrize("query, value", [("value=hello", "hello"), ("value=&ttl=60", ""), ("value=5", "5"),
-                                          ("ttl=1.5&value=a+b%2F%C3%A9", "a b/\u00e9")])
-def test_clients_of_the_first_protocol_set_values_in_the_query(served, query, value):
-    assert served.ask("POST", f"/set/k?{query}").json == {"ok": True}
-    assert served.ask("GET", "/get/k").json == {"value": value}
+def test_clients_of_the_first_protocol_set_values_in_the_query(served):
+    for query, value in (("value=hello", "hello"), ("value=&ttl=60", ""), ("value=5", "5"),
+                         ("ttl=1.5&value=a+b%2F%C3%A9", "a b/\u00e9")):
+        assert served.ask("POST", f"/set/k?{query}").json == {"ok": True}
+        assert served.ask("GET", "/get/k").json == {"value": value}
 
 
 @pytest.mark.parametrize("target, body, seconds", [("/set/k", {"value": 1}, 600), ("/set/k", {"value": 1, "ttl": 30}, 30),
@@ -3263,7 +4643,7 @@ def test_each_owner_has_values_of_its_own(started):
     assert [bus.ask("GET", "/get/k", key=key).status for key in (KEY, ann, bob)] == [200, 404, 200]
 
 
-def test_of_many_that_want_a_lock_one_gets_it(served):
+def test_of_many_simultaneous_requests_for_a_lock_one_gets_it(served):
     answers = at_once(20, lambda index: (served.ask("POST", "/set/lock", {"value": index, "if_absent": True}), index))
     winner, = [index for answer, index in answers if answer.status == 200]
     assert [answer.status for answer, _ in answers].count(409) == 19
@@ -3274,7 +4654,7 @@ def test_of_many_that_want_a_lock_one_gets_it(served):
 
 @pytest.fixture
 def lived_in(started):
-    """A bus with an intent in every state, a key, and its admin answers: (status, JSON) by path."""
+    """A bus with a key and an intent in every state, its ids in states."""
     bus = started()
     bus.issue("ann", "work", "laptop")
     bus.states = {}
@@ -3295,35 +4675,35 @@ COUNTS = {"expired_open_dead", "expired_claims_dead", "fulfilled_deleted", "dead
           "idempotency_deleted", "nonces_deleted"}
 
 
-@pytest.mark.parametrize("method, path, fields", [
-    ("POST", "/admin/cleanup", COUNTS),
-    ("GET", "/admin/keys", {"key_id", "name", "owner", "role", "created_at", "last_used_at", "total_requests"}),
-    ("GET", "/admin/intents/{open}", STATUS | {"payload", "expires_at", "result"}),
-    ("POST", "/admin/intents/{open}/cancel", {"ok", "id", "status"}),
-    ("POST", "/admin/intents/{claimed}/cancel", {"ok", "id", "status"}),
-    ("POST", "/admin/intents/{dead}/retry", {"ok", "id", "status"}),
-    ("GET", "/admin/dead", DEAD_LETTER),
-    ("GET", "/admin/dead/{dead}", DEAD_LETTER | {"payload", "publisher", "visibility"}),
-    ("GET", "/admin/summary", set()),
-])
-def test_the_shape_of_what_an_admin_is_told(lived_in, method, path, fields):
-    answer = lived_in.ask(method, path.format(**lived_in.states))
-    assert answer.status == 200 and answer.headers["content-type"] == "application/json"
-    assert_common_headers(answer)
-    for found in answer.json if isinstance(answer.json, list) else [answer.json]:
-        assert fields <= set(found)
-    assert isinstance(answer.json, list) == (path in ("/admin/keys", "/admin/dead")) and answer.json
+def test_the_fields_of_each_admin_answer(lived_in):
+    for method, path, fields in (
+        ("POST", "/admin/cleanup", COUNTS),
+        ("GET", "/admin/keys", {"key_id", "name", "owner", "role", "created_at", "last_used_at", "total_requests"}),
+        ("GET", "/admin/intents/{open}", STATUS | {"payload", "expires_at", "result"}),
+        ("GET", "/admin/dead", DEAD_LETTER),
+        ("GET", "/admin/dead/{dead}", DEAD_LETTER | {"payload", "publisher", "visibility"}),
+        ("GET", "/admin/summary", set()),
+        ("POST", "/admin/intents/{open}/cancel", {"ok", "id", "status"}),
+        ("POST", "/admin/intents/{claimed}/cancel", {"ok", "id", "status"}),
+        ("POST", "/admin/intents/{dead}/retry", {"ok", "id", "status"}),
+    ):
+        answer = lived_in.ask(method, path.format(**lived_in.states))
+        assert answer.status == 200 and answer.headers["content-type"] == "application/json", path
+        assert_common_headers(answer)
+        for found in answer.json if isinstance(answer.json, list) else [answer.json]:
+            assert fields <= set(found), path
+        assert isinstance(answer.json, list) == (path in ("/admin/keys", "/admin/dead")) and answer.json
 
 
-@pytest.mark.parametrize("method, path, status, code", [
-    ("GET", f"/admin/intents/{NOBODY}", 404, "not_found"), ("GET", f"/admin/dead/{NOBODY}", 404, "not_found"),
-    ("GET", "/admin/dead/{open}", 404, "not_found"), ("POST", f"/admin/intents/{NOBODY}/cancel", 404, "not_found"),
-    ("POST", "/admin/intents/{dead}/cancel", 409, "conflict"), ("POST", "/admin/intents/{open}/retry", 409, "conflict"),
-    ("POST", "/admin/intents/{fulfilled}/retry", 409, "conflict"), ("POST", "/admin/purge", 400, "confirmation_required"),
-    ("GET", "/admin/nothing", 404, "not_found"), ("GET", "/admin/purge", 405, "method_not_allowed"),
-])
-def test_what_an_admin_is_refused(lived_in, method, path, status, code):
-    assert_refusal(lived_in.ask(method, path.format(**lived_in.states)), status, code)
+def test_admin_requests_that_are_refused(lived_in):
+    for method, path, status, code in (
+        ("GET", f"/admin/intents/{NOBODY}", 404, "not_found"), ("GET", f"/admin/dead/{NOBODY}", 404, "not_found"),
+        ("GET", "/admin/dead/{open}", 404, "not_found"), ("POST", f"/admin/intents/{NOBODY}/cancel", 404, "not_found"),
+        ("POST", "/admin/intents/{dead}/cancel", 409, "conflict"), ("POST", "/admin/intents/{open}/retry", 409, "conflict"),
+        ("POST", "/admin/intents/{fulfilled}/retry", 409, "conflict"), ("POST", "/admin/purge", 400, "confirmation_required"),
+        ("GET", "/admin/nothing", 404, "not_found"), ("GET", "/admin/purge", 405, "method_not_allowed"),
+    ):
+        assert_refusal(lived_in.ask(method, path.format(**lived_in.states)), status, code)
 
 
 def test_an_admin_sees_everything_of_an_intent_but_its_token(lived_in):
@@ -3335,7 +4715,7 @@ def test_an_admin_sees_everything_of_an_intent_but_its_token(lived_in):
 def test_the_dead_letters_are_the_newest_hundred(served):
     ids = served.ask("POST", "/intents", [a_publish(payload=number) for number in range(102)]).json["ids"]
     for intent_id in ids:
-        served.api.bus.cancel(intent_id)
+        served.ask("POST", f"/cancel/{intent_id}")
     letters = served.ask("GET", "/admin/dead").json
     assert [letter["intent_id"] for letter in letters] == sorted(ids, reverse=True)[:100]
     assert {(letter["reason"], letter["attempts"]) for letter in letters} == {("Cancelled", 0)}
@@ -3366,9 +4746,8 @@ def test_a_purge_deletes_a_namespace_or_all_once_confirmed(lived_in, body, statu
     assert {name: states for name, states in remaining.items() if states} == left
 
 
-def test_a_cleanup_says_how_many_of_each_kind_are_gone(started, clock):
-    bus = started(clock=clock)
-    bus.api.bus.stop()     # so that nothing is cleaned up behind our back
+def test_a_cleanup_reports_how_many_of_each_kind_it_deleted(started, clock, no_rechecks):
+    bus = started(clock=clock)     # which cleans up nothing by itself for an hour
     for goal, fields in (("done", {}), ("dead", {}), ("left", dict(ttl=8 * 86400)), ("lost", dict(max_attempts=1, ttl=9e6)),
                          ("kept", dict(ttl=9e6))):
         bus.publish(goal=goal, **fields)
@@ -3389,7 +4768,7 @@ SAMPLE = re.compile(r'([a-zA-Z_:][a-zA-Z0-9_:]*)'
 
 
 def exposed(text):
-    """Return {name: {labels: value}} of the text format of Prometheus 0.0.4, read strictly; labels as (name, value) pairs."""
+    """Parse the text format of Prometheus 0.0.4 strictly; return {name: {labels: value}}, labels as (name, value) pairs."""
     families, name = {}, None
     assert text.endswith("\n") and not text.endswith("\n\n")
     lines = iter(text[:-1].split("\n"))
@@ -3408,7 +4787,7 @@ def exposed(text):
     return families
 
 
-def test_the_metrics_are_what_prometheus_reads(lived_in):
+def test_the_metrics_are_in_the_format_of_prometheus(lived_in):
     answer = lived_in.ask("GET", "/metrics")
     assert answer.status == 200 and answer.headers["content-type"].startswith("text/plain")
     found = exposed(answer.body.decode())
@@ -3423,7 +4802,7 @@ def test_the_metrics_of_an_empty_bus_are_readable_too(served):
     assert found["intent_bus_intents_total"] == {} and found["intent_bus_dead_letters_total"] == {(): 0}
 
 
-def test_a_bus_under_maintenance_says_so_and_is_alive(started):
+def test_a_bus_under_maintenance_refuses_all_but_health(started):
     bus = started(api=dict(maintenance=True))
     for method, path in [route[:2] for route in intentbus.ROUTES if route[2]]:
         refused = bus.ask(method, path.replace("*", NOBODY))
@@ -3436,7 +4815,7 @@ def test_a_bus_under_maintenance_says_so_and_is_alive(started):
     (False, {}, 403), (False, dict(X_Forwarded_Proto="https"), 403), (True, {}, 403), (True, dict(X_Forwarded_Proto="http"), 403),
     (True, dict(X_Forwarded_Proto="https"), 200), (True, dict(X_Forwarded_Proto="https, http"), 403),
 ])
-def test_a_bus_can_insist_on_https(started, trust_proxy, headers, status):
+def test_a_bus_can_require_https(started, trust_proxy, headers, status):
     bus = started(api=dict(enforce_https=True), server=dict(trust_proxy=trust_proxy))
     answer = bus.ask("GET", "/intents", **headers)
     assert answer.status == status
@@ -3450,16 +4829,6 @@ def test_a_bus_can_insist_on_https(started, trust_proxy, headers, status):
 BODY = b'{"goal":"g","payload":1}'
 SMUGGLED = (b"POST /intent HTTP/1.1\r\nHost: x\r\nX-API-KEY: %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s"
             % (KEY.encode(), len(BODY), BODY))
-
-
-def post(*lines, end=b"\r\n"):
-    """Return a publish with these header lines after the necessary ones, and the body."""
-    return end.join((b"POST /intent HTTP/1.1", b"Host: x", b"X-API-KEY: " + KEY.encode(), *lines, b"", b"")) + BODY
-
-
-def get(line, *lines):
-    """Return a request of this request line and header lines."""
-    return b"\r\n".join((line, *lines, b"", b""))
 
 
 LENGTH = b"Content-Length: %d" % len(BODY)
@@ -3536,7 +4905,7 @@ CODES = {400: "invalid_request", 411: "length_required", 431: "headers_too_large
 
 
 @pytest.mark.parametrize("attack, expected", FRAMING)
-def test_what_can_be_read_in_two_ways_is_refused_and_nothing_behind_it_is_read(strict, attack, expected):
+def test_ambiguous_framing_is_refused_and_nothing_after_it_is_read(strict, attack, expected):
     status, *words = expected
     response, = strict.send(attack + SMUGGLED)
     assert_refusal(response, status, CODES[status], *words)
@@ -3557,7 +4926,7 @@ def test_an_absolute_target_is_accepted(strict, target):
     get(HEALTH, b"Host: x", b"Connection: close", b"X:\t a \t", b"Y:", b"Z: caf\xe9", b"A: a:b"),
     get(HEALTH, b"host:x", b"CONNECTION:close", b"content-length: 000"),
 ], ids=["100 headers", "a line of 8 KiB", "empty lines before it", "odd values", "odd names"])
-def test_what_is_odd_but_clear_is_accepted(strict, data):
+def test_unusual_but_unambiguous_framing_is_accepted(strict, data):
     response, = strict.send(data)
     assert response.status == 200
 
@@ -3566,7 +4935,7 @@ def test_what_is_odd_but_clear_is_accepted(strict, data):
     b"", b"\r\n", b"G", b"GET /health HTTP/1.1\r\n", b"GET /health HTTP/1.1\r\nHost: x\r\n",
     post(b"Content-Length: 1000"), post(LENGTH)[:-1], post(LENGTH, b"Expect: 100-continue")[:-len(BODY)],
 ])
-def test_a_client_that_leaves_in_the_middle_of_a_request_has_asked_nothing(strict, half):
+def test_a_request_cut_off_by_its_client_is_ignored(strict, half):
     with strict.connect() as sock:
         sock.sendall(half)
         sock.shutdown(socket.SHUT_WR)
@@ -3574,7 +4943,7 @@ def test_a_client_that_leaves_in_the_middle_of_a_request_has_asked_nothing(stric
 
 
 @pytest.mark.parametrize("half", [b"GET /health HT", post(LENGTH)[:-1]], ids=["head", "body"])
-def test_a_request_that_does_not_arrive_in_time_is_given_up(served, monkeypatch, half):
+def test_a_request_that_does_not_arrive_in_time_gets_a_408(served, monkeypatch, half):
     monkeypatch.setattr(intentbus, "HEAD_SECONDS", 0.05)
     monkeypatch.setattr(intentbus, "BODY_SECONDS", 0.05)
     response, = served.send(half)
@@ -3582,41 +4951,45 @@ def test_a_request_that_does_not_arrive_in_time_is_given_up(served, monkeypatch,
     assert response.headers["connection"] == "close"
 
 
-def test_one_connection_too_many_is_told_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(intentbus, "CONNECTIONS", 1)
-    served = Served(tmp_path)
-    with contextlib.closing(served), served.connect() as first:
-        first.sendall(get(b"POST /claim?wait=20 HTTP/1.1", b"Host: x", b"X-API-KEY: " + KEY.encode()))
-        wait_until(lambda: held(served.api.bus))
-        response, = served.send(b"")
-    assert_refusal(response, 503, "too_many_connections", "connections")
-    assert int(response.headers["retry-after"]) > 0
+def test_a_connection_over_the_limit_gets_a_503(started, monkeypatch):
+    monkeypatch.setattr(intentbus, "CONNECTIONS", 20)
+    served = started()
+    claims = [served.begin("POST", "/claim?wait=60") for _ in range(10)]     # which owe no request, and make no room
+    served.holds(10)
+
+    def refusals():
+        claims.append(served.begin("POST", "/claim?wait=60"))
+        with served.connect() as sock:
+            sock.shutdown(socket.SHUT_WR)
+            return responses(received(sock))
+    refused, = wait_until(refusals)
+    assert_refusal(refused, 503, "too_many_connections", "connections")
+    assert int(refused.headers["retry-after"]) > 0
 
 
 @pytest.mark.parametrize("status, lines", [(413, (b"Content-Length: 999999999",)), (411, (b"Transfer-Encoding: chunked",))])
-def test_a_request_refused_for_its_length_keeps_its_request_id(strict, status, lines):
+def test_a_refusal_of_the_length_keeps_the_request_id(strict, status, lines):
     response, = strict.send(post(b"X-Request-ID: mine-1", *lines)[:-len(BODY)])
     assert (response.status, response.headers["x-request-id"]) == (status, "mine-1")
 
 
-def test_a_claim_cannot_keep_the_bus_busy_with_its_lanes(strict):
+def test_the_number_of_lanes_of_a_claim_is_limited(strict):
     goals = "&".join(f"goal=none{number}" for number in range(90))
     capabilities = ",".join(f"c{number}" for number in range(1300))
     response = strict.ask("POST", f"/claim?{goals}", X_Worker_Capabilities=capabilities, X_Worker_ID="w")
-    assert response.status == 400     # 470,000 lanes to look at, while nobody else can write
+    assert response.status == 400     # 470,000 lanes, which would block all writers
 
 
-def test_a_connection_for_which_there_is_no_thread_is_not_counted_for_ever(tmp_path, monkeypatch):
+def test_a_bus_recovers_when_no_thread_can_be_started(started, monkeypatch):
     monkeypatch.setattr(intentbus, "CONNECTIONS", 1)
-    served = Served(tmp_path)
+    served = started()
     def no_thread(self):
         raise RuntimeError("can't start new thread")
-    with contextlib.closing(served):
-        with monkeypatch.context() as broken:
-            broken.setattr(threading.Thread, "start", no_thread)
-            with contextlib.suppress(ConnectionError):
-                served.talk(b"")
-        assert served.ask("GET", "/health").status == 200
+    with monkeypatch.context() as broken:
+        broken.setattr(threading.Thread, "start", no_thread)
+        with contextlib.suppress(ConnectionError):
+            served.talk(b"")
+    assert served.ask("GET", "/health").status == 200
 
 
 def test_a_connection_serves_several_requests(served):
@@ -3661,7 +5034,7 @@ def test_head_is_get_without_the_body(strict, path, status):
     assert b"\r\nContent-Length: %d\r\n" % len(response.body) in head
 
 
-def test_a_client_that_waits_to_send_its_body_is_told_to_go_on(served):
+def test_expect_100_continue_is_answered(served):
     request = post(LENGTH, b"Expect: 100-continue", b"Connection: close")
     with served.connect() as sock, sock.makefile("rb") as answers:
         sock.sendall(request[:-len(BODY)])
@@ -3671,7 +5044,7 @@ def test_a_client_that_waits_to_send_its_body_is_told_to_go_on(served):
     assert response.status == 201
 
 
-def test_a_client_that_waits_to_send_too_much_is_refused_instead(strict):
+def test_expect_100_continue_is_refused_for_a_body_over_the_limit(strict):
     response, = strict.send(post(b"Content-Length: 300000", b"Expect: 100-continue")[:-len(BODY)])
     assert_refusal(response, 413, "payload_too_large")
 
@@ -3680,6 +5053,13 @@ def test_a_client_that_waits_to_send_too_much_is_refused_instead(strict):
 def test_http_1_0_closes(strict, lines):
     response, = strict.send(get(b"GET /health HTTP/1.0", *lines) + SMUGGLED)
     assert (response.status, response.headers["connection"]) == (200, "close")
+
+
+def test_http_1_0_may_keep_its_connection(strict):
+    request = get(b"GET /health HTTP/1.0", b"Connection: keep-alive")
+    answers = strict.send(request + request + get(b"GET /health HTTP/1.0"))
+    assert [(response.status, response.headers["connection"]) for response in answers] == [
+        (200, "keep-alive"), (200, "keep-alive"), (200, "close")]
 
 
 def test_http_1_0_is_not_told_to_continue(served):
@@ -3694,7 +5074,7 @@ def test_a_request_id_is_echoed(strict, request_id):
 
 
 @pytest.mark.parametrize("request_id", ["", "a b", "x" * 129, "\xe9", "a;b", '"', None])
-def test_a_request_id_that_is_none_is_replaced(strict, request_id):
+def test_a_malformed_request_id_is_replaced(strict, request_id):
     one, other = (strict.ask("GET", "/health", X_Request_ID=request_id).headers["x-request-id"] for _ in range(2))
     assert re.fullmatch(r"[A-Za-z0-9_.:-]{1,128}", one)
     assert len({one, other, request_id}) == 3
@@ -3706,7 +5086,7 @@ def test_every_answer_has_the_common_headers(served):
         assert_common_headers(served.ask(method, path))
 
 
-def test_nothing_to_claim_is_204_with_a_pause_and_no_body(strict):
+def test_an_empty_claim_is_204_with_retry_after_and_no_body(strict):
     response = strict.ask("POST", "/claim?goal=nothing")
     assert (response.status, response.body, response.headers["retry-after"]) == (204, b"", "1")
     assert not {"content-type", "content-length", "transfer-encoding"} & set(response.headers)
@@ -3719,88 +5099,256 @@ def test_the_home_page_and_health_need_no_key(strict):
     assert (health.status, health.json["ok"], health.json["version"]) == (200, True, intentbus.__version__)
 
 
-@pytest.mark.parametrize("query", ["wait=20", "wait=20&goal=g", "wait=60&goal=a&goal=g"])
-def test_nothing_is_claimed_for_a_client_that_hung_up_while_it_waited(served, query):
-    attempts, answers = watch(served.store, "claim"), watch(served.api, "handle")
-    with served.connect() as sock:
-        sock.sendall(get(f"POST /claim?{query} HTTP/1.1".encode(), b"Host: x", b"X-API-KEY: " + KEY.encode()))
-        assert attempts.get(timeout=10) is None     # it waits now
+@pytest.mark.parametrize("leave", [
+    lambda sock: sock.close(),
+    lambda sock: sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)) or sock.close(),
+    lambda sock: sock.sendall(b"\r\n") or sock.close(),
+    lambda sock: sock.sendall(asking("GET", "/health") * 3) or sock.close(),
+], ids=["with an end", "with a reset", "after a line end", "after more requests"])
+def test_nothing_is_claimed_for_a_client_that_hung_up_while_held(served, leave):
+    for goals in ("", "&goal=g", "&goal=a&goal=g"):
+        leave(served.hold("POST", f"/claim?wait=60{goals}"))
     intent_id = served.publish()
-    assert sorted(answers.get(timeout=10).status for _ in range(2)) == [201, 204]
+    served.holds(0)
     status = served.ask("GET", f"/status/{intent_id}").json
     assert (status["status"], status["claim_attempts"]) == ("open", 0)
 
 
-def test_nothing_is_claimed_for_a_client_that_sent_more_and_hung_up(served):
-    attempts, answers = watch(served.store, "claim"), watch(served.api, "handle")
+# -- Held, busy and ending --
+
+def kept(method, target, number, *lines):
+    """Return the bytes of a request that keeps its connection; number is its X-Request-ID."""
+    return get(f"{method} {target} HTTP/1.1".encode(), b"Host: x", b"X-API-KEY: " + KEY.encode(),
+               b"X-Request-ID: %d" % number, *lines)
+
+
+def test_requests_behind_a_held_one_wait_their_turn(served):
     with served.connect() as sock:
-        sock.sendall(get(b"POST /claim?wait=20 HTTP/1.1", b"Host: x", b"X-API-KEY: " + KEY.encode()))
-        assert attempts.get(timeout=10) is None
-        sock.sendall(b"\r\n")
-    intent_id = served.publish()
-    assert sorted(answers.get(timeout=10).status for _ in range(2)) == [201, 204]
-    assert served.ask("GET", f"/status/{intent_id}").json["status"] == "open"
-
-
-def test_work_goes_to_the_next_client_when_the_first_has_hung_up(served):
-    attempts = watch(served.store, "claim")
-    wait = get(b"POST /claim?wait=20 HTTP/1.1", b"Host: x", b"X-API-KEY: " + KEY.encode(), b"Connection: close")
-    with served.connect() as gone, served.connect() as there:
-        gone.sendall(wait)
-        attempts.get(timeout=10)
-        there.sendall(wait)
-        attempts.get(timeout=10)
-        gone.close()
+        sock.sendall(kept("POST", "/claim?goal=g&wait=60", 0) + post(LENGTH, b"X-Request-ID: 1")
+                     + kept("POST", "/claim?goal=g&wait=60", 2) + kept("GET", "/health", 3, b"Connection: close"))
+        served.holds(1)
+        assert served.statuses() == [], "the publish behind it is not done yet"
         intent_id = served.publish()
-        response, = responses(received(there))
-    assert (response.status, response.json["id"], response.json["claim_attempts"]) == (200, intent_id, 1)
+        answers = responses(received(sock))
+    assert [response.headers["x-request-id"] for response in answers] == ["0", "1", "2", "3"]
+    assert [response.status for response in answers] == [200, 201, 200, 200]
+    assert [answers[0].json["id"], answers[1].json["id"]] == [intent_id, answers[2].json["id"]]
+
+
+def test_requests_over_64_kib_behind_a_held_one_are_answered(served):
+    with served.connect() as sock:
+        requests = [kept("POST", "/claim?goal=g&wait=60", 0),
+                    *(kept("GET", "/", number, b"X: " + b"a" * 8000) for number in range(1, 50))]
+        sending = in_thread(lambda: sock.sendall(b"".join(requests) + kept("GET", "/", 50, b"Connection: close")) or True)
+        served.holds(1)
+        intent_id = served.publish()
+        answers = responses(received(sock))
+        assert sending()
+    assert [response.headers["x-request-id"] for response in answers] == [str(number) for number in range(51)]
+    assert answers[0].json["id"] == intent_id and {response.status for response in answers} == {200}
+
+
+@LINUX
+def test_a_held_request_uses_no_processor_time(serve):
+    def seconds():
+        """Return the processor time of the bus."""
+        spent = Path(f"/proc/{serve.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(spent[11]) + int(spent[12])) / os.sysconf("SC_CLK_TCK")
+    with serve.connect() as sock:
+        requests = [kept("GET", "/", number, b"X: " + b"a" * 8000) for number in range(100)]
+        sending = in_thread(lambda: sock.sendall(kept("POST", "/claim?goal=none&wait=0.5", 0) + b"".join(requests)) or True)
+        watch = serve.hold("GET", "/events?wait=60", key=serve.issue("watcher").api_key)
+        serve.publish(goal="invisible")     # it wakes the watch in vain
+        before = seconds()
+        assert sock.recv(12) == b"HTTP/1.1 204"
+        assert seconds() - before < 0.1
+        assert sending()
+        watch.close()
+
+
+def test_held_and_half_sent_requests_do_not_block_others(served):
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(served.begin("POST", "/claim?goal=g&wait=60")) for _ in range(50)]
+        for half in (b"", b"GET /health HT", post(LENGTH)[:-1]) * 15:
+            stack.enter_context(served.connect()).sendall(half)
+        served.holds(50)
+        assert [served.ask("GET", path, key=None).status for path in ("/health", "/")] == [200, 200]
+        served.ask("POST", "/intents", [a_publish()] * 50)
+        assert len({claimed_by(claim).id for claim in held}) == 50
+
+
+@ON_A_FILE
+def test_reads_go_on_while_another_program_holds_the_file(served):
+    done, waiting = served.publish(), served.publish(goal="h")
+    served.ask("POST", f"/fulfill/{served.client.claim('g').id}", {"result": 7})
+    result = served.hold("GET", f"/result/{waiting}?wait=60")
+    with occupied(served.db):
+        sent = [served.begin("POST", "/intent", a_publish(goal="later")) for _ in range(20)]
+        assert served.ask("GET", f"/result/{done}").json["result"] == 7
+        assert sorted(served.statuses()) == ["fulfilled", "open"] and served.holds(1)
+        assert {served.ask("GET", path).status for path in ("/", "/whoami", "/events?after=0", "/workers", "/metrics")} == {200}
+        assert served.ask("GET", "/get/none").status == 404
+    assert [response_on(sock).status for sock in sent] == [201] * 20
+    served.ask("POST", f"/cancel/{waiting}")
+    assert response_on(result).json["status"] == "dead"
+
+
+@ON_A_FILE
+def test_a_file_held_for_long_by_another_program_is_a_503(started, monkeypatch):
+    monkeypatch.setattr(intentbus, "BUSY_TIMEOUT_MS", 100)
+    bus = started()
+    with occupied(bus.db):
+        refused = bus.ask("POST", "/intent", a_publish())
+        assert_refusal(refused, 503, "database_busy")
+        assert refused.headers["retry-after"] == "1"
+        assert bus.statuses() == []
+    assert bus.ask("POST", "/intent", a_publish()).status == 201
+    assert bus.statuses() == ["open"]
+
+
+def test_held_requests_are_answered_at_shutdown(served):
+    open_id, start = served.publish(goal="other"), served.client.events().next
+    claims = [served.hold("POST", f"/claim?wait=60&goal={goal}") for goal in ("g", "g&goal=h")]
+    result = served.hold("GET", f"/result/{open_id}?wait=60")
+    watch = served.hold("GET", f"/events?after={start}&wait=60")
+    served.stop()
+    for claim in claims:
+        assert_empty(claim)
+    assert response_on(result).json["status"] == "open"
+    assert response_on(watch).json == {"events": [], "next": start, "missed": 0}
+    served.start()
+    assert served.client.claim("other").claim_attempts == 1 and served.client.claim("g") is None
+
+
+def test_a_request_behind_a_held_one_is_dropped_at_shutdown(served):
+    with served.connect() as sock:
+        sock.sendall(kept("POST", "/claim?goal=none&wait=60", 0) + post(LENGTH, b"Connection: close"))
+        served.holds(1)
+        served.stop()
+        held, = responses(received(sock))
+    assert (held.status, held.headers["connection"]) == (204, "close")
+    assert served.start().statuses() == []
+
+
+def test_no_answered_publish_is_lost_in_a_restart_under_load(served):
+    there, ended, answered = threading.Event(), threading.Event(), queue.SimpleQueue()
+    there.set()
+
+    def publish(index):
+        while not ended.is_set() and there.wait(PATIENCE_SECONDS):
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                ask = talking(served.url, KEY)
+                while not ended.is_set():
+                    status, found = ask("/intent", a_publish())
+                    assert status == 201
+                    answered.put(found["id"])
+        return True
+    publishing = in_thread(at_once, 3, publish)
+    for number in range(3):
+        wait_until(lambda: answered.qsize() >= 10 * (number + 1))
+        there.clear()
+        served.restart()
+        there.set()
+    ended.set()
+    assert publishing() == [True] * 3
+    ids = {answered.get() for _ in range(answered.qsize())}
+    listed = {intent.id for page in pages(served.client, "g") for intent in page}
+    assert ids <= listed
+
+
+def listening(port):
+    """Return whether connections to a port are accepted."""
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=30).close()
+        return True
+    except ConnectionError:
+        return False
+
+
+def ending(serve, number, seconds=5):
+    """Send a signal to a bus, check that it ends within some seconds, and return its exit code."""
+    began = time.monotonic()
+    serve.process.send_signal(number)
+    code = serve.process.wait(PATIENCE_SECONDS)
+    assert time.monotonic() - began < seconds
+    return code
+
+
+@POSIX
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=SLOW), signal.SIGINT])
+def test_a_stop_signal_ends_the_bus_and_every_connection(tmp_path, number):
+    serve = Serve(tmp_path)
+    intent_id = serve.publish()
+    held, idle, half = serve.hold("POST", "/claim?goal=none&wait=60"), serve.connect(), [serve.connect() for _ in range(2)]
+    idle.sendall(kept("GET", "/health", 0))
+    assert idle.recv(12) == b"HTTP/1.1 200"
+    half[0].sendall(b"GET /health HT")
+    half[1].sendall(post(LENGTH)[:-1])
+    assert ending(serve, number, 4) == 0     # it need not wait for idle connections
+    assert_empty(held)
+    for sock in (idle, *half):
+        with contextlib.suppress(ConnectionError):
+            assert b"HTTP/1.1 2" not in received(sock)
+    assert not (tmp_path / "intentbus.db-wal").exists() or not (tmp_path / "intentbus.db-wal").stat().st_size
+    with contextlib.closing(sqlite3.connect(tmp_path / "intentbus.db")) as db:
+        assert db.execute("SELECT id, status FROM intents").fetchall() == [(intent_id, "open")]
+    assert "Traceback" not in serve.process.communicate()[1]
+
+
+@POSIX
+@LINUX
+def test_a_stopping_bus_finishes_the_requests_it_has_begun(tmp_path):
+    serve = Serve(tmp_path)
+    for _ in range(28):
+        serve.publish(payload="x" * 200_000)
+    slow = socket.socket()
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)     # five megabytes do not fit into the system's buffers
+    slow.settimeout(HELD_SECONDS)
+    slow.connect(("127.0.0.1", serve.port))
+    slow.sendall(asking("GET", "/intents?payload=1"))
+    begun = slow.recv(65536)
+    with occupied(tmp_path / "intentbus.db"):
+        sent = [serve.begin("POST", "/intent", a_publish(goal="late")) for _ in range(3)]
+        wait_until(lambda: not unread(serve.port))
+        serve.process.terminate()
+        wait_until(lambda: not listening(serve.port))
+    answers = [response_on(sock) for sock in sent]
+    assert [(response.status, response.headers["connection"]) for response in answers] == [(201, "close")] * 3
+    listed, = responses(begun + received(slow))
+    assert listed.status == 200 and len(listed.body) > 28 * 200_000
+    assert serve.process.wait(PATIENCE_SECONDS) == 0
+    with contextlib.closing(sqlite3.connect(tmp_path / "intentbus.db")) as db:
+        late = {id for id, in db.execute("SELECT id FROM intents WHERE goal = 'late'")}
+    assert late == {response.json["id"] for response in answers}
+    serve.process.communicate()
+
+
+@SLOW
+@POSIX
+@LINUX
+def test_a_stopping_bus_waits_neither_for_a_client_nor_the_file(tmp_path):
+    serve = Serve(tmp_path)
+    serve.ask("POST", "/intents", [a_publish(payload="x" * 200)] * 1000)
+    deaf = serve.connect()     # a client that does not read its answers of some megabytes
+    deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    deaf.sendall(kept("GET", "/intents?limit=500&payload=1", 0) * 200)
+    with occupied(tmp_path / "intentbus.db"):
+        serve.begin("POST", "/intent", a_publish())
+        assert ending(serve, signal.SIGTERM, 6) == 0
+    serve.process.communicate()
 
 
 @pytest.mark.parametrize("trust_proxy, peer", [(True, "203.0.113.7"), (False, "127.0.0.1")])
-def test_the_log_names_the_client_as_a_trusted_proxy_does(started, capsys, trust_proxy, peer):
+def test_the_log_names_the_client_behind_a_trusted_proxy(started, capsys, trust_proxy, peer):
     bus = started(server=dict(log=True, trust_proxy=trust_proxy))
     bus.ask("GET", "/health", X_Forwarded_For="198.51.100.1, 203.0.113.7")
-    bus.close()
+    bus.stop()
     assert json.loads(capsys.readouterr().err)["peer"] == peer
-
-
-class QuietHandler(wsgiref.simple_server.WSGIRequestHandler):
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def wsgi(tmp_path, monkeypatch):
-    """intentbus.application with a file of its own, to be called."""
-    for name in [name for name in os.environ if name.startswith(("BUS_", "DASHBOARD_"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("BUS_DB_PATH", str(tmp_path / "wsgi.db"))
-    monkeypatch.setenv("BUS_SECRET", KEY)
-    intentbus.wsgi_api.cache_clear()
-    yield wsgi_call
-    api = intentbus.wsgi_api(os.getpid())
-    api.bus.stop()
-    api.bus.store.close()
-    intentbus.wsgi_api.cache_clear()
-
-
-def wsgi_call(method, target, body=b"", **environ):
-    """Call the application as a WSGI server does; return its response."""
-    path, _, query = target.partition("?")
-    environ = dict({"REQUEST_METHOD": method, "PATH_INFO": urllib.parse.unquote(path, "latin-1"), "QUERY_STRING": query,
-                    "CONTENT_LENGTH": str(len(body)), "HTTP_X_API_KEY": KEY, "SCRIPT_NAME": "",
-                    "wsgi.input": io.BytesIO(body)}, **environ)
-    wsgiref.util.setup_testing_defaults(environ)
-    started = []
-    answer = intentbus.application(environ, lambda status, headers, error=None: started.extend((status, headers)))
-    body = b"".join(answer)
-    getattr(answer, "close", bool)()
-    return Response(int(started[0][:3]), {name.lower(): value for name, value in started[1]}, body)
 
 
 @pytest.fixture(params=["server", "wsgi"])
 def bus_url(request, served):
-    """The URL of a bus behind our server, and behind another's WSGI server."""
+    """The URL of a bus behind its own server, and behind a WSGI server."""
     if request.param == "server":
         yield served.url
         return
@@ -3832,13 +5380,13 @@ def test_a_round_trip_through_either_server(bus_url):
     ({"CONTENT_LENGTH": "x"}, (400, "invalid_request")), ({"CONTENT_LENGTH": "-1"}, (400, "invalid_request")),
     ({"CONTENT_LENGTH": "+5"}, (400, "invalid_request")), ({"CONTENT_LENGTH": "1_0"}, (400, "invalid_request")),
     ({"CONTENT_LENGTH": "\u0665"}, (400, "invalid_request")), ({"CONTENT_LENGTH": ""}, (400, "invalid_goal")),
-    ({"CONTENT_LENGTH": "100"}, (400, "invalid_request")),     # the client left in the middle of its body
+    ({"CONTENT_LENGTH": "100"}, (400, "invalid_request")),     # the client leaves in the middle of its body
     ({"CONTENT_LENGTH": "", "HTTP_TRANSFER_ENCODING": "chunked"}, (411, "length_required")),
     ({"HTTP_X_API_KEY": "wrong"}, (401, "unauthorized")), ({"REQUEST_METHOD": "DELETE"}, (405, "method_not_allowed")),
     ({"QUERY_STRING": "a=%zz"}, (400, "invalid_request")), ({"PATH_INFO": "/nothing"}, (404, "not_found")),
     ({"PATH_INFO": "/\xff"}, (400, "invalid_request")), ({"PATH_INFO": ""}, (405, "method_not_allowed")),
 ], ids=repr)
-def test_what_wsgi_brings_is_refused_as_our_server_refuses_it(wsgi, environ, expected):
+def test_a_bad_wsgi_request_is_refused_as_by_the_server(wsgi, environ, expected):
     response = wsgi("POST", "/intent", b'{"goal": "g", "payload": 1}', **environ)
     assert_refusal(response, *expected)
     assert wsgi("GET", "/intents").json["intents"] == []
@@ -3847,7 +5395,7 @@ def test_what_wsgi_brings_is_refused_as_our_server_refuses_it(wsgi, environ, exp
 @pytest.mark.parametrize("method, target, status", [("GET", "/", 200), ("HEAD", "/health", 200), ("POST", "/claim", 204),
                                                     ("POST", "/claim?wait=30", 204), ("GET", "/metrics", 200),
                                                     ("HEAD", "/intents", 200)])
-def test_what_wsgi_answers_is_valid(wsgi, monkeypatch, method, target, status):
+def test_wsgi_answers_are_valid(wsgi, monkeypatch, method, target, status):
     monkeypatch.setattr(intentbus, "application", wsgiref.validate.validator(intentbus.application))
     response = wsgi(method, target, **{"wsgi.multithread": False})
     assert response.status == status and (response.body == b"") == (method == "HEAD" or status == 204)
@@ -3868,7 +5416,7 @@ def test_what_wsgi_answers_is_valid(wsgi, monkeypatch, method, target, status):
     (dict(BUS_ENFORCE_HTTPS="1", BUS_TRUST_PROXY="1"), {"HTTP_X_FORWARDED_PROTO": "https"}, "/intents", 200),
     (dict(BUS_ENFORCE_HTTPS="1", BUS_TRUST_PROXY="0"), {"HTTP_X_FORWARDED_PROTO": "https"}, "/intents", 403),
 ], ids=repr)
-def test_the_environment_sets_a_wsgi_bus_up(wsgi, monkeypatch, settings, environ, target, status):
+def test_the_environment_configures_a_wsgi_bus(wsgi, monkeypatch, settings, environ, target, status):
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     assert wsgi("GET", target, **environ).status == status
@@ -3880,27 +5428,9 @@ def test_the_first_requests_of_a_wsgi_bus_may_come_together(wsgi):
 
 
 @SLOW
-def test_a_claim_held_under_wsgi_gets_what_becomes_due(wsgi):
+def test_a_claim_held_under_wsgi_gets_a_delayed_intent(wsgi):
     wsgi("POST", "/intent", b'{"goal": "g", "payload": 1, "delay": 0.1}')
     assert wsgi("POST", "/claim?wait=1", **{"wsgi.multithread": True}).status == 200
-
-
-def certificate(folder, name):
-    """Make a certificate of this machine with the openssl program; return its file and that of its key."""
-    if not shutil.which("openssl"):
-        pytest.skip("openssl is not on this machine")
-    files = [str(folder / f"{name}.{end}") for end in ("crt", "key")]
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days",
-                    "2", "-subj", f"/CN={name}", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-addext",
-                    "keyUsage=critical,digitalSignature,keyCertSign", "-out", files[0], "-keyout", files[1]],
-                   check=True, capture_output=True)
-    return files
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tls")
-    return certificate(folder, "ours"), certificate(folder, "another")
 
 
 @pytest.fixture
@@ -3915,28 +5445,28 @@ def test_a_client_that_trusts_the_certificate_talks_tls(encrypted, certificates)
     assert (intent.id, len(intent.payload)) == (intent_id, 200_000)
     assert bus.fulfill(intent_id, intent.claim_token, "ok").ok and bus.get_result(intent_id, wait=5).result == "ok"
     late = in_thread(bus.claim, "g", wait=20)
-    wait_until(lambda: held(encrypted.api.bus))
+    wait_until(lambda: bus.admin("summary").held_requests)
     bus.publish("g", 2)
     assert late().payload == 2
 
 
-def test_a_client_that_does_not_trust_the_certificate_says_so_in_words(encrypted, certificates, impatient):
+def test_an_untrusted_certificate_is_reported_by_the_client(encrypted, certificates, impatient):
     for ca in (None, certificates[1][0]):
         with pytest.raises(intentbus.Unreachable, match="cannot be reached: .*certificate") as caught:
             IntentClient(encrypted.url, KEY, ca=ca).publish("g", 1)
         assert not re.search(r"_ssl\.c|\[SSL", str(caught.value))
     with pytest.raises(intentbus.Unreachable, match="cannot be reached"):
         IntentClient(encrypted.url.replace("https", "http"), KEY).publish("g", 1)
-    assert encrypted.api.bus.list().intents == []
+    assert IntentClient(encrypted.url, KEY, ca=certificates[0][0]).list().intents == []
 
 
-def test_a_ca_is_trusted_besides_those_of_the_system(encrypted, certificates, monkeypatch, impatient):
+def test_a_given_ca_is_trusted_besides_the_system_ones(encrypted, certificates, monkeypatch, impatient):
     monkeypatch.setenv("SSL_CERT_FILE", certificates[0][0])
     assert IntentClient(encrypted.url, KEY, ca=certificates[1][0]).publish("g", 1).status == "published"
 
 
-def test_who_speaks_no_tls_is_cut_off_and_holds_up_nobody(encrypted, certificates):
-    with encrypted.connect():     # and says nothing
+def test_a_client_without_tls_is_cut_off_and_blocks_no_other(encrypted, certificates):
+    with encrypted.connect():     # a silent connection
         assert b"HTTP/1.1 200" not in encrypted.talk(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         assert IntentClient(encrypted.url, KEY, ca=certificates[0][0]).publish("g", 1).status == "published"
 
@@ -3960,191 +5490,23 @@ def test_a_refused_head_has_no_body_either(strict):
 
 @pytest.mark.parametrize("said", [b"", b"GET /health HT", post(LENGTH)[:-1], get(HEALTH, b"Host: x")],
                          ids=["nothing", "half a head", "half a body", "a request"])
-def test_at_the_limit_the_connection_that_owes_a_request_for_longest_makes_room(tmp_path, monkeypatch, said):
+def test_at_the_limit_the_longest_idle_connection_makes_room(started, monkeypatch, said):
     monkeypatch.setattr(intentbus, "CONNECTIONS", 8)
-    served = Served(tmp_path)
-    waiting = get(b"POST /claim?wait=20 HTTP/1.1", b"Host: x", b"X-API-KEY: " + KEY.encode(), b"Connection: close")
-    with contextlib.closing(served), served.connect() as worker, contextlib.ExitStack() as slow:
-        worker.sendall(waiting)
-        wait_until(lambda: held(served.api.bus))
-        others = []
-        for _ in range(7):
-            others.append(slow.enter_context(served.connect()))
-            others[-1].sendall(said)
-            assert not said.endswith(b"\r\n\r\n") or others[-1].recv(65536).startswith(b"HTTP/1.1 200 ")
-            wait_until(lambda: len(served.server.reading) == len(others))
-        assert [served.ask("GET", "/health").status for _ in range(3)] == [200, 200, 200]
-        assert received(others[0]) == b""
-        assert served.publish() == responses(received(worker))[0].json["id"]
+    served, others = started(), []
+    worker = served.hold("POST", "/claim?wait=60")
+    for number in range(7):
+        others.append(served.connect())
+        others[-1].sendall(said)
+        assert not said.endswith(b"\r\n\r\n") or others[-1].recv(65536).startswith(b"HTTP/1.1 200 ")
+        for _ in range(20 if number == 0 else 0):     # time for the bus to notice the first connection before the others
+            assert served.ask("GET", "/health").status == 200
+    assert [served.ask("GET", "/health").status for _ in range(3)] == [200, 200, 200]
+    assert received(others[0]) == b""
+    intent_id = served.publish()
+    assert claimed_by(worker).id == intent_id
 
 
-NASTY = ("", " ", "\t", "a\nb", "\r\nX-Evil: 1", "\0", "\x7f", "\x1b[2J", "ä", "漢字", "😀", "\ud800", "\u202e", "%00", "%", "%zz", "%ff", "../../etc",
-         "' OR 1=1 --", '"; DROP TABLE intents; --', "$(id)", "`id`", "{id}", "{{x}}", "<script>", "-rf", "null", "NaN", "1e999", "-1",
-         "0x10", "1_000", "٣", "9" * 400, "a" * 70, "a" * 257, "a" * 9000, "default", "g", "public", "both", "open", "dead", "json")
-NUMBERS = (0, 1, -1, 0.5, 3, 10, 59, 61, 3600, 2 ** 31, 2 ** 53, 2 ** 63, 2 ** 64, -2 ** 63, 1e308, 10 ** 400, 1e-320)
-FUZZED_BODIES = {"/intent": dict(intentbus.PUBLISH_DEFAULTS, goal="g", payload={"n": 1}), "/set/*": {"value": 1, "ttl": 60, "if_absent": True},
-          "/fulfill/*": {"claim_token": "x", "result": [1], "result_type": "text"}, "/fail/*": {"error": "e", "retry": False},
-          "/release/*": {"delay": 1}, "/extend_claim/*": {"seconds": 60}, "/retry": {"goal": "g", "limit": 3},
-          "/admin/purge": {"confirm": True, "namespace": "x"}, "/admin/generate_key": {"owner": "o", "name": "n", "role": "work"},
-          "/admin/revoke_key": {"key_id": "0" * 16, "api_key": "tk_"}}
-FUZZED_HEADERS = ("X-Worker-ID", "X-Worker-Capabilities", "Idempotency-Key", "X-Request-ID", "X-Key-ID", "X-Timestamp", "X-Nonce",
-                  "X-Signature", "X-Admin-Token", "Authorization", "X-Forwarded-Proto", "Content-Type", "Expect", "Connection", "Cookie",
-                  "X-Claim-Token", "Transfer-Encoding", "Host", "Content-Length", "Upgrade", "Range", "Accept-Encoding")
-
-
-class Fuzzer:
-    """Requests that are right, nearly right and wrong, the same ones for the same seed."""
-
-    def __init__(self, seed, keys):
-        self.chance, self.keys, self.ids = random.Random(seed), keys, [NOBODY]
-
-    def word(self):
-        """A word that is odd, or that stands for something."""
-        return self.chance.choice((*NASTY, *self.ids[-20:], *self.keys))
-
-    def value(self, depth=0):
-        """Any JSON value."""
-        kind = self.chance.randrange(8 if depth < 3 else 5)
-        if kind < 2:
-            return self.word()
-        if kind < 5:
-            return self.chance.choice((*NUMBERS, True, False, None))
-        some = range(self.chance.randrange(4))
-        return [self.value(depth + 1) for _ in some] if kind < 7 else {self.word(): self.value(depth + 1) for _ in some}
-
-    def body(self, route):
-        """The bytes of a body for a route: right, with a field or some bytes changed, or of another kind."""
-        pick = self.chance.random()
-        fields = dict(FUZZED_BODIES.get(route, {}))
-        if pick < 0.5 and fields:
-            fields = {name: value for name, value in fields.items() if self.chance.random() < 0.8}
-            if self.chance.random() < 0.6:
-                fields[self.chance.choice((*fields, "goal", "payload", self.word()))] = self.value()
-        elif pick < 0.7:
-            fields = self.value()
-        body = json.dumps([fields] * self.chance.randrange(4) if route == "/intents" else fields).encode()
-        if pick > 0.97:
-            body = self.chance.choice((b"[" * 70_000, b'{"a":' * 100, b"\xff\xfe{}", b"\xef\xbb\xbf{}", b"\x1f\x8b\x08\0\0", b"a=1&b=2",
-                                       b'{"goal":"\xc3("}', b"1" * 5000, b"x" * 300_000, b'{"goal":"g","goal":1,"payload":NaN}'))
-        elif pick > 0.85 and body:
-            at = self.chance.randrange(len(body))
-            body = body[:at] + bytes([self.chance.randrange(256)]) + body[at + self.chance.randrange(3):]
-        return body
-
-    def target(self, route):
-        """A path for a route, and perhaps a query."""
-        quoted = self.chance.choice((urllib.parse.quote, lambda word: word.encode("latin-1", "ignore").decode("latin-1")))
-        word = self.word().encode("utf-8", "replace").decode()
-        path = route.replace("*", quoted(word).replace(" ", "+").replace("\r", "").replace("\n", ""))
-        names = ("goal", "namespace", "publisher", "worker_id", "capabilities", "lease", "limit", "before", "status", "payload", "value",
-                 "ttl", "wait", "if_absent", "zzz")
-        pairs = [(self.chance.choice(names), self.word()) for _ in range(self.chance.choice((0, 0, 0, 1, 2, 5, 120)))]
-        pairs = [(name, "0.01" if name == "wait" and re.fullmatch(r"[0-9.]+", word) else word) for name, word in pairs]
-        query = urllib.parse.urlencode(pairs, errors="replace")
-        return path + ("?" + query if query else "")
-
-    def request(self):
-        """(method, bytes)."""
-        method, route = self.chance.choice(intentbus.ROUTES)[:2]
-        if self.chance.random() < 0.1:
-            method = self.chance.choice(("GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE", "PRI", "get", "PATCH", "CONNECT"))
-        target, body = self.target(route), b"" if method == "GET" and self.chance.random() < 0.8 else self.body(route)
-        forwarded = ".".join(str(self.chance.randrange(256)) for _ in range(4))     # wrong keys are slowed by address
-        headers = {"Host": "x", "Content-Length": str(len(body)), "X-Forwarded-For": forwarded}
-        credential = self.chance.random()
-        if credential < 0.85:
-            headers["X-API-KEY"] = self.chance.choice(self.keys)
-        if 0.8 < credential < 0.95:
-            headers.update((name.replace("_", "-"), value) for name, value in signed(
-                method, target.split("?")[0], body, timestamp=self.chance.choice((None, "1", "NaN", "-1e9", "9" * 20))).items())
-        for _ in range(self.chance.choice((0, 0, 0, 1, 3))):
-            headers[self.chance.choice(FUZZED_HEADERS)] = self.word().encode("utf-8", "replace").decode("latin-1")
-        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        return method, f"{method} {target} HTTP/1.1\r\n{head}\r\n".encode("latin-1", "replace") + body
-
-    def damaged(self):
-        """The bytes of a request with some of them changed, doubled or gone; or any bytes."""
-        data = bytearray(self.request()[1])
-        for _ in range(self.chance.randrange(1, 6)):
-            at = self.chance.randrange(len(data))
-            data[at:at + self.chance.randrange(3)] = self.chance.choice((b"", b"\r", b"\n", b"\0", b" ", b":", bytes(data[at:at + 40])))
-        return bytes(data) if self.chance.random() < 0.8 else self.chance.getrandbits(8 * 200).to_bytes(200, "big")
-
-
-def read_answers(sock, methods):
-    """Return the responses to requests of these methods, or those until the server closes the connection."""
-    found, data = [], b""
-    for method in methods:
-        while b"\r\n\r\n" not in data or data.startswith(b"HTTP/1.1 100 "):
-            if data.startswith(b"HTTP/1.1 100 ") and b"\r\n\r\n" in data:
-                data = data.partition(b"\r\n\r\n")[2]
-                continue
-            more = sock.recv(65536)
-            if not more:
-                return found
-            data += more
-        head, _, data = data.partition(b"\r\n\r\n")
-        length = int(re.search(rb"(?i)\r\ncontent-length: (\d+)", head + b"\r\nContent-Length: 0")[1]) * (method != "HEAD")
-        while len(data) < length:
-            more = sock.recv(65536)
-            assert more, "the answer was cut short"
-            data += more
-        found += responses(head + b"\r\n\r\n" + data[:length]) if method != "HEAD" else responses(
-            re.sub(rb"(?i)\r\ncontent-length: \d+", b"", head) + b"\r\n\r\n")
-        data = data[length:]
-    return found
-
-
-def fuzz(port, fuzzer, number):
-    """Send a number of requests, most of them pipelined; return how often each status was answered."""
-    statuses = collections.Counter()
-
-    def note(answers, methods):
-        for method, answer in zip(methods, answers):
-            statuses[answer.status] += 1
-            assert 200 <= answer.status < 500, (answer.status, answer.body)
-            assert_common_headers(answer)
-            if answer.status >= 400 and method != "HEAD":
-                error = answer.json["error"]
-                assert re.fullmatch("[a-z_]+", error["code"]) and isinstance(error["message"], str) and error["message"]
-            elif answer.status == 201 and b'"id"' in answer.body:
-                fuzzer.ids.append(answer.json["id"])
-
-    sent = 0
-    while sent < number:
-        raw = fuzzer.chance.random() < 0.1
-        requests = [("?", fuzzer.damaged())] if raw else [fuzzer.request() for _ in range(fuzzer.chance.choice((1, 5, 30)))]
-        methods, blocks = zip(*requests)
-        with socket.create_connection(("127.0.0.1", port), timeout=30) as sock:
-            with contextlib.suppress(ConnectionError):     # it closes what it cannot frame
-                sock.sendall(b"".join(blocks))
-                sock.shutdown(socket.SHUT_WR)
-            answers, data = [], b""
-            with contextlib.suppress(ConnectionError):
-                if raw:     # nobody knows how many requests that is, and of which methods
-                    data = received(sock)
-                else:
-                    answers = read_answers(sock, methods)
-        note(answers, methods)
-        assert not re.search(rb"HTTP/1\.1 5", data), data
-        sent += len(answers) + raw
-    return statuses
-
-
-def fuzzing(serve, seed, number):
-    """Fuzz a bus with all kinds of keys; return how often each status was answered."""
-    client = IntentClient(serve.url, intentbus.read_key(serve.home / ".apikey"))
-    issued = [client.admin("generate_key", owner="ann", name="x", role=role).api_key for role in ("publish", "work", "both")]
-    keys = [intentbus.read_key(serve.home / ".apikey")] * 4 + issued + ["wrong", "tk_" + "0" * 56]
-    statuses = fuzz(int(serve.url.rpartition(":")[2]), Fuzzer(seed, keys), number)
-    assert client.publish("after", 1).id
-    return statuses
-
-
-FUZZED = ("--trust-proxy", "--rate-limit", "100000000", "--max-unfinished", "100000000")
-
-
-def test_whatever_is_sent_is_answered_or_refused_in_words(tmp_path):
+def test_random_requests_are_answered_or_refused_with_a_reason(tmp_path):
     serve = Serve(tmp_path, *FUZZED)
     statuses = fuzzing(serve, seed=1, number=200)
     assert {200, 201, 400, 401, 403, 404} <= set(statuses), statuses
@@ -4160,7 +5522,7 @@ PLACES = ("goal", "payload", "namespace", "target_worker", "required_capability"
 
 
 def inject(bus, place, text):
-    """Put a text into a place of the protocol; return the answer, and what the bus gives back of the text, if it took it."""
+    """Put a text into a place of the protocol; return the response, and the text as the bus returns it, if it took it."""
     header = text.encode("utf-8").decode("latin-1").replace("\r\n", " ").replace("\0", " ")
     word = urllib.parse.quote(text, safe="")
     if place in ("goal", "namespace", "target_worker", "required_capability", "payload"):
@@ -4189,64 +5551,32 @@ def inject(bus, place, text):
     return answer, found
 
 
-def tables_of(store):
-    """Return the names and the columns of all tables, as far as the database says them."""
-    file = type(store) is Store
-    with store._reader() as db:
-        return str(db.execute("SELECT name, sql FROM sqlite_master ORDER BY name" if file else """
-            SELECT   table_name, column_name, data_type
-            FROM     information_schema.columns
-            WHERE    table_schema = current_schema()
-            ORDER BY table_name, column_name
-        """).fetchall())
-
-
 @pytest.mark.parametrize("place", PLACES)
-def test_no_text_in_any_place_is_more_than_text(started, capsys, place):
+def test_hostile_text_in_any_field_is_only_text(started, capsys, place):
     bus = started(server=dict(log=True))
-    tables = tables_of(bus.store)
+    columns = lambda: {name: columns for name, (columns, _) in tables_of(bus).items()}
+    before = columns()
     for text in CORPUS:
-        answer, found = inject(bus, place, text)
-        if answer.status in (200, 201):
-            pictured = text.replace("\0", "\u2400")     # PostgreSQL's TEXT holds no NUL
-            assert found in (text, text.strip()) or type(bus.store) is not Store and found == pictured
+        response, found = inject(bus, place, text)
+        if response.status in (200, 201):
+            pictured = text.replace("\0", "\u2400")     # a TEXT of PostgreSQL holds no NUL
+            assert found in (text, text.strip()) or bus.database == "postgres" and found == pictured
         else:
-            assert_refusal(answer, 400, answer.json["error"]["code"])
-        assert "x-evil" not in answer.headers
-    assert tables_of(bus.store) == tables
+            assert_refusal(response, 400, response.json["error"]["code"])
+        assert "x-evil" not in response.headers
+    assert columns() == before
     log = capsys.readouterr().err
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", log)
     assert all(json.loads(line)["status"] < 500 for line in log.split("\n") if line)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 4 MB."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no file system can be mounted here")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
-def fill_up(place):
-    """Fill a file system to its last byte, and return the file that takes the room."""
-    filler = place / "filler"
-    with contextlib.suppress(OSError), open(filler, "ab", buffering=0) as file:
-        while file.write(bytes(4096)):
-            pass
-    return filler
-
-
-def test_a_full_disk_is_said_loses_nothing_and_is_forgotten_once_there_is_room(small_disk, monkeypatch):
+def test_a_full_disk_is_reported_loses_nothing_and_is_recovered_from(small_disk, monkeypatch):
     monkeypatch.setattr(intentbus, "RECHECK_SECONDS", 0.1)
-    bus = Bespoke(small_disk)
+    bus = Served(small_disk)
     answered = [bus.publish(payload="x" * 5000) for _ in range(20)]
     claimed = bus.ask("POST", "/claim").json
     filler = fill_up(small_disk)
-    while (answer := bus.ask("POST", "/intent", a_publish(payload="x" * 5000))).status == 201:     # what the log has room for
+    while (answer := bus.ask("POST", "/intent", a_publish(payload="x" * 5000))).status == 201:     # there is room in the log
         answered.append(answer.json["id"])
     assert_refusal(answer, 507, "storage_full", "disk", "full", "nothing of this request was stored")
     token = {"claim_token": claimed["claim_token"], "result": "y" * 5000}
@@ -4263,12 +5593,12 @@ def test_a_full_disk_is_said_loses_nothing_and_is_forgotten_once_there_is_room(s
     assert sorted(stored) == sorted(answered) and stored[claimed["id"]] == "fulfilled"
     with contextlib.closing(sqlite3.connect(bus.db)) as db:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    bus.close()
+    bus.stop()
 
 
 def test_a_worker_outlasts_a_full_disk_at_the_bus(small_disk, impatient, monkeypatch):
     monkeypatch.setattr(intentbus, "RETRIES", 10_000)
-    bus = Bespoke(small_disk)
+    bus = Served(small_disk)
     client = IntentClient(bus.url, KEY)
     ids = [client.publish("g", number).id for number in range(3)]
 
@@ -4279,13 +5609,13 @@ def test_a_worker_outlasts_a_full_disk_at_the_bus(small_disk, impatient, monkeyp
         return "y" * 50_000
     listen(client, "g", handler, max_jobs=3, poll=0.01)
     assert [client.get_status(id).status for id in ids] == ["fulfilled"] * 3
-    bus.close()
+    bus.stop()
 
 
 @ON_A_FILE
 @POSIX
 @pytest.mark.parametrize("happens", ("deleted", "replaced"))
-def test_a_bus_whose_file_is_gone_accepts_nothing_more(served, happens, monkeypatch):
+def test_a_bus_whose_file_is_gone_accepts_nothing(served, happens, monkeypatch):
     monkeypatch.setattr(intentbus, "RECHECK_SECONDS", 0.1)
     kept = served.publish()
     os.rename(served.db, served.db + ".away")
@@ -4300,57 +5630,51 @@ def test_a_bus_whose_file_is_gone_accepts_nothing_more(served, happens, monkeypa
 
 
 @ON_A_FILE
-def test_a_damaged_file_is_refused_in_words_and_nothing_is_accepted_on_top(started):
+def test_a_damaged_file_is_reported_and_accepts_nothing(started):
     bus = started()
     for _ in range(200):
         bus.publish(payload="x" * 1000)
-    bus.close()
+    bus.stop()
     with open(bus.db, "r+b") as file:
         file.seek(8 * 4096)
         file.write(os.urandom(100 * 4096))
-    with contextlib.suppress(intentbus.Unavailable):     # it may be noticed at once
-        bus = Bespoke(Path(bus.db).parent)
+    with contextlib.suppress(intentbus.Unavailable):     # the start may fail
+        bus = Served(Path(bus.db).parent)
         answers = [bus.ask("POST", "/intent", a_publish()), bus.ask("POST", "/claim"), bus.ask("GET", "/intents")]
         assert {answer.status for answer in answers} & {503} and not {answer.status for answer in answers} & {500}
         for answer in answers:
             assert answer.status < 300 or assert_refusal(answer, 503, "database_busy", "cannot be used") is None
-        bus.close()
+        bus.stop()
 
 
 # ---- 11. Local state ----
 
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    """An empty HOME of our own, and no settings in the environment."""
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    (tmp_path / "home").mkdir()
-    for name in ("INTENT_BUS_URL", "INTENT_API_KEY", "INTENT_BUS_NAMESPACE"):
-        monkeypatch.delenv(name, raising=False)
-    return tmp_path / "home"
-
 
 @POSIX
-def test_what_a_machine_keeps_is_its_owners_alone(home):
+def test_local_files_are_private(home):
     intentbus.write_settings("https://bus", "key", None)
     intentbus.Spool()
     modes = {path.name: path.stat().st_mode & 0o777 for path in (home / ".intentbus").iterdir()}
     assert modes == {"config.json": 0o600, "spool.db": 0o600} and (home / ".intentbus").stat().st_mode & 0o777 == 0o700
 
 
-def test_a_flag_goes_before_the_environment_that_before_the_bus_joined_and_that_before_the_default(home, monkeypatch):
-    intentbus.make_key()
-    assert (IntentClient().base_url, IntentClient()._key) == (intentbus.URL, intentbus.read_key())
+def test_settings_come_from_flag_environment_joined_bus_default(home, sent, monkeypatch):
+    def found(*arguments):
+        client = IntentClient(*arguments)
+        return client.base_url, sent_headers(sent, client.list)["x-api-key"]
+    own = intentbus.make_key()
+    assert found() == (intentbus.URL, own)
     intentbus.write_settings("https://joined", "joined", None)
-    assert (IntentClient().base_url, IntentClient()._key) == ("https://joined", "joined")
+    assert found() == ("https://joined", "joined")
     monkeypatch.setenv("INTENT_BUS_URL", "https://environment")
-    assert (IntentClient().base_url, IntentClient()._key) == ("https://environment", intentbus.read_key()), "its own key only"
+    assert found() == ("https://environment", own), "the key of the bus joined is for that bus only"
     monkeypatch.setenv("INTENT_API_KEY", "environment")
-    assert IntentClient()._key == "environment"
-    assert (IntentClient("https://flag/", "flag").base_url, IntentClient("https://flag", "flag")._key) == ("https://flag", "flag")
+    assert found() == ("https://environment", "environment")
+    assert found("https://flag/", "flag") == found("https://flag", "flag") == ("https://flag", "flag")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"url": 1}', '{"url": "https://x"}', '{"url": "https://x", "key": ""}', "\0"])
-def test_damaged_settings_are_said_in_words(home, text):
+def test_damaged_settings_are_reported(home, text):
     intentbus.write_settings("https://x", "key", None)
     (home / ".intentbus" / "config.json").write_text(text)
     with pytest.raises(intentbus.SetupError, match="damaged; join the bus again|holds no key"):
@@ -4358,7 +5682,7 @@ def test_damaged_settings_are_said_in_words(home, text):
 
 
 @POSIX
-def test_settings_that_are_a_link_are_refused(home):
+def test_settings_in_a_linked_file_are_refused(home):
     intentbus.write_settings("https://x", "key", None)
     (home / ".intentbus" / "config.json").rename(home / "elsewhere")
     (home / ".intentbus" / "config.json").symlink_to(home / "elsewhere")
@@ -4366,7 +5690,7 @@ def test_settings_that_are_a_link_are_refused(home):
         IntentClient()
 
 
-def test_a_spool_that_cannot_be_used_is_said_in_words(tmp_path):
+def test_an_unusable_spool_is_reported(tmp_path):
     (tmp_path / "file").write_text("no database, and long enough to be read as the head of one" * 20)
     with pytest.raises(intentbus.SetupError, match="The spool .* cannot be used: file is not a database"):
         intentbus.Spool(tmp_path / "file")
@@ -4374,7 +5698,7 @@ def test_a_spool_that_cannot_be_used_is_said_in_words(tmp_path):
         intentbus.Spool(tmp_path / "file" / "spool.db")
 
 
-def test_one_program_sends_at_a_time(tmp_path):
+def test_one_program_sends_from_a_spool_at_a_time(tmp_path):
     ours, theirs = intentbus.Spool(tmp_path / "s"), intentbus.Spool(tmp_path / "s")
     with ours.send_lock(0):
         with pytest.raises(intentbus.Unavailable, match="Another program is sending"), theirs.send_lock(0.05):
@@ -4385,265 +5709,132 @@ def test_one_program_sends_at_a_time(tmp_path):
 
 # ---- 12. Client ----
 
-class Away:
-    """A bus that is away until start(), and the URL where it will be."""
 
-    def __init__(self, store):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        self.url, self.store, self.server = f"http://127.0.0.1:{self.port}", store, None
-
-    def start(self):
-        self.bus = Bus(self.store)
-        self.server = intentbus.http_server(API(self.bus, Keys(KEY, self.store)), port=self.port)
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        return self
-
-    def stop(self):
-        if self.server:
-            self.server.close()
-            self.server = None
-
-    def payloads(self, **which):
-        """What was published, oldest first."""
-        return [intent.payload for intent in reversed(self.bus.list(limit=500, payload=True, **which).intents)]
+def spooling(served, tmp_path):
+    return IntentClient(served.url, KEY, spool=tmp_path / "spool.db")
 
 
-@pytest.fixture
-def away(store):
-    away = Away(store)
-    yield away
-    away.stop()
-
-
-def spooling(away, tmp_path):
-    return IntentClient(away.url, KEY, spool=tmp_path / "spool.db")
-
-
-def test_what_is_published_while_the_bus_is_away_arrives_once_and_in_order(away, tmp_path):
+def test_spooled_intents_arrive_once_and_in_order(served, tmp_path):
+    served.stop()
     for number in range(20):
-        answer = spooling(away, tmp_path).publish("g", number)
+        answer = spooling(served, tmp_path).publish("g", number)
         assert answer.pick(("id", "status")) == {"id": None, "status": "spooled"} and "cannot be reached" in answer.reason
-    assert spooling(away, tmp_path).publish_many([dict(goal="g", payload=20), dict(goal="g", payload=21)]).ids == []
-    away.start()
-    assert spooling(away, tmp_path).publish("g", 22).id
-    found = away.payloads()
+    assert spooling(served, tmp_path).publish_many([dict(goal="g", payload=20), dict(goal="g", payload=21)]).ids == []
+    served.start()
+    assert spooling(served, tmp_path).publish("g", 22).id
+    found = served.payloads()
     assert found[:20] + sorted(found[20:22]) + found[22:] == list(range(23)), "a bulk is one moment"
-    assert spooling(away, tmp_path).flush() == 0
+    assert spooling(served, tmp_path).flush() == 0
 
 
-def test_a_publish_whose_answer_is_lost_is_kept_and_stored_once(server, tmp_path):
-    proxy = Proxy(server.server_port, drop=1)
+def test_a_spooled_publish_with_a_lost_answer_is_stored_once(served, tmp_path):
+    proxy = Proxy(served.port, drop=1)
     bus = IntentClient(proxy.url, KEY, spool=tmp_path / "spool.db")
     assert bus.publish("g", 1).status == "spooled" and bus.flush() == 1
-    assert len(server.api.bus.list().intents) == 1
+    assert len(served.client.list().intents) == 1
 
 
-def test_several_programs_with_one_spool_send_everything_once(away, tmp_path):
+def test_several_programs_with_one_spool_send_each_request_once(served, tmp_path):
+    served.stop()
     for number in range(30):
-        spooling(away, tmp_path).publish("g", number)
-    away.start()
-    answers = at_once(6, lambda number: spooling(away, tmp_path).publish("g", 100 + number).id)
-    found = away.payloads()
+        spooling(served, tmp_path).publish("g", number)
+    served.start()
+    answers = at_once(6, lambda number: spooling(served, tmp_path).publish("g", 100 + number).id)
+    found = served.payloads()
     assert found[:30] == list(range(30)) and sorted(found[30:]) == list(range(100, 106)) and len(set(answers)) == 6
 
 
-def test_what_the_bus_refuses_for_good_is_kept_apart_and_holds_up_nothing(away, tmp_path):
-    bus = spooling(away, tmp_path)
+def test_a_refused_request_is_set_aside_and_blocks_no_other(served, tmp_path):
+    served.stop()
+    bus = spooling(served, tmp_path)
     for payload, fields in ((1, {}), (2, {"priority": 5000}), (3, {})):
         bus.publish("g", payload, **fields)
-    away.start()
-    assert bus.flush() == 2 and away.payloads() == [1, 3]
+    served.start()
+    assert bus.flush() == 2 and served.payloads() == [1, 3]
     refused, = bus.spool.refused(bus.base_url)
     assert refused.refusal == "priority must be a whole number from 0 to 1000." and json.loads(refused.body)["payload"] == 2
 
 
-def test_what_the_bus_refuses_at_once_is_said_and_not_kept(away, tmp_path):
-    away.start()
+def test_a_publish_refused_at_once_is_raised_and_not_spooled(served, tmp_path):
     with pytest.raises(intentbus.Invalid, match="priority must be"):
-        spooling(away, tmp_path).publish("g", 1, priority=5000)
+        spooling(served, tmp_path).publish("g", 1, priority=5000)
     with pytest.raises(intentbus.Unauthorized):
-        IntentClient(away.url, "wrong", spool=tmp_path / "spool.db").publish("g", 1)
+        IntentClient(served.url, "wrong", spool=tmp_path / "spool.db").publish("g", 1)
     with pytest.raises(intentbus.Invalid, match="cannot be sent as JSON"):
-        spooling(away, tmp_path).publish("g", {1, 2})
-    assert spooling(away, tmp_path).spool.pending(away.url) == []
+        spooling(served, tmp_path).publish("g", {1, 2})
+    assert spooling(served, tmp_path).spool.pending(served.url) == []
 
 
-def test_a_spool_keeps_the_requests_of_each_bus_apart(away, tmp_path):
+def test_a_spool_keeps_the_requests_of_each_bus_apart(served, tmp_path):
     IntentClient("http://127.0.0.1:9", KEY, spool=tmp_path / "spool.db").publish("g", "for another")
-    away.start()
-    spooling(away, tmp_path).publish("g", 1)
-    assert away.payloads() == [1]
+    spooling(served, tmp_path).publish("g", 1)
+    assert served.payloads() == [1]
 
 
 @pytest.mark.parametrize("report, status", [
     (lambda bus, intent: bus.fulfill(intent.id, intent.claim_token, 7), "fulfilled"),
     (lambda bus, intent: bus.fail(intent.id, intent.claim_token, "no", retry=False), "dead"),
 ])
-def test_an_outcome_that_could_not_be_told_is_told_by_the_next_program(away, tmp_path, impatient, report, status):
-    bus = spooling(away.start(), tmp_path)
+def test_an_unreported_outcome_is_reported_by_the_next_program(served, tmp_path, impatient, report, status):
+    bus = spooling(served, tmp_path)
     intent_id = bus.publish("g", 1).id
     intent = bus.claim("g")
-    away.stop()
+    served.stop()
     with pytest.raises(intentbus.Unreachable):
         report(bus, intent)
-    away.start()
-    assert spooling(away, tmp_path).claim("g") is None
-    assert away.bus.get_result(intent_id).pick(("status", "claim_attempts")) == {"status": status, "claim_attempts": 1}
-    assert bus.spool.pending(away.url) == []
+    served.start()
+    assert spooling(served, tmp_path).claim("g") is None
+    assert served.client.get_result(intent_id).pick(("status", "claim_attempts")) == {"status": status, "claim_attempts": 1}
+    assert bus.spool.pending(served.url) == []
 
 
-def test_what_cannot_be_published_hinders_no_claim_of_the_same_machine(away, tmp_path):
-    spooling(away, tmp_path).publish("g", "spooled")
-    away.start().bus.publish("g", "there")
-    key = Keys(KEY, away.store).generate("owner", "phone", "work", time.time()).api_key
-    bus = IntentClient(away.url, key, spool=tmp_path / "spool.db")
-    assert bus.claim("g").payload == "there" and len(bus.spool.pending(away.url)) == 1
+def test_a_spooled_publish_that_fails_does_not_block_claims(served, tmp_path):
+    served.stop()
+    spooling(served, tmp_path).publish("g", "spooled")
+    served.start().client.publish("g", "there")
+    bus = IntentClient(served.url, served.issue("owner", "work").api_key, spool=tmp_path / "spool.db")
+    assert bus.claim("g").payload == "there" and len(bus.spool.pending(served.url)) == 1
     with pytest.raises(intentbus.Forbidden, match="may work only"):
         bus.flush()
 
 
-def test_an_intent_whose_outcome_waits_here_is_told_and_not_claimed_again(away, tmp_path, clock):
-    bus = spooling(away.start(), tmp_path)
-    intent_id, other = bus.publish("g", 1).id, bus.publish("g", 2).id
+def test_an_intent_with_a_spooled_outcome_is_not_run_again(served, weather, tmp_path, impatient):
+    slow = weather(lambda path: "late answer" if path.startswith("/fulfill/") and not slow.met["late answer"] else "ok")
+    bus = IntentClient(slow.url, KEY, spool=tmp_path / "spool.db")
+    intent_id, other = served.publish(payload=1), served.publish(payload=2)
     intent = bus.claim("g")
-    away.bus.release(intent_id, intent.claim_token)     # as if the lease had been lost meanwhile
-    number = bus.spool.add(bus.base_url, f"/fulfill/{intent_id}", json.dumps(dict(claim_token="old", result=7)), intent_id=intent_id)
-    bus._spooler.reporting.add(number)     # while another thread is still trying to tell
+    served.client.release(intent_id, intent.claim_token)     # its lease is lost
+
+    def tell():
+        with contextlib.suppress(intentbus.NotFound):
+            bus.fulfill(intent_id, intent.claim_token, 7)
+        return True
+    telling = in_thread(tell)
+    wait_until(lambda: slow.met["late answer"])     # the outcome is on its way, and in the spool
     assert bus.claim("g").id == other
-    assert away.bus.get_result(intent_id).pick(("status", "result")) == {"status": "fulfilled", "result": 7}
+    assert served.client.get_result(intent_id).pick(("status", "result")) == {"status": "fulfilled", "result": 7}
+    slow.hang_up()
+    assert telling() and bus.spool.pending(bus.base_url) == []
 
 
-def test_an_outcome_whose_lease_is_lost_is_dropped_and_one_too_large_is_a_failure(away, tmp_path, impatient):
-    bus = spooling(away.start(), tmp_path)
+def test_a_spooled_outcome_is_dropped_if_lost_and_failed_if_too_large(served, tmp_path, impatient):
+    bus = spooling(served, tmp_path)
     ids = [bus.publish("g", number).id for number in range(2)]
     claims = [bus.claim("g") for _ in ids]
-    away.stop()
+    served.stop()
     for claim, result in zip(claims, (1, "x" * 300_000)):
         with pytest.raises(intentbus.Unreachable):
             bus.fulfill(claim.id, claim.claim_token, result)
-    away.start().bus.cancel(ids[0])
-    assert bus.flush() == 2 and bus.spool.pending(away.url) == []
-    assert [away.bus.get_status(intent_id).last_error.partition(":")[0] for intent_id in ids] == ["Cancelled", "The result was refused"]
+    served.start().client.cancel(ids[0])
+    assert bus.flush() == 2 and bus.spool.pending(served.url) == []
+    errors = [served.client.get_status(intent_id).last_error.partition(":")[0] for intent_id in ids]
+    assert errors == ["Cancelled", "The result was refused"]
 
 
-
-class Proxy:
-    """Passes requests on to a server, and drops the answers to the first so many."""
-
-    def __init__(self, port, drop=0):
-        self.port, self.drop, self.passed = port, drop, 0
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        threading.Thread(target=self.run, daemon=True).start()
-
-    def run(self):
-        with contextlib.suppress(OSError):
-            while True:
-                with self.listener.accept()[0] as near, socket.create_connection(("127.0.0.1", self.port)) as far:
-                    answer = self.answer(near, far)
-                    self.passed += 1
-                    if self.passed > self.drop:
-                        near.sendall(answer)
-
-    def answer(self, near, far):
-        near.settimeout(0.2)     # urllib sends a body right behind its headers
-        with contextlib.suppress(TimeoutError, socket.timeout):
-            while data := near.recv(65536):
-                far.sendall(data)
-                if b"\r\n\r\n" in data and b"Content-Length: 0" in data or data.endswith(b"}"):
-                    break
-        return b"".join(iter(lambda: far.recv(65536), b""))
-
-
-class Weather:
-    """Passes requests on to a server, and lets each meet the fate that fate(path) names; counts them in met.
-
-    ok, or what a network does: the answer is lost, or cut in the middle, or later than the client waits; the request
-    is lost; a proxy answers a page or JSON of its own in place of the bus, which has done what was asked.
-    """
-
-    FATES = ("answer lost", "half an answer", "half a head", "late answer", "request lost", "502 page", "503 page", "504 JSON")
-    INSTEAD = {"502 page": b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 13\r\n\r\n<html>Oh no!\n",
-               "503 page": b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 0\r\nContent-Length: 4\r\n\r\nBusy",
-               "504 JSON": b"HTTP/1.1 504 Gateway Timeout\r\nContent-Length: 50\r\n\r\n"
-                           b'{"error": {"code": 504, "message": "upstream...."}}'[:50]}
-
-    def __init__(self, port, fate):
-        self.port, self.fate, self.met, self.lock = port, fate, collections.Counter(), threading.Lock()
-        self.patience = 20     # seconds
-        self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        threading.Thread(target=self.run, daemon=True).start()
-
-    def close(self):
-        with contextlib.suppress(OSError):
-            self.listener.shutdown(socket.SHUT_RDWR)
-        self.listener.close()
-
-    def run(self):
-        with contextlib.suppress(OSError):
-            while True:
-                threading.Thread(target=self.serve, args=(self.listener.accept()[0],), daemon=True).start()
-
-    def serve(self, near):
-        with near, contextlib.suppress(OSError):
-            request = self.request(near)
-            if not request:
-                return
-            with self.lock:
-                fate = self.fate(request.split()[1].decode())
-                self.met[fate] += 1
-            answer = b"" if fate == "request lost" else self.answer(request)
-            if fate == "late answer":
-                near.settimeout(self.patience)
-                near.recv(1)     # until the client has given up, or this has
-            elif fate != "answer lost":
-                near.sendall(self.spoilt(fate, answer))
-
-    def spoilt(self, fate, answer):
-        head, _, body = answer.partition(b"\r\n\r\n")
-        cut = {"half an answer": len(head) + 4 + len(body) // 2, "half a head": len(head) // 2}.get(fate, len(answer))
-        return self.INSTEAD.get(fate, answer[:cut])
-
-    def request(self, near):
-        data = b""
-        while b"\r\n\r\n" not in data:
-            if not (more := near.recv(65536)):
-                return b""
-            data += more
-        length = int((re.search(rb"(?i)\r\ncontent-length: *(\d+)", data) or [0, 0])[1])
-        while len(data) < data.index(b"\r\n\r\n") + 4 + length:
-            data += near.recv(65536)
-        return data
-
-    def answer(self, request):
-        with socket.create_connection(("127.0.0.1", self.port)) as far:
-            far.sendall(request)
-            return received(far)
-
-
-@pytest.fixture
-def weather(server):
-    """Start proxies before the server; each is closed at the end."""
-    with contextlib.ExitStack() as stack:
-        def start(fate):
-            weather = Weather(server.server_port, fate)
-            stack.callback(weather.close)
-            return weather
-        yield start
-
-
-@pytest.fixture
-def impatient(monkeypatch):
-    monkeypatch.setattr(intentbus, "RETRY_SECONDS", 0.01)
-    monkeypatch.setattr(intentbus, "RETRY_MAX_SECONDS", 0.01)
-
-
-def test_the_client_has_every_verb_of_the_bus_with_the_same_answers(client, server):
-    bus = server.api.bus
+def test_the_client_has_the_verbs_of_the_bus_with_the_same_answers(served):
+    client = served.client
     answer = client.publish("g", {"n": 1}, priority=7)
-    assert client.get_status(answer.id) == bus.get_status(answer["id"])
+    assert client.get_status(answer.id) == served.ask("GET", f"/status/{answer['id']}").json
     intent = client.claim("g", worker_id="w", capabilities=("a", "b"), wait=1)
     assert (intent.priority, intent.payload) == (7, {"n": 1})
     assert client.extend_claim(intent.id, intent.claim_token, 30).extended_by == 30
@@ -4653,7 +5844,7 @@ def test_the_client_has_every_verb_of_the_bus_with_the_same_answers(client, serv
     assert client.retry(intent.id).status == "open"
     intent = client.claim()
     assert client.fulfill(intent.id, intent.claim_token, "ok", "text").ok
-    assert client.get_result(intent.id, wait=5) == bus.get_result(intent.id)
+    assert client.get_result(intent.id, wait=5) == served.ask("GET", f"/result/{intent.id}").json
     assert client.cancel(client.publish("g", 1).id).status == "dead"
     assert client.retry(goal="g").retried == 1
     assert client.list(status="open").intents[0].goal == "g"
@@ -4665,7 +5856,7 @@ def test_the_verbs_of_bus_and_client_take_the_same_arguments():
              "retry", "workers", "events")
     for verb in verbs:
         ours, theirs = (inspect.signature(getattr(kind, verb)).parameters for kind in (Bus, IntentClient))
-        assert set(theirs) - {"fields"} <= set(ours), verb
+        assert set(theirs) - {"fields", "wait"} <= set(ours), verb
         assert verb == "publish" or set(ours) - {"caller", "seen_as", "still_there"} <= set(theirs), verb
 
 
@@ -4676,29 +5867,29 @@ def test_the_verbs_of_bus_and_client_take_the_same_arguments():
     (lambda c: c.publish("g", "x" * 300_000), intentbus.PayloadTooLarge, "payload_too_large"),
     (lambda c: c.cancel(c.claim("g").id) and c.cancel(c.list().intents[0].id), intentbus.Conflict, "conflict"),
 ])
-def test_the_client_raises_what_the_bus_raised(client, cause, kind, code):
-    client.publish("g", 1)
+def test_the_client_raises_the_errors_of_the_bus(served, cause, kind, code):
+    served.client.publish("g", 1)
     with pytest.raises(kind) as caught:
-        cause(client)
+        cause(served.client)
     assert (type(caught.value), caught.value.code) == (kind, code) and str(caught.value).endswith(".")
 
 
-def test_a_lost_answer_to_a_publish_stores_no_second_intent(client, server, impatient):
-    proxy = Proxy(server.server_port, drop=3)
+def test_a_lost_answer_to_a_publish_stores_no_second_intent(served, impatient):
+    proxy = Proxy(served.port, drop=3)
     answer = IntentClient(proxy.url, KEY).publish("g", 1)
-    assert [intent.id for intent in client.list().intents] == [answer.id] and proxy.passed == 4
+    assert [intent.id for intent in served.client.list().intents] == [answer.id] and proxy.passed == 4
 
 
-def test_a_lost_answer_to_a_report_is_asked_for_again(client, server, impatient):
-    client.publish("g", 1)
-    intent = client.claim("g")
-    assert IntentClient(Proxy(server.server_port, drop=2).url, KEY).fulfill(intent.id, intent.claim_token, 5).ok
-    assert client.get_result(intent.id).result == 5
+def test_a_lost_answer_to_a_report_is_asked_for_again(served, impatient):
+    served.client.publish("g", 1)
+    intent = served.client.claim("g")
+    assert IntentClient(Proxy(served.port, drop=2).url, KEY).fulfill(intent.id, intent.claim_token, 5).ok
+    assert served.client.get_result(intent.id).result == 5
 
 
 @pytest.mark.parametrize("fate", Weather.FATES)
 @SLOW
-def test_what_the_network_does_to_one_try_is_made_good_by_the_next(client, weather, impatient, fate):
+def test_a_request_spoilt_by_the_network_is_made_good_by_a_retry(served, weather, impatient, fate):
     seen = collections.Counter()
 
     def first_try_of_each(path):
@@ -4710,13 +5901,13 @@ def test_what_the_network_does_to_one_try_is_made_good_by_the_next(client, weath
     first, second = bus.claim("g"), bus.claim("g")
     bus.fulfill(first.id, first.claim_token, "done")
     bus.fail(second.id, second.claim_token, "no")
-    assert [(client.get_status(id).status, client.get_status(id).claim_attempts) for id in ids] == [
+    assert [(served.client.get_status(id).status, served.client.get_status(id).claim_attempts) for id in ids] == [
         ("fulfilled", 1), ("dead", 1)]
-    assert len(client.list().intents) == 2 and client.get_status(second.id).last_error == "no"
+    assert len(served.client.list().intents) == 2 and served.client.get_status(second.id).last_error == "no"
     assert proxy.met[fate] == 4
 
 
-def test_a_claim_repeated_with_its_token_is_the_same_claim_with_a_new_lease(bus, clock):
+def test_a_claim_repeated_with_its_token_renews_the_lease(bus, clock):
     bus.publish("g", 1)
     bus.publish("g", 2)
     mine = bus.claim("g", claim_token="t" * 32)
@@ -4728,11 +5919,11 @@ def test_a_claim_repeated_with_its_token_is_the_same_claim_with_a_new_lease(bus,
     other = bus.claim("g", claim_token="u" * 32)
     assert other.id != mine.id and bus.claim("g") is None
     clock.pass_(61)
-    assert {bus.claim("g").claim_attempts for _ in range(2)} == {2}     # the leases were over, and others have them
+    assert {bus.claim("g").claim_attempts for _ in range(2)} == {2}     # the leases have ended, and other claims took them
     assert bus.claim("g", claim_token="t" * 32) is None
 
 
-def test_a_claim_repeated_after_its_life_is_over_takes_the_next(bus, clock):
+def test_a_claim_repeated_after_its_expiry_takes_the_next_intent(bus, clock):
     bus.publish("g", "short", ttl=30, priority=200)
     bus.publish("g", "long")
     assert bus.claim("g", claim_token="t" * 32).payload == "short"
@@ -4740,7 +5931,7 @@ def test_a_claim_repeated_after_its_life_is_over_takes_the_next(bus, clock):
     assert bus.claim("g", claim_token="t" * 32).payload == "long"
 
 
-def test_a_bus_that_stays_away_is_unreachable_in_words(impatient):
+def test_a_bus_that_stays_away_is_unreachable(impatient):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with pytest.raises(intentbus.Unreachable, match=f"The bus at http://127.0.0.1:{port} cannot be reached: Connection refused"):
@@ -4754,7 +5945,7 @@ def test_a_bus_that_stays_away_is_unreachable_in_words(impatient):
     (b"SSH-2.0-OpenSSH_9.2\r\n", "cannot be reached"),
     (b"", "cannot be reached"),
 ])
-def test_what_is_no_bus_is_told_from_one(answer, sentence, impatient):
+def test_a_server_that_is_not_a_bus_is_recognized(answer, sentence, impatient):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         def answer_all():
             with contextlib.suppress(OSError):
@@ -4765,36 +5956,6 @@ def test_what_is_no_bus_is_told_from_one(answer, sentence, impatient):
         threading.Thread(target=answer_all, daemon=True).start()
         with pytest.raises(intentbus.Unreachable, match=re.escape(sentence)):
             IntentClient(f"http://127.0.0.1:{listener.getsockname()[1]}", KEY).get_status("x")
-
-
-class Fake:
-    """Something that answers every request with the same bytes, and keeps what it was asked."""
-
-    def __init__(self, status="200 OK", body=b"{}", *headers):
-        self.listener, self.asked = socket.create_server(("127.0.0.1", 0)), []
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        head = "".join(f"{line}\r\n" for line in (f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *headers))
-        self.answer = head.encode() + b"\r\n" + body
-        threading.Thread(target=self.run, daemon=True).start()
-
-    def run(self):
-        with contextlib.suppress(OSError):
-            while True:
-                with self.listener.accept()[0] as sock:
-                    data = sock.recv(65536)
-                    while b"\r\n\r\n" not in data or len(data.partition(b"\r\n\r\n")[2]) < self.length(data):
-                        data += sock.recv(65536)
-                    self.asked.append(data.decode("latin-1"))
-                    sock.sendall(self.answer)
-
-    def length(self, data):
-        return int((re.search(rb"(?i)content-length: (\d+)", data) or [0, 0])[1])
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.listener.close()
 
 
 @pytest.mark.parametrize("status, body", [
@@ -4810,14 +5971,14 @@ class Fake:
     ("200 OK", b'[1, 2]'),
     ("999 Odd", b'{"error": {}}'),
 ], ids=range(11))
-def test_a_hostile_bus_gets_no_more_than_an_error(impatient, status, body):
+def test_a_hostile_answer_raises_an_error_and_nothing_else(impatient, status, body):
     with Fake(status, body) as fake:
         with pytest.raises(intentbus.Error):
             IntentClient(fake.url, KEY).get_status("x")
 
 
 @pytest.mark.parametrize("status", ["301 Moved", "302 Found", "303 See Other", "307 Temporary", "308 Permanent"])
-def test_a_redirect_is_not_followed_and_takes_no_key_along(impatient, status):
+def test_a_redirect_is_not_followed_and_gets_no_key(impatient, status):
     with Fake() as other, Fake(status, b"", f"Location: {other.url}/\x1b[2J") as fake:
         for ask in (lambda bus: bus.publish("g", 1), lambda bus: bus.get_status("x"), lambda bus: bus.admin("keys")):
             with pytest.raises(intentbus.Unreachable, match="redirects to"):
@@ -4825,7 +5986,7 @@ def test_a_redirect_is_not_followed_and_takes_no_key_along(impatient, status):
         assert fake.asked and not other.asked
 
 
-def test_a_proxy_of_the_environment_sees_nothing_of_this_machine_and_no_key(monkeypatch, impatient, served):
+def test_a_proxy_sees_no_local_request_and_no_key(monkeypatch, impatient, served):
     with Fake("200 OK", b'{"id": "x", "status": "open"}') as proxy:
         for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy"):
             monkeypatch.setenv(name, proxy.url)
@@ -4841,21 +6002,21 @@ def test_a_proxy_of_the_environment_sees_nothing_of_this_machine_and_no_key(monk
     "ftp://127.0.0.1/", "gopher://127.0.0.1", "127.0.0.1:8787", "http://", "http:///x", "http://x:0", "http://x:99999", "http://[::1",
     "javascript:alert(1)", "\x1b[2Jhttp://x",
 ])
-def test_a_url_that_is_no_buss_is_refused_and_its_password_not_repeated(url):
+def test_a_bad_url_is_refused_without_repeating_its_password(url):
     with pytest.raises(intentbus.SetupError, match="The URL of a bus is http://HOST:PORT") as refused:
         IntentClient(url, KEY)
     assert "hunter2" not in str(refused.value) and "\x1b" not in str(refused.value)
 
 
-def test_an_empty_id_is_no_word_for_all(live):
-    dead = live.publish("g", 1).id
-    live.cancel(dead)
+def test_retry_of_an_empty_id_retries_nothing(served):
+    intent_id = served.publish()
+    served.client.cancel(intent_id)
     with pytest.raises(intentbus.NotFound):
-        live.retry("")
-    assert live.get_status(dead).status == "dead"
+        served.client.retry("")
+    assert served.client.get_status(intent_id).status == "dead"
 
 
-def test_where_the_client_finds_its_settings(monkeypatch, tmp_path):
+def test_the_client_finds_its_settings(sent, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("INTENT_BUS_URL", "http://127.0.0.1:1/")
     monkeypatch.setenv("INTENT_BUS_NAMESPACE", "home")
@@ -4864,22 +6025,10 @@ def test_where_the_client_finds_its_settings(monkeypatch, tmp_path):
         IntentClient()
     key = intentbus.make_key()
     found = IntentClient()
-    assert (found.base_url, found.namespace, found._key) == ("http://127.0.0.1:1", "home", key)
+    assert (found.base_url, found.namespace) == ("http://127.0.0.1:1", "home")
+    assert sent_headers(sent, found.list)["x-api-key"] == key
     with pytest.raises(intentbus.SetupError, match="The URL of a bus is http://HOST:PORT"):
         IntentClient("ftp://x")
-
-
-@pytest.fixture
-def sent(monkeypatch):
-    """The requests that clients send; nothing leaves this machine."""
-    requests = []
-
-    def open(self, request, data=None, timeout=None):
-        requests.append(request)
-        raise OSError("no network")
-    monkeypatch.setattr(urllib.request.OpenerDirector, "open", open)
-    monkeypatch.setattr(intentbus, "RETRY_SECONDS", 0)
-    return requests
 
 
 HERE_OR_ENCRYPTED = ("http://127.0.0.1:8787", "http://localhost", "http://127.1.2.3", "http://[::1]:8787", "https://bus.example",
@@ -4893,9 +6042,7 @@ IN_THE_OPEN = ("http://bus.example", "http://10.0.0.1:8787", "http://localhost.e
 def test_the_key_itself_is_sent_only_encrypted_or_to_this_machine(sent, url, safe, key, key_id):
     bus = IntentClient(url, key, timeout=5)
     for ask in (lambda: bus.publish("g", 1), lambda: bus.claim("g"), lambda: bus.get_result("x"), lambda: bus.set("k", 1)):
-        with pytest.raises(intentbus.Unreachable):
-            ask()
-        headers = {name.lower(): value for name, value in sent[-1].header_items()}
+        headers = sent_headers(sent, ask)
         assert headers.get("x-api-key") == (key if safe else None) and headers.get("x-key-id") == (None if safe else key_id)
         assert {"x-timestamp", "x-nonce", "x-signature"} <= set(headers)
         assert safe or key not in f"{headers} {sent[-1].full_url} {sent[-1].data}"
@@ -4908,56 +6055,26 @@ def test_the_admin_secret_is_not_sent_in_the_open(sent, monkeypatch):
     assert ADMIN_SECRET not in str([request.header_items() for request in sent])
 
 
-def test_a_key_that_stays_at_home_works(served, monkeypatch):
+def test_a_request_signed_with_a_key_id_works(served, monkeypatch):
     bus = IntentClient("http://bus.example", KEY)
     bus.base_url = served.url
     assert bus.get_status(bus.publish("g", 1).id).status == "open"
 
 
-def test_a_client_corrects_its_clock(started, monkeypatch):
-    real = time.time
-    bus = started(keys=dict(clock=real))
-    monkeypatch.setattr(time, "time", lambda: real() + 7200)
-    answers = watch(bus.api, "handle")
-    slow = IntentClient(bus.url, KEY)
-    assert slow.publish("g", 1).status == slow.publish("g", 2).status == "published"
-    assert [answers.get().status for _ in range(answers.qsize())] == [403, 201, 201]
+def test_a_client_corrects_its_clock(tmp_path, monkeypatch):
+    serve, right = Serve(tmp_path, "--log"), time.time
+    monkeypatch.setattr(time, "time", lambda: right() + 7200)
+    assert serve.client.publish("g", 1).status == serve.client.publish("g", 2).status == "published"
+    assert re.findall(r'"status": (\d+)', serve.stop()[2]) == ["403", "201", "201"]
 
 
 # ---- 13. Worker ----
 
-@pytest.fixture
-def quick_leases(monkeypatch):
-    monkeypatch.setattr(intentbus, "LEASE_CHECK_SECONDS", 0.01)
-
-
-def work(bus, goal, handler, **options):
-    """Work off all there is; return what was said."""
-    said = []
-    Worker(bus, goal, handler, drain=True, on_message=said.append, **options).run()
-    return said
-
-
-def script(tmp_path, text, name="handler.sh"):
-    path = tmp_path / name
-    path.write_text(text)
-    path.chmod(0o755)
-    return str(path)
-
-
-def run_handler(bus, tmp_path, text, payload, arguments=(), **options):
-    """Publish a payload, work it off with a shell script, and return how it ended."""
-    answer = bus.publish("g", payload)
-    work(bus, "g", intentbus.Program([script(tmp_path, "#!/bin/sh\n" + text), *arguments], **options))
-    return bus.get_result(answer.id)
-
-
-@pytest.mark.parametrize("either", ["bus", "client"])
-def test_listen_hands_payloads_to_a_function_and_returns_its_results(server, client, either):
-    bus = client if either == "client" else server.api.bus
-    answers = [bus.publish("double", n).id for n in (1, 2, "x", None or [])]
-    listen(bus, "double", lambda payload: {"twice": payload * 2}, drain=True)
-    assert [bus.get_result(id).result for id in answers] == [{"twice": 2}, {"twice": 4}, {"twice": "xx"}, {"twice": []}]
+@pytest.mark.parametrize("how", [listen, IntentClient.listen], ids=["function", "method"])
+def test_listen_hands_payloads_to_a_function_and_returns_its_results(served, how):
+    answers = [served.client.publish("double", n).id for n in (1, 2, "x", None or [])]
+    how(served.client, "double", lambda payload: {"twice": payload * 2}, drain=True)
+    assert [served.client.get_result(id).result for id in answers] == [{"twice": 2}, {"twice": 4}, {"twice": "xx"}, {"twice": []}]
 
 
 def refuse(payload):
@@ -4971,68 +6088,71 @@ def refuse(payload):
     (refuse, "dead", "never"),
     (lambda payload: "x" * 300_000, "dead", "The result was refused: The body is over the limit of 262144 bytes."),
 ])
-def test_a_handler_that_does_not_succeed_fails_the_intent(client, handler, status, error):
-    answer = client.publish("g", 1)
-    client.listen("g", handler, drain=True)
-    found = client.get_status(answer.id)
+def test_a_handler_that_does_not_succeed_fails_the_intent(served, handler, status, error):
+    answer = served.client.publish("g", 1)
+    served.client.listen("g", handler, drain=True)
+    found = served.client.get_status(answer.id)
     assert (found.status, found.last_error) == (status, error)
 
 
-def test_a_handler_may_have_the_whole_intent(client):
-    client.publish("g", 1, priority=3)
+def test_a_handler_may_have_the_whole_intent(served):
+    served.client.publish("g", 1, priority=3)
     seen = []
-    client.listen("g", seen.append, full_envelope=True, max_jobs=1)
+    served.client.listen("g", seen.append, full_envelope=True, max_jobs=1)
     assert (seen[0].priority, seen[0].claim_attempts) == (3, 1)
 
 
-def test_a_lease_is_kept_up_while_the_handler_works(live, quick_leases):
-    answer = live.publish("g", 1)
-    ends = []
+@pytest.fixture
+def quick_leases(monkeypatch):
+    """Make time twenty times as fast for workers in this process: a lease of 10 s is extended every sixth of a second."""
+    clock = intentbus.steady_clock
+    monkeypatch.setattr(intentbus, "LEASE_CHECK_SECONDS", 0.01)
+    monkeypatch.setattr(intentbus, "steady_clock", lambda: 20 * clock())
 
-    def handler(intent):     # returns once its lease has been extended to twice its length
-        wait_until(lambda: ends.append(live.get_status(intent.id).claim_expires_at) or ends[-1] > intent.claim_expires_at + 0.6)
-        assert live.claim("g") is None
 
-    listen(live, "g", handler, full_envelope=True, drain=True, lease=0.6)
-    found = live.get_status(answer.id)
+def test_a_lease_is_kept_up_while_the_handler_works(serve, quick_leases):
+    intent_id, ends = serve.publish(goal="kept up"), []
+
+    def handler(intent):     # it returns after two extensions of its lease
+        wait_until(lambda: ends.append(serve.client.get_status(intent.id).claim_expires_at) or len({*ends}) > 2)
+        assert max(ends) > intent.claim_expires_at and serve.client.claim("kept up") is None
+    listen(serve.client, "kept up", handler, full_envelope=True, drain=True, lease=10)
+    found = serve.client.get_status(intent_id)
     assert (found.status, found.claim_attempts) == ("fulfilled", 1)
 
 
 @POSIX
-def test_a_program_whose_lease_is_lost_is_ended_and_not_reported(live, quick_leases, tmp_path):
-    answer = live.publish("g", 1)
-    program = intentbus.Program([script(tmp_path, "#!/bin/sh\necho $$ > pid\nexec sleep 60\n")], kill_after=1)
-    said = []
-    worker = in_thread(lambda: Worker(live, "g", program, max_jobs=1, lease=0.3, on_message=said.append).run() or True)
-    wait_until(lambda: (HERE / "pid").exists() and (HERE / "pid").read_text().strip())
-    pid = int((HERE / "pid").read_text())
-    (HERE / "pid").unlink()
-    live.cancel(answer.id)
-    assert worker() and said == [f"{answer.id} lost: it was cancelled, or its lease ran out before the handler ended"]
+def test_a_program_whose_lease_is_lost_is_ended_and_not_reported(serve, quick_leases, tmp_path):
+    intent_id, pid, said = serve.publish(goal="lost"), tmp_path / "pid", []
+    program = intentbus.Program([script(tmp_path, f"#!/bin/sh\necho $$ > {pid}\nexec sleep 60\n")], kill_after=1)
+    worker = in_thread(lambda: Worker(serve.client, "lost", program, max_jobs=1, lease=10, on_message=said.append).run() or True)
+    wait_until(lambda: pid.exists() and pid.read_text().strip())
+    serve.client.cancel(intent_id)
+    assert worker() and said == [f"{intent_id} lost: it was cancelled, or its lease ran out before the handler ended"]
     with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
+        os.kill(int(pid.read_text()), 0)
 
 
-def test_what_is_done_in_spite_of_two_interrupts_is_reported_done(live):
-    answer = live.publish("g", 1)
+def test_work_done_despite_two_interrupts_is_reported(served):
+    intent_id, begun = served.publish(), threading.Event()
 
     def handler(intent, lease):
+        begun.set()
         wait_until(lambda: lease.broken)
         return "done", "json"
-    worker = Worker(live, "g", handler, max_jobs=1)
+    worker = Worker(served.client, "g", handler, max_jobs=1)
     running = in_thread(lambda: worker.run() or True)
-    wait_until(lambda: worker._running)
+    assert begun.wait(PATIENCE_SECONDS)
     worker.interrupt()
     worker.interrupt()
-    assert running() and live.get_result(answer.id).result == "done"
+    assert running() and served.client.get_result(intent_id).result == "done"
 
 
-def test_concurrent_workers_do_each_intent_once(live):
+def test_concurrent_workers_do_each_intent_once(served):
     done = collections.Counter()
-    for number in range(200):
-        live.publish("g", number)
-    work(live, "g", lambda intent, lease: (done.update([intent.payload]), "json"), concurrency=8)
-    assert len(done) == 200 and set(done.values()) == {1}
+    served.client.publish_many([a_publish(payload=number) for number in range(80)])
+    work(served, "g", lambda intent, lease: (done.update([intent.payload]), "json"), concurrency=8)
+    assert len(done) == 80 and set(done.values()) == {1}
 
 
 @POSIX
@@ -5053,10 +6173,10 @@ def test_concurrent_workers_do_each_intent_once(live):
     ("kill -9 $$", "open", "killed by signal 9"),
     ("head -c 5000 /dev/zero | tr '\\0' x >&2; exit 1", "open", "exit code 1: " + "x" * 1987),
 ], ids=range(15))
-def test_what_a_program_does_and_what_becomes_of_the_intent(bus, tmp_path, monkeypatch, text, status, result):
+def test_each_end_of_a_program_has_its_outcome(served, tmp_path, monkeypatch, text, status, result):
     monkeypatch.setenv("INTENT_API_KEY", "secret")
     monkeypatch.setenv("BUS_SECRET", "secret")
-    found = run_handler(bus, tmp_path, text, {"a": "b", "n": 3})
+    found = run_handler(served, tmp_path, text, {"a": "b", "n": 3})
     assert (found.status, found.result if status == "fulfilled" else found.last_error) == (status, result)
 
 
@@ -5068,10 +6188,10 @@ def test_what_a_program_does_and_what_becomes_of_the_intent(bus, tmp_path, monke
     ({"list": [1, {"a": 2}]}, "{list}", '[1,{"a":2}]'),
     ({"id": "x"}, "{goal} {payload} {{payload}} {} {a-b} ${HOME}", 'g {"id":"x"} {payload} {} {a-b} $HOME-is-missing'),
 ], ids=range(5))
-def test_fields_of_the_payload_become_one_argument_each(bus, tmp_path, payload, argument, expected):
+def test_fields_of_the_payload_become_one_argument_each(served, tmp_path, payload, argument, expected):
     if "missing" in expected:
         argument, expected = argument.replace(" ${HOME}", ""), expected.replace(" $HOME-is-missing", "")
-    found = run_handler(bus, tmp_path, "printf '%s|' \"$@\"", payload, [argument, "end"], result="text")
+    found = run_handler(served, tmp_path, "printf '%s|' \"$@\"", payload, [argument, "end"], result="text")
     assert found.result == f"{expected}|end|"
 
 
@@ -5082,42 +6202,29 @@ def test_fields_of_the_payload_become_one_argument_each(bus, tmp_path, payload, 
     ({"a": "x\0y"}, "{a}", "The payload cannot be an argument: embedded null byte."),
     ({"a": "x" * 200_000}, "{a}", "The payload is too long for an argument."),
 ])
-def test_a_payload_that_fits_no_argument_is_rejected_for_good(bus, tmp_path, payload, argument, error):
-    found = run_handler(bus, tmp_path, "true", payload, [argument])
+def test_a_payload_that_fits_no_argument_is_rejected_for_good(served, tmp_path, payload, argument, error):
+    found = run_handler(served, tmp_path, "true", payload, [argument])
     assert (found.status, found.last_error) == ("dead", error)
 
 
 @POSIX
 @pytest.mark.parametrize("text", ["exec sleep 60", "trap '' TERM; sleep 60 & wait; sleep 60"], ids=["ends", "ignores TERM"])
-def test_a_program_that_takes_too_long_is_ended(bus, tmp_path, text):
-    found = run_handler(bus, tmp_path, "echo waiting >&2\n" + text, 1, timeout=0.3, kill_after=0.1)
+def test_a_program_that_takes_too_long_is_ended(served, tmp_path, text):
+    found = run_handler(served, tmp_path, "echo waiting >&2\n" + text, 1, timeout=0.3, kill_after=0.1)
     assert (found.status, found.last_error) == ("open", "timed out after 0.3 s: waiting")
 
 
+EXIT_CODES = range(256) if os.environ.get("INTENTBUS_TEST_SLOW") else (*range(10), *range(97, 104), *range(120, 150), 255)
+
+
 @POSIX
-def test_every_exit_code_has_its_outcome(bus, tmp_path):
-    codes = [code for code in range(256) if code not in (126, 127)]     # those two stop the worker
-    ids = {code: bus.publish("g", {"code": code}).id for code in codes}
-    work(bus, "g", intentbus.Program([script(tmp_path, '#!/bin/sh\nexit "$1"\n'), "{code}"]), concurrency=8)
+def test_every_exit_code_has_its_outcome(served, tmp_path):
+    codes = [code for code in EXIT_CODES if code not in (126, 127)]     # these two stop the worker
+    ids = served.client.publish_many([a_publish(payload={"code": code}) for code in codes]).ids
+    work(served, "g", intentbus.Program([script(tmp_path, '#!/bin/sh\nexit "$1"\n'), "{code}"]), concurrency=8)
     expected = {0: ("fulfilled", None), 100: ("dead", "The handler rejected it with exit code 100.")}
-    for code, id in ids.items():
-        found = bus.get_status(id)
-        assert (found.status, found.last_error) == expected.get(code, ("open", f"exit code {code}"))
-
-
-def open_files():
-    """Return how many files and pipes this process has open; not sockets, since a pool of connections grows as it likes."""
-    return sum("socket:" not in os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd"))
-
-
-def left_behind(intent_id):
-    """The processes that were started for an intent and still run."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if folder.name.isdigit() and f"INTENT_ID={intent_id}".encode() in (folder / "environ").read_bytes():
-                found.append(int(folder.name))
-    return found
+    found = {intent.id: (intent.status, intent.last_error) for intent in served.client.list(limit=500).intents}
+    assert [found[id] for id in ids] == [expected.get(code, ("open", f"exit code {code}")) for code in codes]
 
 
 @SLOW
@@ -5138,10 +6245,10 @@ def left_behind(intent_id):
     ("printf '\\000\\377\\303('; exit 0", "fulfilled", "\ufffd\ufffd("),
     ("printf '\\033[2J\\377' >&2; exit 1", "open", "exit code 1: \x1b[2J\ufffd"),
 ], ids=range(13))
-def test_of_a_wild_program_the_outcome_is_right_and_nothing_is_left(bus, tmp_path, monkeypatch, text, status, outcome):
+def test_a_wild_program_gets_the_right_outcome_and_leaves_nothing(serve, tmp_path, monkeypatch, text, status, outcome):
     monkeypatch.chdir(tmp_path)
     files = open_files()
-    found = run_handler(bus, tmp_path, text, "x" * 250_000, timeout=0.4 if "0.4" in str(outcome) else 30, kill_after=0.1,
+    found = run_handler(serve, tmp_path, text, "x" * 250_000, timeout=0.4 if "0.4" in str(outcome) else 30, kill_after=0.1,
                         max_output=1000)
     assert (found.status, found.result if status == "fulfilled" else found.last_error) == (status, outcome)
     wait_until(lambda: not left_behind(found.id))
@@ -5150,10 +6257,10 @@ def test_of_a_wild_program_the_outcome_is_right_and_nothing_is_left(bus, tmp_pat
 
 @SLOW
 @POSIX
-def test_a_program_that_leaves_its_session_does_not_hold_up_the_worker(bus, tmp_path):
+def test_a_program_that_leaves_its_session_does_not_block_the_worker(served, tmp_path):
     if not shutil.which("setsid"):
         pytest.skip("setsid is not on this machine")
-    found = run_handler(bus, tmp_path, f"setsid sleep 60 & echo $! > {tmp_path}/pid; sleep 0.1; echo done", 1)
+    found = run_handler(served, tmp_path, f"setsid sleep 60 & echo $! > {tmp_path}/pid; sleep 0.1; echo done", 1)
     assert (found.status, found.result) == ("fulfilled", "done")
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
 
@@ -5162,23 +6269,23 @@ def test_a_program_that_leaves_its_session_does_not_hold_up_the_worker(bus, tmp_
 @pytest.mark.parametrize("text", ["yes '\"' | head -c 300000", "head -c 300000 /dev/zero | tr '\\0' '\\377'",
                                   "head -c 300000 /dev/zero | tr '\\0' '\\33'", "head -c 1000000 /dev/urandom", "yes 😀 | head -c 300001"],
                          ids=range(5))
-def test_however_much_is_printed_of_whatever_the_work_is_done(client, tmp_path, text):
-    found = run_handler(client, tmp_path, text, 1)
+def test_any_amount_of_any_output_is_a_result(served, tmp_path, text):
+    found = run_handler(served, tmp_path, text, 1)
     assert (found.status, found.result_type, found.last_error) == ("fulfilled", "text", None)
     assert len(intentbus.to_json(found.result).encode()) > 127 * 1024
 
 
 @POSIX
 @pytest.mark.parametrize("text", ["", "echo no shebang", "#!", "#!/etc/passwd\n"], ids=["empty", "no shebang", "half", "no program"])
-def test_a_file_that_is_no_program_is_said_in_words_and_costs_no_attempt(bus, tmp_path, text):
-    answer = bus.publish("g", 1)
+def test_a_file_that_is_not_a_program_costs_no_attempt(served, tmp_path, text):
+    answer = served.client.publish("g", 1)
     with pytest.raises(intentbus.SetupError, match="cannot be run: .*; check that it starts with #! and is executable"):
-        work(bus, "g", intentbus.Program([script(tmp_path, text)]))
-    assert (bus.get_status(answer.id).status, bus.get_status(answer.id).claim_attempts) == ("open", 0)
+        work(served, "g", intentbus.Program([script(tmp_path, text)]))
+    assert (served.client.get_status(answer.id).status, served.client.get_status(answer.id).claim_attempts) == ("open", 0)
 
 
 @POSIX
-def test_what_is_not_executable_is_refused_before_the_first_claim(tmp_path, monkeypatch):
+def test_a_program_that_is_not_executable_is_refused_before_a_claim(tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("#!/bin/sh\n")
     (tmp_path / "link").symlink_to("nowhere")
@@ -5190,15 +6297,15 @@ def test_what_is_not_executable_is_refused_before_the_first_claim(tmp_path, monk
 
 
 @POSIX
-def test_a_relative_program_is_that_of_the_workers_own_directory(bus, tmp_path, monkeypatch):
+def test_a_relative_program_path_starts_at_the_workers_directory(served, tmp_path, monkeypatch):
     for folder in ("here", "there"):
         (tmp_path / folder).mkdir()
         script(tmp_path / folder, f"#!/bin/sh\necho {folder} $(basename $(pwd))\n", "h.sh")
     monkeypatch.chdir(tmp_path / "here")
-    ids = {program: bus.publish(program, 1).id for program in ("./h.sh", "../there/h.sh")}
+    ids = {program: served.client.publish(program, 1).id for program in ("./h.sh", "../there/h.sh")}
     for program in ids:
-        work(bus, program, intentbus.Program([program]))
-    assert [bus.get_result(id).result for id in ids.values()] == ["here here", "there here"]
+        work(served, program, intentbus.Program([program]))
+    assert [served.client.get_result(id).result for id in ids.values()] == ["here here", "there here"]
 
 
 @SLOW
@@ -5217,9 +6324,10 @@ def test_a_program_has_no_terminal_to_change(serve):
 
 
 @POSIX
-def test_a_payload_names_no_variable_but_its_own(bus, tmp_path):
+def test_a_payload_sets_only_its_own_variables(served, tmp_path):
     names = ("LD_PRELOAD", "PATH", "IFS", "BASH_ENV", "a=b", "a\nb", "BASH_FUNC_x%%", "x\0", "-", "ä", "", "ID", "1")
-    found = run_handler(bus, tmp_path, "env -0 | tr '\\n\\0' ' \\n'", {name: "() { :; }; touch evil" for name in names}, result="text")
+    payload = dict.fromkeys(names, "() { :; }; touch evil")
+    found = run_handler(served, tmp_path, "env -0 | tr '\\n\\0' ' \\n'", payload, result="text")
     given = dict(line.partition("=")[::2] for line in found.result.split("\n"))
     assert given["PATH"] == os.environ["PATH"] and given.get("LD_PRELOAD") == os.environ.get("LD_PRELOAD")
     assert given["INTENT_ID"] == found.id
@@ -5231,8 +6339,8 @@ def test_a_payload_names_no_variable_but_its_own(bus, tmp_path):
 
 
 @POSIX
-def test_output_is_cut_and_nothing_blocks_on_it(bus, tmp_path):
-    found = run_handler(bus, tmp_path, "yes | head -c 3000000; yes err | head -c 1000000 >&2", "x" * 200_000,
+def test_output_is_cut_and_nothing_blocks_on_it(served, tmp_path):
+    found = run_handler(served, tmp_path, "yes | head -c 3000000; yes err | head -c 1000000 >&2", "x" * 200_000,
                         max_output=1000, result="text")
     assert (found.status, len(found.result)) == ("fulfilled", 999)
 
@@ -5243,75 +6351,66 @@ def test_output_is_cut_and_nothing_blocks_on_it(bus, tmp_path):
     ("#!/nowhere/sh\n", "cannot be run: No such file or directory; check that it starts with #!"),
     ("\x7fELF nonsense", "cannot be run: Exec format error"),
 ])
-def test_a_program_that_cannot_run_stops_the_worker_and_costs_no_attempt(bus, tmp_path, text, sentence):
-    answer = bus.publish("g", 1)
+def test_a_program_that_cannot_run_stops_the_worker(served, tmp_path, text, sentence):
+    answer = served.client.publish("g", 1)
     with pytest.raises(intentbus.SetupError, match=re.escape(sentence)):
-        work(bus, "g", intentbus.Program([script(tmp_path, text)]))
-    assert (bus.get_status(answer.id).status, bus.get_status(answer.id).claim_attempts) == ("open", 0)
+        work(served, "g", intentbus.Program([script(tmp_path, text)]))
+    assert (served.client.get_status(answer.id).status, served.client.get_status(answer.id).claim_attempts) == ("open", 0)
     with pytest.raises(intentbus.SetupError, match="There is no program './nothing.sh' that can be run"):
         intentbus.Program(["./nothing.sh"])
 
 
-def test_a_worker_goes_on_when_the_bus_comes_back(store, impatient, monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+def test_a_worker_continues_when_the_bus_comes_back(served, impatient, monkeypatch):
     said, done = [], []
-    client = IntentClient(f"http://127.0.0.1:{port}", KEY)
-    worker = Worker(client, "g", lambda intent, lease: (done.append(intent.payload), "json"), max_jobs=1, on_message=said.append,
+    served.stop()
+    worker = Worker(served.client, "g", lambda intent, lease: (done.append(intent.payload), "json"), max_jobs=1, on_message=said.append,
                     poll=0.05)
     running = in_thread(lambda: worker.run() or True)
     wait_until(lambda: any("cannot be reached" in sentence for sentence in said))
-    bus = Bus(store)
-    server = intentbus.http_server(API(bus, Keys(KEY, store)), port=port)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    bus.publish("g", "there")
+    served.start().publish(payload="there")
     assert running() and done == ["there"]
-    server.close()
 
 
 @SLOW
-def test_a_worker_whose_claims_are_answered_by_nobody_gets_them_later_as_one_attempt(client, weather, impatient):
-    ids = [client.publish("g", number, max_attempts=1).id for number in range(2)]
+def test_a_claim_with_a_lost_answer_is_repeated_as_one_attempt(served, weather, impatient):
+    ids = [served.client.publish("g", number, max_attempts=1).id for number in range(2)]
     fates = iter(["answer lost", "504 JSON", "ok", "ok", "503 page"])
     proxy = weather(lambda path: next(fates, "ok"))
     said, done = [], []
     Worker(IntentClient(proxy.url, KEY), "g", lambda intent, lease: (done.append(intent.payload), "json"), max_jobs=2,
            poll=0, on_message=said.append).run()
     assert sorted(done) == [0, 1] and sum("Trying again." in sentence for sentence in said) == 3
-    assert {(client.get_status(id).status, client.get_status(id).claim_attempts) for id in ids} == {("fulfilled", 1)}
+    found = [served.client.get_status(id) for id in ids]
+    assert {(intent.status, intent.claim_attempts) for intent in found} == {("fulfilled", 1)}
 
 
-def test_a_worker_keeps_what_it_could_not_report_and_says_so(away, tmp_path, impatient):
-    bus, said = spooling(away.start(), tmp_path), queue.Queue()
+def test_a_worker_spools_an_outcome_it_cannot_report(served, tmp_path, impatient):
+    bus, said = spooling(served, tmp_path), queue.Queue()
     intent_id = bus.publish("g", 1).id
     def handler(intent, lease):
-        away.stop()
+        served.stop()
         return "done", "text"
     Worker(bus, "g", handler, max_jobs=1, on_message=said.put).run()
     assert "could not be reported; the spool keeps it and reports it later" in said.get_nowait()
-    away.start()
-    Worker(spooling(away, tmp_path), "g", lambda intent, lease: pytest.fail("run again"), drain=True).run()
-    assert away.bus.get_result(intent_id).result == "done"
+    served.start()
+    Worker(spooling(served, tmp_path), "g", lambda intent, lease: pytest.fail("run again"), drain=True).run()
+    assert served.client.get_result(intent_id).result == "done"
 
 
-def test_on_windows_a_program_has_a_console_group_and_is_ended_with_all_it_started(monkeypatch, tmp_path):
-    asked = []
+@POSIX     # SIGHUP has the number of CTRL_BREAK_EVENT
+def test_on_windows_a_program_is_ended_with_its_children(served, monkeypatch, tmp_path):
+    script(tmp_path, f'#!/bin/sh\necho "$@" >"{tmp_path}/ended"\n', "taskkill")
     monkeypatch.setattr(intentbus, "POSIX", False)
     assert intentbus.process_group_options() == {"creationflags": 0x200}, "CREATE_NEW_PROCESS_GROUP"
-    program = intentbus.Program([sys.executable])
-    (tmp_path / "taskkill").write_text(f'#!/bin/sh\necho "$@" >"{tmp_path}/ended"\n')
-    (tmp_path / "taskkill").chmod(0o755)
+    monkeypatch.setattr(intentbus, "process_group_options", dict)     # POSIX refuses that option
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        monkeypatch.setattr(process, "send_signal", asked.append)
-        program._signal(process, "SIGTERM")
-        program._signal(process, "SIGKILL")
-        process.communicate(b"\n")
-    assert asked == [1], "CTRL_BREAK_EVENT"
-    assert (tmp_path / "ended").read_text() == f"/F /T /PID {process.pid}\n"
+    text = "trap 'echo CTRL_BREAK_EVENT >&2; exit 3' HUP\necho $$ >&2\nwhile :; do sleep 0.05; done"
+    found = run_handler(served, tmp_path, text, 1, timeout=0.3)
+    said = re.fullmatch(r"timed out after 0\.3 s: (\d+)\nCTRL_BREAK_EVENT", found.last_error)
+    assert (tmp_path / "ended").read_text() == f"/F /T /PID {said[1]}\n"
 
 
-def test_the_steady_clock_runs_on_while_the_machine_sleeps_wherever_it_can(monkeypatch):
+def test_the_steady_clock_includes_sleep_where_it_can(monkeypatch):
     assert intentbus.STEADY == getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", None) if sys.platform == "darwin" else None)
     monkeypatch.setattr(intentbus, "STEADY", None)
     assert abs(intentbus.steady_clock() - time.monotonic()) < 60
@@ -5320,7 +6419,7 @@ def test_the_steady_clock_runs_on_while_the_machine_sleeps_wherever_it_can(monke
 # ---- 14. Doctor ----
 
 def examine(home, *arguments, **environment):
-    """Run the doctor; return its exit code and its findings, by what they are about."""
+    """Run the doctor; return its exit code and its findings, by subject and level."""
     found = subprocess.run([*COMMAND, "doctor", "--json", *arguments], cwd=home, capture_output=True, text=True, timeout=60,
                            env=dict(os.environ, **environment), stdin=subprocess.DEVNULL)
     findings = [json.loads(line) for line in found.stdout.splitlines()]
@@ -5329,7 +6428,7 @@ def examine(home, *arguments, **environment):
 
 
 @ON_A_FILE
-def test_the_doctor_finds_nothing_wrong_where_nothing_is(home, served):
+def test_the_doctor_finds_nothing_wrong_with_a_good_setup(home, served):
     intentbus.write_settings(served.url, KEY, None)
     code, found = examine(home, "--db", served.db)
     assert code == 0 and [level for _, level in found] == ["ok"] * 5
@@ -5337,7 +6436,7 @@ def test_the_doctor_finds_nothing_wrong_where_nothing_is(home, served):
 
 
 def page_server():
-    """A web server that is no bus; returns its URL."""
+    """Start a web server that is not a bus, and return its URL."""
     class Page(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200)
@@ -5363,7 +6462,7 @@ def test_the_doctor_says_why_the_bus_cannot_be_reached(home, served, url, about,
     assert code == 1 and words in found[about, "bad"]
 
 
-def test_the_doctor_looks_at_the_key_and_its_role(home, served):
+def test_the_doctor_checks_the_key_and_its_role(home, served):
     assert "No key: join the bus" in examine(home, "--url", served.url)[1]["key", "bad"]
     code, found = examine(home, "--url", served.url, INTENT_API_KEY="wrong")
     assert code == 1 and "Invalid API key. Join it again" in found["key", "bad"] and ("bus", "ok") in found
@@ -5383,7 +6482,7 @@ def test_the_doctor_compares_the_clocks(offset, level):
 
 @ON_A_FILE
 @POSIX
-def test_the_doctor_looks_at_where_the_database_is(home, served, monkeypatch):
+def test_the_doctor_checks_the_place_of_the_database(home, served, monkeypatch):
     asking = argparse.Namespace(db=served.db)
     assert [finding.level for finding in intentbus.check_database(asking)] == ["ok"]
     os.chmod(served.db, 0o644)
@@ -5400,7 +6499,7 @@ def test_the_doctor_knows_the_kind_of_a_file_system():
     assert intentbus.file_system("/proc/self/status") == "proc"
 
 
-def test_the_doctor_says_what_waits_to_be_sent(home):
+def test_the_doctor_reports_the_spool(home):
     spool = intentbus.Spool()
     assert [finding.level for finding in intentbus.check_spool(None)] == ["ok"]
     number = spool.add("http://x", "/intent", "{}", "key")
@@ -5411,52 +6510,10 @@ def test_the_doctor_says_what_waits_to_be_sent(home):
 
 # ---- 15. Commands ----
 
-class Serve:
-    """`intentbus.py serve` as a process, in a directory and HOME of its own."""
-
-    def __init__(self, home, *arguments, program=(PROGRAM, "serve"), **environment):
-        self.env = dict(os.environ, HOME=str(home), PYTHONUNBUFFERED="1")
-        for name in ("INTENT_API_KEY", "INTENT_BUS_URL", "INTENT_BUS_NAMESPACE", "BUS_SECRET", "BUS_DB_PATH"):
-            self.env.pop(name, None)
-        self.home = home
-        self.process = subprocess.Popen([sys.executable, *program, "--port", "0", *arguments], cwd=home,
-                                        env=dict(self.env, **environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        self.url = self.process.stdout.readline().strip()
-        self.env["INTENT_BUS_URL"] = self.url
-
-    def run(self, *arguments, **options):
-        """Run a command to its end."""
-        return subprocess.run([*COMMAND, *arguments], cwd=self.home, env=self.env, timeout=60,
-                              capture_output=True, text=True, **dict({"stdin": subprocess.DEVNULL}, **options)
-                              if "input" not in options else options)
-
-    def start(self, *arguments):
-        """Start a command."""
-        return subprocess.Popen([*COMMAND, *arguments], cwd=self.home, env=self.env, text=True,
-                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-    def stop(self):
-        """End it well; return its exit code and what it said."""
-        if self.process.poll() is None:
-            self.process.terminate()
-        output, errors = self.process.communicate(timeout=10)
-        return self.process.returncode, output, errors
-
-
-@pytest.fixture(scope="module")
-def serve(tmp_path_factory):
-    serve = Serve(tmp_path_factory.mktemp("home"))
-    yield serve
-    serve.stop()
-
-
-def run_python(*arguments, **options):
-    return subprocess.run([sys.executable, *arguments], cwd=HERE, capture_output=True, text=True, timeout=30, **options)
-
 
 @POSIX
-def test_serve_makes_a_key_prints_its_url_and_ends_well(tmp_path):
-    serve = Serve(tmp_path)
+def test_serve_makes_a_key_prints_its_url_and_exits_0(tmp_path):
+    serve = Serve(tmp_path, key=None)
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+", serve.url)
     claim = serve.start("work", "--goal", "g")
     published = serve.run("publish", "later", "1")
@@ -5511,7 +6568,7 @@ def test_the_ways_to_say_a_payload(serve, words, stdin, payload):
     (serve.home / "file.json").write_text('{"from": "file"}')
     options = {"input": stdin} if stdin else {}
     id = serve.run("publish", "ways", *words, "--priority", "9", "--delay", "2h", "--capability", "x", **options).stdout.strip()
-    intent = IntentClient(serve.url, intentbus.read_key(serve.home / ".apikey")).list(goal="ways", payload=True).intents[0]
+    intent = serve.client.list(goal="ways", payload=True).intents[0]
     assert (intent.id, intent.payload, intent.priority, intent.required_capability) == (id, payload, 9, "x")
     assert round(intent.run_at - intent.created_at) == 7200
 
@@ -5534,7 +6591,7 @@ def test_cancel_retry_and_list_from_the_command_line(serve):
 
 
 @POSIX
-def test_the_first_signal_lets_a_worker_finish_and_the_second_hands_back(serve, tmp_path):
+def test_the_first_signal_finishes_work_the_second_releases_it(serve, tmp_path):
     fifo = tmp_path / "go"
     os.mkfifo(fifo)
     started = tmp_path / "started"
@@ -5561,7 +6618,7 @@ def test_the_first_signal_lets_a_worker_finish_and_the_second_hands_back(serve, 
     assert (status["status"], status["claim_attempts"]) == ("open", 0)
 
 
-def test_without_a_command_there_is_the_story_and_every_command_in_its_group():
+def test_without_a_command_the_overview_lists_every_command():
     code, out, err = run()
     assert_complaint((code, out, err), 2, "A COMMAND is missing.")
     code, out, _ = run("--help")
@@ -5572,7 +6629,7 @@ def test_without_a_command_there_is_the_story_and_every_command_in_its_group():
 
 
 @pytest.mark.parametrize("name", list(intentbus.COMMANDS))
-def test_the_help_of_a_command_opens_with_examples_that_it_understands(name):
+def test_the_help_of_a_command_opens_with_valid_examples(name):
     parser = intentbus.Parser(name)
     examples = re.findall(rf"^  \S+ \S+ {name}( .*|)$", parser.format_help().partition("usage:")[0], re.M)
     assert examples and parser.format_help().startswith("examples:\n")
@@ -5581,13 +6638,13 @@ def test_the_help_of_a_command_opens_with_examples_that_it_understands(name):
         assert parser.parse(["--wait=" if word == "--wait" else word for word in words])
 
 
-def test_a_mistyped_command_is_met_with_the_right_one():
+def test_a_mistyped_command_is_corrected():
     assert_complaint(run("publsh", "g", "1"), 2, "no command 'publsh'", "did you mean publish?")
     assert_complaint(run("keys"), 2, "did you mean keys add or keys invite")
     assert_complaint(run("frobnicate"), 2, "--help lists the commands")
 
 
-def test_every_command_and_flag_explains_itself_and_is_in_the_readme(serve):
+def test_every_command_and_flag_has_help_and_is_in_the_readme(serve):
     readme = (HERE / "README.md").read_text()
     for name, (function, _, flags) in intentbus.COMMANDS.items():
         assert f"`{name}" in readme and function.__doc__
@@ -5602,8 +6659,8 @@ def test_durations(words, seconds):
     assert intentbus.duration(words) == seconds
 
 
-def test_what_is_printed_cannot_command_the_terminal(serve):
-    client = IntentClient(serve.url, intentbus.read_key(serve.home / ".apikey"))
+def test_printed_text_cannot_control_the_terminal(serve):
+    client = serve.client
     intent = client.publish("escape", 1) and client.claim("escape")
     client.fail(intent.id, intent.claim_token, "\x1b]0;owned\x07\x1b[2J\nsecond line", retry=False)
     for output in (serve.run("list", "--status", "dead").stdout, serve.run("result", intent.id).stderr):
@@ -5611,9 +6668,9 @@ def test_what_is_printed_cannot_command_the_terminal(serve):
 
 
 @POSIX
-def test_a_result_that_would_command_a_terminal_goes_raw_only_into_a_pipe(serve):
+def test_a_result_is_escaped_on_a_terminal_and_raw_in_a_pipe(serve):
     import pty
-    client = IntentClient(serve.url, intentbus.read_key(serve.home / ".apikey"))
+    client = serve.client
     id = client.publish("raw", 1).id
     intent = client.claim("raw")
     client.fulfill(id, intent.claim_token, "\x1b[2Jtwo\nlines\t\x9b31mä", "text")
@@ -5651,7 +6708,7 @@ keys revoke x, stats, purge --yes, work --once --drain, work --once --drain -- t
 @POSIX
 @pytest.mark.parametrize("answer", [pytest.param(answer, id=name, marks=[] if name in ("its result", "404 Not Found") else SLOW)
                                     for name, answer in EVIL_ANSWERS.items()])
-def test_what_a_hostile_bus_says_cannot_command_the_terminal(monkeypatch, impatient, answer):
+def test_the_text_of_a_hostile_bus_cannot_control_the_terminal(monkeypatch, impatient, answer):
     import pty
     ours, theirs = pty.openpty()
     keep = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -5675,7 +6732,7 @@ def test_what_a_hostile_bus_says_cannot_command_the_terminal(monkeypatch, impati
 
 
 @SLOW
-def test_what_stdout_cannot_encode_is_printed_all_the_same(serve):
+def test_text_that_stdout_cannot_encode_is_printed_escaped(serve):
     id = serve.run("publish", "tick", '"✓"').stdout.strip()
     assert serve.run("work", "--goal", "tick", "--once", "--", "cat").returncode == 0
     for encoding, printed in (("ascii", b'"\\u2713"\n'), ("utf-8", '"✓"\n'.encode())):
@@ -5684,28 +6741,8 @@ def test_what_stdout_cannot_encode_is_printed_all_the_same(serve):
         assert (done.returncode, printed[1:-2] in done.stdout) == (0, True)
 
 
-def run(*arguments, stdin=b"", **environment):
-    """Run a command as a process; return its exit code, stdout and stderr."""
-    env = dict({name: value for name, value in os.environ.items() if not name.startswith(("INTENT_", "BUS_"))}, **environment)
-    try:
-        done = subprocess.run([*COMMAND, *arguments], input=stdin, env=env, capture_output=True, timeout=10)
-    except subprocess.TimeoutExpired:
-        return None, "", "It did not end."
-    return done.returncode, done.stdout.decode(), done.stderr.decode(errors="replace")
-
-
-def assert_complaint(outcome, code, *words):
-    """Check that a command failed with this exit code, nothing on stdout, and one helpful sentence at the end of stderr."""
-    exit_code, out, err = outcome
-    assert (exit_code, out, "Traceback" in err) == (code, "", False), err
-    last = err.rstrip("\n").rpartition("\n")[2]
-    assert re.match(r"intentbus(\.py)?( \w+)?: ", last), err
-    assert [word for word in words if word not in last] == [], err
-    assert not re.search(r"\b[A-Z]\w*(Error|Exception)\b|Errno|\bsys\.|object at", last), err
-
-
 def foreign_files(folder):
-    """Put files into a folder that are no database of this bus, and return their paths."""
+    """Put files into a folder that are not databases of this bus, and return their paths."""
     for name, statements in (("newer.db", "PRAGMA user_version = 999"), ("other.db", "CREATE TABLE contacts (name TEXT)"),
                              ("version1.db", "CREATE TABLE contacts (name TEXT); PRAGMA user_version = 1")):
         with contextlib.closing(sqlite3.connect(folder / name)) as db:
@@ -5716,7 +6753,7 @@ def foreign_files(folder):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with what commands may stumble over."""
+    """A folder with files that commands refuse."""
     folder = tmp_path_factory.mktemp("place")
     foreign_files(folder)
     (folder / "folder").mkdir()
@@ -5730,15 +6767,15 @@ def place(tmp_path_factory):
 
 
 def fill(words, strict, place):
-    """Return a command line with the places of the table filled in."""
+    """Return a command line of the table with its placeholders filled in."""
     return [word.format(dir=place, port=strict.port, db=strict.db, nobody=NOBODY) for word in words.split()]
 
 
-def test_a_file_that_is_not_the_bus_s_is_left_as_it_was(tmp_path):
+def test_a_foreign_file_is_left_unchanged(tmp_path):
     for path in foreign_files(tmp_path):
         before = path.read_bytes()
         with pytest.raises(intentbus.SetupError):
-            intentbus.Bus(intentbus.Store(str(path)))
+            open_store("sqlite", path)
         assert path.read_bytes() == before, path.name
 
 
@@ -5814,24 +6851,23 @@ BAD_COMMANDS = (
     case("retry over the limit", "retry --all --limit 1001", 2, "limit", "1000"),
 )
 if not os.environ.get("INTENTBUS_TEST_SLOW"):
-    BAD_COMMANDS = BAD_COMMANDS[::3]     # each is a process; all of them in the long run
+    BAD_COMMANDS = BAD_COMMANDS[::3]     # each is a process; the slow run has all
 
 
 @pytest.fixture(scope="module")
 def outcomes(shared, place):
-    """What came of each of the bad commands; they run side by side, since most of their time is Python's start."""
-    from concurrent.futures import ThreadPoolExecutor
+    """The outcome of each bad command; they run side by side, since most of their time is the start of Python."""
     lines = [parameters.values[0] for parameters in BAD_COMMANDS]
     def outcome(words):
         keys = {} if "key" in words else dict(INTENT_API_KEY=KEY, BUS_SECRET=KEY)
         return run(*fill(words, shared, place), HOME=str(place), INTENT_BUS_URL=shared.url, **keys)
-    with ThreadPoolExecutor(8) as pool:
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
         return dict(zip(lines, pool.map(outcome, lines)))
 
 
 @ON_A_FILE
 @pytest.mark.parametrize("words, expected", BAD_COMMANDS)
-def test_a_command_that_cannot_be_done_says_why_in_a_sentence(strict, place, outcomes, words, expected):
+def test_a_failed_command_says_why_in_one_sentence(strict, place, outcomes, words, expected):
     code, *expected = expected
     said = (fill(word, strict, place)[0] if word.startswith("{") else word for word in expected)
     assert_complaint(outcomes[words], code, *said)
@@ -5847,23 +6883,22 @@ UNSENDABLE = (
 
 @pytest.mark.parametrize("arguments, environment", UNSENDABLE, ids=ascii)
 @SLOW
-def test_text_that_cannot_be_sent_is_refused_in_a_sentence(strict, place, arguments, environment):
+def test_text_that_cannot_be_sent_is_refused(strict, place, arguments, environment):
     settings = dict(HOME=str(place), INTENT_BUS_URL=strict.url, INTENT_API_KEY=KEY, PYTHONUTF8="1")
     assert_complaint(run(*arguments, **dict(settings, **environment)), 2)
 
 
-def test_no_payload_and_no_stdin_is_said_in_a_sentence(strict, place):
-    import shlex     # a shell, since only one starts a program without stdin
+def test_a_publish_without_payload_and_stdin_is_refused(strict, place):
     line = f"{shlex.quote(sys.executable)} {shlex.quote(PROGRAM)} publish g <&-"
     env = dict(os.environ, INTENT_API_KEY=KEY, INTENT_BUS_URL=strict.url, HOME=str(place))
     done = subprocess.run(["sh", "-c", line], env=env, capture_output=True, timeout=10)
     assert_complaint((done.returncode, done.stdout.decode(), done.stderr.decode()), 2, "payload")
 
 
-def test_no_bus_is_exit_5(monkeypatch, capsys, tmp_path):
+def test_an_unreachable_bus_is_exit_5(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(intentbus, "RETRY_SECONDS", 0)
     monkeypatch.setenv("INTENT_API_KEY", KEY)
-    with socket.socket() as nobody:     # bound, but not listening: what connects is refused
+    with socket.socket() as nobody:     # bound, but not listening: connections are refused
         nobody.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
         for arguments in (["publish", "g", "1"], ["status", NOBODY], ["list"], ["work", "--drain"], ["cancel", NOBODY]):
@@ -5874,23 +6909,23 @@ def test_no_bus_is_exit_5(monkeypatch, capsys, tmp_path):
 @POSIX
 @pytest.mark.parametrize("skew", [7200, -7200])
 @SLOW
-def test_the_commands_of_a_machine_with_a_wrong_clock_do_their_work(started, tmp_path, skew):
-    bus = started(keys=dict(require_signatures=True))
-    answers = watch(bus.api, "handle")
+def test_commands_work_on_a_machine_with_a_wrong_clock(started, tmp_path, capsys, skew):
+    bus = started(keys=dict(require_signatures=True), server=dict(log=True))
     (tmp_path / "sitecustomize.py").write_text(f"import time\nright = time.time\ntime.time = lambda: right() + {skew}\n")
     wrong = dict(PYTHONPATH=str(tmp_path), HOME=str(tmp_path))
     worker = subprocess.Popen([sys.executable, PROGRAM, "work", "--goal", "g", "--once", "--", "cat"], stderr=subprocess.PIPE,
                               env=dict(os.environ, INTENT_API_KEY=KEY, INTENT_BUS_URL=bus.url, **wrong))
-    wait_until(lambda: bus.api.bus.workers().workers)
+    wait_until(lambda: bus.client.workers().workers)
     code, output, errors = at(bus, "publish", "g", "5", "--wait", **wrong)
     assert (code, output, errors) == (0, "5\n", "") and worker.wait(20) == 0 and b"fulfilled" in worker.communicate()[1]
-    statuses = collections.Counter(answers.get().status for _ in range(answers.qsize()))
-    assert statuses[403] == 2 and set(statuses) == {200, 201, 403}     # one refusal for each process to learn from
+    log = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    asked = [line["status"] for line in log if line["path"] != "/workers"]
+    assert asked.count(403) == 2 and set(asked) == {200, 201, 403}     # one refusal for each process to learn from
 
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 200 OK\r\n\r\n<html>Log in</html>", b"HTTP/1.1 302 Found\r\nLocation: /x\r\n\r\n",
                                     b"HTTP/1.1 200 OK\r\n\r\n[]", b"SSH-2.0-OpenSSH\r\n", b"", b"\x15\x03\x01\x00\x02\x02\x46"])
-def test_what_is_not_a_bus_is_exit_5(monkeypatch, capsys, answer):
+def test_a_server_that_is_not_a_bus_is_exit_5(monkeypatch, capsys, answer):
     monkeypatch.setattr(intentbus, "RETRIES", 0)
     monkeypatch.setenv("INTENT_API_KEY", KEY)
     def answer_once(listener):
@@ -5903,12 +6938,7 @@ def test_what_is_not_a_bus_is_exit_5(monkeypatch, capsys, answer):
     assert_complaint((code, *capsys.readouterr()), 5, "http://127.0.0.1")
 
 
-def at(bus, *arguments, stdin=b"", **environment):
-    """Run a command against a bus; return its exit code, stdout and stderr."""
-    return run(*arguments, stdin=stdin, INTENT_BUS_URL=bus.url, **dict(dict(INTENT_API_KEY=KEY), **environment))
-
-
-def test_a_machine_joins_a_bus_with_a_code_and_needs_no_flags_from_then_on(served, home):
+def test_a_machine_that_has_joined_a_bus_needs_no_flags(served, home):
     code, letters, words = at(served, "keys", "invite", "phone", "--role", "work")
     assert code == 0 and "for phone, role work: valid until" in words
     nothing = dict(INTENT_BUS_URL="", INTENT_API_KEY="")
@@ -5920,29 +6950,31 @@ def test_a_machine_joins_a_bus_with_a_code_and_needs_no_flags_from_then_on(serve
     assert_complaint(run("publish", "g", "1", **nothing), 4, "This key may work only")
 
 
-def test_a_key_is_not_fetched_over_a_network_that_can_read_it(home):
+def test_join_refuses_to_fetch_a_key_in_plain_text(home):
     assert_complaint(run("join", "http://bus.example.com", "0000-0000"), 2, "--plain if a VPN encrypts the connection")
     assert_complaint(run("join", "http://bus.invalid", "0000-0000", "--plain"), 5, "cannot be reached")
 
 
-def test_publish_spool_keeps_what_cannot_be_sent_and_flush_sends_it(away, home):
-    settings = dict(INTENT_BUS_URL=away.url, INTENT_API_KEY=KEY)
+def test_publish_spool_keeps_intents_and_flush_sends_them(served, home):
+    served.stop()
+    settings = dict(INTENT_BUS_URL=served.url, INTENT_API_KEY=KEY)
     for number in "12":
         code, out, err = run("publish", "g", number, "--spool", **settings)
         assert (code, out) == (0, "") and "cannot be reached: Connection refused. The intent is stored; the next" in err
     assert json.loads(run("publish", "g", "3", "--spool", "--json", **settings)[1])["status"] == "spooled"
     assert run("publish", "g", "--lines", "--spool", stdin=b"a\nb\n", **settings)[:2] == (0, "")
     assert_complaint(run("flush", **settings), 5, "cannot be reached")
-    away.start()
+    served.start()
     assert run("flush", **settings) == (0, "4\n", "")
-    assert sorted(map(str, away.payloads())) == ["1", "2", "3", "a", "b"]
+    assert sorted(map(str, served.payloads())) == ["1", "2", "3", "a", "b"]
 
 
 @SLOW
-def test_flush_tells_what_was_refused_until_it_is_discarded(away, home):
-    settings = dict(INTENT_BUS_URL=away.url, INTENT_API_KEY=KEY)
+def test_flush_reports_refused_requests_until_they_are_discarded(served, home):
+    served.stop()
+    settings = dict(INTENT_BUS_URL=served.url, INTENT_API_KEY=KEY)
     run("publish", "g", "1", "--spool", "--priority", "9999", **settings)
-    away.start()
+    served.start()
     for sent in ("0\n", "0\n"):     # each time
         code, out, err = run("flush", **settings)
         assert out == sent
@@ -5952,7 +6984,7 @@ def test_flush_tells_what_was_refused_until_it_is_discarded(away, home):
     assert_complaint(run("publish", "g", "1", "--spool", "--wait", **settings), 2, "--spool and --wait exclude each other")
 
 
-def test_a_worker_whose_home_cannot_be_written_works_and_says_what_it_lacks(served, home):
+def test_a_worker_without_a_writable_home_works_with_a_warning(served, home):
     (home / ".intentbus").write_text("a file in the way")
     served.publish()
     code, out, err = at(served, "work", "--goal", "g", "--once")
@@ -5960,21 +6992,18 @@ def test_a_worker_whose_home_cannot_be_written_works_and_says_what_it_lacks(serv
 
 
 @SLOW
-def test_watch_follows_the_bus_over_a_restart(store, home):
-    away = Away(store).start()
-    watching = subprocess.Popen([*COMMAND, "watch"], env=dict(os.environ, INTENT_BUS_URL=away.url, INTENT_API_KEY=KEY), text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    wait_until(lambda: held(away.bus))
+def test_watch_follows_the_bus_over_a_restart(served, home):
+    watching = subprocess.Popen([*COMMAND, "watch"], env=dict(os.environ, INTENT_BUS_URL=served.url, INTENT_API_KEY=KEY),
+                                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    served.holds(1)
     for number in range(2):
-        id = IntentClient(away.url, KEY).publish("g", 1).id
+        id = served.publish()
         assert re.fullmatch(rf"\d\d:\d\d:\d\d  published  {id}  g\n", watching.stdout.readline())
-        away.stop()
-        away.start()
-        wait_until(lambda: held(away.bus))
+        served.restart()
+        served.holds(1)
     watching.send_signal(signal.SIGINT)
     assert watching.wait(20) == 130
     watching.communicate()
-    away.stop()
 
 
 def test_keys_are_added_listed_and_revoked(served):
@@ -5990,7 +7019,7 @@ def test_keys_are_added_listed_and_revoked(served):
     assert served.ask("POST", "/claim", key=key).status == 401 and served.ask("GET", "/admin/keys").json == []
 
 
-def test_keys_are_an_admins_business(started):
+def test_keys_need_an_admin(started):
     bus = started(keys=dict(admin_secret=ADMIN_SECRET))
     assert_complaint(at(bus, "keys", "add", "x"), 4, "Authentication required")
     code, key, _ = at(bus, "keys", "add", "x", BUS_ADMIN_SECRET=ADMIN_SECRET)
@@ -6022,7 +7051,7 @@ def test_a_line_of_stdin_is_an_intent(served, flag, payload):
         assert (found["payload"], found["priority"], found["goal"]) == (payload(index), 7, "bulk")
 
 
-def test_lines_fit_the_limit_whatever_their_goal(served):
+def test_published_lines_fit_the_body_limit(served):
     code, out, words = at(served, "publish", "g" * 256, "--lines", "--worker", "w" * 64, stdin=b"x\n" * 1200)
     assert (code, len(out.split())) == (0, 1200), words
 
@@ -6065,7 +7094,7 @@ def test_a_purge_keeps_to_the_namespace_of_the_environment(served):
 
 
 def contents(path):
-    """How many intents a file holds by status, counted and as its tallies say; and what SQLite says of the file."""
+    """Return the numbers of intents of a file by status, as counted and as in its tallies, and SQLite's verdict on the file."""
     with contextlib.closing(sqlite3.connect(path)) as db:
         return (dict(db.execute("SELECT status, COUNT(*) FROM intents GROUP BY status").fetchall()),
                 dict(db.execute("SELECT status, SUM(intents) FROM tallies GROUP BY status HAVING SUM(intents) > 0").fetchall()),
@@ -6088,10 +7117,10 @@ def test_the_backup_of_a_busy_bus_is_a_bus(started, tmp_path, monkeypatch):
     assert integrity == [("ok",)] and counted == tallied and counted["claimed"] == 1
     assert 499 <= counted["open"] <= 499 + len(publishing())
     assert stat.S_IMODE(copy.stat().st_mode) == 0o600 or os.name != "posix"
-    restored = Bespoke(copy.parent)
+    restored = Served(copy.parent)
     assert restored.ask("GET", "/intents", key=key).status == 200 and restored.ask("POST", "/claim").status == 200
     assert restored.ask("GET", "/admin/summary").json["intents"]["default"]["claimed"] == 2
-    restored.close()
+    restored.stop()
 
 
 @ON_A_FILE
@@ -6099,13 +7128,13 @@ def test_a_backup_of_a_bus_at_rest_has_everything(started, tmp_path):
     bus = started()
     bus.ask("POST", "/intents", [a_publish()] * 10)
     bus.ask("POST", f"/cancel/{bus.publish()}")
-    bus.close()
+    bus.stop()
     assert run("backup", str(tmp_path / "copy.db"), BUS_DB_PATH=bus.db)[0] == 0
     assert contents(tmp_path / "copy.db") == contents(bus.db) == ({"open": 10, "dead": 1}, {"open": 10, "dead": 1}, [("ok",)])
 
 
 @ON_A_FILE
-def test_a_backup_overwrites_nothing_and_leaves_nothing_of_one_that_failed(served, tmp_path):
+def test_a_failed_backup_overwrites_and_leaves_nothing(served, tmp_path):
     there = tmp_path / "there.txt"
     there.write_text("dear")
     assert_complaint(run("backup", str(there), "--db", served.db), 2, "exists")
@@ -6115,19 +7144,6 @@ def test_a_backup_overwrites_nothing_and_leaves_nothing_of_one_that_failed(serve
 
 
 # ---- The README and the examples ----
-
-README = HERE / "README.md"
-
-
-def blocks(language):
-    """The code blocks of the README in a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(), re.M | re.S)
-
-
-def shell(serve, command, **environment):
-    """Run a shell command as it would be typed in the project's directory."""
-    return subprocess.run(["sh", "-ec", command], cwd=HERE, env=dict(serve.env, **environment), capture_output=True,
-                          text=True, timeout=60, stdin=subprocess.DEVNULL)
 
 
 @POSIX
@@ -6145,7 +7161,7 @@ def test_the_python_session_of_the_readme(serve):
     assert (found.returncode, found.stdout) == (0, "hello, world\n"), found.stderr
 
 
-def test_the_readme_starts_the_bus_and_passes_the_tests_in_a_line_each():
+def test_the_readme_starts_the_bus_and_the_tests_with_one_line_each():
     assert blocks("sh")[:2] == ["python3 intentbus.py serve\n", "python3 -m venv .venv && .venv/bin/pip install -q pytest "
                                 "&& .venv/bin/python -m pytest -q\n"]
 
@@ -6159,7 +7175,7 @@ def test_the_readme_names_every_route_and_field():
 
 @POSIX
 @pytest.mark.parametrize("path", sorted((HERE / "examples").glob("*.sh")), ids=lambda path: path.name)
-def test_every_shell_example_says_how_to_run_it_and_parses(path):
+def test_every_shell_example_shows_its_use_and_parses(path):
     assert path.read_text().startswith("#!/bin/sh\n# ") and path.name in path.read_text()[:500]
     assert os.access(path, os.X_OK)
     subprocess.run([shutil.which("dash") or "sh", "-n", path], check=True)
@@ -6167,7 +7183,7 @@ def test_every_shell_example_says_how_to_run_it_and_parses(path):
 
 @SLOW
 @POSIX
-def test_cron_publishes_real_disk_figures_and_the_handler_delivers_them(serve):
+def test_cron_publishes_disk_figures_and_the_handler_notifies(serve):
     bare = {"PATH": os.path.dirname(sys.executable) + ":/usr/bin:/bin"}
     notified = serve.home / "notified.log"
     assert shell(serve, "examples/cron_publish.sh 0 /", **bare).returncode == 0
@@ -6207,7 +7223,7 @@ def test_the_python_examples_work_together(serve):
 
 @SLOW
 @POSIX
-def test_the_benchmark_measures_and_says_what_is_not_here(tmp_path):
+def test_the_benchmark_measures_and_names_missing_peers(tmp_path):
     found = subprocess.run([sys.executable, HERE / "examples" / "benchmark.py", "--only", "cycles", "--seconds", "0.5", "--rounds",
                             "1", "--dir", tmp_path, "--json"], env=dict(os.environ, PATH="/nowhere"), capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
@@ -6242,7 +7258,7 @@ def test_a_request_signed_by_a_shell_carries_no_key(tmp_path, kind):
         (tmp_path / ".apikey").write_text("100%" * 25 + "\n")     # beyond the block of the hash, so it is hashed first
         (tmp_path / ".apikey").chmod(0o600)
     serve = Serve(tmp_path, "--require-signatures")
-    spy = tmp_path / "curl"     # notes what curl is called with, which is all that leaves the machine
+    spy = tmp_path / "curl"     # records the arguments of curl, which sends nothing else
     spy.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >>"$HOME/seen"\nexec {shutil.which("curl")} "$@"\n')
     spy.chmod(0o755)
     key = serve.run("keys", "add", "phone").stdout.strip() if kind == "issued" else (tmp_path / ".apikey").read_text().strip()
@@ -6268,7 +7284,7 @@ def test_a_request_signed_by_a_shell_carries_no_key(tmp_path, kind):
 
 @SLOW
 @POSIX
-def test_of_many_cron_jobs_one_wins(serve):
+def test_of_many_simultaneous_cron_jobs_one_runs(serve):
     jobs = [subprocess.Popen(["sh", "examples/lock.sh", "nightly", "1h", "sh", "-c", f"echo {n}; exit 9"], cwd=HERE, env=serve.env,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for n in range(6)]
     told = [job.communicate(timeout=60) for job in jobs]
@@ -6283,7 +7299,7 @@ def test_of_many_cron_jobs_one_wins(serve):
 
 @SLOW
 @POSIX
-def test_a_remote_shell_runs_what_is_on_its_list_and_nothing_else(serve):
+def test_a_remote_shell_runs_the_commands_on_its_list_only(serve):
     there = subprocess.Popen(["sh", "examples/remote_shell.sh", "serve", "phone"], cwd=HERE, env=serve.env,
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -6368,7 +7384,7 @@ def test_the_readme_on_keys(serve):
     assert len(words["id"]) == 16 and words["id"] not in serve.run("keys", "list").stdout
 
 
-def test_the_readme_says_where_each_variable_of_the_environment_belongs():
+def test_the_readme_names_every_environment_variable():
     used = set(re.findall(r"\"(BUS_[A-Z_]+|INTENT_BUS_[A-Z_]+|INTENT_API_KEY|DASHBOARD_PASSWORD)\"", (HERE / "intentbus.py").read_text()))
     readme = (HERE / "README.md").read_text()
     assert not [name for name in used if f"`{name}`" not in readme]
@@ -6377,7 +7393,7 @@ def test_the_readme_says_where_each_variable_of_the_environment_belongs():
 
 @pytest.fixture
 def termux(serve):
-    """A fake Termux: a PREFIX, no /tmp, and programs of Android that record how they are called. Yields (HOME, run)."""
+    """A fake Termux: a PREFIX, no /tmp, and programs of Android that record their arguments. Yields (HOME, run)."""
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
         root = Path(folder).resolve() / "com.termux" / "files"
         bin_, house = root / "usr" / "bin", root / "home"
@@ -6393,7 +7409,7 @@ def termux(serve):
         no_tmp = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o ro none /tmp && cd "$HOME" && exec "$@"', "x"]
         if any(path.startswith("/tmp/") for path in (PROGRAM, sys.prefix)) or subprocess.run(
                 [*no_tmp, "true"], capture_output=True, env=dict(os.environ, HOME=str(house))).returncode:
-            no_tmp = []     # we are in it ourselves, or may mount nothing
+            no_tmp = []     # the tests run in /tmp, or may not mount
         environment = dict(PATH=f"{bin_}:/usr/bin:/bin", HOME=str(house), PREFIX=str(root / "usr"), TMPDIR=str(root / "usr" / "tmp"),
                            PYTHONDONTWRITEBYTECODE="1")
         yield house, lambda command: subprocess.Popen(
@@ -6402,7 +7418,7 @@ def termux(serve):
 
 
 def on_the_phone(session):
-    """Yield (command, what it prints) of a console session of the README, which stays in the folder of its last cd."""
+    """Yield (command, output) of a console session of the README, which stays in the folder of its last cd."""
     folder = ""
     for step in session.strip().split("$ ")[1:]:
         command, _, output = step.partition("\n")
@@ -6414,7 +7430,7 @@ def on_the_phone(session):
 
 @SLOW
 @POSIX
-def test_the_walk_through_on_a_phone_is_as_the_readme_says(serve, termux):
+def test_the_walk_through_on_a_phone_matches_the_readme(serve, termux):
     house, start = termux
     _, invite, phone, publish = blocks("console")[:4]
     assert publish.startswith("$ ") and "keys invite" in invite
@@ -6441,10 +7457,10 @@ def test_the_walk_through_on_a_phone_is_as_the_readme_says(serve, termux):
 
 @SLOW
 @POSIX
-def test_the_boot_script_starts_the_worker_and_starts_it_again(serve, termux):
+def test_the_boot_script_starts_and_restarts_the_worker(serve, termux):
     house, start = termux
     start("scp -r here:intentbus .").wait(20)
-    (house / ".apikey").write_text(Path(serve.home, ".apikey").read_text())
+    (house / ".apikey").write_text(KEY)
     (house / ".apikey").chmod(0o600)
     worker = (house.parent / "usr" / "bin" / "python3")
     worker.write_text(f"""#!/bin/sh
@@ -6482,13 +7498,13 @@ def test_systemd_accepts_the_units(options, name, tmp_path):
     assert (found.returncode, found.stderr) == (0, "")
 
 
-def test_the_plist_says_what_launchd_needs():
+def test_the_plist_is_valid_for_launchd():
     service = plistlib.loads((HERE / "examples" / "intentbus.plist").read_bytes())
     assert service["ProgramArguments"][1:3] == ["/Users/YOU/intentbus/intentbus.py", "work"] and service["KeepAlive"]
     intentbus.Parser("work").parse(service["ProgramArguments"][3:])
 
 
-def test_the_lines_for_cron_are_lines_of_cron_and_commands_of_ours():
+def test_the_lines_for_cron_hold_valid_commands():
     lines = [line for line in (HERE / "examples" / "crontab.txt").read_text().splitlines() if line and not line.startswith("#")]
     for line in lines:
         assert re.match(r"(\S+ ){5}\S", line) and not re.search(r"(?<!\\)%", line)
@@ -6504,8 +7520,8 @@ def buses(tmp_path):
     started = []
     with contextlib.ExitStack() as stack:
         def start(**options):
-            started.append(Bespoke(tmp_path, database="postgres", **options))
-            stack.callback(started[-1].close)
+            started.append(Served(tmp_path, database="postgres", **options))
+            stack.callback(started[-1].stop)
             wait_until(lambda: all(len(bus.store._others) == len(started) - 1 for bus in started))
             return started[-1]
         yield start
@@ -6539,7 +7555,7 @@ def psycopg_errors():
 
 
 @ON_POSTGRES
-def test_of_buses_that_start_for_the_first_time_at_once_each_finds_its_tables(tmp_path):
+def test_several_buses_can_start_at_once_on_an_empty_database(tmp_path):
     dsn(tmp_path / "new")     # an empty schema
     stores = at_once(5, lambda index: open_store("postgres", tmp_path / "new"))
     assert [store.tallies() for store in stores] == [[]] * 5, stores
@@ -6549,39 +7565,36 @@ def test_of_buses_that_start_for_the_first_time_at_once_each_finds_its_tables(tm
 
 
 @ON_POSTGRES
-def test_what_one_bus_stores_wakes_who_waits_at_another(buses):
+def test_an_intent_stored_by_one_bus_wakes_a_claim_held_by_another(buses):
     one, other = buses(), buses()
-    claim = in_thread(other.api.bus.claim, "g", wait=20)
-    wait_until(lambda: held(other.api.bus) == 2)
+    claim = other.hold("POST", "/claim?goal=g&wait=60")
     intent_id = one.publish()
-    claimed = claim()
+    claimed = claimed_by(claim)
     assert claimed.id == intent_id
-    result = in_thread(one.api.bus.get_result, intent_id, wait=20)
-    wait_until(lambda: held(one.api.bus) == 1)
-    other.api.bus.fulfill(intent_id, claimed.claim_token, "done")
-    assert result().result == "done"
-    late = in_thread(other.api.bus.claim, "g", wait=20)
-    wait_until(lambda: held(other.api.bus) == 2)
-    retried = one.api.bus.publish("g", 1, delay=0.3).id     # time alone brings it
-    assert late().id == retried
+    result = one.hold("GET", f"/result/{intent_id}?wait=60")
+    other.client.fulfill(intent_id, claimed.claim_token, "done")
+    assert response_on(result).json["result"] == "done"
+    late = other.hold("POST", "/claim?goal=g&wait=60")
+    retried = one.publish(delay=0.3)     # time alone brings it
+    assert claimed_by(late).id == retried
 
 
 @ON_POSTGRES
-def test_who_watches_one_bus_sees_what_happens_at_another_and_it_is_counted_once(buses):
+def test_events_of_one_bus_are_seen_at_another_and_counted_once(buses):
     one, other = buses(), buses()
-    start = other.api.bus.events().next
-    intent_id = one.api.bus.publish("g" * 256, 1).id
-    claimed = one.api.bus.claim("g" * 256)
-    one.api.bus.fail(intent_id, claimed.claim_token, "\U0001f4a5" * 2000, retry=False)
-    wait_until(lambda: len(other.api.bus.events(start).events) == 3)
-    assert [event.event for event in other.api.bus.events(start).events] == ["published", "claimed", "dead"]
-    one.api.bus.stop()
-    other.api.bus.stop()     # each stores what it has counted
-    assert sorted(row[1:] for row in other.api.bus.summary().history) == [["failed", 1], ["published", 1]]
+    start = other.client.events().next
+    intent_id = one.publish(goal="g" * 256)
+    claimed = one.client.claim("g" * 256)
+    one.client.fail(intent_id, claimed.claim_token, "\U0001f4a5" * 2000, retry=False)
+    wait_until(lambda: len(other.client.events(start).events) == 3)
+    assert [event["event"] for event in other.client.events(start).events] == ["published", "claimed", "dead"]
+    one.stop()
+    other.restart()     # each stores what it has counted
+    assert sorted(row[1:] for row in other.client.admin("summary")["history"]) == [["failed", 1], ["published", 1]]
 
 
 @ON_POSTGRES
-def test_an_intent_is_claimed_once_by_whoever_asks_at_whichever_bus(buses):
+def test_an_intent_is_claimed_once_across_buses(buses):
     one, other = buses(), buses()
     ids = [one.publish() for _ in range(40)]
     claims = [response.json for response in of_both(one, other, 16, "POST", "/claim?goal=g")]
@@ -6592,30 +7605,28 @@ def test_an_intent_is_claimed_once_by_whoever_asks_at_whichever_bus(buses):
 
 
 @ON_POSTGRES
-def test_a_claim_passes_over_what_another_bus_is_at_and_gets_it_after_all_if_that_fails(buses):
+def test_a_claim_skips_a_locked_intent_and_gets_it_after_a_rollback(buses):
     one, other = buses(), buses()
     intent_id = one.publish()
     with holding(other, intent_id):     # as a bus does that is about to claim it
-        claim = in_thread(one.api.bus.claim, "g", wait=60)
-        wait_until(lambda: held(one.api.bus) == 2)
+        claim = one.hold("POST", "/claim?goal=g&wait=60")
         ids = [one.publish(goal="else") for _ in range(10)]     # and hinders nobody
         claims = of_both(one, other, 10, "POST", "/claim?goal=else&goal=g")
         assert sorted(response.json["id"] for response in claims) == ids
-        assert claim.ended() is False
-    assert claim().id == intent_id
+        one.holds(1)
+    assert claimed_by(claim).id == intent_id
 
 
 @ON_POSTGRES
-def test_what_is_due_is_settled_though_another_bus_is_at_some_of_it(buses):
+def test_due_intents_open_although_another_bus_has_locked_one(buses):
     one, other = buses(), buses()
     first, second = (one.publish(delay=0.5) for _ in range(2))
     with holding(other, first):
-        claimed = wait_until(lambda: one.ask("POST", "/claim?goal=g&wait=1").json if one.api.bus.now() > 0 else None)
-        assert claimed["id"] == second
+        assert wait_until(lambda: one.client.claim("g", wait=1)).id == second
 
 
 @ON_POSTGRES
-def test_an_idempotency_key_stores_one_intent_whichever_bus_it_reaches(buses):
+def test_an_idempotency_key_stores_one_intent_across_buses(buses):
     one, other = buses(), buses()
     answers = of_both(one, other, 10, "POST", "/intent", a_publish(), Idempotency_Key="k")
     assert len({response.json["id"] for response in answers}) == 1 and len(one.statuses()) == 1
@@ -6623,14 +7634,14 @@ def test_an_idempotency_key_stores_one_intent_whichever_bus_it_reaches(buses):
 
 
 @ON_POSTGRES
-def test_a_nonce_is_used_once_whichever_bus_it_reaches(buses):
+def test_a_nonce_is_accepted_once_across_buses(buses):
     one, other = buses(), buses()
     statuses = [response.status for response in of_both(one, other, 10, "GET", "/get/x", **signed("GET", "/get/x"))]
     assert sorted(statuses) == [403] * 9 + [404]
 
 
 @ON_POSTGRES
-def test_locks_and_invitations_are_given_once_whichever_bus_is_asked(buses):
+def test_locks_and_invitations_are_given_once_across_buses(buses):
     one, other = buses(), buses()
     assert sorted(response.status for response in of_both(one, other, 10, "POST", "/set/lock", {"value": 1, "if_absent": True})
                   ) == [200] + [409] * 9
@@ -6640,7 +7651,7 @@ def test_locks_and_invitations_are_given_once_whichever_bus_is_asked(buses):
 
 
 @ON_POSTGRES
-def test_keys_and_their_limits_are_those_of_all_buses(buses, monkeypatch):
+def test_keys_and_their_limits_are_shared_by_all_buses(buses, monkeypatch):
     monkeypatch.setattr(intentbus, "UNFINISHED", 5)
     one, other = buses(keys=dict(rate=30)), buses(keys=dict(rate=30))
     key = one.issue()
@@ -6656,103 +7667,45 @@ def test_keys_and_their_limits_are_those_of_all_buses(buses, monkeypatch):
 
 
 @ON_POSTGRES
-def test_a_claim_that_finds_nothing_costs_no_rate_at_any_bus(buses):
+def test_an_empty_claim_costs_no_rate_at_any_bus(buses):
     one, other = buses(keys=dict(rate=3)), buses(keys=dict(rate=3))
     key = one.issue().api_key
     assert [bus.ask("POST", "/claim?goal=g", b"", key).status for bus in (one, other) * 4] == [204] * 8
 
 
-class Forwarder:
-    """A port in front of others: each connection goes to the next one that listens; cut() ends all and takes no more."""
-
-    def __init__(self, *ports):
-        self.ports, self.links, self.listener = collections.deque(ports), set(), socket.create_server(("127.0.0.1", 0))
-        self.port, self.open = self.listener.getsockname()[1], True
-        threading.Thread(target=self.accept, daemon=True).start()
-
-    def accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                near = self.listener.accept()[0]
-                threading.Thread(target=self.link, args=(near,), daemon=True).start()
-
-    def link(self, near):
-        far = self.open and self.reach()
-        if not far:
-            return near.close()
-        with near, far:
-            self.links |= {near, far}
-            back = threading.Thread(target=self.carry, args=(far, near), daemon=True)
-            back.start()
-            self.carry(near, far)
-            back.join()
-            self.links -= {near, far}
-
-    def reach(self):
-        for _ in range(len(self.ports)):
-            self.ports.rotate(1)
-            with contextlib.suppress(OSError):
-                far = socket.create_connection(("127.0.0.1", self.ports[0]), timeout=5)
-                far.settimeout(None)
-                return far
-
-    def carry(self, here, there):
-        with contextlib.suppress(OSError):
-            while data := here.recv(65536):
-                there.sendall(data)
-        for link in (here, there):
-            with contextlib.suppress(OSError):
-                link.shutdown(socket.SHUT_RDWR)
-
-    def cut(self):
-        self.open = False
-        for link in list(self.links):
-            with contextlib.suppress(OSError):
-                link.shutdown(socket.SHUT_RDWR)
-
-    def close(self):
-        self.cut()
-        self.listener.close()
-
-
 @ON_POSTGRES
-def test_a_bus_that_has_lost_its_database_says_so_and_is_well_once_that_is_back(tmp_path, monkeypatch):
+def test_a_bus_recovers_from_the_loss_of_its_database(tmp_path, monkeypatch):
     from psycopg.conninfo import conninfo_to_dict, make_conninfo
     postgres_bus = examples("postgres_bus")
     monkeypatch.setattr(postgres_bus, "POOL_SECONDS", 1)
     direct = dsn(tmp_path / "bus.db")
     way = Forwarder(int(conninfo_to_dict(direct).get("port", 5432)))
-    store = postgres_bus.PostgresStore(make_conninfo(direct, host="127.0.0.1", port=way.port))
-    with serving(store) as server:
-        bus = server.api.bus
-        kept = bus.publish("g", 1).id
-        held_claim = in_thread(IntentClient(f"http://127.0.0.1:{server.server_port}", KEY).claim, "other", wait=20)
-        wait_until(lambda: held(bus) == 2)
-        way.cut()
-        served = Served.__new__(Served)
-        served.port = server.server_port
-        refused = served.ask("POST", "/intent", a_publish())
-        assert_refusal(refused, 503, "database_busy", "PostgreSQL")
-        assert refused.headers["retry-after"] == "1"
-        assert served.ask("GET", "/health", key=None).status == 503
-        way.open = True
-        wait_until(lambda: served.ask("GET", "/health", key=None).status == 200)
-        assert served.ask("POST", "/claim?goal=g").json["id"] == kept
-        other = open_store("postgres", tmp_path / "bus.db")
-        found = Bus(other).publish("other", 1).id     # who was held over it all is still there, and hears of it
-        assert held_claim().id == found
-        other.close()
-    store.close()
+    bus = Served(tmp_path, lambda _: postgres_bus.PostgresStore(make_conninfo(direct, host="127.0.0.1", port=way.port)))
+    kept = bus.publish()
+    claim = bus.hold("POST", "/claim?goal=other&wait=60")
+    way.cut()
+    refused = bus.ask("POST", "/intent", a_publish())
+    assert_refusal(refused, 503, "database_busy", "PostgreSQL")
+    assert refused.headers["retry-after"] == "1"
+    assert bus.ask("GET", "/health", key=None).status == 503
+    way.open = True
+    wait_until(lambda: bus.ask("GET", "/health", key=None).status == 200)
+    assert bus.ask("POST", "/claim?goal=g").json["id"] == kept
+    other = Served(tmp_path, "postgres")
+    found = other.publish(goal="other")     # the held claim is still there, and is woken
+    assert response_on(claim).json["id"] == found
+    other.stop()
+    bus.stop()
     way.close()
     drop_schemas()
 
 
 @ON_POSTGRES
-def test_what_was_committed_though_the_answer_was_lost_is_found_by_who_waits_at_any_bus(buses, monkeypatch):
+def test_an_unconfirmed_commit_wakes_held_claims_at_every_bus(buses, monkeypatch):
     import psycopg
     one, other = buses(), buses()
-    claims = [in_thread(bus.api.bus.claim, "g", wait=20) for bus in (one, other)]
-    wait_until(lambda: held(one.api.bus) == held(other.api.bus) == 2 and not one.store._missed and not other.store._missed)
+    claims = [bus.hold("POST", "/claim?goal=g&wait=60") for bus in (one, other)]
+    wait_until(lambda: not one.store._missed and not other.store._missed)
     transact = one.store._transact
 
     def lose(*args):
@@ -6761,7 +7714,7 @@ def test_what_was_committed_though_the_answer_was_lost_is_found_by_who_waits_at_
         raise psycopg.OperationalError("server closed the connection unexpectedly")
     monkeypatch.setattr(one.store, "_transact", lose)
     assert_refusal(one.ask("POST", "/intents", [a_publish(), a_publish()]), 503, "database_busy")
-    assert {claim().id for claim in claims} == {intent.id for intent in one.api.bus.list().intents}
+    assert {claimed_by(claim).id for claim in claims} == {intent.id for intent in one.client.list().intents}
 
 
 @ON_POSTGRES
@@ -6786,7 +7739,7 @@ def test_a_newer_bus_may_add_columns_while_older_ones_run(buses):
     ("CREATE TABLE intents (id TEXT)", "another program"),
     ("CREATE TABLE intentbus (version INTEGER NOT NULL); INSERT INTO intentbus VALUES (99)", "newer intentbus (schema 99"),
 ])
-def test_tables_that_are_not_ours_are_refused_in_words(tmp_path, prepare, words):
+def test_the_tables_of_another_program_are_refused(tmp_path, prepare, words):
     where = dsn(tmp_path / "bus.db")
     import psycopg
     with psycopg.connect(where, autocommit=True) as db:
@@ -6797,7 +7750,7 @@ def test_tables_that_are_not_ours_are_refused_in_words(tmp_path, prepare, words)
     drop_schemas()
 
 
-def test_postgresql_without_its_store_is_refused_in_words(tmp_path):
+def test_a_postgresql_url_is_refused_by_the_program_without_its_store(tmp_path):
     found = subprocess.run([*COMMAND, "serve", "--port", "0", "--db", "postgresql://bus@db.example/bus"], cwd=tmp_path,
                            env=dict(os.environ, HOME=str(tmp_path)), capture_output=True, text=True, timeout=30)
     assert (found.returncode, found.stdout) == (2, "") and "examples/postgres_bus.py" in found.stderr
@@ -6813,7 +7766,7 @@ def postgres_bus_says(tmp_path, *arguments, python=()):
     return found.stderr
 
 
-def test_the_bus_on_postgresql_says_what_it_needs_to_be_installed(tmp_path):
+def test_the_bus_on_postgresql_names_a_missing_package(tmp_path):
     assert 'pip install "psycopg[binary,pool]>=3.2"' in postgres_bus_says(tmp_path, "postgresql://127.0.0.1:9/bus", python=("-S",))
 
 
@@ -6823,12 +7776,12 @@ def test_the_bus_on_postgresql_says_what_it_needs_to_be_installed(tmp_path):
     (("bus.db", "--port", "0"), "PostgreSQL cannot be used: "),
     (("--port", "0"), "which PostgreSQL? Give its URL"),
 ])
-def test_a_postgresql_that_cannot_be_used_is_said_in_a_sentence(tmp_path, arguments, words):
+def test_an_unusable_postgresql_is_reported_in_one_sentence(tmp_path, arguments, words):
     assert words in postgres_bus_says(tmp_path, *arguments)
 
 
 @ON_POSTGRES
-def test_claims_look_at_one_row_of_a_lane_on_postgresql_too(buses, monkeypatch):
+def test_a_claim_reads_one_row_of_a_lane_on_postgresql(buses, monkeypatch):
     bus, looks = buses(), []
     connection = examples("postgres_bus").Connection
     each = connection.each
@@ -6858,7 +7811,7 @@ def test_claims_look_at_one_row_of_a_lane_on_postgresql_too(buses, monkeypatch):
 
 
 @ON_POSTGRES
-def test_a_publish_and_a_nonce_go_over_the_network_once_a_claim_and_a_report_twice(buses, monkeypatch):
+def test_a_publish_is_one_round_trip_and_a_claim_two(buses, monkeypatch):
     bus, sent, connection = buses().api.bus, [], examples("postgres_bus").Connection
     send = connection._send
     monkeypatch.setattr(connection, "_send", lambda db: sent.append(threading.get_ident()) or send(db))
@@ -6877,9 +7830,9 @@ def test_a_publish_and_a_nonce_go_over_the_network_once_a_claim_and_a_report_twi
 
 @ON_POSTGRES
 @pytest.mark.parametrize("number", [1, 197, 198, 199, 500])
-def test_a_claim_finds_its_intent_however_many_are_due_before_it(tmp_path, number):
+def test_a_claim_finds_its_intent_behind_any_number_of_due_ones(tmp_path, number):
     store = open_store("postgres", tmp_path / "bus.db")
-    bus = Bus(store)     # one that settles nothing by itself
+    bus = assembled(store).bus     # one that settles nothing by itself
     ids = bus.publish_many([dict(goal="g", payload=1, delay=0.001)] * number).ids
     wait_until(lambda: bus.now() > store.get(ids[-1]).run_at)
     assert bus.claim("g").id in ids
@@ -6889,7 +7842,7 @@ def test_a_claim_finds_its_intent_however_many_are_due_before_it(tmp_path, numbe
 
 @ON_POSTGRES
 @pytest.mark.parametrize("lanes", [1, 2, 5, 40])
-def test_a_claim_passes_over_what_another_is_at_in_the_order_of_all_lanes(buses, lanes):
+def test_a_claim_skips_locked_intents_in_the_order_of_all_lanes(buses, lanes):
     bus, dice = buses(), random.Random(lanes)
     best = [bus.publish(goal=f"g{dice.randrange(lanes)}", priority=priority, visibility=dice.choice(["public", "private"]))
             for priority in range(60)][::-1]
@@ -6900,7 +7853,7 @@ def test_a_claim_passes_over_what_another_is_at_in_the_order_of_all_lanes(buses,
 
 
 @ON_POSTGRES
-def test_a_claim_that_finds_others_at_all_there_was_gets_what_was_published_meanwhile(buses, monkeypatch):
+def test_a_claim_that_finds_only_locked_intents_looks_again(buses, monkeypatch):
     one, other, connection, ids = buses(), buses(), examples("postgres_bus").Connection, []
     each = connection.each
 
@@ -6920,7 +7873,7 @@ def test_a_claim_that_finds_others_at_all_there_was_gets_what_was_published_mean
     lambda bus: bus.sweep_dead("delete").number,
     lambda bus: bus.store.clean(bus.now() + YEARS, 0)["dead_deleted"],
 ])
-def test_what_is_retried_at_one_bus_is_not_deleted_by_another(buses, remove):
+def test_an_intent_retried_at_one_bus_is_not_deleted_by_another(buses, remove):
     one, other = buses(), buses()
     intent_id = one.publish()
     one.ask("POST", f"/cancel/{intent_id}")
@@ -6933,7 +7886,7 @@ def test_what_is_retried_at_one_bus_is_not_deleted_by_another(buses, remove):
 
 
 @ON_POSTGRES
-def test_a_purge_at_each_of_two_buses_leaves_nothing_when_it_has_ended(buses):
+def test_simultaneous_purges_at_two_buses_leave_nothing(buses):
     both = buses(), buses()
     for _ in range(2):
         both[0].ask("POST", "/intents", [a_publish()] * 1000)
@@ -6947,7 +7900,7 @@ def test_a_purge_at_each_of_two_buses_leaves_nothing_when_it_has_ended(buses):
 
 
 @ON_POSTGRES
-def test_tallies_are_right_while_every_bus_adds_them_up(buses):
+def test_tallies_stay_right_while_several_buses_fold_them(buses):
     one, other = buses(), buses()
     of_both(one, other, 40, "POST", "/intent", a_publish())
     at_once(8, lambda index: (one, other)[index % 2].store.once(examples("postgres_bus").FOLD, {}))
@@ -6957,7 +7910,7 @@ def test_tallies_are_right_while_every_bus_adds_them_up(buses):
 
 
 @ON_POSTGRES
-def test_what_another_bus_holds_for_long_is_not_waited_for_and_hinders_nothing_else(buses):
+def test_a_row_locked_for_long_by_another_bus_is_a_503(buses):
     one, other = buses(), buses()
     intent_id = one.publish()
     with holding(one, intent_id):
@@ -6966,7 +7919,7 @@ def test_what_another_bus_holds_for_long_is_not_waited_for_and_hinders_nothing_e
 
 
 @ON_POSTGRES
-def test_a_connection_to_what_is_no_longer_the_primary_is_not_used_again(buses):
+def test_a_connection_to_a_demoted_primary_is_dropped(buses):
     bus = buses()
     with bus.store._pool.connection() as db:
         db.execute("SET default_transaction_read_only = on")     # as a server says that was demoted
@@ -6980,7 +7933,7 @@ def test_a_connection_to_what_is_no_longer_the_primary_is_not_used_again(buses):
 
 
 @ON_POSTGRES
-def test_a_transaction_in_a_deadlock_is_done_anew(buses):
+def test_a_transaction_in_a_deadlock_is_repeated(buses):
     one, other = buses(), buses()
     ids, both = sorted([one.publish(), one.publish()]), threading.Barrier(2)
 
@@ -6999,7 +7952,7 @@ def test_a_transaction_in_a_deadlock_is_done_anew(buses):
 
 
 @ON_POSTGRES
-def test_what_is_refused_leaves_no_plans_behind_in_postgresql(buses):
+def test_a_failed_statement_leaves_no_plan_in_postgresql(buses):
     bus = buses()
     with bus.store._pool.connection() as db:
         for number in range(20):
@@ -7029,26 +7982,25 @@ def listens(store):
 
 
 @ON_POSTGRES
-def test_a_bus_whose_listener_was_cut_off_listens_again_and_missed_nothing(buses, capsys):
+def test_a_bus_whose_listener_is_cut_off_misses_nothing(buses, capsys):
     one, other = buses(), buses()
-    claim = in_thread(other.api.bus.claim, "g", wait=60)
-    wait_until(lambda: held(other.api.bus) == 2)
+    claim = other.hold("POST", "/claim?goal=g&wait=60")
     assert len(terminate(other, "listener")) == 1
     published = one.publish()     # while nobody hears it
-    assert claim().id == published
-    claim = in_thread(other.api.bus.claim, "g", wait=60)
-    wait_until(lambda: held(other.api.bus) == 2 and len(other.store._others) == len(one.store._others) == 1
+    assert claimed_by(claim).id == published
+    claim = other.hold("POST", "/claim?goal=g&wait=60")
+    wait_until(lambda: len(other.store._others) == len(one.store._others) == 1
                and not other.store._missed)
-    assert claim.ended() is False
+    other.holds(1)
     published = one.publish()
-    assert claim().id == published
+    assert claimed_by(claim).id == published
     said = capsys.readouterr().err.splitlines()
     assert len([line for line in said if "This bus hears nothing of others: " in line]) == 1
     assert said.count("intentbus: No longer so: This bus hears nothing of others.") == 1
 
 
 @ON_POSTGRES
-def test_after_a_restart_no_connection_of_before_is_used(buses):
+def test_after_a_restart_of_postgresql_no_old_connection_is_used(buses):
     bus = buses()
     of_both(bus, bus, 16, "POST", "/claim?goal=g")     # several connections
     assert len(terminate(bus, "all")) > 2
@@ -7057,19 +8009,18 @@ def test_after_a_restart_no_connection_of_before_is_used(buses):
 
 
 @ON_POSTGRES
-def test_a_notice_from_a_bus_of_another_version_only_makes_this_one_look(buses):
+def test_a_notice_of_another_version_only_makes_a_bus_look(buses):
     one, other = buses(), buses()
-    claim = in_thread(other.api.bus.claim, "g", wait=60)
-    wait_until(lambda: held(other.api.bus) == 2)
+    claim = other.hold("POST", "/claim?goal=g&wait=60")
     notice = json.dumps(["claimed", dict(one.store.get(one.publish(goal="else")), status="open", ready=0, claim_outcome="new")])
     for odd in (notice, '{"x": 1}', "[1, 2]", "[null, {}]", "nothing"):
         one.store.once(examples("postgres_bus").TELL, dict(buses=[other.store._name], notices=[odd]))
     published = one.publish()
-    assert claim().id == published and other.store._threads[0].is_alive()
+    assert claimed_by(claim).id == published and other.store._threads[0].is_alive()
 
 
 @ON_POSTGRES
-def test_several_buses_have_the_clock_of_their_database_and_never_shift_what_they_share(buses, monkeypatch):
+def test_several_buses_use_the_clock_of_their_database(buses, monkeypatch):
     one = buses()
     there = one.store._reader
     with there() as db:
@@ -7078,13 +8029,14 @@ def test_several_buses_have_the_clock_of_their_database_and_never_shift_what_the
     lease = one.api.bus.claim("g", wait=0) or one.publish() and one.api.bus.claim("g", lease=300)
     monkeypatch.setattr(Store, "shift", lambda *_: pytest.fail("it was shifted"))
     one.store._ahead += 4000     # a database whose clock was set: after a failover, or by hand
-    late = Bus(one.store, boot=lambda: "another")
+    late = assembled(one.store, bus=dict(boot=lambda: "another")).bus
     one.store._ahead -= 8000
-    assert late.now() < late.now() + 1 and Bus(one.store, boot=lambda: "a third").now() < lease.claim_expires_at
+    third = assembled(one.store, bus=dict(boot=lambda: "a third")).bus
+    assert late.now() < late.now() + 1 and third.now() < lease.claim_expires_at
 
 
 @ON_POSTGRES
-def test_a_stalled_answer_is_no_change_of_the_clock(buses):
+def test_a_slow_answer_is_not_a_change_of_the_clock(buses):
     store, ahead = buses().store, None
 
     class Stalled:
@@ -7103,7 +8055,7 @@ def test_a_stalled_answer_is_no_change_of_the_clock(buses):
 
 
 @ON_POSTGRES
-def test_who_cannot_reach_its_database_ends_within_seconds_when_it_is_told_to(running, cluster):
+def test_a_bus_without_its_database_stops_within_seconds(running, cluster):
     server = cluster()
     bus = running.bus(f"postgresql://bus@127.0.0.1:{server.port}/postgres")
     IntentClient(bus.url, KEY).publish("g", 1)
@@ -7130,9 +8082,11 @@ def migrate(*arguments):
 
 @ON_POSTGRES
 def test_a_bus_moves_to_postgresql_and_back_with_everything(tmp_path, clock):
-    started = Bespoke(tmp_path)
-    bus, where = started.api.bus, dsn(tmp_path / "bus.db")
-    populate(bus)
+    where = dsn(tmp_path / "bus.db")
+    with contextlib.closing(open_store("sqlite", tmp_path / "bus.db")) as store:
+        populate(assembled(store).bus)
+    started = Served(tmp_path)
+    bus = started.client
     bus.publish_many([dict(goal="many", payload={"n": n, "text": "é\0\U0001f600"}) for n in range(1000)])
     bus.publish_many([dict(goal=f"goal {n}", payload=n, namespace=f"n{n % 3}", delay=3600 + n, required_capability="c", target_worker="w",
                            visibility="public", backoff_base=1.5) for n in range(900)])
@@ -7142,93 +8096,41 @@ def test_a_bus_moves_to_postgresql_and_back_with_everything(tmp_path, clock):
     bus.fail(bus.claim("many").id, error="no", retry=False)
     code, _, errors = migrate(started.db, where)
     assert code == 2 and "Another bus is serving" in errors
-    started.close()
+    started.stop()
     there = dumped(started.db)
-    owned = Bespoke(tmp_path, database="postgres")
-    owned.api.bus.set("lock", "somebody's")
-    owned.close()
+    owned = Served(tmp_path, database="postgres")
+    owned.ask("POST", "/set/lock", {"value": "somebody's"})
+    owned.stop()
     code, _, errors = migrate(started.db, where)
     assert code == 2 and "has intents, keys or values already" in errors
     owned.restart()
-    owned.api.bus.delete("lock")
-    owned.close()
+    owned.ask("POST", "/delete/lock")
+    owned.stop()
     code, said, errors = migrate(started.db, where)
     assert code == 0 and f"intents: {len(there['intents'])}" in errors and "everything is there" in said, errors
     code, _, errors = migrate(started.db, where)
     assert code == 2 and "has intents, keys or values already" in errors
-    on_postgres = Bespoke(tmp_path, database="postgres")
+    on_postgres = Served(tmp_path, database="postgres")
     code, _, errors = migrate("--back", tmp_path / "back.db", where)
     assert code == 2 and "bus is running" in errors and not os.path.exists(tmp_path / "back.db")
     code, _, errors = migrate("--back", "postgresql://bus@db.example/bus", tmp_path / "back.db")
     assert code == 2 and "the file comes first" in errors
-    assert on_postgres.api.bus.get("value") == {"a": 1}
-    on_postgres.close()
+    assert on_postgres.ask("GET", "/get/value").json == {"value": {"a": 1}}
+    on_postgres.stop()
     assert migrate("--back", tmp_path / "back.db", where)[0] == 0
     assert dumped(tmp_path / "back.db") == there
     drop_schemas()
 
 
-@pytest.fixture
-def running(tmp_path):
-    """Start programs at will; what still runs at the end is killed."""
-    programs = []
-
-    def start(*arguments, **options):
-        programs.append(subprocess.Popen([*COMMAND, *arguments], **options))
-        return programs[-1]
-
-    def bus(where=None):
-        """A bus on the PostgreSQL of this test, or another, as a process."""
-        bus = Serve(tmp_path, "--db", where or dsn(tmp_path / "bus.db"), program=[HERE / "examples" / "postgres_bus.py"], BUS_SECRET=KEY)
-        programs.append(bus.process)
-        assert bus.url, bus.stop()
-        return bus
-    yield Record(start=start, bus=bus)
-    for program in programs:
-        program.kill()
-        program.wait()
-    drop_schemas()
-
-
-def summary_of(bus):
-    """Return what /admin/summary says."""
-    request = urllib.request.Request(bus.url + "/admin/summary", headers={"X-API-KEY": KEY})
-    with urllib.request.urlopen(request, timeout=20) as answer:
-        return json.load(answer)
-
-
-class Carrier:
-    """A worker that does not give up: what gets no answer is sent again, over a new connection."""
-
-    def __init__(self, url, goal):
-        self.url, self.goal, self.done, self.ask = url, goal, [], talking(url, KEY)
-
-    def persist(self, *request, **headers):
-        while True:
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                status, answer = self.ask(*request, **headers)
-                if status < 500:
-                    return status, answer
-            self.ask = talking(self.url, KEY)
-
-    def work(self, stopped):
-        while not stopped.is_set():
-            status, claimed = self.persist(f"/claim?goal={self.goal}&wait=1", X_Claim_Token=os.urandom(16).hex())
-            if status == 200:
-                self.done.append(claimed["payload"])
-                status, _ = self.persist(f"/fulfill/{claimed['id']}", {"claim_token": claimed["claim_token"]})
-                assert status == 200
-
-
 @SLOW
 @ON_POSTGRES
 @POSIX
-def test_of_two_buses_one_is_killed_and_every_intent_is_done_exactly_once(running):
+def test_every_intent_is_done_once_when_one_of_two_buses_is_killed(running):
     """Two bus processes, 16 workers spread over both, 20,000 intents."""
     number, one, other, stopped = 20_000, running.bus(), running.bus(), threading.Event()
-    balancer = Forwarder(*(int(bus.url.rpartition(":")[2]) for bus in (one, other)))
+    balancer = Forwarder(one.port, other.port)
     publisher = IntentClient(f"http://127.0.0.1:{balancer.port}", KEY)
-    fulfilled = lambda: summary_of(other)["intents"].get("default", {}).get("fulfilled", 0)
+    fulfilled = lambda: other.client.admin("summary")["intents"].get("default", {}).get("fulfilled", 0)
     publish = lambda batches: [publisher.publish_many([dict(goal="g", payload=batch * 1000 + n) for n in range(1000)],
                                                       idempotency_key=f"batch {batch}") for batch in batches]
     publish(range(10))
@@ -7253,12 +8155,12 @@ def test_of_two_buses_one_is_killed_and_every_intent_is_done_exactly_once(runnin
 
 @SLOW
 @ON_POSTGRES
-def test_from_a_publish_on_one_bus_to_a_worker_at_another_it_takes_milliseconds(running):
+def test_an_intent_goes_from_bus_to_bus_in_milliseconds(running):
     one, other = running.bus(), running.bus()
     publish, claim, took = talking(one.url, KEY), talking(other.url, KEY), []
     for _ in range(200):
         arrived = in_thread(lambda: (claim("/claim?goal=g&wait=20"), time.monotonic()))
-        wait_until(lambda: summary_of(other)["held_requests"] == 1)
+        other.holds(1)
         start = time.monotonic()
         assert publish("/intent", a_publish())[0] == 201
         (status, claimed), end = arrived()
@@ -7270,103 +8172,10 @@ def test_from_a_publish_on_one_bus_to_a_worker_at_another_it_takes_milliseconds(
     assert one.stop()[0] == other.stop()[0] == 0
 
 
-POSTGRES_PROGRAMS = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)     # where Debian has them
-
-
-class Cluster:
-    """A PostgreSQL server of a test's own, or the standby of another one; root lets the user postgres run it."""
-
-    def __init__(self, folder, primary=None):
-        self.folder, self.data = folder, f"{folder}/{'standby' if primary else 'primary'}"
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        if primary:
-            self.run("pg_basebackup", "-D", self.data, "-R", "-h", "127.0.0.1", "-p", str(primary.port), "-U", "bus")
-        else:
-            self.run("initdb", "-D", self.data, "-A", "trust", "-U", "bus", "--encoding", "UTF8", "--locale", "C")
-        self.control("start", "-o", f"-p {self.port} -k {folder} -c listen_addresses=127.0.0.1")
-
-    def run(self, program, *arguments):
-        as_postgres = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
-        subprocess.run([*as_postgres, POSTGRES_PROGRAMS / program, *arguments], cwd=self.folder, check=True,
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    def control(self, *arguments):
-        self.run("pg_ctl", "-D", self.data, "-l", f"{self.data}.log", "-w", *arguments)
-
-    def ask(self, *statements):
-        """Run statements; return the first value of the last one's first row, if it has any."""
-        import psycopg
-        with psycopg.connect(f"postgresql://bus@127.0.0.1:{self.port}/postgres", autocommit=True) as db:
-            for statement in statements:
-                result = db.execute(statement)
-            row = result.description and result.fetchone()
-            return row and row[0]
-
-
-@pytest.fixture
-def cluster():
-    """Start PostgreSQL servers at will; they are ended after."""
-    if not POSTGRES_PROGRAMS:
-        pytest.skip("PostgreSQL's programs are not on this machine")
-    folder, started = tempfile.mkdtemp(), []
-    if os.getuid() == 0:
-        shutil.chown(folder, "postgres")
-
-    def start(primary=None):
-        started.append(Cluster(folder, primary))
-        return started[-1]
-    yield start
-    for server in started:
-        with contextlib.suppress(subprocess.CalledProcessError):     # some are stopped by then
-            server.control("-m", "immediate", "stop")
-    shutil.rmtree(folder)
-
-
-class Traffic:
-    """Publishers and workers at several buses, which do not give up."""
-
-    def __init__(self, buses):
-        self.urls = [bus.url for bus in buses]
-        self.answered, self.refused, self.stopped = [], [], threading.Event()
-        self.threads = [threading.Thread(target=run, args=(IntentClient(self.urls[number % len(self.urls)], KEY),), daemon=True)
-                        for run in (self.publish, self.work) for number in range(4)]
-        for thread in self.threads:
-            thread.start()
-
-    def publish(self, bus):
-        while not self.stopped.is_set():
-            try:
-                self.answered.append(bus.publish("g", 1).id)
-            except intentbus.Error as error:
-                self.refused.append(error)
-
-    def work(self, bus):
-        while not self.stopped.is_set():
-            with contextlib.suppress(intentbus.Error):
-                if claimed := bus.claim("g", wait=1):
-                    bus.fulfill(claimed.id, claimed.claim_token)
-
-    def flows(self, number):
-        """Wait until so many more publishes have been answered."""
-        wanted = len(self.answered) + number
-        wait_until(lambda: len(self.answered) >= wanted, seconds=120)
-
-    def end(self):
-        """Stop, work off what is left, and return how many of those whose publish was answered are in which status."""
-        self.stopped.set()
-        for thread in self.threads:
-            thread.join(60)
-        bus = IntentClient(self.urls[0], KEY)
-        while claimed := bus.claim("g"):
-            bus.fulfill(claimed.id, claimed.claim_token)
-        return collections.Counter(bus.get_status(id).status for id in self.answered)
-
-
 @SLOW
 @ON_POSTGRES
 @POSIX
-def test_postgresql_that_is_restarted_in_mid_run_loses_nothing_that_was_answered(running, cluster):
+def test_a_restart_of_postgresql_loses_nothing_that_was_answered(running, cluster):
     server = cluster()
     buses = [running.bus(f"postgresql://bus@127.0.0.1:{server.port}/postgres") for _ in range(2)]
     traffic = Traffic(buses)
@@ -7384,7 +8193,7 @@ def test_postgresql_that_is_restarted_in_mid_run_loses_nothing_that_was_answered
 @SLOW
 @ON_POSTGRES
 @POSIX
-def test_buses_follow_a_failover_to_a_standby_and_say_meanwhile_when_to_come_again(running, cluster):
+def test_buses_follow_a_failover_to_a_standby(running, cluster):
     primary = cluster()
     standby = cluster(primary)
     primary.ask("ALTER SYSTEM SET synchronous_standby_names = '*'", "SELECT pg_reload_conf()")
@@ -7393,10 +8202,9 @@ def test_buses_follow_a_failover_to_a_standby_and_say_meanwhile_when_to_come_aga
              for _ in range(2)]
     traffic = Traffic(buses)
     traffic.flows(200)
-    began, served = time.monotonic(), Served.__new__(Served)
-    served.port = int(buses[0].url.rpartition(":")[2])
+    began = time.monotonic()
     primary.control("-m", "immediate", "stop")
-    refused = served.ask("POST", "/intent", a_publish())
+    refused = buses[0].ask("POST", "/intent", a_publish())
     assert_refusal(refused, 503, "database_busy", "PostgreSQL")
     assert refused.headers["retry-after"] == "1"
     standby.control("promote")
@@ -7440,7 +8248,7 @@ def error_of(kind, function, *arguments, **options):
     raise AssertionError("no error")
 """
 
-SCENARIOS = {     # what it prints: the id of an intent, and its status and result in the end
+SCENARIOS = {     # each prints the id of an intent; its final status and result
     "a job is done": ("fulfilled", {"n": [1, "é", None]}, """
 id = id_of(bus.publish("job", {"text": "é", "n": [1, 2.5, None]}, namespace="n.1"))
 job = bus.claim("job", namespace="n.1", worker_id="w", capabilities="a,b")
@@ -7585,12 +8393,12 @@ runpy.run_path(os.path.join(os.path.dirname(sys.executable), "intent-bus"), run_
 
 
 def published_tool(version, text, *arguments):
-    """The command line that runs a script with a published client."""
+    """Return the command line that runs a script with a published client."""
     return [os.path.join(CLIENTS, version, "bin", "python"), "-u", "-c", text, *arguments]
 
 
 def with_client(serve, version, text, *arguments, **environment):
-    """Run a script with a published client; return what it printed."""
+    """Run a script with a published client; return its output."""
     found = subprocess.run(published_tool(version, text, *arguments), env=dict(serve.env, **environment), capture_output=True,
                            text=True, timeout=60, stdin=subprocess.DEVNULL)
     assert found.returncode == 0, found.stdout + found.stderr
@@ -7622,7 +8430,7 @@ def test_a_published_client_works_unmodified(old_bus, version, scenario):
 
 @PUBLISHED
 @VERSIONS
-def test_a_published_client_is_told_of_the_rate_limit(tmp_path, version):
+def test_a_published_client_understands_the_rate_limit(tmp_path, version):
     serve = Serve(tmp_path, "--rate-limit", "5")
     try:
         key = serve.run("keys", "add", "old", "--role", "work").stdout.strip()
@@ -7707,7 +8515,7 @@ def test_a_worker_of_the_1_x_protocol_sends_no_token(serve):
 @SLOW
 @POSIX
 @CURL
-def test_a_worker_without_a_token_is_refused_where_tokens_are_required(tmp_path):
+def test_a_worker_without_a_required_token_is_refused(tmp_path):
     serve = Serve(tmp_path, "--require-claim-token")
     try:
         refused = shell(serve, OLD_WORKER + "exit 9")
@@ -7720,25 +8528,24 @@ def test_a_worker_without_a_token_is_refused_where_tokens_are_required(tmp_path)
 
 @SLOW
 @POSIX
-def test_a_bus_that_is_away_and_programs_that_are_killed_lose_and_repeat_nothing(store, home, tmp_path):
+def test_an_absent_bus_and_killed_programs_lose_and_repeat_nothing(served, home, tmp_path):
     """200 publishes and two outcomes while the bus is away, programs killed at random; then everything arrives once."""
-    away, chance = Away(store), random.Random(6)
-    settings = dict(os.environ, INTENT_BUS_URL=away.url, INTENT_API_KEY=KEY)
+    chance = random.Random(6)
+    settings = dict(os.environ, INTENT_BUS_URL=served.url, INTENT_API_KEY=KEY)
     runs = tmp_path / "runs"
-    away.start()
-    jobs = [away.bus.publish("job", number).id for number in range(2)]
+    jobs = [served.publish(goal="job", payload=number) for number in range(2)]
     worker = subprocess.Popen([*COMMAND, "work", "--goal", "job", "-j", "2", "--", "sh", "-c",
                                f'echo "$INTENT_ID" >>{runs}; while [ -e {tmp_path}/hold ]; do sleep 0.05; done; echo done'], env=settings,
                               stderr=subprocess.PIPE, text=True, start_new_session=True)
     (tmp_path / "hold").write_text("")
     wait_until(lambda: runs.exists() and len(runs.read_text().split()) == 2)
-    away.stop()
+    served.stop()
     (tmp_path / "hold").unlink()
     spool = intentbus.Spool()
-    wait_until(lambda: len(spool.pending(away.url)) == 2)     # both outcomes are on disk
+    wait_until(lambda: len(spool.pending(served.url)) == 2)     # both outcomes are on disk
     worker.kill()
     worker.communicate()
-    said = []     # numbers whose program has said that they are kept
+    said = []     # numbers whose program exited with 0
     def publish(number):
         process = subprocess.Popen([*COMMAND, "publish", "g", str(number), "--spool"], env=settings, stderr=subprocess.PIPE)
         if number % 5 == 0:     # killed at some moment of its short life
@@ -7751,7 +8558,7 @@ def test_a_bus_that_is_away_and_programs_that_are_killed_lose_and_repeat_nothing
             said.append(number)
     numbers = iter(range(200))
     at_once(4, lambda thread: [publish(number) for number in numbers])
-    away.start()
+    served.start()
     for _ in range(8):     # killed while they send
         process = subprocess.Popen([*COMMAND, "flush"], env=settings, stdout=subprocess.PIPE)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -7760,81 +8567,37 @@ def test_a_bus_that_is_away_and_programs_that_are_killed_lose_and_repeat_nothing
         process.communicate()
     drained = subprocess.run([*COMMAND, "work", "--goal", "job", "--drain", "--", "sh", "-c", f'echo "$INTENT_ID" >>{runs}'],
                              env=settings, capture_output=True, timeout=60)
-    arrived = away.payloads(goal="g")
+    arrived = served.payloads(goal="g")
     figure("bus away", f"{len(said)} of 200 publishes said kept, {len(arrived)} arrived, {200 - len(said)} killed")
-    assert drained.returncode == 0 and spool.pending(away.url) == []
+    assert drained.returncode == 0 and spool.pending(served.url) == []
     assert len(set(arrived)) == len(arrived) and set(said) <= set(arrived)
     assert sorted(runs.read_text().split()) == sorted(jobs), "each ran once"
-    assert [away.bus.get_result(id).result for id in jobs] == ["done", "done"]
-    away.stop()
-
-
-def figure(what, text):
-    """Keep a measured figure for whoever reads the run: pytest -rP shows it."""
-    print(f"FIGURE {what}: {text}")
-
-
-def talking(url, key):
-    """Return ask(path, body), which posts over one kept connection and returns (status, answer)."""
-    link = http.client.HTTPConnection(url.partition("//")[2], timeout=20)
-
-    def ask(path, body=None, **headers):
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        link.request("POST", path, None if body is None else json.dumps(body), {"X-API-KEY": key, **named})
-        answer = link.getresponse()
-        content = answer.read()
-        return answer.status, content and json.loads(content)
-    return ask
-
-
-class Answered:
-    """What a bus has answered: published ids, {id: (token, when)} of claims, and reports by outcome."""
-
-    def __init__(self):
-        self.published, self.claims, self.fulfilled, self.failed, self.reported = [], [], [], [], set()
-
-    def load(self, url, key, ended):
-        """Publish, claim, and fulfil or fail in turn, until the bus is gone."""
-        ask = talking(url, key)
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            for number in itertools.count():
-                self.published.append(ask("/intent", a_publish())[1]["id"])
-                status, claimed = ask("/claim?goal=g")
-                if status != 200:
-                    continue
-                self.claims.append((claimed["id"], time.monotonic()))
-                outcome = (self.fulfilled, self.failed)[number % 2]
-                self.reported.add(claimed["id"])
-                status, _ = ask(f"/{'fail' if number % 2 else 'fulfill'}/{claimed['id']}", {"claim_token": claimed["claim_token"]})
-                if status == 200:
-                    outcome.append(claimed["id"])
-        ended.put(1)
+    assert [served.client.get_result(id).result for id in jobs] == ["done", "done"]
 
 
 @SLOW
 @POSIX
-def test_a_bus_that_is_killed_two_hundred_times_has_lost_nothing_it_has_answered(tmp_path):
+def test_a_bus_killed_two_hundred_times_loses_nothing_it_answered(tmp_path):
     answered, starts, chance = Answered(), [], random.Random(4)
     for _ in range(200):
         started = time.monotonic()
         serve = Serve(tmp_path, "--db", "bus.db")
-        urllib.request.urlopen(serve.url + "/health", timeout=20).close()
+        assert serve.ask("GET", "/health").status == 200
         starts.append(time.monotonic() - started)
-        key, ended = intentbus.read_key(tmp_path / ".apikey"), queue.SimpleQueue()
+        ended = queue.SimpleQueue()
         for _ in range(4):
-            threading.Thread(target=answered.load, args=(serve.url, key, ended), daemon=True).start()
+            threading.Thread(target=answered.load, args=(serve.url, KEY, ended), daemon=True).start()
         with contextlib.suppress(queue.Empty):
             ended.get(timeout=chance.uniform(0.02, 0.3))
-        serve.process.kill()
-        serve.process.communicate()
+        serve.kill()
         for _ in range(4):
             ended.get(timeout=20)
-    with contextlib.closing(Store(tmp_path / "bus.db")) as store:
-        stored = {id: store.get(id) for id in {*answered.published, *answered.fulfilled, *answered.failed}}
-        with store._reader() as db:
-            assert [*db.execute("PRAGMA integrity_check").fetchone().values()] == ["ok"]
-    assert {stored[id].status for id in answered.fulfilled} == {"fulfilled"}
-    assert all(stored[id].last_error for id in answered.failed)
+    with contextlib.closing(sqlite3.connect(tmp_path / "bus.db")) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        stored = {id: (status, error) for id, status, error in db.execute("SELECT id, status, last_error FROM intents")}
+    assert {*answered.published, *answered.fulfilled, *answered.failed} <= set(stored)
+    assert {stored[id][0] for id in answered.fulfilled} == {"fulfilled"}
+    assert all(stored[id][1] for id in answered.failed)
     latest = {}
     for id, when in answered.claims:     # claimed twice only when the first one had reported, or a lease later
         assert id not in latest or id in answered.reported or when - latest[id] > intentbus.LEASE_SECONDS
@@ -7848,8 +8611,8 @@ def test_a_bus_that_is_killed_two_hundred_times_has_lost_nothing_it_has_answered
 
 @SLOW
 @POSIX
-def test_what_a_hundred_killed_workers_had_is_done_by_others(serve, tmp_path):
-    client, lags, rescues = IntentClient(serve.url, intentbus.read_key(serve.home / ".apikey")), [], []
+def test_the_intents_of_a_hundred_killed_workers_are_done_by_others(serve, tmp_path):
+    client, lags, rescues = serve.client, [], []
     for wave in range(10):
         goal, marks = f"wave{wave}", tmp_path / f"wave{wave}"
         marks.mkdir()
@@ -7873,59 +8636,16 @@ def test_what_a_hundred_killed_workers_had_is_done_by_others(serve, tmp_path):
     assert {intent.status for intent in client.list(goal="wave9").intents} == {"fulfilled"}
 
 
-DISK = r"""
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <fcntl.h>
-#include <pthread.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static int number = 0;
-static void keep(int file) {     /* what is on the disk now: a copy of the file, named by number and name */
-    char link[64], path[4096], draft[4200], image[4200], part[65536];
-    const char *folder = getenv("DISK_IMAGES");
-    struct stat status;
-    snprintf(link, sizeof link, "/proc/self/fd/%d", file);
-    ssize_t size = readlink(link, path, sizeof path - 1);
-    if (!folder || size < 0 || fstat(file, &status) || !S_ISREG(status.st_mode)) return;
-    path[size] = 0;
-    const char *name = strrchr(path, '/') + 1;
-    if (strncmp(name, "bus.db", 6)) return;
-    snprintf(draft, sizeof draft, "%s/draft", folder);
-    int copy = open(draft, O_CREAT | O_WRONLY | O_TRUNC, 0600);
-    for (off_t at = 0; (size = pread(file, part, sizeof part, at)) > 0; at += size)
-        if (write(copy, part, size) != size) abort();
-    close(copy);
-    snprintf(image, sizeof image, "%s/%06d-%s", folder, number++, name);
-    rename(draft, image);
-}
-static int synced(const char *name, int file) {
-    int (*real)(int) = dlsym(RTLD_NEXT, name);
-    pthread_mutex_lock(&lock);
-    int result = real(file);
-    if (!result) keep(file);
-    pthread_mutex_unlock(&lock);
-    return result;
-}
-int fsync(int file) { return synced("fsync", file); }
-int fdatasync(int file) { return synced("fdatasync", file); }
-"""
-
-
 @SLOW
 def test_a_power_cut_at_any_moment_loses_nothing_that_was_answered(tmp_path):
     images, home = tmp_path / "images", tmp_path / "home"
     images.mkdir()
     home.mkdir()
-    serve = Serve(home, "--db", "bus.db", DISK_IMAGES=str(images), **preloaded(tmp_path, DISK))
-    key, said = intentbus.read_key(home / ".apikey"), queue.SimpleQueue()     # (images there were, id, what was answered)
+    serve = Serve(home, "--db", "bus.db", DISK_IMAGES=str(images), **preloaded(DISK))
+    said = queue.SimpleQueue()     # (images there were, id, what was answered)
 
     def load(rounds):
-        ask = talking(serve.url, key)
+        ask = talking(serve.url, KEY)
         for number in range(rounds):
             id = ask("/intent", a_publish(goal=f"g{number}", payload="x" * 6000))[1]["id"]
             said.put((len(os.listdir(images)), id, "published"))
@@ -7936,8 +8656,7 @@ def test_a_power_cut_at_any_moment_loses_nothing_that_was_answered(tmp_path):
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         list(pool.map(load, (60, 60, 60)))
-    serve.process.kill()
-    serve.process.communicate()
+    serve.kill()
     answers = sorted(said.get() for _ in range(said.qsize()))
     checked, disk = 0, tmp_path / "disk"
     for number, image in enumerate(sorted(path for path in images.iterdir() if path.name != "draft"), 1):
@@ -7965,42 +8684,35 @@ def test_a_power_cut_at_any_moment_loses_nothing_that_was_answered(tmp_path):
 
 @SLOW
 @POSIX
-def test_a_backup_under_load_holds_all_that_was_answered_before_it_began(tmp_path):
+def test_a_backup_under_load_holds_every_answer_before_it(tmp_path):
     serve = Serve(tmp_path, "--db", "bus.db")
-    answered, ended, key = Answered(), queue.SimpleQueue(), intentbus.read_key(tmp_path / ".apikey")
+    answered, ended = Answered(), queue.SimpleQueue()
     for _ in range(3):
-        threading.Thread(target=answered.load, args=(serve.url, key, ended), daemon=True).start()
+        threading.Thread(target=answered.load, args=(serve.url, KEY, ended), daemon=True).start()
     for number in range(5):
         wait_until(lambda: len(answered.published) > 100 * (number + 1))
         before, done = list(answered.published), list(answered.fulfilled)
         assert serve.run("backup", f"{number}.db", "--db", "bus.db").returncode == 0
-        with contextlib.closing(Store(tmp_path / f"{number}.db")) as copy, copy._reader() as db:
-            assert [*db.execute("PRAGMA integrity_check").fetchone().values()] == ["ok"]
-            assert {copy.get(id).status for id in before} and {copy.get(id).status for id in done} == {"fulfilled"}
-            counted = {row.status: row.n for row in db.execute("SELECT status, COUNT(*) AS n FROM intents GROUP BY status")}
-            assert {row.status: row.intents for row in copy.tallies()} == counted
-    serve.process.kill()
-    serve.process.communicate()
+        counted, tallied, integrity = contents(tmp_path / f"{number}.db")
+        assert integrity == [("ok",)] and counted == tallied
+        with contextlib.closing(sqlite3.connect(tmp_path / f"{number}.db")) as copy:
+            stored = dict(copy.execute("SELECT id, status FROM intents").fetchall())
+        assert set(before) <= set(stored) and {stored[id] for id in done} == {"fulfilled"}
+    serve.kill()
     figure("backups under load", f"5, of up to {len(before)} intents, each with all that was answered before and equal counts")
-
-
-def memory(process):
-    """The resident memory of a process in MB."""
-    with open(f"/proc/{process.pid}/status") as status:
-        return int(re.search(r"VmRSS:\s+(\d+) kB", status.read())[1]) / 1000
 
 
 @SLOW
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from /proc")
 def test_an_hours_load_leaves_log_file_and_memory_bounded(tmp_path):
     serve = Serve(tmp_path, "--retention", "3s", "--db", "bus.db")
-    key, jobs, done, samples = intentbus.read_key(tmp_path / ".apikey"), queue.SimpleQueue(), queue.SimpleQueue(), []
+    jobs, done, samples = queue.SimpleQueue(), queue.SimpleQueue(), []
 
     def load():
         link = http.client.HTTPConnection(serve.url[7:], timeout=30)
 
         def ask(path, body=None):
-            link.request("POST", path, body and json.dumps(body), {"X-API-KEY": key})
+            link.request("POST", path, body and json.dumps(body), {"X-API-KEY": KEY})
             return json.loads(link.getresponse().read())
         while jobs.get() is not None:
             ask("/intent", {"goal": "g", "payload": "x" * 500})
@@ -8009,7 +8721,7 @@ def test_an_hours_load_leaves_log_file_and_memory_bounded(tmp_path):
             done.put(1)
         return True
 
-    def read():     # a program that looks at the file, and keeps each view of it for a while
+    def read():     # another program, which keeps each view of the file for a while
         with contextlib.closing(sqlite3.connect(tmp_path / "bus.db", isolation_level=None)) as reader:
             while not finished.is_set():
                 reader.execute("BEGIN")
@@ -8052,56 +8764,24 @@ def test_a_hundred_thousand_odd_requests_find_no_fault(tmp_path):
     after = memory(serve.process)
     figure("fuzzer", f"{sum(statuses.values())} answers: {dict(sorted(statuses.items()))}; memory {before:.1f} MB after 10,000, {after:.1f} MB at the end")
     assert after < 1.3 * before + 5
-    serve.process.kill()
-    serve.process.communicate()
-
-
-def pages(client, goal):
-    """The pages of a list."""
-    before = ""
-    while before is not None:
-        page = client.list(goal=goal, limit=500, before=before or None)
-        yield page.intents
-        before = page.next
-
-
-def percentile(times, share):
-    """The time that this share of them does not exceed."""
-    return sorted(times)[int(share * (len(times) - 1))]
-
-
-def latencies(port, number=300):
-    """How long each of so many health checks took, in seconds, each on a connection of its own."""
-    times = []
-    for _ in range(number):
-        started = time.monotonic()
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=30) as answer:
-            assert answer.status == 200
-        times.append(time.monotonic() - started)
-    return times
-
-
-def belongings(process):
-    """How many open files and threads a process has."""
-    return len(os.listdir(f"/proc/{process.pid}/fd")), len(os.listdir(f"/proc/{process.pid}/task"))
+    serve.kill()
 
 
 @SLOW
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="descriptors are counted in /proc")
-def test_slow_and_vanishing_clients_take_nothing_and_hold_up_nobody(tmp_path):
+def test_slow_and_vanishing_clients_block_no_other(tmp_path):
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     serve = Serve(tmp_path)
-    port, key = int(serve.url.rpartition(":")[2]), intentbus.read_key(tmp_path / ".apikey")
-    address, head = ("127.0.0.1", port), f"Host: x\r\nX-API-KEY: {key}\r\n"
-    client = IntentClient(serve.url, key)
+    port, client, head = serve.port, serve.client, f"Host: x\r\nX-API-KEY: {KEY}\r\n"
+    address = ("127.0.0.1", port)
     latencies(port, 50)
     before, quiet = belongings(serve.process), percentile(latencies(port), 0.99)
-    bound, p99 = max(5 * quiet, 0.1), {}     # a floor, since a quiet p99 of some milliseconds says little on a shared machine
+    bound, p99 = max(5 * quiet, 0.1), {}     # a floor: a quiet p99 of some milliseconds means little on a shared machine
 
     def gone():
-        """Whether the process has let go of all that clients have left (idle threads are kept for the next ones)."""
+        """Return whether the process has released all that clients left behind (idle threads are kept)."""
         files, threads = belongings(serve.process)
         return files <= before[0] + 5 and threads <= before[1] + intentbus.IDLE_THREADS
 
@@ -8109,7 +8789,7 @@ def test_slow_and_vanishing_clients_take_nothing_and_hold_up_nobody(tmp_path):
     for number, sock in enumerate(slow):
         sock.sendall((f"POST /intent HTTP/1.1\r\n{head}" + ("Content-Length: 9\r\n\r\n{" if number % 2 else "X-Slow: 1")).encode())
     p99["500 slow ones"] = percentile(latencies(port), 0.99)
-    for sock in slow:     # one byte more each; the limit of time is of the whole head, and of the whole body
+    for sock in slow:     # one more byte each: the limit applies to the whole head and the whole body
         sock.send(b"1")
     answers = b"".join(received(sock) for sock in slow[::25] if not sock.settimeout(60))
     assert len(re.findall(rb"HTTP/1.1 408 ", answers)) == 20
@@ -8149,7 +8829,7 @@ def test_slow_and_vanishing_clients_take_nothing_and_hold_up_nobody(tmp_path):
 @SLOW
 @POSIX
 def test_ten_thousand_intents_are_done_once_each_by_eight_workers(serve, tmp_path):
-    client = IntentClient(serve.url, intentbus.read_key(serve.home / ".apikey"))
+    client = serve.client
     worker = serve.start("work", "--goal", "bulk", "-j", "8", "--max-jobs", "5000")
     done = collections.Counter()
     output = in_thread(lambda: [done.update([json.loads(line)]) for line in worker.stdout])
@@ -8166,7 +8846,7 @@ def test_ten_thousand_intents_are_done_once_each_by_eight_workers(serve, tmp_pat
 
 @SLOW
 @POSIX
-def test_what_a_killed_worker_had_is_done_by_another_at_the_latest_a_lease_later(serve, tmp_path):
+def test_the_intent_of_a_killed_worker_is_done_within_a_lease(serve, tmp_path):
     started = tmp_path / "started"
     id = serve.run("publish", "kill", "1").stdout.strip()
     first = serve.start("work", "--goal", "kill", "--lease", "10s", "--", "sh", "-c", f"echo $$ > {started}; exec sleep 60")
@@ -8187,7 +8867,7 @@ def is_report_or_claim(path):
 @SLOW
 @POSIX
 @pytest.mark.parametrize("fates, most", [(("answer lost",), 1000), (Weather.FATES, 400)], ids=["lost answers", "all sorts"])
-def test_answers_that_are_lost_cost_no_intent_and_no_second_run(client, weather, impatient, tmp_path, fates, most):
+def test_lost_answers_cost_no_intent_and_no_second_run(served, weather, impatient, tmp_path, fates, most):
     seed = 4
     chance, log = random.Random(seed), tmp_path / "log"
     spoil = lambda path: is_report_or_claim(path) and sum(
@@ -8197,7 +8877,7 @@ def test_answers_that_are_lost_cost_no_intent_and_no_second_run(client, weather,
     bus = IntentClient(proxy.url, KEY, timeout=1 if len(fates) > 1 else 30)
     number, ids, runs = most * 4 // 5, [], []
 
-    def publish(first):     # until there is an answer, as a script would that has an idempotency key of its own
+    def publish(first):     # until there is an answer, like a script with an idempotency key
         for n in range(first, number, 4):
             while True:
                 with contextlib.suppress(intentbus.Unreachable, intentbus.Unavailable):
@@ -8220,7 +8900,7 @@ def test_answers_that_are_lost_cost_no_intent_and_no_second_run(client, weather,
         listener = in_thread(lambda: bus.listen("listen", handler, full_envelope=True, concurrency=16, poll=0.1,
                                                 max_jobs=jobs[1]) or True)
         wait_until(lambda: len(ids) == number, 60)
-        done = lambda: sum(states.get("fulfilled", 0) for states in bus_summary(client).values())
+        done = lambda: sum(states.get("fulfilled", 0) for states in bus_summary(served.client).values())
         wait_until(lambda: done() == number, 60)
         assert all(thread() for thread in publishers) and listener() and worker.wait(30) == 0
     finally:
@@ -8232,19 +8912,19 @@ def test_answers_that_are_lost_cost_no_intent_and_no_second_run(client, weather,
            f"{met} of {sum(proxy.met.values())} requests spoilt, {number} intents, {number - len(set(ids))} duplicates, "
            f"{len(runs) - len(set(runs))} runs twice (seed {seed}): {dict(proxy.met)}")
     assert met == most and len(set(ids)) == number, seed
-    assert sum(bus_summary(client)["default"].values()) == number
+    assert sum(bus_summary(served.client)["default"].values()) == number
     assert len(runs) == len(set(runs)) == sum(jobs), seed     # each attempt ran once, and none was spent on a lost answer
 
 
 def bus_summary(client):
-    """Return how many intents there are, by namespace and status."""
+    """Return the numbers of intents, by namespace and status."""
     return client.admin("summary")["intents"]
 
 
 @SLOW
 @POSIX
-def test_a_worker_asleep_past_its_lease_ends_its_program_and_reports_nothing(serve, tmp_path):
-    client = IntentClient(serve.url, intentbus.read_key(serve.home / ".apikey"))
+def test_a_worker_asleep_past_its_lease_reports_nothing(serve, tmp_path):
+    client = serve.client
     texts = {"long": "echo $$ > long; exec sleep 60", "short": "echo $$ > short; read x < gate; echo stale"}
     os.mkfifo(tmp_path / "gate")
     workers, jobs = {}, {}
@@ -8272,7 +8952,7 @@ def test_a_worker_asleep_past_its_lease_ends_its_program_and_reports_nothing(ser
 
 
 @SLOW
-def test_leases_delays_and_lives_keep_steady_time_through_a_thousand_settings_of_the_clock(tmp_path):
+def test_a_thousand_clock_settings_change_no_lease_delay_or_expiry(tmp_path):
     seeds = range(100, 120)
     steps = sum(assert_trial(tmp_path, seed, 500) for seed in seeds)
     figure("clock steps", f"{steps} in {len(seeds) * 500} random operations (seeds {seeds[0]} to {seeds[-1]}), 0 double "
