@@ -6,8 +6,8 @@
     python intentbus.py publish send_notification '{"message": "hi"}'    # from cron, a shell, a script
 
 A publisher posts an intent: a goal, which says what to do, and a payload, which says with what.
-Workers claim the intents of their goals, one worker each, under a lease that they keep up while
-they work. A worker that falls silent loses its lease, and the intent goes to the next one.
+Workers claim intents of their goals. Each intent goes to one worker, under a lease that the worker
+renews while it works. A worker that dies loses its lease, and the intent goes to the next worker.
 
     publish            claim                 fulfill
     --------> open --------------> claimed ----------> fulfilled
@@ -17,23 +17,31 @@ they work. A worker that falls silent loses its lease, and the intent goes to th
                |  release           |    v
                '--------------------'   dead ---- retry ---> open
 
-The parts, top to bottom; each uses only those above it:
+One thread, the loop of Server, owns all state. It works in rounds:
 
-     1. Settings   every number one may want to change
-     2. Errors     what can go wrong, with its HTTP status, on both sides of the wire
-     3. Intent     the record, and its life as pure functions of the time
-     4. Store      all the SQL; group commit; knows no clock and no HTTP
-     5. Bus        the rules: who may see what, waiting, waking; knows no SQL and no HTTP
-     6. Keys       who is asking
-     7. Fields     what a body or a query may hold, as data
-     8. Page       what a person sees who opens the bus in a browser
-     9. API        the endpoints, as a table; handle(request) -> response
-    10. Server     sockets and strict HTTP/1.1 around handle
-    11. Local state  the files of this machine: the bus that it has joined, and the spool of unsent requests
-    12. Client     IntentClient: the Bus's verbs over HTTP
-    13. Worker     claim, run, keep the lease, report; a program as the handler
-    14. Doctor     what goes wrong in practice, and the cure
-    15. Commands   the command line
+    receive from all connections  ->  answer each whole request in one transaction  ->  commit  ->  send
+
+The parts, top to bottom; each uses only the parts above it:
+
+     1. Settings      every number one may want to change
+     2. Errors        one class for each HTTP status, raised on both sides of the wire
+     3. Intent        the record, and its transitions as pure functions of the time
+     4. Database      the SQLite file: connections, the transaction of a round, migrations
+     5. Store         all other SQL, on the open transaction
+     6. Clock         Unix seconds that run evenly, even when the machine's clock is set
+     7. Waiting       held requests, by what each waits for
+     8. Activity      workers, events and history: in memory, for people to look at
+     9. Bus           the rules: who may do what, leases, retries
+    10. Keys          who is asking
+    11. Fields        what a body or query may hold, as data
+    12. Page          the dashboard
+    13. API           the endpoints as a table; handle(request) -> Response or Held
+    14. Server        the loop, sockets and strict HTTP/1.1; and the WSGI application
+    15. Local state   what a machine keeps for itself: the bus joined, the spool
+    16. Client        IntentClient: the verbs of Bus over HTTP
+    17. Worker        claim, run, keep the lease, report; a program as the handler
+    18. Doctor        what goes wrong in practice, and the cure
+    19. Commands      the command line
 """
 
 import argparse
@@ -43,6 +51,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import heapq
 import hmac
 import itertools
 import json
@@ -56,137 +65,164 @@ import socket
 import sys
 import threading
 import time
+import types
 import urllib.parse
 import warnings
 
 __version__ = "1.0.0"
-__all__ = ["API", "Bus", "Error", "Intent", "IntentClient", "Keys", "Record", "Reject", "Store", "Worker", "listen", "main"]
+__all__ = ["API", "Bus", "Clock", "Database", "Error", "Intent", "IntentClient", "Keys", "Record", "Reject", "Store",
+           "Worker", "listen", "main"]
 
 
 # ---- 1. Settings ----
 # A number has its unit in its name and its reason beside it.
 
-LEASE_SECONDS = 60                  # a worker unheard of for this long has lost its intent
-LEASE_RANGE_SECONDS = (10, 3600)    # shorter cannot be kept up on a phone, longer hides a dead worker
-CLAIM_COMBINATIONS = 64             # goals times capabilities of one claim: each is a look into the index
-WAIT_MAX_SECONDS = 60               # a held request outlives no proxy's idle limit
-TTL_SECONDS = 7 * 86400             # nobody wants a notification of last week
-YEAR_SECONDS = 366 * 86400          # the longest delay, and the longest life of an intent
-RETENTION_SECONDS = 7 * 86400       # how long what has ended can still be asked for
-SIGNATURE_SECONDS = 300             # how far clocks may differ; a nonce is remembered for as long
-NONCE_CHARACTERS = 128              # of which more is not kept: that one was used, its hash tells as well
-RATE_PER_MINUTE = 600               # of an issued key; a worker that polls twice a second uses a fifth
-UNFINISHED = 2000                   # of an issued key; more means that nobody does the work
-FAILURES_PER_MINUTE = 30            # wrong keys from one address, before they are slowed
-FAILURE_SECONDS = 1                 # how long such an answer is held: guessing stays slow, a typing error cheap
-INVITATION_SECONDS = 600            # time to read a code to somebody, and to type it
-INVITATION_TRIES = 5                # wrong ones, of the 32 ** 4 for one invitation
-BULK_INTENTS = 1000                 # published at once: a commit that others wait for
-VALUE_TTL_SECONDS = 600             # of the key-value store, as in the 1.x protocol
-VALUE_KEY_CHARACTERS = 512          # what fits an index of any database
-USAGE_SECONDS = 10                  # between writes of how often the keys were used
-IDEMPOTENCY_SECONDS = 86400         # a publisher that retries does so within a day
-HISTORY_MINUTES = 1440              # of the plot of what happened; a table of three rows for each
-WAITING_LANES = 200                 # looked at for the oldest that waits: 20 us each
-EVENTS = 1000                       # kept in memory for those who watch
-WORKERS = 10_000                    # remembered; a worker is a name and its goals
-WORKER_SECONDS = 300                # unheard of for this long, a worker is not expected back
-GOAL_SECONDS = 366 * 86400          # how long it is known that a goal had a worker
-BACKOFF_MAX_SECONDS = 3600          # an intent that keeps failing is tried at least once an hour
-BACKOFF_JITTER_SECONDS = 2          # so that what failed together is not tried again together
-ERROR_CHARACTERS = 2000             # enough for a stack trace's end, little enough to list
+# Intents
+LEASE_SECONDS = 60                  # a worker that is silent for this long has lost its intent
+LEASE_RANGE_SECONDS = (10, 3600)    # a phone cannot renew a shorter one; a longer one hides a dead worker
+CLAIM_COMBINATIONS = 64             # goals times capabilities of one claim: each costs one index lookup
+WAIT_MAX_SECONDS = 60               # proxies cut connections that are idle for longer
+TTL_SECONDS = 7 * 86400             # a notification of last week is of no use
+YEAR_SECONDS = 366 * 86400          # the longest delay and the longest ttl
+RETENTION_SECONDS = 7 * 86400       # how long ended intents are kept
+BACKOFF_MAX_SECONDS = 3600          # a failing intent is retried at least once an hour
+BACKOFF_JITTER_SECONDS = 2          # spreads out retries
+ERROR_CHARACTERS = 2000             # the end of a stack trace, and short enough for a list
+BULK_INTENTS = 1000                 # of one request: other requests wait for its commit
+IDEMPOTENCY_SECONDS = 86400         # publishers retry within a day
+VALUE_TTL_SECONDS = 600             # default of the key-value store, as in the 1.x protocol
+VALUE_KEY_CHARACTERS = 512          # fits an index of any database
 FOREVER = 2.0 ** 60                 # Unix seconds beyond every clock
-CLOCK_JUMP_SECONDS = 2              # NTP slews below this; more is somebody setting the clock
-CLOCK_RECORD_SECONDS = 60           # how often the time is put on record while something waits: what a crash forgets
 
-BUSY_TIMEOUT_MS = 30000             # another program may hold the file for a backup
-LIST_ROWS = 10_000                  # looked at for one page of a list: some 20 ms
-READERS = 16                        # connections to the file that read: two descriptors each, out of SPARE_FILES
-SETTLE_ROWS = 500                   # one pass over what time has brought, so that nobody waits long behind it
-WAL_BYTES = 8 * 2 ** 20             # a longer log is waited for until it can be cut: half of what is promised
-WAL_PATIENCE_SECONDS = 1            # for a reader that is in the way of that; then again once the log has grown by half
-RECHECK_SECONDS = 1                 # rows written by another program are noticed this soon
+# Keys
+SIGNATURE_SECONDS = 300             # maximum clock skew; nonces are kept that long
+NONCE_CHARACTERS = 128              # a longer nonce is stored as its hash
+RATE_PER_MINUTE = 600               # requests of an issued key; a worker that polls twice a second needs 120
+UNFINISHED = 2000                   # intents of an issued key; a higher count means that workers are missing
+FAILURES_PER_MINUTE = 30            # wrong keys from one address before its answers are delayed
+FAILURE_SECONDS = 1                 # the delay: slows down guessing, hardly hurts after a typing error
+INVITATION_SECONDS = 600            # time to read a code aloud and type it
+INVITATION_TRIES = 5                # wrong codes per invitation; there are 32 ** 4
+USAGE_SECONDS = 10                  # between two writes of the keys' request counts
 
-BODY_BYTES = 256 * 1024             # an intent says what to do; the data itself can live elsewhere
-JSON_DEPTH = 64                     # deeper is an attack on the parser's stack
+# Activity and housekeeping
+EVENTS = 1000                       # events kept in memory for watchers
+WORKERS = 10_000                    # workers kept in memory: a name and its goals
+WORKER_SECONDS = 300                # a worker unseen for this long is no longer listed
+GOAL_SECONDS = 366 * 86400          # how long the bus remembers that a goal has had a worker
+HISTORY_MINUTES = 1440              # of the dashboard's chart: at most three rows a minute
+WAITING_LANES = 200                 # lanes the summary looks at for the longest waiting intents: 20 us each
+RECHECK_SECONDS = 1                 # between two rounds of housekeeping; another program's writes show this soon
+CLEAN_SECONDS = 10                  # between two searches for rows past their retention
+CLOCK_JUMP_SECONDS = 2              # NTP slews smaller differences; a larger one means that the clock was set
+CLOCK_RECORD_SECONDS = 60           # between two writes of the time: a crash loses this much of it
+
+# Database
+LOCK_CHECK_SECONDS = 0.02           # between two tries while another program holds the file
+LOCK_SECONDS = 30                   # how long requests wait while another program holds the file, for a backup say
+DUE_ROWS = 500                      # due transitions applied in one round, about 10 ms
+SLICE_ROWS = 500                    # rows a long operation deletes or changes in one round
+STALLED_SECONDS = 10                # a commit that takes longer means that the disk hangs: /health says so
+LIST_ROWS = 10_000                  # rows looked at for one page of a list: about 20 ms
+PAGE_BYTES = 4 * 2 ** 20            # payloads in one page of a list
+WAL_BYTES = 8 * 2 ** 20             # a longer log is truncated; README promises twice this
+FREE_BYTES = 50 * 2 ** 20           # below this, the doctor says that the database's disk is nearly full
+
+# Server
+ROUND_REQUESTS = 64                 # of one round, so that one commit serves many requests
+ROUND_SECONDS = 0.005               # longest round: the next requests wait that long
+SLICE_SECONDS = 0.001               # of a long operation in Python; other requests are answered in between
+SLOW_COMMIT_SECONDS = 0.002         # after a slower commit the next one runs in a thread, while the loop answers reads
+THREADS = 16                        # for commits, and for a database server's answers
+BODY_BYTES = 256 * 1024             # an intent says what to do; large data belongs elsewhere
+JSON_DEPTH = 64                     # the parser takes stack for each level
 HEAD_LINE_BYTES = 8192              # RFC 9112, section 3: recommended at least 8000
-HEAD_BYTES = 65536                  # all of them; what one connection may make us hold
+HEAD_BYTES = 65536                  # of all header lines together
 HEAD_LINES = 100                    # browsers behind proxies send about 30
-HEAD_SECONDS = 10                   # slower is a slowloris
-BODY_SECONDS = 30                   # 256 KiB over a poor mobile link
-IDLE_SECONDS = 75                   # longer than the 60 s that proxies keep a connection
-SEND_SECONDS = 30                   # a client that reads no answer is not waited for longer
+CACHED_QUERIES = 256                # validated queries that are remembered, for each endpoint
+CACHED_HEADS = 1000                 # parsed header blocks that are remembered, of at most CACHED_HEAD_BYTES each
+CACHED_HEAD_BYTES = 1024            # clients of ours send 200
+INPUT_BYTES = 65536                 # taken in ahead while a request of the connection is being answered
+UNPROVEN_BYTES = 16 * 2 ** 20       # of heads and bodies whose key is not checked yet; the oldest connection is closed
+OUTPUT_SLICE_BYTES = 16384          # sent at once: one TLS record
+HEAD_SECONDS = 10                   # time to send a head
+BODY_SECONDS = 30                   # time to send a body: 256 KiB over a poor mobile link
+IDLE_SECONDS = 75                   # longer than the 60 s that proxies keep an idle connection
+SEND_SECONDS = 30                   # time to read an answer
 LINGER_SECONDS = 1                  # time for a refused client to read why
-SHUTDOWN_SECONDS = 4                # with the rest, within the 5 s of service managers
-EXIT_SECONDS = 4.8                  # a database that does not answer is not waited for longer than that
-CONNECTIONS = 8192                  # parked workers are cheap, but not free
-SPARE_FILES = 64                    # descriptors left to the database and the rest
+HANDSHAKES = 4                      # TLS handshakes of one round: one with RSA-2048 takes 1.3 ms
+SHUTDOWN_SECONDS = 4                # for running requests; service managers kill after 5 s or more
+EXIT_SECONDS = 4.8                  # for all of the shutdown
+CONNECTIONS = 16_384 if os.name == "posix" else 500     # a waiting worker takes 2 KB; Windows's select() takes 512 sockets
+SPARE_FILES = 64                    # descriptors left to the database and other files
+ACCEPT_PAUSE_SECONDS = 0.1          # before accepting again when there are no descriptors left
 BACKLOG = 1024                      # 5, the default, stalls at 40 clients
-IDLE_THREADS = 64                   # kept for the next connections after a rush
-STACK_BYTES = 256 * 1024            # the default, 8 MiB, exhausts a 32-bit phone at 400 threads
+STACK_BYTES = 256 * 1024            # of a thread; the default of 8 MiB is too much for a 32-bit phone
 
+# Client, worker and doctor
 URL = "http://127.0.0.1:8787"
 KEY_FILE = "~/.apikey"
 FOLDER = "~/.intentbus"             # what a machine keeps for itself
 CONFIG_FILE = f"{FOLDER}/config.json"
 SPOOL_FILE = f"{FOLDER}/spool.db"
-SPOOL_CHECK_SECONDS = 0.02          # while another process sends what is in it
+SPOOL_CHECK_SECONDS = 0.02          # between two looks whether another process still sends the spool
+SPOOL_LOCK_SECONDS = 30             # how long a process waits for another that writes to the spool
 POSIX = os.name == "posix"          # or Windows
-CLIENT_SECONDS = 30                 # a request unanswered for this long is lost
+CLIENT_SECONDS = 30                 # a request without an answer for this long has failed
 RETRIES = 4                         # about 10 s in all: a bus that restarts is back by then
 RETRY_SECONDS = 0.5                 # doubled each time, with full jitter
-RETRY_MAX_SECONDS = 8
+RETRY_MAX_SECONDS = 8               # longest pause between two tries
 CLAIM_WAIT_SECONDS = 20             # below the idle limit of mobile carriers' NAT
-LEASE_CHECK_SECONDS = 1             # a worker whose phone slept finds out this soon that its lease is over
-POLL_SECONDS = 5                    # between claims at a server that does not hold them
-PUBLISH_WAIT_SECONDS = 300          # publish --wait, if nothing else is said
+LEASE_CHECK_SECONDS = 1             # a worker whose phone slept notices a lost lease this soon
+POLL_SECONDS = 5                    # between two claims at a server that does not hold them
+PUBLISH_WAIT_SECONDS = 300          # default of publish --wait
 JOBS = 256                          # of one worker; each is a thread and a program
 DOCTOR_SECONDS = 10                 # for the bus to answer a doctor
-FREE_BYTES = 50 * 2 ** 20           # on the disk of the database; less is soon none
 TERMUX_SECONDS = 10                 # for Termux:API to answer; without its app it never does
-HANDLER_SECONDS = 300               # a handler that takes longer hangs
+HANDLER_SECONDS = 300               # a handler that runs for longer has hung
 KILL_AFTER_SECONDS = 5              # between TERM and KILL
-SLICE_SECONDS = 0.1                 # how soon a lost lease or a timeout ends a handler
-PIPE_SECONDS = 1                    # how long output is waited for after the handler has ended
-OUTPUT_BYTES = 127 * 1024           # of stdout, as the result; twice that, when escaped, fits the body limit
-STDERR_BYTES = 2000                 # the last ones tell why
-ENVIRONMENT_BYTES = 64 * 1024       # half of what Linux allows one variable
+WATCH_SECONDS = 0.1                 # how soon a lost lease or a timeout ends a handler
+PIPE_SECONDS = 1                    # how long to wait for output once the handler has ended
+OUTPUT_BYTES = 127 * 1024           # of stdout, as the result; escaped at twice the size it fits the body limit
+STDERR_BYTES = 2000                 # of stderr, as the error: its end
+ENVIRONMENT_BYTES = 64 * 1024       # of one variable; Linux allows twice that
 
 
 # ---- 2. Errors ----
-# A class is a status and a code; str(error) is one sentence that helps. The client raises what the server raised.
+# A class carries status and code; str(error) is one sentence. The client raises the class that the server raised.
 
 class Error(Exception):
-    """What the bus refuses or cannot do; the base of all below.
+    """The base of all errors.
 
-    `status` is the HTTP status, `code` the machine's word for it; `headers` and `details` are what else it answers.
+    `status` is the HTTP status, `code` a word for programs; `headers` and `details` go into the response, which is sent
+    after delay_seconds.
     """
 
     status, code = 500, "internal_error"
+    delay_seconds = 0
 
-    def __init__(self, message="Something went wrong inside the bus; its log says what.", code=None, headers=(),
-                 **details):
+    def __init__(self, message="Something went wrong inside the bus; its log has the details.", code=None, headers=(), **details):
         super().__init__(message)
         self.code = code or self.code
         self.headers, self.details = headers, details
 
 
-class Invalid(Error):             status, code = 400, "invalid_request"          # it says something it may not
+class Invalid(Error):             status, code = 400, "invalid_request"          # a value out of its limits
 class Unauthorized(Error):        status, code = 401, "unauthorized"             # no key, or an unknown one
 class Forbidden(Error):           status, code = 403, "forbidden"                # a known key that may not do this
-class NotFound(Error):            status, code = 404, "not_found"                # none for this caller; a lease that is lost
+class NotFound(Error):            status, code = 404, "not_found"                # unknown, or another owner's; a lost lease
 class MethodNotAllowed(Error):    status, code = 405, "method_not_allowed"       # the path takes other methods
-class RequestTimeout(Error):      status, code = 408, "timeout"                  # the request did not arrive in time
-class Conflict(Error):            status, code = 409, "conflict"                 # not in a state that allows this
-class LengthRequired(Error):      status, code = 411, "length_required"          # a body without its length
-class PayloadTooLarge(Error):     status, code = 413, "payload_too_large"        # the body is over the limit
-class IdempotencyConflict(Error): status, code = 422, "idempotency_conflict"     # one key for two requests
-class RateLimited(Error):         status, code = 429, "rate_limited"             # too much, too fast
-class HeadersTooLarge(Error):     status, code = 431, "headers_too_large"        # a header line, or their number
+class RequestTimeout(Error):      status, code = 408, "timeout"                  # the request arrived too slowly
+class Conflict(Error):            status, code = 409, "conflict"                 # the wrong state for this
+class LengthRequired(Error):      status, code = 411, "length_required"          # an HTTP/1.0 body without a length
+class PayloadTooLarge(Error):     status, code = 413, "payload_too_large"        # a body over the limit
+class IdempotencyConflict(Error): status, code = 422, "idempotency_conflict"     # one key for two different requests
+class RateLimited(Error):         status, code = 429, "rate_limited"             # too many requests or intents
+class HeadersTooLarge(Error):     status, code = 431, "headers_too_large"        # a header line too long, or too many
 class Unavailable(Error):         status, code = 503, "database_busy"            # the same request may succeed later
-class StorageFull(Error):         status, code = 507, "storage_full"             # the disk under the database
-class Unreachable(Error):         status, code = 0, "unreachable"                # the client's: no bus answered
-class SetupError(Error):          status, code = 0, "setup"                      # this machine's: the sentence has the cure
+class StorageFull(Error):         status, code = 507, "storage_full"             # the disk of the database is full
+class Unreachable(Error):         status, code = 0, "unreachable"                # raised by the client: no answer of a bus
+class SetupError(Error):          status, code = 0, "setup"                      # this machine's setup; the sentence has the cure
 
 
 TRANSIENT = (RequestTimeout, RateLimited, Unavailable, StorageFull, Unreachable)     # the same request may succeed later
@@ -194,13 +230,14 @@ ERRORS = {kind.status: kind for kind in Error.__subclasses__() if kind.status}
 
 
 # ---- 3. Intent ----
-# The record, and its life. A method named for what happened returns the columns that it changes; the Store writes them.
+# The record and its transitions. A transition is a pure function of the intent and the time; it returns a Change, which
+# names the event and holds the columns to set.
 
 COLUMNS = (
     "id", "namespace", "goal", "payload", "owner", "publisher", "visibility", "priority", "ttl", "max_attempts",
     "backoff_base", "target_worker", "required_capability", "created_at", "status", "run_at", "expires_at",
     "completed_at", "last_error", "result", "result_type", "claim_attempts", "claim_token_hash", "claim_expires_at",
-    "claim_owner", "claim_outcome", "worker_id", "lane", "ready", "wake_at",
+    "claim_owner", "claim_outcome", "worker_id", "place", "lane", "ready", "due_at",
 )
 PUBLISH_DEFAULTS = dict(
     namespace="default", visibility="private", priority=100, delay=0, run_at=None, ttl=TTL_SECONDS, max_attempts=3,
@@ -211,17 +248,29 @@ STATUS_FIELDS = (
     "claim_expires_at", "target_worker", "required_capability", "created_at", "completed_at", "last_error",
 )
 CLAIM_FIELDS = (
-    "id", "namespace", "goal", "payload", "claim_attempts", "max_attempts", "priority", "target_worker",
-    "required_capability", "claim_token", "claim_timeout", "claim_expires_at", "created_at",
+    "id", "namespace", "goal", "claim_attempts", "max_attempts", "priority", "target_worker", "required_capability",
+    "claim_expires_at", "created_at",
 )
 
+Change = collections.namedtuple("Change", "event columns")     # event: a word for people, or None
 
-def new_id(now):
-    """Return 32 hex digits that sort by time: 48 bits of milliseconds, 16 of their fraction, 64 random ones.
+to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode     # compact text
 
-    As UUIDv7 in RFC 9562, section 6.2, method 3, without its version bits.
+
+class Ids:
+    """Makes the ids of a bus: 32 hex digits that always grow, and differ in the first 16.
+
+    These are 48 bits of milliseconds and 16 bits of a counter, as one number that never goes back; 64 random bits follow.
     """
-    return f"{int(now * 1000 * 65536) & 0xFFFFFFFFFFFFFFFF:016x}{os.urandom(8).hex()}"
+
+    def __init__(self, newest=None):
+        """Continue after the newest id that is stored."""
+        self._last = int(newest[:16], 16) if newest else 0
+
+    def new(self, now):
+        """Return the next id, at a time in Unix seconds."""
+        self._last = max(self._last + 1, int(now * 1000) << 16)
+        return f"{self._last:016x}{os.urandom(8).hex()}"
 
 
 def no_such(intent_id):
@@ -229,36 +278,37 @@ def no_such(intent_id):
     return NotFound(f"There is no intent {intent_id}.")
 
 
-to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode     # compact text
+# A lane is the queue of intents that the same workers may claim, written as one key, such as "default\tann\t\t\tresize\tann":
+# namespace, audience (the owner of private intents, else empty), target worker, capability, goal and publisher, of which
+# the first four are its place. An empty goal or publisher stands for any: "default\tann\t\t\tresize\t" covers that lane, and
+# all lanes it covers lie in the range from this key itself to before "default\tann\t\t\tresize\n".
+
+def place_of(namespace, audience, target_worker, required_capability):
+    """Return the place of lanes; no part can hold a tab."""
+    return f"{namespace}\t{audience}\t{target_worker or ''}\t{required_capability or ''}"
 
 
-def lane(namespace, audience, target_worker, required_capability, goal, publisher):
-    """Return the lane of all intents that the same workers may take, and which wait in one order.
+def covering_lanes(lane):
+    """Return the lanes that cover a lane: itself, its goal by any publisher, any goal by its publisher, any."""
+    place, goal, publisher = lane.rsplit("\t", 2)
+    return lane, f"{place}\t{goal}\t", f"{place}\t\t{publisher}", f"{place}\t\t"
 
-    The audience is an owner's name, or empty for everyone. An empty goal or publisher stands for any: that is a
-    pattern of lanes. No part can hold a tab.
+
+def lane_end(lane):
+    """Return the end of a lane's key range: a key after it, and before every other lane that sorts after it."""
+    return lane + "\1"
+
+
+def lane_range(lane):
+    """Return (start, end) of the keys among which are all lanes that a lane covers.
+
+    If the lane names a publisher but no goal, lanes of other publishers lie in the range too.
     """
-    return "\t".join((namespace, audience, target_worker or "", required_capability or "", goal, publisher))
-
-
-def patterns(name):
-    """Return a lane and all the patterns that cover it."""
-    place, goal, publisher = name.rsplit("\t", 2)
-    return (name, f"{place}\t{goal}\t", f"{place}\t\t{publisher}", f"{place}\t\t")
-
-
-def past(name):
-    """Return what sorts after a lane, and before every other lane that does."""
-    return name + "\1"
-
-
-def span(pattern):
-    """Return (start, stop, publisher): a pattern covers the lanes from start to before stop, of that publisher if any."""
-    place, goal, publisher = pattern.rsplit("\t", 2)
+    place, goal, publisher = lane.rsplit("\t", 2)
     if goal and publisher:
-        return pattern, past(pattern), ""
+        return lane, lane_end(lane)
     prefix = f"{place}\t{goal}" if goal else place
-    return prefix + "\t", prefix + "\n", publisher     # a newline follows a tab: past all that start so
+    return prefix + "\t", prefix + "\n"     # "\n" is the character after "\t"
 
 
 class Record(dict):
@@ -266,114 +316,125 @@ class Record(dict):
 
     __slots__ = ()
 
-    def __getattr__(self, name):
+    def __getattr__(self, key):
         try:
-            return self[name]
+            return self[key]
         except KeyError:
-            raise AttributeError(f"there is no {name} in this {type(self).__name__}") from None
+            raise AttributeError(f"there is no {key} in this {type(self).__name__}") from None
 
-    def pick(self, fields):
-        """Return a record of these fields only."""
-        return Record((name, self[name]) for name in fields)
+    def pick(self, keys):
+        """Return a record of these keys only."""
+        return Record((key, self[key]) for key in keys)
 
 
 class Intent(Record):
     """One unit of work, as it is stored.
 
-    Times are Unix seconds. `wake_at` is when time itself will change it next: a delay that is over, a lease that
-    has run out, its expiry; None once it has ended. `ready` is 1 while it can be claimed.
+    Times are Unix seconds. `due_at` is when time itself changes it next, by advance(); None once it has ended. `ready` is
+    1 while it can be claimed.
     """
 
     __slots__ = ()
 
     @classmethod
-    def new(cls, now, owner, publisher, fields):
-        """Return an intent as published now by a key of an owner, with these fields and PUBLISH_DEFAULTS."""
+    def new(cls, intent_id, now, owner, publisher, fields):
+        """Return an intent as published now, with goal, payload and any of PUBLISH_DEFAULTS in fields."""
         fields = Record(PUBLISH_DEFAULTS, **fields)
-        delay, run_at = fields.pop("delay"), fields.pop("run_at")
-        start = now + delay if run_at is None else run_at
-        audience = owner if fields.visibility == "private" else ""
-        intent = cls.fromkeys(COLUMNS)
-        intent.update(
-            fields, id=new_id(now), payload=to_json(fields.payload), owner=owner, publisher=publisher, claim_attempts=0,
-            created_at=now, expires_at=max(start, now) + fields.ttl,
-            lane=lane(fields.namespace, audience, fields.target_worker, fields.required_capability, fields.goal, owner))
-        intent.update(intent.opened(now, start))
-        return intent
+        start = now + fields.delay if fields.run_at is None else fields.run_at
+        expires_at = max(start, now) + fields.ttl
+        ready = start <= now
+        place = place_of(fields.namespace, owner if fields.visibility == "private" else "", fields.target_worker,
+                         fields.required_capability)
+        return cls(
+            id=intent_id, namespace=fields.namespace, goal=fields.goal, payload=to_json(fields.payload), owner=owner,
+            publisher=publisher, visibility=fields.visibility, priority=fields.priority, ttl=fields.ttl,
+            max_attempts=fields.max_attempts, backoff_base=fields.backoff_base, target_worker=fields.target_worker,
+            required_capability=fields.required_capability, created_at=now, status="open", run_at=start,
+            expires_at=expires_at, completed_at=None, last_error=None, result=None, result_type=None, claim_attempts=0,
+            claim_token_hash=None, claim_expires_at=None, claim_owner=None, claim_outcome=None, worker_id=None,
+            place=place, lane=f"{place}\t{fields.goal}\t{owner}", ready=int(ready), due_at=expires_at if ready else start)
 
     @property
     def ended(self):
         """Whether it is fulfilled or dead."""
         return self.status in ("fulfilled", "dead")
 
-    def opened(self, now, run_at, **changes):
-        """It waits to be claimed, from run_at on."""
-        expires_at = changes.get("expires_at", self.expires_at)
-        if expires_at <= now:
-            return self.buried(now, "expired", **changes)
-        ready = run_at <= now
-        return dict(changes, status="open", ready=int(ready), run_at=run_at, claim_expires_at=None,
-                    wake_at=expires_at if ready else min(run_at, expires_at))
+    def at(self, now):
+        """Return the intent as it is at a time: what is due by then has happened."""
+        if self.due_at is None or now < self.due_at:
+            return self
+        return Intent(self, **self.advance(now).columns)
+
+    def advance(self, now):
+        """Time has come to due_at: it expires, its lease is lost, or its delay is over."""
+        if self.expires_at <= now:
+            return self._dead(now, "expired")
+        if self.status != "claimed":
+            return self._open(None, now, self.run_at)
+        if self.claim_attempts >= self.max_attempts:
+            return self._dead(now, f"The lease was lost on attempt {self.claim_attempts} of {self.max_attempts}.")
+        return self._open("lost", now, self.run_at)
 
     def claimed(self, now, token_hash, lease, owner, worker_id):
-        """A worker of an owner has it, until the lease runs out; if it had it already, that is no new attempt."""
-        attempts = self.claim_attempts + (self.status != "claimed")
-        return dict(self.extended(now, lease), status="claimed", ready=0, claim_attempts=attempts,
-                    claim_token_hash=token_hash, claim_owner=owner, worker_id=worker_id, claim_outcome=None)
+        """A worker takes it under a lease in seconds; a repeated claim is no new attempt."""
+        new = self.status != "claimed"
+        return Change("claimed" if new else None, dict(
+            status="claimed", ready=0, claim_attempts=self.claim_attempts + new, claim_token_hash=token_hash, claim_owner=owner,
+            worker_id=worker_id, claim_outcome=None, claim_expires_at=now + lease, due_at=min(now + lease, self.expires_at)))
 
     def extended(self, now, seconds):
         """Its lease ends that many seconds from now."""
-        return dict(claim_expires_at=now + seconds, wake_at=min(now + seconds, self.expires_at))
+        return Change(None, dict(claim_expires_at=now + seconds, due_at=min(now + seconds, self.expires_at)))
 
     def fulfilled(self, now, result, result_type):
         """The work is done."""
-        return dict(status="fulfilled", ready=0, completed_at=now, claim_expires_at=None, wake_at=None,
-                    claim_outcome="fulfilled", result=result if result_type == "text" else to_json(result),
-                    result_type=result_type)
+        return Change("fulfilled", dict(
+            status="fulfilled", ready=0, completed_at=now, claim_expires_at=None, due_at=None, claim_outcome="fulfilled",
+            result=result if result_type == "text" else to_json(result), result_type=result_type))
 
     def failed(self, now, error, retry, jitter):
-        """The work was tried in vain: again after a backoff, if an attempt is left."""
+        """The attempt failed: open again after a backoff, or dead if no attempt is left or retry is false."""
         if not retry or self.status == "dead" or self.claim_attempts >= self.max_attempts:
-            return self.buried(now, error, claim_outcome="failed")
+            return self._dead(now, error, claim_outcome="failed")
         backoff = min(self.backoff_base * 2 ** self.claim_attempts + jitter, BACKOFF_MAX_SECONDS)
-        return self.opened(now, now + backoff, claim_outcome="failed", last_error=error)
+        return self._open("failed", now, now + backoff, claim_outcome="failed", last_error=error)
 
     def released(self, now, delay):
-        """A worker hands it back; that attempt does not count."""
-        return self.opened(now, now + delay if delay else self.run_at, claim_outcome="released",
-                           claim_attempts=max(self.claim_attempts - 1, 0), completed_at=None)
-
-    def buried(self, now, reason, **changes):
-        """It is a dead letter."""
-        return dict(changes, status="dead", ready=0, completed_at=now, last_error=reason, claim_expires_at=None,
-                    wake_at=None)
+        """Its worker hands it back; the attempt does not count."""
+        return self._open("released", now, now + delay if delay else self.run_at, claim_outcome="released",
+                          claim_attempts=max(self.claim_attempts - 1, 0), completed_at=None)
 
     def cancelled(self, now):
-        """Nobody wants it any more; a worker that has it finds its lease lost."""
-        return self.buried(now, "Cancelled", claim_token_hash=None)
+        """It is no longer wanted; its worker, if any, loses the lease."""
+        return self._dead(now, "Cancelled", claim_token_hash=None)
 
     def retried(self, now):
-        """A dead letter gets a new life."""
-        return self.opened(now, now, claim_attempts=0, last_error=None, result=None, result_type=None,
-                           completed_at=None, claim_token_hash=None, expires_at=now + self.ttl)
+        """A dead letter starts again, with all its attempts."""
+        return self._open("retried", now, now, claim_attempts=0, last_error=None, result=None, result_type=None,
+                          completed_at=None, claim_token_hash=None, expires_at=now + self.ttl)
 
-    def woken(self, now):
-        """Its wake_at has come: it expires, or its lease is lost, or its delay is over."""
-        if self.expires_at <= now:
-            return self.buried(now, "expired")
-        if self.status == "claimed" and self.claim_attempts >= self.max_attempts:
-            return self.buried(now, f"The lease was lost on attempt {self.claim_attempts} of {self.max_attempts}.")
-        return self.opened(now, self.run_at)
+    def _open(self, event, now, run_at, **columns):
+        """It can be claimed from run_at on; or it is dead, if that is after its expiry."""
+        expires_at = columns.get("expires_at", self.expires_at)
+        if expires_at <= now:
+            return self._dead(now, "expired", **columns)
+        ready = run_at <= now
+        return Change(event, dict(columns, status="open", ready=int(ready), run_at=run_at, claim_expires_at=None,
+                                  due_at=expires_at if ready else min(run_at, expires_at)))
+
+    def _dead(self, now, reason, **columns):
+        """It is a dead letter, or stays one."""
+        return Change("dead" if self.status != "dead" else None, dict(columns, status="dead", ready=0, completed_at=now, last_error=reason,
+                                   claim_expires_at=None, due_at=None))
 
 
-for column in COLUMNS:     # attributes as a Record has them, ten times faster: each request reads dozens
+for column in COLUMNS:     # attributes as a Record has them, but ten times as fast
     setattr(Intent, column, property(operator.itemgetter(column)))
 
 
-# ---- 4. Store ----
-# All the SQL. One connection writes, and commits what queued up meanwhile as one transaction (group commit); others read.
-# One method is one operation; a rule passed in decides, inside the transaction, how an intent changes. What a database
-# that several buses share needs besides is empty here: see examples/postgres_bus.py.
+# ---- 4. Database ----
+# The SQLite file. One connection writes, and its transaction is that of a round; another one reads what is committed.
+# A database server takes the place of this class with the same public methods: see examples/postgres_bus.py.
 
 SCHEMA = """
     CREATE TABLE intents (
@@ -409,36 +470,285 @@ SCHEMA = """
     );
     CREATE INDEX memos_expires ON memos (expires_at)
 """
-APPLICATION_ID = 0x1B05     # in the file's header: the database is ours
 MORE_INDEXES = """
     CREATE INDEX intents_token ON intents (claim_token_hash) WHERE status = 'claimed';
     CREATE INDEX intents_dead ON intents (id) WHERE status = 'dead'
 """
 HISTORY = """
-    CREATE TABLE history (     -- how often what happened, by minutes of Unix time
+    CREATE TABLE history (     -- how often each event happened, by minutes of Unix time
         minute INTEGER, event TEXT, times INTEGER NOT NULL,
         PRIMARY KEY (minute, event)
     )
 """
-MIGRATIONS = (SCHEMA, MORE_INDEXES, HISTORY)     # the n-th leads to schema version n; what is released is never edited
-
-FIRST = operator.itemgetter(0)     # of what describes a column: its name
-ALL = ", ".join(COLUMNS)           # named, since a newer bus on the same database may have added one
-INSERT = f"INSERT INTO intents ({ALL}) VALUES (:{', :'.join(COLUMNS)})"
-UPDATE = """
+PLACES = """
+    ALTER TABLE intents RENAME COLUMN wake_at TO due_at;
+    DROP INDEX intents_wake;
+    CREATE INDEX intents_due ON intents (due_at) WHERE due_at IS NOT NULL;
+    ALTER TABLE intents ADD COLUMN place TEXT NOT NULL DEFAULT '';     -- the lane without goal and publisher
     UPDATE intents
-    SET    status = :status, ready = :ready, wake_at = :wake_at, run_at = :run_at, expires_at = :expires_at,
-           claim_attempts = :claim_attempts, claim_token_hash = :claim_token_hash, claim_owner = :claim_owner,
-           claim_expires_at = :claim_expires_at, claim_outcome = :claim_outcome, worker_id = :worker_id,
-           result = :result, result_type = :result_type, last_error = :last_error, completed_at = :completed_at
-    WHERE  id = :id
+    SET    place = SUBSTR(lane, 1, LENGTH(lane) - LENGTH(goal) - LENGTH(owner) - 2);
+    CREATE INDEX intents_place ON intents (place, priority DESC, run_at, claim_attempts, created_at, id) WHERE ready = 1;
+    DELETE FROM memos WHERE kind = 'clock'     -- written in another form from now on
 """
+MIGRATIONS = (SCHEMA, MORE_INDEXES, HISTORY, PLACES)     # the n-th leads to schema version n; a released one never changes
+APPLICATION_ID = 0x1B05     # in the header of the file: it is a database of intentbus
+
+
+def statements_since(version):
+    """Return the statements that bring a database from a schema version to this one's."""
+    return [statement for script in MIGRATIONS[version:] for statement in script.split(";")]
+
+
+def lock(file):
+    """Lock an open file until this process ends; raises OSError while another process holds the lock."""
+    if POSIX:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    else:
+        import msvcrt
+        file.seek(0)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+
+
+class Busy(Unavailable):
+    """Another program is writing to the file."""
+
+
+class RoundLost(Exception):
+    """SQLite has ended the transaction of a round: nothing of it is stored, and nothing of it may be answered."""
+
+    def __init__(self, cause):
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+class Database:
+    """The SQLite file of a bus.
+
+    A block is what one verb of the Bus does: enter(), statements, then leave() or undo(), which undoes only that block. In
+    a round, from begin() to commit(), many blocks share one commit; a block outside a round is its own transaction. All
+    errors of SQLite become Busy, Unavailable or StorageFull; an IntegrityError, a bug, stays as it is.
+    """
+
+    shared = False     # whether other buses use the database too
+    clock = token_bucket = ids = rounds = None     # a shared database has its own Clock, TokenBucket, Ids and Rounds
+
+    def __init__(self, path="intentbus.db"):
+        """Open or create the file; raises SetupError if it cannot be used."""
+        import sqlite3
+        self.path, self.warning = os.path.realpath(path), None     # a link to a file has no lock of its own
+        self.in_round = False
+        self._sqlite = sqlite3
+        if sqlite3.sqlite_version_info < (3, 35):
+            raise SetupError(f"intentbus needs SQLite 3.35 or newer; this Python has {sqlite3.sqlite_version}.")
+        try:
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+            self._file, self._guard = os.stat(self.path), self._lock_file()
+            shared_memory = self._shared_memory()
+            self._db = self._connect(exclusive=not shared_memory)
+            self._prepare("WAL" if shared_memory else "DELETE")
+            self._reader = self._connect(readonly=True)
+        except OSError as error:
+            raise SetupError(f"The database {self.path} cannot be opened: {error.strerror}.") from error
+        except sqlite3.Error as error:
+            raise SetupError(f"The database {self.path} cannot be used: {error}.") from error
+        self._truncate_above = WAL_BYTES
+        self.commits_apart = shared_memory     # whether a commit in one thread and reads in another get along
+        if shared_memory:     # from now on the loop waits, not SQLite
+            self._db.execute("PRAGMA busy_timeout = 0")
+            self._reader.execute("PRAGMA busy_timeout = 0")
+
+    def close(self):
+        """Write the log into the file, and unlock it."""
+        self._reader.close()
+        self._db.close()
+        self._guard.close()
+
+    # -- Statements --
+
+    def execute(self, statement, values=()):
+        """Run a statement on the connection that writes, inside a block, and return a cursor."""
+        try:
+            return self._db.execute(statement, values)
+        except self._sqlite.Error as error:
+            raise self._translated(error) from error
+
+    def executemany(self, statement, rows):
+        """Run a statement for each row of values, inside a block."""
+        try:
+            self._db.executemany(statement, rows)
+        except self._sqlite.Error as error:
+            raise self._translated(error) from error
+
+    def read(self, statement, values=()):
+        """Yield the rows of a statement, from committed state only."""
+        try:
+            yield from self._reader.execute(statement, values)
+        except self._sqlite.Error as error:
+            raise self._translated(error) from error
+
+    # -- Rounds and blocks --
+
+    def begin(self):
+        """Begin a round; raises Busy while another program writes."""
+        self._begin()
+        self.in_round = True
+
+    def commit(self):
+        """Write a round to disk. If that fails, nothing of the round is stored."""
+        self.in_round = False
+        self._commit()
+
+    def rollback(self):
+        """Undo a round."""
+        self.in_round = False
+        if self._db.in_transaction:
+            self.execute("ROLLBACK")
+
+    def enter(self):
+        """Begin a block, and return the connection for its statements."""
+        if not self.in_round:
+            self._begin()
+        self.execute("SAVEPOINT block")
+        return self
+
+    def leave(self, connection):
+        """End a block well; return whether it is committed, which is so outside a round."""
+        self.execute("RELEASE block")
+        if not self.in_round:
+            self._commit()
+        return not self.in_round
+
+    def undo(self, connection, error):
+        """Undo a block after an error; raises RoundLost if SQLite has undone all of the round, as on a full disk."""
+        if self.in_round and not self._db.in_transaction:
+            raise RoundLost(error) from error
+        if not self.in_round:
+            self.rollback()
+        else:
+            self.execute("ROLLBACK TO block")
+            self.execute("RELEASE block")
+
+    def _begin(self):
+        self._require_file()
+        self.execute("BEGIN IMMEDIATE")
+
+    def _commit(self):
+        try:
+            self.execute("COMMIT")
+        except Error:
+            self.rollback()
+            raise
+
+    # -- The file --
+
+    def sizes(self):
+        """Return the bytes of the database and of its write-ahead log."""
+        return [os.path.getsize(path) if os.path.exists(path) else 0 for path in (self.path, self.path + "-wal")]
+
+    def changed_elsewhere(self):
+        """Return whether another program has written to the file since the last call."""
+        version, = self.execute("PRAGMA data_version").fetchone()
+        changed, self._version = version != self._version, version
+        return changed
+
+    def log_is_long(self):
+        """Return whether the write-ahead log needs truncate_log(), because readers were there at each commit."""
+        return self.sizes()[1] > self._truncate_above
+
+    def truncate_log(self):
+        """Truncate the write-ahead log; waits up to a second for readers of the file."""
+        self.execute(f"PRAGMA busy_timeout = {1000 * RECHECK_SECONDS}")
+        blocked, *_ = self.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        self.execute("PRAGMA busy_timeout = 0")
+        self._truncate_above = self.sizes()[1] + WAL_BYTES // 2 if blocked else WAL_BYTES
+
+    def _require_file(self):
+        """Raise Unavailable if the path leads to another file by now: our writes would be lost with this process."""
+        try:
+            there = os.stat(self.path)
+        except OSError:
+            there = None
+        if not there or not os.path.samestat(there, self._file):
+            raise Unavailable(f"The database {self.path} was deleted or replaced while the bus was using it; put the "
+                              "right file there and restart the bus.")
+
+    def _translated(self, error):
+        """Return the error of ours for an error of SQLite."""
+        reason, code = str(error), getattr(error, "sqlite_errorname", "")     # the name since Python 3.11
+        if isinstance(error, self._sqlite.IntegrityError) or not isinstance(error, self._sqlite.DatabaseError):
+            return error
+        if "full" in reason or code == "SQLITE_IOERR_WRITE":     # over a quota
+            return StorageFull("The disk under the database is full; nothing of this request was stored.")
+        if "locked" in reason:
+            return Busy("Another program is writing to the database; try again.")
+        return Unavailable(f"The database cannot be used just now: {reason}.")
+
+    def _connect(self, readonly=False, exclusive=False):
+        db = self._sqlite.connect(self.path, timeout=LOCK_SECONDS, isolation_level=None, check_same_thread=False)
+        if exclusive:
+            db.execute("PRAGMA locking_mode = EXCLUSIVE")     # reads a write-ahead log without shared memory
+        db.execute(f"PRAGMA query_only = {int(readonly)}")
+        db.execute("PRAGMA synchronous = FULL")     # an answered publish survives a power cut
+        db.execute("PRAGMA fullfsync = 1")     # on macOS, plain fsync leaves data in the disk's cache
+        return db
+
+    def _lock_file(self):
+        """Lock a file beside the database until this process ends, so that a second bus does not serve it."""
+        guard = open(self.path + ".lock", "a+")
+        try:
+            lock(guard)
+        except (BlockingIOError, PermissionError) as error:
+            guard.close()
+            raise SetupError(f"Another bus is serving {self.path}; stop it, or give this one another --db.") from error
+        return guard
+
+    def _shared_memory(self):
+        """Return whether files here can be mapped, as a write-ahead log needs; SQLite would say "disk I/O error"."""
+        import mmap
+        self._guard.truncate(1)     # an empty file cannot be mapped
+        try:
+            mmap.mmap(self._guard.fileno(), 1).close()
+        except OSError:
+            return False
+        return True
+
+    def _prepare(self, journal):
+        """Bring the file to this journal mode, if it can be had, and to the schema of this version."""
+        (version,), (application,) = (self._db.execute(f"PRAGMA {pragma}").fetchone()
+                                      for pragma in ("user_version", "application_id"))
+        if application != APPLICATION_ID and self._db.execute("SELECT name FROM sqlite_master LIMIT 1").fetchone():
+            raise SetupError(f"The database {self.path} belongs to another program; give the bus another --db.")
+        if version > len(MIGRATIONS):
+            raise SetupError(f"The database {self.path} was written by a newer intentbus (schema {version}, "
+                             f"this one knows {len(MIGRATIONS)}); use that version, or another --db.")
+        mode, = self._db.execute(f"PRAGMA journal_mode = {journal}").fetchone()
+        if mode != "wal":
+            self._db.execute("PRAGMA locking_mode = NORMAL")
+            self._db.execute("PRAGMA journal_mode = TRUNCATE")     # a deleted journal may be back after a power cut
+            self.warning = f"{self.path} is on a file system without shared memory: the bus works, but slower."
+        self._db.execute("BEGIN IMMEDIATE")
+        for statement in statements_since(version):
+            self._db.execute(statement)
+        self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        self._db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+        self._db.execute("COMMIT")
+        self._version, = self._db.execute("PRAGMA data_version").fetchone()
+
+
+# ---- 5. Store ----
+# All other SQL: one method, one statement or few. Reads are shared by Store, which sees committed state, and Transaction,
+# which sees its own block as well and makes the changes.
+
+ALL = ", ".join(COLUMNS)     # by name: a newer bus on the same database may have added columns
+ORDER = "priority DESC, run_at, claim_attempts, created_at, id"     # of claims, within a lane
+INSERT = f"INSERT INTO intents ({ALL}) VALUES (:{', :'.join(COLUMNS)})"
 ONE = f"SELECT {ALL} FROM intents WHERE id = :id"
 DUE = f"""
     SELECT   {ALL}
     FROM     intents
-    WHERE    wake_at <= :now
-    ORDER BY wake_at
+    WHERE    due_at <= :now
+    ORDER BY due_at
     LIMIT    :rows
 """
 CLAIMED_WITH = f"""
@@ -448,24 +758,21 @@ CLAIMED_WITH = f"""
     AND    claim_owner = :owner
     AND    status = 'claimed'
 """
-REMEMBER = """
-    INSERT INTO memos (kind, owner, key, value, expires_at)
-    VALUES      (:kind, :owner, :key, :value, :expires_at)
-    ON CONFLICT (kind, owner, key) DO UPDATE
-    SET         value = excluded.value,
-                expires_at = excluded.expires_at
-"""
-REMEMBER_FIRST = REMEMBER + """
-    WHERE       memos.expires_at <= :now
-    RETURNING   key
-"""
 HEAD_OF_NEXT_LANE = f"""
     SELECT   {ALL}
     FROM     intents
     WHERE    ready = 1
     AND      lane >= :start
-    AND      lane < :stop
-    ORDER BY lane, priority DESC, run_at, claim_attempts, created_at, id
+    AND      lane < :end
+    ORDER BY lane, {ORDER}
+    LIMIT    1
+"""
+HEAD_OF_PLACE = f"""
+    SELECT   {ALL}
+    FROM     intents
+    WHERE    ready = 1
+    AND      place = :place
+    ORDER BY {ORDER}
     LIMIT    1
 """
 HEAD_OF_NEXT_PRIORITY = f"""
@@ -474,7 +781,7 @@ HEAD_OF_NEXT_PRIORITY = f"""
     WHERE    ready = 1
     AND      lane = :lane
     AND      priority < :priority
-    ORDER BY priority DESC, run_at, claim_attempts, created_at, id
+    ORDER BY {ORDER}
     LIMIT    1
 """
 PAGE = f"""
@@ -483,11 +790,11 @@ PAGE = f"""
     WHERE    id < :before
     AND      id >= :floor
     AND      {{kind}}
-    AND      (CAST(:status AS TEXT) IS NULL OR status = :status)
-    AND      (CAST(:ready AS INTEGER) IS NULL OR ready = :ready)
-    AND      (CAST(:owner AS TEXT) IS NULL OR owner = :owner)
-    AND      (CAST(:goal AS TEXT) IS NULL OR goal = :goal)
-    AND      (CAST(:namespace AS TEXT) IS NULL OR namespace = :namespace)
+    AND      (:status IS NULL OR status = :status)
+    AND      (:ready IS NULL OR ready = :ready)
+    AND      (:owner IS NULL OR owner = :owner)
+    AND      (:goal IS NULL OR goal = :goal)
+    AND      (:namespace IS NULL OR namespace = :namespace)
     ORDER BY id DESC
     LIMIT    :limit
 """
@@ -500,395 +807,305 @@ PAGE_FLOOR = """
     LIMIT    1
     OFFSET   :rows
 """
-THE_DEAD = """
-    SELECT   {what}
+ANY, DEAD = "1 = 1", "status = 'dead'"     # the kind of a page: a literal, since a partial index serves no parameter
+DEAD_STEP = """
+    SELECT   id
     FROM     intents
     WHERE    status = 'dead'
-    AND      id > ''     -- for the index of the dead, not that of all that has ended
-    AND      +completed_at <= :until
-    AND      (CAST(:owner AS TEXT) IS NULL OR owner = :owner)
-    AND      (CAST(:goal AS TEXT) IS NULL OR goal = :goal)
-    AND      (CAST(:namespace AS TEXT) IS NULL OR namespace = :namespace)
-    AND      (CAST(:ids AS TEXT) IS NULL OR :ids LIKE '%' || id || '%')
-    ORDER BY +completed_at
-    LIMIT    :limit
+    AND      id >= :start
+    ORDER BY id
+    LIMIT    1
+    OFFSET   :rows
 """
-KEYS = """
-    SELECT key_id, name, owner, role, created_at, last_used_at, total_requests
-    FROM   keys
-    WHERE  revoked_at IS NULL
+DEAD_RANGE = """
+    SELECT {columns}
+    FROM   intents
+    WHERE  status = 'dead'
+    AND    id >= :start
+    AND    id < :end
+    AND    +completed_at <= :until     -- the plus sign keeps SQLite to the index of dead intents
+    AND    (:owner IS NULL OR owner = :owner)
+    AND    (:goal IS NULL OR goal = :goal)
+    AND    (:namespace IS NULL OR namespace = :namespace)
 """
-ANY, DEAD = "TRUE", "status = 'dead'"     # the kind: a literal, since the index of the dead serves no parameter
+DELETE = """
+    DELETE FROM intents
+    WHERE       id IN ({which})
+    RETURNING   namespace, publisher, status
+"""
+OLD = """
+    SELECT   id
+    FROM     intents
+    WHERE    completed_at <= :until
+    ORDER BY completed_at
+    LIMIT    :rows
+"""
+OF_NAMESPACE = """
+    SELECT id
+    FROM   intents
+    WHERE  (:namespace IS NULL OR namespace = :namespace)
+    LIMIT  :rows
+"""
+TALLY = """
+    INSERT INTO tallies (namespace, publisher, status, intents)
+    VALUES      (:namespace, :publisher, :status, :intents)
+    ON CONFLICT (namespace, publisher, status) DO UPDATE
+    SET         intents = tallies.intents + excluded.intents
+"""
+UNFINISHED_OF = """
+    SELECT COALESCE(SUM(intents), 0)
+    FROM   tallies
+    WHERE  publisher = :publisher
+    AND    status IN ('open', 'claimed')
+"""
+RECALL = """
+    SELECT value
+    FROM   memos
+    WHERE  kind = :kind
+    AND    owner = :owner
+    AND    key = :key
+    AND    expires_at > :now
+"""
+REMEMBER = """
+    INSERT INTO memos (kind, owner, key, value, expires_at)
+    VALUES      (:kind, :owner, :key, :value, :expires_at)
+    ON CONFLICT (kind, owner, key) DO UPDATE
+    SET         value = excluded.value,
+                expires_at = excluded.expires_at
+"""
+REMEMBER_FIRST = REMEMBER + """
+    WHERE       memos.expires_at <= :now
+    RETURNING   key
+"""
+
+KEY_FIELDS = ("key_id", "name", "owner", "role", "created_at", "last_used_at", "total_requests")
+Move = collections.namedtuple("Move", "intent before event")     # an intent as a block left it, and its status before
 
 
-def statements(version):
-    """Return what brings a database from a schema version to this one's."""
-    return [statement for script in MIGRATIONS[version:] for statement in script.split(";")]
+@functools.lru_cache(maxsize=None)
+def update_of(columns):
+    """Return the statement that sets these columns of an intent."""
+    return f"UPDATE intents SET {', '.join(f'{column} = :{column}' for column in columns)} WHERE id = :id"
 
 
-def lock(file):
-    """Take the lock of an open file, which ends with this process; raises OSError while another process has it."""
-    if POSIX:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    else:
-        import msvcrt
-        file.seek(0)
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+def tally_rows(moves):
+    """Return the rows that add moves up to how many intents there are of each kind."""
+    tallies = collections.Counter()
+    for intent, before, _ in moves:
+        if before != intent.status:
+            tallies[intent.namespace, intent.publisher, before] -= 1
+            tallies[intent.namespace, intent.publisher, intent.status] += 1
+    return [dict(namespace=namespace, publisher=publisher, status=status, intents=number)
+            for (namespace, publisher, status), number in tallies.items() if number and status]
 
 
-def dead_values(limit, owner=None, goal=None, namespace=None, ids=None, until=FOREVER):
-    """Return the values of THE_DEAD: whose, of what goal and namespace, which ids, and dead by when."""
-    return dict(limit=limit, owner=owner, goal=goal, namespace=namespace, until=until,
-                ids=None if ids is None else " ".join(id for id in ids if len(id) == 32))
+def claim_order(intent):
+    """Return the sort key of claims: highest priority, then longest due, then fewest attempts, then oldest."""
+    return -intent.priority, intent.run_at, intent.claim_attempts, intent.created_at, intent.id
 
 
-def operation(method, synced=True):
-    """Make a Store method one operation of the next commit: it returns once that is on disk."""
-    @functools.wraps(method)
-    def committed(self, *args, **kwargs):
-        return self._commit(functools.partial(method, self, *args, **kwargs), synced)
-    return committed
+class Reads:
+    """The statements that change nothing; `_rows(statement, values)` returns an iterable of tuples."""
 
+    def _first(self, statement, **values):
+        return next(iter(self._rows(statement, values)), None)
 
-def unsynced(method):
-    """Make a Store method an operation that a power cut may undo, but never once something after it is on disk."""
-    return operation(method, synced=False)
+    def _intent(self, statement, **values):
+        row = self._first(statement, **values)
+        return row and Intent(zip(COLUMNS, row))
 
-
-class Job:
-    """An operation that waits for its commit."""
-
-    __slots__ = ("operation", "synced", "result", "error", "ended", "called")
-
-    def __init__(self, operation, synced):
-        self.operation, self.synced, self.result, self.error, self.ended = operation, synced, None, None, False
-        self.called = queue.SimpleQueue()     # an item once it has ended, or is the one to commit what is queued
-
-
-class Allowance:
-    """So many a minute for each name, and as many at once (a token bucket)."""
-
-    def __init__(self, per_minute):
-        self._per_second, self._most = per_minute / 60, per_minute
-        self._left = {}     # name: (how many, as of when)
-        self._lock = threading.Lock()
-
-    def take(self, name, number=1):
-        """Use it up by a number, less than 0 to give back; return how many seconds to wait if there is not enough."""
-        now = time.monotonic()
-        with self._lock:
-            if len(self._left) > 10000:     # addresses are many; forgetting them favours nobody for long
-                self._left.clear()
-            left, since = self._left.get(name, (self._most, now))
-            left = min(self._most, left + (now - since) * self._per_second)
-            if left < number:
-                return (number - left) / self._per_second
-            self._left[name] = min(self._most, left - number), now
-            return 0
-
-
-class Store:
-    """The intents, in one SQLite file.
-
-    `on_commit(moves)` is called after each commit, outside of the transaction, with (intent, status before) of each that
-    it stored or changed; `on_news(moves)` with those of other buses. `on_death(intent)` is called inside, and may return
-    an intent to store with that death.
-
-    A subclass for a database that several buses share says how to reach it (`_open`, `close`, `_commit`, `_reader`, `bytes`),
-    which connection an operation uses and what it has moved (`_db`, `_moves`), what errors there are (`_translated`), what
-    comes of the others (`on_news`, `changed_elsewhere`), what keeps them apart (`TALLY`, `HELD`, `FREE`, `_claimable`,
-    `_exclusively`), and what they have in common: `clock`, which returns Unix seconds, and `allowance`.
-    """
-
-    TALLY = """
-        INSERT INTO tallies (namespace, publisher, status, intents)
-        VALUES      (:namespace, :publisher, :status, :intents)
-        ON CONFLICT (namespace, publisher, status) DO UPDATE
-        SET         intents = tallies.intents + excluded.intents
-    """
-    HELD = FREE = ""     # after a SELECT: rows that are to be changed, and only those that nobody else is changing
-    clock = None         # the machine's own
-    allowance = Allowance
-
-    def __init__(self, where):
-        """Open or create the database; raises SetupError, in words, if that cannot be."""
-        self.on_commit = self.on_news = lambda moves: None
-        self.on_death = lambda intent: None
-        self.warning = None
-        self._open(where)
-
-    def _open(self, path):
-        import sqlite3
-        self.path = os.path.realpath(path)     # a link to a file has no lock of its own
-        self._jobs = collections.deque()
-        self._moves = []     # of the transaction that runs: (intent, status before, status after), None where there is none
-        self._writing, self._synced = threading.Lock(), True
-        self._readers, self._reading = [], threading.Semaphore(READERS)
-        if sqlite3.sqlite_version_info < (3, 35):
-            raise SetupError(f"intentbus needs SQLite 3.35 or newer; this Python has {sqlite3.sqlite_version}.")
-        try:
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-            self._file, self._cut_at = os.stat(self.path), WAL_BYTES
-            self._guard = self._lock_file()
-            shared_memory = self._shared_memory()
-            self._db = self._connect(alone=not shared_memory)
-            self._prepare("WAL" if shared_memory else "DELETE")
-        except OSError as error:
-            raise SetupError(f"The database {self.path} cannot be opened: {error.strerror}.") from error
-        except sqlite3.Error as error:
-            raise SetupError(f"The database {self.path} cannot be used: {error}.") from error
-
-    def close(self):
-        """Write everything into the one file, and let go of it."""
-        with self._alone():
-            while self._readers:
-                self._readers.pop().close()
-            self._db.close()
-            self._guard.close()
-
-    # -- Reading --
+    def _intents(self, statement, **values):
+        return [Intent(zip(COLUMNS, row)) for row in self._rows(statement, values)]
 
     def get(self, intent_id):
-        """Return the intent; raises NotFound."""
-        with self._reader() as db:
-            return self._found(db.execute(ONE, dict(id=intent_id)), intent_id)
+        """Return an intent as it is stored; raises NotFound."""
+        intent = self._intent(ONE, id=intent_id)
+        if intent is None:
+            raise no_such(intent_id)
+        return intent
 
-    def list(self, limit, owner=None, status=None, goal=None, namespace=None, before=None):
-        """Return up to limit intents, newest first, from before an id on, and the id that it looked down to, or None.
+    def next_due(self):
+        """Return when time changes an intent next, in Unix seconds, or None."""
+        return self._first("SELECT MIN(due_at) FROM intents WHERE due_at IS NOT NULL")[0]
 
-        It looks at LIST_ROWS at most, so that a filter that fits few costs little; of the dead, at as many dead ones. The
-        status "delayed" is for those open ones that cannot be claimed yet.
-        """
-        delayed = status == "delayed"
-        values = dict(owner=owner, status="open" if delayed else status, ready=0 if delayed else None, goal=goal,
-                      namespace=namespace, before=before or "g", limit=limit, rows=LIST_ROWS)     # "g" is after every id
-        kind = DEAD if status == "dead" else ANY
-        with self._reader() as db:
-            floor = db.execute(PAGE_FLOOR.format(kind=kind), values).fetchone()
-            page = db.execute(PAGE.format(kind=kind), dict(values, floor=floor.id if floor else ""))
-            return page.fetchall(), floor and floor.id
+    def dead_step(self, start, rows):
+        """Return the id that many dead intents after an id, or None if there are fewer."""
+        found = self._first(DEAD_STEP, start=start, rows=rows)
+        return found and found[0]
 
     def count_dead(self, **which):
-        """Return how many intents are dead, of those that THE_DEAD describes."""
-        with self._reader() as db:
-            return db.execute(f"SELECT COUNT(*) AS number FROM ({THE_DEAD.format(what='id')}) AS dead",
-                              dead_values(sys.maxsize, **which)).fetchone().number
+        """Return how many intents are dead in a range of ids, of the kind that DEAD_RANGE describes."""
+        return self._first(DEAD_RANGE.format(columns="COUNT(*)"), **which)[0]
 
-    def tallies(self):
-        """Return {"namespace", "publisher", "status", "intents"} for each that there is: how many are stored."""
-        with self._reader() as db:
-            return db.execute("""
-                SELECT   namespace, publisher, status, SUM(intents) AS intents
-                FROM     tallies
-                GROUP BY namespace, publisher, status
-                HAVING   SUM(intents) > 0
-                ORDER BY namespace, publisher, status
-            """).fetchall()
-
-    def keys(self):
-        """Return the issued keys that are not revoked."""
-        with self._reader() as db:
-            return db.execute(KEYS + "ORDER BY created_at, key_id").fetchall()
+    def recall(self, kind, owner, key, now):
+        """Return the text that is remembered under kind, owner and key, or None."""
+        found = self._first(RECALL, kind=kind, owner=owner, key=key, now=now)
+        return found and found[0]
 
     def key(self, key_id):
         """Return an issued key that is not revoked, or None."""
-        with self._reader() as db:
-            return db.execute(KEYS + "AND key_id = :key_id", dict(key_id=key_id)).fetchone()
+        return next((key for key in self.keys() if key.key_id == key_id), None)
 
-    def recall(self, kind, owner, key, now):
-        """Return the memo of that kind, owner and key, or None."""
-        with self._reader() as db:
-            return self._recall(db, kind, owner, key, now)
+    def keys(self):
+        """Return the issued keys that are not revoked, oldest first."""
+        return [Record(zip(KEY_FIELDS, row)) for row in self._rows(f"""
+            SELECT   {", ".join(KEY_FIELDS)}
+            FROM     keys
+            WHERE    revoked_at IS NULL
+            ORDER BY created_at, key_id
+        """, {})]
 
-    def bytes(self):
-        """Return the sizes of the database and of its write-ahead log."""
-        return [os.path.getsize(path) if os.path.exists(path) else 0 for path in (self.path, self.path + "-wal")]
 
-    def next_wake(self):
-        """Return when time will next change an intent, or None."""
-        with self._reader() as db:
-            return db.execute("SELECT MIN(wake_at) AS wake_at FROM intents WHERE wake_at IS NOT NULL").fetchone().wake_at
+class Transaction(Reads):
+    """The block of one verb of the Bus: `with store.transaction() as tx`.
 
-    def history(self, since):
-        """Return {"minute", "event", "times"} from a minute on."""
-        with self._reader() as db:
-            return db.execute("SELECT minute, event, times FROM history WHERE minute >= :since ORDER BY minute, event",
-                              dict(since=since)).fetchall()
+    A failure undoes this block only. `now` is the time of the round. `moves`, the changes of intents, and functions given
+    to after_commit() reach memory once they are on disk.
+    """
 
-    def waiting(self, most):
-        """Return the intent that has been ready for longest in each lane and priority, of so many of these at most."""
-        found, lanes = [], dict(start="", stop="\x7f")     # past every namespace
-        with self._reader() as db:
-            while len(found) < most and (head := found and db.execute(HEAD_OF_NEXT_PRIORITY, found[-1]).fetchone()
-                                         or db.execute(HEAD_OF_NEXT_LANE, lanes).fetchone()):
-                found.append(head)
-                lanes["start"] = past(head.lane)
-        return found
+    def __init__(self, store):
+        self._store, self.moves, self.effects = store, [], []
 
-    def latest(self):
-        """Return the latest time on record, 0 in a new file; and [offset, boot] as they were last noted, if they were."""
-        with self._reader() as db:
-            newest = db.execute("SELECT MAX(id) AS id FROM intents").fetchone().id
-            completed = db.execute("""
-                SELECT MAX(completed_at) AS at
-                FROM   intents
-                WHERE  completed_at IS NOT NULL
-            """).fetchone().at
-            known, noted_at, *noted = json.loads(self._recall(db, "clock", "", "", 0) or "[null, 0]")
-        created = int(newest[:12], 16) / 1000 if newest and newest > (known or "") else 0
-        return max(noted_at, created, completed or 0), noted
+    def __enter__(self):
+        self._db = self._store.database.enter()
+        self.now = self._store.now()
+        return self
 
-    def changed_elsewhere(self):
-        """Return whether another program has written to the file since the last call."""
-        with self._alone(), self._translated():
-            version = self._db.execute("PRAGMA data_version").fetchone().data_version
-        changed, self._version = version != self._version, version
-        return changed
+    def __exit__(self, kind, error, trace):
+        database = self._store.database
+        if error is not None:
+            database.undo(self._db, error)
+            return
+        try:
+            if not database.in_round:
+                self._db.executemany(TALLY, tally_rows(self.moves))
+            committed = database.leave(self._db)
+        except Exception as failure:
+            database.undo(self._db, failure)
+            raise
+        self._store.ended(self, committed)
 
-    # -- Writing --
+    def after_commit(self, effect, *arguments):
+        """Call a function once this block is committed."""
+        self.effects.append(functools.partial(effect, *arguments))
 
-    @operation
-    def add(self, intents, answer, now, idempotency=None, most=None):
-        """Store intents of one publisher and return the answer to it.
+    def _rows(self, statement, values):
+        return self._db.execute(statement, values)
 
-        idempotency is (caller, key, digest): when that key is known with the same digest, the first answer is returned
-        and nothing stored; with another, IdempotencyConflict is raised. most is how many unfinished intents the
-        publisher may have; with more, RateLimited is raised.
+    # -- Intents --
+
+    def insert(self, intent):
+        """Store a new intent."""
+        self._db.execute(INSERT, intent)
+        self.moves.append(Move(intent, None, "published"))
+
+    def update(self, intent, change):
+        """Carry out a transition; return the intent as it is then."""
+        self._db.execute(update_of(tuple(change.columns)), dict(change.columns, id=intent.id))
+        after = Intent(intent, **change.columns)
+        self.moves.append(Move(after, intent.status, change.event))
+        return after
+
+    def due(self, now, rows):
+        """Return intents that time changes by now, the longest due first."""
+        return self._intents(DUE, now=now, rows=rows)
+
+    def claimable(self, lanes, owner, token_hash=None):
+        """Return the first intent that is ready in these lanes, or in lanes that they cover; None if there is none.
+
+        An intent that the owner holds under a claim token comes before all.
         """
-        caller, key, digest = idempotency or (None, None, None)
-        if key:
-            self._exclusively("idempotency", caller, key)
-        if key and (known := self._recall(self._db, "idempotency", caller, key, now)):
-            if not known.startswith(digest):
-                raise IdempotencyConflict("Key reused with different payload: an Idempotency-Key stands for one request.")
-            return Record(json.loads(known[len(digest):]))
-        if most is not None and intents:
-            self._require_room(intents[0].publisher, len(intents), most)
-        self._insert(intents)
-        if key:
-            self._remember("idempotency", caller, key, digest + to_json(answer), now + IDEMPOTENCY_SECONDS)
-        return answer
+        return token_hash and self._intent(CLAIMED_WITH, token_hash=token_hash, owner=owner) or min(
+            (head for lane in lanes for head in self._heads(lane)), default=None, key=claim_order)
 
-    @unsynced     # a claim that a power cut undoes is made again
-    def claim(self, lanes, now, rule, token_hash=None, owner=None):
-        """Change the first intent that is ready in these lanes by the rule and return it, or None.
+    def _heads(self, lane):
+        """Yield the first ready intent of each lane that a lane covers, or the first of all; each is one index lookup."""
+        place, goal, publisher = lane.rsplit("\t", 2)
+        if not goal and not publisher:
+            head = self._intent(HEAD_OF_PLACE, place=place)
+            if head:
+                yield head
+            return
+        start, end = lane_range(lane)
+        while start < end and (head := self._intent(HEAD_OF_NEXT_LANE, start=start, end=end)):
+            if not publisher or head.lane.endswith("\t" + publisher):
+                yield head
+            start = lane_end(head.lane)
 
-        lanes may be patterns, too. What the owner has claimed with that token comes first: its answer was lost.
-        """
-        if token_hash:
-            self._exclusively("claim", owner, token_hash)
-        while intent := self._claimable(lanes, now, dict(token_hash=token_hash, owner=owner)):
-            if intent.expires_at > now:
-                return self._change(intent, rule(intent))
-            self._change(intent, intent.woken(now))
+    def dead(self, **which):
+        """Return the dead intents in a range of ids, of the kind that DEAD_RANGE describes."""
+        return self._intents(DEAD_RANGE.format(columns=ALL), **which)
 
-    @operation
-    def change(self, intent_id, rule):
-        """Change an intent by rule(intent), which returns changed columns or raises, and return it; raises NotFound."""
-        intent = self._found(self._db.execute(ONE + self.HELD, dict(id=intent_id)), intent_id)
-        return self._change(intent, rule(intent))
+    def delete_dead(self, **which):
+        """Delete the dead intents in a range of ids, of the kind that DEAD_RANGE describes; return how many."""
+        return len(self._delete(DEAD_RANGE.format(columns="id"), **which))
 
-    @operation
-    def change_dead(self, limit, rule, **which):
-        """Change up to limit dead intents, oldest first, by rule(intent), and return their number; see THE_DEAD."""
-        dead = self._db.execute(THE_DEAD.format(what=ALL) + self.HELD, dead_values(limit, **which)).fetchall()
-        for intent in dead:
-            self._change(intent, rule(intent))
-        return len(dead)
+    def delete_old(self, until, rows):
+        """Delete intents that ended by a time, the oldest first, at most that many; return their statuses."""
+        return self._delete(OLD, until=until, rows=rows)
 
-    @operation
-    def delete_dead(self, limit, **which):
-        """Delete up to limit dead intents, and return their number."""
-        return len(self._delete(f"""
-            DELETE FROM intents
-            WHERE       id IN ({THE_DEAD.format(what="id") + self.HELD})
-            RETURNING   namespace, publisher, status
-        """, dead_values(limit, **which)))
+    def delete_namespace(self, namespace, rows):
+        """Delete intents of a namespace, or of all, at most that many; return how many."""
+        return len(self._delete(OF_NAMESPACE, namespace=namespace, rows=rows))
 
-    @operation
-    def settle(self, now):
-        """Carry out what time has brought, up to SETTLE_ROWS at a time; return how many died of it, and how."""
-        return self._wake(self._due(now), now)
+    def _delete(self, which, **values):
+        statuses = []
+        for namespace, publisher, status in self._rows(DELETE.format(which=which), values):
+            gone = Intent(namespace=namespace, publisher=publisher, status=None, ready=0, due_at=None)
+            self.moves.append(Move(gone, status, None))
+            statuses.append(status)
+        return statuses
 
-    @operation
-    def note_clock(self, now, offset, boot):
-        """Put on record what time it is, and how far that is from the steady clock of this boot of the machine."""
-        self._note_clock(now, offset, boot)
+    def unfinished(self, publisher):
+        """Return how many unfinished intents a publisher had before this round."""
+        return self._first(UNFINISHED_OF, publisher=publisher)[0]
 
-    @operation
-    def shift(self, seconds, now, offset, boot):
-        """Move all that is to happen, and the age of what has, by so many seconds, as the clock was moved to now."""
+    def shift(self, seconds):
+        """Move the times of all that is unfinished or remembered, since the clock was set by that much."""
         self._db.execute("""
             UPDATE intents
             SET    run_at = run_at + :seconds,
                    expires_at = expires_at + :seconds,
                    claim_expires_at = claim_expires_at + :seconds,
-                   completed_at = completed_at + :seconds,
-                   wake_at = wake_at + :seconds
+                   due_at = due_at + :seconds
+            WHERE  due_at IS NOT NULL
         """, dict(seconds=seconds))
         self._db.execute("""
             UPDATE memos
             SET    expires_at = expires_at + :seconds
             WHERE  kind <> 'nonces'
-            OR     CAST(:seconds AS DOUBLE PRECISION) > 0
-        """, dict(seconds=seconds))     # set back, the clock will come to a nonce's time once more
-        self._note_clock(now, offset, boot)
+            OR     :seconds > 0
+        """, dict(seconds=seconds))     # a clock set back comes to the time of a nonce once more
 
-    @operation
-    def clean(self, now, retention):
-        """Delete what is over, up to SETTLE_ROWS intents at a time; return how many of each kind."""
-        ended = self._delete(f"""
-            DELETE FROM intents
-            WHERE       id IN (SELECT   id
-                               FROM     intents
-                               WHERE    completed_at <= :until
-                               ORDER BY completed_at
-                               LIMIT    :rows
-                               {self.FREE})
-            RETURNING   namespace, publisher, status
-        """, dict(until=now - retention, rows=SETTLE_ROWS))
-        forgotten = self._db.execute("DELETE FROM memos WHERE expires_at <= :now RETURNING kind", dict(now=now)).fetchall()
-        if ended:     # a publisher may use a new namespace each time
-            self._db.execute("DELETE FROM tallies WHERE intents = 0")
-        kinds = collections.Counter([row.status for row in ended] + [row.kind for row in forgotten])
-        return Record({f"{kind}_deleted": kinds[kind] for kind in ("fulfilled", "dead", "store", "idempotency", "nonces")})
+    def clamp_ended(self, now, rows):
+        """Let intents that ended in the future, by a clock that was wrong, have ended now."""
+        self._db.execute("""
+            UPDATE intents
+            SET    completed_at = :now
+            WHERE  id IN (SELECT id FROM intents WHERE completed_at > :now LIMIT :rows)
+        """, dict(now=now, rows=rows))
 
-    @operation
-    def purge(self, namespace):
-        """Delete up to SETTLE_ROWS intents of a namespace, or of all, whatever their state; return how many."""
-        return len(self._delete(f"""
-            DELETE FROM intents
-            WHERE       id IN (SELECT id
-                               FROM   intents
-                               WHERE  (CAST(:namespace AS TEXT) IS NULL OR namespace = :namespace)
-                               LIMIT  :rows
-                               {self.HELD})
-            RETURNING   namespace, publisher, status
-        """, dict(namespace=namespace, rows=SETTLE_ROWS)))
+    # -- Keys --
 
-    @operation
-    def add_key(self, key_id, name, owner, role, now):
+    def add_key(self, key_id, name, owner, role):
         """Store an issued key."""
         self._db.execute("""
             INSERT INTO keys (key_id, name, owner, role, created_at, total_requests)
             VALUES      (:key_id, :name, :owner, :role, :now, 0)
-        """, dict(key_id=key_id, name=name, owner=owner, role=role, now=now))
+        """, dict(key_id=key_id, name=name, owner=owner, role=role, now=self.now))
 
-    @operation
-    def revoke_key(self, key_id, now):
+    def revoke_key(self, key_id):
         """Mark an issued key as revoked; return whether there was one."""
-        return self._db.execute("""
+        return self._first("""
             UPDATE    keys
             SET       revoked_at = :now
             WHERE     key_id = :key_id
             AND       revoked_at IS NULL
             RETURNING key_id
-        """, dict(key_id=key_id, now=now)).fetchone() is not None
+        """, key_id=key_id, now=self.now) is not None
 
-    @operation
     def count_usage(self, usage):
-        """Add to how often and when keys were used: {"key_id", "requests", "last"} of each."""
+        """Add to the use of keys: {"key_id", "requests", "last"} of each."""
         self._db.executemany("""
             UPDATE keys
             SET    total_requests = total_requests + :requests,
@@ -896,9 +1113,50 @@ class Store:
             WHERE  key_id = :key_id
         """, usage)
 
-    @operation
+    # -- Memos and history --
+
+    def remember(self, kind, owner, key, value, expires_at):
+        """Remember a text, in place of an earlier one."""
+        self._db.execute(REMEMBER, dict(kind=kind, owner=owner, key=key, value=value, expires_at=expires_at))
+
+    def remember_first(self, kind, owner, key, value, expires_at):
+        """Remember a text unless there is one; return whether it was remembered."""
+        return self._first(REMEMBER_FIRST, kind=kind, owner=owner, key=key, value=value, expires_at=expires_at,
+                           now=self.now) is not None
+
+    def take_memo(self, kind, owner, key):
+        """Forget a text, and return it and its expires_at; (None, None) if there is none."""
+        found = self._first("""
+            DELETE FROM memos
+            WHERE       kind = :kind
+            AND         owner = :owner
+            AND         key = :key
+            RETURNING   value, expires_at
+        """, kind=kind, owner=owner, key=key)
+        return found if found and found[1] > self.now else (None, None)
+
+    def forget_expired(self, rows):
+        """Forget texts whose time is over, at most that many; return the kind of each."""
+        expired = [dict(kind=kind, owner=owner, key=key) for kind, owner, key in self._rows("""
+            SELECT kind, owner, key
+            FROM   memos
+            WHERE  expires_at <= :now
+            LIMIT  :rows
+        """, dict(now=self.now, rows=rows))]
+        self._db.executemany("""
+            DELETE FROM memos
+            WHERE       kind = :kind
+            AND         owner = :owner
+            AND         key = :key
+        """, expired)
+        return [memo["kind"] for memo in expired]
+
+    def drop_empty_tallies(self):
+        """Delete tallies of 0: a publisher may use a new namespace each time."""
+        self._db.execute("DELETE FROM tallies WHERE intents = 0")
+
     def count_events(self, events):
-        """Add to the history: {"minute", "event", "times"} of each; what is older than HISTORY_MINUTES is deleted."""
+        """Add to the history: {"minute", "event", "times"} of each; minutes older than HISTORY_MINUTES are deleted."""
         self._db.executemany("""
             INSERT INTO history (minute, event, times)
             VALUES      (:minute, :event, :times)
@@ -908,364 +1166,108 @@ class Store:
         self._db.execute("DELETE FROM history WHERE minute < :oldest",
                          dict(oldest=max(event["minute"] for event in events) - HISTORY_MINUTES))
 
-    @operation
-    def remember(self, kind, owner, key, value, expires_at):
-        """Remember a text, in place of an older one."""
-        self._remember(kind, owner, key, value, expires_at)
 
-    @operation
-    def remember_first(self, kind, owner, key, value, expires_at, now):
-        """Remember a text unless there is one; return whether it was."""
-        return self._remember_first(kind, owner, key, value, expires_at, now)
+class Store(Reads):
+    """The intents, keys and memos of a bus, in committed state; transaction() begins a block that changes them.
 
-    @unsynced     # what the request itself writes is synced after it
-    def use_nonce(self, key_id, nonce, expires_at, now):
-        """Remember a nonce; return whether it was new."""
-        return self._remember_first("nonces", key_id, nonce, "", expires_at, now)
+    A round is one commit for many blocks: begin(), blocks, prepare(), commit(), finish(). A block outside a round is its own
+    transaction. What was committed goes to `on_commit`, a function of a list of Transactions. `now` returns Unix seconds.
+    """
 
-    @operation
-    def change_memo(self, kind, owner, key, rule, now):
-        """Replace a memo by rule(value): a text, or None to forget it; return what it was, None if there is none."""
-        self._exclusively(kind, owner, key)
-        value = self._recall(self._db, kind, owner, key, now)
-        if value is not None:
-            self._db.execute("""
-                UPDATE memos
-                SET    value = COALESCE(CAST(:value AS TEXT), value),
-                       expires_at = CASE WHEN CAST(:value AS TEXT) IS NULL THEN 0 ELSE expires_at END
-                WHERE  kind = :kind
-                AND    owner = :owner
-                AND    key = :key
-            """, dict(kind=kind, owner=owner, key=key, value=rule(value)))
-        return value
+    def __init__(self, database, now=time.time, transaction=Transaction):
+        self.database, self.now, self._transaction = database, now, transaction
+        self.round = []           # the blocks of the round so far
+        self.failed = False       # whether the last round was lost
+        self.busy_since = None    # by time.monotonic(), while a commit or a shift of the clock runs in another thread
+        self.on_commit = lambda blocks: None
 
-    @operation
-    def forget(self, kind, owner, key, now):
-        """Forget a memo; return whether there was one."""
-        known = self._db.execute("""
-            DELETE FROM memos
-            WHERE       kind = :kind
-            AND         owner = :owner
-            AND         key = :key
-            RETURNING   expires_at
-        """, dict(kind=kind, owner=owner, key=key)).fetchone()
-        return bool(known) and known.expires_at > now
+    def close(self):
+        """Let go of the database."""
+        self.database.close()
 
-    # -- Inside the transaction --
+    def transaction(self):
+        """Begin a block of the round, or a transaction of its own."""
+        return self._transaction(self)
 
-    def _exclusively(self, *what):
-        """Let no other bus do the same, with the same names, before this transaction has ended: a file has one bus."""
+    def ended(self, block, committed):
+        """Take in a block that has ended well."""
+        if committed:
+            self.on_commit([block])
+        else:
+            self.round.append(block)
 
-    def _claimable(self, lanes, now, again):
-        """Return what was claimed before with the same token, else the first that is ready in these lanes by now."""
-        self._wake(self._due(now), now)
-        return again["token_hash"] and self._db.execute(CLAIMED_WITH, again).fetchone() or min(
-            (head for pattern in lanes for head in self._heads(pattern)), default=None, key=lambda head: (
-                -head.priority, head.run_at, head.claim_attempts, head.created_at, head.id))
+    def begin(self):
+        """Begin a round; raises Busy while another program writes."""
+        self.database.begin()
 
-    def _heads(self, pattern):
-        """Yield the first ready intent of each lane that a pattern covers: one index entry is looked at for each."""
-        start, stop, publisher = span(pattern)
-        while start < stop and (head := self._db.execute(HEAD_OF_NEXT_LANE, dict(start=start, stop=stop)).fetchone()):
-            if not publisher or head.lane.endswith("\t" + publisher):
-                yield head
-            start = past(head.lane)
+    def prepare(self):
+        """Write the tallies of the round, the last thing before its commit."""
+        self.database.executemany(TALLY, tally_rows(move for block in self.round for move in block.moves))
 
-    def _found(self, rows, intent_id):
-        intent = rows.fetchone()
-        if intent is None:
-            raise no_such(intent_id)
-        return intent
+    def commit(self):
+        """Write the round to disk; only this may run in another thread."""
+        self.database.commit()
 
-    def _insert(self, intents):
-        self._db.executemany(INSERT, intents)
-        self._moves += [(intent, None, intent.status) for intent in intents]
+    def finish(self):
+        """Hand over what the round has done, once it is committed."""
+        blocks, self.round = self.round, []
+        self.on_commit(blocks)
 
-    def _change(self, intent, changes):
-        if not changes:
-            return intent
-        before = intent.status
-        intent.update(changes)
-        self._db.execute(UPDATE, intent)
-        self._moves.append((intent, before, intent.status))
-        if intent.status == "dead" != before and (announcement := self.on_death(intent)):
-            self._insert([announcement])
-        return intent
+    def abandon(self):
+        """Undo the round, after an error."""
+        self.round, self.failed = [], True
+        self.database.rollback()
 
-    def _delete(self, statement, values):
-        rows = self._db.execute(statement, values).fetchall()
-        self._moves += [(row, row.status, None) for row in rows]
-        return rows
+    def _rows(self, statement, values):
+        return self.database.read(statement, values)
 
-    def _require_room(self, publisher, number, most):
-        """Raise RateLimited if a publisher would have more than so many unfinished intents, with that many new ones."""
-        self._exclusively("publisher", publisher)
-        stored = self._db.execute("""
-            SELECT COALESCE(SUM(intents), 0) AS intents
-            FROM   tallies
-            WHERE  publisher = :publisher
-            AND    status IN ('open', 'claimed')
-        """, dict(publisher=publisher)).fetchone().intents
-        moved = sum((after in ("open", "claimed")) - (before in ("open", "claimed"))
-                    for intent, before, after in self._moves if intent.publisher == publisher)
-        if stored + moved + number > most:
-            raise RateLimited(f"This key may have {most} unfinished intents; wait until some are done.", "limit_exceeded")
+    # -- Lists and counts --
 
-    def _tally(self):
-        """Bring the tallies up to date with what this transaction has moved from one status to another."""
-        moved = collections.Counter()
-        for intent, before, after in self._moves:
-            if before != after:
-                moved[intent.namespace, intent.publisher, before] -= 1
-                moved[intent.namespace, intent.publisher, after] += 1
-        self._db.executemany(self.TALLY, [dict(namespace=namespace, publisher=publisher, status=status, intents=number)
-                                          for (namespace, publisher, status), number in moved.items() if number and status])
+    def page(self, limit, owner=None, status=None, goal=None, namespace=None, before=None):
+        """Return an iterable of up to limit intents, newest first, before an id; and the id it looked down to, or None.
 
-    def _due(self, now):
-        return self._db.execute(DUE + self.FREE, dict(now=now, rows=SETTLE_ROWS)).fetchall()
+        It looks at LIST_ROWS at most: of all intents or, if the status is "dead", of the dead ones. The status "delayed" is
+        for open ones that cannot be claimed yet.
+        """
+        delayed = status == "delayed"
+        values = dict(owner=owner, status="open" if delayed else status, ready=0 if delayed else None, goal=goal,
+                      namespace=namespace, before=before or "g", limit=limit, rows=LIST_ROWS)     # "g" is after every id
+        kind = DEAD if status == "dead" else ANY
+        floor = self._first(PAGE_FLOOR.format(kind=kind), **values)
+        rows = self._rows(PAGE.format(kind=kind), dict(values, floor=floor[0] if floor else ""))
+        return (Intent(zip(COLUMNS, row)) for row in rows), floor and floor[0]
 
-    def _wake(self, due, now):
-        counts = Record(expired_open_dead=0, expired_claims_dead=0)
-        for intent in due:
-            claimed = intent.status == "claimed"
-            if self._change(intent, intent.woken(now)).ended:
-                counts["expired_claims_dead" if claimed else "expired_open_dead"] += 1
-        return counts
+    def tallies(self):
+        """Yield (namespace, publisher, status, number of intents) of each kind that there is."""
+        return self._rows("""
+            SELECT   namespace, publisher, status, SUM(intents)
+            FROM     tallies
+            GROUP BY namespace, publisher, status
+            HAVING   SUM(intents) > 0
+            ORDER BY namespace, publisher, status
+        """, {})
 
-    def _note_clock(self, now, offset, boot):
-        newest = self._db.execute("SELECT MAX(id) AS id FROM intents").fetchone().id     # ids keep the time of their making
-        self._remember("clock", "", "", to_json([newest, now, offset, boot]), FOREVER)
+    def history(self, since):
+        """Yield (minute of Unix time, event, times) from a minute on."""
+        return self._rows("SELECT minute, event, times FROM history WHERE minute >= :since ORDER BY minute, event",
+                          dict(since=since))
 
-    def _recall(self, db, kind, owner, key, now):
-        found = db.execute("""
-            SELECT value
-            FROM   memos
-            WHERE  kind = :kind
-            AND    owner = :owner
-            AND    key = :key
-            AND    expires_at > :now
-        """, dict(kind=kind, owner=owner, key=key, now=now)).fetchone()
-        return found and found.value
+    def longest_ready(self, most):
+        """Return the longest ready intent of each lane and priority, for at most that many of these."""
+        found, lanes = [], dict(start="", end="\x7f")     # "\x7f" is after every namespace
+        while len(found) < most and (head := found and self._intent(HEAD_OF_NEXT_PRIORITY, **found[-1])
+                                     or self._intent(HEAD_OF_NEXT_LANE, **lanes)):
+            found.append(head)
+            lanes["start"] = lane_end(head.lane)
+        return found
 
-    def _remember_first(self, kind, owner, key, value, expires_at, now):
-        return self._db.execute(REMEMBER_FIRST, dict(kind=kind, owner=owner, key=key, value=value, expires_at=expires_at,
-                                                     now=now)).fetchone() is not None
-
-    def _remember(self, kind, owner, key, value, expires_at):
-        self._db.execute(REMEMBER, dict(kind=kind, owner=owner, key=key, value=value, expires_at=expires_at))
-
-    # -- Group commit --
-
-    def _commit(self, run, synced):
-        """Queue an operation and return its result; whoever finds the writing lock free commits all that are queued."""
-        job = Job(run, synced)
-        self._jobs.append(job)
-        while not job.ended:
-            if self._writing.acquire(blocking=False):
-                self._lead()
-            else:
-                job.called.get()
-        if job.error:
-            raise job.error
-        return job.result
-
-    def _lead(self):
-        """Commit what is queued, with the writing lock in hand, and pass that on."""
-        moves = ()
-        try:
-            moves = self._commit_queue()
-            self._cut_log()
-        finally:
-            self._pass_on()
-        if moves:
-            self.on_commit(moves)
-
-    def _pass_on(self):
-        """Let go of the writing lock, and call who waits first; those whose operation has ended are called already."""
-        self._writing.release()
-        with contextlib.suppress(IndexError):     # nobody waits
-            self._jobs[0].called.put(None)
-
-    @contextlib.contextmanager
-    def _alone(self):
-        """Hold the writing lock for something else than a commit."""
-        self._writing.acquire()
-        try:
-            yield
-        finally:
-            self._pass_on()
-
-    def _commit_queue(self):
-        """Run every queued operation in one transaction and return what it stored or changed, as on_commit takes it."""
-        jobs = [self._jobs.popleft() for _ in range(len(self._jobs))]
-        self._moves = []
-        try:
-            with self._translated():
-                self._require_file()
-                self._sync(any(job.synced for job in jobs))
-                self._db.execute("BEGIN IMMEDIATE")
-                for job in jobs:
-                    self._attempt(job)
-                self._tally()
-                self._db.execute("COMMIT")
-        except BaseException as error:     # the whole commit is lost: one job's fault, or everybody's
-            self._moves = []
-            at_fault = [job for job in jobs if job.error]
-            self._jobs.extendleft(job for job in reversed(jobs) if at_fault and not job.error)     # once more, without it
-            jobs = at_fault or jobs
-            for job in jobs:
-                job.error = job.error or (
-                    error if isinstance(error, Exception) else Unavailable("The bus was interrupted; try again."))
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            if not isinstance(error, Exception):
-                raise
-        finally:
-            for job in jobs:
-                job.ended = True
-                job.called.put(None)
-        return [(intent, before) for intent, before, after in self._moves if after]
-
-    def _attempt(self, job):
-        """Run one operation. What it refuses hurts no neighbour; raises what fails after it has written something."""
-        before = self._db.total_changes
-        try:
-            with self._translated():
-                job.result = job.operation()
-        except Exception as error:
-            job.error = error
-            if self._db.total_changes != before or not self._db.in_transaction:     # SQLite ends it when the disk is full
-                raise
-
-    def _sync(self, wanted):
-        """Have the next commits on disk before they return, or later: a write-ahead log stays whole either way."""
-        if wanted != self._synced and self.warning is None:
-            self._db.execute(f"PRAGMA synchronous = {'FULL' if wanted else 'NORMAL'}")
-            self._synced = wanted
-
-    def _cut_log(self):
-        """Cut the write-ahead log if it has grown long, as it does while there is always somebody reading."""
-        import sqlite3
-        with contextlib.suppress(OSError, sqlite3.Error):     # what was committed is; the next commit meets the trouble
-            if (length := os.path.getsize(self.path + "-wal")) <= self._cut_at:
-                return
-            deadline = time.monotonic() + WAL_PATIENCE_SECONDS
-            self._db.execute("PRAGMA busy_timeout = 0")     # SQLite would wait for all readers to be away at one moment
-            while blocked := self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone().busy:
-                if time.monotonic() >= deadline:
-                    break
-                time.sleep(0.005)
-            self._db.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
-            self._cut_at = length + WAL_BYTES // 2 if blocked else WAL_BYTES
-
-    def _require_file(self):
-        """Raise Unavailable if the path leads elsewhere by now: what is written would be gone with the process."""
-        try:
-            there = os.stat(self.path)
-        except OSError:
-            there = None
-        if not there or not os.path.samestat(there, self._file):
-            raise Unavailable(f"The database {self.path} was deleted or replaced while the bus was using it; put the "
-                              "right file there and restart the bus.")
-
-    # -- Connections --
-
-    def _connect(self, readonly=False, alone=False):
-        import sqlite3
-        db = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_MS / 1000, isolation_level=None, check_same_thread=False)
-        db.row_factory = lambda cursor, row: Intent(zip(map(FIRST, cursor.description), row))
-        if alone:
-            db.execute("PRAGMA locking_mode = EXCLUSIVE")     # reads a write-ahead log without shared memory
-        db.execute(f"PRAGMA query_only = {int(readonly)}")
-        db.execute("PRAGMA synchronous = FULL")     # an answered publish survives a power cut
-        db.execute("PRAGMA fullfsync = 1")     # on macOS too, where fsync leaves it in the disk's cache
-        return db
-
-    @contextlib.contextmanager
-    def _reader(self):
-        """Lend a connection that cannot write, as soon as one is free."""
-        with self._reading, self._translated():
-            try:
-                db = self._readers.pop()
-            except IndexError:
-                db = self._connect(readonly=True)
-            try:
-                yield db
-            finally:
-                self._readers.append(db)
-
-    @contextlib.contextmanager
-    def _translated(self):
-        """Turn what SQLite raises about the file into errors of ours."""
-        import sqlite3
-        try:
-            yield
-        except sqlite3.IntegrityError:     # a fault of ours, not of the file
-            raise
-        except sqlite3.DatabaseError as error:
-            if "full" in str(error) or getattr(error, "sqlite_errorname", "") == "SQLITE_IOERR_WRITE":     # over a quota
-                raise StorageFull("The disk under the database is full; nothing of this request was stored.") from error
-            raise Unavailable(f"The database cannot be used just now: {error}.") from error
-
-    def _lock_file(self):
-        """Hold a lock that ends with this process, so that no second bus serves the same file."""
-        guard = open(self.path + ".lock", "a+")
-        try:
-            lock(guard)
-        except (BlockingIOError, PermissionError) as error:
-            guard.close()
-            raise SetupError(f"Another bus is serving {self.path}; stop it, or give this one another --db.") from error
-        return guard
-
-    def _shared_memory(self):
-        """Return whether a file here can be mapped, as a write-ahead log needs; SQLite itself would say "disk I/O error"."""
-        import mmap
-        self._guard.truncate(1)     # an empty file cannot be mapped anywhere
-        try:
-            mmap.mmap(self._guard.fileno(), 1).close()
-        except OSError:
-            return False
-        return True
-
-    def _prepare(self, journal):
-        """Bring the file to the journal mode, which may have to be another, and the schema of this version."""
-        version = self._db.execute("PRAGMA user_version").fetchone().user_version
-        owner = self._db.execute("PRAGMA application_id").fetchone().application_id
-        if owner != APPLICATION_ID and self._db.execute("SELECT name FROM sqlite_master LIMIT 1").fetchone():
-            raise SetupError(f"The database {self.path} belongs to another program; give the bus another --db.")
-        if version > len(MIGRATIONS):
-            raise SetupError(f"The database {self.path} was written by a newer intentbus (schema {version}, "
-                             f"this one knows {len(MIGRATIONS)}); use that version, or another --db.")
-        mode = self._db.execute(f"PRAGMA journal_mode = {journal}").fetchone().journal_mode
-        if mode != "wal":
-            self._db.execute("PRAGMA locking_mode = NORMAL")
-            self._db.execute("PRAGMA journal_mode = TRUNCATE")     # a deleted one may be back after a power cut
-            self.warning = f"{self.path} is on a file system without shared memory: the bus works, but slower."
-        self._db.execute("BEGIN IMMEDIATE")
-        for statement in statements(version):
-            self._db.execute(statement)
-        self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        self._db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
-        self._db.execute("COMMIT")
-        self._version = self._db.execute("PRAGMA data_version").fetchone().data_version
+    def newest_id(self):
+        """Return the greatest id, or None."""
+        return self._first("SELECT MAX(id) FROM intents")[0]
 
 
-# ---- 5. Bus ----
-# The rules. Every verb of IntentClient is one here, with the same arguments and errors, and `caller`: who asks.
-
-Caller = collections.namedtuple("Caller", "key_id owner role admin most")     # most: of unfinished intents, or None
-OWNER = Caller(key_id="owner", owner="owner", role="both", admin=True, most=None)
-
-
-def hash_token(token):
-    """Return what is stored of a claim token, so that a copy of the file gives no lease away."""
-    return hashlib.sha256(token.encode()).hexdigest()
-
-
-def lease_lost(intent_id):
-    """Return the error of a worker whose claim is not, or no longer, the latest one; the same for an unknown id."""
-    return NotFound(f"The claim of intent {intent_id} is over, or is another's: drop the job.")
-
+# ---- 6. Clock ----
+# Unix seconds for all that is stored. They run evenly, even when the clock of the machine is set.
 
 STEADY = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC if sys.platform == "darwin" else None)
 
@@ -1273,7 +1275,7 @@ STEADY = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC if sys.platform ==
 def steady_clock():
     """Return seconds that run evenly, also while the machine sleeps.
 
-    Linux has CLOCK_BOOTTIME for that; on macOS, CLOCK_MONOTONIC does so, and what time.monotonic() reads does not.
+    Linux has CLOCK_BOOTTIME for that. On macOS, CLOCK_MONOTONIC counts sleep, and the clock of time.monotonic() does not.
     """
     if STEADY is None:
         return time.monotonic()
@@ -1281,316 +1283,469 @@ def steady_clock():
 
 
 def this_boot():
-    """Return what names the time since this machine was started, in which its steady clock runs on; None if unknown."""
+    """Return an id of the time since this machine was started, through which its steady clock runs; None if unknown."""
     with contextlib.suppress(OSError):
         with open("/proc/sys/kernel/random/boot_id") as file:
             return file.read().strip() if hasattr(time, "CLOCK_BOOTTIME") else None
 
 
-class Waiter:
-    """A request that is held until there is news of one of its keys."""
+class Clock:
+    """The time of a bus.
 
-    __slots__ = ("keys", "news", "about", "deadline", "dismissed")
+    When the wall clock is set, by more than CLOCK_JUMP_SECONDS, now() goes on as before: leases and delays keep their
+    length. step() returns by how much it was set. Once all stored times are moved by that, adopt() brings now() in line.
+    """
 
-    def __init__(self, keys, seconds):
-        self.keys, self.news, self.deadline = keys, threading.Event(), time.monotonic() + seconds
-        self.about, self.dismissed = (), False     # the keys of the news, which another can use in our place
+    def __init__(self, wall=time.time, steady=steady_clock, boot=this_boot):
+        self._wall, self._steady, self._boot = wall, steady, boot()
+        self._offset = wall() - steady()
 
-    def wait(self, most):
-        """Return whether there was news before the deadline, and before so many seconds were over."""
-        return self.news.wait(max(0, min(most, self.deadline - time.monotonic())))
+    def now(self):
+        """Return the time in Unix seconds."""
+        wall, steady = self._wall(), self._steady()
+        if abs(wall - steady - self._offset) > CLOCK_JUMP_SECONDS:
+            return steady + self._offset
+        self._offset = wall - steady
+        return wall
+
+    def step(self):
+        """Return by how many seconds the wall clock was set, or 0."""
+        step = self._wall() - self._steady() - self._offset
+        return step if abs(step) > CLOCK_JUMP_SECONDS else 0
+
+    def adopt(self, step):
+        """Take over a step of the wall clock."""
+        self._offset += step
+
+    def note(self, step=0):
+        """Return the record from which resume() continues after a restart, as it is after a step: a dict for JSON."""
+        return dict(at=self.now() + step, offset=self._offset + step, boot=self._boot)
+
+    def resume(self, note):
+        """Continue from a record: the wall clock may have been set while the bus was not running.
+
+        After a restart of the machine, only a clock that is behind the record, or more than a year ahead, is known to be
+        wrong; time then goes on from the record.
+        """
+        if self._boot and self._boot == note["boot"]:
+            self._offset = note["offset"]
+            return
+        wall, at = self._wall(), note["at"]
+        self._offset = (at if wall - at > YEAR_SECONDS else max(at, wall)) - self._steady()
+
+
+# ---- 7. Waiting ----
+# Held requests, by what each waits for: lanes in which an intent gets ready, the end of an intent, any event.
+
+EVENT_KEY = "events"     # what watchers wait for; it is neither a lane nor an id
+
+
+class Held:
+    """A request that is not answered yet.
+
+    It waits for news of any of its keys, for at most that many seconds. attempt() returns what to answer, or None to wait on;
+    otherwise() returns what to answer when the time is over. Without keys it is a mere delay.
+    """
+
+    __slots__ = ("request", "keys", "seconds", "attempt", "otherwise", "number", "connection")
+
+    def __init__(self, request, keys, seconds, attempt, otherwise):
+        self.request, self.keys, self.seconds, self.attempt, self.otherwise = request, keys, seconds, attempt, otherwise
+        self.number = self.connection = None     # its place among all held requests, and where the answer goes
 
 
 class Waiting:
-    """The held requests, by what each waits for: a lane, or the end of an intent."""
+    """The held requests, the longest held first."""
 
     def __init__(self):
-        self._lock = threading.Lock()
-        self._held = {}     # key: {waiter: None}, the longest held first
-        self._closed = False
+        self._held = {}     # key: {held: None}
+        self._numbers, self._size = itertools.count(), 0
 
-    def hold(self, waiter):
-        """Put a waiter where news finds it, and return what its news so far was about; none is missed from now on."""
-        with self._lock:
-            waiter.news.clear()
-            about, waiter.about = waiter.about, ()
-            for key in waiter.keys:
-                self._held.setdefault(key, {})[waiter] = None
-            if self._closed:
-                self._dismiss(waiter)
-        return about
+    def __len__(self):
+        return self._size
 
-    def leave(self, waiter):
-        """Take a waiter away; news that it had and did not use goes to the next one."""
-        with self._lock:
-            self._drop(waiter)
-        self.wake_one(waiter.about)
+    def __contains__(self, held):
+        return held is not None and held.number is not None
 
-    def number(self):
-        """Return how many there are."""
-        with self._lock:
-            return len(set().union(*self._held.values()))
+    def hold(self, held):
+        """Take in a held request."""
+        held.number = next(self._numbers)
+        self._size += 1
+        for key in held.keys:
+            self._held.setdefault(key, collections.OrderedDict())[held] = None
 
-    def wake_one(self, keys):
-        """Wake the one that has waited longest for any of these keys."""
-        with self._lock:
-            for key in keys:
-                if key in self._held:
-                    return self._wake(next(iter(self._held[key])), keys)
+    def release(self, held):
+        """Let go of a held request."""
+        held.number = None
+        self._size -= 1
+        for key in held.keys:
+            del self._held[key][held]
+            if not self._held[key]:
+                del self._held[key]
 
-    def wake_all(self, keys=None):
-        """Wake everyone that waits for one of these keys, or for anything."""
-        with self._lock:
-            for key in list(self._held if keys is None else keys):
-                for waiter in list(self._held.get(key, ())):
-                    self._wake(waiter)
+    def first(self, keys, passed_over):
+        """Return the request that is held longest for any of these keys, but for those passed over; or None."""
+        found = (next((held for held in self._held.get(key, ()) if held not in passed_over), None) for key in keys)
+        return min(filter(None, found), default=None, key=operator.attrgetter("number"))
 
-    def close(self):
-        """Send everyone home, now and from now on."""
-        with self._lock:
-            self._closed = True
-            for waiter in set().union(*self._held.values()):
-                self._dismiss(waiter)
-
-    def _dismiss(self, waiter):
-        waiter.dismissed = True
-        self._wake(waiter)
-
-    def _wake(self, waiter, about=()):
-        self._drop(waiter)
-        waiter.about = about
-        waiter.news.set()
-
-    def _drop(self, waiter):
-        for key in waiter.keys:
-            waiters = self._held.get(key, {})
-            waiters.pop(waiter, None)
-            if not waiters:
-                self._held.pop(key, None)
+    def all(self, key=None):
+        """Return all requests that are held for a key, or all there are."""
+        if key is not None:
+            return list(self._held.get(key, ()))
+        return sorted({held for held in itertools.chain(*self._held.values())}, key=operator.attrgetter("number"))
 
 
-class Roster:
-    """The workers that were seen lately, in memory: a hint to people, which no rule depends on."""
+# ---- 8. Activity ----
+# Workers, events and history: in memory, for people to look at. No rule depends on it. The loop changes it; threads of a
+# shared database read it too, so that a reader copies what it iterates over in one step.
 
-    def __init__(self):
-        self._lock = threading.Lock()
-        self._workers = collections.OrderedDict()     # (owner, id): record, the one seen last at the end
-        self._counted = {}     # (namespace, goal, owner): (number, until when it may be said again)
-
-    def see(self, now, owner, worker, namespace, goals, version):
-        """Note that a worker asks for work, of these goals or of any."""
-        with self._lock:
-            self._workers[owner, worker] = Record(id=worker, owner=owner, namespace=namespace, goals=list(goals),
-                                                  last_seen=now, version=version, intent=None)
-            self._workers.move_to_end((owner, worker))
-            if len(self._workers) > WORKERS:
-                self._workers.popitem(last=False)
-
-    def busy(self, owner, worker, intent_id):
-        """Note which intent a worker has got."""
-        with self._lock, contextlib.suppress(KeyError):
-            self._workers[owner, worker]["intent"] = intent_id
-
-    def seen(self, now):
-        """Return the workers of the last WORKER_SECONDS, the latest first."""
-        with self._lock:
-            return [Record(worker) for worker in itertools.takewhile(
-                lambda worker: abs(now - worker.last_seen) < WORKER_SECONDS, reversed(self._workers.values()))]
-
-    def listening(self, now, namespace, goal, owner=None):
-        """Return how many workers of an owner, or of anyone, are there for a goal; more than none is said for a second."""
-        number, until = self._counted.get((namespace, goal, owner), (0, 0))
-        if not number or not 0 <= until - now <= RECHECK_SECONDS:
-            number = sum(worker.namespace == namespace and owner in (None, worker.owner)
-                         and (goal in worker.goals or not worker.goals) for worker in self.seen(now))
-            if len(self._counted) >= WORKERS:
-                self._counted.clear()
-            self._counted[namespace, goal, owner] = number, now + RECHECK_SECONDS
-        return number
-
-
-NEWS = "events"     # the key of those who watch; no lane and no id
-DEATHS = "intent.dead"     # the goal of the intents that announce deaths
-COUNTED = {"published": "published", "fulfilled": "fulfilled", "failed": "failed", "lost": "failed", "dead": "failed"}
 EVENT_FIELDS = ("id", "namespace", "goal", "status", "claim_attempts", "worker_id", "last_error", "owner", "claim_owner")
-EVENTS_BY_OUTCOME = {"failed": "failed", "released": "released", None: "lost"}     # of a claimed intent that is open again
+EVENT_VALUES = operator.itemgetter(*EVENT_FIELDS)
+COUNTED = {"published": "published", "fulfilled": "fulfilled", "failed": "failed", "lost": "failed", "dead": "failed"}
 
 
-def event(intent, before):
-    """Return the word for what has happened to an intent that was in a state before; None for nothing to speak of."""
-    if intent.status == before or intent.status == "open" and before == "open":
-        return None
-    if intent.status == "open":
-        return {None: "published", "dead": "retried"}.get(before) or EVENTS_BY_OUTCOME[intent.claim_outcome]
-    return intent.status
+class WorkerRegistry:
+    """The workers that asked for work within the last WORKER_SECONDS."""
+
+    def __init__(self):
+        self._workers = collections.OrderedDict()     # (owner, id): record, the latest seen last
+        self._serving = collections.Counter()         # (namespace, goal or "", owner or None for all): number of workers
+
+    def see(self, now, owner, worker_id, namespace, goals, version):
+        """Note that a worker asks for work of these goals, or of any."""
+        worker = self._workers.get((owner, worker_id))
+        if worker is None or worker.namespace != namespace or worker.goals != goals:
+            self._forget((owner, worker_id))
+            self._workers[owner, worker_id] = worker = Record(
+                id=worker_id, owner=owner, namespace=namespace, goals=goals, last_seen=now, version=version, intent=None)
+            self._count(worker, 1)
+        self._workers.move_to_end((owner, worker_id))
+        worker.update(last_seen=now, version=version, intent=None)
+        if len(self._workers) > WORKERS:
+            self._forget(next(iter(self._workers)))
+
+    def busy(self, owner, worker_id, intent_id):
+        """Note which intent a worker has got."""
+        if (owner, worker_id) in self._workers:
+            self._workers[owner, worker_id]["intent"] = intent_id
+
+    def forget_silent(self, now):
+        """Forget workers that are silent for longer than WORKER_SECONDS."""
+        while self._workers and abs(now - next(iter(self._workers.values())).last_seen) >= WORKER_SECONDS:
+            self._forget(next(iter(self._workers)))
+
+    def seen(self):
+        """Return the workers, the latest seen first."""
+        return [Record(worker, goals=list(worker.goals)) for worker in reversed(list(self._workers.values()))]
+
+    def listening(self, namespace, goal, owner=None):
+        """Return how many workers of an owner, or of anyone, ask for a goal."""
+        return self._serving[namespace, goal, owner] + self._serving[namespace, "", owner]
+
+    def _forget(self, key):
+        worker = self._workers.pop(key, None)
+        if worker:
+            self._count(worker, -1)
+
+    def _count(self, worker, number):
+        for goal in set(worker.goals) or ("",):
+            for owner in (worker.owner, None):
+                self._serving[worker.namespace, goal, owner] += number
+                if not self._serving[worker.namespace, goal, owner]:
+                    del self._serving[worker.namespace, goal, owner]
+
+
+class EventLog:
+    """The last EVENTS events, each with a number; and how often each kind happened, by the minute."""
+
+    def __init__(self, now):
+        self._events = collections.deque(maxlen=EVENTS)
+        self.newest = int(now * 1000)            # number of the newest event; it grows over restarts
+        self.minutes = collections.Counter()     # (minute of Unix time, kind): times, until they are stored
+
+    def record(self, now, moves, count=True):
+        """Take in the events of moves; count them unless another bus does."""
+        for intent, _, event in moves:
+            if event:
+                self.newest += 1
+                self._events.append((self.newest, now, event, EVENT_VALUES(intent)))     # not its payload
+                if count and event in COUNTED:
+                    self.minutes[int(now // 60), COUNTED[event]] += 1
+
+    def stored(self, counted):
+        """Drop counts that are stored."""
+        self.minutes -= counted
+
+    def after(self, number, visible):
+        """Return (events after a number, those only that are visible(event), how many earlier ones are no longer kept)."""
+        oldest = self._events[0][0] if self._events else self.newest + 1
+        newer = itertools.takewhile(lambda entry: entry[0] > number, reversed(list(self._events)))
+        found = [Record(zip(EVENT_FIELDS, values), number=at, time=when, event=event) for at, when, event, values in newer]
+        return [event for event in reversed(found) if visible(event)], max(0, oldest - 1 - number)
+
+
+# ---- 9. Bus ----
+# The rules. Each verb of IntentClient is one here, with the same arguments and errors, and `caller`: who asks. A verb that
+# changes something is one block of the round; a verb that looks reads committed state, and changes nothing.
+
+Caller = collections.namedtuple("Caller", "key_id owner role admin max_unfinished")     # max_unfinished intents, or None
+OWNER = Caller(key_id="owner", owner="owner", role="both", admin=True, max_unfinished=None)
+Claim = collections.namedtuple("Claim", "lanes namespace goals worker_id lease token repeatable seen_as version")
+DEATHS = "intent.dead"     # the goal of the intents that announce deaths
+
+
+def hash_token(token):
+    """Return the form of a claim token that is stored: a copy of the file gives no lease away."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def lease_lost(intent_id):
+    """Return the error of a worker that does not hold the lease; it is the same for an unknown id."""
+    return NotFound(f"You no longer hold the lease of intent {intent_id}; stop working on it.")
+
+
+@functools.lru_cache(maxsize=256)
+def claimed_lanes(namespace, owner, goals, publisher, worker_id, capabilities):
+    """Return the lanes of a claim by a worker of an owner: private and public ones, of these goals or of any."""
+    lanes = []
+    for goal in goals or ("",):
+        for audience in (publisher or owner, ""):
+            by = (audience if goal else "") if audience else publisher or ""     # private intents are by their audience
+            lanes += [f"{place_of(namespace, audience, target, capability)}\t{goal}\t{by}"
+                      for target in dict.fromkeys((None, worker_id)) for capability in (None, *capabilities)]
+    return tuple(lanes)
+
+
+def unfinished_change(move):
+    """Return by how much a move changes the number of unfinished intents."""
+    return (move.intent.status in ("open", "claimed")) - (move.before in ("open", "claimed"))
+
+
+def stored_result(intent):
+    """Return the result of an intent as a value."""
+    return json.loads(intent.result) if intent.result_type == "json" else intent.result
+
+
+def sliced(steps):
+    """Make a generator function a verb: it runs to its end. The loop advances verb.steps instead, a slice at a time."""
+    @functools.wraps(steps)
+    def verb(*arguments, **fields):
+        running = steps(*arguments, **fields)
+        while True:
+            try:
+                next(running)
+            except StopIteration as end:
+                return end.value
+    verb.steps = steps
+    return verb
 
 
 class Bus:
     """Publish, claim, fulfill, fail: what may happen to an intent, and who may ask for it.
 
-    `clock` and `steady` return seconds; the second one runs evenly from wherever it started, `boot` names that start.
-    A store that several buses share has a clock of its own, which takes the place of both, and is never corrected.
+    One thread uses it. retention is seconds; jitter returns 0 to 1. on_news is called with the moves of each commit.
     """
 
-    def __init__(self, store, require_claim_token=False, retention=RETENTION_SECONDS, announce_dead=False,
-                 clock=None, steady=None, jitter=random.random, boot=this_boot):
-        self.store, self.require_claim_token, self.retention = store, require_claim_token, retention
-        self._clock, self._steady = clock or store.clock or time.time, steady or steady_clock
-        self._jitter = jitter
-        self._setting_clock = threading.Lock()
-        self._waiting = Waiting()
-        self._stopped = threading.Event()
-        self._tender = threading.Thread(target=self._tend, daemon=True)
-        self._alarm = threading.Condition()
-        self._alarm_at = self._next_round = self._next_probe = self._next_count = 0
-        self._problem = None
-        self._roster, self._goals = Roster(), set()     # (namespace, goal) of those that are known to have had a worker
-        self._recording = threading.Lock()
-        self._events, self._event = collections.deque(maxlen=EVENTS), int(self._clock() * 1000)     # goes on after a restart
-        self._history = collections.Counter()     # (minute, event): times, that are not stored yet
-        self._boot, self._note_at = boot(), 0
-        self._offset = None if store.clock and not clock else self._offset_on_record()
-        store.on_commit, store.on_news = self._announce, self._tell
-        if announce_dead:
-            store.on_death = self._announcement
+    def __init__(self, store, clock=None, require_claim_token=False, retention=RETENTION_SECONDS, announce_dead=False,
+                 jitter=random.random):
+        self.store, self.clock = store, clock or store.database.clock or Clock()
+        self.require_claim_token = require_claim_token
+        self._retention, self._announce_dead, self._jitter = retention, announce_dead, jitter
+        self._ids = store.database.ids or Ids(store.newest_id())
+        self.registry, self.log = WorkerRegistry(), EventLog(self.clock.now())
+        self.next_due = 0             # Unix seconds; no intent is due earlier
+        self._known_goals = set()     # (namespace, goal) of goals that are on record as having had a worker
+        self._unfinished = {}         # publisher: number of unfinished intents, of issued keys that have published
+        self._kept = [0, 0]           # ended intents are kept that many seconds longer, until a time
+        self._clean_at = self._history_at = self._note_at = self._probe_at = 0     # by time.monotonic()
+        self.on_news = lambda moves: None
+        store.now, store.on_commit = self.clock.now, self._committed
+        if note := store.recall("clock", "", "", 0):
+            note = json.loads(note)
+            self.clock.resume(note)
+            self._kept = note["kept"]
+        with store.transaction() as tx:
+            self._note_time(tx)
 
     # -- Publishing --
 
     def publish(self, goal, payload, *, idempotency_key=None, caller=OWNER, **fields):
-        """Store an intent and return {"id", "status", "namespace", "listening"}; it is on disk by then.
+        """Store an intent and return {"id", "status", "namespace", "listening"}.
 
-        fields are those of PUBLISH_DEFAULTS; delay, ttl and backoff_base are seconds, run_at is Unix seconds. With an
-        idempotency_key that was used for the same intent, return the first answer; for another one, raise
-        IdempotencyConflict. listening is how many workers were there for the goal lately; if it is 0 and nobody ever
-        claimed one, never_claimed is true.
+        fields are those of PUBLISH_DEFAULTS: delay, ttl and backoff_base are seconds, run_at is Unix seconds. The same
+        idempotency_key with the same intent returns the first answer; with another intent it raises IdempotencyConflict.
+        listening is the number of workers seen lately for the goal. If it is 0 and no worker has ever claimed the goal,
+        never_claimed is true.
         """
-        wanted = Record(PUBLISH_DEFAULTS, **fields, goal=goal, payload=payload)
-        answer = self._publish([dict(fields, goal=goal, payload=payload)], idempotency_key, caller, lambda ids: Record(
-            id=ids[0], status="published", namespace=wanted.namespace))
-        return Record(answer, **self._audience(wanted, caller))
+        wanted = dict(fields, goal=goal, payload=payload)
+        namespace = fields.get("namespace", "default")
+        answer = self._publish([wanted], idempotency_key, caller, lambda ids: Record(
+            id=ids[0], status="published", namespace=namespace))
+        return Record(answer, **self._audience(goal, namespace, fields.get("visibility", "private"), caller))
 
     def publish_many(self, intents, *, idempotency_key=None, caller=OWNER):
-        """Store intents, each a dict of what publish takes, all or none, and return {"ids"}."""
+        """Store intents, each a dict of arguments of publish, all or none, and return {"ids"}."""
         return self._publish(intents, idempotency_key, caller, lambda ids: Record(ids=ids))
 
     def _publish(self, wanted, idempotency_key, caller, answer_with):
-        now = self.now()
-        intents = [Intent.new(now, caller.owner, caller.key_id, fields) for fields in wanted]
-        answer = answer_with([intent.id for intent in intents])
-        idempotency = None
-        if idempotency_key:
-            asked = json.dumps([list(answer), wanted], sort_keys=True)     # one key for both endpoints is a conflict too
-            idempotency = caller.key_id, idempotency_key, hashlib.sha256(asked.encode()).hexdigest()
-        return self.store.add(intents, answer, now, idempotency, caller.most)
+        with self.store.transaction() as tx:
+            intents = [Intent.new(self._ids.new(tx.now), tx.now, caller.owner, caller.key_id, fields) for fields in wanted]
+            answer = answer_with([intent.id for intent in intents])
+            if idempotency_key:
+                asked = json.dumps([list(answer), wanted], sort_keys=True)     # a bulk of one is another request
+                digest = hashlib.sha256(asked.encode()).hexdigest()
+                if not tx.remember_first("idempotency", caller.key_id, idempotency_key, digest + to_json(answer),
+                                         tx.now + IDEMPOTENCY_SECONDS):
+                    return self._first_answer(tx, caller.key_id, idempotency_key, digest)
+            self._require_room(tx, caller, len(intents))
+            for intent in intents:
+                tx.insert(intent)
+        return answer
 
-    def _audience(self, wanted, caller):
-        """Return who is there for an intent, as publish says it."""
-        owner = caller.owner if wanted.visibility == "private" else None
-        listening = self._roster.listening(self.now(), wanted.namespace, wanted.goal, owner)
-        if listening or (wanted.namespace, wanted.goal) in self._goals or self.store.recall(
-                "goal", wanted.namespace, wanted.goal, self.now()) is not None:
+    def _first_answer(self, tx, key_id, idempotency_key, digest):
+        known = tx.recall("idempotency", key_id, idempotency_key, tx.now)
+        if not known.startswith(digest):
+            raise IdempotencyConflict("Key reused with different payload: an Idempotency-Key stands for one request.")
+        return Record(json.loads(known[len(digest):]))
+
+    def _require_room(self, tx, caller, number):
+        """Raise RateLimited if a caller would have too many unfinished intents."""
+        if caller.max_unfinished is None:
+            return
+        if self.store.database.shared or caller.key_id not in self._unfinished:
+            self._unfinished[caller.key_id] = tx.unfinished(caller.key_id)
+        in_round = sum(unfinished_change(move) for block in self.store.round for move in block.moves
+                       if move.intent.publisher == caller.key_id)
+        if self._unfinished[caller.key_id] + in_round + number > caller.max_unfinished:
+            raise RateLimited(f"This key may have {caller.max_unfinished} unfinished intents; wait until some are done.",
+                              "limit_exceeded")
+
+    def _audience(self, goal, namespace, visibility, caller):
+        """Return how many workers listen for a goal, and whether none ever has."""
+        owner = caller.owner if visibility == "private" else None
+        listening = self.registry.listening(namespace, goal, owner)
+        if listening or (namespace, goal) in self._known_goals or self.store.recall(
+                "goal", namespace, goal, self.clock.now()) is not None:
             return dict(listening=listening)
         return dict(listening=0, never_claimed=True)
 
     def cancel(self, intent_id, *, caller=OWNER):
         """End an unfinished intent; raises Conflict if it has ended."""
-        now = self.now()     # before the rule, here and below: inside a commit, now() could wait for another commit
-        def rule(intent):
-            self._require_publisher(intent, caller)
+        with self.store.transaction() as tx:
+            intent = self._published_by(tx, intent_id, caller)
             if intent.ended:
                 raise Conflict(f"This intent is {intent.status}; only an unfinished one can be cancelled.")
-            return intent.cancelled(now)
-        return self._outcome(self._change(intent_id, rule))
+            return self._outcome(self._change(tx, intent, intent.cancelled(tx.now)))
 
     def retry(self, intent_id=None, *, goal=None, namespace=None, limit=1000, caller=OWNER):
-        """Open a dead intent anew, or up to limit of them by goal and namespace (then return {"retried": N})."""
-        now = self.now()
-        def rule(intent):
-            self._require_publisher(intent, caller)
+        """Open a dead intent again, or up to limit of them by goal and namespace (then return {"retried": N})."""
+        if intent_id is None:
+            return self.retry_many(goal=goal, namespace=namespace, limit=limit, caller=caller)
+        with self.store.transaction() as tx:
+            intent = self._published_by(tx, intent_id, caller)
             if intent.status != "dead":
                 raise Conflict(f"This intent is {intent.status}; only a dead one can be retried.")
-            return intent.retried(now)
-        if intent_id is not None:
-            return self._outcome(self._change(intent_id, rule))
-        owner = None if caller.admin else caller.owner
-        return Record(retried=self.store.change_dead(limit, rule, owner=owner, goal=goal, namespace=namespace))
+            return self._outcome(self._change(tx, intent, intent.retried(tx.now)))
+
+    @sliced
+    def retry_many(self, goal=None, namespace=None, limit=1000, *, caller=OWNER):
+        """Open up to limit dead intents of a goal and namespace again, the oldest first, and return {"retried": N}."""
+        owner, retried = None if caller.admin else caller.owner, 0
+        for dead in self._dead_ranges(None, dict(owner=owner, goal=goal, namespace=namespace, until=FOREVER), SLICE_ROWS):
+            retried += self._retry_dead(dead, limit - retried)
+            if retried == limit:
+                break
+            yield
+        return Record(retried=retried)
 
     # -- Working --
 
-    def claim(self, goal=None, *, namespace="default", publisher=None, worker_id=None, capabilities=(), wait=0,
-              lease=LEASE_SECONDS, claim_token=None, caller=OWNER, seen_as=None, still_there=lambda: True):
-        """Take the first intent of a goal (a string, several, or None for any), or None if there is none.
+    def claim(self, goal=None, *, claim_token=None, caller=OWNER, **fields):
+        """Claim the first intent of a goal (a string, several, or None for any); return None if there is none.
 
-        wait and lease are seconds. A claim repeated with a claim_token of one's own takes the same intent again, as one
-        attempt. seen_as is the (name, version) of the worker, for people to read. still_there() tells whether the
-        caller can still be answered.
+        fields are those of wanted(). A claim repeated with its own claim_token returns the same intent, as the same attempt.
         """
+        claim = self.wanted(goal, claim_token=claim_token, caller=caller, **fields)
+        intent = self.take(claim, caller)
+        return intent and Record(intent.pick(CLAIM_FIELDS), payload=json.loads(intent.payload), claim_token=claim.token,
+                                 claim_timeout=int(claim.lease))
+
+    def wanted(self, goal=None, *, namespace="default", publisher=None, worker_id=None, capabilities=(), lease=LEASE_SECONDS,
+               claim_token=None, seen_as=None, version=__version__, caller=OWNER):
+        """Return the Claim that these fields describe; lease is seconds, seen_as and version are for people to read."""
         if publisher not in (None, caller.owner) and not caller.admin:
             raise Forbidden("A claim by publisher may name the caller only; the owner key may name anyone.")
-        goals = [goal] if isinstance(goal, str) else goal or [""]
-        if len(goals) * (1 + len(capabilities)) > CLAIM_COMBINATIONS:
+        goals = (goal,) if isinstance(goal, str) else tuple(goal or ())
+        if max(len(goals), 1) * (1 + len(capabilities)) > CLAIM_COMBINATIONS:
             raise Invalid(f"A claim may name at most {CLAIM_COMBINATIONS} goals times capabilities.")
-        lanes = [lane(namespace, audience, target, capability, goal, publisher or audience)
-                 for goal in goals
-                 for audience in (publisher or caller.owner, "")
-                 for target in dict.fromkeys((None, worker_id))
-                 for capability in (None, *capabilities)]
-        token = claim_token or os.urandom(16).hex()
-        token_hash = hash_token(token)
-        worker, version = seen_as or (worker_id or caller.key_id, __version__)
-        self._roster.see(self.now(), caller.owner, worker, namespace, filter(None, goals), version)
+        lanes = claimed_lanes(namespace, caller.owner, goals, publisher, worker_id, tuple(capabilities))
+        return Claim(lanes, namespace, goals, worker_id, lease, claim_token or os.urandom(16).hex(), bool(claim_token),
+                     seen_as or worker_id or caller.key_id, version)
 
-        def attempt():
-            now = self.now()
-            return self.store.claim(lanes, now, lambda intent: intent.claimed(
-                now, token_hash, lease, caller.owner, worker_id), claim_token and token_hash, caller.owner)
+    def take(self, claim, caller):
+        """Claim the first intent that a Claim may have, and return it as it is stored; None if there is none."""
+        token_hash = hash_token(claim.token)
+        with self.store.transaction() as tx:
+            tx.after_commit(self.registry.see, tx.now, caller.owner, claim.seen_as, claim.namespace, claim.goals, claim.version)
+            intent = self._claimable(tx, claim.lanes, caller.owner, token_hash if claim.repeatable else None)
+            if intent is None:
+                return None
+            self._remember_goal(tx, intent.namespace, intent.goal)
+            tx.after_commit(self.registry.busy, caller.owner, claim.seen_as, intent.id)
+            return self._change(tx, intent, intent.claimed(tx.now, token_hash, claim.lease, caller.owner, claim.worker_id))
 
-        intent = self._held(lanes, attempt, wait, still_there)
-        if intent:
-            self._roster.busy(caller.owner, worker, intent.id)
-            self._know(intent.namespace, intent.goal)
-        return intent and Record(intent, payload=json.loads(intent.payload), claim_token=token,
-                                 claim_timeout=int(lease)).pick(CLAIM_FIELDS)
+    def _claimable(self, tx, *wanted):
+        """Return what Transaction.claimable() does, after all that time has changed."""
+        while True:
+            applied = self.apply_due(tx).applied if self.next_due <= tx.now else 0
+            intent = tx.claimable(*wanted)
+            if intent is not None and intent.due_at <= tx.now:     # expired, where more was due than one pass applies
+                self._change(tx, intent, intent.advance(tx.now))
+            elif intent is not None or applied < DUE_ROWS:
+                return intent
 
-    def _know(self, namespace, goal):
-        """Keep on record that a goal has a worker."""
-        if (namespace, goal) in self._goals:
-            return
-        with contextlib.suppress(Unavailable, StorageFull):     # a claim is no less good for it
-            self.store.remember("goal", namespace, goal, "", self.now() + GOAL_SECONDS)
-            if len(self._goals) >= WORKERS:
-                self._goals.clear()
-            self._goals.add((namespace, goal))
+    def _remember_goal(self, tx, namespace, goal):
+        """Put on record that a goal has a worker."""
+        if (namespace, goal) not in self._known_goals:
+            tx.remember("goal", namespace, goal, "", tx.now + GOAL_SECONDS)
+            tx.after_commit(self._known_goals.add, (namespace, goal))
 
     def extend_claim(self, intent_id, claim_token=None, seconds=LEASE_SECONDS, *, caller=OWNER):
         """Let the lease end that many seconds from now; raises NotFound once it is over."""
-        now = self.now()
-        def rule(intent):
-            if self._claim_outcome(intent, claim_token, caller) or intent.status != "claimed":
-                raise lease_lost(intent.id)
-            return intent.extended(now, seconds)
-        intent = self._change_claim(intent_id, claim_token, rule)
-        return Record(ok=True, id=intent.id, extended_by=seconds, claim_expires_at=intent.claim_expires_at)
+        with self.store.transaction() as tx:
+            intent = self._claimed_by(tx, intent_id, claim_token, caller)
+            if intent.status != "claimed":
+                raise lease_lost(intent_id)
+            intent = self._change(tx, intent, intent.extended(tx.now, seconds))
+        return Record(ok=True, id=intent_id, extended_by=seconds, claim_expires_at=intent.claim_expires_at)
 
     def fulfill(self, intent_id, claim_token=None, result=None, result_type="json", *, caller=OWNER):
         """Report the work done, with its result: any JSON value, or a string with result_type "text"."""
         if result_type == "text" and not isinstance(result, str):
             raise Invalid('result must be a string when result_type is "text".', code="invalid_result")
-        self._report("fulfilled", intent_id, claim_token, caller,
-                     lambda intent, now: intent.fulfilled(now, result, result_type))
+        with self.store.transaction() as tx:
+            intent = self._claimed_by(tx, intent_id, claim_token, caller, "fulfilled")
+            if intent.claim_outcome is None:
+                self._change(tx, intent, intent.fulfilled(tx.now, result, result_type))
         return Record(ok=True, id=intent_id)
 
     def fail(self, intent_id, claim_token=None, error=None, retry=True, *, caller=OWNER):
         """Report the work failed: it is tried again after a backoff, or dead if no attempt is left or retry is false."""
         reason = (error or "The worker gave no reason.")[:ERROR_CHARACTERS]
-        jitter = self._jitter() * BACKOFF_JITTER_SECONDS
-        return self._outcome(self._report("failed", intent_id, claim_token, caller,
-                                          lambda intent, now: intent.failed(now, reason, retry, jitter)))
+        with self.store.transaction() as tx:
+            intent = self._claimed_by(tx, intent_id, claim_token, caller, "failed")
+            if intent.claim_outcome is None:
+                jitter = self._jitter() * BACKOFF_JITTER_SECONDS
+                intent = self._change(tx, intent, intent.failed(tx.now, reason, retry, jitter))
+        return self._outcome(intent)
 
     def release(self, intent_id, claim_token=None, delay=0, *, caller=OWNER):
-        """Hand an intent back as if it had not been claimed, to be claimed again after a delay in seconds."""
-        return self._outcome(self._report("released", intent_id, claim_token, caller,
-                                          lambda intent, now: intent.released(now, delay)))
+        """Hand an intent back as if it had not been claimed; it can be claimed again after a delay in seconds."""
+        with self.store.transaction() as tx:
+            intent = self._claimed_by(tx, intent_id, claim_token, caller, "released")
+            if intent.claim_outcome is None:
+                intent = self._change(tx, intent, intent.released(tx.now, delay))
+        return self._outcome(intent)
 
     # -- Looking --
 
@@ -1598,13 +1753,10 @@ class Bus:
         """Return the state of an intent, without payload and result."""
         return self._visible(intent_id, caller).pick(STATUS_FIELDS)
 
-    def get_result(self, intent_id, wait=0, *, caller=OWNER, still_there=lambda: True):
-        """Return the state of an intent with its result, once it has ended or wait seconds are over."""
-        def attempt():
-            intent = self._visible(intent_id, caller)
-            return intent if intent.ended else None
-        intent = self._held((intent_id,), attempt, wait, still_there) or self._visible(intent_id, caller)
-        found = Record(intent.pick(STATUS_FIELDS), result=self._result(intent), result_type=intent.result_type or "json")
+    def get_result(self, intent_id, *, caller=OWNER):
+        """Return the state of an intent with its result."""
+        intent = self._visible(intent_id, caller)
+        found = Record(intent.pick(STATUS_FIELDS), result=stored_result(intent), result_type=intent.result_type or "json")
         if intent.last_error:
             found["error"] = intent.last_error
         return found
@@ -1612,87 +1764,90 @@ class Bus:
     def list(self, *, status=None, goal=None, namespace=None, limit=50, before=None, payload=False, caller=OWNER):
         """Return {"intents": newest first, "next": what to pass as before for the next page, or None}.
 
-        A page may be short, and still have a next one: of many intents it looks at some only.
+        A page may be short and still have a next one: it looks at LIST_ROWS intents, and holds PAGE_BYTES of payloads.
         """
-        self.settle()
-        owner = None if caller.admin else caller.owner
-        rows, floor = self.store.list(limit + 1, owner, status, goal, namespace, before)
-        intents = [row.pick(STATUS_FIELDS) for row in rows[:limit]]
-        if payload:
-            for intent, row in zip(intents, rows):
-                intent["payload"] = json.loads(row.payload)
-        return Record(intents=intents, next=intents[-1].id if len(rows) > limit else floor)
+        owner, now = None if caller.admin else caller.owner, self.clock.now()
+        rows, floor = self.store.page(limit + 1, owner, status, goal, namespace, before)
+        intents, room = [], PAGE_BYTES
+        for row in rows:
+            if len(intents) == limit or room <= 0:
+                return Record(intents=intents, next=intents[-1].id)
+            intents.append(row.at(now).pick(STATUS_FIELDS))
+            if payload:
+                intents[-1]["payload"] = json.loads(row.payload)
+                room -= len(row.payload)
+        return Record(intents=intents, next=floor)
 
     def workers(self, *, caller=OWNER):
         """Return {"workers"}: who has asked for work lately, the latest first."""
-        return Record(workers=[worker for worker in self._roster.seen(self.now())
-                               if caller.admin or worker.owner == caller.owner])
+        return Record(workers=[worker for worker in self.registry.seen() if caller.admin or worker.owner == caller.owner])
 
-    def events(self, after=None, wait=0, *, caller=OWNER, still_there=lambda: True):
-        """Return {"events": what has happened after a number, "next": the number to go on from, "missed"}.
+    def events(self, after=None, *, caller=OWNER):
+        """Return {"events": those after a number, "next": the number to go on from, "missed"}.
 
-        Without a number, from now on. Held for up to wait seconds if nothing has happened; the last EVENTS are kept, and
-        missed says how many more there were.
+        Without a number, from now on. The last EVENTS are kept; missed is how many more there were.
         """
-        after = self._event if after is None or after > self._event else after
-        def attempt():
-            with self._recording:
-                return [Record(event) for event in self._events if event.number > after and (
-                    caller.admin or caller.owner in (event.owner, event.claim_owner))]
-        found = self._held((NEWS,), attempt, wait, still_there) or []
-        with self._recording:
-            oldest = self._events[0].number if self._events else self._event + 1
-        last = found[-1].number if found else max(after, oldest - 1)
-        return Record(events=found, next=last, missed=max(0, oldest - 1 - after))
+        after = self.log.newest if after is None or after > self.log.newest else after
+        found, missed = self.log.after(after, lambda event: caller.admin or caller.owner in (event.owner, event.claim_owner))
+        return Record(events=found, next=found[-1].number if found else after + missed, missed=missed)
 
     # -- Keys and values --
 
     def set(self, key, value, ttl=VALUE_TTL_SECONDS, if_absent=False, *, caller=OWNER):
         """Keep a JSON value for ttl seconds; with if_absent, raises Conflict if the key is taken: a lock."""
-        now = self.now()
-        memo = ("store", caller.owner, key, to_json(value), now + ttl)
-        if not if_absent:
-            self.store.remember(*memo)
-        elif not self.store.remember_first(*memo, now):
-            raise Conflict(f"The key {key} is taken.")
+        with self.store.transaction() as tx:
+            remember = tx.remember_first if if_absent else tx.remember
+            if remember("store", caller.owner, key, to_json(value), tx.now + ttl) is False:
+                raise Conflict(f"The key {key} is taken.")
         return Record(ok=True)
 
     def get(self, key, *, caller=OWNER):
         """Return the value of a key; raises NotFound."""
-        value = self.store.recall("store", caller.owner, key, self.now())
+        value = self.store.recall("store", caller.owner, key, self.clock.now())
         if value is None:
             raise NotFound(f"There is no value for {key}.")
         return json.loads(value)
 
     def delete(self, key, *, caller=OWNER):
         """Forget a key; return whether there was a value."""
-        return Record(ok=True, deleted=self.store.forget("store", caller.owner, key, self.now()))
+        with self.store.transaction() as tx:
+            value, _ = tx.take_memo("store", caller.owner, key)
+        return Record(ok=True, deleted=value is not None)
 
     # -- Administration: the caller is known to be an admin --
 
+    @sliced
     def purge(self, confirm=False, namespace=None, *, caller=OWNER):
-        """Delete all intents of a namespace, or of every one, if confirm says so."""
+        """Delete all intents of a namespace, or of every one, if confirm is true."""
         if not confirm:
-            raise Invalid('This deletes for good: say {"confirm": true}.', code="confirmation_required")
-        total = 0
-        while deleted := self.store.purge(namespace):
+            raise Invalid('This deletes intents for good: say {"confirm": true}.', code="confirmation_required")
+        total, deleted = 0, True
+        while deleted:
+            with self.store.transaction() as tx:
+                deleted = tx.delete_namespace(namespace, SLICE_ROWS)
             total += deleted
+            yield
         return Record(ok=True, deleted=total)
 
+    @sliced
     def cleanup(self, *, caller=OWNER):
-        """Carry out all that time has brought, and delete all that is over; return how many of what kind."""
-        counts, step = collections.Counter(), None
+        """Apply all due transitions and delete all that is past its retention; return how many of each kind."""
+        total, step = collections.Counter(), None
         while step is None or any(step.values()):
-            step = Record(self.store.settle(self.now()), **self.store.clean(self.now(), self.retention))
-            counts.update(step)
-        return Record(counts)
+            with self.store.transaction() as tx:
+                due = self.apply_due(tx)
+                step = collections.Counter({kind: due[kind] for kind in ("expired_open_dead", "expired_claims_dead")})
+                step.update(self._clean(tx))
+            total.update(step)
+            yield
+        return Record(total)
 
     def inspect(self, intent_id, *, caller=OWNER):
         """Return everything about an intent but its claim token."""
-        intent = self._fresh(intent_id)
-        hidden = ("claim_token_hash", "lane", "ready", "wake_at", "claim_outcome")
-        return Record({name: value for name, value in intent.items() if name not in hidden},
-                      payload=json.loads(intent.payload), result=self._result(intent))
+        intent = self.store.get(intent_id).at(self.clock.now())
+        hidden = ("claim_token_hash", "claim_outcome", "place", "lane", "ready", "due_at")
+        return Record({column: value for column, value in intent.items() if column not in hidden},
+                      payload=json.loads(intent.payload), result=stored_result(intent))
 
     def dead_letter(self, intent_id, *, caller=OWNER):
         """Return everything about a dead intent."""
@@ -1701,307 +1856,276 @@ class Bus:
             raise NotFound(f"There is no dead intent {intent_id}.")
         return Record(intent, intent_id=intent.id, attempts=intent.claim_attempts, reason=intent.last_error)
 
+    @sliced
     def sweep_dead(self, action, *, goal=None, namespace=None, ids=None, until=None, caller=OWNER):
-        """Count, retry or delete the dead intents of a goal, a namespace, these ids; return {"number", "until"}.
+        """Count, retry or delete the dead intents of a goal, a namespace, or these ids; return {"number", "until"}.
 
-        Only those that were dead by until, in Unix seconds, now if it is not given: what was counted is what is touched.
+        Only intents that were dead by until, in Unix seconds, are touched; its default is now. So pass what count returned.
         """
-        now = self.now()
-        which = dict(goal=goal, namespace=namespace, ids=ids, until=now if until is None else min(until, now))
-        if action == "count":
-            return Record(number=self.store.count_dead(**which), until=which["until"])
-        verb = self.store.delete_dead if action == "delete" else functools.partial(
-            self.store.change_dead, rule=lambda intent: intent.retried(now))
-        total = 0
-        while number := verb(BULK_INTENTS, **which):
-            total += number
-        return Record(number=total, until=which["until"])
+        now = self.clock.now()
+        until, number = now if until is None else min(until, now), 0
+        which = dict(owner=None, goal=goal, namespace=namespace, until=until)
+        for dead in self._dead_ranges(ids, which, LIST_ROWS if action == "count" else SLICE_ROWS):
+            if action == "count":
+                number += self.store.count_dead(**dead)
+            elif action == "retry":
+                number += self._retry_dead(dead)
+            else:
+                with self.store.transaction() as tx:
+                    number += tx.delete_dead(**dead)
+            yield
+        return Record(number=number, until=until)
+
+    def _dead_ranges(self, ids, which, rows):
+        """Yield the values of DEAD_RANGE for ranges of that many dead intents each, or for each of these ids."""
+        if ids is not None:
+            yield from (dict(which, start=intent_id, end=intent_id + " ") for intent_id in ids)
+            return
+        start = ""
+        while start is not None:
+            end = self.store.dead_step(start, rows)
+            yield dict(which, start=start, end=end or "g")     # "g" is after every id
+            start = end
+
+    def _retry_dead(self, dead, most=sys.maxsize):
+        """Retry the dead intents of a range, at most that many; return how many."""
+        with self.store.transaction() as tx:
+            found = tx.dead(**dead)[:most]
+            for intent in found:
+                self._change(tx, intent, intent.retried(tx.now))
+        return len(found)
 
     def dead(self, limit=100, *, caller=OWNER):
         """Return the newest dead letters."""
         return [Record(intent_id=intent.id, namespace=intent.namespace, goal=intent.goal, attempts=intent.claim_attempts,
                        reason=intent.last_error, created_at=intent.created_at)
-                for intent in self.store.list(limit, status="dead")[0]]
+                for intent in self.store.page(limit, status="dead")[0]]
 
     def summary(self, minutes=60, *, caller=OWNER):
-        """Return how the bus is, at a glance, and what has happened in so many minutes, by ten if they are more than 60.
+        """Return how the bus is, and what happened in the last minutes, by ten minutes if they are more than 60.
 
-        Intents by namespace and status; for each goal that waits, since when (run_at) and how many workers are there;
-        workers; what happened: [[minute of Unix time, event, times]]; sizes in bytes, requests held.
+        Intents by namespace and status; for each waiting goal, since when (run_at) and how many workers listen; workers;
+        history as [[minute of Unix time, event, times]]; sizes in bytes; the number of issued keys.
         """
-        self.settle()
-        now, intents = self.now(), {}
-        for row in self.store.tallies():
-            states = intents.setdefault(row.namespace, {})
-            states[row.status] = states.get(row.status, 0) + row.intents
-        database, log = self.store.bytes()
-        return Record(version=__version__, now=now, intents=intents, keys=len(self.store.keys()),
-                      held_requests=self._waiting.number(), database_bytes=database, wal_bytes=log,
-                      waiting=self._longest_waiting(now), workers=self._roster.seen(now)[:WAITING_LANES],
+        now, intents = self.clock.now(), {}
+        for namespace, _, status, number in self.store.tallies():
+            states = intents.setdefault(namespace, {})
+            states[status] = states.get(status, 0) + number
+        database, log = self.store.database.sizes()
+        return Record(version=__version__, now=now, intents=intents, keys=len(self.store.keys()), database_bytes=database,
+                      wal_bytes=log, waiting=self._longest_waiting(), workers=self.registry.seen()[:WAITING_LANES],
                       history=self._past(int(now // 60) - minutes + 1, 1 if minutes <= 60 else 10))
 
-    def _longest_waiting(self, now):
+    def _longest_waiting(self):
         """Return {"namespace", "goal", "run_at", "listening"} of each goal that waits, the longest first."""
         waiting = {}
-        for head in sorted(self.store.waiting(WAITING_LANES), key=operator.attrgetter("run_at")):
-            waiting.setdefault((head.namespace, head.goal), head)
-        return [Record(namespace=namespace, goal=goal, run_at=head.run_at,
-                       listening=self._roster.listening(now, namespace, goal))
-                for (namespace, goal), head in waiting.items()]
+        for intent in sorted(self.store.longest_ready(WAITING_LANES), key=operator.attrgetter("run_at")):
+            waiting.setdefault((intent.namespace, intent.goal), intent)
+        return [Record(namespace=namespace, goal=goal, run_at=intent.run_at,
+                       listening=self.registry.listening(namespace, goal)) for (namespace, goal), intent in waiting.items()]
 
     def _past(self, since, step):
-        """Return [[minute, event, times]] of the minutes of Unix time from one on, taken together by so many."""
-        with self._recording:
-            found = [(minute, event, times) for (minute, event), times in self._history.items() if minute >= since]
+        """Return [[minute, event, times]] of the minutes of Unix time from one on, added up by that many minutes."""
         past = collections.Counter()
-        for minute, event, times in [*found, *(row.values() for row in self.store.history(since))]:
+        counted = ((minute, event, times) for (minute, event), times in list(self.log.minutes.items()) if minute >= since)
+        for minute, event, times in itertools.chain(counted, self.store.history(since)):
             past[minute - minute % step, event] += times
         return [[minute, event, times] for (minute, event), times in sorted(past.items())]
 
-    def problem(self):
-        """Return, in a sentence, why the database cannot be written, or None if all is well; tried once a second at most."""
-        if time.monotonic() >= self._next_probe:
-            self._next_probe = time.monotonic() + RECHECK_SECONDS
-            try:
-                self.store.remember("probe", "", "", "", self.now() + RECHECK_SECONDS)
-                self._problem = None
-            except Error as error:
-                self._problem = str(error)
-        return self._problem
+    def probe(self):
+        """Raise Unavailable or StorageFull if the database cannot be written; it is written once a second at most."""
+        now, since = time.monotonic(), self.store.busy_since
+        if since is not None and now - since > STALLED_SECONDS:
+            raise Unavailable(f"The disk of the database has not answered for {now - since:.0f} s.")
+        if since is None and (self.store.failed or now >= self._probe_at):
+            with self.store.transaction() as tx:
+                tx.remember("probe", "", "", "", tx.now + RECHECK_SECONDS)
+                tx.after_commit(self._put_off_probe)
 
-    # -- Time --
-
-    def now(self):
-        """Return Unix seconds. If the clock has been set meanwhile, all that waits is first moved along with it."""
-        if self._offset is None:
-            return self._clock()
-        with self._setting_clock:
-            wall = self._clock()
-            offset = wall - self._steady()
-            if abs(offset - self._offset) > CLOCK_JUMP_SECONDS:
-                self.store.shift(offset - self._offset, wall, offset, self._boot)
-            self._offset = offset
-            return wall
-
-    def _offset_on_record(self):
-        """Return how far the clock was from the steady one before this bus was started: it may have been set since."""
-        latest, noted = self.store.latest()
-        if self._boot and self._boot in noted:
-            return noted[0]
-        wall = self._clock()
-        slept = latest and wall - latest > YEAR_SECONDS     # rather a wrong clock than a bus that was off for a year
-        return (latest if slept else max(latest, wall)) - self._steady()
-
-    def settle(self):
-        """Carry out what time has brought. A claim does so by itself; this is for those who look or wait."""
-        now, wake_at = self.now(), self.store.next_wake()
-        if wake_at and wake_at <= now:
-            self.store.settle(now)
-
-    def start(self):
-        """Settle whenever something is due, until stop(): for a bus that holds requests."""
-        self._tender.start()
-
-    def stop(self):
-        """Answer every held request now, and hold none any more."""
-        self._stopped.set()
-        self._waiting.close()
-        with self._alarm:
-            self._alarm.notify()
-        if self._tender.is_alive():
-            self._tender.join(SHUTDOWN_SECONDS)     # it may wait for the database
-
-    def tend_sometimes(self):
-        """Do what start() does in a thread, once in RECHECK_SECONDS at most: for a bus without a thread of its own."""
-        if time.monotonic() >= self._next_round:
-            self._next_round = time.monotonic() + RECHECK_SECONDS
-            self._tidy()
-
-    def _tidy(self):
-        """Settle, delete what is over, and put on record what has happened and what time it is."""
-        self.settle()
-        self.store.clean(self.now(), self.retention)
-        if self._history and time.monotonic() >= self._next_count:
-            self._next_count = time.monotonic() + USAGE_SECONDS
-            counted = collections.Counter(self._history)
-            self.store.count_events([dict(minute=minute, event=event, times=times)
-                                     for (minute, event), times in sorted(counted.items())])
-            with self._recording:
-                self._history -= counted
-        if self._offset is not None and self._steady() >= self._note_at and self.store.next_wake():
-            self._note_at = self._steady() + CLOCK_RECORD_SECONDS
-            self.store.note_clock(self.now(), self._offset, self._boot)
-
-    def _tend(self):
-        while not self._stopped.is_set():
-            try:
-                self._tend_once()
-            except Error:     # the next round may find it well again
-                self._stopped.wait(RECHECK_SECONDS)
-        with contextlib.suppress(Error):
-            self._note_at = self._next_count = 0
-            self._tidy()
-
-    def _tend_once(self):
-        self._alarm_at = self.now() + RECHECK_SECONDS     # what is announced from here on can only bring it forward
-        self._tidy()
-        if self.store.changed_elsewhere():
-            self._waiting.wake_all()
-        self._sleep_until(self.store.next_wake())
-
-    def _sleep_until(self, wake_at):
-        with self._alarm:
-            self._alarm_at = min(self._alarm_at, wake_at or self._alarm_at)
-        while not self._stopped.is_set():
-            now = self.now()     # not under the lock of the alarm: it may commit, and a commit announces
-            with self._alarm:
-                seconds = min(self._alarm_at - now, RECHECK_SECONDS)     # not until alarm_at: the clock may be set
-                if seconds <= 0 or self._stopped.is_set() or not self._alarm.wait(seconds):
-                    return
-
-    def _announce(self, moves):
-        """Count what a commit has done, and tell everyone."""
-        minute = int(self._clock() // 60)
-        with self._recording:
-            self._history.update((minute, COUNTED[word]) for move in moves if (word := event(*move)) in COUNTED)
-        self._tell(moves)
-
-    def _tell(self, moves):
-        """Remember what a commit has done, here or at another bus, and wake whom it is news to."""
-        self._record([(word, intent) for intent, before in moves if (word := event(intent, before))])
-        for intent, _ in moves:
-            if intent.ready:
-                self._waiting.wake_one(patterns(intent.lane))
-            elif intent.ended:
-                self._waiting.wake_all((intent.id,))
-            elif intent.wake_at < self._alarm_at:
-                with self._alarm:
-                    self._alarm_at = intent.wake_at
-                    self._alarm.notify()
-
-    def _record(self, events):
-        """Remember what has happened, for those who watch."""
-        if not events:
-            return
-        now = self._clock()
-        with self._recording:
-            for word, intent in events:
-                self._event += 1
-                self._events.append(Record(intent.pick(EVENT_FIELDS), number=self._event, time=now, event=word))
-        self._waiting.wake_all((NEWS,))
-
-    def _announcement(self, intent):
-        """Return the intent that tells of a death; such intents die unannounced."""
-        if intent.goal == DEATHS:
-            return None
-        told = Record(id=intent.id, goal=intent.goal, namespace=intent.namespace, reason=intent.last_error,
-                      attempts=intent.claim_attempts, worker_id=intent.worker_id, created_at=intent.created_at)
-        return Intent.new(intent.completed_at, intent.owner, OWNER.key_id,
-                          dict(goal=DEATHS, namespace=intent.namespace, payload=told))
+    def _put_off_probe(self):
+        self._probe_at, self.store.failed = time.monotonic() + RECHECK_SECONDS, False
 
     # -- Rules shared by several verbs --
 
-    def _held(self, keys, attempt, wait, still_there):
-        """Return what attempt() finds, tried again whenever there is news of these keys, for up to wait seconds."""
-        if not wait:
-            return attempt()
-        waiter, tended = Waiter(keys, wait), self._tender.is_alive()
-        try:
-            while True:
-                about = self._waiting.hold(waiter)
-                found = attempt()
-                if found and about and found.lane != about[0]:     # it came for one intent, and took another
-                    self._waiting.wake_one(about)
-                if found or time.monotonic() >= waiter.deadline:
-                    return found
-                news = waiter.wait(wait if tended else RECHECK_SECONDS)     # untended, it looks for itself
-                if waiter.dismissed or tended and not news or not still_there():
-                    return None
-        finally:
-            self._waiting.leave(waiter)
+    def _change(self, tx, intent, change):
+        """Carry out a transition, announce a death if that is wanted, and return the intent as it is then."""
+        after = tx.update(intent, change)
+        if change.event == "dead" and self._announce_dead and intent.goal != DEATHS:
+            payload = dict(id=after.id, goal=after.goal, namespace=after.namespace, reason=after.last_error,
+                           attempts=after.claim_attempts, worker_id=after.worker_id, created_at=after.created_at)
+            tx.insert(Intent.new(self._ids.new(tx.now), tx.now, after.owner, OWNER.key_id,
+                                 dict(goal=DEATHS, namespace=after.namespace, payload=payload)))
+        return after
 
-    def _change(self, intent_id, rule):
-        """Change an intent by a rule, after what time has brought it meanwhile."""
-        now = self.now()
-        def after_time(intent):
-            woken = intent.woken(now) if intent.wake_at and intent.wake_at <= now else {}
-            return dict(woken, **rule(Intent(intent, **woken)))
-        return self.store.change(intent_id, after_time)
+    def _current(self, tx, intent_id):
+        """Return an intent, after the transition that is due, if any."""
+        intent = tx.get(intent_id)
+        if intent.due_at is not None and intent.due_at <= tx.now:
+            intent = self._change(tx, intent, intent.advance(tx.now))
+        return intent
 
-    def _report(self, outcome, intent_id, claim_token, caller, rule):
-        """End a claim with an outcome, by rule(intent, now); once more with the same outcome changes nothing."""
-        now = self.now()
-        def once(intent):
-            if self._claim_outcome(intent, claim_token, caller) == outcome:
-                return {}
-            if intent.claim_outcome:
-                raise lease_lost(intent.id)
-            return rule(intent, now)
-        return self._change_claim(intent_id, claim_token, once)
+    def _published_by(self, tx, intent_id, caller):
+        """Return an intent of the caller's owner, or of anyone for an admin; raises NotFound."""
+        intent = self._current(tx, intent_id)
+        if not caller.admin and caller.owner != intent.owner:
+            raise no_such(intent_id)
+        return intent
 
-    def _change_claim(self, intent_id, claim_token, rule):
-        """Change an intent for its worker, who is not told whether others' intents exist."""
+    def _claimed_by(self, tx, intent_id, claim_token, caller, outcome=None):
+        """Return an intent for a report of its latest worker; raises NotFound for anyone else.
+
+        A token proves the claim, even after its lease. Without one, the claim's owner may report while the lease runs. A
+        claim that has ended takes no report but the one that ended it, with this outcome, again.
+        """
         if claim_token is None and self.require_claim_token:
             raise Invalid("claim_token is required on this bus.", code="invalid_claim_token")
         try:
-            return self._change(intent_id, rule)
+            intent = self._current(tx, intent_id)
         except NotFound:
             raise lease_lost(intent_id) from None
-
-    def _claim_outcome(self, intent, claim_token, caller):
-        """Return how the latest claim was ended by its worker, None if it was not; raise NotFound if it is another's.
-
-        A token proves the claim, even after its lease. Without one, it is enough to be the claim's owner while it runs.
-        """
         if claim_token is None:
-            if intent.status != "claimed" or intent.claim_owner != caller.owner:
-                raise lease_lost(intent.id)
-        elif not hmac.compare_digest(hash_token(claim_token), intent.claim_token_hash or ""):
-            raise lease_lost(intent.id)
-        return intent.claim_outcome
-
-    def _fresh(self, intent_id):
-        """Return an intent as it is now: time may have changed it, and nobody may have noticed yet."""
-        intent = self.store.get(intent_id)
-        return self._change(intent_id, lambda intent: {}) if intent.wake_at and intent.wake_at <= self.now() else intent
+            allowed = intent.status == "claimed" and intent.claim_owner == caller.owner
+        else:
+            allowed = hmac.compare_digest(hash_token(claim_token), intent.claim_token_hash or "")
+        if not allowed or intent.claim_outcome not in (None, outcome):
+            raise lease_lost(intent_id)
+        return intent
 
     def _visible(self, intent_id, caller):
-        intent = self._fresh(intent_id)
+        """Return an intent as it is now; raises NotFound unless the caller's owner published or claimed it."""
+        intent = self.store.get(intent_id).at(self.clock.now())
         if not caller.admin and caller.owner not in (intent.owner, intent.claim_owner):
             raise no_such(intent_id)
         return intent
 
-    def _require_publisher(self, intent, caller):
-        if not caller.admin and caller.owner != intent.owner:
-            raise no_such(intent.id)
-
-    def _result(self, intent):
-        return json.loads(intent.result) if intent.result_type == "json" else intent.result
-
     def _outcome(self, intent):
         return Record(ok=True, id=intent.id, status=intent.status, run_at=intent.run_at)
 
+    # -- After a commit --
 
-# ---- 6. Keys ----
-# Who is asking: what a request presents becomes a Caller, or an error. And where this machine keeps its key.
+    def _committed(self, blocks):
+        """Take in what blocks have done, now that it is on disk."""
+        for block in blocks:
+            for effect in block.effects:
+                effect()
+            self.learn(block.moves)
+        moves = [move for block in blocks for move in block.moves]
+        if moves:
+            self._put_off_probe()
+        self.on_news(moves)
+
+    def learn(self, moves, ours=True):
+        """Take in moves of intents that are on disk, made by this bus or by another on the same database."""
+        self.log.record(self.clock.now(), moves, count=ours)
+        for move in moves:
+            due_at, publisher = move.intent.due_at, move.intent.publisher
+            if due_at is not None and due_at < self.next_due:
+                self.next_due = due_at
+            if publisher in self._unfinished:
+                self._unfinished[publisher] += unfinished_change(move)
+
+    def distrust_memory(self):
+        """Forget what memory knows of the database: another program has changed it."""
+        self.next_due = 0
+        self._unfinished.clear()
+
+    # -- Time --
+
+    def apply_due(self, tx):
+        """Apply due transitions, DUE_ROWS at most; return how many were applied, and how many intents died, by kind."""
+        counts = Record(applied=0, expired_open_dead=0, expired_claims_dead=0)
+        for intent in tx.due(tx.now, DUE_ROWS):
+            after = self._change(tx, intent, intent.advance(tx.now))
+            counts["applied"] += 1
+            if after.ended:
+                counts["expired_claims_dead" if intent.status == "claimed" else "expired_open_dead"] += 1
+        if counts.applied < DUE_ROWS:
+            tx.after_commit(setattr, self, "next_due", tx.next_due() or FOREVER)
+        return counts
+
+    def shift_clock(self):
+        """Move all stored times along if the wall clock was set. Reads may go on in another thread meanwhile."""
+        step = self.clock.step()
+        if step:
+            with self.store.transaction() as tx:
+                tx.shift(step)
+                self._kept = [max(0, self._kept[0] + step), tx.now + step + self._retention]
+                self._note_time(tx, step)
+            self.clock.adopt(step)
+            self.distrust_memory()
+
+    def housekeeping_due(self):
+        """Return whether housekeeping() has something to do."""
+        now = time.monotonic()
+        return (self.next_due <= self.clock.now() or self._clean_at <= now or self._note_at <= now and self.next_due < FOREVER
+                or self._history_at <= now and bool(self.log.minutes))
+
+    def housekeeping(self):
+        """Apply due transitions, delete what is past its retention, store the history and the time."""
+        self.shift_clock()
+        now = time.monotonic()
+        self.registry.forget_silent(self.clock.now())
+        with self.store.transaction() as tx:
+            if self.next_due <= tx.now:
+                self.apply_due(tx)
+            if self._clean_at <= now:
+                full = max(self._clean(tx).values()) >= SLICE_ROWS
+                self._clean_at = now + (0 if full else CLEAN_SECONDS)
+            if self._history_at <= now and self.log.minutes:
+                self._store_history(tx)
+                self._history_at = now + USAGE_SECONDS
+            if self._note_at <= now and self.next_due < FOREVER:
+                self._note_time(tx)
+                self._note_at = now + CLOCK_RECORD_SECONDS
+
+    def close(self):
+        """Put on record what only memory knows."""
+        with self.store.transaction() as tx:
+            if self.log.minutes:
+                self._store_history(tx)
+            self._note_time(tx)
+
+    def _clean(self, tx):
+        """Delete what is past its retention, SLICE_ROWS at most of each kind; return how many of each kind."""
+        longer, until = self._kept
+        ended = tx.delete_old(tx.now - self._retention - (longer if tx.now < until else 0), SLICE_ROWS)
+        tx.clamp_ended(tx.now, SLICE_ROWS)
+        if ended:
+            tx.drop_empty_tallies()
+        kinds = collections.Counter(ended + tx.forget_expired(SLICE_ROWS))
+        return {f"{kind}_deleted": kinds[kind] for kind in ("fulfilled", "dead", "store", "idempotency", "nonces")}
+
+    def _store_history(self, tx):
+        counted = collections.Counter(self.log.minutes)
+        tx.count_events([dict(minute=minute, event=event, times=times) for (minute, event), times in sorted(counted.items())])
+        tx.after_commit(self.log.stored, counted)
+
+    def _note_time(self, tx, step=0):
+        """Put the time on record, as it is after a step of the wall clock."""
+        tx.remember("clock", "", "", to_json(dict(self.clock.note(step), kept=self._kept)), FOREVER)
+
+
+# ---- 10. Keys ----
+# Who is asking: the credentials of a request become a Caller, or an error. And where this machine keeps its key.
 
 ISSUED = re.compile(r"tk_([0-9a-f]{16})[0-9a-f]{40}")
-CODE_LETTERS = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"     # those of Crockford's Base32, which are not mistaken for each other
+TIMESTAMP = re.compile(r"-?[0-9]{1,15}(\.[0-9]{1,9})?", re.ASCII)
+CODE_LETTERS = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"     # of Crockford's Base32: none is easily mistaken for another
 CODE_MISREADINGS = str.maketrans("OIL", "011")
 
 
 def presented_key(headers):
     """Return the key in a request's headers (names in lower case), or None: X-API-KEY, Bearer or Basic, in this order."""
-    scheme, _, credentials = headers.get("authorization", "").partition(" ")
     if "x-api-key" in headers:
         return headers["x-api-key"]
+    scheme, _, credentials = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return credentials.strip()
     return basic_credentials(headers)[1]
 
 
 def basic_credentials(headers):
-    """Return (user, password) as HTTP Basic has them (RFC 7617), or (None, None)."""
+    """Return (user, password) of HTTP Basic (RFC 7617), or (None, None)."""
     scheme, _, credentials = headers.get("authorization", "").partition(" ")
     if scheme.lower() != "basic":
         return None, None
@@ -2013,7 +2137,7 @@ def basic_credentials(headers):
 
 
 def sign(key, method, path, pairs, timestamp, nonce, body):
-    """Return the signature of a request: HMAC-SHA256 over its canonical form, as PROTOCOL 2.0 says.
+    """Return the signature of a request: HMAC-SHA256 of its canonical form, as the Intent Protocol 2.0 defines it.
 
     path is decoded, pairs are the decoded names and values of the query, body is bytes.
     """
@@ -2023,129 +2147,207 @@ def sign(key, method, path, pairs, timestamp, nonce, body):
     return hmac.new(key.encode(), head.encode() + body, hashlib.sha256).hexdigest()
 
 
-def same(given, secret):
-    """Return whether two strings are equal, in a time that does not tell where they differ."""
+def secrets_equal(given, secret):
+    """Return whether two strings are equal, in a time that does not depend on where they differ."""
     return hmac.compare_digest((given or "").encode(), secret.encode())
 
 
-class Keys:
-    """The keys of a bus, and what may be done without one.
+class TokenBucket:
+    """A token bucket per name: it holds a minute's rate, and fills evenly."""
 
-    The owner key may do everything. An issued key is its id and a MAC of that under the owner key, so the store knows
-    ids only. An admin presents admin_secret or dashboard_password; where neither is set, the owner key.
+    def __init__(self, per_minute):
+        self._per_second, self._size = per_minute / 60, per_minute
+        self._left = {}     # name: (tokens, at which time)
+
+    def take(self, name, number=1):
+        """Take tokens, or give them back if number is negative; return how many seconds to wait if there are too few."""
+        now = time.monotonic()
+        if len(self._left) > 10_000:     # addresses are many; a forgotten one gains a minute's rate
+            self._left.clear()
+        left, since = self._left.get(name, (self._size, now))
+        left = min(self._size, left + (now - since) * self._per_second)
+        if left < number:
+            return (number - left) / self._per_second
+        self._left[name] = min(self._size, left - number), now
+        return 0
+
+
+class Keys:
+    """The keys of a bus.
+
+    The owner key may do everything. An issued key is its id and a MAC of the id under the owner key, so the database holds
+    no key. An admin presents admin_secret or dashboard_password; where neither is set, the owner key.
     """
 
     def __init__(self, owner_key, store, admin_secret=None, dashboard_password=None, metrics_token=None,
-                 require_signatures=False, rate=RATE_PER_MINUTE, most=None, clock=None):
-        self._owner_key, self._store, self._clock = owner_key, store, clock or store.clock or time.time
+                 require_signatures=False, rate=RATE_PER_MINUTE, max_unfinished=None):
+        self._owner_key, self._store = owner_key, store
         self._admin_secret, self._dashboard_password = admin_secret, dashboard_password
         self._metrics_token, self._require_signatures = metrics_token, require_signatures
-        self._rate, self._failures = store.allowance(rate), Allowance(FAILURES_PER_MINUTE)
-        self._most = UNFINISHED if most is None else most
-        self._usage, self._written = {}, time.monotonic()     # key id: (requests, last time)
-        self._lock = threading.Lock()
+        self._rate = (store.database.token_bucket or TokenBucket)(rate)
+        self._failures = TokenBucket(FAILURES_PER_MINUTE)
+        self._max_unfinished = UNFINISHED if max_unfinished is None else max_unfinished
+        self._callers = {}    # key id: Caller, of issued keys; those of a shared database are looked up each time
+        self._used = collections.deque()    # (key id, Unix seconds) of requests, until they are stored
+        self._usage_at = 0                  # when to store them, by time.monotonic()
+        self.reload()
 
-    def caller(self, request):
-        """Return the Caller of a request; raises Unauthorized, Forbidden for its signature, RateLimited."""
-        headers = request.headers
-        presented = presented_key(headers)
+    def reload(self):
+        """Read the issued keys, at the start and once another program has changed the file."""
+        if not self._store.database.shared:
+            self._callers = {key.key_id: self._caller_of(key) for key in self._store.keys()}
+
+    # -- Requests --
+
+    def identify(self, request):
+        """Find the key that the head of a request presents; raises Unauthorized if the key was never made by this bus.
+
+        Sets key_id; signing_key, if confirm() has a signature to check; and proven, false for a mere X-Key-ID.
+        """
+        headers, presented = request.headers, presented_key(request.headers)
         signed = "x-signature" in headers
         if presented is None and not (signed and "x-key-id" in headers):
             raise Unauthorized("Missing API key.")
         issued = ISSUED.fullmatch(presented or "")
-        key_id = headers["x-key-id"] if presented is None else issued[1] if issued else "owner"
-        key, caller = self._key(key_id), self._known(key_id)     # the same work for keys that are, were and never were
-        if not same(key if presented is None else presented, key) or not caller:
+        request.key_id = headers["x-key-id"] if presented is None else issued[1] if issued else "owner"
+        key = self._key(request.key_id)
+        if presented is not None and not secrets_equal(presented, key):
             raise self._failed(request, Unauthorized("Invalid API key."))
-        if signed or self._require_signatures:
-            self._check_signature(request, key_id, key)
-        if caller.most is not None:
-            self._count(caller)
-        return caller
+        request.proven = presented is not None
+        request.signing_key = key if signed or self._require_signatures else None
 
-    def require_admin(self, request):
-        """Raise Unauthorized unless a request has the admin's credentials."""
+    def identify_admin(self, request):
+        """Check the admin's credentials in the head of a request; raises Unauthorized."""
         user, password = basic_credentials(request.headers)
         sound = False
         if self._admin_secret:
-            sound = same(request.headers.get("x-admin-token"), self._admin_secret)
+            sound = secrets_equal(request.headers.get("x-admin-token"), self._admin_secret)
         if self._dashboard_password:
-            sound = sound or user == "admin" and same(password, self._dashboard_password)
+            sound = sound or user == "admin" and secrets_equal(password, self._dashboard_password)
         if not self._admin_secret and not self._dashboard_password:
-            with contextlib.suppress(Unauthorized):     # a browser, which signs nothing, or any of the ways of a key
-                sound = user == "admin" and same(password, self._owner_key) or self.caller(request).admin
+            with contextlib.suppress(Unauthorized):     # from a browser, which signs nothing; or in any way of a key
+                sound = user == "admin" and secrets_equal(password, self._owner_key) or self._presents_owner_key(request)
         if not sound:
             raise self._failed(request, Unauthorized("Authentication required.",
                                                      headers=[("WWW-Authenticate", 'Basic realm="Intent Bus"')]))
+        request.caller = OWNER
+
+    def _presents_owner_key(self, request):
+        self.identify(request)
+        return request.key_id == "owner"
+
+    def identify_scraper(self, request):
+        """Check that a request may read the metrics; raises Unauthorized."""
+        if not self._metrics_token or not secrets_equal(presented_key(request.headers), self._metrics_token):
+            self.identify_admin(request)
+        request.caller = OWNER
 
     def presents_admin(self, request):
-        """Return whether a request comes with an admin's credentials, right or wrong, rather than with a key."""
+        """Return whether a request has an admin's credentials, right or wrong, rather than a key."""
         return "x-admin-token" in request.headers or bool(
             self._dashboard_password) and basic_credentials(request.headers)[0] == "admin"
 
-    def require_metrics(self, request):
-        """Raise Unauthorized unless a request may read the metrics."""
-        if not self._metrics_token or not same(presented_key(request.headers), self._metrics_token):
-            self.require_admin(request)
+    def confirm(self, request):
+        """Find the Caller of a whole request, check its signature, count it; raises Unauthorized, Forbidden, RateLimited."""
+        caller = request.caller or self._caller(request.key_id)
+        if caller is None:
+            raise self._failed(request, Unauthorized("Invalid API key."))
+        if request.signing_key:
+            self._check_signature(request)
+            request.signing_key = None     # once is enough, if the request has to be repeated
+        if caller.max_unfinished is not None:
+            self._count(caller)
+        request.caller = caller
+
+    def require_valid(self, caller):
+        """Raise Unauthorized if a key was revoked since its request came."""
+        if not self._caller(caller.key_id):
+            raise Unauthorized("Invalid API key.")
 
     def owner_of(self, publisher, request):
         """Return the owner that a request means by a publisher: a name, a key id, or the caller's own key."""
-        if publisher is None or same(publisher, presented_key(request.headers) or ""):
+        if publisher is None or secrets_equal(publisher, presented_key(request.headers) or ""):
             return publisher and request.caller.owner
-        row = self._store.key(publisher)
-        return row.owner if row else publisher
+        caller = self._caller(publisher) if publisher != "owner" else None
+        return caller.owner if caller else publisher
 
-    def not_counted(self, caller):
-        """Take a request off the caller's rate: a claim that found nothing."""
-        if caller.most is not None:
+    def refund(self, caller):
+        """Give back the token of a claim that found nothing."""
+        if caller.max_unfinished is not None:
             self._rate.take(caller.key_id, -1)
 
-    def generate(self, owner, name, role, now):
-        """Issue a key; return it, this once, with all about it."""
+    # -- Issuing --
+
+    def generate(self, owner, name, role):
+        """Issue a key; return it, this once, with its description."""
         key_id = os.urandom(8).hex()
-        self._store.add_key(key_id, name, owner, role, now)
+        with self._store.transaction() as tx:
+            self._add(tx, key_id, name, owner, role)
         return Record(api_key=self._key(key_id), key_id=key_id, name=name, owner=owner, role=role)
 
-    def invite(self, owner, name, role, now):
-        """Return a code that join changes for a key like this, once, within INVITATION_SECONDS.
+    def invite(self, owner, name, role):
+        """Return a code that join() exchanges for a key like this, once, within INVITATION_SECONDS.
 
-        Its first half names the invitation, the other is the secret, of which the store has a MAC.
+        The first half of the code names the invitation; the second is secret, and the database has a MAC of it.
         """
-        made = False
-        while not made:     # codes are short
-            handle, secret = ("".join(random.SystemRandom().choices(CODE_LETTERS, k=4)) for _ in range(2))
-            told = Record(mac=self._mac("invited", handle + secret), tries=0, owner=owner, name=name, role=role)
-            made = self._store.remember_first("invitation", "", handle, to_json(told), now + INVITATION_SECONDS, now)
-        return Record(code=f"{handle}-{secret}", expires_at=now + INVITATION_SECONDS, name=name, owner=owner, role=role)
+        with self._store.transaction() as tx:
+            expires_at, made = tx.now + INVITATION_SECONDS, False
+            while not made:     # the first half may be taken
+                handle, secret = ("".join(random.SystemRandom().choices(CODE_LETTERS, k=4)) for _ in range(2))
+                invitation = dict(mac=self._mac("invited", handle + secret), tries=0, owner=owner, name=name, role=role)
+                made = tx.remember_first("invitation", "", handle, to_json(invitation), expires_at)
+        return Record(code=f"{handle}-{secret}", expires_at=expires_at, name=name, owner=owner, role=role)
 
-    def join(self, request, code, now):
-        """Return the key that an invitation is for; raises Unauthorized. INVITATION_TRIES wrong tries end it."""
+    def join(self, request, code):
+        """Return the key that an invitation is for; raises Unauthorized. INVITATION_TRIES wrong codes end it."""
         letters = re.sub("[- ]", "", code).upper().translate(CODE_MISREADINGS)
-        mac, right = self._mac("invited", letters), []
-        def rule(value):
-            told = Record(json.loads(value))
-            if same(told.mac, mac):
-                right.append(told)
-                return None
-            told["tries"] += 1
-            return to_json(told) if told.tries < INVITATION_TRIES else None
-        self._store.change_memo("invitation", "", letters[:4], rule, now)
+        handle, mac, key_id = letters[:4], self._mac("invited", letters), os.urandom(8).hex()
+        with self._store.transaction() as tx:
+            found, expires_at = tx.take_memo("invitation", "", handle)
+            invitation = Record(json.loads(found)) if found else None
+            right = invitation is not None and secrets_equal(invitation.mac, mac)
+            if right:
+                self._add(tx, key_id, invitation.name, invitation.owner, invitation.role)
+            elif invitation is not None and invitation.tries + 1 < INVITATION_TRIES:
+                tx.remember("invitation", "", handle, to_json(dict(invitation, tries=invitation.tries + 1)), expires_at)
         if not right:
             raise self._failed(request, Unauthorized("This code is wrong, used, or too old; ask for a new one."))
-        return self.generate(right[0].owner, right[0].name, right[0].role, now)
+        return Record(api_key=self._key(key_id), key_id=key_id, name=invitation.name, owner=invitation.owner,
+                      role=invitation.role)
 
     def revoke(self, api_key=None, key_id=None):
         """End an issued key, given itself or its id; raises NotFound."""
         issued = ISSUED.fullmatch(api_key or "")
-        if not self._store.revoke_key(issued[1] if issued else key_id or "", self._clock()):
-            raise NotFound("There is no such key.")
+        key_id = issued[1] if issued else key_id or ""
+        with self._store.transaction() as tx:
+            if not tx.revoke_key(key_id):
+                raise NotFound("There is no such key.")
+            tx.after_commit(self._callers.pop, key_id, None)
         return Record(ok=True)
 
     def list(self):
-        """Return what is known of each issued key."""
-        self.write_usage()
-        return [row.pick(("key_id", "name", "owner", "role", "created_at", "last_used_at", "total_requests"))
-                for row in self._store.keys()]
+        """Return the description of each issued key, with its use up to now."""
+        requests, last = self._use()
+        return [Record(key, total_requests=key.total_requests + requests[key.key_id],
+                       last_used_at=last.get(key.key_id, key.last_used_at)) for key in self._store.keys()]
+
+    def write_usage(self, at_once=False):
+        """Store how often keys were used, every USAGE_SECONDS or at once."""
+        if not self._used or not at_once and time.monotonic() < self._usage_at:
+            return
+        requests, last = self._use()
+        self._used, self._usage_at = collections.deque(), time.monotonic() + USAGE_SECONDS
+        with self._store.transaction() as tx:
+            tx.count_usage([dict(key_id=key_id, requests=requests[key_id], last=last[key_id]) for key_id in sorted(last)])
+
+    def _use(self):
+        """Return how often keys were used since this was stored, and when last: both by key id."""
+        used = list(self._used)
+        return collections.Counter(key_id for key_id, _ in used), dict(used)
+
+    def _add(self, tx, key_id, name, owner, role):
+        tx.add_key(key_id, name, owner, role)
+        tx.after_commit(self._callers.__setitem__, key_id, self._caller_of(Record(key_id=key_id, owner=owner, role=role)))
 
     def _key(self, key_id):
         if key_id == "owner":
@@ -2153,62 +2355,57 @@ class Keys:
         return f"tk_{key_id}{self._mac('issued', key_id)[:40]}"
 
     def _mac(self, purpose, words):
-        return hmac.new(self._owner_key.encode(), f"{purpose} {words}".encode(), hashlib.sha256).hexdigest()
+        return hmac.digest(self._owner_key.encode(), f"{purpose} {words}".encode(), "sha256").hex()
 
-    def _known(self, key_id):
+    def _caller(self, key_id):
+        """Return the Caller of a key that is not revoked, or None."""
         if key_id == "owner":
             return OWNER
-        row = self._store.key(key_id)
-        return row and Caller(row.key_id, row.owner, row.role, False, self._most)
+        if self._store.database.shared:
+            key = self._store.key(key_id)
+            return key and self._caller_of(key)
+        return self._callers.get(key_id)
 
-    def _check_signature(self, request, key_id, key):
-        timestamp, nonce, signature = (request.headers.get(f"x-{name}") for name in ("timestamp", "nonce", "signature"))
-        refused = functools.partial(Forbidden, code="invalid_signature")
-        now = self._clock()
+    def _caller_of(self, key):
+        return Caller(key.key_id, key.owner, key.role, False, self._max_unfinished)
+
+    def _check_signature(self, request):
+        timestamp, nonce, signature = (request.headers.get(f"x-{part}") for part in ("timestamp", "nonce", "signature"))
+        refused, now = functools.partial(Forbidden, code="invalid_signature"), self._store.now()
         if not (timestamp and nonce and signature):
             raise refused("Missing required signature headers.")
-        if not re.fullmatch(r"-?[0-9]{1,15}(\.[0-9]{1,9})?", timestamp, re.ASCII):
+        if not TIMESTAMP.fullmatch(timestamp):
             raise refused("Invalid timestamp")
         if abs(float(timestamp) - now) > SIGNATURE_SECONDS:
             raise refused("Stale timestamp", server_time=now)
-        signatures = [sign(key, request.method, path, request.pairs, timestamp, nonce, request.body)
-                      for path in (request.path, request.raw_path)]
-        if not any([same(signature, expected) for expected in signatures]):
+        expected = [sign(request.signing_key, request.method, path, request.pairs, timestamp, nonce, request.body)
+                    for path in dict.fromkeys((request.path, request.raw_path))]
+        if not any([secrets_equal(signature, one) for one in expected]):
             raise self._failed(request, refused("Bad signature"))
         short = nonce if len(nonce) <= NONCE_CHARACTERS else hashlib.sha256(nonce.encode()).hexdigest()
-        if not self._store.use_nonce(key_id, short, now + 2 * SIGNATURE_SECONDS + 1, now):
-            raise refused("Replay detected")
+        with self._store.transaction() as tx:
+            if not tx.remember_first("nonces", request.key_id, short, "", now + 2 * SIGNATURE_SECONDS + 1):
+                raise refused("Replay detected")
 
     def _failed(self, request, error):
-        """Return an error about credentials, later than that if this address has had many."""
+        """Return the error, delayed after repeated failures from one address."""
         if self._failures.take(request.peer):
-            time.sleep(FAILURE_SECONDS)
+            error.delay_seconds = FAILURE_SECONDS
         return error
 
     def _count(self, caller):
         """Count a request of an issued key; raises RateLimited if there were too many."""
         if wait := self._rate.take(caller.key_id):
-            raise RateLimited("This key sends too many requests; slow down.",
-                              headers=[("Retry-After", str(int(wait) + 1))])
-        with self._lock:
-            requests, _ = self._usage.get(caller.key_id, (0, 0))
-            self._usage[caller.key_id] = requests + 1, self._clock()
-        if time.monotonic() - self._written > USAGE_SECONDS:
-            self.write_usage()
-
-    def write_usage(self):
-        """Store how often the keys were used since the last time."""
-        with self._lock:
-            usage, self._usage, self._written = self._usage, {}, time.monotonic()
-        if usage:
-            self._store.count_usage([dict(key_id=key_id, requests=requests, last=last)
-                                     for key_id, (requests, last) in sorted(usage.items())])     # as every bus does
+            raise RateLimited("This key sends too many requests; slow down.", headers=[("Retry-After", str(int(wait) + 1))])
+        self._used.append((caller.key_id, self._store.now()))
 
 
-def usable_key(key, where):
-    """Return a key that a header can carry; raises SetupError for what is none."""
+# A key file is read by the bus and by its clients.
+
+def usable_key(key, source):
+    """Return a key that a header can carry; raises SetupError for any other text."""
     if not re.fullmatch("[!-~]+", key):
-        raise SetupError(f"{where} holds no key: that is one word of printable ASCII characters.")
+        raise SetupError(f"{source} holds no key: a key is one word of printable ASCII characters.")
     return key
 
 
@@ -2223,11 +2420,11 @@ def read_private(path, kind="key"):
     except (FileNotFoundError, NotADirectoryError):
         return None
     if os.path.islink(path) or hasattr(os, "getuid") and status.st_uid != os.getuid():
-        raise SetupError(f"The {kind} file {path} is a link or belongs to somebody else; make it a file of your own.")
+        raise SetupError(f"The {kind} file {path} is a link or belongs to another user; make it a file of your own.")
     if POSIX and status.st_mode & 0o077:
         warnings.warn(f"Others can read the {kind} file {path}; run: chmod 600 {path}")
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:     # what is not UTF-8 is no usable key either
+        with open(path, encoding="utf-8", errors="replace") as file:     # a key that is not UTF-8 is refused by its user
             return file.read()
     except OSError as error:
         raise SetupError(f"The {kind} file {path} cannot be read: {error.strerror}.") from error
@@ -2247,28 +2444,30 @@ def make_key(path=KEY_FILE):
         with open(descriptor, "w", encoding="utf-8") as file:
             file.write(key + "\n")
             file.flush()
-            os.fsync(file.fileno())     # a power cut that took it would take every issued key along
+            os.fsync(file.fileno())     # a lost owner key would end all issued keys
     except OSError as error:
         raise SetupError(f"The key file {path} cannot be made: {error.strerror}.") from error
     return key
 
 
-# ---- 7. Fields ----
-# What a body or a query may hold, as data: name, rule, default. A rule returns the value, or raises ValueError with
-# the rest of the sentence that starts with the field's name.
+# ---- 11. Fields ----
+# What a body or a query may hold, as data: name, validator, default. A validator returns the value, or raises ValueError
+# with the rest of the sentence that begins with the field's name.
 
 REQUIRED = object()
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-JSON_MARKS = re.compile(rb'"(?:[^"\\]+|\\.)*"?|[\[{]|[\]}]', re.DOTALL)     # matches a string to its end, closed or not
+BAD_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2})")
+DIGITS = re.compile(r"[0-9]{1,15}(\.[0-9]{1,20})?", re.ASCII)
+JSON_MARKS = re.compile(rb'"(?:[^"\\]+|\\.)*"?|[\[{]|[\]}]', re.DOTALL)     # a string to its end, closed or not, or a bracket
 
 
 def must_be(words, accepts):
-    """Return the rule that accepts what a predicate does, and says in words what that is."""
-    def rule(value):
+    """Return the validator of values that a predicate accepts; the words describe them."""
+    def validator(value):
         if not accepts(value):
             raise ValueError(f"must be {words}")
         return value
-    return rule
+    return validator
 
 
 def number(low, high, kinds=(int, float), words="a number"):
@@ -2288,24 +2487,24 @@ def choice(*words):
 
 
 def text(low, high):
-    """Accept a string of that many characters, once trimmed, with no control characters."""
+    """Accept a string of that many characters after trimming, without control characters."""
     accept = must_be(f"a string of {low} to {high} characters, with no control characters",
-                     lambda value: isinstance(value, str) and low <= len(value.strip()) <= high
-                     and not CONTROL.search(value.strip()))
-    return lambda value: accept(value).strip()
+                     lambda value: low <= len(value) <= high and not CONTROL.search(value))
+    return lambda value: accept(value.strip() if isinstance(value, str) else "\0")
 
 
-def name(characters):
+def word(characters):
     """Accept a string of 1 to 64 of these characters."""
-    return must_be(f"1 to 64 characters of {characters}", lambda value: isinstance(value, str) and re.fullmatch(
-        f"[{characters.replace(' ', '')}]{{1,64}}", value, re.ASCII))
+    pattern = re.compile(f"[{characters.replace(' ', '')}]{{1,64}}", re.ASCII)
+    return must_be(f"1 to 64 characters of {characters}",
+                   lambda value: isinstance(value, str) and pattern.fullmatch(value))
 
 
 anything = must_be("any JSON value", lambda value: True)
 boolean = must_be("true or false", lambda value: isinstance(value, bool))
 string = must_be("a string", lambda value: isinstance(value, str))
-namespace = name("A-Z a-z 0-9 . _ -")
-token = name("A-Z a-z 0-9 . _ : -")
+namespace = word("A-Z a-z 0-9 . _ -")
+token = word("A-Z a-z 0-9 . _ : -")
 
 
 def tokens(value):
@@ -2313,21 +2512,86 @@ def tokens(value):
     return tuple(token(part.strip()) for part in value.split(",") if part.strip())
 
 
-def each(rule):
-    """Accept a list of what a rule accepts, or a single one."""
-    return lambda value: [rule(item) for item in (value if isinstance(value, list) else [value])]
+def list_of(validator):
+    """Accept a list of values that a validator accepts, or a single one."""
+    return lambda value: [validator(item) for item in (value if isinstance(value, list) else [value])]
 
 
-def written(rule):
-    """Accept, in a query, the decimal digits of a number that a rule accepts."""
+def from_query(validator):
+    """Accept decimal digits, in a query, of a number that a validator accepts."""
     def read(value):
-        if not re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,20})?", value, re.ASCII):
-            return rule(value)
-        return rule(float(value) if "." in value else int(value))
+        if not DIGITS.fullmatch(value):
+            return validator(value)
+        return validator(float(value) if "." in value else int(value))
     return read
 
 
-RULES = {
+def validate(fields, values, strict=False):
+    """Return the values of all fields, the default of those that are absent or null; raises Invalid, naming the field.
+
+    strict refuses other fields, so that a mistyped name does not go unnoticed.
+    """
+    if not isinstance(values, dict):
+        raise Invalid('The body must be a JSON object, such as {"goal": "send_notification", "payload": "hi"}.')
+    if strict and (unknown := values.keys() - fields.keys()):
+        raise Invalid(f"Unknown field {min(unknown)[:64]!r}; there are: {', '.join(fields)}.")
+    found = fields.defaults.copy()
+    for field, value in values.items():
+        if value is None or field not in fields:
+            continue
+        try:
+            found[field] = fields[field](value)
+        except ValueError as error:
+            raise Invalid(f"{field} {error}.", code=f"invalid_{field}") from error
+    for field in fields.required:
+        if field not in found:
+            raise Invalid(f"{field} is required.", code=f"invalid_{field}")
+    return found
+
+
+def badly_encoded():
+    """Return the error for a target that cannot be decoded."""
+    return Invalid("The path and query must be percent-encoded UTF-8, of at most 100 parameters.")
+
+
+def decoded_path(raw_path):
+    """Return a path with its percent escapes decoded; raises Invalid."""
+    try:
+        return urllib.parse.unquote(raw_path, errors="strict")
+    except ValueError as error:
+        raise badly_encoded() from error
+
+
+def query_pairs(query):
+    """Return the decoded (name, value) pairs of a query; raises Invalid."""
+    try:
+        return urllib.parse.parse_qsl(query, True, errors="strict", max_num_fields=100)
+    except ValueError as error:
+        raise badly_encoded() from error
+
+
+def validate_query(fields, query):
+    """Return the validated parameters of a query; only goal may be given more than once."""
+    values = {}
+    for field, value in query_pairs(query):
+        values.setdefault(field, []).append(value)
+    for field, given in values.items():
+        if len(given) > 1 and field != "goal":
+            raise Invalid(f"{field} was given twice.", code=f"invalid_{field}" if field in fields else None)
+    return validate(fields, {field: given if len(given) > 1 else given[0] for field, given in values.items()})
+
+
+class Fields(dict):
+    """Validators by name. It is made from {name: (validator, default)}; a REQUIRED field has no default."""
+
+    def __init__(self, table):
+        super().__init__((field, validator) for field, (validator, _) in table.items())
+        self.defaults = {field: default for field, (_, default) in table.items() if default is not REQUIRED}
+        self.required = [field for field, (_, default) in table.items() if default is REQUIRED]
+        self.of_query = functools.lru_cache(maxsize=CACHED_QUERIES)(functools.partial(validate_query, self))
+
+
+LIMITS = {     # of a publish
     "namespace": namespace,
     "visibility": choice("private", "public"),
     "priority": integer(0, 1000),
@@ -2339,92 +2603,90 @@ RULES = {
     "target_worker": token,
     "required_capability": token,
 }
-PUBLISH = {
+GOAL = (text(1, 256), None)
+TOKEN = (string, None)
+WAIT_SECONDS = (from_query(number(0, WAIT_MAX_SECONDS)), 0)
+
+PUBLISH = Fields({
     "goal": (text(1, 256), REQUIRED),
     "payload": (anything, REQUIRED),
-    **{name: (RULES[name], default) for name, default in PUBLISH_DEFAULTS.items()},
+    **{field: (LIMITS[field], default) for field, default in PUBLISH_DEFAULTS.items()},
     "reward": (anything, None),     # of the 1.x protocol, without effect
-}
-CLAIM = {
-    "goal": (each(text(1, 256)), None),
+})
+CLAIM = Fields({
+    "goal": (list_of(text(1, 256)), None),
     "namespace": (namespace, "default"),
-    "publisher": (text(1, 256), None),
+    "publisher": GOAL,
     "worker_id": (token, None),
     "capabilities": (tokens, ()),
-    "wait": (written(number(0, WAIT_MAX_SECONDS)), 0),
-    "lease": (written(number(*LEASE_RANGE_SECONDS)), LEASE_SECONDS),
-}
-EXTEND = {"claim_token": (string, None), "seconds": (number(*LEASE_RANGE_SECONDS), LEASE_SECONDS)}
-FULFILL = {"claim_token": (string, None), "result": (anything, None), "result_type": (choice("json", "text"), "json")}
-FAIL = {"claim_token": (string, None), "error": (string, None), "retry": (boolean, True)}
-RELEASE = {"claim_token": (string, None), "delay": (number(0, YEAR_SECONDS), 0)}
-RESULT = {"wait": (written(number(0, WAIT_MAX_SECONDS)), 0)}
-EVENTS_QUERY = {"after": (written(integer(0, 2 ** 49)), None), "wait": (written(number(0, WAIT_MAX_SECONDS)), 0)}
-LIST = {
+    "capability": (tokens, ()),     # another name of it in the 1.x protocol
+    "wait": WAIT_SECONDS,
+    "lease": (from_query(number(*LEASE_RANGE_SECONDS)), LEASE_SECONDS),
+})
+CLAIM_HEADERS = Fields({"worker_id": (token, None), "capabilities": (tokens, ()), "claim_token": (text(32, 64), None)})
+EXTEND = Fields({"claim_token": TOKEN, "seconds": (number(*LEASE_RANGE_SECONDS), LEASE_SECONDS)})
+FULFILL = Fields({"claim_token": TOKEN, "result": (anything, None), "result_type": (choice("json", "text"), "json")})
+FAIL = Fields({"claim_token": TOKEN, "error": (string, None), "retry": (boolean, True)})
+RELEASE = Fields({"claim_token": TOKEN, "delay": (number(0, YEAR_SECONDS), 0)})
+RESULT = Fields({"wait": WAIT_SECONDS})
+EVENTS_QUERY = Fields({"after": (from_query(integer(0, 2 ** 49)), None), "wait": WAIT_SECONDS})
+LIST = Fields({
     "status": (choice("open", "delayed", "claimed", "fulfilled", "dead"), None),
-    "goal": (text(1, 256), None),
+    "goal": GOAL,
     "namespace": (namespace, None),
-    "limit": (written(integer(1, 500)), 50),
+    "limit": (from_query(integer(1, 500)), 50),
     "before": (string, None),
-    "payload": (written(integer(0, 1)), 0),
-}
-RETRY = {"goal": (text(1, 256), None), "namespace": (namespace, None), "limit": (integer(1, 1000), 1000)}
-SWEEP = {
+    "payload": (from_query(integer(0, 1)), 0),
+})
+RETRY = Fields({"goal": GOAL, "namespace": (namespace, None), "limit": (integer(1, 1000), 1000)})
+SWEEP = Fields({
     "action": (choice("count", "retry", "delete"), REQUIRED),
-    "goal": (text(1, 256), None),
+    "goal": GOAL,
     "namespace": (namespace, None),
-    "ids": (each(string), None),
+    "ids": (list_of(string), None),
     "until": (number(0, 2 ** 40), None),
-}
-SUMMARY = {"minutes": (written(integer(1, HISTORY_MINUTES)), 60)}
-SET = {"value": (anything, REQUIRED), "ttl": (number(1, 86400), VALUE_TTL_SECONDS), "if_absent": (boolean, False)}
-SET_QUERY = {
+})
+SUMMARY = Fields({"minutes": (from_query(integer(1, HISTORY_MINUTES)), 60)})
+SET = Fields({"value": (anything, REQUIRED), "ttl": (number(1, 86400), VALUE_TTL_SECONDS), "if_absent": (boolean, False)})
+SET_QUERY = Fields({
     "value": (string, REQUIRED),
-    "ttl": (written(number(1, 86400)), VALUE_TTL_SECONDS),
+    "ttl": (from_query(number(1, 86400)), VALUE_TTL_SECONDS),
     "if_absent": (lambda value: choice("true", "false")(value) == "true", False),
-}
-VALUE_KEY = {
-    "key": (must_be(f"at most {VALUE_KEY_CHARACTERS} characters", lambda key: len(key) <= VALUE_KEY_CHARACTERS), REQUIRED),
-}
-GENERATE_KEY = {
+})
+VALUE_KEY = Fields({"key": (must_be(f"at most {VALUE_KEY_CHARACTERS} characters",
+                                    lambda key: len(key) <= VALUE_KEY_CHARACTERS), REQUIRED)})
+GENERATE_KEY = Fields({
     "owner": (text(1, 64), REQUIRED),
     "name": (text(1, 64), ""),
     "role": (choice("publish", "work", "both"), "both"),
-}
-JOIN = {"code": (string, REQUIRED)}
-REVOKE_KEY = {"api_key": (string, None), "key_id": (string, None)}
-PURGE = {"confirm": (boolean, False), "namespace": (namespace, None)}
-HEADERS = {"idempotency_key": (text(1, 255), None)}
-CLAIM_HEADERS = {"worker_id": (token, None), "capabilities": (tokens, ()), "claim_token": (text(32, 64), None)}
+})
+JOIN = Fields({"code": (string, REQUIRED)})
+REVOKE_KEY = Fields({"api_key": (string, None), "key_id": (string, None)})
+PURGE = Fields({"confirm": (boolean, False), "namespace": (namespace, None)})
+IDEMPOTENCY = Fields({"idempotency_key": (text(1, 255), None)})
+NOTHING = Fields({})
 
 
-def checked(values, fields, strict=False):
-    """Return the values of all fields, those that are absent or null by default; raises Invalid, naming the field.
+def refuse_number(digits):
+    """Refuse NaN and Infinity, which JSON does not have (RFC 8259, section 6)."""
+    raise ValueError(f"{digits} is not a JSON number")
 
-    strict refuses what is not in fields, so that a mistyped name does not vanish.
-    """
-    if not isinstance(values, dict):
-        raise Invalid('The body must be a JSON object, such as {"goal": "send_notification", "payload": "hi"}.')
-    if strict and (unknown := sorted(set(values) - set(fields))):
-        raise Invalid(f"Unknown field {unknown[0][:64]!r}; there are: {', '.join(fields)}.")
-    found = {}
-    for name, (rule, default) in fields.items():
-        value = values.get(name)
-        if value is None and default is REQUIRED:
-            raise Invalid(f"{name} is required.", code=f"invalid_{name}")
-        try:
-            found[name] = default if value is None else rule(value)
-        except ValueError as error:
-            raise Invalid(f"{name} {error}.", code=f"invalid_{name}") from error
-    return found
+
+def finite(digits):
+    """Return the float of these digits; refuse one beyond its range."""
+    value = float(digits)
+    return value if abs(value) != float("inf") else refuse_number(digits[:32])
+
+
+DECODER = json.JSONDecoder(parse_constant=refuse_number, parse_float=finite)
 
 
 def from_json(body):
-    """Return the value of a JSON text in bytes; raises Invalid for what cannot be stored as it is."""
+    """Return the value of a JSON text in bytes; raises Invalid for text that is no JSON, or cannot be stored as it is."""
     if nesting(body) > JSON_DEPTH:
         raise Invalid(f"The JSON is nested deeper than {JSON_DEPTH} levels.", code="invalid_json")
     try:
-        value = json.loads(body.decode(), parse_constant=refuse_number, parse_float=finite)
+        value = DECODER.decode(body.decode())
         if b"\\u" in body:
             to_json(value).encode()     # half of a surrogate pair cannot be written as UTF-8
     except UnicodeError as error:
@@ -2436,7 +2698,7 @@ def from_json(body):
 
 
 def nesting(body):
-    """Return how deep the brackets of a JSON text go; looked at before parsing, which takes stack for each level."""
+    """Return how deep the brackets of a JSON text are nested, at least if that is over JSON_DEPTH."""
     if body.count(b"[") + body.count(b"{") <= JSON_DEPTH:
         return 0
     depth = deepest = 0
@@ -2446,20 +2708,9 @@ def nesting(body):
     return deepest
 
 
-def refuse_number(name):
-    """Refuse NaN and Infinity, which JSON does not have (RFC 8259, section 6)."""
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def finite(digits):
-    """Return the float of these digits; refuse one that is beyond its range."""
-    value = float(digits)
-    return value if abs(value) != float("inf") else refuse_number(digits[:32])
-
-
-# ---- 8. Page ----
-# What a person sees who opens the bus in a browser. The page holds no data; its script asks the API for them, and writes
-# them as text only. Nothing else may run or load: the policy names the script and the style by their hashes.
+# ---- 12. Page ----
+# The dashboard. The page holds no data: its script asks the API, and writes the answers as text only. The content policy
+# lets nothing else run or load: it names script and style by their hashes.
 
 HOME = f"intentbus {__version__}: a job published here is done by a worker elsewhere.\n"
 
@@ -2726,11 +2977,14 @@ draw();
 """)
 
 
-# ---- 9. API ----
-# The endpoints, and below them the table that says all: method, path, who may, endpoint.
+# ---- 13. API ----
+# The endpoints, then ROUTES, the table of all: method, path, who may, endpoint. An endpoint returns (status, value) or a
+# Held. An endpoint that is a generator is a long operation: the loop advances it in slices.
 
-Response = collections.namedtuple("Response", "status headers body")
+Response = collections.namedtuple("Response", "status headers body request_id")
+JSON_TYPE = (("Content-Type", "application/json"),)
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+TEXT_TYPE = (("Content-Type", "text/plain; charset=utf-8"),)
 COMMON_HEADERS = (
     ("X-Frame-Options", "DENY"),
     ("X-Content-Type-Options", "nosniff"),
@@ -2740,55 +2994,60 @@ COMMON_HEADERS = (
 )
 
 
+class JsonText(str):
+    """JSON that is sent as it stands."""
+
+
 def request_id(headers):
-    """Return the X-Request-ID of these headers, or a new one if it is missing or odd."""
+    """Return the X-Request-ID of these headers, or a new one if it is missing or malformed."""
     given = headers.get("x-request-id", "")
     return given if REQUEST_ID.fullmatch(given) else f"{random.getrandbits(64):016x}"
 
 
 class Request:
-    """What was asked: method, target as sent, headers by lower-case name, body bytes, the client's address.
+    """A request: method, target as sent, headers by lower-case name, body in bytes, the client's address.
 
-    secure tells whether it came encrypted; still_there() whether the client can still be answered. Raises Invalid if
-    the target cannot be decoded.
+    secure tells whether it came encrypted, may_wait whether it may be held. Raises Invalid if the target cannot be decoded.
     """
 
-    def __init__(self, method, target, headers=None, body=b"", peer="", secure=False, still_there=lambda: True):
-        self.method, self.headers, self.body, self.peer, self.secure = method, headers or {}, body, peer, secure
-        self.still_there = still_there
+    __slots__ = ("method", "raw_path", "path", "query", "headers", "body", "peer", "secure", "may_wait", "id", "who",
+                 "endpoint", "place", "caller", "key_id", "signing_key", "proven")
+
+    def __init__(self, method, target, headers=None, body=b"", peer="", secure=False, may_wait=True):
+        self.method, self.headers, self.body = method, headers or {}, body
+        self.peer, self.secure, self.may_wait = peer, secure, may_wait
         self.id = request_id(self.headers)
-        self.caller, self.may_wait = None, True
-        self.raw_path, _, query = target.partition("?")
-        try:
-            if re.search("%(?![0-9A-Fa-f]{2})", target):
-                raise ValueError("a percent sign that starts no pair of hex digits")
-            self.path = urllib.parse.unquote(self.raw_path, errors="strict")
-            self.pairs = urllib.parse.parse_qsl(query, True, errors="strict", max_num_fields=100)
-        except ValueError as error:
-            raise Invalid("The path and query must be percent-encoded UTF-8, of at most 100 parameters.") from error
+        self.endpoint = self.caller = self.signing_key = None     # until API.admit() and Keys know them
+        self.proven = True
+        self.raw_path, _, self.query = target.partition("?")
+        self.path = self.raw_path
+        if "%" in target:
+            if BAD_ESCAPE.search(target):     # a percent sign without two hex digits
+                raise badly_encoded()
+            self.path = decoded_path(self.raw_path)
+
+    @property
+    def pairs(self):
+        """The decoded (name, value) pairs of the query."""
+        return query_pairs(self.query)
 
     def json(self):
         """Return the value of the body; an empty one counts as {}."""
         return from_json(self.body) if self.body.strip() else {}
 
     def fields(self, fields):
-        """Return the checked fields of the body."""
-        return checked(self.json(), fields)
+        """Return the validated fields of the body."""
+        return validate(fields, self.json())
 
     def parameters(self, fields):
-        """Return the checked parameters of the query; only goal may be given more than once."""
-        found = dict(self.pairs)
-        for name in found:
-            values = [value for other, value in self.pairs if other == name]
-            if len(values) > 1 and name != "goal":
-                raise Invalid(f"{name} was given twice.", code=f"invalid_{name}" if name in fields else None)
-            found[name] = values if len(values) > 1 else values[0]
-        return checked(found, fields)
+        """Return the validated parameters of the query, as a dict that is not to be changed."""
+        return fields.of_query(self.query)
 
     @property
     def idempotency_key(self):
-        """The checked Idempotency-Key, or None."""
-        return checked({"idempotency_key": self.headers.get("idempotency-key")}, HEADERS)["idempotency_key"]
+        """The validated Idempotency-Key, or None."""
+        given = self.headers.get("idempotency-key")
+        return None if given is None else validate(IDEMPOTENCY, {"idempotency_key": given})["idempotency_key"]
 
 
 def home(api, request):
@@ -2800,16 +3059,19 @@ def dashboard(api, request):
 
 
 def health(api, request):
-    problem = api.bus.problem()
-    found = dict(ok=not problem, ts=int(time.time()), version=__version__)
-    return (503, dict(found, error=problem)) if problem else (200, found)
+    api.bus.probe()
+    return 200, health_of(api)
+
+
+def health_of(api, **problem):
+    return dict(ok=not problem, ts=int(time.time()), version=__version__, **problem)
 
 
 def publishable(api, body):
-    """Return the checked fields of one intent to publish."""
-    fields = checked(body, PUBLISH, strict=True)
+    """Return the validated fields of one intent to publish."""
+    fields = validate(PUBLISH, body, strict=True)
     del fields["reward"]
-    if fields["run_at"] is not None and (fields["delay"] or fields["run_at"] > api.bus.now() + YEAR_SECONDS):
+    if fields["run_at"] is not None and (fields["delay"] or fields["run_at"] > api.bus.clock.now() + YEAR_SECONDS):
         raise Invalid("run_at must be Unix seconds within 366 days, and without a delay.", code="invalid_run_at")
     return fields
 
@@ -2830,47 +3092,75 @@ def publish_many(api, request):
             intents.append(publishable(api, from_json(body) if lines else body))
         except Invalid as error:
             raise Invalid(f"Intent {index}: {error}", error.code) from error
+        yield
     return 201, api.bus.publish_many(intents, idempotency_key=request.idempotency_key, caller=request.caller)
 
 
 def claim(api, request):
+    fields = request.parameters(CLAIM)
+    wanted = api.bus.wanted(
+        fields["goal"], namespace=fields["namespace"], publisher=api.keys.owner_of(fields["publisher"], request),
+        lease=fields["lease"], caller=request.caller, **claiming_worker(request, fields))
+    return api.hold(request, wanted.lanes, fields["wait"], functools.partial(take, api, request, wanted),
+                    functools.partial(nothing_to_claim, api, request))
+
+
+def claiming_worker(request, fields):
+    """Return how the worker of a claim describes itself, in the query or in headers."""
     headers = request.headers
-    fields = request.parameters(dict(CLAIM, capability=(tokens, ())))
-    capabilities = headers.get("x-worker-capabilities", headers.get("x-worker-capability"))
-    said = checked({"worker_id": headers.get("x-worker-id"), "capabilities": capabilities,
-                    "claim_token": headers.get("x-claim-token")}, CLAIM_HEADERS)
-    fields["capabilities"] = fields["capabilities"] or fields["capability"] or said["capabilities"]
-    fields["worker_id"] = fields["worker_id"] or said["worker_id"]
-    del fields["capability"]
-    fields["wait"] *= request.may_wait
-    fields["publisher"] = api.keys.owner_of(fields["publisher"], request)
-    seen_as = fields["worker_id"] or f"{request.caller.key_id}@{request.peer}", headers.get("user-agent", "")[:64]
-    intent = api.bus.claim(**fields, claim_token=said["claim_token"], caller=request.caller, seen_as=seen_as,
-                           still_there=request.still_there)
-    if not intent:
-        api.keys.not_counted(request.caller)
-    return (200, intent) if intent else (204, None)
+    said = validate(CLAIM_HEADERS, {
+        "worker_id": headers.get("x-worker-id"), "claim_token": headers.get("x-claim-token"),
+        "capabilities": headers.get("x-worker-capabilities", headers.get("x-worker-capability"))})
+    worker_id = fields["worker_id"] or said["worker_id"]
+    return dict(worker_id=worker_id, claim_token=said["claim_token"], version=headers.get("user-agent", "")[:64],
+                capabilities=fields["capabilities"] or fields["capability"] or said["capabilities"],
+                seen_as=worker_id or f"{request.caller.key_id}@{request.peer}")
+
+
+def take(api, request, wanted):
+    """Answer a claim if there is an intent for it. Its payload is sent as it is stored, neither parsed nor encoded."""
+    intent = api.bus.take(wanted, request.caller)
+    if intent is None:
+        return None
+    told = intent.pick(CLAIM_FIELDS)
+    told.update(claim_token=wanted.token, claim_timeout=int(wanted.lease))
+    return 200, JsonText(f'{to_json(told)[:-1]},"payload":{intent.payload}}}')
+
+
+def nothing_to_claim(api, request):
+    api.keys.refund(request.caller)
+    return 204, None
 
 
 def result(api, request, intent_id):
-    wait = request.parameters(RESULT)["wait"] * request.may_wait
-    return 200, api.bus.get_result(intent_id, wait, caller=request.caller, still_there=request.still_there)
+    def current():
+        return 200, api.bus.get_result(intent_id, caller=request.caller)
+    def ended():
+        status, found = current()
+        return (status, found) if found.status in ("fulfilled", "dead") else None
+    return api.hold(request, (intent_id,), request.parameters(RESULT)["wait"], ended, current)
 
 
 def events(api, request):
     fields = request.parameters(EVENTS_QUERY)
-    fields["wait"] *= request.may_wait
-    return 200, api.bus.events(**fields, caller=request.caller, still_there=request.still_there)
+    after = api.bus.log.newest if fields["after"] is None else fields["after"]
+    def page():
+        return 200, api.bus.events(after, caller=request.caller)
+    def news():
+        status, found = page()
+        return (status, found) if found.events else None
+    return api.hold(request, (EVENT_KEY,), fields["wait"], news, page)
 
 
 def who_am_i(api, request):
     caller = request.caller
-    return 200, dict(key_id=caller.key_id, owner=caller.owner, role=caller.role, admin=caller.admin, now=api.bus.now())
+    return 200, dict(key_id=caller.key_id, owner=caller.owner, role=caller.role, admin=caller.admin, now=api.bus.clock.now())
 
 
 def set_value(api, request, key):
-    checked({"key": key}, VALUE_KEY)
-    fields = request.parameters(SET_QUERY) if request.pairs and not request.body.strip() else request.fields(SET)
+    validate(VALUE_KEY, {"key": key})
+    in_query = request.query and not request.body.strip()
+    fields = request.parameters(SET_QUERY) if in_query else request.fields(SET)
     return 200, api.bus.set(key, **fields, caller=request.caller)
 
 
@@ -2879,15 +3169,15 @@ def get_value(api, request, key):
 
 
 def generate_key(api, request):
-    return 201, api.keys.generate(**request.fields(GENERATE_KEY), now=api.bus.now())
+    return 201, api.keys.generate(**request.fields(GENERATE_KEY))
 
 
 def invite(api, request):
-    return 201, api.keys.invite(**request.fields(GENERATE_KEY), now=api.bus.now())
+    return 201, api.keys.invite(**request.fields(GENERATE_KEY))
 
 
 def join(api, request):
-    return 201, api.keys.join(request, request.fields(JOIN)["code"], api.bus.now())
+    return 201, api.keys.join(request, request.fields(JOIN)["code"])
 
 
 def revoke_key(api, request):
@@ -2898,16 +3188,20 @@ def list_keys(api, request):
     return 200, api.keys.list()
 
 
+def admin_summary(api, request):
+    return 200, api.summary(**request.parameters(SUMMARY))
+
+
 def metrics(api, request):
-    found = api.bus.summary()
+    found = api.summary()
     return 200, exposition(
         ("intent_bus_intents_total", "gauge", "Intents stored, by status and namespace.",
-         [(dict(status=status, namespace=name), number) for name, states in found.intents.items()
+         [(dict(status=status, namespace=where), number) for where, states in found.intents.items()
           for status, number in states.items()]),
         ("intent_bus_dead_letters_total", "gauge", "Dead intents.",
          [({}, sum(states.get("dead", 0) for states in found.intents.values()))]),
         ("intent_bus_tester_keys_total", "gauge", "Issued keys.", [({}, found["keys"])]),
-        ("intentbus_held_requests", "gauge", "Requests that wait for news.", [({}, found.held_requests)]),
+        ("intentbus_held_requests", "gauge", "Requests that are held.", [({}, found.held_requests)]),
         ("intentbus_database_bytes", "gauge", "Size of the database file.", [({}, found.database_bytes)]),
         ("intentbus_wal_bytes", "gauge", "Size of the write-ahead log.", [({}, found.wal_bytes)]),
         ("intentbus_build_info", "gauge", "The version that runs.", [(dict(version=__version__), 1)]))
@@ -2916,23 +3210,31 @@ def metrics(api, request):
 def exposition(*families):
     """Return (name, type, help, [(labels, value)]) families in the text format of Prometheus, version 0.0.4."""
     lines = []
-    for name, kind, words, samples in families:
-        lines += [f"# HELP {name} {words}", f"# TYPE {name} {kind}"]
+    for family, kind, words, samples in families:
+        lines += [f"# HELP {family} {words}", f"# TYPE {family} {kind}"]
         for labels, value in samples:
             inside = ",".join(f"{label}={to_json(text)}" for label, text in labels.items())
-            lines.append(f"{name}{{{inside}}} {value}" if inside else f"{name} {value}")
+            lines.append(f"{family}{{{inside}}} {value}" if inside else f"{family} {value}")
     return "\n".join(lines) + "\n"
 
 
-def calling(read, verb, fields=None):
+def calling(read, verb, fields=NOTHING):
     """Return the endpoint that calls a verb of the Bus with the fields that read(request, fields) finds."""
-    def endpoint(api, request, *parameters):
-        return 200, getattr(api.bus, verb)(*parameters, **read(request, fields or {}), caller=request.caller)
+    def endpoint(api, request, *place):
+        return 200, getattr(api.bus, verb)(*place, **read(request, fields), caller=request.caller)
     return endpoint
 
 
-body = functools.partial(calling, Request.fields)
-query = functools.partial(calling, Request.parameters)
+def advancing(verb, fields=NOTHING):
+    """Return the endpoint that advances a long verb of the Bus with the fields of the body."""
+    def endpoint(api, request):
+        found = yield from getattr(Bus, verb).steps(api.bus, **request.fields(fields), caller=request.caller)
+        return 200, found
+    return endpoint
+
+
+with_body = functools.partial(calling, Request.fields)
+with_query = functools.partial(calling, Request.parameters)
 
 
 ROUTES = (
@@ -2942,39 +3244,39 @@ ROUTES = (
     ("POST", "/intent",                 "publish", publish),
     ("POST", "/intents",                "publish", publish_many),
     ("POST", "/claim",                  "work",    claim),
-    ("POST", "/extend_claim/*",         "work",    body("extend_claim", EXTEND)),
-    ("POST", "/fulfill/*",              "work",    body("fulfill", FULFILL)),
-    ("POST", "/fail/*",                 "work",    body("fail", FAIL)),
-    ("POST", "/release/*",              "work",    body("release", RELEASE)),
-    ("GET",  "/status/*",               "look",    query("get_status")),
+    ("POST", "/extend_claim/*",         "work",    with_body("extend_claim", EXTEND)),
+    ("POST", "/fulfill/*",              "work",    with_body("fulfill", FULFILL)),
+    ("POST", "/fail/*",                 "work",    with_body("fail", FAIL)),
+    ("POST", "/release/*",              "work",    with_body("release", RELEASE)),
+    ("GET",  "/status/*",               "look",    with_query("get_status")),
     ("GET",  "/result/*",               "look",    result),
-    ("GET",  "/intents",                "look",    query("list", LIST)),
-    ("GET",  "/workers",                "look",    query("workers")),
+    ("GET",  "/intents",                "look",    with_query("list", LIST)),
+    ("GET",  "/workers",                "look",    with_query("workers")),
     ("GET",  "/events",                 "look",    events),
     ("GET",  "/whoami",                 "look",    who_am_i),
-    ("POST", "/cancel/*",               "manage",  body("cancel")),
-    ("POST", "/retry/*",                "manage",  body("retry")),
-    ("POST", "/retry",                  "manage",  body("retry", RETRY)),
+    ("POST", "/cancel/*",               "manage",  with_body("cancel")),
+    ("POST", "/retry/*",                "manage",  with_body("retry")),
+    ("POST", "/retry",                  "manage",  advancing("retry_many", RETRY)),
     ("POST", "/set/*",                  "keep",    set_value),
     ("GET",  "/get/*",                  "keep",    get_value),
-    ("POST", "/delete/*",               "keep",    body("delete")),
+    ("POST", "/delete/*",               "keep",    with_body("delete")),
     ("POST", "/admin/generate_key",     "admin",   generate_key),
     ("POST", "/admin/invite",           "admin",   invite),
     ("POST", "/join",                   None,      join),
     ("POST", "/admin/revoke_key",       "admin",   revoke_key),
     ("GET",  "/admin/keys",             "admin",   list_keys),
-    ("POST", "/admin/purge",            "admin",   body("purge", PURGE)),
-    ("POST", "/admin/cleanup",          "admin",   body("cleanup")),
+    ("POST", "/admin/purge",            "admin",   advancing("purge", PURGE)),
+    ("POST", "/admin/cleanup",          "admin",   advancing("cleanup")),
     ("GET",  "/admin/dashboard",        "admin",   dashboard),
-    ("GET",  "/admin/intents",          "admin",   query("list", LIST)),
+    ("GET",  "/admin/intents",          "admin",   with_query("list", LIST)),
     ("POST", "/admin/intents",          "admin",   publish),
-    ("GET",  "/admin/intents/*",        "admin",   query("inspect")),
-    ("POST", "/admin/intents/*/cancel", "admin",   body("cancel")),
-    ("POST", "/admin/intents/*/retry",  "admin",   body("retry")),
-    ("GET",  "/admin/dead",             "admin",   query("dead")),
-    ("POST", "/admin/dead",             "admin",   body("sweep_dead", SWEEP)),
-    ("GET",  "/admin/dead/*",           "admin",   query("dead_letter")),
-    ("GET",  "/admin/summary",          "admin",   query("summary", SUMMARY)),
+    ("GET",  "/admin/intents/*",        "admin",   with_query("inspect")),
+    ("POST", "/admin/intents/*/cancel", "admin",   with_body("cancel")),
+    ("POST", "/admin/intents/*/retry",  "admin",   with_body("retry")),
+    ("GET",  "/admin/dead",             "admin",   with_query("dead")),
+    ("POST", "/admin/dead",             "admin",   advancing("sweep_dead", SWEEP)),
+    ("GET",  "/admin/dead/*",           "admin",   with_query("dead_letter")),
+    ("GET",  "/admin/summary",          "admin",   admin_summary),
     ("GET",  "/metrics",                "metrics", metrics),
 )
 ROLES = {
@@ -2982,10 +3284,11 @@ ROLES = {
     "work": ("work", "look", "keep"),
     "both": ("publish", "work", "look", "manage", "keep"),
 }
+REPORTS = ("/extend_claim/", "/fulfill/", "/fail/", "/release/")     # answered before the claims of their round
 
 
 def from_another_site(headers):
-    """Return whether a browser says that a page of another site sent this: it adds the admin's password by itself.
+    """Return whether a browser says that a page of another site sent this: browsers add the admin's password by themselves.
 
     Sec-Fetch-Site (W3C Fetch Metadata) tells, or, in an older browser, Origin.
     """
@@ -2997,14 +3300,15 @@ def from_another_site(headers):
 
 
 def respond(status, value, request_id, headers=()):
-    """Return the response with a value: text, what JSON can say, or None for no body."""
-    body = b"" if value is None else (value if isinstance(value, str) else to_json(value)).encode()
-    kind = [("Content-Type", "application/json")] if body else []
-    if isinstance(value, str):
-        kind = [("Content-Type", "text/plain; charset=utf-8")]
+    """Return the response with a value: text, anything that JSON can say, or None for no body."""
+    if value is None:
+        return Response(status, headers, b"", request_id)
+    if not isinstance(value, str):
+        return Response(status, JSON_TYPE + tuple(headers), to_json(value).encode(), request_id)
+    kind = JSON_TYPE if isinstance(value, JsonText) else TEXT_TYPE
     if isinstance(value, Html):
-        kind = [("Content-Type", "text/html; charset=utf-8"), ("Content-Security-Policy", content_policy(value))]
-    return Response(status, [*COMMON_HEADERS, ("X-Request-ID", request_id), *kind, *headers], body)
+        kind = (("Content-Type", "text/html; charset=utf-8"), ("Content-Security-Policy", content_policy(value)))
+    return Response(status, kind + tuple(headers), value.encode(), request_id)
 
 
 def refusal(error, request_id):
@@ -3014,8 +3318,14 @@ def refusal(error, request_id):
                    [*error.headers, *([("Retry-After", "1")] if later else [])])
 
 
+def log_traceback(what):
+    """Log the bug that has just shown."""
+    import traceback
+    print(f"intentbus: {what}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+
+
 class API:
-    """What answers requests: API(bus, keys).handle(request) -> Response.
+    """Answers requests: API(bus, keys).handle(request) -> Response or Held.
 
     enforce_https refuses what did not come encrypted; maintenance answers 503 to all but / and /health.
     """
@@ -3023,249 +3333,975 @@ class API:
     def __init__(self, bus, keys, max_body=BODY_BYTES, enforce_https=False, maintenance=False):
         self.bus, self.keys, self.max_body = bus, keys, max_body
         self._enforce_https, self._maintenance = enforce_https, maintenance
+        self.held_requests = lambda: 0     # how many there are; a server that holds requests sets it
         self._routes = {}     # path: {method: (who may, endpoint)}
         for method, path, who, endpoint in ROUTES:
             self._routes.setdefault(path, {})[method] = who, endpoint
         self._patterns = [(path, re.compile(re.escape(path).replace(r"\*", "(.+)"), re.DOTALL))
                           for path in sorted(self._routes, key=len, reverse=True) if "*" in path]
 
-    def handle(self, request):
-        """Answer a request. What it may not do is answered as an error; nothing is raised."""
-        try:
-            status, value = self._answer(request)
-        except Error as error:
-            return refusal(error, request.id)
-        except Exception:
-            import traceback
-            print(f"intentbus: request {request.id} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-            return refusal(Error(), request.id)
-        return respond(status, value, request.id, [("Retry-After", "1")] if status == 204 else [])
-
-    def _answer(self, request):
-        path, *parameters = self._place(request.path)
-        methods = self._routes.get(path)
+    def admit(self, request):
+        """Find the endpoint of a request, and who sends it, from its head alone; raises the error to answer with."""
+        place, *request.place = self._place(request.path)
+        methods = self._routes.get(place)
         if methods is None:
-            raise NotFound("There is no such path on this bus; the README lists those that are.")
+            raise NotFound("There is no such path on this bus; see the README for all paths.")
         method = "GET" if request.method == "HEAD" else request.method
         if method not in methods:
             allowed = ", ".join(sorted({*methods, *(["HEAD"] if "GET" in methods else [])}))
-            raise MethodNotAllowed(f"{path} takes {allowed} only.", headers=[("Allow", allowed)])
-        who, endpoint = methods[method]
-        if who:
-            self._authorize(who, request)
-        return endpoint(self, request, *parameters)
+            raise MethodNotAllowed(f"{place} takes {allowed} only.", headers=[("Allow", allowed)])
+        request.who, endpoint = methods[method]
+        if request.who:
+            self._require_open(request)
+            self._identify(request)
+        request.endpoint = endpoint
 
-    def _authorize(self, who, request):
-        """Find out who is asking, or raise why that may not be."""
+    def _place(self, path):
+        """Return the path of a route, and the parts of this path in the place of its stars."""
+        if path in self._routes and "*" not in path:
+            return (path,)
+        first, _, rest = path[1:].partition("/")
+        if rest and f"/{first}/*" in self._routes:
+            return f"/{first}/*", rest
+        return next(((route, match[1]) for route, pattern in self._patterns if (match := pattern.fullmatch(path))), (path,))
+
+    def _require_open(self, request):
+        """Raise the error of a gate that is closed to a request."""
         if self._maintenance:
             raise Unavailable("The bus is under maintenance; try again later.", "maintenance")
         if request.method == "POST" and from_another_site(request.headers):
             raise Forbidden("This was sent by a page of another site.", "cross_site")
         if self._enforce_https and not request.secure:
             raise Forbidden("This bus takes https only.", "https_required")
-        if who == "metrics":
-            self.keys.require_metrics(request)
-        elif who == "admin" or who in ("look", "manage") and self.keys.presents_admin(request):
-            self.keys.require_admin(request)
-            request.caller = OWNER
+
+    def _identify(self, request):
+        if request.who == "metrics":
+            self.keys.identify_scraper(request)
+        elif request.who == "admin" or request.who in ("look", "manage") and self.keys.presents_admin(request):
+            self.keys.identify_admin(request)
         else:
-            request.caller = self.keys.caller(request)
-            if who not in ROLES[request.caller.role]:
+            self.keys.identify(request)
+
+    def handle(self, request):
+        """Answer a request; errors become answers, too. Raises RoundLost only."""
+        return self._guarded(request, self._answer, request)
+
+    def attempt(self, held):
+        """Return the answer to a held request, or None if it has to wait on."""
+        return self._guarded(held.request, self._ask_again, held, held.attempt)
+
+    def expire(self, held):
+        """Return the answer to a held request whose time is over: a Response, or a Held again for a long operation."""
+        return self._guarded(held.request, self._ask_again, held, held.otherwise)
+
+    def hold(self, request, keys, seconds, attempt, otherwise):
+        """Return what attempt() finds or, if that is None, a Held; otherwise() at once if the request may not wait."""
+        found = attempt()
+        if found is not None:
+            return found
+        return Held(request, keys, seconds, attempt, otherwise) if seconds and request.may_wait else otherwise()
+
+    def refuse(self, request, error):
+        """Return the answer for an error, held back for a while if it is about a wrong key; a bug is logged."""
+        if not isinstance(error, Error):
+            log_traceback(f"request {request.id} failed")
+            return refusal(Error(), request.id)
+        if request.endpoint is health and isinstance(error, (Unavailable, StorageFull)):
+            return respond(503, health_of(self, error=str(error)), request.id, [("Retry-After", "1")])
+        answer = refusal(error, request.id)
+        if error.delay_seconds and request.may_wait:
+            return Held(request, (), error.delay_seconds, None, lambda: answer)     # slows down guessing
+        return answer
+
+    def writes(self, request):
+        """Return whether an admitted request needs a round, since it may change something: a nonce, for one."""
+        if request.endpoint is health:
+            return self.bus.store.busy_since is None
+        return request.method not in ("GET", "HEAD") or request.signing_key is not None
+
+    def summary(self, minutes=60):
+        """Return the summary of the bus, with the number of held requests."""
+        return Record(self.bus.summary(minutes), held_requests=self.held_requests())
+
+    def housekeeping(self):
+        """Do what is due besides requests."""
+        if self.bus.housekeeping_due():
+            self.bus.housekeeping()
+        self.keys.write_usage()
+
+    def close(self):
+        """Put on record what only memory knows, if that is possible."""
+        with contextlib.suppress(Error):
+            self.bus.close()
+            self.keys.write_usage(at_once=True)
+
+    def _answer(self, request):
+        if request.endpoint is None:
+            self.admit(request)
+        if request.who:
+            self.keys.confirm(request)
+            if request.who not in ("admin", "metrics", *ROLES[request.caller.role]):
                 raise Forbidden(f"This key may {request.caller.role} only.")
+        return self._response(request, request.endpoint(self, request, *request.place))
 
-    def _place(self, path):
-        """Return the path of a route, and what stands in the place of its star."""
-        if path in self._routes and "*" not in path:
-            return (path,)
-        return next(((route, match[1]) for route, pattern in self._patterns if (match := pattern.fullmatch(path))), (path,))
+    def _ask_again(self, held, answer):
+        if held.request.caller:
+            self.keys.require_valid(held.request.caller)
+        found = answer()
+        return found if found is None or isinstance(found, Response) else self._response(held.request, found)
+
+    def _response(self, request, found):
+        """Return the Response or Held for what an endpoint has returned."""
+        if isinstance(found, types.GeneratorType):
+            found = self._advance(request, found)
+        if isinstance(found, Held):
+            return found
+        status, value = found
+        return respond(status, value, request.id, [("Retry-After", "1")] if status == 204 else ())
+
+    def _advance(self, request, running):
+        """Advance a long operation for SLICE_SECONDS; return what it returns, or a Held to go on at once."""
+        until = time.monotonic() + SLICE_SECONDS
+        try:
+            while time.monotonic() < until:
+                next(running)
+        except StopIteration as end:
+            if end.value is None:     # it was broken off when its round was lost
+                raise Unavailable("The database could not be written; try again.") from None
+            return end.value
+        return Held(request, (), 0, None, functools.partial(self._advance, request, running))
+
+    def _guarded(self, request, function, *arguments):
+        try:
+            return function(*arguments)
+        except RoundLost:
+            raise
+        except Exception as error:
+            return self.refuse(request, error)
 
 
-# ---- 10. Server ----
-# Sockets around handle. Framing is strict (RFC 9112): what two programs could read in two ways is refused, and the
-# connection closed, so that nothing behind it is taken for a request.
+# ---- 14. Server ----
+# The loop, and strict HTTP/1.1 (RFC 9112): bytes that two programs could read in two ways are refused and the connection
+# closed, so that nothing behind them is taken for a request.
 
 REASONS = {200: "OK", 201: "Created", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
            404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 411: "Length Required",
            413: "Content Too Large", 422: "Unprocessable Content", 429: "Too Many Requests",
            431: "Request Header Fields Too Large", 500: "Internal Server Error", 503: "Service Unavailable",
            507: "Insufficient Storage"}
-TOKEN = r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)"     # RFC 9110, section 5.6.2
-REQUEST_LINE = re.compile(TOKEN + r" (?:(?i:https?)://[^/?#\x00-\x20]+([/?]?[!-~]*)|([/*][!-~]*)) HTTP/1\.([01])")
-HEADER_LINE = re.compile(TOKEN + r":[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
+READ, WRITE = 1, 2     # as in selectors
+TOKEN_PATTERN = r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)"     # RFC 9110, section 5.6.2
+REQUEST_LINE = re.compile(TOKEN_PATTERN + r" (?:(?i:https?)://[^/?#\x00-\x20]+([/?]?[!-~]*)|([/*][!-~]*)) HTTP/1\.([01])")
+HEADER_LINE = re.compile(TOKEN_PATTERN + r":[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 BARE_LF = re.compile(rb"(?<!\r)\n")
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\x00-\x08\x0a-\x1f\x7f]*)?")     # with extensions, which are dropped
+COMMON_LINES = "".join(f"{field}: {value}\r\n" for field, value in COMMON_HEADERS)
 
 
-def parse_head(head):
-    """Return (method, target, HTTP minor version, headers by lower-case name) of the lines before a body, in bytes."""
-    first, *lines = head.decode("latin-1").split("\r\n")
-    if max(map(len, (first, *lines))) > HEAD_LINE_BYTES or len(lines) > HEAD_LINES:
-        raise HeadersTooLarge(f"A request has at most {HEAD_LINES} header lines of {HEAD_LINE_BYTES} bytes.")
-    start = REQUEST_LINE.fullmatch(first)
-    if not start:
+def head_too_large():
+    """Return the error for a head with too many or too long lines."""
+    return HeadersTooLarge(f"A request has at most {HEAD_LINES} header lines of {HEAD_LINE_BYTES} bytes.")
+
+
+def body_too_large(limit):
+    """Return the error for a body over the limit in bytes."""
+    return PayloadTooLarge(f"The body is over the limit of {limit} bytes.")
+
+
+def parse_request_line(line):
+    """Return (method, target, HTTP minor version) of a request line in bytes."""
+    if len(line) > HEAD_LINE_BYTES:
+        raise head_too_large()
+    found = REQUEST_LINE.fullmatch(line.decode("latin-1"))
+    if not found:
         raise Invalid("The request line must be METHOD /path HTTP/1.1.")
+    method, of_url, target, version = found.groups()     # of_url: from a URL in full, as to a proxy
+    return method, target or (of_url if of_url.startswith("/") else "/" + of_url), version
+
+
+def parse_headers(block):
+    """Return the headers by lower-case name of header lines in bytes, as a dict that is not to be changed."""
+    lines = block.decode("latin-1").split("\r\n") if block else ()
+    if len(lines) > HEAD_LINES or len(block) > HEAD_LINE_BYTES and max(map(len, lines)) > HEAD_LINE_BYTES:
+        raise head_too_large()
     headers = {}
     for line in lines:
-        field = HEADER_LINE.fullmatch(line)
-        if not field:
+        found = HEADER_LINE.fullmatch(line)
+        if not found:
             raise Invalid("A header line must be Name: value, with no space before the colon and no control character.")
-        name, value = field[1].lower(), field[2].rstrip(" \t")
-        if name in headers and name in ("host", "content-length", "transfer-encoding"):
-            raise Invalid(f"{field[1]} was sent twice.")
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    if start[4] == "1" and "host" not in headers:
-        raise Invalid("An HTTP/1.1 request needs a Host header.")
-    target = start[3] or (start[2] if start[2].startswith("/") else "/" + start[2])     # the URL in full, as to a proxy
-    return start[1], target, start[4], headers
+        field, value = found[1].lower(), found[2].rstrip(" \t")
+        if field in headers and field in ("host", "content-length", "transfer-encoding"):
+            raise Invalid(f"{found[1]} was sent twice.")
+        headers[field] = f"{headers[field]}, {value}" if field in headers else value
+    return headers
 
 
-def rendered(response, connection, bodiless=False):
-    """Return the bytes of a response: written at once, since in two pieces Nagle's algorithm can cost 40 ms."""
-    lines = [f"HTTP/1.1 {response.status} {REASONS[response.status]}",
-             time.strftime("Date: %a, %d %b %Y %H:%M:%S GMT", time.gmtime())]
-    lines += [f"{name}: {value}" for name, value in response.headers]
-    if response.status != 204:
-        lines.append(f"Content-Length: {len(response.body)}")
-    if connection:
-        lines.append(f"Connection: {connection}")
-    return "\r\n".join(lines + ["", ""]).encode("latin-1") + (b"" if bodiless else response.body)
-
-
-def body_length(headers, limit):
-    """Return the length of the body that these headers announce; raises what is wrong with it."""
-    length = headers.get("content-length", "0")
+def body_length(headers, version, limit):
+    """Return the length of the body that these headers announce, None if it is chunked; raises Error if they are wrong."""
     if "transfer-encoding" in headers:
         if "content-length" in headers:
             raise Invalid("Content-Length and Transfer-Encoding exclude each other.")
-        raise LengthRequired("Send the body with a Content-Length; chunked bodies are not taken.")
+        if version == "0" or headers["transfer-encoding"].lower() != "chunked":
+            raise LengthRequired("Send the body with a Content-Length or, in HTTP/1.1, chunked.")
+        return None
+    length = headers.get("content-length", "0")
     if not re.fullmatch("[0-9]+", length, re.ASCII):
         raise Invalid("Content-Length must be decimal digits.")
     if len(length) > 15 or int(length) > limit:
-        raise PayloadTooLarge(f"The body is over the limit of {limit} bytes.")
+        raise body_too_large(limit)
     return int(length)
 
 
-class Connection:
-    """One client's connection: read a request, answer it, and again; it ends with its constructor, as in socketserver."""
+class Chunks:
+    """Reads a chunked body (RFC 9112, section 7.1) strictly; extensions and trailers are dropped."""
 
-    def __init__(self, sock, address, server):
-        self.sock, self.peer, self.server = sock, address[0], server
-        self._received, self._request_id, self._head_only = bytearray(), "", False
-        with contextlib.suppress(OSError):     # the client is gone, and nobody is left to tell
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            while self._serve_one():
-                pass
+    def __init__(self, limit):
+        self.body, self._limit = bytearray(), limit
+        self._room = limit + HEAD_BYTES     # for the body and its framing
+        self._size = None                   # of the chunk that comes; None: its size line comes, 0: trailers come
 
-    def _serve_one(self):
-        """Answer one request; return whether the connection can take another."""
-        started, self.server.reading[self.sock] = time.monotonic(), None
-        try:
-            request, version = self._read_request()
-        except Error as error:
-            self._send(refusal(error, self._request_id or request_id({})), "close", self._head_only)
-            self._linger()
-            return False
-        if request is None or self.server.reading.pop(self.sock, "hung up") == "hung up":
-            return False
-        response = self.server.api.handle(request)
-        wanted = request.headers.get("connection", "").lower()
-        keep = not self.server.stopping and ("keep-alive" in wanted if version == "0" else "close" not in wanted)
-        self._send(response, "close" if not keep else "keep-alive" if version == "0" else "", self._head_only)
-        self.server.log(request, response, time.monotonic() - started)
-        return keep
-
-    def _read_request(self):
-        """Return the next request and its HTTP minor version, or (None, None) if the client has left."""
-        if not self._wait_for_request():
-            return None, None
-        deadline, self._request_id, self._head_only = time.monotonic() + HEAD_SECONDS, "", False
-        seen = 0     # what has been looked at: a head that comes in single bytes is not searched anew for each
-        while (end := self._received.find(b"\r\n\r\n", max(0, seen - 3))) < 0 or end > HEAD_BYTES:
-            if BARE_LF.search(self._received, seen):
-                raise Invalid("Each line of the head must end with CR LF.")
-            if len(self._received) > HEAD_BYTES:
-                raise HeadersTooLarge(f"The head of a request has at most {HEAD_BYTES} bytes.")
-            seen = len(self._received)
-            if not self._receive(deadline):
-                return None, None
-        method, target, version, headers = parse_head(bytes(self._received[:end]))
-        del self._received[:end + 4]
-        self._request_id, self._head_only = request_id(headers), method == "HEAD"
-        length = body_length(headers, self.server.api.max_body)
-        if length and version == "1" and headers.get("expect", "").lower() == "100-continue":
-            self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        deadline = time.monotonic() + BODY_SECONDS
-        while len(self._received) < length:
-            if not self._receive(deadline):
-                return None, None
-        body = bytes(self._received[:length])
-        del self._received[:length]
-        return Request(method, target, headers, body, *self.server.origin(headers, self.peer), self._still_there), version
-
-    def _wait_for_request(self):
-        """Return whether a request has begun; RFC 9112, section 2.2: empty lines before it are skipped."""
-        deadline = time.monotonic() + IDLE_SECONDS
-        while True:
-            while self._received.startswith(b"\r\n"):
-                del self._received[:2]
-            if self._received and self._received != b"\r":
+    def take(self, data):
+        """Take from the front of a bytearray; return whether the body is whole."""
+        while self._size and len(data) >= self._size + 2 or not self._size and b"\r\n" in data[:HEAD_LINE_BYTES]:
+            before = len(data)
+            whole = self._take_chunk(data) if self._size else self._take_line(data)
+            self._room -= before - len(data)
+            if self._room < 0:
+                raise body_too_large(self._limit)
+            if whole:
                 return True
-            if not self._receive(deadline, idle=True):
-                return False
+        if not self._size and len(data) >= HEAD_LINE_BYTES:
+            raise Invalid(f"A line of a chunked body has at most {HEAD_LINE_BYTES} bytes.")
+        return False
 
-    def _receive(self, deadline, idle=False):
-        """Take in what has arrived; return False if the client has left, or was idle; raises RequestTimeout."""
-        try:
-            self.sock.settimeout(max(0.001, deadline - time.monotonic()))
-            data = self.sock.recv(65536)
-        except TimeoutError if sys.version_info >= (3, 10) else socket.timeout:
-            if idle:
-                return False
-            raise RequestTimeout("The request did not arrive in time.") from None
-        self._received += data
-        return bool(data)
+    def _take_chunk(self, data):
+        if data[self._size:self._size + 2] != b"\r\n":
+            raise Invalid("A chunk must be as long as its size says, and end with CR LF.")
+        self.body += data[:self._size]
+        del data[:self._size + 2]
+        self._size = None
 
-    def _still_there(self):
-        """Return whether the client has not hung up; what it has sent meanwhile is taken in."""
-        try:
-            self.sock.settimeout(0)
-            while len(self._received) < HEAD_BYTES:
-                data = self.sock.recv(65536)
-                if not data:
-                    return False
-                self._received += data
-        except OSError as error:     # nothing more has come, in words of TCP or of TLS; or it is gone
-            return isinstance(error, BlockingIOError) or type(error).__name__ == "SSLWantReadError"
+    def _take_line(self, data):
+        """Take a size line or a trailer; return whether it was the last line of the body."""
+        line = bytes(data[:data.index(b"\r\n")])
+        del data[:len(line) + 2]
+        if self._size == 0:
+            if line and not HEADER_LINE.fullmatch(line.decode("latin-1")):
+                raise Invalid("A trailer of a chunked body must be Name: value.")
+            return not line
+        found = CHUNK_SIZE.fullmatch(line)
+        if not found:
+            raise Invalid("The size of a chunk must be hexadecimal digits.")
+        self._size = int(found[1], 16)
+        if len(self.body) + self._size > self._limit:
+            raise body_too_large(self._limit)
+
+
+class Tls:
+    """TLS as a filter of bytes: received ones go through decrypt(), sent ones through encrypt()."""
+
+    def __init__(self, context):
+        import ssl
+        self._incomplete, self._received, self._outgoing = ssl.SSLWantReadError, ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._received, self._outgoing, server_side=True)
+        self.ready = self.ended = False     # after the handshake; after the client's last byte
+
+    def decrypt(self, data):
+        """Return the plain text of bytes, which may be empty; the handshake comes first. Raises OSError if it is no TLS."""
+        self._received.write(data)
+        plain = bytearray()
+        with contextlib.suppress(self._incomplete):
+            if not self.ready:
+                self._tls.do_handshake()
+                self.ready = True
+            while part := self._tls.read(INPUT_BYTES):
+                plain += part
+            self.ended = True
+        return plain
+
+    def encrypt(self, plain):
+        """Return the bytes to send for a plain text."""
+        self._tls.write(plain)
+        return self.pending()
+
+    def pending(self):
+        """Return bytes that TLS itself has to send: of the handshake, or an alert."""
+        return self._outgoing.read()
+
+
+def rendered(response, connection="", bodiless=False):
+    """Return the bytes of a response, to be sent at once: in two pieces, Nagle's algorithm can cost 40 ms."""
+    lines = "".join([f"{field}: {value}\r\n" for field, value in response.headers])
+    if response.status != 204:
+        lines += f"Content-Length: {len(response.body)}\r\n"
+    if connection:
+        lines += f"Connection: {connection}\r\n"
+    head = (f"HTTP/1.1 {response.status} {REASONS[response.status]}\r\n{date_line(int(time.time()))}{COMMON_LINES}"
+            f"X-Request-ID: {response.request_id}\r\n{lines}\r\n")
+    return head.encode("latin-1") + (b"" if bodiless else response.body)
+
+
+@functools.lru_cache(maxsize=1)
+def date_line(second):
+    """Return the Date header of a second of Unix time."""
+    return time.strftime("Date: %a, %d %b %Y %H:%M:%S GMT\r\n", time.gmtime(second))
+
+
+class RequestReader:
+    """Makes whole requests of the bytes of one connection."""
+
+    __slots__ = ("data", "request", "version", "bodiless", "_loop", "_peer", "_searched", "_body")
+
+    def __init__(self, loop, peer):
+        self.data = bytearray()      # received, and not parsed yet
+        self.request = None          # whose body is being read
+        self.version = "1"           # of HTTP/1.0 or HTTP/1.1, as the last request has it
+        self.bodiless = False        # whether the answer to that is a head only
+        self._loop, self._peer = loop, peer
+        self._searched = 0           # bytes of data that hold no end of a head
+        self._body = None            # the length of the body, or Chunks
+
+    def next(self):
+        """Return the next request, or None as long as it is not whole; raises the Error to refuse it with."""
+        if self.request is None and not self._read_head() or not self._read_body():
+            return None
+        request, self.request = self.request, None
+        return request
+
+    def begun(self):
+        """Return what has come of the next request: nothing (""), a part of its "head", or of its "body"."""
+        return "body" if self.request else "head" if self.data and self.data != b"\r" else ""
+
+    def unproven_bytes(self):
+        """Return how many bytes are kept of a request whose key is not checked yet."""
+        if self.request and self.request.proven:
+            return 0
+        return len(self.data) + (len(self._body.body) if isinstance(self._body, Chunks) else 0)
+
+    def wants_continue(self):
+        """Return whether the client waits for a word before it sends the body."""
+        return bool(self._body) and self.version == "1" and self.request.headers.get("expect", "").lower() == "100-continue"
+
+    def skip_body(self):
+        """Drop the body of a refused request; return whether the next request can be found behind it."""
+        found = self.request is not None and isinstance(self._body, int) and len(self.data) >= self._body
+        if found:
+            del self.data[:self._body]
+        self.request = None
+        return found
+
+    def _read_head(self):
+        data = self.data
+        while data.startswith(b"\r\n"):     # RFC 9112, section 2.2: empty lines before a request are skipped
+            del data[:2]
+        end = data.find(b"\r\n\r\n", max(0, self._searched - 3))
+        if end < 0 or end > HEAD_BYTES:
+            if BARE_LF.search(data, self._searched):
+                raise Invalid("Each line of the head must end with CR LF.")
+            if len(data) > HEAD_BYTES:
+                raise HeadersTooLarge(f"The head of a request has at most {HEAD_BYTES} bytes.")
+            self._searched = len(data)     # a head that comes in single bytes is not searched again for each
+            return False
+        line, _, block = bytes(data[:end]).partition(b"\r\n")
+        del data[:end + 4]
+        self._searched, self._body, self.bodiless = 0, None, False
+        headers = self._loop.heads.get(block) or parse_headers(block)
+        method, target, self.version = parse_request_line(line)
+        self.bodiless = method == "HEAD"
+        if self.version == "1" and "host" not in headers:
+            raise Invalid("An HTTP/1.1 request needs a Host header.")
+        self.request = Request(method, target, headers, b"", *self._loop.origin(headers, self._peer))
+        length = body_length(headers, self.version, self._loop.api.max_body)
+        self._body = Chunks(self._loop.api.max_body) if length is None else length
+        self._loop.admit(self.request, block)
         return True
 
-    def _send(self, response, connection, bodiless=False):
-        self.sock.settimeout(SEND_SECONDS)
-        self.sock.sendall(rendered(response, connection, bodiless))
+    def _read_body(self):
+        data, body = self.data, self._body
+        if isinstance(body, Chunks):
+            if not body.take(data):
+                return False
+            self.request.body = bytes(body.body)
+        elif len(data) < body:
+            return False
+        elif body:
+            self.request.body = bytes(data[:body])
+            del data[:body]
+        return True
+
+
+class Connection:
+    """One client's connection: a small state machine that never waits.
+
+    It hands whole requests to the loop, one at a time, and sends the answers. The client has until `deadline`, by
+    time.monotonic(), for whatever it owes: a request, the rest of one, or taking an answer.
+    """
+
+    __slots__ = ("loop", "sock", "peer", "tls", "reader", "request", "held", "outgoing", "answering", "last", "lingering", "eof",
+                 "closed", "events", "deadline", "alarm", "awaited", "began")
+
+    def __init__(self, loop, sock, peer, tls):
+        self.loop, self.sock, self.peer, self.tls = loop, sock, peer, tls
+        self.reader = RequestReader(loop, peer)
+        self.request = self.held = None     # the request that the bus has, and the Held if it is held
+        self.outgoing = b""                 # what the socket has not taken yet
+        self.answering = False              # whether that ends with an answer
+        self.last = False                   # whether the connection ends with this answer
+        self.lingering = False              # whether only the client's end is waited for
+        self.eof = self.closed = False      # eof: the client sends no more
+        self.events = 0                     # what the selector watches
+        self.deadline, self.alarm = float("inf"), None     # alarm: the loop's entry for the deadline
+        self.awaited = None                 # what the deadline is for: "", "head" or "body" of a request
+        self.began = 0                      # when the bus got the request
+
+    # -- Receiving --
+
+    def on_event(self, events):
+        """React to what the selector has seen."""
+        if events & WRITE:
+            self._flush()
+        if events & READ and not self.closed:
+            self._receive()
+
+    def _receive(self):
+        if self.tls and not self.tls.ready and not self.loop.may_shake_hands():
+            return
+        try:
+            data = self.sock.recv(INPUT_BYTES)
+            self.eof = not data
+            if self.tls and data:
+                data = self._decrypted(data)
+        except BlockingIOError:
+            return
+        except OSError:     # the client is gone, or speaks no TLS
+            return self.close()
+        self.reader.data += data
+        if self.eof:
+            self.loop.watch(self, self.events & ~READ)
+        if self.lingering:
+            self._linger()
+        elif self.request is None and not self.answering:
+            self.parse()
+        elif self.held and self.eof:
+            self.loop.expire(self)
+        elif len(self.reader.data) > INPUT_BYTES:
+            self.loop.watch(self, self.events & ~READ)
+
+    def _decrypted(self, data):
+        try:
+            plain = self.tls.decrypt(data)
+            self.eof = self.tls.ended
+            return plain
+        finally:
+            self._push(self.tls.pending())
+
+    def parse(self):
+        """Hand the next request to the loop, if it is whole."""
+        try:
+            request = self.reader.next()
+        except Error as error:
+            return self._refuse(error)
+        if request:
+            self._begin(request)
+            self.loop.rounds.submit(self)
+        elif self.eof:
+            self.close()
+        else:
+            self.loop.count_unproven(self, self.reader.unproven_bytes())
+            self._await(self.reader.begun())
+
+    def _begin(self, request):
+        self.request, self.began = request, self.loop.now
+        self.awaited, self.deadline = None, float("inf")
+        self.loop.owes_nothing(self)
+
+    def _refuse(self, error):
+        """Answer a request that is refused before it is whole."""
+        self._begin(self.reader.request or Request("GET", "/"))
+        self.last = not self.reader.skip_body()
+        self.loop.deliver(self, self.loop.api.refuse(self.request, error))
+
+    def _await(self, awaited):
+        """Give the client its time for what it owes now."""
+        if awaited == self.awaited:
+            return
+        if awaited == "body" and self.reader.wants_continue():
+            self._push(self._encrypted(b"HTTP/1.1 100 Continue\r\n\r\n"))
+        self.awaited = awaited
+        self.loop.arm(self, {"": IDLE_SECONDS, "head": HEAD_SECONDS, "body": BODY_SECONDS}[awaited])
+
+    def on_alarm(self):
+        """Look whether the client's time is over."""
+        self.alarm = None
+        if self.loop.now < self.deadline:
+            if self.deadline < float("inf"):
+                self.loop.arm(self, self.deadline - self.loop.now)
+        elif self.held:
+            self.loop.expire(self)
+        elif self.awaited and not self.answering:
+            self._refuse(RequestTimeout("The request did not arrive in time."))
+        else:
+            self.close()
+
+    # -- Sending --
+
+    def answer(self, response):
+        """Send the answer to the request that the bus has had."""
+        request, self.request = self.request, None
+        wanted, old = request.headers.get("connection", "").lower(), self.reader.version == "0"
+        self.last = self.last or self.loop.stopping or ("keep-alive" not in wanted if old else "close" in wanted)
+        self.loop.log(request, response, self.began)
+        self.answering = True
+        self._push(self._encrypted(rendered(response, "close" if self.last else "keep-alive" if old else "",
+                                            self.reader.bodiless)))
+
+    def _encrypted(self, data):
+        return self.tls.encrypt(data) if self.tls else data
+
+    def _push(self, data):
+        """Send bytes, and keep what the socket does not take."""
+        self.outgoing = b"".join((self.outgoing, data)) if self.outgoing else data
+        if self.outgoing and not self.closed:
+            self._flush()
+
+    def _flush(self):
+        try:
+            sent = self.sock.send(self.outgoing)
+        except BlockingIOError:
+            sent = 0
+        except OSError:     # the client is gone
+            return self.close()
+        if sent < len(self.outgoing):
+            self.outgoing = memoryview(self.outgoing)[sent:]
+            self.loop.watch(self, self.events | WRITE)
+            return self.loop.arm(self, SEND_SECONDS)
+        self.outgoing = b""
+        self.loop.watch(self, self.events & ~WRITE)
+        if self.answering:
+            self.answering = False
+            self._go_on()
+
+    def _go_on(self):
+        """Go on after an answer."""
+        if self.last:
+            return self._linger()
+        self.loop.owes_request(self)
+        if not self.eof:
+            self.loop.watch(self, self.events | READ)
+        if self.reader.data or self.eof:
+            self.loop.ready.append(self)     # the selector does not tell of bytes that are here already
+        else:
+            self._await("")
 
     def _linger(self):
-        """Let a refused client read the answer: closing with its bytes unread would reset the connection at once."""
-        self.sock.shutdown(socket.SHUT_WR)
-        deadline = time.monotonic() + LINGER_SECONDS
-        with contextlib.suppress(Error):
-            while time.monotonic() < deadline and self._receive(deadline):
-                self._received.clear()
+        """Wait for the client's end: to close with bytes unread would reset the connection, and lose the answer."""
+        self.reader.data.clear()
+        if self.eof or self.loop.stopping:
+            return self.close()
+        if not self.lingering:
+            self.lingering = True
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_WR)
+            self.loop.arm(self, LINGER_SECONDS)
+
+    def close(self):
+        """End the connection; the answer to a request that the bus still has is dropped."""
+        if not self.closed:
+            self.closed = True
+            self.loop.forget(self)
+            self.sock.close()
 
 
-class Threads:
-    """What ThreadingHTTPServer lacks: threads that serve one connection after the other, a limit, and a quiet end."""
+class Rounds:
+    """Answers requests in rounds: one transaction and one commit for all that are there.
+
+    A job is (connection, run), where run() returns a Response, a Held, or None to wait on. A held claim is attempted right
+    after the block that made an intent ready for it, in the same transaction. If the transaction is lost, nothing of it is
+    answered: its requests run again, each in a round of its own, and its held claims wait on.
+    """
+
+    def __init__(self, loop):
+        self._loop, self._api, self._store = loop, loop.api, loop.api.bus.store
+        self._reads, self._reports, self._writes = (collections.deque() for _ in range(3))
+        self._ran = []                       # (connection, run, outcome) of the round; run is None for a held claim
+        self._lanes = collections.deque()    # lanes with an intent to be offered to held claims
+        self._offered = []                   # lanes of which the round has offered an intent
+        self._tried = set()                  # held claims that the round has attempted
+        self._seen = 0                       # blocks of the round whose moves are taken in
+        self._told = False                   # whether those who wait for events have a job
+        self._slow = False                   # whether the last commit was slow
+        self._retry_at = 0                   # when to try again, while another program holds the file
+
+    def submit(self, connection):
+        """Take in the request of a connection."""
+        jobs = self._reads
+        if self._api.writes(connection.request):
+            jobs = self._reports if connection.request.path.startswith(REPORTS) else self._writes
+        jobs.append((connection, functools.partial(self._api.handle, connection.request)))
+
+    def ask(self, run, connection=None):
+        """Take in a job that may write: housekeeping, or the next slice of a long operation."""
+        self._writes.append((connection, run))
+
+    def expire(self, held):
+        """Take in a held request whose time is over."""
+        self._reads.append((held.connection, functools.partial(self._expire, held)))
+
+    def attempt_all(self, key=None):
+        """Attempt the requests that are held for a key, or all of them."""
+        for held in self._loop.waiting.all(key):
+            jobs = self._writes if self._api.writes(held.request) else self._reads
+            jobs.append((held.connection, functools.partial(self._attempt, held)))
+
+    def learn(self, moves):
+        """Attempt the requests that are held for events, or for the end of an intent, now that it is on disk."""
+        for move in moves:
+            if move.intent.ended:
+                self.attempt_all(move.intent.id)
+        if not self._told and any(move.event for move in moves):
+            self._told = True
+            self.attempt_all(EVENT_KEY)
+            self._reads.append((None, functools.partial(setattr, self, "_told", False)))
+
+    def apart(self, function, then=None):
+        """Run a function that writes in a thread; reads go on meanwhile, and the next round begins after it."""
+        self._store.busy_since = self._loop.now
+        self._loop.in_thread(function, then or self._end_apart)
+
+    def delay(self):
+        """Return in how many seconds work() has something to do; float("inf") if that is unknown."""
+        if self._reads:
+            return 0
+        if not (self._reports or self._writes or self._lanes) or self._store.busy_since is not None:
+            return float("inf")
+        return max(0, self._retry_at - self._loop.now)
+
+    def work(self):
+        """Run a round of jobs that may write, then reads, which see what is committed."""
+        if self._store.busy_since is None and self._loop.now >= self._retry_at:
+            if self._reports or self._writes or self._lanes:
+                self._round()
+        until = time.monotonic() + ROUND_SECONDS
+        while self._reads and time.monotonic() < until:
+            connection, run = self._reads.popleft()
+            self._loop.deliver(connection, run())
+
+    def _round(self):
+        try:
+            self._store.begin()
+        except Error as error:
+            self._retry_at = self._loop.now + LOCK_CHECK_SECONDS
+            return self._refuse_waiting(error, LOCK_SECONDS if isinstance(error, Busy) else 0)
+        try:
+            self._run_jobs()
+            self._store.prepare()
+        except (RoundLost, Error):
+            return self._repeat()
+        if self._slow:
+            self.apart(self._commit, self._committed)
+        else:
+            self._committed(self._commit())
+
+    def _run_jobs(self):
+        """Run reports first, then other jobs, each followed by the held claims that it gives an intent to."""
+        until = time.monotonic() + ROUND_SECONDS
+        self._offer_lanes()
+        while len(self._ran) < ROUND_REQUESTS and (jobs := self._reports or self._writes) and time.monotonic() < until:
+            connection, run = jobs.popleft()
+            at = len(self._ran)
+            self._ran.append((connection, run, None))     # known before it runs: it runs again if the round is lost
+            outcome = run()
+            if isinstance(outcome, Held):     # at once, so that the next job of this round finds it
+                outcome = self._loop.hold(connection, outcome)
+            self._ran[at] = connection, run, outcome
+            self._offer_lanes()
+
+    def _offer_lanes(self):
+        """Attempt, for each intent that got ready, the claim that is held longest for it."""
+        self._take_in_moves()
+        while self._lanes and len(self._tried) < ROUND_REQUESTS:
+            lane = self._lanes.popleft()
+            held = self._loop.waiting.first(covering_lanes(lane), self._tried)
+            if held is None:
+                continue
+            self._offered.append(lane)
+            self._tried.add(held)
+            answer = self._api.attempt(held)
+            claimed = self._take_in_moves()
+            if answer is not None:
+                self._ran.append((held.connection, None, answer))
+                if lane not in claimed:     # it was refused, or took another intent: the next one is attempted
+                    self._lanes.appendleft(lane)
+
+    def _take_in_moves(self):
+        """Note the lanes in which intents got ready since the last call; return those in which one was claimed."""
+        moves = [move for block in self._store.round[self._seen:] for move in block.moves]
+        self._seen = len(self._store.round)
+        if self._loop.waiting:
+            self._lanes += [move.intent.lane for move in moves if move.intent.ready]
+        return {move.intent.lane for move in moves if move.event == "claimed"}
+
+    def _commit(self):
+        """Commit the round, in whichever thread; return the error, or None."""
+        began = time.monotonic()
+        try:
+            self._store.commit()
+        except Error as error:
+            return error
+        finally:
+            self._slow = self._store.database.commits_apart and time.monotonic() - began > SLOW_COMMIT_SECONDS
+
+    def _committed(self, error):
+        """Send the answers of a round that is on disk; or repeat it after an error."""
+        self._store.busy_since = None
+        if error:
+            return self._repeat()
+        ran = self._end_round()
+        self._store.finish()
+        for connection, _, outcome in ran:
+            self._loop.deliver(connection, outcome)
+        if self._store.database.log_is_long():
+            self.apart(self._store.database.truncate_log)
+
+    def _end_round(self):
+        ran, self._ran, self._offered, self._seen = self._ran, [], [], 0
+        self._tried.clear()
+        return ran
+
+    def _repeat(self):
+        """Run each request of a lost round in a round of its own, so that it meets its own error."""
+        self._store.abandon()
+        self._lanes += self._offered
+        for connection, run, _ in self._end_round():
+            if run and connection:     # a held claim waits on, and housekeeping comes again
+                self._loop.release(connection)
+                self._loop.deliver(connection, self._run_alone(connection, run))
+
+    def _run_alone(self, connection, run):
+        try:
+            self._store.begin()
+            outcome = run()
+            self._take_in_moves()
+            self._store.prepare()
+            self._store.commit()
+        except RoundLost as error:
+            self._store.abandon()
+            return self._api.refuse(connection.request, error.cause)
+        except Error as error:
+            self._store.abandon()
+            return self._api.refuse(connection.request, error)
+        finally:
+            self._seen = 0
+        self._store.finish()
+        return outcome
+
+    def _refuse_waiting(self, error, seconds):
+        """Refuse requests that have waited for that many seconds; /health has less patience."""
+        for jobs in (self._reports, self._writes):
+            for connection, run in [jobs.popleft() for _ in range(len(jobs))]:
+                patience = min(seconds, RECHECK_SECONDS) if connection and connection.request.endpoint is health else seconds
+                if connection and self._loop.now - connection.began >= patience:
+                    self._loop.deliver(connection, self._api.refuse(connection.request, error))
+                elif connection:     # housekeeping comes again
+                    jobs.append((connection, run))
+
+    def _attempt(self, held):
+        """Return the answer to a held request, if there is one and it is still held."""
+        return self._api.attempt(held) if held.connection.held is held and held not in self._tried else None
+
+    def _expire(self, held):
+        """Return the answer to a held request whose time is over."""
+        if held in self._tried:     # its answer is being committed
+            self._loop.arm(held.connection, LOCK_CHECK_SECONDS)
+        elif held.connection.held is held:
+            return self._api.expire(held)
+
+    def _end_apart(self, error):
+        self._store.busy_since = None
+
+
+class Loop:
+    """The selector loop of Server, which is made of this class and http.server.ThreadingHTTPServer.
+
+    Server has the socket of that class, and how it is bound, activated and accepts; serve_forever() and shutdown() are the
+    loop's. ThreadingMixIn's threads are for work that waits, such as a slow commit: process_request() takes it, as it takes
+    a datagram in UDPServer, finish_request() does it in a thread, and the loop gets the result through a socket.
+    """
 
     request_queue_size = BACKLOG
     daemon_threads = True
-    allow_reuse_address = POSIX     # elsewhere it would let a second server take the port
+    allow_reuse_address = POSIX     # elsewhere a second server could take the port
 
-    def serve_in(self, api, log, trust_proxy, tls):
+    def open(self, api, log, trust_proxy, tls):
         """Take the API to serve, and the options of http_server."""
+        import selectors
         self.api, self._logging, self._trust_proxy, self._tls = api, log, trust_proxy, tls
-        self.stopping = False
-        self._limit = connection_limit()
-        self._open, self._idle = set(), 0
-        self.reading = collections.OrderedDict()     # socket: None, of those that owe us a request, the longest first
-        self._lock = threading.Lock()
-        self._work = queue.SimpleQueue()
+        self.now, self.stopping = time.monotonic(), False
+        self.waiting, self.heads = Waiting(), {}    # heads: parsed headers by their bytes, of known callers
+        self.ready = []                             # connections with bytes that are not parsed yet
+        self._connections, self._limit = set(), connection_limit()
+        self._owing = collections.OrderedDict()     # connections that owe a request, the longest first
+        self._unproven = collections.OrderedDict()  # connection: bytes kept before its key is checked
+        self._unproven_bytes = self._handshakes = self._tick_at = self._housekeeping_at = 0
+        self._alarms, self._numbers = [], itertools.count()     # a heap of [when, number, function or None]
+        self._handed = collections.deque()          # (function, result of a thread) for the loop
+        self._ended = threading.Event()             # set while no serve_forever() runs
+        self._ended.set()
+        self._selector = selectors.DefaultSelector()
+        self._woken, self.wakeup = socket.socketpair()     # a byte sent to wakeup ends the wait of the loop
+        for sock in (self.socket, self._woken, self.wakeup):
+            sock.setblocking(False)
+        self._selector.register(self._woken, READ, self._on_wakeup)
+        self._selector.register(self.socket, READ, self._accept)
+        self.rounds = (api.bus.store.database.rounds or Rounds)(self)
+        api.bus.on_news, api.held_requests = self.rounds.learn, self.waiting.__len__
+
+    # -- The loop --
+
+    def serve_forever(self, poll_interval=None):
+        """Serve until stop() or shutdown() is called; then answer what is running, for SHUTDOWN_SECONDS at most."""
+        self._ended.clear()
+        try:
+            while not self.stopping:
+                self._turn(self._timeout())
+            self._drain()
+        finally:
+            self._ended.set()
+
+    def _turn(self, timeout):
+        """Receive what has arrived; do what time has brought; answer and send."""
+        for key, events in self._selector.select(timeout):
+            self._safely(key.data, events)
+        self.now, self._handshakes = time.monotonic(), 0
+        ready, self.ready = self.ready, []
+        for connection in ready:
+            if not connection.closed and connection.request is None:
+                self._safely(connection.parse)
+        while self._alarms and self._alarms[0][0] <= self.now:
+            _, _, alarm = heapq.heappop(self._alarms)
+            if alarm:
+                self._safely(alarm)
+        self._look_around()
+        self.rounds.work()
+
+    def _timeout(self):
+        """Return for how many seconds there is nothing to do, unless something arrives."""
+        if self.ready or self._handed:
+            return 0
+        alarm = self._alarms[0][0] if self._alarms else float("inf")
+        due = max(self._housekeeping_at - self.now, self.api.bus.next_due - self.api.bus.clock.now())
+        return max(0, min(alarm - self.now, self._tick_at - self.now, due, self.rounds.delay()))
+
+    def _safely(self, function, *arguments):
+        """Call a method of a connection; a bug in it ends that connection only."""
+        try:
+            function(*arguments)
+        except Exception:
+            log_traceback("a connection failed")
+            if isinstance(function.__self__, Connection):
+                function.__self__.close()
+
+    def _look_around(self):
+        """Have due transitions applied at once; look every RECHECK_SECONDS after everything else."""
+        bus = self.api.bus
+        due = bus.next_due <= bus.clock.now()
+        if self.now >= self._tick_at:
+            self._tick_at = self.now + RECHECK_SECONDS
+            bus.registry.forget_silent(bus.clock.now())
+            if bus.store.busy_since is None:
+                with contextlib.suppress(Error):     # requests meet it as well
+                    self._look_at_database(bus)
+            due = due or bus.housekeeping_due()
+        if due and self.now >= self._housekeeping_at:
+            self._housekeeping_at = self.now + RECHECK_SECONDS     # earlier, if it succeeds
+            self.rounds.ask(self._housekeeping)
+
+    def _look_at_database(self, bus):
+        database = bus.store.database
+        if database.changed_elsewhere():
+            bus.distrust_memory()
+            self.api.keys.reload()
+            self.rounds.attempt_all()
+        if bus.clock.step():
+            self.rounds.apart(bus.shift_clock)
+
+    def _housekeeping(self):
+        with contextlib.suppress(Error):
+            self.api.housekeeping()
+            return True
+
+    def _drain(self):
+        """Accept nothing more; answer held requests now, and running ones once they are done."""
+        self._pause_accepting(None)
+        self.socket.close()
+        for connection in list(self._connections):
+            if connection.held:
+                self.expire(connection)
+            elif connection.request is None and not connection.answering:
+                connection.close()
+        until = time.monotonic() + SHUTDOWN_SECONDS
+        while self._connections and (left := until - time.monotonic()) > 0:
+            self._turn(min(left, self._timeout()))
+
+    def stop(self):
+        """Let serve_forever() end; for signal handlers and other threads."""
+        self.stopping = True
+        self._wake()
+
+    def shutdown(self):
+        """Stop, and wait until serve_forever() has ended."""
+        self.stop()
+        self._ended.wait()
+
+    def close(self):
+        """Stop, let go of all sockets, and put on record what only memory knows."""
+        self.shutdown()
+        for connection in list(self._connections):
+            connection.close()
+        self.server_close()
+        self._selector.close()
+        self._woken.close()
+        self.wakeup.close()
+        self.api.close()
+
+    # -- Threads --
+
+    def in_thread(self, function, then):
+        """Run a function that waits in a thread, if there is one; the loop then calls then(result), or then(error)."""
+        try:
+            self.process_request((function, then), None)
+        except RuntimeError:     # this machine gives us no more threads
+            self.finish_request((function, then), None)
+
+    def finish_request(self, request, client_address):
+        """Run the function of in_thread(), in its thread."""
+        function, then = request
+        try:
+            result = function()
+        except Exception as error:
+            result = error
+        self.hand_over(then, result)
+
+    def hand_over(self, function, result):
+        """Have the loop call function(result); for threads."""
+        self._handed.append((function, result))
+        self._wake()
+
+    def shutdown_request(self, request):
+        """Do nothing: what ThreadingMixIn calls a request is work of in_thread()."""
+
+    def _wake(self):
+        with contextlib.suppress(OSError):     # its buffer is full, so the loop wakes anyway; or it is closed
+            self.wakeup.send(b"\0")
+
+    def _on_wakeup(self, events):
+        with contextlib.suppress(BlockingIOError):
+            self._woken.recv(INPUT_BYTES)
+        while self._handed:
+            then, result = self._handed.popleft()
+            then(result)
+
+    # -- Connections --
 
     def server_bind(self):
         """Bind without looking up the name of this machine, which takes 30 s where there is no DNS."""
@@ -3273,12 +4309,103 @@ class Threads:
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
 
-    def get_request(self):
-        """Accept a connection; its TLS handshake is made by the thread that reads it first."""
-        sock, address = super().get_request()
-        if self._tls:
-            sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-        return sock, address
+    def _accept(self, events):
+        for _ in range(ROUND_REQUESTS):
+            try:
+                sock, address = self.get_request()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno == errno.ECONNABORTED:
+                    continue
+                return self._pause_accepting(ACCEPT_PAUSE_SECONDS)     # no descriptors are left, for one
+            self._connect(sock, address)
+
+    def _pause_accepting(self, seconds):
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(self.socket)
+            if seconds:
+                self._call_at(self.now + seconds, functools.partial(self._selector.register, self.socket, READ, self._accept))
+
+    def _connect(self, sock, address):
+        sock.setblocking(False)
+        with contextlib.suppress(OSError):     # the client is gone already
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if len(self._connections) >= self._limit and not self._owing:
+            return self._turn_away(sock)
+        if len(self._connections) >= self._limit:     # idle and slow clients lock nobody out
+            next(iter(self._owing)).close()
+        connection = Connection(self, sock, address[0], Tls(self._tls) if self._tls else None)
+        self._connections.add(connection)
+        self.owes_request(connection)
+        self.watch(connection, READ)
+        self.arm(connection, IDLE_SECONDS)
+
+    def _turn_away(self, sock):
+        error = Unavailable("The bus has too many connections; try again.", "too_many_connections")
+        with sock, contextlib.suppress(OSError):
+            sock.send(rendered(refusal(error, request_id({})), "close"))
+
+    def owes_request(self, connection):
+        """Note that a client is to send a request."""
+        self._owing[connection] = None
+
+    def owes_nothing(self, connection):
+        """Note that a client waits for its answer."""
+        self._owing.pop(connection, None)
+        self.count_unproven(connection, 0)
+
+    def count_unproven(self, connection, number):
+        """Account for bytes that are kept before a key is checked; if they are too many, the oldest connection ends."""
+        self._unproven_bytes += number - self._unproven.get(connection, 0)
+        self._unproven[connection] = number
+        if not number:
+            del self._unproven[connection]
+        while self._unproven_bytes > UNPROVEN_BYTES:
+            next(iter(self._unproven)).close()
+
+    def may_shake_hands(self):
+        """Return whether there is time for another TLS handshake in this turn."""
+        self._handshakes += 1
+        return self._handshakes <= HANDSHAKES
+
+    def watch(self, connection, events):
+        """Have the selector tell a connection of these events."""
+        if events == connection.events:
+            return
+        if not connection.events:
+            self._selector.register(connection.sock, events, connection.on_event)
+        elif events:
+            self._selector.modify(connection.sock, events, connection.on_event)
+        else:
+            self._selector.unregister(connection.sock)
+        connection.events = events
+
+    def arm(self, connection, seconds):
+        """Give a client that many seconds from now. A later deadline costs nothing: the alarm is moved when it rings."""
+        connection.deadline = self.now + seconds
+        if connection.alarm is None or connection.deadline < connection.alarm[0]:
+            self._disarm(connection)
+            connection.alarm = self._call_at(connection.deadline, connection.on_alarm)
+
+    def _disarm(self, connection):
+        if connection.alarm:
+            connection.alarm[2] = connection.alarm = None
+
+    def _call_at(self, when, function):
+        entry = [when, next(self._numbers), function]
+        heapq.heappush(self._alarms, entry)
+        return entry
+
+    def forget(self, connection):
+        """Let go of a connection that is closed."""
+        self.watch(connection, 0)
+        self._disarm(connection)
+        self.release(connection)
+        self.owes_nothing(connection)
+        self._connections.discard(connection)
+
+    # -- Requests --
 
     def origin(self, headers, peer):
         """Return the client's address, and whether it sent the request encrypted; a trusted proxy knows better."""
@@ -3286,85 +4413,67 @@ class Threads:
             return peer, bool(self._tls)
         return forwarded(headers, peer, bool(self._tls))
 
-    def process_request(self, sock, address):
-        """Give a connection to an idle thread, or to a new one."""
-        with self._lock:
-            if len(self._open) >= self._limit and not self._make_room():
-                return self._turn_away(sock)
-            self._open.add(sock)
-            new = not self._idle
-            self._idle -= not new
-        if not new:
-            return self._work.put((sock, address))
-        try:
-            threading.Thread(target=self._serve, args=(sock, address), daemon=True).start()
-        except RuntimeError:     # this machine gives us no more threads
-            with self._lock:
-                self._open.discard(sock)
-            self._turn_away(sock)
+    def admit(self, request, block):
+        """Let the API look at a head; keep its headers for the next request, if it knows the caller."""
+        self.api.admit(request)
+        if request.who and request.proven and not request.signing_key and len(block) <= CACHED_HEAD_BYTES:
+            if len(self.heads) >= CACHED_HEADS:
+                self.heads.clear()
+            self.heads[block] = request.headers
 
-    def _serve(self, sock, address):
-        while True:
-            self.process_request_thread(sock, address)
-            with self._lock:
-                self._open.discard(sock)
-                self.reading.pop(sock, None)
-                if self._idle >= IDLE_THREADS:
-                    return
-                self._idle += 1
-            sock, address = self._work.get()
+    def deliver(self, connection, outcome):
+        """Send a Response, hold a Held; None changes nothing."""
+        if connection is None:     # of housekeeping, outcome tells whether it succeeded
+            self._housekeeping_at = 0 if outcome else self._housekeeping_at
+        elif isinstance(outcome, Held):
+            self.hold(connection, outcome)
+        elif outcome and connection.request and not connection.closed:
+            self.release(connection)
+            self._safely(connection.answer, outcome)
 
-    def _make_room(self):
-        """Hang up on the connection that has owed us a request for longest, so that idle and slow ones lock out nobody."""
-        if not self.reading or len(self._open) > self._limit + SPARE_FILES // 2:     # these have not gone yet
-            return False
-        with contextlib.suppress(OSError, KeyError):     # it is just leaving
-            socket.socket.shutdown(self.reading.popitem(last=False)[0], socket.SHUT_RDWR)
-        return True
+    def hold(self, connection, held):
+        """Hold the request of a connection; one that is held for no time goes on in the next round."""
+        if connection.closed:
+            return
+        connection.held, held.connection = held, connection
+        if held.keys:
+            self.waiting.hold(held)
+        if not held.seconds:
+            self.rounds.ask(functools.partial(self.api.expire, held), connection)
+        elif connection.eof:
+            self.expire(connection)
+        else:
+            self.arm(connection, held.seconds)
 
-    def _turn_away(self, sock):
-        error = Unavailable("The bus has too many connections; try again.", "too_many_connections")
-        with contextlib.suppress(OSError):
-            sock.settimeout(0)
-            sock.sendall(rendered(refusal(error, request_id({})), "close"))
-        self.shutdown_request(sock)
+    def expire(self, connection):
+        """Have a held request answered now, as if its time were over."""
+        held = connection.held
+        self.release(connection)
+        connection.held = held
+        self.rounds.expire(held)
 
-    def handle_error(self, request, client_address):
-        """Say what went wrong with a connection, on stderr; the others go on."""
-        import traceback
-        print(f"intentbus: a connection failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+    def release(self, connection):
+        """Hold the request of a connection no longer."""
+        if connection.held in self.waiting:
+            self.waiting.release(connection.held)
+        connection.held, connection.deadline = None, float("inf")
 
-    def log(self, request, response, seconds):
+    def log(self, request, response, began):
         """Write a line of JSON about a request, if that is wanted."""
         if self._logging:
             print(json.dumps(dict(time=round(time.time(), 3), peer=request.peer, method=request.method, path=request.path,
-                                  status=response.status, ms=round(seconds * 1000, 1), request_id=request.id)),
-                  file=sys.stderr, flush=True)     # in ASCII, since a log is read on a terminal
-
-    def close(self):
-        """Take no more requests, answer those that run, and return once they are, or after SHUTDOWN_SECONDS."""
-        self.stopping = True
-        self.shutdown()
-        self.server_close()
-        self.api.bus.stop()
-        deadline = time.monotonic() + SHUTDOWN_SECONDS
-        with self._lock:
-            for sock in self._open:
-                with contextlib.suppress(OSError):     # an idle thread reads the end, a busy one can still answer
-                    socket.socket.shutdown(sock, socket.SHUT_RD)     # not that of TLS, which would end the encryption
-        while self._open and time.monotonic() < deadline:
-            time.sleep(0.01)
-        self.api.keys.write_usage()
+                                  status=response.status, ms=round((time.monotonic() - began) * 1000, 1),
+                                  request_id=request.id)), file=sys.stderr, flush=True)     # ASCII, safe for a terminal
 
 
 def forwarded(headers, peer, secure):
-    """Return what a proxy says of the client: its address (the last one, which the proxy itself has seen), and if https."""
+    """Return the client's address, the last one, which the proxy has seen itself, and whether the client used https."""
     peer = headers.get("x-forwarded-for", peer).rpartition(",")[2].strip()
     return peer, headers.get("x-forwarded-proto", "https" if secure else "").rpartition(",")[2].strip() == "https"
 
 
 def connection_limit():
-    """Return how many connections this process may have, after raising its limit of open files as far as it goes."""
+    """Return how many connections this process may have, after raising its limit of open files as far as possible."""
     try:
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -3378,28 +4487,27 @@ def connection_limit():
 
 
 def http_server(api, host="127.0.0.1", port=8787, log=False, trust_proxy=False, tls=None):
-    """Return a server that is bound to host and port; port 0 picks a free one, see its server_port.
+    """Return a Server that is bound to host and port; port 0 picks a free one, see its server_port.
 
     log writes a line for each request, trust_proxy believes X-Forwarded-*, tls is (certificate file, key file). Call
     serve_forever() in one thread and close() in another. Raises SetupError if the address cannot be had.
     """
-    from http.server import ThreadingHTTPServer
-    kind = type("Server", (Threads, ThreadingHTTPServer),
-                {"address_family": socket.AF_INET6 if ":" in host else socket.AF_INET})
+    from http.server import ThreadingHTTPServer     # not at the top: it would slow down every publish
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    server_class = type("Server", (Loop, ThreadingHTTPServer), {"address_family": family})
     threading.stack_size(STACK_BYTES)
     context = tls and tls_context(*tls)
     try:
-        server = kind((host, port), Connection)
+        server = server_class((host, port), None)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise SetupError(f"The bus cannot listen on {host} port {port}: {reason}; choose another --port.") from error
-    server.serve_in(api, log, trust_proxy, context)
-    api.bus.start()
+    server.open(api, log, trust_proxy, context)
     return server
 
 
 def tls_context(certificate, key):
-    """Return the TLS settings of a server; raises SetupError if the files are not what they should be."""
+    """Return the TLS settings of a server; raises SetupError if the files cannot be used."""
     import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -3420,71 +4528,91 @@ def owner_key(path=KEY_FILE):
     return make_key(path), f"new, in {path}"
 
 
-def switched_on(name):
-    """Return whether an environment variable says yes."""
-    return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
+def switched_on(variable):
+    """Return whether an environment variable is set to 1, true, yes or on."""
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")
 
 
-def api_of(store, key, require_claim_token=False, retention=RETENTION_SECONDS, rate=RATE_PER_MINUTE, most=UNFINISHED,
-           max_body=BODY_BYTES, require_signatures=False, announce_dead=False):
-    """Return the API of a store, with what the environment says: secrets, and BUS_* switches that are set to 1."""
+def api_of(store, key, require_claim_token=False, retention=RETENTION_SECONDS, rate=RATE_PER_MINUTE,
+           max_unfinished=UNFINISHED, max_body=BODY_BYTES, require_signatures=False, announce_dead=False):
+    """Return the API of a store, with the secrets and the BUS_* switches of the environment."""
     keys = Keys(key, store, os.environ.get("BUS_ADMIN_SECRET"), os.environ.get("DASHBOARD_PASSWORD"),
-                os.environ.get("BUS_METRICS_TOKEN"), require_signatures or switched_on("BUS_REQUIRE_SIGNATURES"), rate, most)
-    return API(Bus(store, require_claim_token, retention, announce_dead), keys, max_body, switched_on("BUS_ENFORCE_HTTPS"),
-               switched_on("BUS_MAINTENANCE_MODE"))
+                os.environ.get("BUS_METRICS_TOKEN"), require_signatures or switched_on("BUS_REQUIRE_SIGNATURES"), rate,
+                max_unfinished)
+    bus = Bus(store, None, require_claim_token, retention, announce_dead)
+    return API(bus, keys, max_body, switched_on("BUS_ENFORCE_HTTPS"), switched_on("BUS_MAINTENANCE_MODE"))
 
 
-STORES = {"file": Store}     # by the scheme of a URL, or else "file", what opens the database; see examples/postgres_bus.py
+def database_path(given=None):
+    """Return the path of the database: the one given, that of BUS_DB_PATH, or intentbus.db; raises SetupError for a URL."""
+    path = given or os.environ.get("BUS_DB_PATH") or "intentbus.db"
+    if "://" in path:
+        raise SetupError(f"{path.partition('://')[0]}:// is no file; for PostgreSQL there is examples/postgres_bus.py.")
+    return path
 
 
-def open_store(where=None):
-    """Return the store of a file, or of a URL of a scheme in STORES; by default that of BUS_DB_PATH, else of intentbus.db."""
-    where = where or os.environ.get("BUS_DB_PATH") or "intentbus.db"
-    scheme = re.match("([a-z]+)://", where)
-    kind = scheme[1] if scheme else "file"
-    try:
-        store = STORES[kind]
-    except KeyError:
-        raise SetupError(f"intentbus.py itself opens SQLite files, and no {kind}://; for PostgreSQL there is "
-                         "examples/postgres_bus.py.") from None
-    return store(where)
+class WsgiApplication:
+    """The bus under WSGI (PEP 3333), with the settings of the environment: the same handle(), called by one thread at a time.
 
-
-WSGI_STARTING = threading.Lock()     # of the first requests, one opens the database
-
-
-@functools.lru_cache(maxsize=None)
-def wsgi_api(process):
-    """Return the API of this process: a forked worker opens the database anew."""
-    return api_of(open_store(), owner_key()[0])
-
-
-def application(environ, start_response):
-    """Serve the bus under WSGI (PEP 3333), with the settings of the environment; needs no thread of its own.
-
-    A request is held only where others can be answered meanwhile. One process at a time may serve a database.
+    A request is held only where the server has threads, and each has a commit of its own. open_store returns the Store;
+    only one process at a time may serve a file.
     """
-    headers = {name[5:].replace("_", "-").lower(): value for name, value in environ.items() if name.startswith("HTTP_")}
-    headers["content-type"] = environ.get("CONTENT_TYPE", "")
-    if environ.get("CONTENT_LENGTH"):
-        headers["content-length"] = environ["CONTENT_LENGTH"]
-    try:
-        with WSGI_STARTING:
-            api = wsgi_api(os.getpid())
-        api.bus.tend_sometimes()
-        response = api.handle(wsgi_request(environ, headers, api.max_body))
-    except SetupError as error:
-        response = refusal(Unavailable(str(error), "maintenance"), request_id(headers))
-    except Error as error:
-        response = refusal(error, request_id(headers))
-    length = [] if response.status == 204 else [("Content-Length", str(len(response.body)))]
-    start_response(f"{response.status} {REASONS[response.status]}", [*response.headers, *length])
-    return [b"" if environ["REQUEST_METHOD"] == "HEAD" else response.body]
+
+    def __init__(self, open_store):
+        self._open_store, self._turn = open_store, threading.Condition()     # whose lock is held while a request is handled
+        self._api = self._process = None
+
+    def __call__(self, environ, start_response):
+        headers = {key[5:].replace("_", "-").lower(): value for key, value in environ.items() if key.startswith("HTTP_")}
+        headers["content-type"] = environ.get("CONTENT_TYPE", "")
+        if environ.get("CONTENT_LENGTH"):
+            headers["content-length"] = environ["CONTENT_LENGTH"]
+        try:
+            with self._turn:
+                response = self._answer(self._opened(), environ, headers)
+        except SetupError as error:
+            response = refusal(Unavailable(str(error), "maintenance"), request_id(headers))
+        except Error as error:
+            response = refusal(error, request_id(headers))
+        length = [] if response.status == 204 else [("Content-Length", str(len(response.body)))]
+        start_response(f"{response.status} {REASONS[response.status]}",
+                       [*COMMON_HEADERS, ("X-Request-ID", response.request_id), *response.headers, *length])
+        return [b"" if environ["REQUEST_METHOD"] == "HEAD" else response.body]
+
+    def _opened(self):
+        """Return the API of this process: a forked one opens the database again."""
+        if self._process != os.getpid():
+            self._api, self._process = api_of(self._open_store(), owner_key()[0]), os.getpid()
+            self._api.bus.on_news = lambda moves: self._turn.notify_all()
+        return self._api
+
+    def _answer(self, api, environ, headers):
+        request = wsgi_request(environ, headers, api.max_body)
+        with contextlib.suppress(Error):
+            api.housekeeping()
+        answer = api.handle(request)
+        while isinstance(answer, Held):     # and other threads have their turn
+            held, answer, until = answer, None, time.monotonic() + answer.seconds
+            while answer is None and (left := until - time.monotonic()) > 0:
+                self._turn.wait(min(left, RECHECK_SECONDS))
+                answer = held.attempt and api.attempt(held)
+            answer = answer or api.expire(held)
+        return answer
+
+    def close(self):
+        """Put on record what only memory knows, and let go of the database."""
+        with self._turn:
+            if self._api:
+                self._api.close()
+                self._api.bus.store.close()
+            self._api = self._process = None
 
 
 def wsgi_request(environ, headers, max_body):
     """Return the request that a WSGI environment describes."""
-    length = body_length(headers, max_body)
+    length = body_length(headers, "1", max_body)
+    if length is None:
+        raise LengthRequired("Send the body with a Content-Length; chunked bodies are not taken here.")
     body = environ["wsgi.input"].read(length)
     if len(body) < length:
         raise Invalid("The body ended before its Content-Length.")
@@ -3492,12 +4620,14 @@ def wsgi_request(environ, headers, max_body):
     if switched_on("BUS_TRUST_PROXY"):
         origin = forwarded(headers, *origin)
     path = urllib.parse.quote(environ.get("PATH_INFO", "").encode("latin-1")) or "/"
-    request = Request(environ["REQUEST_METHOD"], f"{path}?{environ.get('QUERY_STRING', '')}", headers, body, *origin)
-    request.may_wait = bool(environ.get("wsgi.multithread"))
-    return request
+    return Request(environ["REQUEST_METHOD"], f"{path}?{environ.get('QUERY_STRING', '')}", headers, body, *origin,
+                   may_wait=bool(environ.get("wsgi.multithread")))
 
 
-# ---- 11. Local state ----
+application = WsgiApplication(lambda: Store(Database(database_path())))
+
+
+# ---- 15. Local state ----
 # The files of this machine in ~/.intentbus: the bus that it has joined, and the spool of requests that no bus has answered.
 
 SPOOL_SCHEMA = """
@@ -3560,7 +4690,7 @@ class Spool:
         make_parent_folder(self._path)
         try:
             os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
-            self._db = sqlite3.connect(self._path, timeout=BUSY_TIMEOUT_MS / 1000, isolation_level=None,
+            self._db = sqlite3.connect(self._path, timeout=SPOOL_LOCK_SECONDS, isolation_level=None,
                                        check_same_thread=False)
             self._db.row_factory = lambda cursor, values: Record(zip((column[0] for column in cursor.description), values))
             self._db.execute("PRAGMA synchronous = FULL")     # a spooled request survives a power cut
@@ -3637,7 +4767,7 @@ class Spool:
             raise StorageFull(f"The spool {self._path} cannot be written: {error}.") from error
 
 
-# ---- 12. Client ----
+# ---- 16. Client ----
 # The verbs of the Bus over HTTP, with the same errors. A request that is safe to repeat is repeated when the network fails.
 
 LOOPBACK = re.compile(r"localhost|::1|127(\.[0-9]{1,3}){3}")
@@ -3995,7 +5125,7 @@ class IntentClient:
         raise raised
 
 
-# ---- 13. Worker ----
+# ---- 17. Worker ----
 # Claim, run, extend the lease, report. A handler is called with (intent, lease) and returns (result, result_type).
 
 PAST_TENSES = {"fulfill": "fulfilled", "fail": "failed", "release": "released"}
@@ -4091,7 +5221,7 @@ class Worker:
         for lease in list(self._running):
             lease.broken = lease.broken or "stopped"
         grace = getattr(self._handler, "kill_after", KILL_AFTER_SECONDS)
-        self._wait_while(lambda: self._running, grace + 2 * PIPE_SECONDS + 2 * SLICE_SECONDS)
+        self._wait_while(lambda: self._running, grace + 2 * PIPE_SECONDS + 2 * WATCH_SECONDS)
         for intent in list(self._running.values()):     # their handlers are Python functions, which cannot be killed
             self._report(intent, "release")
 
@@ -4350,9 +5480,9 @@ class Program:
                 deadline = time.monotonic() + self.kill_after
             elif overdue:
                 self._signal(process, "SIGKILL")
-            if stdout.ended.wait(SLICE_SECONDS):
+            if stdout.ended.wait(WATCH_SECONDS):
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(SLICE_SECONDS)
+                    process.wait(WATCH_SECONDS)
         return reason
 
     def _signal(self, process, signal_name):
@@ -4392,7 +5522,7 @@ class Program:
         return decoded, "text"
 
 
-# ---- 14. Doctor ----
+# ---- 18. Doctor ----
 # What goes wrong in practice, and its cure. Each check yields findings.
 
 Finding = collections.namedtuple("Finding", "level about words")     # level: ok, note or bad; words: one or two sentences
@@ -4543,7 +5673,7 @@ def check_termux(options):
 CHECKS = (check_versions, check_bus, check_database, check_spool, check_termux)
 
 
-# ---- 15. Commands ----
+# ---- 19. Commands ----
 # The command line. Examples and flags stand on a command's function, its docstring is the help; messages go to stderr.
 
 INTRODUCTION = """intentbus: say "do this" here, have it done there.
@@ -4691,39 +5821,41 @@ def serve_command(options):
     if options.tls_key and not options.tls_cert:
         raise Invalid("--tls-key needs --tls-cert.")
     key, key_source = owner_key(options.key_file)
-    store = open_store(options.db)
+    store = options.store or Store(Database(database_path(options.db)))
     try:
-        api = api_of(store, key, options.require_claim_token, options.retention, options.rate_limit, options.max_unfinished,
-                     options.max_body, options.require_signatures, options.announce_dead)
+        api = api_of(store, key, options.require_claim_token, options.retention, options.rate_limit,
+                     options.max_unfinished, options.max_body, options.require_signatures, options.announce_dead)
         server = http_server(api, options.host, options.port, options.log,
                              options.trust_proxy or switched_on("BUS_TRUST_PROXY"),
                              options.tls_cert and (options.tls_cert, options.tls_key or options.tls_cert))
     except Error:
         store.close()
         raise
-    stop = threading.Event()
+    deadline = threading.Timer(EXIT_SECONDS, os._exit, [0])     # for a database that no longer answers
+    deadline.daemon = True
+
+    def stop(*_):
+        if not server.stopping:
+            deadline.start()
+        server.stop()
     for signal_name in ("SIGTERM", "SIGINT", "SIGBREAK"):     # only Windows has SIGBREAK
         if hasattr(signal, signal_name):
-            signal.signal(getattr(signal, signal_name), lambda *_: stop.set())
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+            signal.signal(getattr(signal, signal_name), stop)
+    signal.set_wakeup_fd(server.wakeup.fileno(), warn_on_full_buffer=False)     # on Windows, a signal ends no wait
     host = f"[{options.host}]" if ":" in options.host else options.host
     url = f"http{'s' if options.tls_cert else ''}://{host}:{server.server_port}"
     print(url, flush=True)
-    log_startup(options, url, store, key_source)
-    while not stop.wait(1):     # a short wait, since signals do not interrupt waits on Windows
-        pass
-    deadline = threading.Timer(EXIT_SECONDS, os._exit, [0])
-    deadline.daemon = True
-    deadline.start()
+    log_startup(options, url, store.database, key_source)
+    server.serve_forever()
     server.close()
     store.close()
 
 
-def log_startup(options, url, store, key_source):
+def log_startup(options, url, database, key_source):
     """Log the state of a bus that has just started, and the next commands to try."""
-    log(f"{__version__}, database {store.path}, the key is {key_source}")
-    if store.warning:
-        log(store.warning)
+    log(f"{__version__}, database {database.path}, the key is {key_source}")
+    if database.warning:
+        log(database.warning)
     if not options.tls_cert and options.host not in ("127.0.0.1", "::1", "localhost"):
         log("other machines can reach this bus over plain HTTP; put a TLS proxy or a tunnel in front of it")
     log("next, in two other terminals:")
@@ -5191,7 +6323,7 @@ def find_command(words):
     raise Invalid(f"There is no command {words[0]!r}{hint}")
 
 
-def run_command(words):
+def run_command(words, store):
     """Run the command in a command line; return its exit code."""
     if not words:
         print(overview(), file=sys.stderr)
@@ -5205,18 +6337,22 @@ def run_command(words):
     options = Parser(name).parse(words)
     if getattr(options, "namespace", "") is None:
         options.namespace = os.environ.get("INTENT_BUS_NAMESPACE") or None
+    options.store = store
     code = COMMANDS[name][0](options) or 0
     sys.stdout.flush()
     return code
 
 
-def main(arguments=None):
-    """Run a command line, of sys.argv by default; return the exit code, and log an error as one sentence."""
+def main(arguments=None, store=None):
+    """Run a command line, of sys.argv by default; return the exit code, and log an error as one sentence.
+
+    serve uses the store, if it is given, instead of a file.
+    """
     warnings.showwarning = lambda message, *_: log(message)
     if hasattr(sys.stdout, "reconfigure"):     # for characters that stdout cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return run_command(sys.argv[1:] if arguments is None else arguments)
+        return run_command(sys.argv[1:] if arguments is None else arguments, store)
     except Error as error:
         log(error)
         return 2 if isinstance(error, SetupError) else EXIT_CODES.get(error.status, 5)

@@ -1,15 +1,19 @@
 #!/usr/bin/env python3
-"""The bus on PostgreSQL: any number of them, on as many machines, behind one load balancer, over one database.
+"""The bus on PostgreSQL: any number of them, on any number of machines, behind one load balancer, over one database.
 
     pip install "psycopg[binary,pool]>=3.2"
     python3 examples/postgres_bus.py postgresql://bus@db.example/bus --port 8787      and all other flags of intentbus.py serve
 
-All buses need the same owner key: BUS_SECRET, or the same ~/.apikey. The database is a UTF-8 one; its tables are made at
-the first start. BUS_DB_PATH can name it too; a password belongs into ~/.pgpass. Several hosts and
-target_session_attrs=read-write in the URL follow a failover. It has been run on PostgreSQL 15.
+All buses need the same owner key: BUS_SECRET, or the same ~/.apikey. The database must be in UTF-8; the first start creates
+its tables. BUS_DB_PATH can name it too; a password belongs in ~/.pgpass. A URL with several hosts and
+target_session_attrs=read-write follows a failover. This was run on PostgreSQL 15.
+
+    PostgresDatabase      takes the place of Database: connections, transactions, notices to the other buses
+    PostgresTransaction   the two statements that are other ones here
+    PostgresClock         the clock of the database, which is that of all buses
+    Threads               takes the place of Rounds: each request in a transaction of its own, on a few standing threads
 """
 
-import collections
 import contextlib
 import functools
 import hashlib
@@ -33,29 +37,29 @@ except ImportError as error:
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))     # where intentbus.py is
 
 import intentbus
-from intentbus import (APPLICATION_ID, CLAIMED_WITH, DUE, MIGRATIONS, ONE, RECHECK_SECONDS, REMEMBER_FIRST, Intent,
-                       SetupError, Store)
+from intentbus import (ALL, APPLICATION_ID, CLAIMED_WITH, COLUMNS, DEAD_RANGE, DELETE, DUE, MIGRATIONS, OF_NAMESPACE, OLD, ONE,
+                       ORDER, RECHECK_SECONDS, TALLY, Held, Intent, Move, SetupError, covering_lanes, lane_range)
 
-CONNECTIONS = 8             # of one bus, more than it can keep busy; PostgreSQL allows 100 to all, unless told otherwise
+THREADS = 8                 # of one bus, each with a connection; PostgreSQL allows 100 connections by default
 CONNECT_SECONDS = 5         # for a server to answer
-SILENT_SECONDS = 8          # until a server that has vanished without a word is taken for gone
-POOL_SECONDS = 2            # for a connection to get free, or the database to come back, before a 503
+SILENT_SECONDS = 8          # before a server that has vanished is given up
+POOL_SECONDS = 2            # for a connection to become free, or the database to come back, before a 503
 LOCK_SECONDS = 3            # for a row that another bus holds
-STOPPED_SECONDS = 5         # in mid-transaction, and the server ends it: that bus, or its machine, has come to a halt
-ATTEMPTS = 5                # of a transaction that got into a deadlock with another
-CANDIDATES = 16             # for a claim: others may be at the first ones
-LOOKS = 4                   # of a claim that finds others at all there was: what came after a look began is for the next
-NOTICE_CHARACTERS = 500     # of an error in what the others are told; PostgreSQL takes 7,999 bytes
-NOTICE_FIELDS = (*intentbus.EVENT_FIELDS, "lane", "ready", "wake_at", "claim_outcome")
-LOOK_AGAIN = "[]"           # a notice to a bus that was not known so far, and has been told nothing
-CLOCK_SLACK_SECONDS = 0.05  # of the way to the database; time that jitters back and forth is worse
+STOPPED_SECONDS = 5         # before the server ends the transaction of a bus that has stopped in the middle
+ATTEMPTS = 5                # for a request that meets a deadlock
+CANDIDATES = 16             # for a claim: other buses may hold the first ones
+LOOKS = 4                   # for a claim that finds all candidates held: an intent published meanwhile is in the next look
+NOTICE_CHARACTERS = 500     # of an error in a notice; PostgreSQL takes 7,999 bytes
+NOTICE_FIELDS = (*intentbus.EVENT_FIELDS, "lane", "ready", "due_at")
+LOOK_AGAIN = "[]"           # the notice to a bus that may have missed others
+CLOCK_SLACK_SECONDS = 0.05  # smaller differences are the network's
 IDLE = psycopg.pq.TransactionStatus.IDLE
 SETTINGS = {     # of each connection
     "lock_timeout": f"{LOCK_SECONDS}s",
     "idle_in_transaction_session_timeout": f"{STOPPED_SECONDS}s",
     "default_transaction_isolation": "read committed",
     **dict.fromkeys(("jit", "enable_seqscan", "enable_bitmapscan", "enable_hashjoin", "enable_mergejoin"), "off"),
-}     # the last ones since every statement has its index, whatever the statistics say of a table that has just grown
+}     # every statement has its index, whatever the statistics say of a table that has just grown
 
 
 # ---- SQL ----
@@ -65,6 +69,19 @@ TUNED = """
     ALTER TABLE intents SET (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 20000,
                              autovacuum_vacuum_cost_delay = 0)
 """
+INSTEAD = {     # of a statement of the Store: other buses change rows, too
+    ONE: ONE + " FOR UPDATE",
+    DUE: DUE + " FOR UPDATE SKIP LOCKED",
+    CLAIMED_WITH: CLAIMED_WITH + " FOR UPDATE",
+    DEAD_RANGE.format(columns=ALL): DEAD_RANGE.format(columns=ALL) + " FOR UPDATE",
+    DELETE.format(which=DEAD_RANGE.format(columns="id")): DELETE.format(which=DEAD_RANGE.format(columns="id") + " FOR UPDATE"),
+    DELETE.format(which=OF_NAMESPACE): DELETE.format(which=OF_NAMESPACE + " FOR UPDATE"),
+    DELETE.format(which=OLD): DELETE.format(which=OLD + " FOR UPDATE SKIP LOCKED"),
+    TALLY: """
+        INSERT INTO tallies (namespace, publisher, status, intents)
+        VALUES      (:namespace, :publisher, :status, :intents)
+    """,
+}
 FOLD = """
     WITH gone AS (
         DELETE FROM tallies
@@ -81,54 +98,42 @@ FOLD = """
     GROUP BY    namespace, publisher, status
     HAVING      SUM(intents) <> 0
 """
-RANKING = "priority DESC, run_at, claim_attempts, created_at, id"
-RANKED = "lane, priority, run_at, claim_attempts, created_at, id"
-HEAD_OF_NEXT_LANE = f"""
-            SELECT   {RANKED}
-            FROM     intents
-            WHERE    ready = 1
-            AND      lane {{past}}
-            AND      lane < {{stop}}
-            ORDER BY lane, {RANKING}
-            LIMIT    1
+READY = f"""
+    SELECT   id, lane, priority, run_at, claim_attempts, created_at
+    FROM     intents
+    WHERE    ready = 1
+    AND      {{where}}
+    ORDER BY {ORDER}
+    LIMIT    {CANDIDATES}
+"""
+READY_IN_LANES = f"""
+    WITH RECURSIVE lanes (lane) AS (     -- one step in the index for each lane
+        (SELECT lane FROM intents WHERE ready = 1 AND lane >= {{start}} AND lane < {{end}} ORDER BY lane LIMIT 1)
+        UNION ALL
+        SELECT (SELECT lane FROM intents WHERE ready = 1 AND lane > lanes.lane AND lane < {{end}} ORDER BY lane LIMIT 1)
+        FROM   lanes
+        WHERE  lane IS NOT NULL
+    )
+    SELECT     candidate.*
+    FROM       lanes
+    CROSS JOIN LATERAL ({READY.format(where="lane = lanes.lane")}) AS candidate
+    WHERE      {{publisher}} = ''
+    OR         RIGHT(lanes.lane, LENGTH({{publisher}}) + 1) = CHR(9) || {{publisher}}
 """
 FIRST = f"""
-    WITH RECURSIVE heads AS (     -- the first of each lane
-        SELECT     spans.stop, spans.publisher, head.*
-        FROM       (VALUES {{spans}}) AS spans (start, stop, publisher)
-        CROSS JOIN LATERAL ({HEAD_OF_NEXT_LANE.format(past=">= spans.start", stop="spans.stop")}) AS head
-        UNION ALL
-        SELECT     heads.stop, heads.publisher, head.*
-        FROM       heads
-        CROSS JOIN LATERAL ({HEAD_OF_NEXT_LANE.format(past="> heads.lane", stop="heads.stop")}) AS head
-    ), lanes AS (
-        SELECT   lane, ROW_NUMBER() OVER (ORDER BY {RANKING}) AS rank
-        FROM     heads
-        WHERE    publisher = ''
-        OR       RIGHT(lane, LENGTH(publisher) + 1) = CHR(9) || publisher
-        ORDER BY rank
+    WITH ranked AS (
+        SELECT   *
+        FROM     ({{candidates}}) AS candidate
+        ORDER BY {ORDER}
         LIMIT    {CANDIDATES}
-    ), ranked AS (     -- the first of all lanes: before any of a lane come the heads of those with a lower rank
-        SELECT     candidate.*
-        FROM       lanes
-        CROSS JOIN LATERAL (
-            SELECT   {RANKED}
-            FROM     intents
-            WHERE    ready = 1
-            AND      lane = lanes.lane
-            ORDER BY {RANKING}
-            LIMIT    {CANDIDATES + 1} - lanes.rank
-        ) AS candidate
-        ORDER BY   {RANKING}
-        LIMIT      {CANDIDATES}
     )
     SELECT    best.lane AS best, free.*
     FROM      (SELECT lane FROM ranked LIMIT 1) AS best
-    LEFT JOIN (     -- the first that no other transaction is at
+    LEFT JOIN (     -- the first one that no other transaction holds
         SELECT     free.*
         FROM       ranked
         CROSS JOIN LATERAL (
-            SELECT {intentbus.ALL}
+            SELECT {ALL}
             FROM   intents
             WHERE  id = ranked.id
             AND    ready = 1
@@ -146,7 +151,7 @@ TAKE = """
     RETURNING   expires_at
 """
 OTHERS = """
-    SELECT application_name AS name
+    SELECT application_name
     FROM   pg_stat_activity
     WHERE  datname = current_database()
     AND    application_name LIKE :buses
@@ -159,60 +164,79 @@ TELL = """
 """
 
 
+@functools.lru_cache(maxsize=256)
+def first_of(lanes):
+    """Return the statement that finds the first free intent of some lanes, and its values."""
+    parts, values = [], {}
+    for number, lane in enumerate(lanes):
+        place, goal, publisher = lane.rsplit("\t", 2)
+        if goal and publisher or not goal and not publisher:
+            values[f"key{number}"] = lane if goal else place
+            parts.append(READY.format(where=f"{'lane' if goal else 'place'} = :key{number}"))
+        else:
+            values.update(zip((f"start{number}", f"end{number}"), lane_range(lane)), **{f"by{number}": publisher})
+            parts.append(READY_IN_LANES.format(start=f":start{number}", end=f":end{number}",
+                                               publisher=f"CAST(:by{number} AS TEXT)"))
+    return FIRST.format(candidates=" UNION ALL ".join(f"({part})" for part in parts)), values
+
+
+class PostgresTransaction(intentbus.Transaction):
+    """A block on PostgreSQL."""
+
+    def claimable(self, lanes, owner, token_hash=None):
+        """Do as in Transaction, over the network once. Intents that other buses hold are passed over, and looked at later."""
+        asked = [(INSTEAD[CLAIMED_WITH], dict(token_hash=token_hash, owner=owner))] if token_hash else []
+        for _ in range(LOOKS):
+            *known, found = self._db.each(*asked, first_of(tuple(lanes)))
+            if known and known[0]:
+                return Intent(zip(COLUMNS, known[0][0]))
+            if not found:
+                return None
+            best, *columns = found[0]
+            if columns[0]:
+                return Intent(zip(COLUMNS, columns))
+        self._store.database.passed_over.add(best)
+
+    def unfinished(self, publisher):
+        """Return how many unfinished intents a publisher has; no other bus adds to them before this block has ended."""
+        digest = hashlib.sha256(intentbus.to_json([self._store.database.kin, publisher]).encode()).digest()
+        self._db.keep("SELECT pg_advisory_xact_lock(:key)", dict(key=int.from_bytes(digest[:8], "big", signed=True)))
+        return super().unfinished(publisher)
+
+    def forget_expired(self, rows):
+        """Do as in Transaction, and add up the tallies."""
+        self._db.keep(FOLD)
+        return super().forget_expired(rows)
+
+
 # ---- A connection ----
 
 PARAMETER = re.compile(r"(?<![:\w]):([a-z_0-9]+)")
 RETURNS_NOTHING = re.compile(r"\s*(INSERT|UPDATE|DELETE)\b(?!.*\bRETURNING\b)", re.DOTALL)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.lru_cache(maxsize=1024)
 def translated(statement):
-    """Return a statement of the Store as PREPARE takes it, with $1 for its first :name, and the names in that order."""
+    """Return a statement as PREPARE takes it, with $1 for its first :name, and the names in that order."""
     names = list(dict.fromkeys(PARAMETER.findall(statement)))
     return PARAMETER.sub(lambda parameter: f"${names.index(parameter[1]) + 1}", statement), names
 
 
 def storable(value):
-    """Return a value without the character NUL, which PostgreSQL's TEXT cannot hold; the picture of it takes its place."""
+    """Return a value without the character NUL, which TEXT cannot hold; the picture of it takes its place."""
     return value.replace("\0", "\u2400") if isinstance(value, str) else value
-
-
-def as_intents(cursor):
-    """Return what makes a row of a result, as in the Store."""
-    result = cursor.pgresult
-    names = [result.fname(number).decode() for number in range(result.nfields)]
-    return lambda values: Intent(zip(names, values))
-
-
-class Rows(list):
-    """The rows of a result."""
-
-    def fetchone(self):
-        """Return the first one, or None."""
-        return self[0] if self else None
-
-    def fetchall(self):
-        """Return all of them."""
-        return self
 
 
 class Connection(psycopg.Connection):
     """A connection that takes statements as the Store writes them.
 
-    Each is planned once. In a transaction, what returns no rows is sent together with the next statement that does, or
-    with COMMIT: one way over the network instead of many.
+    Each is planned once. A statement that returns no rows goes over the network with the next one that does, or with COMMIT.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.cursor_factory = psycopg.ClientCursor     # sends text, which may be of several statements
+        self.cursor_factory = psycopg.ClientCursor     # sends text, which may hold several statements
         self._kept, self._planned = [], {}     # statement: its name here
-
-    def begin(self, synced=True):
-        """Begin a transaction; if it is not synced, a power cut may undo it."""
-        self.keep("BEGIN")
-        if not synced:
-            self.keep("SET LOCAL synchronous_commit = off")
 
     def rollback(self):
         """Undo what was sent, and forget what was kept."""
@@ -224,19 +248,20 @@ class Connection(psycopg.Connection):
         self._kept.append((statement, values))
 
     def executemany(self, statement, rows):
-        """Run a statement for each row."""
-        self._kept += [(statement, row) for row in rows]
+        """Run a statement of the Store for each row."""
+        self._kept += [(INSTEAD.get(statement, statement), row) for row in rows]
 
     def execute(self, statement, values=None):
-        """Run a statement, after those that are kept, and return its rows, if it has any."""
+        """Run a statement of the Store, after those that are kept, and return its rows, if it has any."""
+        statement = INSTEAD.get(statement, statement)
         if RETURNS_NOTHING.match(statement) and (self._kept or self.info.transaction_status != IDLE):
             return self.keep(statement, values)
         return self.each((statement, values))[0]
 
     def each(self, *asked):
-        """Run several (statement, values), over the network once, and return the last rows that came, of as many of them."""
+        """Run several (statement, values), over the network once, and return the last rows that came, for each of them."""
         self._kept += asked
-        return self._send()[-len(asked):] or [Rows()]
+        return self._send()[-len(asked):] or [[]]
 
     def _send(self):
         """Send what is kept, and return the rows of each result that has any."""
@@ -252,21 +277,21 @@ class Connection(psycopg.Connection):
         rows, more = [], True
         while more:
             if result.pgresult.nfields:
-                rows.append(Rows(result.fetchall()))
+                rows.append(result.fetchall())
             more = result.nextset()
         return rows
 
     def _texts(self, statement, values):
-        """Yield what carries out a statement: as it is, or its plan with values, made before if there is none yet."""
-        if not values:
-            yield statement
-            return
+        """Yield what carries out a statement: its text, or its plan with values, made before if there is none yet."""
         text, names = translated(statement)
-        if statement not in self._planned:
-            self._planned[statement] = f"s{len(self._planned)}"
-            yield f"PREPARE {self._planned[statement]} AS {text}"
-        words = self.cursor().mogrify(f"({', '.join(['%s'] * len(names))})", [storable(values[name]) for name in names])
-        yield f"EXECUTE {self._planned[statement]} {words}"
+        if "IS NULL OR" in statement:     # the type of such a parameter is known from its value only
+            text, names = PARAMETER.sub("%s", statement), PARAMETER.findall(statement)
+        elif values:
+            if statement not in self._planned:
+                self._planned[statement] = f"s{len(self._planned)}"
+                yield f"PREPARE {self._planned[statement]} AS {text}"
+            text = f"EXECUTE {self._planned[statement]} ({', '.join(['%s'] * len(names))})"
+        yield self.cursor().mogrify(text, [storable(values[name]) for name in names]) if values else statement
 
 
 def set_up(db):
@@ -280,11 +305,11 @@ def set_up(db):
     db.execute("SELECT 1")
 
 
-def notice(intent, before):
-    """Return what the other buses are told of an intent that was in a state before."""
-    told = intent.pick(NOTICE_FIELDS)
+def notice(move):
+    """Return what the other buses are told of a move."""
+    told = move.intent.pick(NOTICE_FIELDS)
     told["last_error"] = told.last_error and told.last_error[:NOTICE_CHARACTERS]
-    return intentbus.to_json([before, told])
+    return intentbus.to_json([move.before, move.event, told])
 
 
 def brief(error):
@@ -293,49 +318,88 @@ def brief(error):
     return re.sub(r":[^:@/\s\"]*@", ":***@", line)
 
 
-# ---- The store ----
+# ---- The database ----
 
-class SharedAllowance:
-    """So many a minute for each name at all buses together: a memo ends when the bucket is full again (GCRA)."""
+class PostgresClock:
+    """The clock of the database, which is that of all buses: it is never corrected."""
 
-    def __init__(self, store, per_minute):
-        self._store, self._cost_seconds = store, 60 / per_minute
+    def __init__(self):
+        self._ahead = 0     # of the steady clock of this machine, in seconds
+
+    def now(self):
+        """Return the time in Unix seconds."""
+        return intentbus.steady_clock() + self._ahead
+
+    def step(self):
+        """Return 0: stored times are never moved."""
+        return 0
+
+    def note(self, step):
+        """Return a record for resume(), which needs none."""
+        return {}
+
+    def resume(self, note):
+        """Continue after a restart."""
+
+    def set(self, db):
+        """Find out how far the clock of the database is from the steady one, as exactly as the answer is quick."""
+        asked = intentbus.steady_clock()
+        (there,), = db.each(("SELECT EXTRACT(EPOCH FROM clock_timestamp())", None))[0]
+        took = intentbus.steady_clock() - asked
+        ahead = float(there) - asked - took / 2
+        if abs(ahead - self._ahead) > CLOCK_SLACK_SECONDS + took / 2:
+            self._ahead = ahead
+
+
+class PostgresIds(intentbus.Ids):
+    """Makes ids for several threads."""
+
+    _one_at_a_time = threading.Lock()
+
+    def new(self, now):
+        """Return the next id."""
+        with self._one_at_a_time:
+            return super().new(now)
+
+
+class SharedTokenBucket:
+    """A token bucket per name, of all buses together: a memo ends when the bucket is full again (GCRA)."""
+
+    def __init__(self, database, per_minute):
+        self._database, self._cost_seconds = database, 60 / per_minute
 
     def take(self, name, number=1):
-        """Use it up by a number, less than 0 to give back; return how many seconds to wait if there is not enough."""
+        """Take tokens, or give them back if number is negative; return how many seconds to wait if there are too few."""
         cost = number * self._cost_seconds
-        taken = self._store.once(TAKE, dict(name=name, cost=cost, full=60, now=self._store.clock()))
+        taken = self._database.once(TAKE, dict(name=name, cost=cost, full=60, now=self._database.clock.now()))
         return 0 if taken else cost
 
 
-class PostgresStore(Store):
-    """The intents, in a PostgreSQL database that other buses use too. An operation is a transaction of its own."""
+class PostgresDatabase:
+    """A PostgreSQL database that other buses use too, with the public methods of Database. A block is a transaction."""
 
-    TALLY = """
-        INSERT INTO tallies (namespace, publisher, status, intents)
-        VALUES      (:namespace, :publisher, :status, :intents)
-    """
-    HELD, FREE = " FOR UPDATE", " FOR UPDATE SKIP LOCKED"
+    shared, in_round, commits_apart, warning = True, False, False, None
 
-    _db = property(lambda self: self._own.db)     # of the thread, since operations run side by side
-    _moves = property(lambda self: self._own.moves, lambda self, moves: setattr(self._own, "moves", moves))
-
-    def _open(self, where):
-        self._dsn, self._own, self._ahead, self._complaints = where, threading.local(), 0, {}
-        self._closed, self._outbox, self._others = threading.Event(), queue.SimpleQueue(), []
-        self._missed, self._passed_over = False, set()     # lanes whose best intents others were just at
+    def __init__(self, dsn):
+        """Connect, and create the tables if there are none; raises SetupError."""
+        self._dsn, self._complaints = dsn, {}
+        self.clock, self.ids, self.passed_over = PostgresClock(), PostgresIds(), set()     # lanes whose intents others held
+        self.token_bucket = functools.partial(SharedTokenBucket, self)
+        self.rounds = Threads
+        self.on_remote_change = lambda moves: None     # called, in a thread, with the moves of another bus
+        self._closed, self._outbox, self._others, self._missed = threading.Event(), queue.SimpleQueue(), [], False
         try:
             with self._connect() as db:
                 self.path = f"{db.info.dbname} of PostgreSQL at {db.info.host or 'this machine'}"
                 if db.info.parameter_status("server_encoding") != "UTF8":
                     raise SetupError(f"The database {self.path} is not in UTF-8; make one with ENCODING 'UTF8'.")
-                self._kin = f"intentbus {self._prepare(db)} "
-                self._name = self._kin + os.urandom(8).hex()     # of this bus: for the others to see, and its channel
-                self._set_clock(db)
+                self.kin = f"intentbus {self._prepare(db)} "         # the start of the names of all buses on these tables
+                self.name = self.kin + os.urandom(8).hex()           # of this bus: for the others to see, and its channel
+                self.clock.set(db)
         except (psycopg.Error, UnicodeError) as error:
             raise SetupError(f"PostgreSQL cannot be used: {brief(error)}.") from error
         self._pool = psycopg_pool.ConnectionPool(
-            self._dsn, connection_class=Connection, min_size=1, max_size=CONNECTIONS, timeout=POOL_SECONDS, open=True,
+            self._dsn, connection_class=Connection, min_size=1, max_size=THREADS, timeout=POOL_SECONDS, open=True,
             kwargs=self._options(), configure=set_up, reconnect_timeout=CONNECT_SECONDS)
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._listen, self._tell_others)]
         for thread in self._threads:
@@ -349,131 +413,87 @@ class PostgresStore(Store):
             thread.join(RECHECK_SECONDS)
         self._pool.close()
 
-    # -- What all buses have in common --
+    # -- Blocks --
 
-    def clock(self):
-        """Return Unix seconds by the clock of the database, which is that of all buses."""
-        return intentbus.steady_clock() + self._ahead
+    def enter(self):
+        """Begin a transaction, and return its connection."""
+        with self._translating():
+            db = self._pool.getconn()
+            db.keep("BEGIN")
+            return db
 
-    def allowance(self, per_minute):
-        """Return an Allowance of all buses together."""
-        return SharedAllowance(self, per_minute)
+    def leave(self, db):
+        """Commit a transaction."""
+        with self._translating(lost=True):
+            db.execute("COMMIT")
+        self._pool.putconn(db)
+        return True
 
-    def use_nonce(self, key_id, nonce, expires_at, now):
-        """Remember a nonce, as in the Store; return whether it was new."""
-        return bool(self.once(REMEMBER_FIRST, dict(kind="nonces", owner=key_id, key=nonce, value="", expires_at=expires_at,
-                                                   now=now)))
+    def undo(self, db, error):
+        """Roll a transaction back, after an error; what psycopg raised becomes an error of the bus."""
+        with contextlib.suppress(psycopg.Error):
+            db.rollback()
+        self._pool.putconn(db)
+        with self._translating():
+            if isinstance(error, psycopg.Error):
+                raise error
+
+    def read(self, statement, values=()):
+        """Return the rows of a statement, outside of any transaction."""
+        with self._translating(), self._pool.connection() as db:
+            return db.each((statement, values))[0]
 
     def once(self, statement, values):
         """Run one statement that need not be on disk, over the network once, and return its rows."""
-        with self._translated(), self._pool.connection() as db:
-            db.begin(synced=False)
+        with self._translating(), self._pool.connection() as db:
+            db.keep("BEGIN")
+            db.keep("SET LOCAL synchronous_commit = off")
             db.keep(statement, values)
             return db.execute("COMMIT")
 
-    def clean(self, now, retention):
-        """Delete what is over, as in the Store, and add up the tallies."""
-        self.once(FOLD, {})
-        return super().clean(now, retention)
+    def sizes(self):
+        """Return the bytes of the database, and 0: its log is the server's business."""
+        return [self.read("SELECT pg_database_size(current_database())")[0][0], 0]
 
-    def bytes(self):
-        """Return the size of the database; its log is the server's business."""
-        with self._reader() as db:
-            return [db.execute("SELECT pg_database_size(current_database()) AS bytes").fetchone().bytes, 0]
-
-    # -- Inside the transaction --
-
-    def _claimable(self, lanes, now, again):
-        """Return what the Store does, with one look at all of it; what others are at is passed over, and looked at later."""
-        spans = [part for pattern in lanes for part in intentbus.span(pattern)]
-        values = {f"span{number}": part for number, part in enumerate(spans)}
-        places = [f"CAST(:{name} AS TEXT)" for name in values]
-        first = FIRST.format(spans=", ".join(f"({', '.join(places[at:at + 3])})" for at in range(0, len(places), 3)))
-        look = (CLAIMED_WITH + self.HELD, again), (first, values)
-        due, known, found = self._db.each((DUE + self.FREE, dict(now=now, rows=intentbus.SETTLE_ROWS)), *look)
-        self._wake(due, now)
-        for number in range(LOOKS):
-            if due or number:
-                known, found = self._db.each(*look)
-            if known or not found:
-                return known.fetchone()
-            best = found[0].pop("best")
-            if found[0].id:
-                return found[0]
-        self._passed_over.add(best)
-
-    def _exclusively(self, *what):
-        """Hold an advisory lock until this transaction has ended."""
-        digest = hashlib.sha256(intentbus.to_json([self._kin, *what]).encode()).digest()
-        self._db.keep("SELECT pg_advisory_xact_lock(:key)", dict(key=int.from_bytes(digest[:8], "big", signed=True)))
-
-    def _commit(self, run, synced):
-        """Run an operation as a transaction of its own: PostgreSQL commits many at a time by itself."""
-        try:
-            with self._translated():
-                result, moves = self._transact(run, synced)
-        except intentbus.Unavailable:
-            self._missed, self._others = True, []     # if it was committed all the same, everyone is to look
-            raise
-        if moves:
-            self.on_commit(moves)
-            if self._others:
-                self._outbox.put([notice(*move) for move in moves if move[0].ready or intentbus.event(*move)])
-        return result
-
-    def _transact(self, run, synced):
-        """Return what an operation returns and what it has moved, once that is committed; done anew after a deadlock."""
-        for left in reversed(range(ATTEMPTS)):
-            try:
-                with self._pool.connection() as db:     # which is rolled back by the pool after an error
-                    self._own.db, self._moves = db, []
-                    db.begin(synced)
-                    result = run()
-                    self._tally()
-                    db.execute("COMMIT")
-                    return result, [(intent, before) for intent, before, after in self._moves if after]
-            except psycopg.errors.DeadlockDetected:
-                if not left:
-                    raise
+    def log_is_long(self):
+        """Return False: the log is the server's business."""
+        return False
 
     # -- The other buses --
 
     def others(self):
-        """Return the names of the other buses that use these tables just now."""
-        with self._reader() as db:
-            return self._look_for_others(db)
-
-    def _look_for_others(self, db):
-        return [row.name for row in db.execute(OTHERS, dict(buses=self._kin + "%", this=self._name)).fetchall()]
+        """Return the names of the other buses that use these tables now."""
+        return [name for name, in self.read(OTHERS, dict(buses=self.kin + "%", this=self.name))]
 
     def changed_elsewhere(self):
-        """Return whether there may have been news of other buses that did not reach this one.
+        """Return whether notices of other buses may have been missed. Lanes that were passed over are offered again."""
+        passed_over, self.passed_over = self.passed_over, set()
+        self.on_remote_change([Move(Intent(lane=lane, status="open", ready=1, due_at=None, publisher=None), "open", None)
+                               for lane in passed_over])
+        missed, self._missed = self._missed, False
+        return missed
 
-        Who waits for what was passed over is woken: it may have been let go of.
-        """
-        while self._passed_over:
-            self.on_news([(Intent(lane=self._passed_over.pop(), status="open", ready=1), "open")])
-        if not self._missed:
-            return False
-        self._missed = False
-        return True
+    def tell(self, moves):
+        """Tell the other buses what this one has done."""
+        if self._others:
+            self._outbox.put([notice(move) for move in moves if move.intent.ready or move.event])
 
     def _tell_others(self):
-        """Tell the other buses what this one has done, as much at a time as there is."""
+        """Send what there is to tell, as much at a time as there is."""
         while not self._closed.is_set():
             notices = self._outbox.get()
             while not self._outbox.empty():
                 notices += self._outbox.get()
             try:
-                self.once(TELL, dict(buses=self._others + [self._name] * self._closed.is_set(), notices=notices))
+                self.once(TELL, dict(buses=self._others + [self.name] * self._closed.is_set(), notices=notices))
             except intentbus.Error:
-                self._others = []     # so that they are found anew, and told to look
+                self._others = []     # they are found again, and told to look
 
     def _listen(self):
         """Hear what other buses have done, and keep to the clock of the database, whatever happens to the connection."""
         while not self._closed.is_set():
             try:
-                with self._connect(application_name=self._name) as db:
+                with self._connect(application_name=self.name) as db:
                     self._listen_at(db)
             except psycopg.Error as error:
                 self._complain("This bus hears nothing of others", error)
@@ -483,46 +503,38 @@ class PostgresStore(Store):
             self._closed.wait(RECHECK_SECONDS)
 
     def _listen_at(self, db):
-        db.execute(f'LISTEN "{self._name}"')
+        db.execute(f'LISTEN "{self.name}"')
         self._complain("This bus hears nothing of others", None)
         self._others, self._missed = [], True
         self._pool.check()     # what ended the last connection of this thread has ended others
         while not self._closed.is_set():
-            self._set_clock(db)
+            self.clock.set(db)
             self._meet(db)
             for heard in db.notifies(timeout=RECHECK_SECONDS):
                 if self._closed.is_set() or not self._hear(heard.payload):
                     break
 
     def _meet(self, db):
-        """Find out which other buses there are; whoever is new has not been told of anything so far."""
-        found = self._look_for_others(db)
-        known, self._others = self._others, found
-        if new := set(found) - set(known):
-            db.execute(TELL, dict(buses=list(new), notices=[LOOK_AGAIN]))
+        """Find out which other buses there are; a new one has been told nothing so far."""
+        found = [name for name, in db.each((OTHERS, dict(buses=self.kin + "%", this=self.name)))[0]]
+        new, self._others = set(found) - set(self._others), found
+        if new:
+            db.each((TELL, dict(buses=list(new), notices=[LOOK_AGAIN])))
 
     def _hear(self, heard):
-        """Take in what another bus says that it has done; return whether that was all it had to say."""
+        """Take in what another bus has done; return False if it says no more than that something was missed."""
         try:
-            before, told = json.loads(heard)
-            self.on_news([(Intent(told), before)])
+            before, event, told = json.loads(heard)
+            self.on_remote_change([Move(Intent(told, publisher=None), before, event)])
+            return True
         except (KeyError, TypeError, ValueError):     # LOOK_AGAIN, or from a bus of another version
             self._missed = True
-        return not self._missed
-
-    def _set_clock(self, db):
-        """Find out how far the clock of the database is from the steady one here, as exactly as the answer is quick."""
-        asked = intentbus.steady_clock()
-        there = db.execute("SELECT EXTRACT(EPOCH FROM clock_timestamp()) AS now").fetchone().now
-        took = intentbus.steady_clock() - asked
-        ahead = float(there) - asked - took / 2
-        if abs(ahead - self._ahead) > CLOCK_SLACK_SECONDS + took / 2:
-            self._ahead = ahead
+            return False
 
     # -- Connections --
 
     def _options(self, **options):
-        return dict(autocommit=True, row_factory=as_intents, client_encoding="UTF8", connect_timeout=CONNECT_SECONDS,
+        return dict(autocommit=True, client_encoding="UTF8", connect_timeout=CONNECT_SECONDS,
                     keepalives_idle=SILENT_SECONDS, keepalives_interval=1, keepalives_count=3,
                     tcp_user_timeout=1000 * SILENT_SECONDS, **options)
 
@@ -530,22 +542,19 @@ class PostgresStore(Store):
         return Connection.connect(self._dsn, **self._options(**options))
 
     @contextlib.contextmanager
-    def _reader(self):
-        """Lend a connection outside of any transaction."""
-        with self._translated(), self._pool.connection() as db:
-            yield db
-
-    @contextlib.contextmanager
-    def _translated(self):
-        """Turn what psycopg raises about the database into errors of the bus."""
+    def _translating(self, lost=False):
+        """Turn what psycopg raises about the database into errors of the bus; lost: it may have been committed."""
         try:
             yield
             self._complain("PostgreSQL cannot be used", None)
+        except psycopg.errors.DeadlockDetected as error:
+            raise intentbus.RoundLost(error) from error
         except psycopg.errors.DiskFull as error:
             raise intentbus.StorageFull("The disk under PostgreSQL is full; nothing of this request was stored.") from error
-        except psycopg.IntegrityError:     # a fault of ours, not of the database
+        except (psycopg.IntegrityError, psycopg.ProgrammingError):     # a bug, not the database
             raise
         except psycopg.Error as error:
+            self._missed = self._missed or lost     # if it was committed all the same, everyone is to look
             self._complain("PostgreSQL cannot be used", error)
             raise intentbus.Unavailable("PostgreSQL cannot be used just now; the bus says on its stderr why.") from error
 
@@ -559,40 +568,146 @@ class PostgresStore(Store):
 
     def _prepare(self, db):
         """Bring the tables to the schema of this version and return what names them; of several buses at once, one does so."""
-        db.begin()
+        db.keep("BEGIN")
         db.keep("SELECT pg_advisory_xact_lock(:key)", dict(key=APPLICATION_ID))
-        there = db.execute("SELECT to_regclass('intentbus') AS ours, to_regclass('intents') AS intents").fetchone()
-        if there.intents and not there.ours:
+        (ours, intents), = db.execute("SELECT to_regclass('intentbus'), to_regclass('intents')")
+        if intents and not ours:
             raise SetupError(f"The database {self.path} has a table intents of another program; give the bus another one.")
-        version = there.ours and db.execute("SELECT MAX(version) AS version FROM intentbus").fetchone().version or 0
+        version = ours and db.execute("SELECT MAX(version) FROM intentbus")[0][0] or 0
         if version > len(MIGRATIONS):
             raise SetupError(f"The database {self.path} was written by a newer intentbus (schema {version}, "
                              f"this one knows {len(MIGRATIONS)}); use that version, or another --db.")
         if version < len(MIGRATIONS):     # a role that may not create anything can run a bus that is there
             db.keep("CREATE TABLE IF NOT EXISTS intentbus (version INTEGER NOT NULL)")
-            for statement in [*intentbus.statements(version), *(TUNED.split(";") if not version else ())]:
+            for statement in [*intentbus.statements_since(version), *(TUNED.split(";") if not version else ())]:
                 db.keep(statement.replace("TEXT", 'TEXT COLLATE "C"'))     # lanes and ids are compared as bytes
             db.keep("DELETE FROM intentbus")
             db.keep("INSERT INTO intentbus VALUES (:version)", dict(version=len(MIGRATIONS)))
-        tables = db.execute("SELECT CAST(CAST('intents' AS regclass) AS oid) AS oid").fetchone().oid
+        (tables,), = db.execute("SELECT CAST(CAST('intents' AS regclass) AS oid)")
         db.execute("COMMIT")
         return tables
 
 
-logging.getLogger("psycopg").setLevel(logging.ERROR)     # what the pool tries again is no news, and requests say the rest
-intentbus.STORES.update(postgresql=PostgresStore, postgres=PostgresStore)
-application = intentbus.application     # under WSGI, with such a URL in BUS_DB_PATH
+class Threads:
+    """Does what Rounds does, with each job in one of a few standing threads; what it brings back for memory goes to the loop."""
 
-if __name__ == "__main__":
-    intentbus.STORES = collections.defaultdict(lambda: PostgresStore)     # "host=db.example dbname=bus" is a DSN too
-    arguments = sys.argv[1:]
+    def __init__(self, loop):
+        self._loop, self._api, self._store = loop, loop.api, loop.api.bus.store
+        self._jobs, self._attempting, self._again = queue.SimpleQueue(), set(), set()     # held requests
+        committed, database = self._store.on_commit, self._store.database
+        self._store.on_commit = lambda blocks: loop.hand_over(self._learn_own, (committed, blocks))
+        database.on_remote_change = lambda moves: loop.hand_over(self._learn_remote, moves)
+        for _ in range(THREADS):
+            threading.Thread(target=self._run, daemon=True).start()
+
+    def submit(self, connection):
+        """Take in the request of a connection."""
+        self._jobs.put((connection, functools.partial(self._api.handle, connection.request)))
+
+    def ask(self, run, connection=None):
+        """Take in another job."""
+        self._jobs.put((connection, run))
+
+    def expire(self, held):
+        """Take in a held request whose time is over."""
+        if held in self._attempting:     # it may be about to get something
+            return self._loop.arm(held.connection, RECHECK_SECONDS)
+        self._jobs.put((held.connection, functools.partial(self._api.expire, held)))
+
+    def attempt_all(self, key=None):
+        """Attempt the requests that are held for a key, or all of them."""
+        for held in self._loop.waiting.all(key):
+            self._attempt(held)
+
+    def learn(self, moves):
+        """Attempt the held requests that moves give something to, one for each intent that got ready."""
+        for intent, _, event in moves:
+            if intent.ready and (held := self._loop.waiting.first(covering_lanes(intent.lane), self._attempting)
+                                 or self._loop.waiting.first(covering_lanes(intent.lane), ())):
+                self._attempt(held)
+            elif intent.ended:
+                self.attempt_all(intent.id)
+        if any(event for _, _, event in moves):
+            self.attempt_all(intentbus.EVENT_KEY)
+
+    def delay(self):
+        """Return float("inf"): the threads work by themselves."""
+        return float("inf")
+
+    def work(self):
+        """Do nothing: the threads work by themselves."""
+
+    def _attempt(self, held):
+        if held in self._attempting:
+            self._again.add(held)     # it may have looked too early
+        else:
+            self._attempting.add(held)
+            self._jobs.put((held, functools.partial(self._api.attempt, held)))
+
+    def _learn_own(self, done):
+        committed, blocks = done
+        committed(blocks)
+        self._store.database.tell([move for block in blocks for move in block.moves])
+
+    def _learn_remote(self, moves):
+        self._api.bus.learn(moves, ours=False)
+        self.learn(moves)
+
+    def _run(self):
+        """Run jobs, in a thread."""
+        while True:
+            subject, run = self._jobs.get()
+            outcome = None
+            for _ in range(ATTEMPTS):
+                try:
+                    outcome = run()
+                    break
+                except intentbus.RoundLost as error:     # a deadlock: nothing of it is stored
+                    outcome = subject and self._api.refuse(subject.request, error.cause)
+            self._loop.hand_over(self._done, (subject, outcome))
+
+    def _done(self, done):
+        """Take in the outcome of a job, in the loop."""
+        subject, outcome = done
+        if isinstance(subject, Held):
+            self._attempting.discard(subject)
+            if subject.connection.held is not subject:
+                return
+            if outcome is None and subject in self._again:
+                self._again.discard(subject)
+                return self._attempt(subject)
+            self._again.discard(subject)
+            subject = subject.connection
+        self._loop.deliver(subject, outcome)
+        if isinstance(outcome, Held) and outcome.keys:     # what came between its look and now is in the next look
+            self._attempt(outcome)
+
+
+def open_store(dsn):
+    """Return the store of a PostgreSQL database."""
+    return intentbus.Store(PostgresDatabase(dsn), transaction=PostgresTransaction)
+
+
+def main(arguments):
+    """Run intentbus.py serve on the database that the first argument or BUS_DB_PATH names."""
     if arguments[:1] == ["serve"]:
         del arguments[0]
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
-    elif arguments and not arguments[0].startswith("-"):
-        arguments.insert(0, "--db")
-    elif not any(argument.startswith("--db") for argument in arguments) and not os.environ.get("BUS_DB_PATH"):
-        print("postgres_bus: which PostgreSQL? Give its URL first, or set BUS_DB_PATH.", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(intentbus.main(["serve", *arguments]))
+        return 0
+    dsn = arguments.pop(0) if arguments and not arguments[0].startswith("-") else os.environ.get("BUS_DB_PATH")
+    if not dsn:
+        intentbus.log("which PostgreSQL? Give its URL first, or set BUS_DB_PATH.")
+        return 2
+    try:
+        return intentbus.main(["serve", *arguments], open_store(dsn))
+    except SetupError as error:
+        intentbus.log(error)
+        return 2
+
+
+application = intentbus.WsgiApplication(lambda: open_store(os.environ["BUS_DB_PATH"]))     # under WSGI
+logging.getLogger("psycopg").setLevel(logging.ERROR)     # the pool tries again, and requests say the rest
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
