@@ -5368,7 +5368,7 @@ def test_a_stopping_bus_waits_neither_for_a_client_nor_the_file(tmp_path):
     deaf.sendall(kept("GET", "/intents?limit=500&payload=1", 0) * 200)
     with occupied(tmp_path / "intentbus.db"):
         serve.begin("POST", "/intent", a_publish())
-        assert ending(serve, signal.SIGTERM, 6) == 0
+        assert ending(serve, signal.SIGTERM, 7) == 0
     serve.process.communicate()
 
 
