@@ -28,7 +28,6 @@ import plistlib
 import queue
 import random
 import re
-import secrets
 import shlex
 import shutil
 import signal
@@ -2494,15 +2493,15 @@ def test_a_bulk_publish_answers_one_held_claim_per_intent(no_rechecks, served):
 
 
 @pytest.mark.parametrize("wake", [
-    lambda bus, clock, claim: bus.publish(),
-    lambda bus, clock, claim: bus.publish(delay=5) and clock.pass_(5),
-    lambda bus, clock, claim: bus.client.retry(claim["dead"].id),
-    lambda bus, clock, claim: bus.client.retry(goal="dead"),
-    lambda bus, clock, claim: bus.client.release(claim["taken"].id, claim["taken"].claim_token),
-    lambda bus, clock, claim: bus.client.release(claim["taken"].id, claim["taken"].claim_token, delay=7) and clock.pass_(7),
-    lambda bus, clock, claim: bus.client.fail(claim["taken"].id, claim["taken"].claim_token) and clock.pass_(60),
-    lambda bus, clock, claim: clock.pass_(300),
-    lambda bus, clock, claim: bus.client.extend_claim(claim["taken"].id, claim["taken"].claim_token, 10) and clock.pass_(10),
+    lambda bus, clock, claims: bus.publish(),
+    lambda bus, clock, claims: bus.publish(delay=5) and clock.pass_(5),
+    lambda bus, clock, claims: bus.client.retry(claims["dead"].id),
+    lambda bus, clock, claims: bus.client.retry(goal="dead"),
+    lambda bus, clock, claims: bus.client.release(claims["taken"].id, claims["taken"].claim_token),
+    lambda bus, clock, claims: bus.client.release(claims["taken"].id, claims["taken"].claim_token, delay=7) and clock.pass_(7),
+    lambda bus, clock, claims: bus.client.fail(claims["taken"].id, claims["taken"].claim_token) and clock.pass_(60),
+    lambda bus, clock, claims: clock.pass_(300),
+    lambda bus, clock, claims: bus.client.extend_claim(claims["taken"].id, claims["taken"].claim_token, 10) and clock.pass_(10),
 ], ids=["a publish", "a delay that ends", "a retry", "a retry of many", "a release", "a release for later", "a failure",
         "a lease that runs out", "a shortened lease that runs out"])
 def test_a_held_claim_is_answered_after(started, clock, quick_rechecks, wake):
