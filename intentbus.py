@@ -133,7 +133,6 @@ ROUND_REQUESTS = 64                 # of one round, so that one commit serves ma
 ROUND_SECONDS = 0.005               # longest round: the next requests wait that long
 SLICE_SECONDS = 0.001               # of a long operation in Python; other requests are answered in between
 SLOW_COMMIT_SECONDS = 0.002         # after a slower commit the next one runs in a thread, while the loop answers reads
-THREADS = 16                        # for commits, and for a database server's answers
 BODY_BYTES = 256 * 1024             # an intent says what to do; large data belongs elsewhere
 JSON_DEPTH = 64                     # the parser takes stack for each level
 HEAD_LINE_BYTES = 8192              # RFC 9112, section 3: recommended at least 8000
@@ -144,7 +143,6 @@ CACHED_HEADS = 1000                 # parsed header blocks that are remembered, 
 CACHED_HEAD_BYTES = 1024            # clients of ours send 200
 INPUT_BYTES = 65536                 # taken in ahead while a request of the connection is being answered
 UNPROVEN_BYTES = 16 * 2 ** 20       # of heads and bodies whose key is not checked yet; the oldest connection is closed
-OUTPUT_SLICE_BYTES = 16384          # sent at once: one TLS record
 HEAD_SECONDS = 10                   # time to send a head
 BODY_SECONDS = 30                   # time to send a body: 256 KiB over a poor mobile link
 IDLE_SECONDS = 75                   # longer than the 60 s that proxies keep an idle connection
@@ -251,6 +249,8 @@ CLAIM_FIELDS = (
     "id", "namespace", "goal", "claim_attempts", "max_attempts", "priority", "target_worker", "required_capability",
     "claim_expires_at", "created_at",
 )
+UNCLAIMED = dict.fromkeys(("completed_at", "last_error", "result", "result_type", "claim_token_hash", "claim_expires_at",
+                           "claim_owner", "claim_outcome", "worker_id"))
 
 Change = collections.namedtuple("Change", "event columns")     # event: a word for people, or None
 
@@ -339,20 +339,18 @@ class Intent(Record):
     @classmethod
     def new(cls, intent_id, now, owner, publisher, fields):
         """Return an intent as published now, with goal, payload and any of PUBLISH_DEFAULTS in fields."""
-        fields = Record(PUBLISH_DEFAULTS, **fields)
-        start = now + fields.delay if fields.run_at is None else fields.run_at
-        expires_at = max(start, now) + fields.ttl
-        ready = start <= now
-        place = place_of(fields.namespace, owner if fields.visibility == "private" else "", fields.target_worker,
-                         fields.required_capability)
-        return cls(
-            id=intent_id, namespace=fields.namespace, goal=fields.goal, payload=to_json(fields.payload), owner=owner,
-            publisher=publisher, visibility=fields.visibility, priority=fields.priority, ttl=fields.ttl,
-            max_attempts=fields.max_attempts, backoff_base=fields.backoff_base, target_worker=fields.target_worker,
-            required_capability=fields.required_capability, created_at=now, status="open", run_at=start,
-            expires_at=expires_at, completed_at=None, last_error=None, result=None, result_type=None, claim_attempts=0,
-            claim_token_hash=None, claim_expires_at=None, claim_owner=None, claim_outcome=None, worker_id=None,
-            place=place, lane=f"{place}\t{fields.goal}\t{owner}", ready=int(ready), due_at=expires_at if ready else start)
+        fields = {**PUBLISH_DEFAULTS, **fields}
+        delay, run_at = fields.pop("delay"), fields["run_at"]
+        run_at = now + delay if run_at is None else run_at
+        expires_at = max(run_at, now) + fields["ttl"]
+        ready = run_at <= now
+        place = place_of(fields["namespace"], owner if fields["visibility"] == "private" else "", fields["target_worker"],
+                         fields["required_capability"])
+        fields.update(
+            id=intent_id, payload=to_json(fields["payload"]), owner=owner, publisher=publisher, created_at=now, status="open",
+            run_at=run_at, expires_at=expires_at, claim_attempts=0, place=place, lane=f"{place}\t{fields['goal']}\t{owner}",
+            ready=int(ready), due_at=expires_at if ready else run_at)
+        return cls(UNCLAIMED, **fields)
 
     @property
     def ended(self):
@@ -494,11 +492,6 @@ MIGRATIONS = (SCHEMA, MORE_INDEXES, HISTORY, PLACES)     # the n-th leads to sch
 APPLICATION_ID = 0x1B05     # in the header of the file: it is a database of intentbus
 
 
-def statements_since(version):
-    """Return the statements that bring a database from a schema version to this one's."""
-    return [statement for script in MIGRATIONS[version:] for statement in script.split(";")]
-
-
 def lock(file):
     """Lock an open file until this process ends; raises OSError while another process holds the lock."""
     if POSIX:
@@ -564,22 +557,6 @@ class Database:
         self._db.close()
         self._guard.close()
 
-    # -- Statements --
-
-    def execute(self, statement, values=()):
-        """Run a statement on the connection that writes, inside a block, and return a cursor."""
-        try:
-            return self._db.execute(statement, values)
-        except self._sqlite.Error as error:
-            raise self._translated(error) from error
-
-    def executemany(self, statement, rows):
-        """Run a statement for each row of values, inside a block."""
-        try:
-            self._db.executemany(statement, rows)
-        except self._sqlite.Error as error:
-            raise self._translated(error) from error
-
     def read(self, statement, values=()):
         """Yield the rows of a statement, from committed state only."""
         try:
@@ -589,56 +566,68 @@ class Database:
 
     # -- Rounds and blocks --
 
-    def begin(self):
-        """Begin a round; raises Busy while another program writes."""
-        self._begin()
-        self.in_round = True
+    def begin(self, in_round=True):
+        """Begin a round, or the transaction of a block outside one; raises Busy while another program writes."""
+        self._require_file()
+        self._run(self._db.execute, "BEGIN IMMEDIATE")
+        self.in_round = in_round
+
+    def executemany(self, statement, rows):
+        """Run a statement of the round for each row of values."""
+        self._run(self._db.executemany, statement, rows)
 
     def commit(self):
-        """Write a round to disk. If that fails, nothing of the round is stored."""
+        """Write a round, or a block outside one, to disk. If that fails, nothing of it is stored."""
         self.in_round = False
-        self._commit()
-
-    def rollback(self):
-        """Undo a round."""
-        self.in_round = False
-        if self._db.in_transaction:
-            self.execute("ROLLBACK")
-
-    def enter(self):
-        """Begin a block, and return the connection for its statements."""
-        if not self.in_round:
-            self._begin()
-        self.execute("SAVEPOINT block")
-        return self
-
-    def leave(self, connection):
-        """End a block well; return whether it is committed, which is so outside a round."""
-        self.execute("RELEASE block")
-        if not self.in_round:
-            self._commit()
-        return not self.in_round
-
-    def undo(self, connection, error):
-        """Undo a block after an error; raises RoundLost if SQLite has undone all of the round, as on a full disk."""
-        if self.in_round and not self._db.in_transaction:
-            raise RoundLost(error) from error
-        if not self.in_round:
-            self.rollback()
-        else:
-            self.execute("ROLLBACK TO block")
-            self.execute("RELEASE block")
-
-    def _begin(self):
-        self._require_file()
-        self.execute("BEGIN IMMEDIATE")
-
-    def _commit(self):
         try:
-            self.execute("COMMIT")
+            self._run(self._db.execute, "COMMIT")
         except Error:
             self.rollback()
             raise
+
+    def rollback(self):
+        """Undo a round, or a block outside one."""
+        self.in_round = False
+        if self._db.in_transaction:
+            self._run(self._db.execute, "ROLLBACK")
+
+    def enter(self):
+        """Begin a block, and return the connection for its statements."""
+        if self.in_round:
+            self._run(self._db.execute, "SAVEPOINT block")
+        else:
+            self.begin(in_round=False)
+        return self._db
+
+    def leave(self, connection):
+        """End a block well; return whether it is committed, which is so outside a round."""
+        if self.in_round:
+            self._run(connection.execute, "RELEASE block")
+            return False
+        self.commit()
+        return True
+
+    def undo(self, connection, error):
+        """Undo a block, and raise the error if it is one of SQLite.
+
+        If SQLite has undone all of the round itself, as it does on a full disk, RoundLost is raised in its place.
+        """
+        translated = self._translated(error)
+        if not self.in_round:
+            self.rollback()
+        elif connection.in_transaction:
+            connection.execute("ROLLBACK TO block")
+            connection.execute("RELEASE block")
+        else:
+            raise RoundLost(translated) from error
+        if translated is not error:
+            raise translated from error
+
+    def _run(self, function, *arguments):
+        try:
+            return function(*arguments)
+        except self._sqlite.Error as error:
+            raise self._translated(error) from error
 
     # -- The file --
 
@@ -648,7 +637,7 @@ class Database:
 
     def changed_elsewhere(self):
         """Return whether another program has written to the file since the last call."""
-        version, = self.execute("PRAGMA data_version").fetchone()
+        version, = self._run(self._db.execute, "PRAGMA data_version").fetchone()
         changed, self._version = version != self._version, version
         return changed
 
@@ -658,9 +647,9 @@ class Database:
 
     def truncate_log(self):
         """Truncate the write-ahead log; waits up to a second for readers of the file."""
-        self.execute(f"PRAGMA busy_timeout = {1000 * RECHECK_SECONDS}")
-        blocked, *_ = self.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        self.execute("PRAGMA busy_timeout = 0")
+        self._db.execute(f"PRAGMA busy_timeout = {1000 * RECHECK_SECONDS}")
+        blocked, *_ = self._run(self._db.execute, "PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        self._db.execute("PRAGMA busy_timeout = 0")
         self._truncate_above = self.sizes()[1] + WAL_BYTES // 2 if blocked else WAL_BYTES
 
     def _require_file(self):
@@ -728,7 +717,7 @@ class Database:
             self._db.execute("PRAGMA journal_mode = TRUNCATE")     # a deleted journal may be back after a power cut
             self.warning = f"{self.path} is on a file system without shared memory: the bus works, but slower."
         self._db.execute("BEGIN IMMEDIATE")
-        for statement in statements_since(version):
+        for statement in itertools.chain(*(script.split(";") for script in MIGRATIONS[version:])):
             self._db.execute(statement)
         self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         self._db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
@@ -974,8 +963,7 @@ class Transaction(Reads):
     def __exit__(self, kind, error, trace):
         database = self._store.database
         if error is not None:
-            database.undo(self._db, error)
-            return
+            return database.undo(self._db, error)
         try:
             if not database.in_round:
                 self._db.executemany(TALLY, tally_rows(self.moves))
@@ -1001,8 +989,8 @@ class Transaction(Reads):
 
     def update(self, intent, change):
         """Carry out a transition; return the intent as it is then."""
-        self._db.execute(update_of(tuple(change.columns)), dict(change.columns, id=intent.id))
         after = Intent(intent, **change.columns)
+        self._db.execute(update_of(tuple(change.columns)), after)
         self.moves.append(Move(after, intent.status, change.event))
         return after
 
@@ -1594,19 +1582,16 @@ class Bus:
             if idempotency_key:
                 asked = json.dumps([list(answer), wanted], sort_keys=True)     # a bulk of one is another request
                 digest = hashlib.sha256(asked.encode()).hexdigest()
-                if not tx.remember_first("idempotency", caller.key_id, idempotency_key, digest + to_json(answer),
-                                         tx.now + IDEMPOTENCY_SECONDS):
-                    return self._first_answer(tx, caller.key_id, idempotency_key, digest)
+                memo = "idempotency", caller.key_id, idempotency_key
+                if not tx.remember_first(*memo, digest + to_json(answer), tx.now + IDEMPOTENCY_SECONDS):
+                    known = tx.recall(*memo, tx.now)
+                    if not known.startswith(digest):
+                        raise IdempotencyConflict("Key reused with different payload: an Idempotency-Key stands for one request.")
+                    return Record(json.loads(known[len(digest):]))
             self._require_room(tx, caller, len(intents))
             for intent in intents:
                 tx.insert(intent)
         return answer
-
-    def _first_answer(self, tx, key_id, idempotency_key, digest):
-        known = tx.recall("idempotency", key_id, idempotency_key, tx.now)
-        if not known.startswith(digest):
-            raise IdempotencyConflict("Key reused with different payload: an Idempotency-Key stands for one request.")
-        return Record(json.loads(known[len(digest):]))
 
     def _require_room(self, tx, caller, number):
         """Raise RateLimited if a caller would have too many unfinished intents."""
@@ -1690,7 +1675,10 @@ class Bus:
             intent = self._claimable(tx, claim.lanes, caller.owner, token_hash if claim.repeatable else None)
             if intent is None:
                 return None
-            self._remember_goal(tx, intent.namespace, intent.goal)
+            served = intent.namespace, intent.goal
+            if served not in self._known_goals:
+                tx.remember("goal", *served, "", tx.now + GOAL_SECONDS)
+                tx.after_commit(self._known_goals.add, served)
             tx.after_commit(self.registry.busy, caller.owner, claim.seen_as, intent.id)
             return self._change(tx, intent, intent.claimed(tx.now, token_hash, claim.lease, caller.owner, claim.worker_id))
 
@@ -1703,12 +1691,6 @@ class Bus:
                 self._change(tx, intent, intent.advance(tx.now))
             elif intent is not None or applied < DUE_ROWS:
                 return intent
-
-    def _remember_goal(self, tx, namespace, goal):
-        """Put on record that a goal has a worker."""
-        if (namespace, goal) not in self._known_goals:
-            tx.remember("goal", namespace, goal, "", tx.now + GOAL_SECONDS)
-            tx.after_commit(self._known_goals.add, (namespace, goal))
 
     def extend_claim(self, intent_id, claim_token=None, seconds=LEASE_SECONDS, *, caller=OWNER):
         """Let the lease end that many seconds from now; raises NotFound once it is over."""
@@ -2005,11 +1987,10 @@ class Bus:
 
     def _committed(self, blocks):
         """Take in what blocks have done, now that it is on disk."""
-        for block in blocks:
-            for effect in block.effects:
-                effect()
-            self.learn(block.moves)
         moves = [move for block in blocks for move in block.moves]
+        for effect in [effect for block in blocks for effect in block.effects]:
+            effect()
+        self.learn(moves)
         if moves:
             self._put_off_probe()
         self.on_news(moves)
@@ -2062,7 +2043,6 @@ class Bus:
 
     def housekeeping(self):
         """Apply due transitions, delete what is past its retention, store the history and the time."""
-        self.shift_clock()
         now = time.monotonic()
         self.registry.forget_silent(self.clock.now())
         with self.store.transaction() as tx:
@@ -2226,15 +2206,14 @@ class Keys:
             sound = sound or user == "admin" and secrets_equal(password, self._dashboard_password)
         if not self._admin_secret and not self._dashboard_password:
             with contextlib.suppress(Unauthorized):     # from a browser, which signs nothing; or in any way of a key
-                sound = user == "admin" and secrets_equal(password, self._owner_key) or self._presents_owner_key(request)
+                sound = user == "admin" and secrets_equal(password, self._owner_key)
+                if not sound:
+                    self.identify(request)
+                    sound = request.key_id == "owner"
         if not sound:
             raise self._failed(request, Unauthorized("Authentication required.",
                                                      headers=[("WWW-Authenticate", 'Basic realm="Intent Bus"')]))
         request.caller = OWNER
-
-    def _presents_owner_key(self, request):
-        self.identify(request)
-        return request.key_id == "owner"
 
     def identify_scraper(self, request):
         """Check that a request may read the metrics; raises Unauthorized."""
@@ -3050,14 +3029,6 @@ class Request:
         return None if given is None else validate(IDEMPOTENCY, {"idempotency_key": given})["idempotency_key"]
 
 
-def home(api, request):
-    return 200, HOME
-
-
-def dashboard(api, request):
-    return 200, DASHBOARD
-
-
 def health(api, request):
     api.bus.probe()
     return 200, health_of(api)
@@ -3157,6 +3128,10 @@ def who_am_i(api, request):
     return 200, dict(key_id=caller.key_id, owner=caller.owner, role=caller.role, admin=caller.admin, now=api.bus.clock.now())
 
 
+def get_value(api, request, key):
+    return 200, {"value": api.bus.get(key, caller=request.caller)}
+
+
 def set_value(api, request, key):
     validate(VALUE_KEY, {"key": key})
     in_query = request.query and not request.body.strip()
@@ -3164,32 +3139,8 @@ def set_value(api, request, key):
     return 200, api.bus.set(key, **fields, caller=request.caller)
 
 
-def get_value(api, request, key):
-    return 200, {"value": api.bus.get(key, caller=request.caller)}
-
-
-def generate_key(api, request):
-    return 201, api.keys.generate(**request.fields(GENERATE_KEY))
-
-
-def invite(api, request):
-    return 201, api.keys.invite(**request.fields(GENERATE_KEY))
-
-
 def join(api, request):
     return 201, api.keys.join(request, request.fields(JOIN)["code"])
-
-
-def revoke_key(api, request):
-    return 200, api.keys.revoke(**request.fields(REVOKE_KEY))
-
-
-def list_keys(api, request):
-    return 200, api.keys.list()
-
-
-def admin_summary(api, request):
-    return 200, api.summary(**request.parameters(SUMMARY))
 
 
 def metrics(api, request):
@@ -3225,6 +3176,11 @@ def calling(read, verb, fields=NOTHING):
     return endpoint
 
 
+def of_keys(verb, fields, status):
+    """Return the endpoint that calls a method of Keys with the fields of the body."""
+    return lambda api, request: (status, getattr(api.keys, verb)(**request.fields(fields)))
+
+
 def advancing(verb, fields=NOTHING):
     """Return the endpoint that advances a long verb of the Bus with the fields of the body."""
     def endpoint(api, request):
@@ -3239,7 +3195,7 @@ with_query = functools.partial(calling, Request.parameters)
 
 ROUTES = (
     # method, path                      who may     endpoint
-    ("GET",  "/",                       None,      home),
+    ("GET",  "/",                       None,      lambda api, request: (200, HOME)),
     ("GET",  "/health",                 None,      health),
     ("POST", "/intent",                 "publish", publish),
     ("POST", "/intents",                "publish", publish_many),
@@ -3260,14 +3216,14 @@ ROUTES = (
     ("POST", "/set/*",                  "keep",    set_value),
     ("GET",  "/get/*",                  "keep",    get_value),
     ("POST", "/delete/*",               "keep",    with_body("delete")),
-    ("POST", "/admin/generate_key",     "admin",   generate_key),
-    ("POST", "/admin/invite",           "admin",   invite),
+    ("POST", "/admin/generate_key",     "admin",   of_keys("generate", GENERATE_KEY, 201)),
+    ("POST", "/admin/invite",           "admin",   of_keys("invite", GENERATE_KEY, 201)),
     ("POST", "/join",                   None,      join),
-    ("POST", "/admin/revoke_key",       "admin",   revoke_key),
-    ("GET",  "/admin/keys",             "admin",   list_keys),
+    ("POST", "/admin/revoke_key",       "admin",   of_keys("revoke", REVOKE_KEY, 200)),
+    ("GET",  "/admin/keys",             "admin",   of_keys("list", NOTHING, 200)),
     ("POST", "/admin/purge",            "admin",   advancing("purge", PURGE)),
     ("POST", "/admin/cleanup",          "admin",   advancing("cleanup")),
-    ("GET",  "/admin/dashboard",        "admin",   dashboard),
+    ("GET",  "/admin/dashboard",        "admin",   lambda api, request: (200, DASHBOARD)),
     ("GET",  "/admin/intents",          "admin",   with_query("list", LIST)),
     ("POST", "/admin/intents",          "admin",   publish),
     ("GET",  "/admin/intents/*",        "admin",   with_query("inspect")),
@@ -3276,7 +3232,7 @@ ROUTES = (
     ("GET",  "/admin/dead",             "admin",   with_query("dead")),
     ("POST", "/admin/dead",             "admin",   advancing("sweep_dead", SWEEP)),
     ("GET",  "/admin/dead/*",           "admin",   with_query("dead_letter")),
-    ("GET",  "/admin/summary",          "admin",   admin_summary),
+    ("GET",  "/admin/summary",          "admin",   lambda api, request: (200, api.summary(**request.parameters(SUMMARY)))),
     ("GET",  "/metrics",                "metrics", metrics),
 )
 ROLES = {
@@ -4589,6 +4545,7 @@ class WsgiApplication:
     def _answer(self, api, environ, headers):
         request = wsgi_request(environ, headers, api.max_body)
         with contextlib.suppress(Error):
+            api.bus.shift_clock()
             api.housekeeping()
         answer = api.handle(request)
         while isinstance(answer, Held):     # and other threads have their turn

@@ -307,6 +307,7 @@ def tend(bus):
     with pytest.MonkeyPatch.context() as patch:
         for pause in ("CLEAN_SECONDS", "USAGE_SECONDS", "CLOCK_RECORD_SECONDS"):
             patch.setattr(intentbus, pause, 0)
+        bus.shift_clock()
         bus.housekeeping()
 
 
