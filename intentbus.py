@@ -647,8 +647,10 @@ class Database:
 
     def truncate_log(self):
         """Truncate the write-ahead log; waits up to a second for readers of the file."""
-        self._db.execute(f"PRAGMA busy_timeout = {1000 * RECHECK_SECONDS}")
-        blocked, *_ = self._run(self._db.execute, "PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        until, blocked = time.monotonic() + RECHECK_SECONDS, True
+        self._db.execute(f"PRAGMA busy_timeout = {1000 * LOCK_CHECK_SECONDS:.0f}")
+        while blocked and time.monotonic() < until:     # many short tries: a long one waits for readers that came after it
+            blocked, *_ = self._run(self._db.execute, "PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         self._db.execute("PRAGMA busy_timeout = 0")
         self._truncate_above = self.sizes()[1] + WAL_BYTES // 2 if blocked else WAL_BYTES
 
@@ -1158,8 +1160,9 @@ class Transaction(Reads):
 class Store(Reads):
     """The intents, keys and memos of a bus, in committed state; transaction() begins a block that changes them.
 
-    A round is one commit for many blocks: begin(), blocks, prepare(), commit(), finish(). A block outside a round is its own
-    transaction. What was committed goes to `on_commit`, a function of a list of Transactions. `now` returns Unix seconds.
+    A round is one commit for many blocks: database.begin(), blocks, prepare(), database.commit(), finish(); only that commit
+    may run in another thread. A block outside a round is its own transaction. What was committed goes to `on_commit`, a
+    function of a list of Transactions. `now` returns Unix seconds.
     """
 
     def __init__(self, database, now=time.time, transaction=Transaction):
@@ -1184,17 +1187,9 @@ class Store(Reads):
         else:
             self.round.append(block)
 
-    def begin(self):
-        """Begin a round; raises Busy while another program writes."""
-        self.database.begin()
-
     def prepare(self):
         """Write the tallies of the round, the last thing before its commit."""
         self.database.executemany(TALLY, tally_rows(move for block in self.round for move in block.moves))
-
-    def commit(self):
-        """Write the round to disk; only this may run in another thread."""
-        self.database.commit()
 
     def finish(self):
         """Hand over what the round has done, once it is committed."""
@@ -2233,7 +2228,6 @@ class Keys:
             raise self._failed(request, Unauthorized("Invalid API key."))
         if request.signing_key:
             self._check_signature(request)
-            request.signing_key = None     # once is enough, if the request has to be repeated
         if caller.max_unfinished is not None:
             self._count(caller)
         request.caller = caller
@@ -2365,6 +2359,7 @@ class Keys:
         with self._store.transaction() as tx:
             if not tx.remember_first("nonces", request.key_id, short, "", now + 2 * SIGNATURE_SECONDS + 1):
                 raise refused("Replay detected")
+            tx.after_commit(setattr, request, "signing_key", None)     # the same request may run again
 
     def _failed(self, request, error):
         """Return the error, delayed after repeated failures from one address."""
@@ -3878,7 +3873,7 @@ class Rounds:
 
     def __init__(self, loop):
         self._loop, self._api, self._store = loop, loop.api, loop.api.bus.store
-        self._reads, self._reports, self._writes = (collections.deque() for _ in range(3))
+        self._reads, self._reports, self._writes, self._alone = (collections.deque() for _ in range(4))     # jobs
         self._ran = []                       # (connection, run, outcome) of the round; run is None for a held claim
         self._lanes = collections.deque()    # lanes with an intent to be offered to held claims
         self._offered = []                   # lanes of which the round has offered an intent
@@ -3886,7 +3881,7 @@ class Rounds:
         self._seen = 0                       # blocks of the round whose moves are taken in
         self._told = False                   # whether those who wait for events have a job
         self._slow = False                   # whether the last commit was slow
-        self._retry_at = 0                   # when to try again, while another program holds the file
+        self._retry_at = 0                   # when to begin a round again, after one that could not begin
 
     def submit(self, connection):
         """Take in the request of a connection."""
@@ -3919,62 +3914,69 @@ class Rounds:
             self.attempt_all(EVENT_KEY)
             self._reads.append((None, functools.partial(setattr, self, "_told", False)))
 
-    def apart(self, function, then=None):
+    def apart(self, function, then=lambda result: None):
         """Run a function that writes in a thread; reads go on meanwhile, and the next round begins after it."""
+        def end(result):
+            self._store.busy_since = None
+            then(result)
         self._store.busy_since = self._loop.now
-        self._loop.in_thread(function, then or self._end_apart)
+        self._loop.in_thread(function, end)
 
     def delay(self):
         """Return in how many seconds work() has something to do; float("inf") if that is unknown."""
         if self._reads:
             return 0
-        if not (self._reports or self._writes or self._lanes) or self._store.busy_since is not None:
-            return float("inf")
-        return max(0, self._retry_at - self._loop.now)
+        return max(0, self._retry_at - self._loop.now) if self._may_begin() else float("inf")
 
     def work(self):
         """Run a round of jobs that may write, then reads, which see what is committed."""
-        if self._store.busy_since is None and self._loop.now >= self._retry_at:
-            if self._reports or self._writes or self._lanes:
-                self._round()
+        if self._may_begin() and self._loop.now >= self._retry_at:
+            self._round()
         until = time.monotonic() + ROUND_SECONDS
         while self._reads and time.monotonic() < until:
             connection, run = self._reads.popleft()
             self._loop.deliver(connection, run())
 
+    def _may_begin(self):
+        return self._store.busy_since is None and bool(self._alone or self._reports or self._writes or self._lanes)
+
     def _round(self):
         try:
-            self._store.begin()
+            self._store.database.begin()
         except Error as error:
             self._retry_at = self._loop.now + LOCK_CHECK_SECONDS
             return self._refuse_waiting(error, LOCK_SECONDS if isinstance(error, Busy) else 0)
         try:
             self._run_jobs()
             self._store.prepare()
-        except (RoundLost, Error):
-            return self._repeat()
+        except Exception as error:
+            return self._end(error)
         if self._slow:
-            self.apart(self._commit, self._committed)
+            self.apart(self._commit, self._end)
         else:
-            self._committed(self._commit())
+            self._end(self._commit())
 
     def _run_jobs(self):
-        """Run reports first, then other jobs, each followed by the held claims that it gives an intent to."""
+        """Run one job alone; or reports and then others, each followed by the held claims that it gives an intent to."""
+        if self._alone:
+            return self._run(*self._alone.popleft())
         until = time.monotonic() + ROUND_SECONDS
         self._offer_lanes()
         while len(self._ran) < ROUND_REQUESTS and (jobs := self._reports or self._writes) and time.monotonic() < until:
-            connection, run = jobs.popleft()
-            at = len(self._ran)
-            self._ran.append((connection, run, None))     # known before it runs: it runs again if the round is lost
-            outcome = run()
-            if isinstance(outcome, Held):     # at once, so that the next job of this round finds it
-                outcome = self._loop.hold(connection, outcome)
-            self._ran[at] = connection, run, outcome
+            self._run(*jobs.popleft())
             self._offer_lanes()
+
+    def _run(self, connection, run):
+        at = len(self._ran)
+        self._ran.append((connection, run, None))     # known before it runs: it runs again if the round is lost
+        outcome = run()
+        if isinstance(outcome, Held):     # at once, so that the next job of this round finds it
+            outcome = self._loop.hold(connection, outcome)
+        self._ran[at] = connection, run, outcome
+        self._take_in_moves()
 
     def _offer_lanes(self):
         """Attempt, for each intent that got ready, the claim that is held longest for it."""
-        self._take_in_moves()
         while self._lanes and len(self._tried) < ROUND_REQUESTS:
             lane = self._lanes.popleft()
             held = self._loop.waiting.first(covering_lanes(lane), self._tried)
@@ -4001,59 +4003,38 @@ class Rounds:
         """Commit the round, in whichever thread; return the error, or None."""
         began = time.monotonic()
         try:
-            self._store.commit()
+            self._store.database.commit()
         except Error as error:
             return error
         finally:
             self._slow = self._store.database.commits_apart and time.monotonic() - began > SLOW_COMMIT_SECONDS
 
-    def _committed(self, error):
-        """Send the answers of a round that is on disk; or repeat it after an error."""
-        self._store.busy_since = None
-        if error:
-            return self._repeat()
-        ran = self._end_round()
-        self._store.finish()
-        for connection, _, outcome in ran:
-            self._loop.deliver(connection, outcome)
-        if self._store.database.log_is_long():
-            self.apart(self._store.database.truncate_log)
-
-    def _end_round(self):
-        ran, self._ran, self._offered, self._seen = self._ran, [], [], 0
+    def _end(self, error):
+        """Send the answers of a round that is on disk. After an error, have each of its requests meet its own error."""
+        ran, offered, self._ran, self._offered, self._seen = self._ran, self._offered, [], [], 0
         self._tried.clear()
-        return ran
-
-    def _repeat(self):
-        """Run each request of a lost round in a round of its own, so that it meets its own error."""
+        if error is None:
+            self._store.finish()
+            for connection, _, outcome in ran:
+                self._loop.deliver(connection, outcome)
+            if self._store.database.log_is_long():
+                self.apart(self._store.database.truncate_log)
+            return
         self._store.abandon()
-        self._lanes += self._offered
-        for connection, run, _ in self._end_round():
-            if run and connection:     # a held claim waits on, and housekeeping comes again
-                self._loop.release(connection)
-                self._loop.deliver(connection, self._run_alone(connection, run))
-
-    def _run_alone(self, connection, run):
-        try:
-            self._store.begin()
-            outcome = run()
-            self._take_in_moves()
-            self._store.prepare()
-            self._store.commit()
-        except RoundLost as error:
-            self._store.abandon()
-            return self._api.refuse(connection.request, error.cause)
-        except Error as error:
-            self._store.abandon()
-            return self._api.refuse(connection.request, error)
-        finally:
-            self._seen = 0
-        self._store.finish()
-        return outcome
+        self._lanes += offered
+        jobs = [(connection, run) for connection, run, _ in ran if connection and run]     # housekeeping comes again
+        for connection, run in jobs:
+            self._loop.release(connection)
+            if offered or len(jobs) > 1:
+                self._alone.append((connection, run))
+            else:
+                self._loop.deliver(connection, self._api.refuse(connection.request, getattr(error, "cause", error)))
+        if not jobs:
+            self._retry_at = self._loop.now + LOCK_CHECK_SECONDS
 
     def _refuse_waiting(self, error, seconds):
         """Refuse requests that have waited for that many seconds; /health has less patience."""
-        for jobs in (self._reports, self._writes):
+        for jobs in (self._alone, self._reports, self._writes):
             for connection, run in [jobs.popleft() for _ in range(len(jobs))]:
                 patience = min(seconds, RECHECK_SECONDS) if connection and connection.request.endpoint is health else seconds
                 if connection and self._loop.now - connection.began >= patience:
@@ -4071,9 +4052,6 @@ class Rounds:
             self._loop.arm(held.connection, LOCK_CHECK_SECONDS)
         elif held.connection.held is held:
             return self._api.expire(held)
-
-    def _end_apart(self, error):
-        self._store.busy_since = None
 
 
 class Loop:
