@@ -503,6 +503,14 @@ def lock(file):
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
 
 
+def file_size(path):
+    """Return the bytes of a file, 0 if there is none."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
+
+
 class Busy(Unavailable):
     """Another program is writing to the file."""
 
@@ -633,7 +641,7 @@ class Database:
 
     def sizes(self):
         """Return the bytes of the database and of its write-ahead log."""
-        return [os.path.getsize(path) if os.path.exists(path) else 0 for path in (self.path, self.path + "-wal")]
+        return file_size(self.path), file_size(self.path + "-wal")
 
     def changed_elsewhere(self):
         """Return whether another program has written to the file since the last call."""
@@ -643,7 +651,7 @@ class Database:
 
     def log_is_long(self):
         """Return whether the write-ahead log needs truncate_log(), because readers were there at each commit."""
-        return self.sizes()[1] > self._truncate_above
+        return file_size(self.path + "-wal") > self._truncate_above
 
     def truncate_log(self):
         """Truncate the write-ahead log; waits up to a second for readers of the file."""
@@ -3496,7 +3504,7 @@ def body_length(headers, version, limit):
             raise LengthRequired("Send the body with a Content-Length or, in HTTP/1.1, chunked.")
         return None
     length = headers.get("content-length", "0")
-    if not re.fullmatch("[0-9]+", length, re.ASCII):
+    if not (length.isascii() and length.isdigit()):
         raise Invalid("Content-Length must be decimal digits.")
     if len(length) > 15 or int(length) > limit:
         raise body_too_large(limit)
