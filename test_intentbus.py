@@ -1329,9 +1329,10 @@ static void keep(int file) {     /* what is on the disk now: a copy of the file,
     snprintf(image, sizeof image, "%s/%06d-%s", folder, number++, name);
     rename(draft, image);
 }
-static int synced(const char *name, int file) {     /* it fails while there is a file named by DISK_FAULT */
+static int synced(const char *name, int file) {     /* it fails, or waits, while there is a file named by DISK_FAULT or DISK_HOLD */
     int (*real)(int) = dlsym(RTLD_NEXT, name);
-    const char *fault = getenv("DISK_FAULT");
+    const char *fault = getenv("DISK_FAULT"), *hold = getenv("DISK_HOLD");
+    while (hold && !access(hold, F_OK)) usleep(1000);
     if (fault && !access(fault, F_OK)) { errno = EIO; return -1; }
     pthread_mutex_lock(&lock);
     int result = real(file);
@@ -1810,10 +1811,14 @@ def test_the_file_is_private_and_readable_with_any_sql_tool(served):
 
 @pytest.fixture(scope="module")
 def on_a_watched_disk(tmp_path_factory):
-    """A bus as a program that keeps an image of each file it syncs in images, and cannot sync while the file fault exists."""
+    """A bus as a program that keeps an image of each file it syncs in images.
+
+    Syncing fails while the file fault exists, and hangs while the file hold exists.
+    """
     home = tmp_path_factory.mktemp("disk")
-    serve = Serve(home, "--db", "bus.db", DISK_IMAGES=str(home / "images"), DISK_FAULT=str(home / "fault"), **preloaded(DISK))
-    serve.images, serve.fault = home / "images", home / "fault"
+    serve = Serve(home, "--db", "bus.db", DISK_IMAGES=str(home / "images"), DISK_FAULT=str(home / "fault"),
+                  DISK_HOLD=str(home / "hold"), **preloaded(DISK))
+    serve.images, serve.fault, serve.hold_disk = home / "images", home / "fault", home / "hold"
     yield serve
     serve.kill()
 
@@ -1887,6 +1892,28 @@ def test_a_failed_commit_is_reported_to_every_request_in_it(on_a_watched_disk):
     assert [response_on(sock).status for sock in publish()] == [201] * 10
     assert [intent.status for intent in bus.client.list(goal="failing").intents] == ["open"] * 10
     assert bus.ask("GET", "/admin/summary").json["intents"]["default"]["open"] == before + 10
+
+
+@LINUX
+def test_reads_go_on_while_a_slow_disk_commits(on_a_watched_disk):
+    bus = on_a_watched_disk
+
+    def slowly(goal):
+        """Publish while the disk hangs; return the connection."""
+        bus.hold_disk.touch()
+        sock = bus.begin("POST", "/intent", a_publish(goal=goal))
+        wait_until(lambda: not unread(bus.port))
+        return sock
+    before = len(bus.statuses())
+    first = slowly("slow")     # this commit shows the bus that the disk is slow
+    threading.Timer(0.05, bus.hold_disk.unlink).start()
+    assert response_on(first).status == 201
+    waiting = [slowly("slow"), slowly("slow")]
+    assert len(bus.statuses()) == before + 1     # what is not on disk yet is not shown
+    assert [bus.ask("GET", path).status for path in ("/health", "/workers", "/admin/summary", "/metrics")] == [200] * 4
+    bus.hold_disk.unlink()
+    assert [response_on(sock).status for sock in waiting] == [201, 201]
+    assert len(bus.statuses()) == before + 3
 
 
 def test_a_request_that_fails_halfway_stores_nothing(served):
@@ -2003,6 +2030,34 @@ def test_the_cost_of_a_verb_does_not_grow_with_the_table(sqlite_work, bus, clock
 
 
 @ON_A_FILE
+@LINUX
+def test_a_cycle_takes_at_most_seven_statements(started, monkeypatch):
+    statements, connect = [], sqlite3.connect
+
+    def traced(*args, **kwargs):
+        db = connect(*args, **kwargs)
+        db.set_trace_callback(statements.append)
+        return db
+    monkeypatch.setattr(sqlite3, "connect", traced)
+    bus = started()
+
+    def in_one_round(requests):
+        """Send requests that are answered in one round; return the answers, and the number of statements for each."""
+        with occupied(bus.db):
+            sent = [bus.begin("POST", *request) for request in requests]
+            wait_until(lambda: not unread(bus.port))
+            statements.clear()
+        answers = [response_on(sock).json for sock in sent]
+        counted = [words for words in statements if re.match(r"\s*(SELECT|INSERT|UPDATE|DELETE|WITH)\b", words)]
+        return answers, len(counted) / len(requests)
+    in_one_round([("/intent", a_publish()), ("/claim?goal=g",)])     # the first worker of a goal is put on record
+    _, publishing = in_one_round([("/intent", a_publish())] * 20)
+    claims, claiming = in_one_round([("/claim?goal=g",)] * 20)
+    _, fulfilling = in_one_round([(f"/fulfill/{claim['id']}", dict(claim_token=claim["claim_token"])) for claim in claims])
+    assert 3 < publishing + claiming + fulfilling <= 7
+
+
+@ON_A_FILE
 def test_counting_dead_intents_reads_dead_intents_only(sqlite_work, bus):
     bus.cancel(bus.publish("g", 1).id)
     cost = lambda: sqlite_work.of(bus.sweep_dead, "count", goal="g")[0]
@@ -2116,9 +2171,10 @@ VERSION_1 = """
 """     # a database of schema version 1, as the first release wrote it: never to be edited
 
 
-def test_a_database_of_the_first_release_opens_and_works(tmp_path, clock):
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_a_database_of_an_earlier_release_opens_and_works(tmp_path, clock, version):
     with contextlib.closing(sqlite3.connect(tmp_path / "bus.db")) as old:
-        old.executescript(VERSION_1)
+        old.executescript(";".join([VERSION_1, *intentbus.MIGRATIONS[1:version], f"PRAGMA user_version = {version}"]))
     options, done = dict(clock=clock, boot=lambda: None), "01a3185c500000006f604259ccc43707"
     with contextlib.closing(open_store("sqlite", tmp_path / "bus.db")) as store:
         assert assembled(store, **options).bus.publish("done", 1, idempotency_key="once").id == done
@@ -2761,6 +2817,28 @@ def test_a_clock_jump_expires_nothing_and_stalls_nothing(bus, clock, jump):
 
 
 @ON_A_FILE     # several buses use the clock of their database
+@pytest.mark.parametrize("jump", [100 * 86400, -100 * 86400])
+def test_a_clock_jump_changes_no_retention_of_ended_intents(store, clock, jump):
+    bus = assembled(store, clock=clock, bus=dict(retention=3600)).bus
+    bus.publish("g", 1)
+    bus.fulfill(bus.claim("g").id)
+    clock.pass_(600)
+    clock.set(jump)
+    tend(bus)
+    bus.publish("g", 2)
+    bus.fulfill(bus.claim("g").id)
+    clock.pass_(2990)
+    tend(bus)
+    assert [intent.status for intent in bus.list().intents] == ["fulfilled"] * 2
+    clock.pass_(620)
+    tend(bus)
+    assert len(bus.list().intents) <= 1 or jump > 0     # a clock that was far ahead leaves them for longer
+    clock.pass_(100 * 86400)
+    tend(bus)
+    assert bus.list().intents == []
+
+
+@ON_A_FILE     # several buses use the clock of their database
 @pytest.mark.parametrize("jump", [3600, -3600])
 def test_a_clock_jump_does_not_stall_a_held_claim(started, quick_rechecks, jump):
     clock = dict(ahead=0)
@@ -3075,6 +3153,23 @@ def test_the_number_of_remembered_workers_is_bounded(bus, monkeypatch):
     for number in range(5):
         bus.claim(f"goal{number}", worker_id=f"w{number}")
     assert [worker.id for worker in bus.workers().workers] == ["w4", "w3", "w2"]
+
+
+def test_known_workers_do_not_slow_a_publish_down(bus):
+    def calls_of_a_publish():
+        calls = []
+        sys.setprofile(lambda *event: calls.append(event))
+        try:
+            assert bus.publish("unserved", 1).listening == 0
+        finally:
+            sys.setprofile(None)
+        return len(calls)
+    bus.claim("g", worker_id="w")
+    calls_of_a_publish()     # some lookups are made only once
+    before = calls_of_a_publish()
+    for number in range(300):
+        bus.claim("g", worker_id=f"w{number}")
+    assert 0 < before and calls_of_a_publish() <= before + 10
 
 
 def test_each_event_of_an_intent_is_reported_once_in_order(bus, clock):
@@ -4978,6 +5073,64 @@ def test_an_absolute_target_is_accepted(strict, target):
 def test_unusual_but_unambiguous_framing_is_accepted(strict, data):
     response, = strict.send(data)
     assert response.status == 200
+
+
+@pytest.mark.parametrize("body", [
+    b"18\r\n" + BODY + b"\r\n0\r\n\r\n",
+    b"018;name=value;other\r\n" + BODY + b"\r\n00;last\r\n\r\n",
+    b"".join(b"1 \t\r\n%c\r\n" % byte for byte in BODY) + b"0\r\n\r\n",
+    b"a\r\n" + BODY[:10] + b"\r\nE\r\n" + BODY[10:] + b"\r\n0\r\nX-Trailer: a\r\nContent-Length: 7\r\n\r\n",
+], ids=["one chunk", "extensions", "single bytes", "trailers"])
+def test_a_chunked_body_is_read(served, body):
+    sent = chunked(body) + get(b"GET /intents?payload=1 HTTP/1.1", b"Host: x", b"X-API-KEY: " + KEY.encode(), b"Connection: close")
+    published, listed = served.send(sent)
+    assert published.status == 201 and [intent["payload"] for intent in listed.json["intents"]] == [1]
+    with served.connect() as sock:     # in single bytes, too
+        for byte in chunked(body, b"Connection: close"):
+            sock.sendall(bytes([byte]))
+        assert response_on(sock).status == 201
+
+
+def test_a_chunked_body_is_signed_as_what_its_chunks_say(served):
+    headers = signed("POST", "/intent", BODY)
+    lines = [f"{name.replace('_', '-')}: {value}".encode() for name, value in headers.items()]
+    sent = chunked(b"18\r\n" + BODY + b"\r\n0\r\n\r\n", *lines, b"Connection: close")
+    assert [response.status for response in served.send(sent) + served.send(sent)] == [201, 403]
+
+
+@pytest.mark.parametrize("chunk", [b"10001\r\n", b"8000\r\n" + b" " * 0x8000 + b"\r\n8001\r\n", b"1\r\n \r\n" * 80_000],
+                         ids=["a large chunk", "two chunks", "many chunks"])
+def test_a_chunked_body_over_the_limit_is_refused(started, chunk):
+    bus = started(api=dict(max_body=0x10000))
+    response, = bus.send(chunked(chunk))
+    assert_refusal(response, 413, "payload_too_large", "65536")
+    assert bus.statuses() == []
+
+
+def test_a_wrong_key_is_refused_before_its_body_is_sent(strict):
+    with strict.connect() as sock:
+        sock.sendall(asking("POST", "/intent", b" " * 200_000, key="wrong")[:300])
+        assert_refusal(response_on(sock), 401, "unauthorized")
+
+
+def test_bodies_of_unproven_callers_have_a_bound_in_memory(started, monkeypatch):
+    monkeypatch.setattr(intentbus, "UNPROVEN_BYTES", 100_000)
+    bus, body = started(), json.dumps(a_publish(payload="x" * 40_000)).encode()
+    with contextlib.ExitStack() as stack:
+        halves = []
+        for _ in range(5):
+            data = asking("POST", "/intent", body, key=None, X_Key_ID="owner", **signed("POST", "/intent", body))
+            sock = stack.enter_context(bus.connect())
+            sock.sendall(data[:-1])
+            halves.append((sock, data[-1:]))
+            wait_until(lambda: not unread(bus.port))
+            assert bus.ask("GET", "/health", key=None).status == 200
+        for sock, _ in halves[:3]:     # the oldest are closed
+            with contextlib.suppress(ConnectionError):
+                assert sock.recv(1) == b""
+        for sock, rest in halves[3:]:
+            sock.sendall(rest)
+            assert response_on(sock).status == 201
 
 
 @pytest.mark.parametrize("half", [
