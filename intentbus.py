@@ -417,17 +417,18 @@ class Intent(Record):
         if expires_at <= now:
             return self._dead(now, "expired", **columns)
         ready = run_at <= now
-        return Change(event, dict(columns, status="open", ready=int(ready), run_at=run_at, claim_expires_at=None,
-                                  due_at=expires_at if ready else min(run_at, expires_at)))
+        return Change(event, dict(
+            columns, status="open", ready=int(ready), run_at=run_at, claim_expires_at=None,
+            due_at=expires_at if ready else min(run_at, expires_at)))
 
     def _dead(self, now, reason, **columns):
         """It is a dead letter, or stays one."""
-        return Change("dead" if self.status != "dead" else None, dict(columns, status="dead", ready=0, completed_at=now, last_error=reason,
-                                   claim_expires_at=None, due_at=None))
+        return Change("dead" if self.status != "dead" else None, dict(
+            columns, status="dead", ready=0, completed_at=now, last_error=reason, claim_expires_at=None, due_at=None))
 
 
-for column in COLUMNS:     # attributes as a Record has them, but ten times as fast
-    setattr(Intent, column, property(operator.itemgetter(column)))
+for attribute in COLUMNS:     # attributes as a Record has them, but ten times as fast
+    setattr(Intent, attribute, property(operator.itemgetter(attribute)))
 
 
 # ---- 4. Database ----
@@ -714,9 +715,9 @@ class Database:
 
     def _prepare(self, journal):
         """Bring the file to this journal mode, if it can be had, and to the schema of this version."""
-        (version,), (application,) = (self._db.execute(f"PRAGMA {pragma}").fetchone()
+        (version,), (application_id,) = (self._db.execute(f"PRAGMA {pragma}").fetchone()
                                       for pragma in ("user_version", "application_id"))
-        if application != APPLICATION_ID and self._db.execute("SELECT name FROM sqlite_master LIMIT 1").fetchone():
+        if application_id != APPLICATION_ID and self._db.execute("SELECT name FROM sqlite_master LIMIT 1").fetchone():
             raise SetupError(f"The database {self.path} belongs to another program; give the bus another --db.")
         if version > len(MIGRATIONS):
             raise SetupError(f"The database {self.path} was written by a newer intentbus (schema {version}, "
@@ -1312,16 +1313,16 @@ class Clock:
         """Return the record from which resume() continues after a restart, as it is after a step: a dict for JSON."""
         return dict(at=self.now() + step, offset=self._offset + step, boot=self._boot)
 
-    def resume(self, note):
+    def resume(self, record):
         """Continue from a record: the wall clock may have been set while the bus was not running.
 
         After a restart of the machine, only a clock that is behind the record, or more than a year ahead, is known to be
         wrong; time then goes on from the record.
         """
-        if self._boot and self._boot == note["boot"]:
-            self._offset = note["offset"]
+        if self._boot and self._boot == record["boot"]:
+            self._offset = record["offset"]
             return
-        wall, at = self._wall(), note["at"]
+        wall, at = self._wall(), record["at"]
         self._offset = (at if wall - at > YEAR_SECONDS else max(at, wall)) - self._steady()
 
 
@@ -1551,10 +1552,10 @@ class Bus:
         self._clean_at = self._history_at = self._note_at = self._probe_at = 0     # by time.monotonic()
         self.on_news = lambda moves: None
         store.now, store.on_commit = self.clock.now, self._committed
-        if note := store.recall("clock", "", "", 0):
-            note = json.loads(note)
-            self.clock.resume(note)
-            self._kept = note["kept"]
+        if stored := store.recall("clock", "", "", 0):
+            record = json.loads(stored)
+            self.clock.resume(record)
+            self._kept = record["kept"]
         with store.transaction() as tx:
             self._note_time(tx)
 
@@ -1896,9 +1897,9 @@ class Bus:
         for namespace, _, status, number in self.store.tallies():
             states = intents.setdefault(namespace, {})
             states[status] = states.get(status, 0) + number
-        database, log = self.store.database.sizes()
-        return Record(version=__version__, now=now, intents=intents, keys=len(self.store.keys()), database_bytes=database,
-                      wal_bytes=log, waiting=self._longest_waiting(), workers=self.registry.seen()[:WAITING_LANES],
+        database_bytes, wal_bytes = self.store.database.sizes()
+        return Record(version=__version__, now=now, intents=intents, keys=len(self.store.keys()),
+                      database_bytes=database_bytes, wal_bytes=wal_bytes, waiting=self._longest_waiting(), workers=self.registry.seen()[:WAITING_LANES],
                       history=self._past(int(now // 60) - minutes + 1, 1 if minutes <= 60 else 10))
 
     def _longest_waiting(self):
@@ -2452,15 +2453,15 @@ def must_be(words, accepts):
     return validator
 
 
-def number(low, high, kinds=(int, float), words="a number"):
+def number_from(low, high, kinds=(int, float), words="a number"):
     """Accept a number from low to high."""
     return must_be(f"{words} from {low} to {high}", lambda value: isinstance(value, kinds) and not isinstance(value, bool)
                    and low <= value <= high)
 
 
-def integer(low, high):
+def integer_from(low, high):
     """Accept a whole number from low to high."""
-    return number(low, high, int, "a whole number")
+    return number_from(low, high, int, "a whole number")
 
 
 def choice(*words):
@@ -2468,14 +2469,14 @@ def choice(*words):
     return must_be(" or ".join(f'"{word}"' for word in words), lambda value: isinstance(value, str) and value in words)
 
 
-def text(low, high):
+def text_of(low, high):
     """Accept a string of that many characters after trimming, without control characters."""
     accept = must_be(f"a string of {low} to {high} characters, with no control characters",
                      lambda value: low <= len(value) <= high and not CONTROL.search(value))
     return lambda value: accept(value.strip() if isinstance(value, str) else "\0")
 
 
-def word(characters):
+def word_of(characters):
     """Accept a string of 1 to 64 of these characters."""
     pattern = re.compile(f"[{characters.replace(' ', '')}]{{1,64}}", re.ASCII)
     return must_be(f"1 to 64 characters of {characters}",
@@ -2485,13 +2486,13 @@ def word(characters):
 anything = must_be("any JSON value", lambda value: True)
 boolean = must_be("true or false", lambda value: isinstance(value, bool))
 string = must_be("a string", lambda value: isinstance(value, str))
-namespace = word("A-Z a-z 0-9 . _ -")
-token = word("A-Z a-z 0-9 . _ : -")
+namespace_word = word_of("A-Z a-z 0-9 . _ -")
+token_word = word_of("A-Z a-z 0-9 . _ : -")
 
 
 def tokens(value):
     """Accept names separated by commas."""
-    return tuple(token(part.strip()) for part in value.split(",") if part.strip())
+    return tuple(token_word(part.strip()) for part in value.split(",") if part.strip())
 
 
 def list_of(validator):
@@ -2574,78 +2575,78 @@ class Fields(dict):
 
 
 LIMITS = {     # of a publish
-    "namespace": namespace,
+    "namespace": namespace_word,
     "visibility": choice("private", "public"),
-    "priority": integer(0, 1000),
-    "delay": number(0, YEAR_SECONDS),
-    "run_at": number(0, 2 ** 40),
-    "ttl": number(1, YEAR_SECONDS),
-    "max_attempts": integer(1, 20),
-    "backoff_base": number(1, 3600),
-    "target_worker": token,
-    "required_capability": token,
+    "priority": integer_from(0, 1000),
+    "delay": number_from(0, YEAR_SECONDS),
+    "run_at": number_from(0, 2 ** 40),
+    "ttl": number_from(1, YEAR_SECONDS),
+    "max_attempts": integer_from(1, 20),
+    "backoff_base": number_from(1, 3600),
+    "target_worker": token_word,
+    "required_capability": token_word,
 }
-GOAL = (text(1, 256), None)
+GOAL = (text_of(1, 256), None)
 TOKEN = (string, None)
-WAIT_SECONDS = (from_query(number(0, WAIT_MAX_SECONDS)), 0)
+WAIT_SECONDS = (from_query(number_from(0, WAIT_MAX_SECONDS)), 0)
 
 PUBLISH = Fields({
-    "goal": (text(1, 256), REQUIRED),
+    "goal": (text_of(1, 256), REQUIRED),
     "payload": (anything, REQUIRED),
     **{field: (LIMITS[field], default) for field, default in PUBLISH_DEFAULTS.items()},
     "reward": (anything, None),     # of the 1.x protocol, without effect
 })
 CLAIM = Fields({
-    "goal": (list_of(text(1, 256)), None),
-    "namespace": (namespace, "default"),
+    "goal": (list_of(text_of(1, 256)), None),
+    "namespace": (namespace_word, "default"),
     "publisher": GOAL,
-    "worker_id": (token, None),
+    "worker_id": (token_word, None),
     "capabilities": (tokens, ()),
     "capability": (tokens, ()),     # another name of it in the 1.x protocol
     "wait": WAIT_SECONDS,
-    "lease": (from_query(number(*LEASE_RANGE_SECONDS)), LEASE_SECONDS),
+    "lease": (from_query(number_from(*LEASE_RANGE_SECONDS)), LEASE_SECONDS),
 })
-CLAIM_HEADERS = Fields({"worker_id": (token, None), "capabilities": (tokens, ()), "claim_token": (text(32, 64), None)})
-EXTEND = Fields({"claim_token": TOKEN, "seconds": (number(*LEASE_RANGE_SECONDS), LEASE_SECONDS)})
+CLAIM_HEADERS = Fields({"worker_id": (token_word, None), "capabilities": (tokens, ()), "claim_token": (text_of(32, 64), None)})
+EXTEND = Fields({"claim_token": TOKEN, "seconds": (number_from(*LEASE_RANGE_SECONDS), LEASE_SECONDS)})
 FULFILL = Fields({"claim_token": TOKEN, "result": (anything, None), "result_type": (choice("json", "text"), "json")})
 FAIL = Fields({"claim_token": TOKEN, "error": (string, None), "retry": (boolean, True)})
-RELEASE = Fields({"claim_token": TOKEN, "delay": (number(0, YEAR_SECONDS), 0)})
+RELEASE = Fields({"claim_token": TOKEN, "delay": (number_from(0, YEAR_SECONDS), 0)})
 RESULT = Fields({"wait": WAIT_SECONDS})
-EVENTS_QUERY = Fields({"after": (from_query(integer(0, 2 ** 49)), None), "wait": WAIT_SECONDS})
+EVENTS_QUERY = Fields({"after": (from_query(integer_from(0, 2 ** 49)), None), "wait": WAIT_SECONDS})
 LIST = Fields({
     "status": (choice("open", "delayed", "claimed", "fulfilled", "dead"), None),
     "goal": GOAL,
-    "namespace": (namespace, None),
-    "limit": (from_query(integer(1, 500)), 50),
+    "namespace": (namespace_word, None),
+    "limit": (from_query(integer_from(1, 500)), 50),
     "before": (string, None),
-    "payload": (from_query(integer(0, 1)), 0),
+    "payload": (from_query(integer_from(0, 1)), 0),
 })
-RETRY = Fields({"goal": GOAL, "namespace": (namespace, None), "limit": (integer(1, 1000), 1000)})
+RETRY = Fields({"goal": GOAL, "namespace": (namespace_word, None), "limit": (integer_from(1, 1000), 1000)})
 SWEEP = Fields({
     "action": (choice("count", "retry", "delete"), REQUIRED),
     "goal": GOAL,
-    "namespace": (namespace, None),
+    "namespace": (namespace_word, None),
     "ids": (list_of(string), None),
-    "until": (number(0, 2 ** 40), None),
+    "until": (number_from(0, 2 ** 40), None),
 })
-SUMMARY = Fields({"minutes": (from_query(integer(1, HISTORY_MINUTES)), 60)})
-SET = Fields({"value": (anything, REQUIRED), "ttl": (number(1, 86400), VALUE_TTL_SECONDS), "if_absent": (boolean, False)})
+SUMMARY = Fields({"minutes": (from_query(integer_from(1, HISTORY_MINUTES)), 60)})
+SET = Fields({"value": (anything, REQUIRED), "ttl": (number_from(1, 86400), VALUE_TTL_SECONDS), "if_absent": (boolean, False)})
 SET_QUERY = Fields({
     "value": (string, REQUIRED),
-    "ttl": (from_query(number(1, 86400)), VALUE_TTL_SECONDS),
+    "ttl": (from_query(number_from(1, 86400)), VALUE_TTL_SECONDS),
     "if_absent": (lambda value: choice("true", "false")(value) == "true", False),
 })
 VALUE_KEY = Fields({"key": (must_be(f"at most {VALUE_KEY_CHARACTERS} characters",
                                     lambda key: len(key) <= VALUE_KEY_CHARACTERS), REQUIRED)})
 GENERATE_KEY = Fields({
-    "owner": (text(1, 64), REQUIRED),
-    "name": (text(1, 64), ""),
+    "owner": (text_of(1, 64), REQUIRED),
+    "name": (text_of(1, 64), ""),
     "role": (choice("publish", "work", "both"), "both"),
 })
 JOIN = Fields({"code": (string, REQUIRED)})
 REVOKE_KEY = Fields({"api_key": (string, None), "key_id": (string, None)})
-PURGE = Fields({"confirm": (boolean, False), "namespace": (namespace, None)})
-IDEMPOTENCY = Fields({"idempotency_key": (text(1, 255), None)})
+PURGE = Fields({"confirm": (boolean, False), "namespace": (namespace_word, None)})
+IDEMPOTENCY = Fields({"idempotency_key": (text_of(1, 255), None)})
 NOTHING = Fields({})
 
 
@@ -2980,7 +2981,7 @@ class JsonText(str):
     """JSON that is sent as it stands."""
 
 
-def request_id(headers):
+def request_id_of(headers):
     """Return the X-Request-ID of these headers, or a new one if it is missing or malformed."""
     given = headers.get("x-request-id", "")
     return given if REQUEST_ID.fullmatch(given) else f"{random.getrandbits(64):016x}"
@@ -2998,7 +2999,7 @@ class Request:
     def __init__(self, method, target, headers=None, body=b"", peer="", secure=False, may_wait=True):
         self.method, self.headers, self.body = method, headers or {}, body
         self.peer, self.secure, self.may_wait = peer, secure, may_wait
-        self.id = request_id(self.headers)
+        self.id = request_id_of(self.headers)
         self.endpoint = self.caller = self.signing_key = None     # until API.admit() and Keys know them
         self.proven = True
         self.raw_path, _, self.query = target.partition("?")
@@ -3032,7 +3033,7 @@ class Request:
         return None if given is None else validate(IDEMPOTENCY, {"idempotency_key": given})["idempotency_key"]
 
 
-def health(api, request):
+def health_endpoint(api, request):
     api.bus.probe()
     return 200, health_of(api)
 
@@ -3050,12 +3051,12 @@ def publishable(api, body):
     return fields
 
 
-def publish(api, request):
+def publish_endpoint(api, request):
     fields = publishable(api, request.json())
     return 201, api.bus.publish(**fields, idempotency_key=request.idempotency_key, caller=request.caller)
 
 
-def publish_many(api, request):
+def publish_many_endpoint(api, request):
     lines = request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/x-ndjson"
     bodies = [line for line in request.body.splitlines() if line.strip()] if lines else request.json()
     if not isinstance(bodies, list) or len(bodies) > BULK_INTENTS:
@@ -3070,12 +3071,12 @@ def publish_many(api, request):
     return 201, api.bus.publish_many(intents, idempotency_key=request.idempotency_key, caller=request.caller)
 
 
-def claim(api, request):
+def claim_endpoint(api, request):
     fields = request.parameters(CLAIM)
     wanted = api.bus.wanted(
         fields["goal"], namespace=fields["namespace"], publisher=api.keys.owner_of(fields["publisher"], request),
         lease=fields["lease"], caller=request.caller, **claiming_worker(request, fields))
-    return api.hold(request, wanted.lanes, fields["wait"], functools.partial(take, api, request, wanted),
+    return api.hold(request, wanted.lanes, fields["wait"], functools.partial(take_intent, api, request, wanted),
                     functools.partial(nothing_to_claim, api, request))
 
 
@@ -3091,7 +3092,7 @@ def claiming_worker(request, fields):
                 seen_as=worker_id or f"{request.caller.key_id}@{request.peer}")
 
 
-def take(api, request, wanted):
+def take_intent(api, request, wanted):
     """Answer a claim if there is an intent for it. Its payload is sent as it is stored, neither parsed nor encoded."""
     intent = api.bus.take(wanted, request.caller)
     if intent is None:
@@ -3106,7 +3107,7 @@ def nothing_to_claim(api, request):
     return 204, None
 
 
-def result(api, request, intent_id):
+def result_endpoint(api, request, intent_id):
     def current():
         return 200, api.bus.get_result(intent_id, caller=request.caller)
     def ended():
@@ -3115,7 +3116,7 @@ def result(api, request, intent_id):
     return api.hold(request, (intent_id,), request.parameters(RESULT)["wait"], ended, current)
 
 
-def events(api, request):
+def events_endpoint(api, request):
     fields = request.parameters(EVENTS_QUERY)
     after = api.bus.log.newest if fields["after"] is None else fields["after"]
     def page():
@@ -3126,27 +3127,27 @@ def events(api, request):
     return api.hold(request, (EVENT_KEY,), fields["wait"], news, page)
 
 
-def who_am_i(api, request):
+def who_am_i_endpoint(api, request):
     caller = request.caller
     return 200, dict(key_id=caller.key_id, owner=caller.owner, role=caller.role, admin=caller.admin, now=api.bus.clock.now())
 
 
-def get_value(api, request, key):
+def get_endpoint(api, request, key):
     return 200, {"value": api.bus.get(key, caller=request.caller)}
 
 
-def set_value(api, request, key):
+def set_endpoint(api, request, key):
     validate(VALUE_KEY, {"key": key})
     in_query = request.query and not request.body.strip()
     fields = request.parameters(SET_QUERY) if in_query else request.fields(SET)
     return 200, api.bus.set(key, **fields, caller=request.caller)
 
 
-def join(api, request):
+def join_endpoint(api, request):
     return 201, api.keys.join(request, request.fields(JOIN)["code"])
 
 
-def metrics(api, request):
+def metrics_endpoint(api, request):
     found = api.summary()
     return 200, exposition(
         ("intent_bus_intents_total", "gauge", "Intents stored, by status and namespace.",
@@ -3167,7 +3168,7 @@ def exposition(*families):
     for family, kind, words, samples in families:
         lines += [f"# HELP {family} {words}", f"# TYPE {family} {kind}"]
         for labels, value in samples:
-            inside = ",".join(f"{label}={to_json(text)}" for label, text in labels.items())
+            inside = ",".join(f"{label}={to_json(value)}" for label, value in labels.items())
             lines.append(f"{family}{{{inside}}} {value}" if inside else f"{family} {value}")
     return "\n".join(lines) + "\n"
 
@@ -3199,36 +3200,36 @@ with_query = functools.partial(calling, Request.parameters)
 ROUTES = (
     # method, path                      who may     endpoint
     ("GET",  "/",                       None,      lambda api, request: (200, HOME)),
-    ("GET",  "/health",                 None,      health),
-    ("POST", "/intent",                 "publish", publish),
-    ("POST", "/intents",                "publish", publish_many),
-    ("POST", "/claim",                  "work",    claim),
+    ("GET",  "/health",                 None,      health_endpoint),
+    ("POST", "/intent",                 "publish", publish_endpoint),
+    ("POST", "/intents",                "publish", publish_many_endpoint),
+    ("POST", "/claim",                  "work",    claim_endpoint),
     ("POST", "/extend_claim/*",         "work",    with_body("extend_claim", EXTEND)),
     ("POST", "/fulfill/*",              "work",    with_body("fulfill", FULFILL)),
     ("POST", "/fail/*",                 "work",    with_body("fail", FAIL)),
     ("POST", "/release/*",              "work",    with_body("release", RELEASE)),
     ("GET",  "/status/*",               "look",    with_query("get_status")),
-    ("GET",  "/result/*",               "look",    result),
+    ("GET",  "/result/*",               "look",    result_endpoint),
     ("GET",  "/intents",                "look",    with_query("list", LIST)),
     ("GET",  "/workers",                "look",    with_query("workers")),
-    ("GET",  "/events",                 "look",    events),
-    ("GET",  "/whoami",                 "look",    who_am_i),
+    ("GET",  "/events",                 "look",    events_endpoint),
+    ("GET",  "/whoami",                 "look",    who_am_i_endpoint),
     ("POST", "/cancel/*",               "manage",  with_body("cancel")),
     ("POST", "/retry/*",                "manage",  with_body("retry")),
     ("POST", "/retry",                  "manage",  advancing("retry_many", RETRY)),
-    ("POST", "/set/*",                  "keep",    set_value),
-    ("GET",  "/get/*",                  "keep",    get_value),
+    ("POST", "/set/*",                  "keep",    set_endpoint),
+    ("GET",  "/get/*",                  "keep",    get_endpoint),
     ("POST", "/delete/*",               "keep",    with_body("delete")),
     ("POST", "/admin/generate_key",     "admin",   of_keys("generate", GENERATE_KEY, 201)),
     ("POST", "/admin/invite",           "admin",   of_keys("invite", GENERATE_KEY, 201)),
-    ("POST", "/join",                   None,      join),
+    ("POST", "/join",                   None,      join_endpoint),
     ("POST", "/admin/revoke_key",       "admin",   of_keys("revoke", REVOKE_KEY, 200)),
     ("GET",  "/admin/keys",             "admin",   of_keys("list", NOTHING, 200)),
     ("POST", "/admin/purge",            "admin",   advancing("purge", PURGE)),
     ("POST", "/admin/cleanup",          "admin",   advancing("cleanup")),
     ("GET",  "/admin/dashboard",        "admin",   lambda api, request: (200, DASHBOARD)),
     ("GET",  "/admin/intents",          "admin",   with_query("list", LIST)),
-    ("POST", "/admin/intents",          "admin",   publish),
+    ("POST", "/admin/intents",          "admin",   publish_endpoint),
     ("GET",  "/admin/intents/*",        "admin",   with_query("inspect")),
     ("POST", "/admin/intents/*/cancel", "admin",   with_body("cancel")),
     ("POST", "/admin/intents/*/retry",  "admin",   with_body("retry")),
@@ -3236,7 +3237,7 @@ ROUTES = (
     ("POST", "/admin/dead",             "admin",   advancing("sweep_dead", SWEEP)),
     ("GET",  "/admin/dead/*",           "admin",   with_query("dead_letter")),
     ("GET",  "/admin/summary",          "admin",   lambda api, request: (200, api.summary(**request.parameters(SUMMARY)))),
-    ("GET",  "/metrics",                "metrics", metrics),
+    ("GET",  "/metrics",                "metrics", metrics_endpoint),
 )
 ROLES = {
     "publish": ("publish", "look", "manage", "keep"),
@@ -3365,7 +3366,7 @@ class API:
         if not isinstance(error, Error):
             log_traceback(f"request {request.id} failed")
             return refusal(Error(), request.id)
-        if request.endpoint is health and isinstance(error, (Unavailable, StorageFull)):
+        if request.endpoint is health_endpoint and isinstance(error, (Unavailable, StorageFull)):
             return respond(503, health_of(self, error=str(error)), request.id, [("Retry-After", "1")])
         answer = refusal(error, request.id)
         if error.delay_seconds and request.may_wait:
@@ -3374,7 +3375,7 @@ class API:
 
     def writes(self, request):
         """Return whether an admitted request needs a round, since it may change something: a nonce, for one."""
-        if request.endpoint is health:
+        if request.endpoint is health_endpoint:
             return self.bus.store.busy_since is None
         return request.method not in ("GET", "HEAD") or request.signing_key is not None
 
@@ -4044,7 +4045,7 @@ class Rounds:
         """Refuse requests that have waited for that many seconds; /health has less patience."""
         for jobs in (self._alone, self._reports, self._writes):
             for connection, run in [jobs.popleft() for _ in range(len(jobs))]:
-                patience = min(seconds, RECHECK_SECONDS) if connection and connection.request.endpoint is health else seconds
+                patience = min(seconds, RECHECK_SECONDS) if connection and connection.request.endpoint is health_endpoint else seconds
                 if connection and self._loop.now - connection.began >= patience:
                     self._loop.deliver(connection, self._api.refuse(connection.request, error))
                 elif connection:     # housekeeping comes again
@@ -4074,10 +4075,10 @@ class Loop:
     daemon_threads = True
     allow_reuse_address = POSIX     # elsewhere a second server could take the port
 
-    def open(self, api, log, trust_proxy, tls):
+    def open(self, api, access_log, trust_proxy, tls):
         """Take the API to serve, and the options of http_server."""
         import selectors
-        self.api, self._logging, self._trust_proxy, self._tls = api, log, trust_proxy, tls
+        self.api, self._access_log, self._trust_proxy, self._tls = api, access_log, trust_proxy, tls
         self.now, self.stopping = time.monotonic(), False
         self.waiting, self.heads = Waiting(), {}    # heads: parsed headers by their bytes, of known callers
         self.ready = []                             # connections with bytes that are not parsed yet
@@ -4286,7 +4287,7 @@ class Loop:
     def _turn_away(self, sock):
         error = Unavailable("The bus has too many connections; try again.", "too_many_connections")
         with sock, contextlib.suppress(OSError):
-            sock.send(rendered(refusal(error, request_id({})), "close"))
+            sock.send(rendered(refusal(error, request_id_of({})), "close"))
 
     def owes_request(self, connection):
         """Note that a client is to send a request."""
@@ -4402,7 +4403,7 @@ class Loop:
 
     def log(self, request, response, began):
         """Write a line of JSON about a request, if that is wanted."""
-        if self._logging:
+        if self._access_log:
             print(json.dumps(dict(time=round(time.time(), 3), peer=request.peer, method=request.method, path=request.path,
                                   status=response.status, ms=round((time.monotonic() - began) * 1000, 1),
                                   request_id=request.id)), file=sys.stderr, flush=True)     # ASCII, safe for a terminal
@@ -4428,10 +4429,10 @@ def connection_limit():
     return CONNECTIONS if soft == resource.RLIM_INFINITY else min(CONNECTIONS, soft - SPARE_FILES)
 
 
-def http_server(api, host="127.0.0.1", port=8787, log=False, trust_proxy=False, tls=None):
+def http_server(api, host="127.0.0.1", port=8787, access_log=False, trust_proxy=False, tls=None):
     """Return a Server that is bound to host and port; port 0 picks a free one, see its server_port.
 
-    log writes a line for each request, trust_proxy believes X-Forwarded-*, tls is (certificate file, key file). Call
+    access_log writes a line for each request, trust_proxy believes X-Forwarded-*, tls is (certificate file, key file). Call
     serve_forever() in one thread and close() in another. Raises SetupError if the address cannot be had.
     """
     from http.server import ThreadingHTTPServer     # not at the top: it would slow down every publish
@@ -4444,7 +4445,7 @@ def http_server(api, host="127.0.0.1", port=8787, log=False, trust_proxy=False, 
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise SetupError(f"The bus cannot listen on {host} port {port}: {reason}; choose another --port.") from error
-    server.open(api, log, trust_proxy, context)
+    server.open(api, access_log, trust_proxy, context)
     return server
 
 
@@ -4461,7 +4462,7 @@ def tls_context(certificate, key):
     return context
 
 
-def owner_key(path=KEY_FILE):
+def find_owner_key(path=KEY_FILE):
     """Return the owner key and where it is from: BUS_SECRET, or a file, which is made if there is none."""
     if key := os.environ.get("BUS_SECRET"):
         return usable_key(key, "BUS_SECRET"), "in BUS_SECRET"
@@ -4513,9 +4514,9 @@ class WsgiApplication:
             with self._turn:
                 response = self._answer(self._opened(), environ, headers)
         except SetupError as error:
-            response = refusal(Unavailable(str(error), "maintenance"), request_id(headers))
+            response = refusal(Unavailable(str(error), "maintenance"), request_id_of(headers))
         except Error as error:
-            response = refusal(error, request_id(headers))
+            response = refusal(error, request_id_of(headers))
         length = [] if response.status == 204 else [("Content-Length", str(len(response.body)))]
         start_response(f"{response.status} {REASONS[response.status]}",
                        [*COMMON_HEADERS, ("X-Request-ID", response.request_id), *response.headers, *length])
@@ -4524,7 +4525,7 @@ class WsgiApplication:
     def _opened(self):
         """Return the API of this process: a forked one opens the database again."""
         if self._process != os.getpid():
-            self._api, self._process = api_of(self._open_store(), owner_key()[0]), os.getpid()
+            self._api, self._process = api_of(self._open_store(), find_owner_key()[0]), os.getpid()
             self._api.bus.on_news = lambda moves: self._turn.notify_all()
         return self._api
 
@@ -5763,7 +5764,7 @@ def serve_command(options):
     """
     if options.tls_key and not options.tls_cert:
         raise Invalid("--tls-key needs --tls-cert.")
-    key, key_source = owner_key(options.key_file)
+    key, key_source = find_owner_key(options.key_file)
     store = options.store or Store(Database(database_path(options.db)))
     try:
         api = api_of(store, key, options.require_claim_token, options.retention, options.rate_limit,

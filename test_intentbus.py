@@ -3863,7 +3863,7 @@ def test_concurrent_requests_of_a_key_are_all_counted(started):
 
 @ON_A_FILE
 def test_no_secret_is_in_the_file_the_log_or_an_answer(started, capsys):
-    bus = started(keys=dict(admin_secret=ADMIN_SECRET, metrics_token="m" * 40), server=dict(log=True))
+    bus = started(keys=dict(admin_secret=ADMIN_SECRET, metrics_token="m" * 40), server=dict(access_log=True))
     admin = dict(key=None, X_Admin_Token=ADMIN_SECRET)
     key = bus.issue(**admin).api_key
     bus.ask("POST", "/intent", a_publish(visibility="public"), key, Idempotency_Key="i")
@@ -5541,7 +5541,7 @@ def test_a_stopping_bus_waits_neither_for_a_client_nor_the_file(tmp_path):
 
 @pytest.mark.parametrize("trust_proxy, peer", [(True, "203.0.113.7"), (False, "127.0.0.1")])
 def test_the_log_names_the_client_behind_a_trusted_proxy(started, capsys, trust_proxy, peer):
-    bus = started(server=dict(log=True, trust_proxy=trust_proxy))
+    bus = started(server=dict(access_log=True, trust_proxy=trust_proxy))
     bus.ask("GET", "/health", X_Forwarded_For="198.51.100.1, 203.0.113.7")
     bus.stop()
     assert json.loads(capsys.readouterr().err)["peer"] == peer
@@ -5754,7 +5754,7 @@ def inject(bus, place, text):
 
 @pytest.mark.parametrize("place", PLACES)
 def test_hostile_text_in_any_field_is_only_text(started, capsys, place):
-    bus = started(server=dict(log=True))
+    bus = started(server=dict(access_log=True))
     columns = lambda: {name: columns for name, (columns, _) in tables_of(bus).items()}
     before = columns()
     for text in CORPUS:
@@ -7113,7 +7113,7 @@ def test_an_unreachable_bus_is_exit_5(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize("skew", [7200, -7200])
 @SLOW
 def test_commands_work_on_a_machine_with_a_wrong_clock(started, tmp_path, capsys, skew):
-    bus = started(keys=dict(require_signatures=True), server=dict(log=True))
+    bus = started(keys=dict(require_signatures=True), server=dict(access_log=True))
     (tmp_path / "sitecustomize.py").write_text(f"import time\nright = time.time\ntime.time = lambda: right() + {skew}\n")
     wrong = dict(PYTHONPATH=str(tmp_path), HOME=str(tmp_path))
     worker = subprocess.Popen([sys.executable, PROGRAM, "work", "--goal", "g", "--once", "--", "cat"], stderr=subprocess.PIPE,
