@@ -160,7 +160,7 @@ STACK_BYTES = 256 * 1024            # of a thread; the default of 8 MiB is too m
 # Client, worker and doctor
 URL = "http://127.0.0.1:8787"
 KEY_FILE = "~/.apikey"
-FOLDER = "~/.intentbus"             # what a machine keeps for itself
+FOLDER = "~/.intentbus"             # of the files of a machine
 CONFIG_FILE = f"{FOLDER}/config.json"
 SPOOL_FILE = f"{FOLDER}/spool.db"
 SPOOL_CHECK_SECONDS = 0.02          # between two looks whether another process still sends the spool
@@ -279,8 +279,8 @@ def no_such(intent_id):
 
 
 # A lane is the queue of intents that the same workers may claim, written as one key, such as "default\tann\t\t\tresize\tann":
-# namespace, audience (the owner of private intents, else empty), target worker, capability, goal and publisher, of which
-# the first four are its place. An empty goal or publisher stands for any: "default\tann\t\t\tresize\t" covers that lane, and
+# namespace, audience (the owner of private intents, else empty), target worker, capability, goal and publisher. The first
+# four are its place. An empty goal or publisher stands for any: "default\tann\t\t\tresize\t" covers that lane, and
 # all lanes it covers lie in the range from this key itself to before "default\tann\t\t\tresize\n".
 
 def place_of(namespace, audience, target_worker, required_capability):
@@ -358,7 +358,7 @@ class Intent(Record):
         return self.status in ("fulfilled", "dead")
 
     def at(self, now):
-        """Return the intent as it is at a time: what is due by then has happened."""
+        """Return the intent as it is at a time, after the transition that is due by then, if any."""
         if self.due_at is None or now < self.due_at:
             return self
         return Intent(self, **self.advance(now).columns)
@@ -432,7 +432,7 @@ for attribute in COLUMNS:     # attributes as a Record has them, but ten times a
 
 
 # ---- 4. Database ----
-# The SQLite file. One connection writes, and its transaction is that of a round; another one reads what is committed.
+# The SQLite file. One connection writes, and its transaction is that of a round; another one reads committed state.
 # A database server takes the place of this class with the same public methods: see examples/postgres_bus.py.
 
 SCHEMA = """
@@ -1389,7 +1389,7 @@ class Waiting:
 
 # ---- 8. Activity ----
 # Workers, events and history: in memory, for people to look at. No rule depends on it. The loop changes it; threads of a
-# shared database read it too, so that a reader copies what it iterates over in one step.
+# shared database read it too, so a reader copies a collection before it iterates over it.
 
 EVENT_FIELDS = ("id", "namespace", "goal", "status", "claim_attempts", "worker_id", "last_error", "owner", "claim_owner")
 EVENT_VALUES = operator.itemgetter(*EVENT_FIELDS)
@@ -2046,7 +2046,7 @@ class Bus:
                 or self._history_at <= now and bool(self.log.minutes))
 
     def housekeeping(self):
-        """Apply due transitions, delete what is past its retention, store the history and the time."""
+        """Apply due transitions, delete rows past their retention, store the history and the time."""
         now = time.monotonic()
         self.registry.forget_silent(self.clock.now())
         with self.store.transaction() as tx:
@@ -2070,7 +2070,7 @@ class Bus:
             self._note_time(tx)
 
     def _clean(self, tx):
-        """Delete what is past its retention, SLICE_ROWS at most of each kind; return how many of each kind."""
+        """Delete rows past their retention, SLICE_ROWS at most of each kind; return the number of each kind."""
         longer, until = self._kept
         ended = tx.delete_old(tx.now - self._retention - (longer if tx.now < until else 0), SLICE_ROWS)
         tx.clamp_ended(tx.now, SLICE_ROWS)
@@ -2171,7 +2171,7 @@ class Keys:
         self._rate = (store.database.token_bucket or TokenBucket)(rate)
         self._failures = TokenBucket(FAILURES_PER_MINUTE)
         self._max_unfinished = UNFINISHED if max_unfinished is None else max_unfinished
-        self._callers = {}    # key id: Caller, of issued keys; those of a shared database are looked up each time
+        self._callers = {}    # key id: Caller, of issued keys; a shared database is asked each time
         self._used = collections.deque()    # (key id, Unix seconds) of requests, until they are stored
         self._usage_at = 0                  # when to store them, by time.monotonic()
         self.reload()
@@ -2434,7 +2434,7 @@ def make_key(path=KEY_FILE):
 
 
 # ---- 11. Fields ----
-# What a body or a query may hold, as data: name, validator, default. A validator returns the value, or raises ValueError
+# The fields of bodies and queries, as data: name, validator, default. A validator returns the value, or raises ValueError
 # with the rest of the sentence that begins with the field's name.
 
 REQUIRED = object()
@@ -2510,7 +2510,7 @@ def from_query(validator):
 
 
 def validate(fields, values, strict=False):
-    """Return the values of all fields, the default of those that are absent or null; raises Invalid, naming the field.
+    """Return the values of all fields, the default of an absent or null one; raises Invalid, naming the field.
 
     strict refuses other fields, so that a mistyped name does not go unnoticed.
     """
@@ -3384,7 +3384,7 @@ class API:
         return Record(self.bus.summary(minutes), held_requests=self.held_requests())
 
     def housekeeping(self):
-        """Do what is due besides requests."""
+        """Do the work that is due besides requests."""
         if self.bus.housekeeping_due():
             self.bus.housekeeping()
         self.keys.write_usage()
@@ -3420,7 +3420,7 @@ class API:
         return respond(status, value, request.id, [("Retry-After", "1")] if status == 204 else ())
 
     def _advance(self, request, running):
-        """Advance a long operation for SLICE_SECONDS; return what it returns, or a Held to go on at once."""
+        """Advance a long operation for SLICE_SECONDS; return its result, or a Held to go on at once."""
         until = time.monotonic() + SLICE_SECONDS
         try:
             while time.monotonic() < until:
@@ -3629,7 +3629,7 @@ class RequestReader:
         return request
 
     def begun(self):
-        """Return what has come of the next request: nothing (""), a part of its "head", or of its "body"."""
+        """Return which part of the next request is incomplete: "head", "body", or "" if nothing of it has come."""
         return "body" if self.request else "head" if self.data and self.data != b"\r" else ""
 
     def unproven_bytes(self):
@@ -3782,7 +3782,7 @@ class Connection:
         self.loop.deliver(self, self.loop.api.refuse(self.request, error))
 
     def _await(self, awaited):
-        """Give the client its time for what it owes now."""
+        """Give the client its time for the part that it owes now."""
         if awaited == self.awaited:
             return
         if awaited == "body" and self.reader.wants_continue():
@@ -3885,7 +3885,7 @@ class Rounds:
         self._reads, self._reports, self._writes, self._alone = (collections.deque() for _ in range(4))     # jobs
         self._ran = []                       # (connection, run, outcome) of the round; run is None for a held claim
         self._lanes = collections.deque()    # lanes with an intent to be offered to held claims
-        self._offered = []                   # lanes of which the round has offered an intent
+        self._offered = []                   # lanes whose intents the round has offered
         self._tried = set()                  # held claims that the round has attempted
         self._seen = 0                       # blocks of the round whose moves are taken in
         self._told = False                   # whether those who wait for events have a job
@@ -3938,7 +3938,7 @@ class Rounds:
         return max(0, self._retry_at - self._loop.now) if self._may_begin() else float("inf")
 
     def work(self):
-        """Run a round of jobs that may write, then reads, which see what is committed."""
+        """Run a round of jobs that may write, then reads, which see committed state."""
         if self._may_begin() and self._loop.now >= self._retry_at:
             self._round()
         until = time.monotonic() + ROUND_SECONDS
@@ -4102,7 +4102,7 @@ class Loop:
     # -- The loop --
 
     def serve_forever(self, poll_interval=None):
-        """Serve until stop() or shutdown() is called; then answer what is running, for SHUTDOWN_SECONDS at most."""
+        """Serve until stop() or shutdown() is called; then answer running requests, for SHUTDOWN_SECONDS at most."""
         self._ended.clear()
         try:
             while not self.stopping:
@@ -4112,7 +4112,7 @@ class Loop:
             self._ended.set()
 
     def _turn(self, timeout):
-        """Receive what has arrived; do what time has brought; answer and send."""
+        """Receive from all ready connections, ring due alarms, answer and send."""
         for key, events in self._selector.select(timeout):
             self._safely(key.data, events)
         self.now, self._handshakes = time.monotonic(), 0
@@ -4276,7 +4276,7 @@ class Loop:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if len(self._connections) >= self._limit and not self._owing:
             return self._turn_away(sock)
-        if len(self._connections) >= self._limit:     # idle and slow clients lock nobody out
+        if len(self._connections) >= self._limit:     # the longest idle or slow client makes room
             next(iter(self._owing)).close()
         connection = Connection(self, sock, address[0], Tls(self._tls) if self._tls else None)
         self._connections.add(connection)
@@ -6276,7 +6276,8 @@ def run_command(words, store):
         print(f"intentbus {__version__}" if words[0] == "--version" else overview())
         return 0
     end = words.index("--") if "--" in words else len(words)
-    words = ["--wait=" if word == "--wait" else word for word in words[:end]] + words[end:]     # --wait may have no value
+    # --wait may stand without a value
+    words = ["--wait=" if word == "--wait" else word for word in words[:end]] + words[end:]
     name, words = find_command(words)
     options = Parser(name).parse(words)
     if getattr(options, "namespace", "") is None:
