@@ -3522,39 +3522,29 @@ class Chunks:
 
     def take(self, data):
         """Take from the front of a bytearray; return whether the body is whole."""
-        while self._size and len(data) >= self._size + 2 or not self._size and b"\r\n" in data[:HEAD_LINE_BYTES]:
-            before = len(data)
-            whole = self._take_chunk(data) if self._size else self._take_line(data)
-            self._room -= before - len(data)
-            if self._room < 0:
-                raise body_too_large(self._limit)
-            if whole:
+        while (end := self._size or data.find(b"\r\n", 0, HEAD_LINE_BYTES)) >= 0 and len(data) >= end + 2:
+            part, after = bytes(data[:end]), data[end:end + 2]
+            del data[:end + 2]
+            self._room -= end + 2
+            if self._size:
+                if after != b"\r\n":
+                    raise Invalid("A chunk must be as long as its size says, and end with CR LF.")
+                self.body += part
+                self._size = None
+            elif self._size is None:
+                found = CHUNK_SIZE.fullmatch(part)
+                if not found:
+                    raise Invalid("The size of a chunk must be hexadecimal digits.")
+                self._size = int(found[1], 16)
+            elif not part:
                 return True
+            elif not HEADER_LINE.fullmatch(part.decode("latin-1")):
+                raise Invalid("A trailer of a chunked body must be Name: value.")
+            if self._room < 0 or len(self.body) + (self._size or 0) > self._limit:
+                raise body_too_large(self._limit)
         if not self._size and len(data) >= HEAD_LINE_BYTES:
             raise Invalid(f"A line of a chunked body has at most {HEAD_LINE_BYTES} bytes.")
         return False
-
-    def _take_chunk(self, data):
-        if data[self._size:self._size + 2] != b"\r\n":
-            raise Invalid("A chunk must be as long as its size says, and end with CR LF.")
-        self.body += data[:self._size]
-        del data[:self._size + 2]
-        self._size = None
-
-    def _take_line(self, data):
-        """Take a size line or a trailer; return whether it was the last line of the body."""
-        line = bytes(data[:data.index(b"\r\n")])
-        del data[:len(line) + 2]
-        if self._size == 0:
-            if line and not HEADER_LINE.fullmatch(line.decode("latin-1")):
-                raise Invalid("A trailer of a chunked body must be Name: value.")
-            return not line
-        found = CHUNK_SIZE.fullmatch(line)
-        if not found:
-            raise Invalid("The size of a chunk must be hexadecimal digits.")
-        self._size = int(found[1], 16)
-        if len(self.body) + self._size > self._limit:
-            raise body_too_large(self._limit)
 
 
 class Tls:
@@ -3730,10 +3720,15 @@ class Connection:
             data = self.sock.recv(INPUT_BYTES)
             self.eof = not data
             if self.tls and data:
-                data = self._decrypted(data)
+                data = self.tls.decrypt(data)
+                self.eof = self.tls.ended
         except BlockingIOError:
             return
         except OSError:     # the client is gone, or speaks no TLS
+            data = None
+        if self.tls:
+            self._push(self.tls.pending())
+        if data is None or self.closed:
             return self.close()
         self.reader.data += data
         if self.eof:
@@ -3746,14 +3741,6 @@ class Connection:
             self.loop.expire(self)
         elif len(self.reader.data) > INPUT_BYTES:
             self.loop.watch(self, self.events & ~READ)
-
-    def _decrypted(self, data):
-        try:
-            plain = self.tls.decrypt(data)
-            self.eof = self.tls.ended
-            return plain
-        finally:
-            self._push(self.tls.pending())
 
     def parse(self):
         """Hand the next request to the loop, if it is whole."""
@@ -3845,7 +3832,7 @@ class Connection:
         """Go on after an answer."""
         if self.last:
             return self._linger()
-        self.loop.owes_request(self)
+        self.loop.owing[self] = None
         if not self.eof:
             self.loop.watch(self, self.events | READ)
         if self.reader.data or self.eof:
@@ -4083,7 +4070,7 @@ class Loop:
         self.waiting, self.heads = Waiting(), {}    # heads: parsed headers by their bytes, of known callers
         self.ready = []                             # connections with bytes that are not parsed yet
         self._connections, self._limit = set(), connection_limit()
-        self._owing = collections.OrderedDict()     # connections that owe a request, the longest first
+        self.owing = collections.OrderedDict()      # connections that owe a request, the longest first
         self._unproven = collections.OrderedDict()  # connection: bytes kept before its key is checked
         self._unproven_bytes = self._handshakes = self._tick_at = self._housekeeping_at = 0
         self._alarms, self._numbers = [], itertools.count()     # a heap of [when, number, function or None]
@@ -4274,13 +4261,13 @@ class Loop:
         sock.setblocking(False)
         with contextlib.suppress(OSError):     # the client is gone already
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if len(self._connections) >= self._limit and not self._owing:
+        if len(self._connections) >= self._limit and not self.owing:
             return self._turn_away(sock)
         if len(self._connections) >= self._limit:     # the longest idle or slow client makes room
-            next(iter(self._owing)).close()
+            next(iter(self.owing)).close()
         connection = Connection(self, sock, address[0], Tls(self._tls) if self._tls else None)
         self._connections.add(connection)
-        self.owes_request(connection)
+        self.owing[connection] = None
         self.watch(connection, READ)
         self.arm(connection, IDLE_SECONDS)
 
@@ -4289,13 +4276,9 @@ class Loop:
         with sock, contextlib.suppress(OSError):
             sock.send(rendered(refusal(error, request_id_of({})), "close"))
 
-    def owes_request(self, connection):
-        """Note that a client is to send a request."""
-        self._owing[connection] = None
-
     def owes_nothing(self, connection):
         """Note that a client waits for its answer."""
-        self._owing.pop(connection, None)
+        self.owing.pop(connection, None)
         self.count_unproven(connection, 0)
 
     def count_unproven(self, connection, number):
@@ -4352,9 +4335,7 @@ class Loop:
 
     def origin(self, headers, peer):
         """Return the client's address, and whether it sent the request encrypted; a trusted proxy knows better."""
-        if not self._trust_proxy:
-            return peer, bool(self._tls)
-        return forwarded(headers, peer, bool(self._tls))
+        return forwarded(headers, peer, bool(self._tls)) if self._trust_proxy else (peer, bool(self._tls))
 
     def admit(self, request, block):
         """Let the API look at a head; keep its headers for the next request, if it knows the caller."""
