@@ -1797,7 +1797,7 @@ def test_the_end_of_a_lane_sorts_before_the_next_lane(seed):
         assert lane < intentbus.lane_end(lane.decode()).encode() < following
 
 
-# ---- 4. Store ----
+# ---- 4. Database ----
 
 @ON_A_FILE
 def test_the_file_is_private_and_readable_with_any_sql_tool(served):
@@ -1979,103 +1979,6 @@ def test_a_bus_starts_on_the_file_of_a_killed_one(tmp_path):
     served.stop()
 
 
-@ON_A_FILE
-def test_the_cost_of_a_verb_does_not_grow_with_the_table(sqlite_work, bus, clock, monkeypatch):
-    monkeypatch.setattr(intentbus, "LIST_ROWS", 100)     # of which a list reads no more
-
-    def fill_up_with(number):
-        """Store a number of intents in each state."""
-        bus.publish_many([dict(goal="dead", payload=1, ttl=1)] * number)
-        clock.pass_(2)
-        bus.cleanup()
-        for goal in ("done", "held") * (number // 10):
-            bus.publish(goal, 1)
-            intent = bus.claim(goal, lease=3600)
-            assert goal == "held" or bus.fulfill(intent.id)
-        bus.publish_many([dict(goal="later", payload=1, delay=1000)] * number)
-        bus.publish_many([dict(goal=goal, payload=1, priority=900) for goal in ("g", "open")] * number)
-
-    def costs():
-        """Return the work of each verb, by name."""
-        done = {}
-
-        def do(name, verb, *args, **kwargs):
-            done[name], result = sqlite_work.of(verb, *args, **kwargs)
-            return result
-        intent_id = do("publish", bus.publish, "mine", 1).id
-        do("claim", bus.claim, "mine")
-        do("status", bus.get_status, intent_id)
-        do("extend", bus.extend_claim, intent_id)
-        do("fail", bus.fail, intent_id)
-        do("claim of any goal", bus.claim)
-        do("claim in vain", bus.claim, "none")
-        do("claim with a token", bus.claim, "g", claim_token="t" * 32)
-        do("repeated claim", bus.claim, "g", claim_token="t" * 32)
-        do("release", bus.release, bus.claim("g").id)
-        do("fulfill", bus.fulfill, bus.claim("g").id)
-        do("cancel", bus.cancel, bus.publish("g", 1).id)
-        do("list", bus.list)
-        do("list of the dead", bus.list, status="dead")
-        do("dead letters", bus.dead, limit=50)
-        do("summary", bus.summary)
-        do("cleanup", bus.cleanup)
-        return done
-    fill_up_with(100)
-    costs()     # some lookups are made only once
-    few = costs()
-    fill_up_with(400)
-    many = costs()
-    assert min(few[verb] for verb in few if verb != "cleanup") > 0
-    assert {verb: (few[verb], many[verb]) for verb in few if many[verb] > few[verb] + 20} == {}
-
-
-@ON_A_FILE
-@LINUX
-def test_a_cycle_takes_at_most_seven_statements(started, monkeypatch):
-    statements, connect = [], sqlite3.connect
-
-    def traced(*args, **kwargs):
-        db = connect(*args, **kwargs)
-        db.set_trace_callback(statements.append)
-        return db
-    monkeypatch.setattr(sqlite3, "connect", traced)
-    bus = started()
-
-    def in_one_round(requests):
-        """Send requests that are answered in one round; return the answers, and the number of statements for each."""
-        with occupied(bus.db):
-            sent = [bus.begin("POST", *request) for request in requests]
-            wait_until(lambda: not unread(bus.port))
-            statements.clear()
-        answers = [response_on(sock).json for sock in sent]
-        counted = [words for words in statements if re.match(r"\s*(SELECT|INSERT|UPDATE|DELETE|WITH)\b", words)]
-        return answers, len(counted) / len(requests)
-    in_one_round([("/intent", a_publish()), ("/claim?goal=g",)])     # the first worker of a goal is put on record
-    _, publishing = in_one_round([("/intent", a_publish())] * 20)
-    claims, claiming = in_one_round([("/claim?goal=g",)] * 20)
-    _, fulfilling = in_one_round([(f"/fulfill/{claim['id']}", dict(claim_token=claim["claim_token"])) for claim in claims])
-    assert 3 < publishing + claiming + fulfilling <= 7
-
-
-@ON_A_FILE
-def test_counting_dead_intents_reads_dead_intents_only(sqlite_work, bus):
-    bus.cancel(bus.publish("g", 1).id)
-    cost = lambda: sqlite_work.of(bus.sweep_dead, "count", goal="g")[0]
-    few = max(cost(), cost())
-    bus.publish_many([dict(goal="g", payload=1)] * 1000)
-    assert cost() <= few + 5
-
-
-def test_an_ended_intent_is_deleted_after_its_retention(store, clock):
-    bus = assembled(store, clock=clock, bus=dict(retention=60)).bus
-    ids = [bus.publish(goal, 1).id for goal in ("done", "waiting")]
-    bus.fulfill(bus.claim("done").id)
-    clock.pass_(59)
-    assert bus.cleanup().fulfilled_deleted == 0 and len(bus.list().intents) == 2
-    clock.pass_(1)
-    assert bus.cleanup().fulfilled_deleted == 1 and [intent.id for intent in bus.list().intents] == ids[1:]
-
-
 @pytest.mark.parametrize("prepare, sentence", [
     (f"PRAGMA application_id = {intentbus.APPLICATION_ID}; PRAGMA user_version = 999", "was written by a newer intentbus \\(schema 999"),
     ("CREATE TABLE recipes (name); PRAGMA user_version = 1", "belongs to another program"),
@@ -2243,585 +2146,106 @@ def test_a_file_system_without_shared_memory_works_with_a_warning(tmp_path):
     assert code == 0 and "without shared memory: the bus works, but slower" in said
 
 
-# ---- 5. Bus ----
+# ---- 5. Store ----
 
-ALICE = Caller("k1", "alice", "both", False, None)
-BOB = Caller("k2", "bob", "both", False, None)
+@ON_A_FILE
+def test_the_cost_of_a_verb_does_not_grow_with_the_table(sqlite_work, bus, clock, monkeypatch):
+    monkeypatch.setattr(intentbus, "LIST_ROWS", 100)     # of which a list reads no more
 
+    def fill_up_with(number):
+        """Store a number of intents in each state."""
+        bus.publish_many([dict(goal="dead", payload=1, ttl=1)] * number)
+        clock.pass_(2)
+        bus.cleanup()
+        for goal in ("done", "held") * (number // 10):
+            bus.publish(goal, 1)
+            intent = bus.claim(goal, lease=3600)
+            assert goal == "held" or bus.fulfill(intent.id)
+        bus.publish_many([dict(goal="later", payload=1, delay=1000)] * number)
+        bus.publish_many([dict(goal=goal, payload=1, priority=900) for goal in ("g", "open")] * number)
 
-def test_an_intent_reaches_a_worker_and_its_result_the_publisher(bus):
-    answer = bus.publish("greet", {"name": "Ada"})
-    found = bus.get_result(answer.id)
-    assert (found.status, found.result, found.result_type) == ("open", None, "json")
-    intent = bus.claim("greet", worker_id="w1")
-    assert (intent.id, intent.payload, intent.claim_attempts, intent.claim_timeout) == (answer.id, {"name": "Ada"}, 1, 60)
-    bus.fulfill(intent.id, intent.claim_token, {"said": "hi"})
-    found = bus.get_result(answer.id)
-    assert (found.status, found.result, found.result_type) == ("fulfilled", {"said": "hi"}, "json")
-    assert bus.claim("greet") is None
+    def costs():
+        """Return the work of each verb, by name."""
+        done = {}
 
-
-def test_a_silent_worker_loses_its_intent_to_another(bus, clock):
-    bus.publish("g", 1)
-    first = bus.claim("g")
-    clock.pass_(59.9)
-    assert bus.claim("g") is None
-    clock.pass_(0.1)
-    second = bus.claim("g")
-    assert (second.id, second.claim_attempts) == (first.id, 2)
-    for late in (bus.fulfill, bus.fail, bus.release, bus.extend_claim):
-        with pytest.raises(intentbus.NotFound, match="stop working on it"):
-            late(first.id, first.claim_token)
-    bus.fulfill(second.id, second.claim_token)
-
-
-def test_a_late_report_counts_until_the_intent_is_claimed_again(bus, clock):
-    bus.publish("g", 1, max_attempts=1)
-    intent = bus.claim("g")
-    clock.pass_(61)
-    assert bus.get_status(intent.id).status == "dead"
-    with pytest.raises(intentbus.NotFound):
-        bus.extend_claim(intent.id, intent.claim_token)
-    bus.fulfill(intent.id, intent.claim_token, "done")
-    assert bus.get_result(intent.id).result == "done"
-
-
-@pytest.mark.parametrize("verb, others", [("fulfill", ("fail", "release")), ("fail", ("fulfill", "release")),
-                                          ("release", ("fulfill", "fail"))])
-def test_a_report_may_be_repeated_but_not_contradicted(bus, verb, others):
-    bus.publish("g", 1)
-    intent = bus.claim("g")
-    first = getattr(bus, verb)(intent.id, intent.claim_token)
-    status = bus.get_status(intent.id)
-    assert getattr(bus, verb)(intent.id, intent.claim_token) == first
-    for other in others + ("extend_claim",):
-        with pytest.raises(intentbus.NotFound):
-            getattr(bus, other)(intent.id, intent.claim_token)
-    assert bus.get_status(intent.id) == status
+        def do(name, verb, *args, **kwargs):
+            done[name], result = sqlite_work.of(verb, *args, **kwargs)
+            return result
+        intent_id = do("publish", bus.publish, "mine", 1).id
+        do("claim", bus.claim, "mine")
+        do("status", bus.get_status, intent_id)
+        do("extend", bus.extend_claim, intent_id)
+        do("fail", bus.fail, intent_id)
+        do("claim of any goal", bus.claim)
+        do("claim in vain", bus.claim, "none")
+        do("claim with a token", bus.claim, "g", claim_token="t" * 32)
+        do("repeated claim", bus.claim, "g", claim_token="t" * 32)
+        do("release", bus.release, bus.claim("g").id)
+        do("fulfill", bus.fulfill, bus.claim("g").id)
+        do("cancel", bus.cancel, bus.publish("g", 1).id)
+        do("list", bus.list)
+        do("list of the dead", bus.list, status="dead")
+        do("dead letters", bus.dead, limit=50)
+        do("summary", bus.summary)
+        do("cleanup", bus.cleanup)
+        return done
+    fill_up_with(100)
+    costs()     # some lookups are made only once
+    few = costs()
+    fill_up_with(400)
+    many = costs()
+    assert min(few[verb] for verb in few if verb != "cleanup") > 0
+    assert {verb: (few[verb], many[verb]) for verb in few if many[verb] > few[verb] + 20} == {}
 
 
-def test_the_owner_of_a_running_claim_may_report_without_a_token(bus, clock):
-    bus.publish("g", 1, visibility="public")
-    intent = bus.claim("g", caller=ALICE)
-    with pytest.raises(intentbus.NotFound):
-        bus.fulfill(intent.id, caller=BOB)
-    bus.fulfill(intent.id, caller=ALICE)
-    with pytest.raises(intentbus.NotFound):
-        bus.fulfill(intent.id, caller=ALICE)
+@ON_A_FILE
+@LINUX
+def test_a_cycle_takes_at_most_seven_statements(started, monkeypatch):
+    statements, connect = [], sqlite3.connect
+
+    def traced(*args, **kwargs):
+        db = connect(*args, **kwargs)
+        db.set_trace_callback(statements.append)
+        return db
+    monkeypatch.setattr(sqlite3, "connect", traced)
+    bus = started()
+
+    def in_one_round(requests):
+        """Send requests that are answered in one round; return the answers, and the number of statements for each."""
+        with occupied(bus.db):
+            sent = [bus.begin("POST", *request) for request in requests]
+            wait_until(lambda: not unread(bus.port))
+            statements.clear()
+        answers = [response_on(sock).json for sock in sent]
+        counted = [words for words in statements if re.match(r"\s*(SELECT|INSERT|UPDATE|DELETE|WITH)\b", words)]
+        return answers, len(counted) / len(requests)
+    in_one_round([("/intent", a_publish()), ("/claim?goal=g",)])     # the first worker of a goal is put on record
+    _, publishing = in_one_round([("/intent", a_publish())] * 20)
+    claims, claiming = in_one_round([("/claim?goal=g",)] * 20)
+    _, fulfilling = in_one_round([(f"/fulfill/{claim['id']}", dict(claim_token=claim["claim_token"])) for claim in claims])
+    assert 3 < publishing + claiming + fulfilling <= 7
 
 
-def test_a_bus_can_require_claim_tokens(store):
-    bus = assembled(store, bus=dict(require_claim_token=True)).bus
-    bus.publish("g", 1)
-    intent = bus.claim("g")
-    with pytest.raises(intentbus.Invalid, match="claim_token is required"):
-        bus.fulfill(intent.id)
-    bus.fulfill(intent.id, intent.claim_token)
+@ON_A_FILE
+def test_counting_dead_intents_reads_dead_intents_only(sqlite_work, bus):
+    bus.cancel(bus.publish("g", 1).id)
+    cost = lambda: sqlite_work.of(bus.sweep_dead, "count", goal="g")[0]
+    few = max(cost(), cost())
+    bus.publish_many([dict(goal="g", payload=1)] * 1000)
+    assert cost() <= few + 5
 
 
-def test_an_extension_moves_the_end_of_the_lease(bus, clock):
-    bus.publish("g", 1)
-    intent = bus.claim("g")
-    clock.pass_(50)
-    assert bus.extend_claim(intent.id, intent.claim_token, 30).claim_expires_at == clock.wall + 30
-    clock.pass_(29)
-    assert bus.claim("g") is None
+def test_an_ended_intent_is_deleted_after_its_retention(store, clock):
+    bus = assembled(store, clock=clock, bus=dict(retention=60)).bus
+    ids = [bus.publish(goal, 1).id for goal in ("done", "waiting")]
+    bus.fulfill(bus.claim("done").id)
+    clock.pass_(59)
+    assert bus.cleanup().fulfilled_deleted == 0 and len(bus.list().intents) == 2
     clock.pass_(1)
-    assert bus.claim("g").id == intent.id
+    assert bus.cleanup().fulfilled_deleted == 1 and [intent.id for intent in bus.list().intents] == ids[1:]
 
 
-def test_a_failed_intent_is_retried_until_no_attempt_is_left(bus, clock):
-    bus.publish("g", 1, max_attempts=2, backoff_base=5)
-    intent = bus.claim("g")
-    answer = bus.fail(intent.id, intent.claim_token, "x" * 3000)
-    assert (answer.status, answer.run_at) == ("open", clock.wall + 5 * 2 + 1)
-    assert bus.get_status(intent.id).last_error == "x" * 2000
-    assert bus.claim("g") is None
-    clock.pass_(11)
-    again = bus.claim("g")
-    assert bus.fail(again.id, again.claim_token, "still no").status == "dead"
-    assert bus.get_result(again.id).error == "still no"
-
-
-def test_a_release_gives_the_attempt_back(bus, clock):
-    bus.publish("g", 1)
-    intent = bus.claim("g")
-    assert bus.release(intent.id, intent.claim_token, delay=30).run_at == clock.wall + 30
-    assert bus.claim("g") is None
-    clock.pass_(30)
-    assert bus.claim("g").claim_attempts == 1
-
-
-@pytest.mark.parametrize("claim_first", [False, True])
-def test_an_unfinished_intent_expires(bus, clock, claim_first):
-    answer = bus.publish("g", 1, ttl=30, delay=10)
-    clock.pass_(10)
-    if claim_first:
-        bus.claim("g")
-    clock.pass_(30)
-    assert bus.claim("g") is None
-    status = bus.get_status(answer.id)
-    assert (status.status, status.last_error, status.completed_at) == ("dead", "expired", clock.wall)
-
-
-def test_expired_intents_beyond_one_pass_are_not_claimed(bus, clock, monkeypatch):
-    monkeypatch.setattr(intentbus, "DUE_ROWS", 2)
-    for number in range(5):
-        bus.publish("g", number, ttl=30)
-    bus.publish("g", "fresh", ttl=3600)
-    clock.pass_(31)
-    assert bus.claim("g").payload == "fresh"
-
-
-def test_intents_are_claimed_by_priority_then_time(bus, clock):
-    for payload, priority in (("a", 100), ("b", 500), ("c", 100), ("d", 0), ("e", 500)):
-        bus.publish("g", payload, priority=priority)
-        clock.pass_(0.01)
-    assert [bus.claim("g").payload for _ in range(5)] == ["b", "e", "a", "c", "d"]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_a_claim_takes_the_first_eligible_intent(bus, clock, seed):
-    chance, stored, taken = random.Random(seed), [], 0
-    names = dict(namespace=("default", "n"), goal=("g", "g!", "\u00e9"), target_worker=(None, None, "w", "v"),
-                 required_capability=(None, None, "a", "b"), visibility=("private", "public"), priority=(0, 100, 100, 900))
-    for _ in range(200):
-        clock.pass_(chance.choice((0, 0.5, 10)))
-        caller = chance.choice((ALICE, BOB))
-        if chance.random() < 0.5:
-            fields = {name: chance.choice(values) for name, values in names.items()}
-            delay = chance.choice((0, 0, 5, 60))
-            intent_id = bus.publish(payload=1, delay=delay, caller=caller, **fields).id
-            stored.append(Record(fields, id=intent_id, owner=caller.owner, run_at=clock.wall + delay, attempts=0, at=clock.wall))
-            continue
-        goals = chance.choice((None, ["g"], ["g!", "\u00e9"]))
-        asked = dict(namespace=chance.choice(names["namespace"]), worker_id=chance.choice((None, "w")),
-                     capabilities=chance.choice(((), ("a",), ("a", "b"))), publisher=chance.choice((None, caller.owner)))
-        may = [intent for intent in stored if intent.run_at <= clock.wall and intent.namespace == asked["namespace"]
-               and (goals is None or intent.goal in goals) and intent.target_worker in (None, asked["worker_id"])
-               and intent.required_capability in (None, *asked["capabilities"]) and asked["publisher"] in (None, intent.owner)
-               and (intent.visibility == "public" or intent.owner == caller.owner)]
-        first = min(may, default=None, key=lambda intent: (
-            -intent.priority, intent.run_at, intent.attempts, intent.at, intent.id))
-        claimed = bus.claim(goals, lease=3600, caller=caller, **asked)
-        assert (claimed and claimed.id) == (first and first.id), (seed, asked, goals)
-        if claimed and chance.random() < 0.3:
-            bus.release(claimed.id, claimed.claim_token, caller=caller)
-        elif claimed:
-            stored.remove(first)
-            taken += 1
-    assert taken > 20
-
-
-def test_a_claim_without_a_goal_takes_the_first_of_any_goal(bus, clock):
-    for goal, priority in (("b", 100), ("a", 100), ("c", 900)):
-        bus.publish(goal, goal, priority=priority)
-        clock.pass_(0.01)
-    bus.publish("z", "elsewhere", namespace="other", priority=1000)
-    assert [bus.claim().payload for _ in range(3)] == ["c", "b", "a"]
-    assert bus.claim() is None
-    assert bus.claim(["y", "z"], namespace="other").payload == "elsewhere"
-
-
-@pytest.mark.parametrize("fields, claim, taken", [
-    ({}, {}, True),
-    ({}, {"namespace": "other"}, False),
-    ({"target_worker": "w1"}, {}, False),
-    ({"target_worker": "w1"}, {"worker_id": "w2"}, False),
-    ({"target_worker": "w1"}, {"worker_id": "w1"}, True),
-    ({"required_capability": "gpu"}, {"capabilities": ("GPU", "gp")}, False),
-    ({"required_capability": "gpu"}, {"capabilities": ("cpu", "gpu")}, True),
-    ({"required_capability": "gpu", "target_worker": "w1"}, {"capabilities": ("gpu",)}, False),
-    ({}, {"caller": BOB}, False),
-    ({"visibility": "public"}, {"caller": BOB}, True),
-    ({"visibility": "public"}, {"caller": BOB, "publisher": "bob"}, False),
-    ({"visibility": "public"}, {"caller": ALICE, "publisher": "alice"}, True),
-    ({}, {"caller": intentbus.OWNER}, False),
-    ({}, {"caller": intentbus.OWNER, "publisher": "alice"}, True),
-])
-@pytest.mark.parametrize("goal", ["g", None])
-def test_each_claim_that_may_take_an_intent_of_alice(bus, fields, claim, taken, goal):
-    bus.publish("g", 1, caller=ALICE, **fields)
-    assert bool(bus.claim(goal, **dict({"caller": ALICE}, **claim))) == taken
-
-
-def test_only_an_admin_may_claim_by_another_publisher(bus):
-    with pytest.raises(intentbus.Forbidden):
-        bus.claim("g", publisher="alice", caller=BOB)
-
-
-def test_a_private_intent_does_not_exist_for_other_owners(bus):
-    answer = bus.publish("g", 1, caller=ALICE)
-    for verb in (bus.get_status, bus.get_result, bus.cancel, bus.retry):
-        with pytest.raises(intentbus.NotFound, match=f"There is no intent {answer.id}"):
-            verb(answer.id, caller=BOB)
-    assert bus.list(caller=BOB).intents == [] and len(bus.list(caller=ALICE).intents) == 1
-    assert bus.get_status(answer.id).status == "open"
-
-
-def test_the_worker_of_a_public_intent_may_read_but_not_cancel_it(bus):
-    answer = bus.publish("g", 1, visibility="public", caller=ALICE)
-    bus.claim("g", caller=BOB)
-    assert bus.get_status(answer.id, caller=BOB).status == "claimed"
-    with pytest.raises(intentbus.NotFound):
-        bus.cancel(answer.id, caller=BOB)
-
-
-def test_an_idempotency_key_stores_one_intent_for_a_day(bus, clock):
-    first = bus.publish("g", {"b": 1, "a": 2}, idempotency_key="k")
-    assert bus.publish("g", {"a": 2, "b": 1}, idempotency_key="k") == first
-    assert bus.publish("g", 1, idempotency_key="k", caller=ALICE) != first
-    with pytest.raises(intentbus.IdempotencyConflict, match="Key reused with different payload"):
-        bus.publish("g", {"a": 3}, idempotency_key="k")
-    clock.pass_(86400)
-    assert bus.publish("g", {"a": 3}, idempotency_key="k") != first
-    assert len(bus.list().intents) == 3
-
-
-def test_cancel_ends_an_intent_and_the_lease_of_its_worker(bus):
-    answer = bus.publish("g", 1)
-    intent = bus.claim("g")
-    assert bus.cancel(answer.id).status == "dead"
-    for verb in (bus.extend_claim, bus.fulfill):
-        with pytest.raises(intentbus.NotFound):
-            verb(intent.id, intent.claim_token)
-    with pytest.raises(intentbus.Conflict, match="This intent is dead"):
-        bus.cancel(answer.id)
-    assert bus.get_status(answer.id).last_error == "Cancelled"
-
-
-def test_retry_reopens_dead_intents(bus, clock):
-    ids = [bus.publish(goal, 1).id for goal in ("a", "a", "b")]
-    with pytest.raises(intentbus.Conflict, match="only a dead one"):
-        bus.retry(ids[0])
-    for id in ids:
-        bus.cancel(id)
-        clock.pass_(1)
-    with pytest.raises(intentbus.NotFound):
-        bus.retry("")
-    assert bus.retry(ids[2]).status == "open"
-    assert bus.retry(goal="a", limit=1).retried == 1
-    status = bus.get_status(ids[0])
-    assert (status.status, status.claim_attempts, status.last_error, status.completed_at) == ("open", 0, None, None)
-    assert bus.get_status(ids[1]).status == "dead"
-
-
-def test_a_list_is_newest_first_paged_and_without_payloads(bus, clock):
-    ids = []
-    for number in range(5):
-        ids.append(bus.publish("g", number).id)
-        clock.pass_(0.01)
-    page = bus.list(limit=3)
-    assert [intent.id for intent in page.intents] == ids[:1:-1] and "payload" not in page.intents[0]
-    page = bus.list(limit=3, before=page.next, payload=True)
-    assert [intent.payload for intent in page.intents] == [1, 0] and page.next is None
-    assert not bus.list(status="dead").intents and not bus.list(goal="x").intents
-
-
-def test_a_page_of_a_list_reads_a_bounded_number_of_intents(bus, clock, monkeypatch):
-    monkeypatch.setattr(intentbus, "LIST_ROWS", 10)
-    ids = []
-    for number in range(35):
-        clock.pass_(1)
-        ids.append(bus.publish("rare" if number in (3, 20) else "common", number).id)
-    found, pages, before = [], 0, None
-    while pages == 0 or before:
-        page = bus.list(goal="rare", before=before)
-        found, pages, before = found + [intent.id for intent in page.intents], pages + 1, page.next
-    assert (found, pages) == ([ids[20], ids[3]], 4)
-    for id in ids[:12]:
-        bus.cancel(id)
-    dead = bus.list(status="dead", limit=50)
-    assert [intent.id for intent in dead.intents] == ids[11:1:-1] + [ids[1]]
-    assert [intent.id for intent in bus.list(status="dead", before=dead.next).intents] == [ids[0]]
-
-
-# -- Waiting --
-
-def test_a_publish_answers_one_held_claim_and_leaves_the_others(served):
-    claims = [served.hold("POST", f"/claim?wait=60{goal}") for goal in ("&goal=g", "", "&goal=other")]
-    ids = [served.publish()]
-    assert claimed_by(claims[0]).id == ids[0] and served.holds(2)
-    ids.append(served.publish())
-    assert claimed_by(claims[1]).id == ids[1] and served.holds(1)
-    ids.append(served.publish(goal="other"))
-    assert claimed_by(claims[2]).id == ids[2] and served.holds(0)
-    assert [served.client.get_status(id).claim_attempts for id in ids] == [1, 1, 1]
-
-
-@ON_A_FILE     # a bus on PostgreSQL wakes all claims once after its start
-def test_the_longest_held_claim_is_served_first(no_rechecks, served):
-    claims = [served.hold("POST", "/claim?goal=g&wait=60") for _ in range(6)]
-    for number, claim in enumerate(claims):
-        intent_id = served.publish()
-        assert claimed_by(claim).id == intent_id and served.holds(5 - number)
-
-
-@ON_A_FILE
-def test_a_claim_that_is_woken_in_vain_keeps_its_place(quick_rechecks, served):
-    claims = [served.hold("POST", "/claim?goal=g&wait=60") for _ in range(8)]
-    with contextlib.closing(sqlite3.connect(served.db)) as db:
-        db.execute("CREATE TABLE of_another_program (a)")     # every claim looks once more
-    watch = served.hold("GET", "/events?wait=0.3")     # time for rechecks
-    assert response_on(watch).json["events"] == [] and served.holds(8)
-    for claim in claims:
-        intent_id = served.publish()
-        claim.settimeout(1)
-        assert claimed_by(claim).id == intent_id
-
-
-def test_a_held_claim_of_a_revoked_key_gets_nothing(no_rechecks, served):
-    key = served.issue("ann")
-    claim = served.hold("POST", "/claim?goal=g&wait=60", key=key.api_key)
-    assert served.ask("POST", "/admin/revoke_key", {"key_id": key.key_id}).status == 200
-    intent_id = served.publish(visibility="public")
-    assert response_on(claim).status == 401
-    assert served.client.get_status(intent_id).status == "open"
-
-
-def test_a_bulk_publish_answers_one_held_claim_per_intent(no_rechecks, served):
-    claims = [served.hold("POST", "/claim?goal=g&wait=60") for _ in range(3)]
-    ids = served.ask("POST", "/intents", [a_publish(), a_publish(goal="other"), a_publish(), a_publish()]).json["ids"]
-    assert sorted(claimed_by(claim).id for claim in claims) == sorted(id for id in ids if id != ids[1])
-
-
-@pytest.mark.parametrize("wake", [
-    lambda bus, clock, claims: bus.publish(),
-    lambda bus, clock, claims: bus.publish(delay=5) and clock.pass_(5),
-    lambda bus, clock, claims: bus.client.retry(claims["dead"].id),
-    lambda bus, clock, claims: bus.client.retry(goal="dead"),
-    lambda bus, clock, claims: bus.client.release(claims["taken"].id, claims["taken"].claim_token),
-    lambda bus, clock, claims: bus.client.release(claims["taken"].id, claims["taken"].claim_token, delay=7) and clock.pass_(7),
-    lambda bus, clock, claims: bus.client.fail(claims["taken"].id, claims["taken"].claim_token) and clock.pass_(60),
-    lambda bus, clock, claims: clock.pass_(300),
-    lambda bus, clock, claims: bus.client.extend_claim(claims["taken"].id, claims["taken"].claim_token, 10) and clock.pass_(10),
-], ids=["a publish", "a delay that ends", "a retry", "a retry of many", "a release", "a release for later", "a failure",
-        "a lease that runs out", "a shortened lease that runs out"])
-def test_a_held_claim_is_answered_after(started, clock, quick_rechecks, wake):
-    bus = started(clock=clock)
-    bus.publish(goal="dead")
-    bus.publish(goal="taken", ttl=9999)
-    claims = {goal: bus.client.claim(goal, lease=300) for goal in ("dead", "taken")}
-    bus.client.fail(claims["dead"].id, claims["dead"].claim_token, retry=False)
-    held = bus.hold("POST", "/claim?goal=g&goal=dead&goal=taken&wait=60")
-    wake(bus, clock, claims)
-    assert claimed_by(held).goal in ("g", "dead", "taken") and bus.holds(0)
-
-
-def test_a_held_claim_waits_while_a_lease_is_extended(started, clock, quick_rechecks):
-    bus = started(clock=clock)
-    bus.publish()
-    intent = bus.client.claim("g", lease=10)
-    held = bus.hold("POST", "/claim?goal=g&wait=60")
-    for _ in range(3):
-        clock.pass_(9)
-        bus.client.extend_claim(intent.id, intent.claim_token, 10)
-    bus.holds(1)
-    clock.pass_(10)
-    assert claimed_by(held).claim_attempts == 2
-
-
-MINE, ANNS = dict(visibility="public"), dict(visibility="public", publisher="ann")     # publisher: the owner of the key
-
-
-@pytest.mark.parametrize("query, passed_by, taken", [
-    ("goal=g", dict(goal="h"), dict()),
-    ("", dict(namespace="other"), dict(goal="h")),
-    ("namespace=other", dict(), dict(namespace="other")),
-    ("goal=g", dict(target_worker="w"), dict()),
-    ("goal=g&worker_id=w", dict(target_worker="v"), dict(target_worker="w")),
-    ("worker_id=w", dict(target_worker="v"), dict(target_worker="w", goal="h")),
-    ("goal=g&capabilities=a,b", dict(required_capability="c"), dict(required_capability="b")),
-    ("goal=g&publisher=ann", MINE, ANNS),
-    ("publisher=ann", MINE, dict(ANNS, goal="h")),
-    ("publisher=owner", ANNS, dict(MINE, goal="h")),
-    ("goal=g", dict(publisher="ann"), ANNS),
-    ("", dict(publisher="ann"), dict(ANNS, goal="h")),
-], ids=str)
-def test_a_held_claim_is_answered_from_its_own_lanes_only(no_rechecks, served, query, passed_by, taken):
-    ann = served.issue("ann").api_key
-
-    def publish(publisher="owner", **fields):
-        return served.ask("POST", "/intent", a_publish(**fields), ann if publisher == "ann" else KEY).json["id"]
-    claim = served.hold("POST", f"/claim?{query}&wait=60")
-    other = publish(**passed_by)
-    served.holds(1)
-    wanted = publish(**taken)
-    assert claimed_by(claim).id == wanted
-    assert served.ask("GET", f"/status/{other}").json["status"] == "open"
-
-
-def test_an_intent_skips_held_claims_whose_client_hung_up(no_rechecks, served):
-    claims = [served.hold("POST", "/claim?goal=g&wait=60") for _ in range(4)]
-    for claim in claims[:3]:
-        claim.close()
-    intent_id = served.publish()
-    claim = claimed_by(claims[3])
-    assert (claim.id, claim.claim_attempts) == (intent_id, 1)
-
-
-def test_an_intent_skips_a_hung_up_claim_of_several_goals(no_rechecks, served):
-    gone, x, y = (served.hold("POST", f"/claim?{goals}&wait=60") for goals in ("goal=x&goal=y", "goal=x", "goal=y"))
-    gone.close()
-    served.publish(goal="y")
-    assert claimed_by(y).goal == "y"
-    served.publish(goal="x")
-    assert claimed_by(x).goal == "x"
-
-
-def test_a_claim_of_two_goals_leaves_one_intent_to_the_next_claim(no_rechecks, served):
-    both, x = (served.hold("POST", f"/claim?{goals}&wait=60") for goals in ("goal=x&goal=y", "goal=x"))
-    served.ask("POST", "/intents", [a_publish(goal="x", priority=1), a_publish(goal="y", priority=9)])
-    assert (claimed_by(both).goal, claimed_by(x).goal) == ("y", "x")
-
-
-def test_two_intents_and_three_claims_leave_one_claim_held(no_rechecks, served):
-    claims = {goals: served.hold("POST", f"/claim?goal={goals}&wait=60") for goals in ("x&goal=y", "y", "x")}
-    served.ask("POST", "/intents", [a_publish(goal="x", priority=1), a_publish(goal="y", priority=9)])
-    taken = claimed_by(claims["x&goal=y"]).goal
-    other = "y" if taken == "x" else "x"     # either is valid
-    assert claimed_by(claims[other]).goal == other
-    served.holds(1)
-    served.publish(goal=taken)
-    assert claimed_by(claims[taken]).goal == taken
-
-
-def test_a_held_claim_is_empty_after_its_wait(served):
-    started = time.monotonic()
-    assert_empty(served.begin("POST", "/claim?goal=g&wait=0.05"))
-    assert time.monotonic() - started >= 0.05 and served.holds(0)
-    served.publish()
-    assert served.ask("POST", "/claim?goal=g").json["claim_attempts"] == 1
-
-
-def test_a_claim_that_finds_an_intent_is_not_held(served):
-    served.publish()
-    assert claimed_by(served.begin("POST", "/claim?goal=g&wait=60")).claim_attempts == 1
-    served.holds(0)
-
-
-def test_several_held_results_are_answered_when_the_intent_ends(no_rechecks, served):
-    intent_id = served.publish()
-    results = [served.hold("GET", f"/result/{intent_id}?wait=60") for _ in range(3)]
-    intent = served.client.claim("g")
-    served.holds(3)
-    served.client.fulfill(intent.id, intent.claim_token, "text", "text")
-    found = [response_on(result).json for result in results]
-    assert [(intent["status"], intent["result"]) for intent in found] == [("fulfilled", "text")] * 3
-    assert {intent["result_type"] for intent in found} == {"text"}
-    assert served.holds(0) and served.client.get_result(served.publish(), wait=0.05).status == "open"
-    assert served.client.get_result(intent_id, wait=60).result == "text", "at once"
-
-
-@pytest.mark.parametrize("end", [
-    lambda bus, clock, claim: bus.client.fail(claim.id, claim.claim_token, retry=False),
-    lambda bus, clock, claim: bus.client.cancel(claim.id),
-    lambda bus, clock, claim: clock.pass_(60),
-    lambda bus, clock, claim: bus.client.extend_claim(claim.id, claim.claim_token, 3600) and clock.pass_(100),
-], ids=["a failure", "a cancel", "the loss of the last lease", "its expiry"])
-def test_a_held_result_is_answered_by_a_death(started, clock, quick_rechecks, end):
-    bus = started(clock=clock)
-    intent_id = bus.publish(max_attempts=1, ttl=100)
-    result, claim = bus.hold("GET", f"/result/{intent_id}?wait=60"), bus.client.claim("g")
-    end(bus, clock, claim)
-    assert response_on(result).json["status"] == "dead" and bus.holds(0)
-
-
-def test_a_held_result_of_a_deleted_intent_is_not_found(served):
-    intent_id = served.publish()
-    result = served.hold("GET", f"/result/{intent_id}?wait=0.3")
-    served.ask("POST", "/admin/purge", {"confirm": True})
-    assert response_on(result).status == 404
-
-
-# Alarms, without rechecks: a held request is answered on time because the bus knows the due time.
-
-def test_a_held_claim_is_answered_when_a_delay_ends(no_rechecks, served):
-    claim = served.hold("POST", "/claim?wait=60")
-    served.publish(goal="later", delay=30)
-    soon = served.publish(goal="soon", delay=0.1)     # brings the alarm forward
-    intent = claimed_by(claim)
-    assert intent.id == soon and served.client.who_am_i().now - intent.created_at >= 0.1
-    assert_empty(served.begin("POST", "/claim?wait=0.1"))
-
-
-def test_several_delays_end_on_time(no_rechecks, served):
-    claims = [served.hold("POST", "/claim?goal=g&wait=60") for _ in range(4)]
-    delays = [0.2, 0.05, 0.1, 0.15]
-    for delay in delays:
-        served.publish(payload=delay, delay=delay)
-    intents = [claimed_by(claim) for claim in claims]
-    assert sorted(intent.payload for intent in intents) == sorted(delays)
-
-
-def test_a_delay_ends_on_time_across_a_restart(no_rechecks, served):
-    intent_id = served.publish(delay=0.3)
-    served.restart()
-    assert claimed_by(served.begin("POST", "/claim?goal=g&wait=60")).id == intent_id
-
-
-@SLOW
-def test_a_claimed_intent_expires_on_time(no_rechecks, served):
-    intent_id = served.publish(ttl=1)
-    result = served.hold("GET", f"/result/{intent_id}?wait=60")
-    assert served.client.claim("g").id == intent_id
-    found = response_on(result).json
-    assert (found["status"], found["last_error"]) == ("dead", "expired")
-    assert found["completed_at"] >= found["created_at"] + 1
-
-
-@ON_A_FILE
-def test_a_row_written_by_another_program_is_noticed(quick_rechecks, served):
-    served.publish()
-    with contextlib.closing(sqlite3.connect(served.db)) as db:
-        db.row_factory = sqlite3.Row
-        row = dict(db.execute("SELECT * FROM intents").fetchone(), id="f" * 32)
-        assert served.client.claim("g")
-        claim = served.hold("POST", "/claim?goal=g&wait=60")
-        db.execute(f"INSERT INTO intents ({', '.join(row)}) VALUES (:{', :'.join(row)})", row)
-        db.commit()
-        assert claimed_by(claim).id == row["id"]
-
-
-def test_many_clients_claim_each_intent_once(served):
-    ids, taken = served.client.publish_many([a_publish() for _ in range(80)]).ids, collections.Counter()
-
-    def work(index):
-        ask = talking(served.url, KEY)
-        while True:
-            status, intent = ask("/claim?goal=g")
-            if status != 200:
-                return status
-            taken[intent["id"]] += 1
-            ask(f"/fulfill/{intent['id']}", {"claim_token": intent["claim_token"]})
-    assert at_once(8, work) == [204] * 8
-    assert set(taken) == set(ids) and set(taken.values()) == {1}
-
-
-def test_no_wake_up_of_a_held_claim_is_lost(no_rechecks, served):
-    """A lost wake-up leaves a claim held although an intent is open; it shows as a 204 after a minute."""
-    done = queue.SimpleQueue()
-
-    def work(index):
-        ask = talking(served.url, KEY, PATIENCE_SECONDS)
-        while True:
-            status, intent = ask("/claim?goal=g&goal=h&wait=60")
-            done.put((status, intent and intent["payload"]))
-            if status != 200 or intent["payload"] == "end":
-                return status
-            ask(f"/fulfill/{intent['id']}", {"claim_token": intent["claim_token"]})
-
-    workers = in_thread(at_once, 4, work)
-    chance, publish, numbers = random.Random(1), talking(served.url, KEY), iter(range(60))
-    while batch := list(itertools.islice(numbers, chance.choice([1, 1, 1, 2, 5]))):
-        publish("/intents", [a_publish(goal=chance.choice("gh"), payload=number) for number in batch])
-        for _ in batch if chance.random() < 0.5 else batch[:1]:     # workers are sometimes held again, sometimes busy
-            assert done.get(timeout=PATIENCE_SECONDS)[0] == 200
-    for _ in range(4):
-        publish("/intent", a_publish(payload="end", priority=0))
-    assert workers() == [200] * 4
-    assert {status for status, _ in [done.get() for _ in range(done.qsize())]} <= {200}
-
+# ---- 6. Clock ----
 
 @pytest.mark.parametrize("jump", [3600, -3600, 10 * 366 * 86400, -50 * 366 * 86400])
 def test_a_clock_jump_expires_nothing_and_stalls_nothing(bus, clock, jump):
@@ -3128,6 +2552,297 @@ def test_random_clock_settings_change_no_lease_delay_or_expiry(tmp_path, seed):
     assert assert_trial(tmp_path, seed, 120)
 
 
+# ---- 7. Waiting ----
+
+# -- Waiting --
+
+def test_a_publish_answers_one_held_claim_and_leaves_the_others(served):
+    claims = [served.hold("POST", f"/claim?wait=60{goal}") for goal in ("&goal=g", "", "&goal=other")]
+    ids = [served.publish()]
+    assert claimed_by(claims[0]).id == ids[0] and served.holds(2)
+    ids.append(served.publish())
+    assert claimed_by(claims[1]).id == ids[1] and served.holds(1)
+    ids.append(served.publish(goal="other"))
+    assert claimed_by(claims[2]).id == ids[2] and served.holds(0)
+    assert [served.client.get_status(id).claim_attempts for id in ids] == [1, 1, 1]
+
+
+@ON_A_FILE     # a bus on PostgreSQL wakes all claims once after its start
+def test_the_longest_held_claim_is_served_first(no_rechecks, served):
+    claims = [served.hold("POST", "/claim?goal=g&wait=60") for _ in range(6)]
+    for number, claim in enumerate(claims):
+        intent_id = served.publish()
+        assert claimed_by(claim).id == intent_id and served.holds(5 - number)
+
+
+@ON_A_FILE
+def test_a_claim_that_is_woken_in_vain_keeps_its_place(quick_rechecks, served):
+    claims = [served.hold("POST", "/claim?goal=g&wait=60") for _ in range(8)]
+    with contextlib.closing(sqlite3.connect(served.db)) as db:
+        db.execute("CREATE TABLE of_another_program (a)")     # every claim looks once more
+    watch = served.hold("GET", "/events?wait=0.3")     # time for rechecks
+    assert response_on(watch).json["events"] == [] and served.holds(8)
+    for claim in claims:
+        intent_id = served.publish()
+        claim.settimeout(1)
+        assert claimed_by(claim).id == intent_id
+
+
+def test_a_held_claim_of_a_revoked_key_gets_nothing(no_rechecks, served):
+    key = served.issue("ann")
+    claim = served.hold("POST", "/claim?goal=g&wait=60", key=key.api_key)
+    assert served.ask("POST", "/admin/revoke_key", {"key_id": key.key_id}).status == 200
+    intent_id = served.publish(visibility="public")
+    assert response_on(claim).status == 401
+    assert served.client.get_status(intent_id).status == "open"
+
+
+def test_a_bulk_publish_answers_one_held_claim_per_intent(no_rechecks, served):
+    claims = [served.hold("POST", "/claim?goal=g&wait=60") for _ in range(3)]
+    ids = served.ask("POST", "/intents", [a_publish(), a_publish(goal="other"), a_publish(), a_publish()]).json["ids"]
+    assert sorted(claimed_by(claim).id for claim in claims) == sorted(id for id in ids if id != ids[1])
+
+
+@pytest.mark.parametrize("wake", [
+    lambda bus, clock, claims: bus.publish(),
+    lambda bus, clock, claims: bus.publish(delay=5) and clock.pass_(5),
+    lambda bus, clock, claims: bus.client.retry(claims["dead"].id),
+    lambda bus, clock, claims: bus.client.retry(goal="dead"),
+    lambda bus, clock, claims: bus.client.release(claims["taken"].id, claims["taken"].claim_token),
+    lambda bus, clock, claims: bus.client.release(claims["taken"].id, claims["taken"].claim_token, delay=7) and clock.pass_(7),
+    lambda bus, clock, claims: bus.client.fail(claims["taken"].id, claims["taken"].claim_token) and clock.pass_(60),
+    lambda bus, clock, claims: clock.pass_(300),
+    lambda bus, clock, claims: bus.client.extend_claim(claims["taken"].id, claims["taken"].claim_token, 10) and clock.pass_(10),
+], ids=["a publish", "a delay that ends", "a retry", "a retry of many", "a release", "a release for later", "a failure",
+        "a lease that runs out", "a shortened lease that runs out"])
+def test_a_held_claim_is_answered_after(started, clock, quick_rechecks, wake):
+    bus = started(clock=clock)
+    bus.publish(goal="dead")
+    bus.publish(goal="taken", ttl=9999)
+    claims = {goal: bus.client.claim(goal, lease=300) for goal in ("dead", "taken")}
+    bus.client.fail(claims["dead"].id, claims["dead"].claim_token, retry=False)
+    held = bus.hold("POST", "/claim?goal=g&goal=dead&goal=taken&wait=60")
+    wake(bus, clock, claims)
+    assert claimed_by(held).goal in ("g", "dead", "taken") and bus.holds(0)
+
+
+def test_a_held_claim_waits_while_a_lease_is_extended(started, clock, quick_rechecks):
+    bus = started(clock=clock)
+    bus.publish()
+    intent = bus.client.claim("g", lease=10)
+    held = bus.hold("POST", "/claim?goal=g&wait=60")
+    for _ in range(3):
+        clock.pass_(9)
+        bus.client.extend_claim(intent.id, intent.claim_token, 10)
+    bus.holds(1)
+    clock.pass_(10)
+    assert claimed_by(held).claim_attempts == 2
+
+
+MINE, ANNS = dict(visibility="public"), dict(visibility="public", publisher="ann")     # publisher: the owner of the key
+
+
+@pytest.mark.parametrize("query, passed_by, taken", [
+    ("goal=g", dict(goal="h"), dict()),
+    ("", dict(namespace="other"), dict(goal="h")),
+    ("namespace=other", dict(), dict(namespace="other")),
+    ("goal=g", dict(target_worker="w"), dict()),
+    ("goal=g&worker_id=w", dict(target_worker="v"), dict(target_worker="w")),
+    ("worker_id=w", dict(target_worker="v"), dict(target_worker="w", goal="h")),
+    ("goal=g&capabilities=a,b", dict(required_capability="c"), dict(required_capability="b")),
+    ("goal=g&publisher=ann", MINE, ANNS),
+    ("publisher=ann", MINE, dict(ANNS, goal="h")),
+    ("publisher=owner", ANNS, dict(MINE, goal="h")),
+    ("goal=g", dict(publisher="ann"), ANNS),
+    ("", dict(publisher="ann"), dict(ANNS, goal="h")),
+], ids=str)
+def test_a_held_claim_is_answered_from_its_own_lanes_only(no_rechecks, served, query, passed_by, taken):
+    ann = served.issue("ann").api_key
+
+    def publish(publisher="owner", **fields):
+        return served.ask("POST", "/intent", a_publish(**fields), ann if publisher == "ann" else KEY).json["id"]
+    claim = served.hold("POST", f"/claim?{query}&wait=60")
+    other = publish(**passed_by)
+    served.holds(1)
+    wanted = publish(**taken)
+    assert claimed_by(claim).id == wanted
+    assert served.ask("GET", f"/status/{other}").json["status"] == "open"
+
+
+def test_an_intent_skips_held_claims_whose_client_hung_up(no_rechecks, served):
+    claims = [served.hold("POST", "/claim?goal=g&wait=60") for _ in range(4)]
+    for claim in claims[:3]:
+        claim.close()
+    intent_id = served.publish()
+    claim = claimed_by(claims[3])
+    assert (claim.id, claim.claim_attempts) == (intent_id, 1)
+
+
+def test_an_intent_skips_a_hung_up_claim_of_several_goals(no_rechecks, served):
+    gone, x, y = (served.hold("POST", f"/claim?{goals}&wait=60") for goals in ("goal=x&goal=y", "goal=x", "goal=y"))
+    gone.close()
+    served.publish(goal="y")
+    assert claimed_by(y).goal == "y"
+    served.publish(goal="x")
+    assert claimed_by(x).goal == "x"
+
+
+def test_a_claim_of_two_goals_leaves_one_intent_to_the_next_claim(no_rechecks, served):
+    both, x = (served.hold("POST", f"/claim?{goals}&wait=60") for goals in ("goal=x&goal=y", "goal=x"))
+    served.ask("POST", "/intents", [a_publish(goal="x", priority=1), a_publish(goal="y", priority=9)])
+    assert (claimed_by(both).goal, claimed_by(x).goal) == ("y", "x")
+
+
+def test_two_intents_and_three_claims_leave_one_claim_held(no_rechecks, served):
+    claims = {goals: served.hold("POST", f"/claim?goal={goals}&wait=60") for goals in ("x&goal=y", "y", "x")}
+    served.ask("POST", "/intents", [a_publish(goal="x", priority=1), a_publish(goal="y", priority=9)])
+    taken = claimed_by(claims["x&goal=y"]).goal
+    other = "y" if taken == "x" else "x"     # either is valid
+    assert claimed_by(claims[other]).goal == other
+    served.holds(1)
+    served.publish(goal=taken)
+    assert claimed_by(claims[taken]).goal == taken
+
+
+def test_a_held_claim_is_empty_after_its_wait(served):
+    started = time.monotonic()
+    assert_empty(served.begin("POST", "/claim?goal=g&wait=0.05"))
+    assert time.monotonic() - started >= 0.05 and served.holds(0)
+    served.publish()
+    assert served.ask("POST", "/claim?goal=g").json["claim_attempts"] == 1
+
+
+def test_a_claim_that_finds_an_intent_is_not_held(served):
+    served.publish()
+    assert claimed_by(served.begin("POST", "/claim?goal=g&wait=60")).claim_attempts == 1
+    served.holds(0)
+
+
+def test_several_held_results_are_answered_when_the_intent_ends(no_rechecks, served):
+    intent_id = served.publish()
+    results = [served.hold("GET", f"/result/{intent_id}?wait=60") for _ in range(3)]
+    intent = served.client.claim("g")
+    served.holds(3)
+    served.client.fulfill(intent.id, intent.claim_token, "text", "text")
+    found = [response_on(result).json for result in results]
+    assert [(intent["status"], intent["result"]) for intent in found] == [("fulfilled", "text")] * 3
+    assert {intent["result_type"] for intent in found} == {"text"}
+    assert served.holds(0) and served.client.get_result(served.publish(), wait=0.05).status == "open"
+    assert served.client.get_result(intent_id, wait=60).result == "text", "at once"
+
+
+@pytest.mark.parametrize("end", [
+    lambda bus, clock, claim: bus.client.fail(claim.id, claim.claim_token, retry=False),
+    lambda bus, clock, claim: bus.client.cancel(claim.id),
+    lambda bus, clock, claim: clock.pass_(60),
+    lambda bus, clock, claim: bus.client.extend_claim(claim.id, claim.claim_token, 3600) and clock.pass_(100),
+], ids=["a failure", "a cancel", "the loss of the last lease", "its expiry"])
+def test_a_held_result_is_answered_by_a_death(started, clock, quick_rechecks, end):
+    bus = started(clock=clock)
+    intent_id = bus.publish(max_attempts=1, ttl=100)
+    result, claim = bus.hold("GET", f"/result/{intent_id}?wait=60"), bus.client.claim("g")
+    end(bus, clock, claim)
+    assert response_on(result).json["status"] == "dead" and bus.holds(0)
+
+
+def test_a_held_result_of_a_deleted_intent_is_not_found(served):
+    intent_id = served.publish()
+    result = served.hold("GET", f"/result/{intent_id}?wait=0.3")
+    served.ask("POST", "/admin/purge", {"confirm": True})
+    assert response_on(result).status == 404
+
+
+# Alarms, without rechecks: a held request is answered on time because the bus knows the due time.
+
+def test_a_held_claim_is_answered_when_a_delay_ends(no_rechecks, served):
+    claim = served.hold("POST", "/claim?wait=60")
+    served.publish(goal="later", delay=30)
+    soon = served.publish(goal="soon", delay=0.1)     # brings the alarm forward
+    intent = claimed_by(claim)
+    assert intent.id == soon and served.client.who_am_i().now - intent.created_at >= 0.1
+    assert_empty(served.begin("POST", "/claim?wait=0.1"))
+
+
+def test_several_delays_end_on_time(no_rechecks, served):
+    claims = [served.hold("POST", "/claim?goal=g&wait=60") for _ in range(4)]
+    delays = [0.2, 0.05, 0.1, 0.15]
+    for delay in delays:
+        served.publish(payload=delay, delay=delay)
+    intents = [claimed_by(claim) for claim in claims]
+    assert sorted(intent.payload for intent in intents) == sorted(delays)
+
+
+def test_a_delay_ends_on_time_across_a_restart(no_rechecks, served):
+    intent_id = served.publish(delay=0.3)
+    served.restart()
+    assert claimed_by(served.begin("POST", "/claim?goal=g&wait=60")).id == intent_id
+
+
+@SLOW
+def test_a_claimed_intent_expires_on_time(no_rechecks, served):
+    intent_id = served.publish(ttl=1)
+    result = served.hold("GET", f"/result/{intent_id}?wait=60")
+    assert served.client.claim("g").id == intent_id
+    found = response_on(result).json
+    assert (found["status"], found["last_error"]) == ("dead", "expired")
+    assert found["completed_at"] >= found["created_at"] + 1
+
+
+@ON_A_FILE
+def test_a_row_written_by_another_program_is_noticed(quick_rechecks, served):
+    served.publish()
+    with contextlib.closing(sqlite3.connect(served.db)) as db:
+        db.row_factory = sqlite3.Row
+        row = dict(db.execute("SELECT * FROM intents").fetchone(), id="f" * 32)
+        assert served.client.claim("g")
+        claim = served.hold("POST", "/claim?goal=g&wait=60")
+        db.execute(f"INSERT INTO intents ({', '.join(row)}) VALUES (:{', :'.join(row)})", row)
+        db.commit()
+        assert claimed_by(claim).id == row["id"]
+
+
+def test_many_clients_claim_each_intent_once(served):
+    ids, taken = served.client.publish_many([a_publish() for _ in range(80)]).ids, collections.Counter()
+
+    def work(index):
+        ask = talking(served.url, KEY)
+        while True:
+            status, intent = ask("/claim?goal=g")
+            if status != 200:
+                return status
+            taken[intent["id"]] += 1
+            ask(f"/fulfill/{intent['id']}", {"claim_token": intent["claim_token"]})
+    assert at_once(8, work) == [204] * 8
+    assert set(taken) == set(ids) and set(taken.values()) == {1}
+
+
+def test_no_wake_up_of_a_held_claim_is_lost(no_rechecks, served):
+    """A lost wake-up leaves a claim held although an intent is open; it shows as a 204 after a minute."""
+    done = queue.SimpleQueue()
+
+    def work(index):
+        ask = talking(served.url, KEY, PATIENCE_SECONDS)
+        while True:
+            status, intent = ask("/claim?goal=g&goal=h&wait=60")
+            done.put((status, intent and intent["payload"]))
+            if status != 200 or intent["payload"] == "end":
+                return status
+            ask(f"/fulfill/{intent['id']}", {"claim_token": intent["claim_token"]})
+
+    workers = in_thread(at_once, 4, work)
+    chance, publish, numbers = random.Random(1), talking(served.url, KEY), iter(range(60))
+    while batch := list(itertools.islice(numbers, chance.choice([1, 1, 1, 2, 5]))):
+        publish("/intents", [a_publish(goal=chance.choice("gh"), payload=number) for number in batch])
+        for _ in batch if chance.random() < 0.5 else batch[:1]:     # workers are sometimes held again, sometimes busy
+            assert done.get(timeout=PATIENCE_SECONDS)[0] == 200
+    for _ in range(4):
+        publish("/intent", a_publish(payload="end", priority=0))
+    assert workers() == [200] * 4
+    assert {status for status, _ in [done.get() for _ in range(done.qsize())]} <= {200}
+
+
+# ---- 8. Activity ----
+
 def test_a_publish_reports_how_many_workers_listen(bus, clock):
     assert bus.publish("g", 1).pick(("listening", "never_claimed")) == {"listening": 0, "never_claimed": True}
     for worker in ("a", "b"):
@@ -3331,7 +3046,300 @@ def test_the_summary_lists_waiting_goals_longest_first(bus, clock):
     assert [(row.goal, clock.wall - row.run_at, row.listening) for row in bus.summary().waiting] == [("old", 40, 0), ("new", 10, 1)]
 
 
-# ---- 6. Keys ----
+# ---- 9. Bus ----
+
+ALICE = Caller("k1", "alice", "both", False, None)
+BOB = Caller("k2", "bob", "both", False, None)
+
+
+def test_an_intent_reaches_a_worker_and_its_result_the_publisher(bus):
+    answer = bus.publish("greet", {"name": "Ada"})
+    found = bus.get_result(answer.id)
+    assert (found.status, found.result, found.result_type) == ("open", None, "json")
+    intent = bus.claim("greet", worker_id="w1")
+    assert (intent.id, intent.payload, intent.claim_attempts, intent.claim_timeout) == (answer.id, {"name": "Ada"}, 1, 60)
+    bus.fulfill(intent.id, intent.claim_token, {"said": "hi"})
+    found = bus.get_result(answer.id)
+    assert (found.status, found.result, found.result_type) == ("fulfilled", {"said": "hi"}, "json")
+    assert bus.claim("greet") is None
+
+
+def test_a_silent_worker_loses_its_intent_to_another(bus, clock):
+    bus.publish("g", 1)
+    first = bus.claim("g")
+    clock.pass_(59.9)
+    assert bus.claim("g") is None
+    clock.pass_(0.1)
+    second = bus.claim("g")
+    assert (second.id, second.claim_attempts) == (first.id, 2)
+    for late in (bus.fulfill, bus.fail, bus.release, bus.extend_claim):
+        with pytest.raises(intentbus.NotFound, match="stop working on it"):
+            late(first.id, first.claim_token)
+    bus.fulfill(second.id, second.claim_token)
+
+
+def test_a_late_report_counts_until_the_intent_is_claimed_again(bus, clock):
+    bus.publish("g", 1, max_attempts=1)
+    intent = bus.claim("g")
+    clock.pass_(61)
+    assert bus.get_status(intent.id).status == "dead"
+    with pytest.raises(intentbus.NotFound):
+        bus.extend_claim(intent.id, intent.claim_token)
+    bus.fulfill(intent.id, intent.claim_token, "done")
+    assert bus.get_result(intent.id).result == "done"
+
+
+@pytest.mark.parametrize("verb, others", [("fulfill", ("fail", "release")), ("fail", ("fulfill", "release")),
+                                          ("release", ("fulfill", "fail"))])
+def test_a_report_may_be_repeated_but_not_contradicted(bus, verb, others):
+    bus.publish("g", 1)
+    intent = bus.claim("g")
+    first = getattr(bus, verb)(intent.id, intent.claim_token)
+    status = bus.get_status(intent.id)
+    assert getattr(bus, verb)(intent.id, intent.claim_token) == first
+    for other in others + ("extend_claim",):
+        with pytest.raises(intentbus.NotFound):
+            getattr(bus, other)(intent.id, intent.claim_token)
+    assert bus.get_status(intent.id) == status
+
+
+def test_the_owner_of_a_running_claim_may_report_without_a_token(bus, clock):
+    bus.publish("g", 1, visibility="public")
+    intent = bus.claim("g", caller=ALICE)
+    with pytest.raises(intentbus.NotFound):
+        bus.fulfill(intent.id, caller=BOB)
+    bus.fulfill(intent.id, caller=ALICE)
+    with pytest.raises(intentbus.NotFound):
+        bus.fulfill(intent.id, caller=ALICE)
+
+
+def test_a_bus_can_require_claim_tokens(store):
+    bus = assembled(store, bus=dict(require_claim_token=True)).bus
+    bus.publish("g", 1)
+    intent = bus.claim("g")
+    with pytest.raises(intentbus.Invalid, match="claim_token is required"):
+        bus.fulfill(intent.id)
+    bus.fulfill(intent.id, intent.claim_token)
+
+
+def test_an_extension_moves_the_end_of_the_lease(bus, clock):
+    bus.publish("g", 1)
+    intent = bus.claim("g")
+    clock.pass_(50)
+    assert bus.extend_claim(intent.id, intent.claim_token, 30).claim_expires_at == clock.wall + 30
+    clock.pass_(29)
+    assert bus.claim("g") is None
+    clock.pass_(1)
+    assert bus.claim("g").id == intent.id
+
+
+def test_a_failed_intent_is_retried_until_no_attempt_is_left(bus, clock):
+    bus.publish("g", 1, max_attempts=2, backoff_base=5)
+    intent = bus.claim("g")
+    answer = bus.fail(intent.id, intent.claim_token, "x" * 3000)
+    assert (answer.status, answer.run_at) == ("open", clock.wall + 5 * 2 + 1)
+    assert bus.get_status(intent.id).last_error == "x" * 2000
+    assert bus.claim("g") is None
+    clock.pass_(11)
+    again = bus.claim("g")
+    assert bus.fail(again.id, again.claim_token, "still no").status == "dead"
+    assert bus.get_result(again.id).error == "still no"
+
+
+def test_a_release_gives_the_attempt_back(bus, clock):
+    bus.publish("g", 1)
+    intent = bus.claim("g")
+    assert bus.release(intent.id, intent.claim_token, delay=30).run_at == clock.wall + 30
+    assert bus.claim("g") is None
+    clock.pass_(30)
+    assert bus.claim("g").claim_attempts == 1
+
+
+@pytest.mark.parametrize("claim_first", [False, True])
+def test_an_unfinished_intent_expires(bus, clock, claim_first):
+    answer = bus.publish("g", 1, ttl=30, delay=10)
+    clock.pass_(10)
+    if claim_first:
+        bus.claim("g")
+    clock.pass_(30)
+    assert bus.claim("g") is None
+    status = bus.get_status(answer.id)
+    assert (status.status, status.last_error, status.completed_at) == ("dead", "expired", clock.wall)
+
+
+def test_expired_intents_beyond_one_pass_are_not_claimed(bus, clock, monkeypatch):
+    monkeypatch.setattr(intentbus, "DUE_ROWS", 2)
+    for number in range(5):
+        bus.publish("g", number, ttl=30)
+    bus.publish("g", "fresh", ttl=3600)
+    clock.pass_(31)
+    assert bus.claim("g").payload == "fresh"
+
+
+def test_intents_are_claimed_by_priority_then_time(bus, clock):
+    for payload, priority in (("a", 100), ("b", 500), ("c", 100), ("d", 0), ("e", 500)):
+        bus.publish("g", payload, priority=priority)
+        clock.pass_(0.01)
+    assert [bus.claim("g").payload for _ in range(5)] == ["b", "e", "a", "c", "d"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_claim_takes_the_first_eligible_intent(bus, clock, seed):
+    chance, stored, taken = random.Random(seed), [], 0
+    names = dict(namespace=("default", "n"), goal=("g", "g!", "\u00e9"), target_worker=(None, None, "w", "v"),
+                 required_capability=(None, None, "a", "b"), visibility=("private", "public"), priority=(0, 100, 100, 900))
+    for _ in range(200):
+        clock.pass_(chance.choice((0, 0.5, 10)))
+        caller = chance.choice((ALICE, BOB))
+        if chance.random() < 0.5:
+            fields = {name: chance.choice(values) for name, values in names.items()}
+            delay = chance.choice((0, 0, 5, 60))
+            intent_id = bus.publish(payload=1, delay=delay, caller=caller, **fields).id
+            stored.append(Record(fields, id=intent_id, owner=caller.owner, run_at=clock.wall + delay, attempts=0, at=clock.wall))
+            continue
+        goals = chance.choice((None, ["g"], ["g!", "\u00e9"]))
+        asked = dict(namespace=chance.choice(names["namespace"]), worker_id=chance.choice((None, "w")),
+                     capabilities=chance.choice(((), ("a",), ("a", "b"))), publisher=chance.choice((None, caller.owner)))
+        may = [intent for intent in stored if intent.run_at <= clock.wall and intent.namespace == asked["namespace"]
+               and (goals is None or intent.goal in goals) and intent.target_worker in (None, asked["worker_id"])
+               and intent.required_capability in (None, *asked["capabilities"]) and asked["publisher"] in (None, intent.owner)
+               and (intent.visibility == "public" or intent.owner == caller.owner)]
+        first = min(may, default=None, key=lambda intent: (
+            -intent.priority, intent.run_at, intent.attempts, intent.at, intent.id))
+        claimed = bus.claim(goals, lease=3600, caller=caller, **asked)
+        assert (claimed and claimed.id) == (first and first.id), (seed, asked, goals)
+        if claimed and chance.random() < 0.3:
+            bus.release(claimed.id, claimed.claim_token, caller=caller)
+        elif claimed:
+            stored.remove(first)
+            taken += 1
+    assert taken > 20
+
+
+def test_a_claim_without_a_goal_takes_the_first_of_any_goal(bus, clock):
+    for goal, priority in (("b", 100), ("a", 100), ("c", 900)):
+        bus.publish(goal, goal, priority=priority)
+        clock.pass_(0.01)
+    bus.publish("z", "elsewhere", namespace="other", priority=1000)
+    assert [bus.claim().payload for _ in range(3)] == ["c", "b", "a"]
+    assert bus.claim() is None
+    assert bus.claim(["y", "z"], namespace="other").payload == "elsewhere"
+
+
+@pytest.mark.parametrize("fields, claim, taken", [
+    ({}, {}, True),
+    ({}, {"namespace": "other"}, False),
+    ({"target_worker": "w1"}, {}, False),
+    ({"target_worker": "w1"}, {"worker_id": "w2"}, False),
+    ({"target_worker": "w1"}, {"worker_id": "w1"}, True),
+    ({"required_capability": "gpu"}, {"capabilities": ("GPU", "gp")}, False),
+    ({"required_capability": "gpu"}, {"capabilities": ("cpu", "gpu")}, True),
+    ({"required_capability": "gpu", "target_worker": "w1"}, {"capabilities": ("gpu",)}, False),
+    ({}, {"caller": BOB}, False),
+    ({"visibility": "public"}, {"caller": BOB}, True),
+    ({"visibility": "public"}, {"caller": BOB, "publisher": "bob"}, False),
+    ({"visibility": "public"}, {"caller": ALICE, "publisher": "alice"}, True),
+    ({}, {"caller": intentbus.OWNER}, False),
+    ({}, {"caller": intentbus.OWNER, "publisher": "alice"}, True),
+])
+@pytest.mark.parametrize("goal", ["g", None])
+def test_each_claim_that_may_take_an_intent_of_alice(bus, fields, claim, taken, goal):
+    bus.publish("g", 1, caller=ALICE, **fields)
+    assert bool(bus.claim(goal, **dict({"caller": ALICE}, **claim))) == taken
+
+
+def test_only_an_admin_may_claim_by_another_publisher(bus):
+    with pytest.raises(intentbus.Forbidden):
+        bus.claim("g", publisher="alice", caller=BOB)
+
+
+def test_a_private_intent_does_not_exist_for_other_owners(bus):
+    answer = bus.publish("g", 1, caller=ALICE)
+    for verb in (bus.get_status, bus.get_result, bus.cancel, bus.retry):
+        with pytest.raises(intentbus.NotFound, match=f"There is no intent {answer.id}"):
+            verb(answer.id, caller=BOB)
+    assert bus.list(caller=BOB).intents == [] and len(bus.list(caller=ALICE).intents) == 1
+    assert bus.get_status(answer.id).status == "open"
+
+
+def test_the_worker_of_a_public_intent_may_read_but_not_cancel_it(bus):
+    answer = bus.publish("g", 1, visibility="public", caller=ALICE)
+    bus.claim("g", caller=BOB)
+    assert bus.get_status(answer.id, caller=BOB).status == "claimed"
+    with pytest.raises(intentbus.NotFound):
+        bus.cancel(answer.id, caller=BOB)
+
+
+def test_an_idempotency_key_stores_one_intent_for_a_day(bus, clock):
+    first = bus.publish("g", {"b": 1, "a": 2}, idempotency_key="k")
+    assert bus.publish("g", {"a": 2, "b": 1}, idempotency_key="k") == first
+    assert bus.publish("g", 1, idempotency_key="k", caller=ALICE) != first
+    with pytest.raises(intentbus.IdempotencyConflict, match="Key reused with different payload"):
+        bus.publish("g", {"a": 3}, idempotency_key="k")
+    clock.pass_(86400)
+    assert bus.publish("g", {"a": 3}, idempotency_key="k") != first
+    assert len(bus.list().intents) == 3
+
+
+def test_cancel_ends_an_intent_and_the_lease_of_its_worker(bus):
+    answer = bus.publish("g", 1)
+    intent = bus.claim("g")
+    assert bus.cancel(answer.id).status == "dead"
+    for verb in (bus.extend_claim, bus.fulfill):
+        with pytest.raises(intentbus.NotFound):
+            verb(intent.id, intent.claim_token)
+    with pytest.raises(intentbus.Conflict, match="This intent is dead"):
+        bus.cancel(answer.id)
+    assert bus.get_status(answer.id).last_error == "Cancelled"
+
+
+def test_retry_reopens_dead_intents(bus, clock):
+    ids = [bus.publish(goal, 1).id for goal in ("a", "a", "b")]
+    with pytest.raises(intentbus.Conflict, match="only a dead one"):
+        bus.retry(ids[0])
+    for id in ids:
+        bus.cancel(id)
+        clock.pass_(1)
+    with pytest.raises(intentbus.NotFound):
+        bus.retry("")
+    assert bus.retry(ids[2]).status == "open"
+    assert bus.retry(goal="a", limit=1).retried == 1
+    status = bus.get_status(ids[0])
+    assert (status.status, status.claim_attempts, status.last_error, status.completed_at) == ("open", 0, None, None)
+    assert bus.get_status(ids[1]).status == "dead"
+
+
+def test_a_list_is_newest_first_paged_and_without_payloads(bus, clock):
+    ids = []
+    for number in range(5):
+        ids.append(bus.publish("g", number).id)
+        clock.pass_(0.01)
+    page = bus.list(limit=3)
+    assert [intent.id for intent in page.intents] == ids[:1:-1] and "payload" not in page.intents[0]
+    page = bus.list(limit=3, before=page.next, payload=True)
+    assert [intent.payload for intent in page.intents] == [1, 0] and page.next is None
+    assert not bus.list(status="dead").intents and not bus.list(goal="x").intents
+
+
+def test_a_page_of_a_list_reads_a_bounded_number_of_intents(bus, clock, monkeypatch):
+    monkeypatch.setattr(intentbus, "LIST_ROWS", 10)
+    ids = []
+    for number in range(35):
+        clock.pass_(1)
+        ids.append(bus.publish("rare" if number in (3, 20) else "common", number).id)
+    found, pages, before = [], 0, None
+    while pages == 0 or before:
+        page = bus.list(goal="rare", before=before)
+        found, pages, before = found + [intent.id for intent in page.intents], pages + 1, page.next
+    assert (found, pages) == ([ids[20], ids[3]], 4)
+    for id in ids[:12]:
+        bus.cancel(id)
+    dead = bus.list(status="dead", limit=50)
+    assert [intent.id for intent in dead.intents] == ids[11:1:-1] + [ids[1]]
+    assert [intent.id for intent in bus.list(status="dead", before=dead.next).intents] == [ids[0]]
+
+
+# ---- 10. Keys ----
 
 @pytest.mark.parametrize("headers, key", [
     ({"x-api-key": "a b"}, "a b"),
@@ -4021,7 +4029,7 @@ def test_of_many_simultaneous_uses_of_a_code_one_gets_a_key(served):
     assert sorted(answers) == [201] + [401] * 7
 
 
-# ---- 7. Fields ----
+# ---- 11. Fields ----
 
 def assert_invalid(check, code, *words):
     """Check that Invalid is raised with this code, and that its message has these words."""
@@ -4289,7 +4297,7 @@ def test_a_list_can_be_narrowed_to_a_goal(served, goal):
     assert (response.status, [intent["id"] for intent in response.json["intents"]]) == (200, [wanted])
 
 
-# ---- 8. Page ----
+# ---- 12. Page ----
 
 
 def test_the_page_is_small_and_self_contained_and_writes_text_only():
@@ -4507,7 +4515,7 @@ def test_a_failed_refresh_keeps_the_last_figures_and_says_so(page, served):
     page.complaints()
 
 
-# ---- 9. API ----
+# ---- 13. API ----
 
 ROUTES = (
     ("GET", "/", None), ("GET", "/health", None), ("POST", "/intent", "key"), ("POST", "/claim", "key"),
@@ -4973,7 +4981,7 @@ def test_a_bus_can_require_https(started, trust_proxy, headers, status):
     assert bus.ask("GET", "/health", key=None).status == 200
 
 
-# ---- 10. Server ----
+# ---- 14. Server ----
 
 BODY = b'{"goal":"g","payload":1}'
 SMUGGLED = (b"POST /intent HTTP/1.1\r\nHost: x\r\nX-API-KEY: %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s"
@@ -5882,7 +5890,7 @@ def test_a_damaged_file_is_reported_and_accepts_nothing(started):
         bus.stop()
 
 
-# ---- 11. Local state ----
+# ---- 15. Local state ----
 
 
 @POSIX
@@ -5942,7 +5950,7 @@ def test_one_program_sends_from_a_spool_at_a_time(tmp_path):
         pass
 
 
-# ---- 12. Client ----
+# ---- 16. Client ----
 
 
 def spooling(served, tmp_path):
@@ -6304,7 +6312,7 @@ def test_a_client_corrects_its_clock(tmp_path, monkeypatch):
     assert re.findall(r'"status": (\d+)', serve.stop()[2]) == ["403", "201", "201"]
 
 
-# ---- 13. Worker ----
+# ---- 17. Worker ----
 
 @pytest.mark.parametrize("how", [listen, IntentClient.listen], ids=["function", "method"])
 def test_listen_hands_payloads_to_a_function_and_returns_its_results(served, how):
@@ -6652,7 +6660,7 @@ def test_the_steady_clock_includes_sleep_where_it_can(monkeypatch):
     assert abs(intentbus.steady_clock() - time.monotonic()) < 60
 
 
-# ---- 14. Doctor ----
+# ---- 18. Doctor ----
 
 def examine(home, *arguments, **environment):
     """Run the doctor; return its exit code and its findings, by subject and level."""
@@ -6744,7 +6752,7 @@ def test_the_doctor_reports_the_spool(home):
     assert [finding.level for finding in intentbus.check_spool(None)] == ["bad"]
 
 
-# ---- 15. Commands ----
+# ---- 19. Commands ----
 
 
 @POSIX
