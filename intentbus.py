@@ -493,6 +493,11 @@ MIGRATIONS = (SCHEMA, MORE_INDEXES, HISTORY, PLACES)     # the n-th leads to sch
 APPLICATION_ID = 0x1B05     # in the header of the file: it is a database of intentbus
 
 
+def statements_since(version):
+    """Return the statements that bring a database from a schema version to this one's."""
+    return [statement for script in MIGRATIONS[version:] for statement in script.split(";")]
+
+
 def lock(file):
     """Lock an open file until this process ends; raises OSError while another process holds the lock."""
     if POSIX:
@@ -728,7 +733,7 @@ class Database:
             self._db.execute("PRAGMA journal_mode = TRUNCATE")     # a deleted journal may be back after a power cut
             self.warning = f"{self.path} is on a file system without shared memory: the bus works, but slower."
         self._db.execute("BEGIN IMMEDIATE")
-        for statement in itertools.chain(*(script.split(";") for script in MIGRATIONS[version:])):
+        for statement in statements_since(version):
             self._db.execute(statement)
         self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         self._db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
@@ -1380,11 +1385,13 @@ class Waiting:
         found = (next((held for held in self._held.get(key, ()) if held not in passed_over), None) for key in keys)
         return min(filter(None, found), default=None, key=operator.attrgetter("number"))
 
-    def all(self, key=None):
-        """Return all requests that are held for a key, or all there are."""
-        if key is not None:
-            return list(self._held.get(key, ()))
-        return sorted({held for held in itertools.chain(*self._held.values())}, key=operator.attrgetter("number"))
+    def keys(self):
+        """Return all keys that requests are held for."""
+        return list(self._held)
+
+    def all(self, key):
+        """Return all requests that are held for a key."""
+        return list(self._held.get(key, ()))
 
 
 # ---- 8. Activity ----
@@ -3886,19 +3893,31 @@ class Rounds:
             jobs = self._reports if connection.request.path.startswith(REPORTS) else self._writes
         jobs.append((connection, functools.partial(self._api.handle, connection.request)))
 
-    def ask(self, run, connection=None):
-        """Take in a job that may write: housekeeping, or the next slice of a long operation."""
-        self._writes.append((connection, run))
+    def ask(self, run):
+        """Take in a job that answers no request: housekeeping."""
+        self._writes.append((None, run))
+
+    def go_on(self, held):
+        """Take in the next slice of a long operation."""
+        self._writes.append((held.connection, functools.partial(self._expire, held)))
 
     def expire(self, held):
         """Take in a held request whose time is over."""
         self._reads.append((held.connection, functools.partial(self._expire, held)))
 
-    def attempt_all(self, key=None):
-        """Attempt the requests that are held for a key, or all of them."""
+    def attempt_all(self, key):
+        """Attempt the requests that are held for a key."""
         for held in self._loop.waiting.all(key):
             jobs = self._writes if self._api.writes(held.request) else self._reads
             jobs.append((held.connection, functools.partial(self._attempt, held)))
+
+    def look_again(self):
+        """Attempt held requests after another program has changed the database; of claims, the first of each lane."""
+        for key in self._loop.waiting.keys():
+            if "\t" in key:
+                self._lanes.append(key)
+            else:
+                self.attempt_all(key)
 
     def learn(self, moves):
         """Attempt the requests that are held for events, or for the end of an intent, now that it is on disk."""
@@ -4151,7 +4170,7 @@ class Loop:
         if database.changed_elsewhere():
             bus.distrust_memory()
             self.api.keys.reload()
-            self.rounds.attempt_all()
+            self.rounds.look_again()
         if bus.clock.step():
             self.rounds.apart(bus.shift_clock)
 
@@ -4363,7 +4382,7 @@ class Loop:
         if held.keys:
             self.waiting.hold(held)
         if not held.seconds:
-            self.rounds.ask(functools.partial(self.api.expire, held), connection)
+            self.rounds.go_on(held)
         elif connection.eof:
             self.expire(connection)
         else:
