@@ -245,9 +245,9 @@ STATUS_FIELDS = (
     "id", "namespace", "goal", "status", "priority", "visibility", "claim_attempts", "max_attempts", "run_at",
     "claim_expires_at", "target_worker", "required_capability", "created_at", "completed_at", "last_error",
 )
+NAMING_FIELDS = ("id", "namespace", "goal")
 CLAIM_FIELDS = (
-    "id", "namespace", "goal", "claim_attempts", "max_attempts", "priority", "target_worker", "required_capability",
-    "claim_expires_at", "created_at",
+    "claim_attempts", "max_attempts", "priority", "target_worker", "required_capability", "claim_expires_at", "created_at",
 )
 UNCLAIMED = dict.fromkeys(("completed_at", "last_error", "result", "result_type", "claim_token_hash", "claim_expires_at",
                            "claim_owner", "claim_outcome", "worker_id"))
@@ -1663,8 +1663,8 @@ class Bus:
         """
         claim = self.wanted(goal, claim_token=claim_token, caller=caller, **fields)
         intent = self.take(claim, caller)
-        return intent and Record(intent.pick(CLAIM_FIELDS), payload=json.loads(intent.payload), claim_token=claim.token,
-                                 claim_timeout=int(claim.lease))
+        return intent and Record(intent.pick(NAMING_FIELDS + CLAIM_FIELDS), payload=json.loads(intent.payload),
+                                 claim_token=claim.token, claim_timeout=int(claim.lease))
 
     def wanted(self, goal=None, *, namespace="default", publisher=None, worker_id=None, capabilities=(), lease=LEASE_SECONDS,
                claim_token=None, seen_as=None, version=__version__, caller=OWNER):
@@ -3100,13 +3100,17 @@ def claiming_worker(request, fields):
 
 
 def take_intent(api, request, wanted):
-    """Answer a claim if there is an intent for it. Its payload is sent as it is stored, neither parsed nor encoded."""
+    """Answer a claim if there is an intent for it.
+
+    Its payload is sent as it is stored, neither parsed nor encoded, and before the token: a worker without a JSON
+    parser takes the last token in the text.
+    """
     intent = api.bus.take(wanted, request.caller)
     if intent is None:
         return None
-    told = intent.pick(CLAIM_FIELDS)
+    naming, told = intent.pick(NAMING_FIELDS), intent.pick(CLAIM_FIELDS)
     told.update(claim_token=wanted.token, claim_timeout=int(wanted.lease))
-    return 200, JsonText(f'{to_json(told)[:-1]},"payload":{intent.payload}}}')
+    return 200, JsonText(f'{to_json(naming)[:-1]},"payload":{intent.payload},{to_json(told)[1:]}')
 
 
 def nothing_to_claim(api, request):

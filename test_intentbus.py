@@ -5324,6 +5324,14 @@ def test_an_empty_claim_is_204_with_retry_after_and_no_body(strict):
     assert not {"content-type", "content-length", "transfer-encoding"} & set(response.headers)
 
 
+def test_the_token_stands_last_in_a_claim_for_workers_without_json(served):
+    served.publish(goal="tricky", payload={"id": "00", "claim_token": "00"})
+    body = served.ask("POST", "/claim?goal=tricky").body.decode()
+    claimed = json.loads(body)
+    assert re.match(r'\{"id": *"(\w+)"', body)[1] == claimed["id"]
+    assert re.findall(r'"claim_token": *"(\w+)"', body)[-1] == claimed["claim_token"] != "00"
+
+
 def test_the_home_page_and_health_need_no_key(strict):
     home, health = (strict.ask("GET", path, key=None) for path in ("/", "/health"))
     assert (home.status, home.headers["content-type"]) == (200, "text/plain; charset=utf-8")
