@@ -9034,9 +9034,9 @@ def test_slow_and_vanishing_clients_block_no_other(tmp_path):
     bound, p99 = max(5 * quiet, 0.1), {}     # a floor: a quiet p99 of some milliseconds means little on a shared machine
 
     def gone():
-        """Return whether the process has released all that clients left behind (idle threads are kept)."""
+        """Return whether the process has released all that clients left behind."""
         files, threads = belongings(serve.process)
-        return files <= before[0] + 5 and threads <= before[1] + intentbus.IDLE_THREADS
+        return files <= before[0] + 5 and threads <= before[1]
 
     slow = [socket.create_connection(address) for _ in range(500)]
     for number, sock in enumerate(slow):
