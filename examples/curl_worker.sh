@@ -1,29 +1,32 @@
 #!/bin/sh
-# A worker of nothing but curl (7.55 or newer) and a shell: runs a command for each intent of a goal.
+# A worker with only curl (7.55 or newer) and a shell: runs a command for each intent with a goal.
 #
 #   examples/curl_worker.sh GOAL COMMAND [ARGUMENT...]      e.g.  examples/curl_worker.sh hello wc -c
 #
 # The command gets the claimed intent as JSON on stdin. Exit code 0: its stdout is the result, as text. 100: the
-# intent is dead at once. 126, 127: handed back, and this worker stops. Any other: tried again later. It must be done
-# within LEASE seconds (300). Ctrl-C or TERM: finish, then leave; once more: end the command, hand the intent back.
-# INTENT_BUS_URL, INTENT_API_KEY (or ~/.apikey) and INTENT_BUS_NAMESPACE as usual; ONCE=1 leaves after one intent.
+# intent is dead at once. 126, 127: the intent is released, and this worker stops. Any other: it is retried later. The
+# command must end within LEASE seconds (300). First Ctrl-C or TERM: finish, then stop; second: end the command and
+# release the intent. Settings: INTENT_BUS_URL, INTENT_API_KEY (or the key in ~/.apikey), INTENT_BUS_NAMESPACE; ONCE=1
+# stops after one intent.
 
 [ $# -ge 2 ] || { echo "usage: $0 GOAL COMMAND [ARGUMENT...]" >&2; exit 2; }
 goal=$1; shift
 url=${INTENT_BUS_URL:-http://127.0.0.1:8787}
 key=${INTENT_API_KEY:-$(cat "$HOME/.apikey")} && [ "$key" ] || exit 2
-unset INTENT_API_KEY                        # none of the command's business
+unset INTENT_API_KEY                        # the command must not see it
 tmp=$(mktemp -d) || exit 2
 trap 'rm -rf "$tmp"' EXIT
 
-signals=0 patience=9 running=
+new_token() { od -An -N16 -tx1 /dev/urandom | tr -d ' \n'; }
+
+signals=0 patience=9 running= token=$(new_token)
 interrupted() {
     signals=$((signals + 1))
     if [ $signals -ge $patience ]; then kill "$running" 2>/dev/null; fi
 }
 trap interrupted INT TERM
 
-await() {           # PATIENCE, COMMAND: so many signals end it; Ctrl-C itself does not reach the background
+await() {           # PATIENCE COMMAND: run it until PATIENCE signals came; Ctrl-C does not reach the background
     patience=$1; shift
     "$@" & running=$!
     wait $running; code=$?
@@ -31,10 +34,11 @@ await() {           # PATIENCE, COMMAND: so many signals end it; Ctrl-C itself d
     patience=9
 }
 
-post() {            # PATH, curl's options: into $tmp/answer and $tmp/status; the key stays out of the arguments
+post() {            # PATH and curl's options; fills $tmp/answer and $tmp/status; secrets go to stdin, since ps shows arguments
     path=$1; shift; : >"$tmp/answer"
     exec curl -sS -X POST -H @- -o "$tmp/answer" -w '%{http_code}' -m 60 "$@" "${url%/}$path" >"$tmp/status" <<EOF
 X-API-KEY: $key
+X-Claim-Token: $token
 EOF
 }
 
@@ -49,7 +53,7 @@ json_string() {     # stdin as a JSON string (RFC 8259, section 7); NUL is left 
         END   { printf "\"" }'
 }
 
-report() {          # fulfill, fail or release, and further fields; once more with the same token does no harm
+report() {          # VERB (fulfill, fail or release) and further fields; safe to repeat with the same token
     printf '{"claim_token": "%s"%s}' "$token" "$2" >"$tmp/body"
     await 9 post "/$1/$id" -H 'Content-Type: application/json' --data-binary @"$tmp/body" --retry 4 --retry-connrefused
     status=$(cat "$tmp/status")
@@ -59,27 +63,26 @@ report() {          # fulfill, fail or release, and further fields; once more wi
     esac
 }
 
-claim() {           # an id and a token, or none; the token stands behind the payload, which may hold anything
-    id='' token=''
+claim() {           # set id, empty if there is no intent; after a lost answer, the same token gets the same intent
+    id=''
     await 1 post /claim -G --data-urlencode "goal=$goal" --data-urlencode "namespace=${INTENT_BUS_NAMESPACE:-default}" \
         -d wait=20 -d "lease=${LEASE:-300}"
     case $(cat "$tmp/status") in
         200) cp "$tmp/answer" "$tmp/intent"
-             id=$(sed -n 's/^{"id": *"\([0-9a-f]*\)".*/\1/p' "$tmp/intent")
-             token=$(sed -n 's/.*"claim_token": *"\([0-9a-f]*\)".*/\1/p' "$tmp/intent") ;;
+             id=$(sed -n 's/^{"id": *"\([0-9a-f]*\)".*/\1/p' "$tmp/intent") ;;
         204) ;;
         4*)  cat "$tmp/answer" >&2; exit 4 ;;
-        *)   [ $signals -gt 0 ] || await 1 sleep 5 ;;     # curl has said what is wrong
+        *)   [ $signals -gt 0 ] || await 1 sleep 5 ;;     # curl has printed the error
     esac
 }
 
-work() {            # run the command, and report how it went
+work() {            # run the command and report the outcome
     await 2 command_of "$@"
     error=", \"error\": $( { echo "exit code $code"; tail -c 1900 "$tmp/errors"; } | LC_ALL=C tr -c '\n\t -~' '?' | json_string)"
     if [ $signals -gt 1 ]; then report release; return; fi
     case $code in
         0) report fulfill ", \"result_type\": \"text\", \"result\": $(json_string <"$tmp/output")"
-           case $status in 400 | 413) report fail ', "retry": false, "error": "The output is too long, or no UTF-8."' ;; esac ;;
+           case $status in 400 | 413) report fail ', "retry": false, "error": "The output is too long, or not UTF-8."' ;; esac ;;
         100) report fail "$error, \"retry\": false" ;;
         126 | 127) report release; cat "$tmp/errors" >&2; exit 2 ;;
         *) report fail "$error" ;;
@@ -90,5 +93,6 @@ while [ $signals -eq 0 ]; do
     claim
     [ "$id" ] || continue
     work "$@"
+    token=$(new_token)
     [ -z "$ONCE" ] || break
 done
