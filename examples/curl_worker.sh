@@ -34,7 +34,7 @@ await() {           # PATIENCE COMMAND: run it until PATIENCE signals came; Ctrl
     patience=9
 }
 
-post() {            # PATH and curl's options; fills $tmp/answer and $tmp/status; secrets go to stdin, since ps shows arguments
+post() {            # PATH and curl's options; fills $tmp/answer and $tmp/status; ps does not show the key on stdin
     path=$1; shift; : >"$tmp/answer"
     exec curl -sS -X POST -H @- -o "$tmp/answer" -w '%{http_code}' -m 60 "$@" "${url%/}$path" >"$tmp/status" <<EOF
 X-API-KEY: $key

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Have words counted elsewhere, and wait for the result: a publisher in Python.
+"""A publisher in Python: ask for a count of words, and wait for the result.
 
     python examples/publisher.py to be or not to be
 
-examples/worker.py does the work. The bus is INTENT_BUS_URL, or on this machine; the key is in ~/.apikey.
+examples/worker.py counts them. It uses the bus in INTENT_BUS_URL, otherwise the bus joined, otherwise the bus on this machine.
 """
 
 import pathlib
@@ -15,7 +15,7 @@ from intentbus import Error, IntentClient
 
 
 def main(words):
-    """Publish, wait for up to 30 seconds, print the result; return the exit code."""
+    """Publish, wait up to 30 seconds, print the result; return the exit code."""
     bus = IntentClient()
     intent = bus.publish("count_words", {"text": " ".join(words)}, ttl=3600)
     print(f"published {intent.id}", file=sys.stderr)

@@ -1,17 +1,19 @@
 #!/bin/sh
-# A few commands on a machine that nobody can reach, such as a phone behind a mobile network. It asks the bus for them.
+# Run a few commands on a machine without a public address, such as a phone. The machine asks the bus for requests.
 #
-#   examples/remote_shell.sh serve [AS]         there: do what is asked, until Ctrl-C; AS is this machine's name
-#   examples/remote_shell.sh run NAME [ON]      here: have it done (by the machine ON, else by any), print what it says
+#   examples/remote_shell.sh serve [AS]         on that machine: run the requests, until Ctrl-C; AS is its name
+#   examples/remote_shell.sh run NAME [ON]      on another: request the command NAME (of the machine ON, or of any) and
+#                                               print its output
 #
-# Only what stands in the list below is ever run, and nothing of a request becomes part of a command. Exit code of run:
-# 0 done; 1 it ended badly, or nobody took it within a minute; others as the README says. The bus is INTENT_BUS_URL, or on
-# this machine; the key is in ~/.apikey: give the machine there one that may only work (keys add phone --role work).
+# Only the commands listed below are run, and no text of a request becomes part of a command. Exit code of run: 0 success;
+# 1 it failed, or no machine took it within a minute; others as in README. Both use the bus in INTENT_BUS_URL, otherwise the
+# bus joined, otherwise the bus on their machine. The key of the machine that serves needs the role work only
+# (keys invite phone --role work).
 
 here=$(dirname -- "$0")
 bus=$here/../intentbus.py
 
-do_it() {           # the whitelist: add a line, and restart serve
+do_it() {           # the list of commands; after a change, restart serve
     case $1 in
         uptime)  program uptime ;;
         date)    program date ;;
@@ -28,7 +30,7 @@ program() {
     exec "$@"
 }
 
-reject() {          # exit code 100: for good, another attempt would find the same
+reject() {          # exit code 100: no retry, since it would fail too
     printf '%s\n' "$1" >&2
     exit 100
 }

@@ -1,11 +1,10 @@
 #!/bin/sh
-# Start a worker when the phone starts: for the app Termux:Boot, which has to be opened once.
+# Start a worker when the phone starts, with the app Termux:Boot, which must be opened once.
 #
 #   mkdir -p ~/.termux/boot && cp ~/intentbus/examples/termux_boot.sh ~/.termux/boot/ && chmod +x ~/.termux/boot/termux_boot.sh
 #
-# It starts the worker again ten seconds after it has ended, whatever ended it but Ctrl-C, TERM, or a handler that
-# cannot run. What it says is in ~/intentbus.log, which starts anew with each boot. INTENTBUS_GOAL and
-# INTENTBUS_HANDLER may name another goal and handler.
+# It restarts a worker that ends, after ten seconds, unless Ctrl-C, TERM, a refused key or wrong setup ended it. The log is
+# ~/intentbus.log; each boot starts a new one. INTENTBUS_GOAL and INTENTBUS_HANDLER set another goal and handler.
 
 cd "$HOME/intentbus" || exit 1
 exec >"$HOME/intentbus.log" 2>&1

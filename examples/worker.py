@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Count words for whoever asks: a worker in Python.
+"""A worker in Python: counts the words in each payload.
 
-    python examples/worker.py [HOW_MANY]      leaves after so many intents, or at Ctrl-C
+    python examples/worker.py [HOW_MANY]      stop after HOW_MANY intents, or at Ctrl-C
 
-examples/publisher.py asks it. The bus is INTENT_BUS_URL, or on this machine; the key is in ~/.apikey.
+examples/publisher.py publishes them. It uses the bus in INTENT_BUS_URL, otherwise the bus joined, otherwise the bus on this machine.
 """
 
 import pathlib
@@ -16,15 +16,15 @@ from intentbus import IntentClient, Reject
 
 
 def count_words(payload):
-    """Return the result for a payload; the intent is tried again if this raises anything but Reject."""
+    """Return the result for a payload; any exception but Reject has the intent retried."""
     if not isinstance(payload, dict) or not isinstance(payload.get("text"), str):
-        raise Reject('The payload must be {"text": "..."}.')     # for good: no retry can mend it
+        raise Reject('The payload must be {"text": "..."}.')     # no retry can help
     words = payload["text"].split()
     return {"words": len(words), "longest": max(words, key=len, default="")}
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)     # as Ctrl-C: finish what runs, then leave
+    signal.signal(signal.SIGTERM, signal.default_int_handler)     # like Ctrl-C: finish running handlers, then stop
     how_many = int(sys.argv[1]) if len(sys.argv) > 1 else None
     IntentClient().listen("count_words", count_words, max_jobs=how_many,
                           on_message=lambda sentence: print(sentence, file=sys.stderr, flush=True))
