@@ -1,32 +1,39 @@
 #!/usr/bin/env python3
-"""How fast the bus is on this machine, beside what one would take instead.
+"""Measure how fast the bus is on this machine, beside beanstalkd, RQ and procrastinate.
 
     python3 examples/benchmark.py                              everything, in about ten minutes
     python3 examples/benchmark.py --quick                      a short form, in about one
-    python3 examples/benchmark.py --only growth,rows --rows 3000000 --dir /mnt/disk --json
+    python3 examples/benchmark.py --only rows --rows 3000000 --dir /mnt/disk --json
     python3 examples/benchmark.py --only postgres,postgres_rows --postgres postgresql://bus@127.0.0.1/bus
 
-It starts the bus itself, and beanstalkd and redis-server if they are installed, on free ports of this machine and with
-databases in a directory of its own, and ends them all. A peer that is missing is a row that says so. RQ needs a Python
-that can import rq: --rq-python. PostgreSQL is one that runs already, in which schemas can be made and dropped; it needs
-psycopg, and procrastinate as its peer. Big tables take half a kilobyte of disk a row, in PostgreSQL one.
+It starts the bus, and beanstalkd and redis-server where they are installed, on free ports of this machine and with databases
+in a temporary directory, and ends them all. A missing rival is "not here". RQ needs a Python that can import rq: --rq-python.
+The measurements on PostgreSQL need a running server, psycopg, and procrastinate as the rival; they create schemas and drop
+them. A million rows take half a gigabyte of disk, and twice that in PostgreSQL.
 
-The figures are medians of rounds in which the peers take turns; a ratio is intentbus to peer. What makes the load is
-the same code for all of them, in processes of its own: a client is a coroutine that yields a request and is sent the
-answer, and one process drives many over keep-alive connections. The column "load" is the share of a core that those
-processes took, beside intentbus / beside the peer: far below 100 % times their number (2 from 21 clients on), they are
-not what is measured. "server" is the same of the server. Targets are aims, for a machine with nothing else to do.
+A measurement takes several rounds, in which the bus and its rival take turns. The table shows the medians of the rounds. A
+ratio is the median of the ratios of the rounds, intentbus to the rival. Aims are for a machine with nothing else to do.
+
+The load generators are Python processes and share the cores with the servers. The last two columns show the processor time
+that a server and its load generators used, in cores: 0.85 + 0.14 is 85 % of one core for the server and 14 % for the load. If
+such a sum comes near to the number of cores, the load generators slow the server down. The cycles in README were measured by
+the project's load generator in C, in a tool that leaves the bus a core of its own.
 """
 
 import argparse
+import asyncio
 import collections
+import concurrent.futures
 import contextlib
 import functools
-import http.server
-import importlib.util
+import hmac
+import importlib
+import itertools
 import json
 import logging
 import math
+import multiprocessing
+import operator
 import os
 import pathlib
 import platform
@@ -41,82 +48,93 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.parse
 
-HERE = pathlib.Path(__file__).resolve()
-PROGRAM = HERE.parent.parent / "intentbus.py"
-sys.path[:0] = map(str, (PROGRAM.parent, HERE.parent))     # where intentbus.py and postgres_bus.py are
+EXAMPLES = pathlib.Path(__file__).resolve().parent
+PROGRAM = EXAMPLES.parent / "intentbus.py"
+sys.path[:0] = map(str, (PROGRAM.parent, EXAMPLES))     # where intentbus.py and postgres_bus.py are
 
 import intentbus
 
-SLOW_FSYNC_MS = 10          # as the flash of a cheap phone
-CLIENTS_PER_PROCESS = 20    # more are shared by two processes
-PATIENCE_SECONDS = 60       # what has not answered by then never will
-PAYLOAD = b'{"message":"The backup is done.","title":"nas"}'
+
+def optional(name):
+    """Return a module, or None if it is not installed."""
+    with contextlib.suppress(ImportError):
+        return importlib.import_module(name)
+
+
+psycopg, procrastinate = map(optional, ("psycopg", "procrastinate"))
+
+PAYLOAD = dict(message="The backup is done.", title="nas")
+BODY = json.dumps(PAYLOAD, separators=(",", ":")).encode()
+CLIENTS_PER_PROCESS = 20    # more clients are shared by two load generators
+PATIENCE_SECONDS = 60       # for an answer
+SLOW_FSYNC_MS = 10          # added to an fsync: the flash of a cheap phone takes that long
 NOT_HERE = "not here"
 
 
-# ---- The load: what each client asks ----
-# A script is a coroutine: it yields a request, is sent the answer, and has ended when one unit of work is done.
+# ---- Requests ----
 
-def bus_requests(close, signed):
-    """Return the function that makes a request to the bus: its path and body as bytes to send."""
-    key = os.environ["INTENT_API_KEY"]
-    fixed = f" HTTP/1.1\r\nHost: 127.0.0.1\r\nX-API-KEY: {key}\r\n" + "Connection: close\r\n" * close
+def requests_with(key, signed=False, close=False):
+    """Return the function that makes the bytes of a request to the bus."""
+    head = f" HTTP/1.1\r\nHost: 127.0.0.1\r\nX-API-KEY: {key}\r\n" + "Connection: close\r\n" * close
+    prefix, numbers = secrets.token_hex(16), itertools.count()
 
-    def signature(path, body):
-        place, now, nonce = urllib.parse.urlsplit(path), str(int(time.time())), os.urandom(16).hex()
-        made = intentbus.sign(key, "POST", place.path, urllib.parse.parse_qsl(place.query), now, nonce, body)
+    def signature(method, path, body):
+        now, nonce = int(time.time()), f"{prefix}{next(numbers)}"
+        text = f"{method}\n{path}\n{now}\n{nonce}\n".encode() + body     # all paths here are in canonical form
+        made = hmac.digest(key.encode(), text, "sha256").hex()
         return f"X-Timestamp: {now}\r\nX-Nonce: {nonce}\r\nX-Signature: {made}\r\n"
 
-    def request(path, body=b""):
-        head = f"POST {path}{fixed}{signature(path, body) if signed else ''}Content-Length: {len(body)}\r\n\r\n"
-        return head.encode() + body
+    def request(method, path, body=b""):
+        lines = signature(method, path, body) if signed else ""
+        return f"{method} {path}{head}{lines}Content-Length: {len(body)}\r\n\r\n".encode() + body
     return request
 
 
-def bus_cycle(request, goal):
+def own_request(method, path, body=b""):
+    """Return an unsigned request with the owner key."""
+    return requests_with(os.environ["INTENT_API_KEY"])(method, path, body)
+
+
+# A script is a coroutine: it yields a request, is sent the answer, and ends after one unit of work.
+
+def publish(request, goal):
+    """Publish an intent."""
+    yield request("POST", "/intent", b'{"goal":"%s","payload":%s}' % (goal.encode(), BODY))
+
+
+def cycle(request, goal):
     """Publish, claim, fulfil."""
-    yield from bus_publish(request, goal)
-    status, body = yield request(f"/claim?goal={goal}")
-    intent = json.loads(body)
-    yield request(f"/fulfill/{intent['id']}", b'{"claim_token":"%s"}' % intent["claim_token"].encode())
+    yield from publish(request, goal)
+    intent = json.loads((yield request("POST", f"/claim?goal={goal}")))
+    yield request("POST", f"/fulfill/{intent['id']}", b'{"claim_token":"%s"}' % intent["claim_token"].encode())
 
 
-def bus_publish(request, goal):
-    """Publish."""
-    yield request("/intent", b'{"goal":"%s","payload":%s}' % (goal.encode(), PAYLOAD))
-
-
-def bus_claim(request, goal):
-    """Claim what is not there."""
-    status, _ = yield request(f"/claim?goal={goal}.nobody")
-    assert status == b"204"
+def empty_claim(request, goal):
+    """Claim an intent of a goal that has none."""
+    yield request("POST", f"/claim?goal={goal}")
 
 
 def beanstalkd_cycle(request, goal):
     """Put, reserve, delete."""
-    yield b"put 100 0 60 %d\r\n%s\r\n" % (len(PAYLOAD), PAYLOAD)
+    yield b"put 100 0 60 %d\r\n%s\r\n" % (len(BODY), BODY)
     reserved = yield b"reserve\r\n"
     yield b"delete %s\r\n" % reserved[1]
 
 
 def http_answer(received):
-    """Return (status, body) of the answer that was received, or None while some of it is missing."""
-    head = received.find(b"\r\n\r\n")
-    if head < 0:
+    """Return the body of an answer of HTTP, or None if it is incomplete."""
+    head, end, body = received.partition(b"\r\n\r\n")
+    length = int(head.partition(b"Content-Length: ")[2].partition(b"\r\n")[0] or 0)
+    if not end or len(body) < length:
         return None
-    at = received.find(b"Content-Length: ", 0, head) + 16
-    length = int(received[at:received.index(b"\r\n", at)]) if at > 15 else 0
-    if len(received) < head + 4 + length:
-        return None
-    if received[9:10] != b"2":
+    if head[9:10] != b"2":
         raise ValueError(received.decode())
-    return received[9:12], received[head + 4:]
+    return body
 
 
 def beanstalkd_answer(received):
-    """Return the words of the answer that was received, or None while some of it is missing."""
+    """Return the words of an answer of beanstalkd, or None if it is incomplete."""
     line, end, body = received.partition(b"\r\n")
     words = line.split()
     if not end or words[0] == b"RESERVED" and len(body) < int(words[2]) + 2:
@@ -126,164 +144,255 @@ def beanstalkd_answer(received):
     return words
 
 
-SCRIPTS = {
-    "cycle": (bus_cycle, http_answer), "publish": (bus_publish, http_answer), "claim": (bus_claim, http_answer),
-    "beanstalkd": (beanstalkd_cycle, beanstalkd_answer),
+class Connection:
+    """A connection to a port of this machine, with one request at a time."""
+
+    def __init__(self, port, answer_of=http_answer):
+        self.sock = socket.create_connection(("127.0.0.1", port), PATIENCE_SECONDS)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.close = self.sock.close
+        self._answer_of = answer_of
+        self._received = b""
+
+    def take(self):
+        """Receive once; return the answer if it is complete, else None."""
+        arrived = self.sock.recv(65536)
+        if not arrived:
+            raise ConnectionError("The server has closed the connection.")
+        self._received += arrived
+        answer = self._answer_of(self._received)
+        if answer is not None:
+            self._received = b""
+        return answer
+
+    def answer(self):
+        """Wait for the answer and return it."""
+        while (answer := self.take()) is None:
+            pass
+        return answer
+
+    def ask(self, request):
+        """Send a request and return its answer."""
+        self.sock.sendall(request)
+        return self.answer()
+
+
+# ---- Load ----
+
+class Crowd:
+    """Clients that play a script again and again, each over a connection of its own."""
+
+    def __init__(self, port, script, clients, key=None, signed=False, close=False, answer_of=http_answer):
+        self.ends = 0     # of scripts
+        self._port, self._close, self._answer_of = port, close, answer_of
+        self._selector = selectors.DefaultSelector()
+        request = requests_with(key or os.environ["INTENT_API_KEY"], signed, close)
+        for _ in range(clients):
+            client = self._playing(script, request)
+            self._connect(client, next(client))
+
+    def play_until(self, deadline):
+        """Play until a time of time.monotonic()."""
+        while time.monotonic() < deadline:
+            for ready, _ in self._selector.select(0.1):
+                self._go_on(*ready.data)
+
+    def leave(self):
+        """Close all connections."""
+        for ready in self._selector.get_map().values():
+            ready.fileobj.close()
+
+    def _playing(self, script, request):
+        while True:
+            yield from script(request, script.__name__)
+            self.ends += 1
+
+    def _connect(self, client, request):
+        connection = Connection(self._port, self._answer_of)
+        self._selector.register(connection.sock, selectors.EVENT_READ, (connection, client))
+        connection.sock.sendall(request)
+
+    def _go_on(self, connection, client):
+        answer = connection.take()
+        if answer is None:
+            return
+        request = client.send(answer)
+        if self._close:
+            self._selector.unregister(connection.sock)
+            connection.close()
+            self._connect(client, request)
+        else:
+            connection.sock.sendall(request)
+
+
+def play(port, script, clients, start, seconds, **options):
+    """Return how often a second the clients of a Crowd end a script, from start on, for some seconds.
+
+    start is a time of time.monotonic(), which all processes share. The clients play before it, so they are warm by then.
+    """
+    crowd = Crowd(port, script, clients, **options)
+    crowd.play_until(start)
+    before, began = crowd.ends, time.monotonic()
+    crowd.play_until(began + seconds)
+    rate = (crowd.ends - before) / (time.monotonic() - began)
+    crowd.leave()
+    return rate
+
+
+def metered(function, *arguments, **options):
+    """Return the value of a function, the seconds that it took, and the cores that this process and its children used."""
+    began, cpu = time.monotonic(), sum(os.times()[:4])
+    value = function(*arguments, **options)
+    seconds = time.monotonic() - began
+    return value, seconds, (sum(os.times()[:4]) - cpu) / seconds
+
+
+# ---- Servers, rounds and rows ----
+
+Server = collections.namedtuple("Server", "port pid")
+Result = collections.namedtuple("Result", "value server load", defaults=(None, None))     # the cores of the server and the load
+HTTP_SERVER = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version, wbufsize, disable_nagle_algorithm = "HTTP/1.1", 65536, True
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+    def log_message(self, *_): pass
+http.server.ThreadingHTTPServer.request_queue_size = 1024
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+RIVALS = {
+    "beanstalkd": "beanstalkd -l 127.0.0.1 -p {port} -b {folder} -f0".split(),
+    "redis": "redis-server --bind 127.0.0.1 --port {port} --dir {folder} --appendonly yes --appendfsync everysec".split(),
+    "http.server": [sys.executable, "-c", HTTP_SERVER, "{port}"],
 }
 
 
-# ---- The load: who asks ----
+class Bench:
+    """The options, a directory, and all that measurements share."""
 
-def connected(port):
-    """Return a connection to a port of this machine."""
-    sock = socket.create_connection(("127.0.0.1", port), PATIENCE_SECONDS)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return sock
+    def __init__(self, options, directory):
+        self.options = options
+        self.directory = directory
+        self._pool = concurrent.futures.ProcessPoolExecutor(
+            3, multiprocessing.get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+        list(self._pool.map(time.sleep, [0.5] * 3))     # all processes have started
 
+    def scaled(self, number):
+        """Return a number of operations: a fifth in the short form."""
+        return number // 5 if self.options.quick else number
 
-def arrived(sock):
-    """Return what has arrived, at least a byte."""
-    received = sock.recv(65536)
-    if not received:
-        raise ConnectionError("The server has hung up.")
-    return received
+    def folder(self):
+        """Return a new directory."""
+        return tempfile.mkdtemp(dir=self.directory)
 
+    # -- Servers --
 
-class Client:
-    """A connection that asks what a coroutine yields, and sends it the answers."""
+    @contextlib.contextmanager
+    def _running(self, port, *command, **environment):
+        errors = pathlib.Path(self.folder(), "stderr")
+        with errors.open("w") as stderr, subprocess.Popen(
+                list(map(str, command)), env=dict(os.environ, **environment), start_new_session=True,
+                stdout=subprocess.DEVNULL, stderr=stderr) as process:
+            try:
+                wait_until(lambda: listens(port) or process.poll() is not None)
+                if process.poll() is not None:
+                    raise RuntimeError(f"{command[0]} has ended: {errors.read_text()}")
+                yield Server(port, process.pid)
+            finally:
+                process.kill()     # its database is of no further use
 
-    def __init__(self, selector, port, playing, answer, close):
-        self._selector, self._port, self._playing, self._answer, self._close = selector, port, playing, answer, close
-        self._connect()
-        self._sock.sendall(next(self._playing))
+    def bus(self, *flags, db=None, postgres=None, **environment):
+        """Run the bus on a new file, on the file db, or on PostgreSQL."""
+        port = free_port()
+        program = [EXAMPLES / "postgres_bus.py"] if postgres else [PROGRAM, "serve"]
+        environment["BUS_DB_PATH"] = postgres or db or f"{self.folder()}/bus.db"
+        return self._running(port, sys.executable, *program, "--port", port, *flags, **environment)
 
-    def _connect(self):
-        self._sock, self._received = connected(self._port), b""
-        self._selector.register(self._sock, selectors.EVENT_READ, self.receive)
+    def rival(self, name, **environment):
+        """Run one of RIVALS; the context is None if it is not installed."""
+        port, folder = free_port(), self.folder()
+        command = [word.format(port=port, folder=folder) for word in RIVALS[name]]
+        return self._running(port, *command, **environment) if shutil.which(command[0]) else contextlib.nullcontext()
 
-    def end(self):
-        self._selector.unregister(self._sock)
-        self._sock.close()
+    @contextlib.contextmanager
+    def schema(self):
+        """Make a schema in PostgreSQL; the context is its DSN."""
+        schema = f"benchmark_{secrets.token_hex(8)}"
+        with psycopg.connect(self.options.postgres, autocommit=True) as db:
+            db.execute(f"CREATE SCHEMA {schema}")
+            try:
+                yield psycopg.conninfo.make_conninfo(self.options.postgres, options=f"-c search_path={schema}")
+            finally:
+                db.execute(f"DROP SCHEMA {schema} CASCADE")
 
-    def receive(self):
-        """Take what has arrived, and ask on once it is all there."""
-        self._received += arrived(self._sock)
-        answer = self._answer(self._received)
-        if answer is None:
-            return
-        self._received = b""
-        if self._close:
-            self.end()
-            self._connect()
-        self._sock.sendall(self._playing.send(answer))
+    # -- Rounds --
 
+    def start(self, function, *arguments, **options):
+        """Call a function in another process; return the future of metered()."""
+        return self._pool.submit(metered, function, *arguments, **options)
 
-def play(port, script, goal, clients, start, seconds, most=None, close=False, signed=False):
-    """Let clients play a script, and count its ends for so many seconds from start, or until there are so many.
-
-    Times are those of time.monotonic(), which all processes share.
-    """
-    ends, selector, request = 0, selectors.DefaultSelector(), bus_requests(close, signed)
-    script, answer = SCRIPTS[script]
-
-    def playing():
-        nonlocal ends
-        while True:
-            yield from script(request, goal)
-            ends += 1
-
-    def play_until(time_is_up):
-        while not time_is_up():
-            for ready, _ in selector.select(0.1):
-                ready.data()
-    crowd = [Client(selector, port, playing(), answer, close) for _ in range(clients)]
-    play_until(lambda: time.monotonic() >= start)
-    before, cpu, began = ends, time.process_time(), time.monotonic()
-    play_until(lambda: time.monotonic() >= began + seconds or most and ends - before >= most)
-    took = time.monotonic() - began
-    for client in crowd:
-        client.end()
-    return dict(number=ends - before, seconds=took, cpu=time.process_time() - cpu)
-
-
-def load_role():
-    """Play what each line of stdin says, and print a line with how it went."""
-    for line in sys.stdin:
-        print(json.dumps(play(**json.loads(line))), flush=True)
-
-
-Speed = collections.namedtuple("Speed", "rate load server")     # ends a second, and shares of a core
-
-
-class Load:
-    """The processes that make the load."""
-
-    def __init__(self):
-        self._processes = [start([sys.executable, HERE, "load"], stdin=subprocess.PIPE, text=True) for _ in range(2)]
-
-    def __call__(self, server, script, clients, seconds, most=None, **more):
-        """Return the Speed of so many clients with a script at a server."""
+    def speed(self, server, script, clients, **options):
+        """Return the function that measures the ends of a script per second, once; None for a missing server."""
         shares = [clients] if clients <= CLIENTS_PER_PROCESS else [clients // 2, clients - clients // 2]
-        begin = time.monotonic() + 0.05 + min(seconds, 5) / 10     # by then all are connected and warm
-        for process, share in zip(self._processes, shares):
-            asked = dict(more, port=server.port, script=script, clients=share, start=begin, seconds=seconds,
-                         goal=more.get("goal", script), most=most and most // len(shares))
-            process.stdin.write(json.dumps(asked) + "\n")
-            process.stdin.flush()
-        time.sleep(max(0, begin - time.monotonic()))
-        cpu, began = cpu_seconds(server.pid), time.monotonic()
-        found = [json.loads(process.stdout.readline()) for process, _ in zip(self._processes, shares)]
-        share = (cpu_seconds(server.pid) - cpu) / (time.monotonic() - began)
-        return Speed(sum(each["number"] / each["seconds"] for each in found),
-                     sum(each["cpu"] / each["seconds"] for each in found), share)
+        seconds = self.options.seconds
+
+        def measure():
+            start = time.monotonic() + 0.1 + min(seconds, 5) / 10     # by then all clients are warm
+            started = [self.start(play, server.port, script, share, start, seconds, **options) for share in shares]
+            time.sleep(max(0, start - time.monotonic()))
+            rates, _, *cores = finished(server, started)
+            return Result(sum(rates), *cores)
+        return server and measure
+
+    def turns(self, *runs, rounds=None):
+        """Call functions in turns; return a list of results for each function, and None for None."""
+        results = zip(*([run and run() for run in runs] for _ in range(rounds or self.options.rounds)))
+        return [run and list(each) for run, each in zip(runs, results)]
+
+    def compare(self, what, ours, other, other_name, aim=""):
+        """Return the row of two functions that measure a rate."""
+        return row(what, "1/s", *self.turns(ours, other), other_name, aim)
 
 
-# ---- The servers ----
-
-Server = collections.namedtuple("Server", "port pid")
-STARTED = []     # processes, of which none outlives this one
-
-
-def start(arguments, stdout=subprocess.PIPE, **options):
-    """Start a process that ends with this one; Ctrl-C reaches only this one, which then ends it."""
-    process = subprocess.Popen(list(map(str, arguments)), stdout=stdout, start_new_session=True, **options)
-    STARTED.append(process)
-    return process
-
-
-def end(process):
-    """End a process that start() started."""
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+def finished(server, started):
+    """Wait for futures of metered(); return their values, the longest time in seconds, and the cores of server and load."""
+    began, cpu = time.monotonic(), server and cpu_seconds(server.pid)
+    values, seconds, loads = zip(*(each.result() for each in started))
+    server_cores = (cpu_seconds(server.pid) - cpu) / (time.monotonic() - began) if server else 0
+    return values, max(seconds), server_cores, sum(loads)
 
 
 def cpu_seconds(pid):
-    """Return the processor time that a process has used; not a number where there is no /proc."""
+    """Return the processor time of a process; not a number where there is no /proc."""
     try:
         fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     except FileNotFoundError:
         return math.nan
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def memory_mb(pid):
-    """Return the memory of a process (resident set); not a number where there is no /proc."""
+    """Return the resident memory of a process; not a number where there is no /proc."""
     try:
-        status = pathlib.Path(f"/proc/{pid}/status").read_text()
-        return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+        return int(pathlib.Path(f"/proc/{pid}/status").read_text().partition("VmRSS:")[2].split()[0]) / 1024
     except FileNotFoundError:
         return math.nan
 
 
-def answers(port):
-    """Return whether there is a server at a port."""
+def free_port():
+    """Return a port that is free."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+def listens(port):
+    """Return whether a server listens at a port."""
     with contextlib.suppress(OSError):
-        connected(port).close()
+        Connection(port).close()
         return True
 
 
@@ -292,290 +401,182 @@ def wait_until(fact):
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not fact():
         if time.monotonic() > deadline:
-            raise TimeoutError("what was waited for did not come")
+            raise TimeoutError("a fact did not come true")
         time.sleep(0.005)
 
 
 def first_line(*command):
-    """Return the first line that a command prints."""
-    return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0].strip()
+    """Return the first line that a command prints; None if it cannot run."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.partition("\n")[0].strip()
 
 
-class Bench:
-    """What the sections share: the options, the load, a directory, and how to start the servers in it."""
-
-    def __init__(self, options, directory):
-        self.options, self.directory, self.load = options, directory, Load()
-        self.many = lambda number: max(1, round(number * options.scale))
-        self.rq_version = first_line(options.rq_python, "-c", "import rq; print(rq.VERSION)")
-        self._grown = None
-
-    def place(self):
-        """Return a new directory."""
-        return tempfile.mkdtemp(dir=self.directory)
-
-    @contextlib.contextmanager
-    def schema(self):
-        """Make a new schema in PostgreSQL; return the DSN of it, or None if there is no PostgreSQL."""
-        if not self.options.postgres:
-            yield None
-            return
-        import psycopg
-        name = f"benchmark_{secrets.token_hex(8)}"
-        with psycopg.connect(self.options.postgres, autocommit=True) as db:
-            db.execute(f"CREATE SCHEMA {name}")
-            try:
-                yield psycopg.conninfo.make_conninfo(self.options.postgres, options=f"-c search_path={name}")
-            finally:
-                db.execute(f"DROP SCHEMA {name} CASCADE")
-
-    @contextlib.contextmanager
-    def bus(self, postgres=None, **environment):
-        """Run the bus, on a file of its own or on a PostgreSQL."""
-        program = [HERE.parent / "postgres_bus.py"] if postgres else [PROGRAM, "serve"]
-        process = start([sys.executable, *program, "--port", "0", "--db", postgres or f"{self.place()}/bus.db"],
-                        stderr=subprocess.DEVNULL, env=dict(os.environ, **environment))
-        try:
-            yield Server(int(process.stdout.readline().rpartition(b":")[2]), process.pid)
-        finally:
-            end(process)
-
-    @contextlib.contextmanager
-    def _peer(self, program, port_flag, arguments, environment):
-        if not shutil.which(program):
-            yield None
-            return
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        process = start([program, port_flag, port, *arguments], subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                        env=dict(os.environ, **environment))
-        try:
-            wait_until(lambda: answers(port))
-            yield Server(port, process.pid)
-        finally:
-            end(process)
-
-    def beanstalkd(self, **environment):
-        """Run beanstalkd with an fsync per write, or yield None."""
-        return self._peer("beanstalkd", "-p", ["-l", "127.0.0.1", "-b", self.place(), "-f0"], environment)
-
-    def redis(self):
-        """Run redis-server with an append-only file and an fsync a second, or yield None."""
-        flags = [*"--bind 127.0.0.1 --appendonly yes --appendfsync everysec --dir".split(), self.place(), "--save", ""]
-        return self._peer("redis-server" if self.rq_version else "", "--port", flags, {})
-
-    def speed(self, server, script, clients, **more):
-        """Return the function that measures the Speed of a script once, or None for a missing server."""
-        return server and functools.partial(self.load, server, script, clients, self.options.seconds, **more)
-
-    def medians(self, *runs):
-        """Return the median of each run, a function, called in turns; None for None."""
-        rounds = [[run and run() for run in runs] for _ in range(self.options.rounds)]
-        return [results[0] and sorted(results)[len(results) // 2] for results in zip(*rounds)]
-
-    def compare(self, what, ours, peers, target, peer="beanstalkd"):
-        """Return the row of two speeds."""
-        ours, peers = self.medians(ours, peers)
-        return row(what, ours.rate, peers.rate if peers else NOT_HERE, target, peer, "1/s",
-                   load=[found.load for found in (ours, peers) if found],
-                   server=[found.server for found in (ours, peers) if found])
-
-    def compare_cycles(self, bus, peer, clients, target=""):
-        """Return the row of full cycles with so many clients."""
-        return self.compare(f"full cycles, {clients} client{'s' * (clients > 1)}", self.speed(bus, "cycle", clients),
-                            self.speed(peer, "beanstalkd", clients), target)
-
-    def grown(self, rows):
-        """Return a file with at least so many rows; see fill()."""
-        if self._grown is None:
-            self._grown = Stored(f"{self.place()}/bus.db")
-        self._grown.fill(rows)
-        return self._grown
+def p99(values):
+    """Return the 99th percentile."""
+    return sorted(values)[int(0.99 * len(values))]
 
 
-def row(what, ours, peers=None, target="", peer="", unit="", **more):
-    """Return a row of the table; what is None is not shown."""
-    both = all(isinstance(number, (int, float)) for number in (ours, peers))
-    return dict(what=what, intentbus=ours, peer=peer, peers=peers, ratio=ours / peers if both and peers else None,
-                target=target, unit=unit, **more)
+def row(what, unit, ours, others=None, other_name="", aim="", of=statistics.median):
+    """Return a row of the table: for the Results of the bus in each round, and for those of what it is compared with.
+
+    It shows the median of the rounds, or what `of` returns. Results that are None are of a rival that is not here.
+    """
+    values = [result.value for result in ours]
+    other_values = [result.value for result in others or ()]
+    cores = [[statistics.median(each) for each in list(zip(*results))[1:]] for results in (ours, others)
+             if results and results[0].server is not None]
+    return dict(what=what, unit=unit, intentbus=of(values), other_name=other_name, aim=aim, cores=cores,
+                other=of(other_values) if others else NOT_HERE if other_name else None,
+                ratio=statistics.median(map(operator.truediv, values, other_values)) if others else None)
 
 
-def plot(names, points, unit):
-    """Return a plot in plain text: a line for each (x, [y, ...]), with the first letters of the names at their y."""
-    most = max(y for _, values in points for y in values)
-    lines = ["", f"{'':>9}  {'  '.join(f'{name:>10}' for name in names)}   0{f'{most:,.3g} {unit}':>60}"]
-    for x, values in points:
-        line = [" "] * 61
-        for name, y in zip(names, values):
-            at = round(60 * y / most)
-            line[at] = name[0] if line[at] == " " else "*"
-        lines.append(f"{x:>9,}  {'  '.join(f'{y:>10,.4g}' for y in values)}   {''.join(line).rstrip()}")
-    return "\n".join(lines)
+def median_and_p99(what, results, aims=("", "")):
+    """Yield the rows of the median and of the p99."""
+    yield row(f"{what}, median", "ms", results, aim=aims[0])
+    yield row(f"{what}, p99", "ms", results, aim=aims[1], of=p99)
 
 
-# ---- Many rows, without HTTP ----
+def timed_ms(function, *arguments, **options):
+    """Return the milliseconds that a function takes, as a Result."""
+    began = time.perf_counter()
+    function(*arguments, **options)
+    return Result(1000 * (time.perf_counter() - began))
 
-TIMES = ("created_at", "run_at", "expires_at", "completed_at", "claim_expires_at", "wake_at")
-ROWS_PER_SECOND = 100     # how far apart the stored intents were published
+
+# ---- Many rows ----
+
+TIMES = ("created_at", "run_at", "expires_at", "completed_at", "due_at")
+ROWS_PER_SECOND = 100           # the rate at which the stored intents were published
+OLDEST_SECONDS = 3 * 86400      # how long ago the first one was
 
 
 def mix(now):
-    """Return 150 intents, as the bus stores them, that many rows are copies of.
+    """Return 150 intents, as the bus stores them, of which all rows are copies.
 
-    A third has one goal: half of these are delayed, at a higher priority, and most others are at the head, but need
-    what the workers here lack. A third has fifty other goals. A third is fulfilled.
+    A third has one goal: half of these are delayed, at a higher priority, and most others need a capability that the workers
+    here lack, also at a higher priority. A third has fifty other goals. A third has ended: 30 are fulfilled, 20 are dead.
     """
     def new(goal="resize", **fields):
-        fields = dict(fields, goal=goal, payload=json.loads(PAYLOAD), ttl=intentbus.YEAR_SECONDS)
-        return intentbus.Intent.new(now, "owner", "owner", fields)
+        return intentbus.Intent.new("", now, "owner", "owner", dict(
+            fields, goal=goal, payload=PAYLOAD, ttl=intentbus.YEAR_SECONDS))
 
-    def fulfilled(intent):
-        intent.update(intent.claimed(now, "0" * 64, intentbus.LEASE_SECONDS, "owner", None))
-        intent.update(intent.fulfilled(now + 1, "done", "json"))
+    def ended(transition, *arguments):
+        intent = new()
+        intent.update(intent.claimed(now, "0" * 64, intentbus.LEASE_SECONDS, "owner", None).columns)
+        intent.update(transition(intent, now + 1, *arguments).columns)
         return intent
     return [*(new(priority=900, delay=30 * 86400) for _ in range(25)),
             *(new(priority=800, required_capability="tpu") for _ in range(20)),
             *(new(required_capability=capability) for capability in (None, None, None, "gpu", "arm")),
             *(new(f"goal-{number}") for number in range(50)),
-            *(fulfilled(new()) for _ in range(50))]
+            *(ended(intentbus.Intent.fulfilled, "done", "json") for _ in range(30)),
+            *(ended(intentbus.Intent.failed, "no such file", False, 0) for _ in range(20))]
 
 
-KINDS = 150
+def copies(first, last):
+    """Yield rows, number first to last - 1, as values of COLUMNS: copies of mix() with ids and times of their own."""
+    began = time.time() - OLDEST_SECONDS
+    kinds = [[intent[name] for name in intentbus.COLUMNS] for intent in mix(began)]
+    times = [intentbus.COLUMNS.index(name) for name in TIMES]
+    for number in range(first, last):
+        values, later = kinds[number * 7 % len(kinds)].copy(), number / ROWS_PER_SECOND
+        values[0] = f"{int(1000 * (began + later)) << 16:016x}{number:016x}"
+        for at in times:
+            if values[at] is not None:
+                values[at] += later
+        yield values
 
 
-def copies(new_id):
-    """Return the SQL of the columns of a copy of one of the kinds, with an id of its own and later times."""
-    copied = {name: f"kinds.{name}" for name in intentbus.COLUMNS}
-    copied.update((name, f"kinds.{name} + number * 1.0 / {ROWS_PER_SECOND}") for name in TIMES)
-    return ", ".join(dict(copied, id=new_id).values())
-
-
+COLUMNS = ", ".join(intentbus.COLUMNS)
 RECOUNT = "DELETE FROM tallies", """
     INSERT INTO tallies (namespace, publisher, status, intents)
     SELECT namespace, publisher, status, COUNT(*) FROM intents GROUP BY namespace, publisher, status
 """
 
 
-class Stored:
-    """A bus in this process, without sockets, whose commits do not wait for the disk: that would hide all the rest."""
-
-    def __init__(self, path):
-        self.path, self.rows, self.seconds, self._began = path, 0, 0, time.time() - 3 * 86400
-        self._open()
-
-    def _open(self):
-        self.store = intentbus.Store(self.path)
-        self.store._db.execute("PRAGMA synchronous = OFF")
-        self.bus = intentbus.Bus(self.store)
-        self.api = intentbus.API(self.bus, intentbus.Keys(os.environ["INTENT_API_KEY"], self.store))
-
-    def fill(self, rows):
-        """Bring the file to so many rows: the database itself copies mix(), with ids and times of their own."""
-        if rows <= self.rows:
-            return
-        began = time.monotonic()
-        self.store.close()
-        self._copy(dict(first=self.rows, last=rows, began=int(self._began * 1000) << 16, apart=65_536_000 // ROWS_PER_SECOND))
-        self._open()
-        self.rows, self.seconds = rows, self.seconds + time.monotonic() - began
-
-    def _copy(self, numbers):
-        db = sqlite3.connect(self.path, isolation_level=None)
+def fill(path, first, last):
+    """Bring a file from `first` rows to `last`."""
+    intentbus.Database(path).close()     # creates the tables
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
         for pragma in ("journal_mode = OFF", "synchronous = OFF", "cache_size = -200000"):
             db.execute(f"PRAGMA {pragma}")
-        db.execute("CREATE TEMP TABLE kinds AS SELECT * FROM intents LIMIT 0")
-        db.executemany(f"INSERT INTO kinds VALUES (:{', :'.join(intentbus.COLUMNS)})", mix(self._began))
-        db.execute("BEGIN")
-        db.execute(f"""
-            WITH RECURSIVE numbers (number) AS (
-                SELECT :first WHERE :first < :last
-                UNION ALL SELECT number + 1 FROM numbers WHERE number + 1 < :last)
-            INSERT INTO intents ({", ".join(intentbus.COLUMNS)})
-            SELECT {copies("printf('%016x%016x', :began + number * :apart, number)")}
-            FROM   numbers CROSS JOIN kinds ON kinds.rowid = number * 7 % {KINDS} + 1
-        """, numbers)
+        db.executemany(f"INSERT INTO intents ({COLUMNS}) VALUES ({', '.join('?' * len(intentbus.COLUMNS))})", copies(first, last))
         for statement in RECOUNT:
             db.execute(statement)
-        db.execute("COMMIT")
-        db.close()
-
-    def life(self, **claim):
-        """Publish, claim and fulfil; return the milliseconds of each."""
-        times = [time.perf_counter()]
-        self.bus.publish("resize", json.loads(PAYLOAD))
-        times.append(time.perf_counter())
-        intent = self.bus.claim(**claim)
-        times.append(time.perf_counter())
-        self.bus.fulfill(intent.id, intent.claim_token)
-        times.append(time.perf_counter())
-        return [1000 * (after - before) for before, after in zip(times, times[1:])]
-
-    def get_ms(self, path):
-        """Return the milliseconds that the answer to a GET takes."""
-        began = time.perf_counter()
-        response = self.api.handle(intentbus.Request("GET", path, {"x-api-key": os.environ["INTENT_API_KEY"]}))
-        if response.status != 200:
-            raise ValueError(response.body)
-        return 1000 * (time.perf_counter() - began)
 
 
-class StoredInPostgres(Stored):
-    """A bus in this process on PostgreSQL, where a publish and a fulfilment do wait for the disk."""
-
-    def _open(self):
-        import postgres_bus
-        self.store = postgres_bus.PostgresStore(self.path)
-        self.bus = intentbus.Bus(self.store)
-
-    def _copy(self, numbers):
-        import psycopg
-        with psycopg.connect(self.path, autocommit=True, cursor_factory=psycopg.ClientCursor) as db:
-            db.execute("CREATE TEMP TABLE kinds AS SELECT 0 AS kind, * FROM intents LIMIT 0")
-            for kind, intent in enumerate(mix(self._began)):
-                db.execute(f"INSERT INTO kinds VALUES (%s, {', '.join(['%s'] * len(intent))})",
-                           [kind, *(intent[name] for name in intentbus.COLUMNS)])
-            new_id = "LPAD(TO_HEX(%(began)s + number * %(apart)s), 16, '0') || LPAD(TO_HEX(number), 16, '0')"
-            db.execute(f"""
-                INSERT INTO intents ({", ".join(intentbus.COLUMNS)})
-                SELECT {copies(new_id)}
-                FROM   generate_series(CAST(%(first)s AS BIGINT), %(last)s - 1) AS number
-                JOIN   kinds ON kinds.kind = number * 7 %% {KINDS}
-            """, numbers)
-            for statement in (*RECOUNT, "VACUUM (ANALYZE) intents"):
-                db.execute(statement)
+def fill_postgres(dsn, rows):
+    """Store rows in a new PostgreSQL database."""
+    with psycopg.connect(dsn, autocommit=True) as db:
+        with db.cursor().copy(f"COPY intents ({COLUMNS}) FROM STDIN") as copy:
+            for values in copies(0, rows):
+                copy.write_row(values)
+        for statement in (*RECOUNT, "VACUUM (ANALYZE) intents"):
+            db.execute(statement)
 
 
-VERBS = ("publish", "claim", "fulfil")
+@contextlib.contextmanager
+def one_round(store):
+    """Share one commit among the verbs of a block, as the server does; on PostgreSQL each verb is a transaction."""
+    if store.database.shared:
+        yield
+        return
+    store.database.begin()
+    yield
+    store.prepare()
+    store.database.commit()
+    store.finish()
 
 
-def lives(number, *buses, **claim):
-    """Return, for each bus, the median milliseconds of publish, claim and fulfil; they take turns."""
-    times = [[bus.life(**claim) for bus in buses] for _ in range(number)]
-    return [[statistics.median(column) for column in zip(*each)] for each in zip(*times)]
+def life(bus, **claim):
+    """Publish, claim and fulfil at a Bus in this process; return the milliseconds of each as Results."""
+    claimed = []
+    with one_round(bus.store):
+        return dict(publish=timed_ms(bus.publish, "resize", PAYLOAD),
+                    claim=timed_ms(lambda: claimed.append(bus.claim(**claim))),
+                    fulfil=timed_ms(lambda: bus.fulfill(claimed[0].id, claimed[0].claim_token)))
 
 
-# ---- The sections ----
-# Each is a function that yields rows, or plots as text.
-
-SECTIONS = {}
-
-
-def section(function):
-    """Make a function a section, by its name."""
-    SECTIONS[function.__name__] = function
-    return function
+CLAIMS = {
+    "goal given": dict(goal="resize"), "any goal": {}, "two capabilities": dict(goal="resize", capabilities=("gpu", "arm")),
+}
 
 
-@section
+def compare_lives(bench, full, empty, rows, number):
+    """Yield the rows of publish, claim and fulfil at the stores of a full table and of an empty one."""
+    buses = intentbus.Bus(full), intentbus.Bus(empty)
+    bench.turns(*(functools.partial(life, bus) for bus in buses), rounds=number)     # both are warm from now on
+    for name, claim in CLAIMS.items():
+        lives = bench.turns(*(functools.partial(life, bus, **claim) for bus in buses), rounds=number)
+        publishes, claims, fulfils = ([[times[verb] for times in each] for each in lives]
+                                      for verb in ("publish", "claim", "fulfil"))
+        yield row(f"claim, {name}, {rows:,} rows", "ms", *claims, "empty table", "<= 1.5")
+    yield row(f"publish, {rows:,} rows", "ms", *publishes, "empty table", "<= 1.3")
+    yield row(f"fulfil, {rows:,} rows", "ms", *fulfils, "empty table")
+
+
+# ---- The measurements ----
+# Each is a generator of rows and of lines of text.
+
+def client_of(server):
+    """Return an IntentClient of the bus."""
+    return intentbus.IntentClient(f"http://127.0.0.1:{server.port}")
+
+
 def cycles(bench):
     """Full cycles (publish, claim, fulfil; put, reserve, delete), each commit synced to disk."""
-    with bench.bus() as bus, bench.beanstalkd() as peer:
-        for number, target in ((1, ">= 0.5"), (8, ">= 1.0"), (40, ">= 1.2")):
-            yield bench.compare_cycles(bus, peer, number, target)
-        yield bench.compare("the same, signed", bench.speed(bus, "cycle", 40, signed=True),
-                            bench.speed(peer, "beanstalkd", 40), "")
-        yield bench.compare("the same, a connection per request", bench.speed(bus, "cycle", 40, close=True),
-                            bench.speed(bus, "cycle", 40), ">= 0.65", "keep-alive")
+    aims = {1: ">= 0.5", 8: ">= 1.0", 40: ">= 1.2"}
+    with bench.bus("--rate-limit", 999_999_999, "--max-unfinished", 999_999_999) as bus, bench.rival("beanstalkd") as rival:
+        for clients in (1, 2, 4, 8, 16, 40, 100, 200):
+            theirs = bench.speed(rival, beanstalkd_cycle, clients, answer_of=beanstalkd_answer)
+            yield bench.compare(f"full cycles, {clients} at once", bench.speed(bus, cycle, clients), theirs, "beanstalkd",
+                                aims.get(clients, ""))
+        issued = client_of(bus).admin("generate_key", owner="owner", name="benchmark", role="both").api_key
+        kinds = {"signed": dict(signed=True), "an issued key": dict(key=issued), "a connection a request": dict(close=True)}
+        plain, *others = bench.turns(*(bench.speed(bus, cycle, 40, **kind) for kind in ({}, *kinds.values())))
+        for kind, results in zip(kinds, others):
+            yield row(f"full cycles, 40 at once, {kind}", "1/s", results, plain, "owner key, keep-alive",
+                      ">= 0.65" if "close" in kinds[kind] else "")
 
 
 SLOW_FSYNC = """
@@ -591,411 +592,298 @@ int fdatasync(int fd) { return slow("fdatasync", fd); }
 """
 
 
-@section
 def slow_disk(bench):
-    """Full cycles where each fsync takes longer, for both servers."""
-    what, shim = f"full cycles, 40 clients, fsync + {SLOW_FSYNC_MS} ms", f"{bench.place()}/slow_fsync.so"
+    """Full cycles where each fsync takes longer, at both servers."""
     if not (sys.platform == "linux" and shutil.which("cc")):
-        yield row(what, "no cc here", target=">= 8", unit="1/s")
+        yield f"{NOT_HERE}: it needs Linux and cc"
         return
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", shim, "-x", "c", "-", "-ldl"], check=True, text=True,
+    library = f"{bench.folder()}/slow_fsync.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, "-x", "c", "-", "-ldl"], check=True, text=True,
                    input=SLOW_FSYNC % (1000 * SLOW_FSYNC_MS))
-    with bench.bus(LD_PRELOAD=shim) as bus, bench.beanstalkd(LD_PRELOAD=shim) as peer:
-        yield bench.compare(what, bench.speed(bus, "cycle", 40), bench.speed(peer, "beanstalkd", 40), ">= 8")
+    with bench.bus(LD_PRELOAD=library) as bus, bench.rival("beanstalkd", LD_PRELOAD=library) as rival:
+        theirs = bench.speed(rival, beanstalkd_cycle, 40, answer_of=beanstalkd_answer)
+        yield bench.compare(f"full cycles, 40 at once, fsync + {SLOW_FSYNC_MS} ms", bench.speed(bus, cycle, 40), theirs,
+                            "beanstalkd", ">= 8")
 
 
-@section
-def clients(bench):
-    """How the full cycles grow with the number of clients."""
-    points, names = [], ["intentbus", "beanstalkd"]
-    with bench.bus() as bus, bench.beanstalkd() as peer:
-        for number in (1, 2, 4, 8, 16, 40, 100, 200):
-            found = bench.compare_cycles(bus, peer, number)
-            points.append((number, [found["intentbus"], found["peers"]][:2 if peer else 1]))
-            yield found
-    yield plot(names[:2 if peer else 1], points, "cycles/s")
+def commit(db, seconds):
+    """Return the inserts per second that SQLite commits, as a Result."""
+    number, began = 0, time.monotonic()
+    while time.monotonic() < began + seconds:
+        db.execute("INSERT INTO floor VALUES (?)", (BODY,))
+        number += 1
+    return Result(number / (time.monotonic() - began))
 
 
-@section
-def polls(bench):
-    """Claims that find nothing, against publishes."""
-    with bench.bus() as bus:
-        yield bench.compare("empty claims, 8 clients", bench.speed(bus, "claim", 8),
-                            bench.speed(bus, "publish", 8), ">= 3", "publishes")
+def single(bench):
+    """Single requests: publishes beside the parts below them, SQLite and HTTP; and claims that find nothing."""
+    with contextlib.ExitStack() as opened:
+        bus, empty = opened.enter_context(bench.bus()), opened.enter_context(bench.rival("http.server"))
+        db = opened.enter_context(contextlib.closing(sqlite3.connect(f"{bench.folder()}/floor.db", isolation_level=None)))
+        for statement in ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL", "CREATE TABLE floor (payload TEXT)"):
+            db.execute(statement)
+        yield bench.compare("publishes, 1 at once", bench.speed(bus, publish, 1),
+                            functools.partial(commit, db, bench.options.seconds), "commits of SQLite")
+        yield bench.compare("publishes, 8 at once", bench.speed(bus, publish, 8), bench.speed(empty, publish, 8),
+                            "empty http.server")
+        yield bench.compare("empty claims, 8 at once", bench.speed(bus, empty_claim, 8), bench.speed(bus, publish, 8),
+                            "publishes", ">= 3")
 
 
-def client_of(server):
-    """Return an IntentClient of the bus."""
-    return intentbus.IntentClient(f"http://127.0.0.1:{server.port}")
+def run_handlers(server, goal, number):
+    """Run intents with a Python handler that returns when it started."""
+    client_of(server).listen(goal, lambda payload: time.monotonic(), max_jobs=number)
 
 
-def wall_ms(server, compiled, *command):
-    """Return the milliseconds that a command takes, in the program's folder; modules are kept compiled."""
-    environment = dict(os.environ, INTENT_BUS_URL=f"http://127.0.0.1:{server.port}", PYTHONPYCACHEPREFIX=compiled)
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    began = time.perf_counter()
-    subprocess.run(command, env=environment, cwd=PROGRAM.parent, check=True,
-                   stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return 1000 * (time.perf_counter() - began)
+def run_programs(server, goal, number):
+    """Run intents with a program each, four at once."""
+    with contextlib.redirect_stderr(open(os.devnull, "w")):
+        intentbus.main(["work", "--url", f"http://127.0.0.1:{server.port}", "--goal", goal, "--drain", "-j", "4", "--", "true"])
 
 
-def publish_jobs(server, goal, number):
-    """Publish so many intents."""
-    for first in range(0, number, 1000):
-        client_of(server).publish_many([dict(goal=goal, payload=n) for n in range(first, min(first + 1000, number))])
+RQ_JOBS = """
+import sys, time, redis, rq
+port, worker, number = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+queue = rq.Queue(str(time.time()), connection=redis.Redis(port=port))
+queue.enqueue_many([rq.Queue.prepare_data("time.monotonic") for _ in range(number)])
+began = time.monotonic()
+getattr(rq, worker)([queue], connection=queue.connection).work(burst=True, logging_level="WARNING")
+print(number / (time.monotonic() - began))
+if queue.finished_job_registry.count < number: sys.exit("RQ has not finished its jobs.")
+"""
 
 
-def listen_role(port, goal, number):
-    """Listen with a handler that returns when it started, and print how many a second that were."""
-    began = time.monotonic()
-    client_of(Server(port, None)).listen(goal, lambda payload: time.monotonic(), max_jobs=int(number))
-    print(int(number) / (time.monotonic() - began))
+def run_rq(*command):
+    """Run RQ_JOBS; return the jobs per second."""
+    return float(subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def rq_role(port, kind, number):
-    """Work off so many jobs of RQ, and print how many a second that were, its start not counted."""
-    import redis
-    import rq
-    queue = rq.Queue(connection=redis.Redis(port=int(port)))
-    queue.enqueue_many([rq.Queue.prepare_data("time.monotonic") for _ in range(int(number))])
-    worker = {"simple": rq.SimpleWorker, "forking": rq.Worker}[kind]([queue], connection=queue.connection)
-    began = time.monotonic()
-    worker.work(burst=True, logging_level="WARNING")
-    took = time.monotonic() - began
-    if queue.finished_job_registry.count < int(number):
-        raise ValueError("RQ has not finished its jobs")
-    queue.finished_job_registry.cleanup(time.time() + 86400)
-    print(int(number) / took)
+def workers(bench):
+    """Jobs of one worker: a trivial handler in Python, and a program for each job, four at once; RQ forks for each job."""
+    python = bench.options.rq_python
+    version = first_line(python, "-c", "import rq; print(rq.VERSION)")
+    yield f"RQ {version or NOT_HERE}, redis-server with appendfsync everysec"
+
+    def ours(run, number):
+        client_of(bus).publish_many([dict(goal=run.__name__, payload=each) for each in range(number)])
+        _, seconds, *cores = finished(bus, [bench.start(run, bus, run.__name__, number)])
+        return Result(number / seconds, *cores)
+
+    def theirs(worker, number):
+        cpu = cpu_seconds(redis.pid)
+        rate, seconds, load = metered(run_rq, python, "-c", RQ_JOBS, redis.port, worker, number)
+        return Result(rate, (cpu_seconds(redis.pid) - cpu) / seconds, load)
+    with bench.bus() as bus, (bench.rival("redis") if version else contextlib.nullcontext()) as redis:
+        for what, run, number, worker, aim in (
+                ("a trivial handler in Python", run_handlers, bench.scaled(1000), "SimpleWorker", ">= 4"),
+                ("a program for each job, four at once", run_programs, bench.scaled(400), "Worker", ">= 5")):
+            yield bench.compare(what, functools.partial(ours, run, number),
+                                redis and functools.partial(theirs, worker, number), f"RQ {worker}", aim)
+        if set(client_of(bus).admin("summary").intents["default"]) != {"fulfilled"}:
+            raise RuntimeError("the bus has not finished its jobs")
 
 
-def printed_rate(*command):
-    """Return the number that a command of ours prints."""
-    process = start(command, text=True)
-    return Speed(float(process.communicate(timeout=10 * PATIENCE_SECONDS)[0]), math.nan, math.nan)
-
-
-def rq_rate(bench, redis, kind, number):
-    """Return the function that measures RQ once, or None if it is not here."""
-    return redis and functools.partial(printed_rate, bench.options.rq_python, HERE, "rq", redis.port, kind, number)
-
-
-@section
-def listen(bench):
-    """A trivial handler in Python, one worker."""
-    number = bench.many(2000)
-    with bench.bus() as bus, bench.redis() as redis:
-        def ours():
-            publish_jobs(bus, "listen", number)
-            return printed_rate(sys.executable, HERE, "listen", bus.port, "listen", number)
-        yield bench.compare("listen, a trivial handler", ours, rq_rate(bench, redis, "simple", number), ">= 4",
-                            "RQ SimpleWorker")
-
-
-@section
-def programs(bench):
-    """A program for each intent, four at once, against a fork for each job; ours with the start of the worker."""
-    number = bench.many(200)
-    with bench.bus() as bus, bench.redis() as redis:
-        def ours():
-            publish_jobs(bus, "programs", number)
-            took = wall_ms(bus, bench.place(), sys.executable, PROGRAM, *"work --goal programs --drain -j 4 -- true".split())
-            return Speed(1000 * number / took, math.nan, math.nan)
-        yield bench.compare("work -j 4 -- true", ours, rq_rate(bench, redis, "forking", number), ">= 5", "RQ Worker")
-        ended = client_of(bus).admin("summary").intents["default"]
-        if ended != {"fulfilled": number * bench.options.rounds}:
-            raise ValueError(f"not all intents are fulfilled: {ended}")
-
-
-@section
-def growth(bench):
-    """How publish, claim and fulfil grow with what is stored; in this process, without the disk's fsync."""
-    most = math.log10(bench.options.rows)
-    sizes = [round(10 ** (half / 2)) for half in range(6, math.ceil(2 * most))] + [bench.options.rows]
-    points = []
-    for size in sizes:
-        points.append((size, lives(bench.many(1000), bench.grown(size), goal="resize")[0]))
-        for verb, median in zip(VERBS, points[-1][1]):
-            yield row(f"{verb}, {size:,} rows", median, unit="ms", plotted=True)
-    yield plot(VERBS, points, "ms")
-
-
-@section
 def rows(bench):
-    """A full table against an empty one; in this process, without the disk's fsync."""
-    full, empty = bench.grown(bench.options.rows), Stored(f"{bench.place()}/empty.db")
-    size = os.path.getsize(full.path) / 1e6
-    yield f"filled to {full.rows:,} rows, {size:,.0f} MB, in {full.seconds:.1f} s, by SQL from copies of 150 intents"
-    for name, claim in (("goal given", dict(goal="resize")), ("goal not given", {}),
-                        ("two capabilities", dict(goal="resize", capabilities=("gpu", "arm")))):
-        among, alone = lives(bench.many(1000), full, empty, **claim)
-        yield row(f"claim, {name}, {full.rows:,} rows", among[1], alone[1], "<= 1.5", "empty table", "ms")
-    yield row(f"publish, {full.rows * 2 // 3:,} open", among[0], alone[0], "<= 1.3", "empty table", "ms")
-    yield row(f"fulfil, {full.rows:,} rows", among[2], alone[2], "", "empty table", "ms")
-    some = full.bus.list(limit=1).intents[0]["id"]
-    for name, path in (("status", f"/status/{some}"), ("list", "/intents"), ("list, of a goal", "/intents?goal=goal-7"),
-                       ("list, of an unknown goal", "/intents?goal=unknown"), ("list, dead", "/intents?status=dead"),
-                       ("summary", "/admin/summary"), ("metrics", "/metrics")):
-        median = statistics.median(full.get_ms(path) for _ in range(5))
-        yield row(f"{name}, {full.rows:,} rows", median, target="<= 50 ms", unit="ms")
+    """Full tables beside an empty one: verbs in this process, without the fsync of their commit; reads over HTTP."""
+    most, path = bench.options.rows, f"{bench.folder()}/bus.db"
+    sizes = [10 ** power for power in range(3, 8) if 10 ** power < most] + [most]
+    for stored, number in zip([0, *sizes], sizes):
+        began = time.monotonic()
+        fill(path, stored, number)
+        yield f"{number:,} rows, {os.path.getsize(path) / 1e6:,.0f} MB, filled in {time.monotonic() - began:.0f} s"
+        stores = [intentbus.Store(intentbus.Database(each)) for each in (path, f"{bench.folder()}/bus.db")]
+        with contextlib.closing(stores[0]), contextlib.closing(stores[1]):
+            yield from compare_lives(bench, *stores, number, bench.scaled(1000))
+    with bench.bus(db=path) as bus, contextlib.closing(Connection(bus.port)) as client:
+        newest = json.loads(client.ask(own_request("GET", "/intents?limit=1")))["intents"][0]["id"]
+        for name, target in (("status", f"/status/{newest}"), ("list", "/intents"),
+                             ("list, of a goal", "/intents?goal=goal-7"), ("list, of an unknown goal", "/intents?goal=unknown"),
+                             ("list, dead", "/intents?status=dead"), ("summary", "/admin/summary"), ("metrics", "/metrics")):
+            times, = bench.turns(functools.partial(timed_ms, client.ask, own_request("GET", target)), rounds=20)
+            yield row(f"{name}, {most:,} rows", "ms", times, aim="<= 50 ms")
 
 
-def held(server):
+def held(observer):
     """Return how many requests the bus holds."""
-    return client_of(server).admin("summary").held_requests
+    return json.loads(observer.ask(own_request("GET", "/admin/summary")))["held_requests"]
 
 
-def delays(what, times, median="", p99=""):
-    """Yield the rows of how long something took, with the targets of median and 99th percentile."""
-    yield row(f"{what}, median", statistics.median(times), target=median, unit="ms")
-    yield row("the same, p99", sorted(times)[int(0.99 * len(times))], target=p99, unit="ms")
+def park(opened, server, number):
+    """Open connections and have the bus hold a claim of each; return their selector."""
+    selector = opened.enter_context(selectors.DefaultSelector())
+    observer, *waiting = (opened.enter_context(contextlib.closing(Connection(server.port))) for _ in range(number + 1))
+    for each in waiting:
+        each.sock.sendall(own_request("POST", f"/claim?goal=parked&wait={PATIENCE_SECONDS}"))
+        selector.register(each.sock, selectors.EVENT_READ, each)
+    wait_until(lambda: held(observer) == number)
+    return selector
 
 
-def ask(sock, request):
-    """Send a request; return the time at which that was begun."""
-    began = time.monotonic()
-    sock.sendall(request)
-    return began
-
-
-def receive(sock):
-    """Return the answer that comes, and the time at which it had come."""
-    received = b""
-    while (answer := http_answer(received)) is None:
-        received += arrived(sock)
-    return answer, time.monotonic()
-
-
-@section
-def handoff(bench):
-    """From the call of publish to where a waiting worker has the intent."""
-    number = bench.many(200)
-    with bench.bus() as bus:
-        worker, client, times = start([sys.executable, HERE, "listen", bus.port, "handoff", number]), client_of(bus), []
+def wake(server, selector, number):
+    """Publish intents one by one; return the times until a parked claim was answered, as Results in ms."""
+    times = []
+    with contextlib.closing(Connection(server.port)) as publisher:
         for _ in range(number):
-            wait_until(lambda: held(bus))
-            called = time.monotonic()
-            intent = client.publish("handoff", 1)
-            times.append(1000 * (client.get_result(intent.id, wait=PATIENCE_SECONDS).result - called))
-        worker.wait(PATIENCE_SECONDS)
-        yield from delays("publish() to handler start in listen()", times, "< 2 ms", "< 10 ms")
-        yield from delays("publish sent to claim answered", raw_handoffs(number, bus, bus))
-
-
-def raw_handoffs(number, bus, other):
-    """Return the milliseconds from when a publish is sent to a bus to when a claim that another holds is answered."""
-    request, times = bus_requests(False, False), []
-    with connected(bus.port) as publisher, connected(other.port) as waiting:
-        for _ in range(number):
-            ask(waiting, request(f"/claim?goal=raw&wait={PATIENCE_SECONDS}"))
-            wait_until(lambda: held(other))
-            sent = ask(publisher, next(bus_publish(request, "raw")))
-            times.append(1000 * (receive(waiting)[1] - sent))
-            receive(publisher)
+            began = time.monotonic()
+            publisher.sock.sendall(next(publish(own_request, "parked")))
+            (ready, _), *_ = selector.select(PATIENCE_SECONDS)
+            ready.data.answer()
+            times.append(Result(1000 * (time.monotonic() - began)))
+            selector.unregister(ready.fileobj)
+            publisher.answer()
     return times
 
 
-@section
+def hand_off(bus, client, observer):
+    """Publish to a worker that waits; return the time until its handler started, as a Result in ms."""
+    wait_until(lambda: held(observer))
+    called = time.monotonic()
+    intent = client.publish("handoff", 1)
+    return Result(1000 * (client.get_result(intent.id, wait=PATIENCE_SECONDS).result - called))
+
+
+def handoff(bench):
+    """From the call of publish to a worker that waits: with our client and listen(), and with plain sockets."""
+    number, times = bench.scaled(200), []
+    with bench.bus() as bus, contextlib.closing(Connection(bus.port)) as observer:
+        worker, client = bench.start(run_handlers, bus, "handoff", number), client_of(bus)
+        yield from median_and_p99("publish() to handler start in listen()",
+                                  [hand_off(bus, client, observer) for _ in range(number)], ("< 2 ms", "< 10 ms"))
+        worker.result()
+        for _ in range(number):
+            with contextlib.ExitStack() as opened:
+                times += wake(bus, park(opened, bus, 1), 1)
+        yield from median_and_p99("publish to claim", times, ("", "< 2 ms"))
+
+
 def parked(bench):
-    """A thousand workers that wait."""
-    workers, request, times = 1000, bus_requests(False, False), []
-    allow_files(workers + 100)
-    with bench.bus() as bus, contextlib.ExitStack() as sockets, selectors.DefaultSelector() as selector:
-        held(bus)
-        before = memory_mb(bus.pid)
-        for _ in range(workers):
-            sock = sockets.enter_context(connected(bus.port))
-            ask(sock, request(f"/claim?goal=parked&wait={PATIENCE_SECONDS}"))
-            selector.register(sock, selectors.EVENT_READ)
-        wait_until(lambda: held(bus) == workers)
-        memory, cpu, seconds = memory_mb(bus.pid), cpu_seconds(bus.pid), min(10, 2 * bench.options.seconds)
+    """Workers that wait for an intent."""
+    number = min(bench.options.parked, intentbus.connection_limit() - 100)     # 100: for everything else
+    with bench.bus() as bus, contextlib.ExitStack() as opened:
+        empty = memory_mb(bus.pid)
+        selector = park(opened, bus, number)
+        memory = memory_mb(bus.pid)
+        cpu, seconds = cpu_seconds(bus.pid), min(10, 2 * bench.options.seconds)
         time.sleep(seconds)
-        idle = 100 * (cpu_seconds(bus.pid) - cpu) / seconds
-        with connected(bus.port) as publisher:
-            for _ in range(bench.many(200)):
-                sent = ask(publisher, next(bus_publish(request, "parked")))
-                woken = selector.select(PATIENCE_SECONDS)[0][0].fileobj
-                times.append(1000 * (receive(woken)[1] - sent))
-                receive(publisher)
-                selector.unregister(woken)
-        yield row(f"memory with {workers:,} parked workers", memory, target="<= 60 MB", unit="MB")
-        yield row("of which for them", memory - before, unit="MB")
-        yield row("CPU while nothing happens", idle, target="< 1 %", unit="%")
-        yield from delays("publish sent to claim answered", times, "", "< 2 ms")
+        idle = (cpu_seconds(bus.pid) - cpu) / seconds
+        yield row(f"{number:,} held claims, memory of the bus", "MB", [Result(memory)], aim="<= 60 MB" if number == 1000 else "")
+        yield row(f"{number:,} held claims, memory for them", "MB", [Result(memory - empty)])
+        yield row(f"{number:,} held claims, CPU while nothing happens", "%", [Result(100 * idle)], aim="< 1 %")
+        times = wake(bus, selector, min(bench.scaled(200), number))
+        yield from median_and_p99(f"{number:,} held claims, publish to claim", times, ("", "< 2 ms"))
 
 
-def allow_files(number):
-    """Let this process open so many files, if it may."""
-    with contextlib.suppress(ImportError):
-        import resource
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if 0 <= soft < number:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (min(number, hard) if hard >= 0 else number, hard))
-
-
-@section
 def process(bench):
-    """What cron starts: a process that publishes."""
-    compiled = bench.place()
+    """The process that cron starts: one publish."""
     with bench.bus() as bus:
-        times = [[wall_ms(bus, compiled, sys.executable, *rest) for rest in (
-            ("-I", "-S", PROGRAM, "publish", "cron", "{}"), ("-S", "-m", "intentbus", "publish", "cron", "{}"),
-            ("-I", "-S", "-c", "import urllib.request"))] for _ in range(bench.many(20))]
-        ours, kept, peers = map(statistics.median, zip(*times))
-        yield row("publish, the whole process", ours, peers, "<= 1.2", "import urllib.request", "ms")
-        yield row("the same as -m intentbus, which is kept compiled", kept, peers, "<= 1.2", "import urllib.request", "ms")
+        environment = dict(os.environ, INTENT_BUS_URL=f"http://127.0.0.1:{bus.port}", PYTHONPYCACHEPREFIX=bench.folder())
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)     # -m keeps the module compiled
+        run = functools.partial(timed_ms, subprocess.run, env=environment, cwd=PROGRAM.parent, check=True,
+                                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        file, module, bare = bench.turns(*(functools.partial(run, [sys.executable, "-S", *arguments]) for arguments in (
+            ("-I", PROGRAM, "publish", "cron", "{}"), ("-m", "intentbus", "publish", "cron", "{}"),
+            ("-I", "-c", "import urllib.request"))), rounds=bench.scaled(20))
+        yield row("intentbus.py publish", "ms", file, bare, "import urllib.request", "<= 1.2")
+        yield row("python3 -m intentbus publish", "ms", module, bare, "import urllib.request", "<= 1.2")
 
 
-@section
 def memory(bench):
-    """What the server holds on to."""
-    few, many = bench.many(10_000), bench.options.cycles
+    """The memory of the bus after many cycles."""
+    done, early = 0, None
     with bench.bus() as bus:
-        bench.load(bus, "cycle", 8, 3600, most=few)
-        early = memory_mb(bus.pid)
-        bench.load(bus, "cycle", 8, 3600, most=max(1, many - few))
-        yield row(f"memory after {many:,} cycles", memory_mb(bus.pid), early, "<= 1.1", f"after {few:,}", "MB")
+        measure = bench.speed(bus, cycle, 8)
+        while done < bench.options.cycles:
+            result = measure()
+            done += round(result.value * bench.options.seconds)
+            early = early or (done, memory_mb(bus.pid))
+        yield row(f"memory after {done:,} cycles", "MB", [result._replace(value=memory_mb(bus.pid))], [Result(early[1])],
+                  f"after {early[0]:,}", "<= 1.1")
 
 
-def procrastinate_role(dsn, clients, seconds):
-    """Defer, fetch and finish jobs of procrastinate, so many at once, and print how many a second that were."""
-    import asyncio
-    import procrastinate
+def play_procrastinate(dsn, clients, seconds):
+    """Let clients defer, fetch and finish jobs of procrastinate; return the jobs per second."""
     logging.getLogger("procrastinate").setLevel(logging.ERROR)
-    app = procrastinate.App(connector=procrastinate.PsycopgConnector(conninfo=dsn, min_size=int(clients), max_size=int(clients)))
+    app = procrastinate.App(connector=procrastinate.PsycopgConnector(conninfo=dsn, min_size=clients, max_size=clients))
     task = app.task(name="task", queue="queue")(lambda **payload: None)
 
-    async def play():
+    async def play_one(worker, until):
+        ends = 0
+        while time.monotonic() < until:
+            await task.defer_async(**PAYLOAD)
+            if job := await app.job_manager.fetch_job(["queue"], worker):     # another client may have taken it
+                await app.job_manager.finish_job(job, procrastinate.jobs.Status.SUCCEEDED, delete_job=False)
+                ends += 1
+        return ends
+
+    async def play_all():
         async with app.open_async():
             if not await app.check_connection_async():
                 await app.schema_manager.apply_schema_async()
-            worker, ends, began = await app.job_manager.register_worker(), 0, time.monotonic()
-
-            async def client():
-                nonlocal ends
-                while time.monotonic() < began + float(seconds):
-                    await task.defer_async(**json.loads(PAYLOAD))
-                    if job := await app.job_manager.fetch_job(["queue"], worker):     # another client may have had it
-                        await app.job_manager.finish_job(job, procrastinate.jobs.Status.SUCCEEDED, delete_job=False)
-                        ends += 1
-            await asyncio.gather(*(client() for _ in range(int(clients))))
-            print(ends / (time.monotonic() - began))
-    asyncio.run(play())
+            worker, began = await app.job_manager.register_worker(), time.monotonic()
+            ends = await asyncio.gather(*(play_one(worker, began + seconds) for _ in range(clients)))
+            return sum(ends) / (time.monotonic() - began)
+    return asyncio.run(play_all())
 
 
-@section
 def postgres(bench):
-    """Full cycles on PostgreSQL, against those on a file, and those of procrastinate, which has no HTTP, on the same server."""
-    with bench.schema() as dsn, bench.schema() as place, contextlib.ExitStack() as running:
-        if not dsn:
-            yield row("full cycles on PostgreSQL", NOT_HERE, unit="1/s")
-            return
-        bus, file = running.enter_context(bench.bus(dsn)), running.enter_context(bench.bus())
+    """Full cycles on PostgreSQL, whose own cores are not counted. Procrastinate is a library without HTTP."""
+    if not (bench.options.postgres and psycopg):
+        yield f"{NOT_HERE}: it needs --postgres and psycopg"
+        return
+    with bench.schema() as dsn, bench.schema() as theirs, contextlib.ExitStack() as opened:
+        bus, file = opened.enter_context(bench.bus(postgres=dsn)), opened.enter_context(bench.bus())
+
+        def rival(clients):
+            (rate,), _, *cores = finished(None, [bench.start(play_procrastinate, theirs, clients, bench.options.seconds)])
+            return Result(rate, *cores)
         for clients in (1, 8, 40):
-            peer = None
-            if importlib.util.find_spec("procrastinate"):
-                peer = functools.partial(printed_rate, sys.executable, HERE, "procrastinate", place, clients, bench.options.seconds)
-            ours, files, peers = bench.medians(bench.speed(bus, "cycle", clients), bench.speed(file, "cycle", clients), peer)
-            yield row(f"full cycles on PostgreSQL, {clients} client{'s' * (clients > 1)}", ours.rate, files.rate, "", "on a file",
-                      "1/s", load=[ours.load, files.load], server=[ours.server, files.server])
-            yield row("the same", ours.rate, peers.rate if peers else NOT_HERE, "", "procrastinate", "1/s")
-        other = running.enter_context(bench.bus(dsn))
-        yield from delays("publish at one bus to claim answered at another", raw_handoffs(bench.many(200), bus, other))
+            ours, on_file, others = bench.turns(bench.speed(bus, cycle, clients), bench.speed(file, cycle, clients),
+                                                procrastinate and functools.partial(rival, clients))
+            what = f"full cycles on PostgreSQL, {clients} at once"
+            yield row(what, "1/s", ours, on_file, "on a file")
+            yield row(what, "1/s", ours, others, "procrastinate")
+        number, other = bench.scaled(200), opened.enter_context(bench.bus(postgres=dsn))
+        yield from median_and_p99("publish at one bus to claim at another", wake(bus, park(opened, other, number), number))
 
 
-@section
 def postgres_rows(bench):
-    """Full tables in PostgreSQL against empty ones; in this process, after as many cycles as are measured."""
-    with bench.schema() as place, bench.schema() as other:
-        if not place:
-            yield row("claims in PostgreSQL", NOT_HERE, unit="ms")
-            return
-        full, empty = StoredInPostgres(place), StoredInPostgres(other)
-        full.fill(bench.options.rows)
-        yield f"filled to {full.rows:,} rows, {full.store.bytes()[0] / 1e6:,.0f} MB, in {full.seconds:.1f} s"
-        for name, claim in (("goal given", dict(goal="resize")), ("goal not given", {}),
-                            ("two capabilities", dict(goal="resize", capabilities=("gpu", "arm")))):
-            lives(bench.many(300), full, empty, **claim)
-            among, alone = lives(bench.many(300), full, empty, **claim)
-            yield row(f"claim, {name}, {full.rows:,} rows", among[1], alone[1], "<= 1.5", "empty table", "ms")
-        yield row(f"publish, {full.rows:,} rows", among[0], alone[0], "", "empty table", "ms")
-        yield row(f"fulfil, {full.rows:,} rows", among[2], alone[2], "", "empty table", "ms")
-        full.store.close()
-        empty.store.close()
+    """A full table in PostgreSQL beside an empty one; in this process, where each verb waits for the disk."""
+    if not (bench.options.postgres and psycopg):
+        yield f"{NOT_HERE}: it needs --postgres and psycopg"
+        return
+    import postgres_bus
+    with bench.schema() as dsn, bench.schema() as other, contextlib.ExitStack() as opened:
+        full, empty = (opened.enter_context(contextlib.closing(postgres_bus.open_store(each))) for each in (dsn, other))
+        number, began = bench.options.rows, time.monotonic()
+        fill_postgres(dsn, number)
+        yield f"{number:,} rows, {full.database.sizes()[0] / 1e6:,.0f} MB, filled in {time.monotonic() - began:.0f} s"
+        yield from compare_lives(bench, full, empty, number, bench.scaled(300))
 
 
-@section
-def floor(bench):
-    """What SQLite and http.server cost by themselves."""
-    db = sqlite3.connect(f"{bench.place()}/floor.db", isolation_level=None)
-    db.execute("PRAGMA journal_mode = WAL")
-    db.execute("PRAGMA synchronous = FULL")
-    db.execute("CREATE TABLE rows (number INTEGER PRIMARY KEY, payload TEXT)")
-    began = time.monotonic()
-    while (took := time.monotonic() - began) < bench.options.seconds:
-        db.execute("INSERT INTO rows (payload) VALUES (?)", (PAYLOAD * 10,))
-    commits = db.execute("SELECT MAX(number) FROM rows").fetchone()[0] / took
-    db.close()
-    yield row("SQLite commits, FULL, one connection", commits, unit="1/s")
-    server = start([sys.executable, HERE, "httpd"], stderr=subprocess.DEVNULL)
-    found, = bench.medians(bench.speed(Server(int(server.stdout.readline()), server.pid), "publish", 8))
-    end(server)
-    yield row("requests of an empty http.server, 8 clients", found.rate, unit="1/s", load=[found.load],
-              server=[found.server])
-
-
-class Empty(http.server.BaseHTTPRequestHandler):
-    """Reads a request and answers nothing, as fast as http.server can: kept alive, one write, no Nagle."""
-
-    protocol_version, wbufsize, disable_nagle_algorithm = "HTTP/1.1", 65536, True
-
-    def do_POST(self):
-        self.rfile.read(int(self.headers["Content-Length"]))
-        self.send_response(200)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *_):
-        pass
-
-
-def httpd_role():
-    """Serve, and print the port."""
-    http.server.ThreadingHTTPServer.request_queue_size = 1024     # with 5, the default, clients wait to connect
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Empty) as server:
-        print(server.server_port, flush=True)
-        server.serve_forever()
+MEASUREMENTS = {function.__name__: function for function in (
+    cycles, slow_disk, single, workers, rows, handoff, parked, process, memory, postgres, postgres_rows)}
 
 
 # ---- The report ----
 
 def machine(bench):
-    """Return what the figures are of: the machine, the versions, and what each server does before it answers."""
+    """Return the lines above the table: the machine, the versions, and when each server syncs to disk."""
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         cpu = pathlib.Path("/proc/cpuinfo").read_text().partition("model name")[2].split("\n")[0].strip("\t :") or cpu
-    beanstalkd = shutil.which("beanstalkd") and first_line("beanstalkd", "-v")
-    redis = shutil.which("redis-server") and bench.rq_version
+    with contextlib.suppress(AttributeError, OSError):
+        cpu += f", load average {os.getloadavg()[0]:.1f}"
     return {
-        "CPU": f"{os.cpu_count()} x {cpu}",
-        "system": f"{platform.system()} {platform.release()}, load average " + " ".join(
-            f"{number:.1f}" for number in getattr(os, "getloadavg", tuple)()),
+        "cores": f"{os.cpu_count()}, {cpu}",
+        "system": f"{platform.system()} {platform.release()}",
         "Python": f"{platform.python_version()}, SQLite {sqlite3.sqlite_version}",
-        "directory": f"{bench.directory} on {file_system(bench.directory)}",
-        "measured": f"{bench.options.rounds} rounds of {bench.options.seconds:g} s",
-        "intentbus": f"{intentbus.__version__}: SQLite's WAL, synchronous=FULL, an fsync before each answer to a write",
-        "beanstalkd": f"{beanstalkd}: -b DIR -f0, an fsync before each answer to a write" if beanstalkd else NOT_HERE,
-        "RQ": f"{redis} on {first_line('redis-server', '--version')[:21]}: appendfsync everysec" if redis else NOT_HERE,
+        "directory": f"{bench.directory}, of type {first_line('stat', '-f', '-c', '%T', bench.directory) or 'unknown'}",
+        "rounds": f"{bench.options.rounds} of {bench.options.seconds:g} s",
+        "load": "Python processes on the same cores; the last two columns are the cores that a server and its load used",
+        "README": "its cycles are from the project's load generator in C, in a tool that leaves the bus a core of its own",
+        "intentbus": f"{intentbus.__version__}, SQLite's WAL with synchronous=FULL: an fsync before each answer to a write",
+        "beanstalkd": f"{first_line('beanstalkd', '-v') or NOT_HERE}, -b DIR -f0: an fsync before each answer to a write",
     }
-
-
-def file_system(path):
-    """Return the kind of file system that a path is on."""
-    try:
-        mounts = [line.split()[1:3] for line in open("/proc/mounts", encoding="utf-8")]
-    except OSError:
-        return "an unknown file system"
-    within = [(len(place), kind) for place, kind in mounts if os.path.commonpath([place, path]) == place]
-    return max(within)[1] if within else "an unknown file system"
 
 
 def shown(value):
@@ -1005,73 +893,73 @@ def shown(value):
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def percents(shares):
-    """Return shares as percentages, those that are known."""
-    return " / ".join(f"{100 * share:.0f} %" for share in shares if not math.isnan(share))
+def shown_cores(cores):
+    """Return the cores of a server and of its load, as the table shows them."""
+    return f"{cores[0]:.2f} + {cores[1]:.2f}" if cores else ""
 
 
-LINE = "{:<46} {:<4}{:>13} {:>9}  {:<22}{:>6}  {:<9} {:<14} {}"     # what, unit, ..., load, server
+LINE = "{:<47}{:>10} {:<4}{:>9} {:<22}{:>6}  {:<9}{:>13}{:>15}"
 
 
 def table_line(found):
     """Return a row as a line of text."""
-    ratio = f"{found['ratio']:.2f}" if found["ratio"] else ""
-    load, server = percents(found.get("load", ())), percents(found.get("server", ()))
-    return LINE.format(found["what"], found["unit"], shown(found["intentbus"]), shown(found["peers"]), found["peer"],
-                       ratio, found["target"], load, server).rstrip()
+    ours, other = (*found["cores"], (), ())[:2]
+    return LINE.format(found["what"], shown(found["intentbus"]), found["unit"], shown(found["other"]), found["other_name"],
+                       f"{found['ratio']:.2f}" if found["ratio"] else "", found["aim"], shown_cores(ours),
+                       shown_cores(other)).rstrip()
 
 
 def report(bench, names):
-    """Run sections, print their tables as they come, or all as JSON in the end."""
+    """Take measurements and print their rows as they come, or all as JSON at the end."""
     say = functools.partial(print, file=sys.stderr if bench.options.json else sys.stdout, flush=True)
-    about, results = machine(bench), []
+    about, found_rows = machine(bench), []
     for name, value in about.items():
         say(f"{name + ':':<12} {value}")
-    say("\n" + LINE.format("what", "unit", "intentbus", "peer", "", "ratio", "target", "load", "server"))
+    say("\n" + LINE.format("", "intentbus", "", "beside", "", "ratio", "aim", "bus + load", "beside + load"))
     for name in names:
-        say(f"\n{name}: {SECTIONS[name].__doc__}")
-        for found in SECTIONS[name](bench):
-            if isinstance(found, str):
-                say(found)
-                continue
-            results.append(dict(section=name, **found))
-            if not found.get("plotted"):
-                say(table_line(found))
+        say(f"\n{name}: {MEASUREMENTS[name].__doc__}")
+        with contextlib.closing(MEASUREMENTS[name](bench)) as measuring:     # however this ends, its servers end
+            for found in measuring:
+                say(found if isinstance(found, str) else table_line(found))
+                if not isinstance(found, str):
+                    found_rows.append(dict(measurement=name, **found))
     if bench.options.json:
-        known = json.loads(json.dumps(results), parse_constant=lambda not_a_number: None)
+        known = json.loads(json.dumps(found_rows), parse_constant=lambda not_a_number: None)
         print(json.dumps(dict(machine=about, rows=known), indent=1))
 
 
+NUMBERS = {     # an option: its default, that of --quick, and its help
+    "rounds": (3, 1, "rounds of each measurement"),
+    "seconds": (3.0, 0.5, "of each measurement in a round"),
+    "rows": (100_000, 10_000, "in the big tables"),
+    "cycles": (100_000, 4_000, "of the measurement memory"),
+    "parked": (1_000, 200, "waiting workers of the measurement parked"),
+}
+
+
 def options_of(arguments):
-    """Return the options; --quick is other defaults."""
+    """Return the options in a command line; --quick changes the defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a short form, in about a minute")
-    parser.add_argument("--only", default=",".join(SECTIONS), metavar="NAME,...", help=f"of {', '.join(SECTIONS)}")
-    parser.add_argument("--rounds", type=int, help="of each measurement (default 3, quick 1)")
-    parser.add_argument("--seconds", type=float, help="of each measurement in a round (default 3, quick 0.5)")
-    parser.add_argument("--rows", type=int, help="in the big tables (default 100000, quick 10000)")
-    parser.add_argument("--cycles", type=int, help="in the section memory (default 100000, quick 4000)")
-    parser.add_argument("--dir", help="where the databases are for the time being (default: where temporary files are)")
+    parser.add_argument("--quick", action="store_true", help="a short form")
+    parser.add_argument("--only", default=",".join(MEASUREMENTS), metavar="NAME,...", help=f"of {', '.join(MEASUREMENTS)}")
+    for name, (default, quick, words) in NUMBERS.items():
+        parser.add_argument(f"--{name}", type=type(default), metavar="N", help=f"{words} (default {default:,}, quick {quick:,})")
+    parser.add_argument("--dir", help="where the databases are meanwhile (default: where temporary files are)")
     parser.add_argument("--rq-python", default=sys.executable, metavar="PATH", help="a Python that can import rq")
-    parser.add_argument("--postgres", metavar="DSN", help="a PostgreSQL server (default: without)")
+    parser.add_argument("--postgres", metavar="DSN", help="a running PostgreSQL server")
     parser.add_argument("--json", action="store_true", help="print JSON, and the table on stderr")
     options = parser.parse_args(arguments)
-    quick = dict(rounds=1, seconds=0.5, rows=10_000, cycles=4_000)
-    for name, value in (quick if options.quick else dict(rounds=3, seconds=3, rows=100_000, cycles=100_000)).items():
+    for name, (default, quick, _) in NUMBERS.items():
         if getattr(options, name) is None:
-            setattr(options, name, value)
-    options.scale = 0.2 if options.quick else 1
-    unknown = set(options.only.split(",")) - set(SECTIONS)
+            setattr(options, name, quick if options.quick else default)
+    unknown = set(options.only.split(",")) - set(MEASUREMENTS)
     if unknown:
-        parser.error(f"there is no section {', '.join(sorted(unknown))}")
+        parser.error(f"there is no measurement {', '.join(sorted(unknown))}")
     return options
 
 
 def main(arguments):
     """Measure, and clean up whatever happens."""
-    roles = {"load": load_role, "listen": listen_role, "rq": rq_role, "procrastinate": procrastinate_role, "httpd": httpd_role}
-    if arguments and arguments[0] in roles:
-        return roles[arguments[0]](*arguments[1:])
     options = options_of(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)     # as Ctrl-C
     for name in list(os.environ):
@@ -1084,8 +972,8 @@ def main(arguments):
         except KeyboardInterrupt:
             return 130
         finally:
-            for process in STARTED:
-                end(process)
+            for process in multiprocessing.active_children():
+                process.kill()     # the load generators, which may have a handler of SIGTERM
 
 
 if __name__ == "__main__":
