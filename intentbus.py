@@ -35,7 +35,7 @@ The parts, top to bottom; each uses only the parts above it:
     10. Keys          who is asking
     11. Fields        what a body or query may hold, as data
     12. Page          the dashboard
-    13. API           the endpoints as a table; handle(request) -> Response or Held
+    13. API           the endpoints as a table; handle(request) -> Response, Held or Unfinished
     14. Server        the loop, sockets and strict HTTP/1.1; and the WSGI application
     15. Local state   what a machine keeps for itself: the bus joined, the spool
     16. Client        IntentClient: the verbs of Bus over HTTP
@@ -812,11 +812,11 @@ PAGE_FLOOR = """
     LIMIT    1
     OFFSET   :rows
 """
-ANY, DEAD = "1 = 1", "status = 'dead'"     # the kind of a page: a literal, since a partial index serves no parameter
-DEAD_STEP = """
+ANY, DEAD = "1 = 1", "status = 'dead'"     # kinds of intents: literals, since a partial index serves no parameter
+STEP = """
     SELECT   id
     FROM     intents
-    WHERE    status = 'dead'
+    WHERE    {kind}
     AND      id >= :start
     ORDER BY id
     LIMIT    1
@@ -848,8 +848,9 @@ OLD = """
 OF_NAMESPACE = """
     SELECT id
     FROM   intents
-    WHERE  (:namespace IS NULL OR namespace = :namespace)
-    LIMIT  :rows
+    WHERE  id >= :start
+    AND    id < :end
+    AND    (:namespace IS NULL OR namespace = :namespace)
 """
 TALLY = """
     INSERT INTO tallies (namespace, publisher, status, intents)
@@ -933,10 +934,14 @@ class Reads:
         """Return when time changes an intent next, in Unix seconds, or None."""
         return self._first("SELECT MIN(due_at) FROM intents WHERE due_at IS NOT NULL")[0]
 
-    def dead_step(self, start, rows):
-        """Return the id that many dead intents after an id, or None if there are fewer."""
-        found = self._first(DEAD_STEP, start=start, rows=rows)
-        return found and found[0]
+    def id_ranges(self, rows, kind=ANY):
+        """Yield ranges of ids, as (start, end before which it ends), that hold at most that many intents of a kind each."""
+        start = ""
+        while start is not None:
+            found = self._first(STEP.format(kind=kind), start=start, rows=rows)
+            end = found and found[0]
+            yield start, end or "g"     # "g" is after every id
+            start = end
 
     def count_dead(self, **which):
         """Return how many intents are dead in a range of ids, of the kind that DEAD_RANGE describes."""
@@ -1048,9 +1053,9 @@ class Transaction(Reads):
         """Delete intents that ended by a time, the oldest first, at most that many; return their statuses."""
         return self._delete(OLD, until=until, rows=rows)
 
-    def delete_namespace(self, namespace, rows):
-        """Delete intents of a namespace, or of all, at most that many; return how many."""
-        return len(self._delete(OF_NAMESPACE, namespace=namespace, rows=rows))
+    def delete_namespace(self, namespace, start, end):
+        """Delete the intents of a namespace, or of all, in a range of ids; return how many."""
+        return len(self._delete(OF_NAMESPACE, namespace=namespace, start=start, end=end))
 
     def _delete(self, which, **values):
         statuses = []
@@ -1340,29 +1345,38 @@ EVENT_KEY = "events"     # what watchers wait for; it is neither a lane nor an i
 class Held:
     """A request that is not answered yet.
 
-    It waits for news of any of its keys, for at most that many seconds. attempt() returns what to answer, or None to wait on;
-    otherwise() returns what to answer when the time is over. Without keys it is a mere delay.
+    It waits for news of any of its keys, for at most that many seconds. attempt() returns what to answer, or None to keep
+    waiting; otherwise() returns what to answer when the time is over. Without keys, it only delays the answer.
     """
 
-    __slots__ = ("request", "keys", "seconds", "attempt", "otherwise", "number", "connection")
+    __slots__ = ("request", "keys", "seconds", "attempt", "otherwise", "number", "until", "queued", "settled")
 
     def __init__(self, request, keys, seconds, attempt, otherwise):
         self.request, self.keys, self.seconds, self.attempt, self.otherwise = request, keys, seconds, attempt, otherwise
-        self.number = self.connection = None     # its place among all held requests, and where the answer goes
+        self.number = None         # its place among all held requests
+        self.until = 0             # when its time is over, by time.monotonic()
+        self.queued = False        # whether an attempt is queued
+        self.settled = False       # whether its answer is on the way
+
+
+class Unfinished:
+    """A long operation that has done a slice of its work; go_on() does the next one, and returns what to answer, or this."""
+
+    __slots__ = ("request", "go_on")
+
+    def __init__(self, request, go_on):
+        self.request, self.go_on = request, go_on
 
 
 class Waiting:
-    """The held requests, the longest held first."""
+    """The held requests, by what they wait for; the longest held is first."""
 
     def __init__(self):
-        self._held = {}     # key: {held: None}
+        self._held = {}     # key: {held: None}, ordered; an OrderedDict, since a dict is slow to lose its front
         self._numbers, self._size = itertools.count(), 0
 
     def __len__(self):
         return self._size
-
-    def __contains__(self, held):
-        return held is not None and held.number is not None
 
     def hold(self, held):
         """Take in a held request."""
@@ -1372,7 +1386,9 @@ class Waiting:
             self._held.setdefault(key, collections.OrderedDict())[held] = None
 
     def release(self, held):
-        """Let go of a held request."""
+        """Let go of a held request, if it is there."""
+        if held.number is None:
+            return
         held.number = None
         self._size -= 1
         for key in held.keys:
@@ -1380,10 +1396,10 @@ class Waiting:
             if not self._held[key]:
                 del self._held[key]
 
-    def first(self, keys, passed_over):
-        """Return the request that is held longest for any of these keys, but for those passed over; or None."""
-        found = (next((held for held in self._held.get(key, ()) if held not in passed_over), None) for key in keys)
-        return min(filter(None, found), default=None, key=operator.attrgetter("number"))
+    def first(self, keys):
+        """Return the request that is held longest for any of these keys, or None."""
+        found = [next(iter(self._held[key])) for key in keys if key in self._held]
+        return min(found, default=None, key=operator.attrgetter("number"))
 
     def keys(self):
         """Return all keys that requests are held for."""
@@ -1512,7 +1528,7 @@ def claimed_lanes(namespace, owner, goals, publisher, worker_id, capabilities):
             by = (audience if goal else "") if audience else publisher or ""     # private intents are by their audience
             lanes += [f"{place_of(namespace, audience, target, capability)}\t{goal}\t{by}"
                       for target in dict.fromkeys((None, worker_id)) for capability in (None, *capabilities)]
-    return tuple(lanes)
+    return tuple(dict.fromkeys(lanes))     # a goal may be named twice
 
 
 def unfinished_change(move):
@@ -1814,13 +1830,12 @@ class Bus:
         """Delete all intents of a namespace, or of every one, if confirm is true."""
         if not confirm:
             raise Invalid('This deletes intents for good: say {"confirm": true}.', code="confirmation_required")
-        total, deleted = 0, True
-        while deleted:
+        deleted = 0
+        for start, end in self.store.id_ranges(SLICE_ROWS):
             with self.store.transaction() as tx:
-                deleted = tx.delete_namespace(namespace, SLICE_ROWS)
-            total += deleted
+                deleted += tx.delete_namespace(namespace, start, end)
             yield
-        return Record(ok=True, deleted=total)
+        return Record(ok=True, deleted=deleted)
 
     @sliced
     def cleanup(self, *, caller=OWNER):
@@ -1874,11 +1889,8 @@ class Bus:
         if ids is not None:
             yield from (dict(which, start=intent_id, end=intent_id + " ") for intent_id in ids)
             return
-        start = ""
-        while start is not None:
-            end = self.store.dead_step(start, rows)
-            yield dict(which, start=start, end=end or "g")     # "g" is after every id
-            start = end
+        for start, end in self.store.id_ranges(rows, DEAD):
+            yield dict(which, start=start, end=end)
 
     def _retry_dead(self, dead, most=sys.maxsize):
         """Retry the dead intents of a range, at most that many; return how many."""
@@ -2224,13 +2236,13 @@ class Keys:
         if not sound:
             raise self._failed(request, Unauthorized("Authentication required.",
                                                      headers=[("WWW-Authenticate", 'Basic realm="Intent Bus"')]))
-        request.caller = OWNER
+        request.caller, request.proven = OWNER, True
 
     def identify_scraper(self, request):
         """Check that a request may read the metrics; raises Unauthorized."""
         if not self._metrics_token or not secrets_equal(presented_key(request.headers), self._metrics_token):
             self.identify_admin(request)
-        request.caller = OWNER
+        request.caller, request.proven = OWNER, True
 
     def presents_admin(self, request):
         """Return whether a request has an admin's credentials, right or wrong, rather than a key."""
@@ -2316,7 +2328,7 @@ class Keys:
 
     def list(self):
         """Return the description of each issued key, with its use up to now."""
-        requests, last = self._use()
+        requests, last = self._usage()
         return [Record(key, total_requests=key.total_requests + requests[key.key_id],
                        last_used_at=last.get(key.key_id, key.last_used_at)) for key in self._store.keys()]
 
@@ -2324,12 +2336,18 @@ class Keys:
         """Store how often keys were used, every USAGE_SECONDS or at once."""
         if not self._used or not at_once and time.monotonic() < self._usage_at:
             return
-        requests, last = self._use()
-        self._used, self._usage_at = collections.deque(), time.monotonic() + USAGE_SECONDS
+        requests, last = self._usage()
         with self._store.transaction() as tx:
             tx.count_usage([dict(key_id=key_id, requests=requests[key_id], last=last[key_id]) for key_id in sorted(last)])
+            tx.after_commit(self._forget_usage, len(self._used))
 
-    def _use(self):
+    def _forget_usage(self, number):
+        """Forget the oldest uses, which are stored."""
+        for _ in range(number):
+            self._used.popleft()
+        self._usage_at = time.monotonic() + USAGE_SECONDS
+
+    def _usage(self):
         """Return how often keys were used since this was stored, and when last: both by key id."""
         used = list(self._used)
         return collections.Counter(key_id for key_id, _ in used), dict(used)
@@ -3001,14 +3019,15 @@ class Request:
     """
 
     __slots__ = ("method", "raw_path", "path", "query", "headers", "body", "peer", "secure", "may_wait", "id", "who",
-                 "endpoint", "place", "caller", "key_id", "signing_key", "proven")
+                 "endpoint", "place", "caller", "key_id", "signing_key", "proven", "connection")
 
     def __init__(self, method, target, headers=None, body=b"", peer="", secure=False, may_wait=True):
         self.method, self.headers, self.body = method, headers or {}, body
         self.peer, self.secure, self.may_wait = peer, secure, may_wait
         self.id = request_id_of(self.headers)
         self.endpoint = self.caller = self.signing_key = None     # until API.admit() and Keys know them
-        self.proven = True
+        self.proven = False         # whether its head has shown a right key
+        self.connection = None      # where the answer goes, on a Server
         self.raw_path, _, self.query = target.partition("?")
         self.path = self.raw_path
         if "%" in target:
@@ -3289,14 +3308,15 @@ def refusal(error, request_id):
                    [*error.headers, *([("Retry-After", "1")] if later else [])])
 
 
-def log_traceback(what):
-    """Log the bug that has just shown."""
+def log_traceback(what, error):
+    """Log an exception that a bug has raised."""
     import traceback
-    print(f"intentbus: {what}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+    lines = traceback.format_exception(type(error), error, error.__traceback__)
+    print(f"intentbus: {what}:\n{''.join(lines)}", file=sys.stderr, flush=True)
 
 
 class API:
-    """Answers requests: API(bus, keys).handle(request) -> Response or Held.
+    """Answers requests: API(bus, keys).handle(request) -> Response, Held or Unfinished.
 
     enforce_https refuses what did not come encrypted; maintenance answers 503 to all but / and /health.
     """
@@ -3358,12 +3378,16 @@ class API:
         return self._guarded(request, self._answer, request)
 
     def attempt(self, held):
-        """Return the answer to a held request, or None if it has to wait on."""
+        """Return the answer to a held request, or None if it has to keep waiting."""
         return self._guarded(held.request, self._ask_again, held, held.attempt)
 
     def expire(self, held):
-        """Return the answer to a held request whose time is over: a Response, or a Held again for a long operation."""
+        """Return the answer to a held request whose time is over."""
         return self._guarded(held.request, self._ask_again, held, held.otherwise)
+
+    def go_on(self, unfinished):
+        """Do the next slice of a long operation; return the answer, or an Unfinished again."""
+        return self._guarded(unfinished.request, self._ask_again, unfinished, unfinished.go_on)
 
     def hold(self, request, keys, seconds, attempt, otherwise):
         """Return what attempt() finds or, if that is None, a Held; otherwise() at once if the request may not wait."""
@@ -3375,7 +3399,7 @@ class API:
     def refuse(self, request, error):
         """Return the answer for an error, held back for a while if it is about a wrong key; a bug is logged."""
         if not isinstance(error, Error):
-            log_traceback(f"request {request.id} failed")
+            log_traceback(f"request {request.id} failed", error)
             return refusal(Error(), request.id)
         if request.endpoint is health_endpoint and isinstance(error, (Unavailable, StorageFull)):
             return respond(503, health_of(self, error=str(error)), request.id, [("Retry-After", "1")])
@@ -3415,32 +3439,31 @@ class API:
                 raise Forbidden(f"This key may {request.caller.role} only.")
         return self._response(request, request.endpoint(self, request, *request.place))
 
-    def _ask_again(self, held, answer):
-        if held.request.caller:
-            self.keys.require_valid(held.request.caller)
+    def _ask_again(self, waiting, answer):
+        if waiting.request.caller:
+            self.keys.require_valid(waiting.request.caller)
         found = answer()
-        return found if found is None or isinstance(found, Response) else self._response(held.request, found)
+        return found if found is None or isinstance(found, Response) else self._response(waiting.request, found)
 
     def _response(self, request, found):
-        """Return the Response or Held for what an endpoint has returned."""
+        """Return the Response, Held or Unfinished for what an endpoint has returned."""
         if isinstance(found, types.GeneratorType):
             found = self._advance(request, found)
-        if isinstance(found, Held):
+        if isinstance(found, (Held, Unfinished)):
             return found
         status, value = found
         return respond(status, value, request.id, [("Retry-After", "1")] if status == 204 else ())
 
     def _advance(self, request, running):
-        """Advance a long operation for SLICE_SECONDS; return its result, or a Held to go on at once."""
+        """Advance a long operation for SLICE_SECONDS; return its result, or an Unfinished."""
         until = time.monotonic() + SLICE_SECONDS
         try:
-            while time.monotonic() < until:
+            while True:
                 next(running)
+                if time.monotonic() >= until:
+                    return Unfinished(request, functools.partial(self._advance, request, running))
         except StopIteration as end:
-            if end.value is None:     # it was broken off when its round was lost
-                raise Unavailable("The database could not be written; try again.") from None
             return end.value
-        return Held(request, (), 0, None, functools.partial(self._advance, request, running))
 
     def _guarded(self, request, function, *arguments):
         try:
@@ -3652,7 +3675,7 @@ class RequestReader:
         return found
 
     def _read_head(self):
-        data = self.data
+        data, self.bodiless = self.data, False
         while data.startswith(b"\r\n"):     # RFC 9112, section 2.2: empty lines before a request are skipped
             del data[:2]
         end = data.find(b"\r\n\r\n", max(0, self._searched - 3))
@@ -3665,7 +3688,7 @@ class RequestReader:
             return False
         line, _, block = bytes(data[:end]).partition(b"\r\n")
         del data[:end + 4]
-        self._searched, self._body, self.bodiless = 0, None, False
+        self._searched, self._body = 0, None
         headers = self._loop.heads.get(block) or parse_headers(block)
         method, target, self.version = parse_request_line(line)
         self.bodiless = method == "HEAD"
@@ -3748,10 +3771,13 @@ class Connection:
             self._linger()
         elif self.request is None and not self.answering:
             self.parse()
-        elif self.held and self.eof:
-            self.loop.expire(self)
-        elif len(self.reader.data) > INPUT_BYTES:
-            self.loop.watch(self, self.events & ~READ)
+        elif self.held and self.held.keys and self.eof:
+            self.loop.expire(self.held)
+        else:
+            if not (self.request and self.request.proven):
+                self.loop.count_unproven(self, len(self.reader.data))
+            if len(self.reader.data) > INPUT_BYTES:
+                self.loop.watch(self, self.events & ~READ)
 
     def parse(self):
         """Hand the next request to the loop, if it is whole."""
@@ -3761,7 +3787,7 @@ class Connection:
             return self._refuse(error)
         if request:
             self._begin(request)
-            self.loop.rounds.submit(self)
+            self.loop.rounds.submit(request)
         elif self.eof:
             self.close()
         else:
@@ -3769,7 +3795,7 @@ class Connection:
             self._await(self.reader.begun())
 
     def _begin(self, request):
-        self.request, self.began = request, self.loop.now
+        self.request, request.connection, self.began = request, self, self.loop.now
         self.awaited, self.deadline = None, float("inf")
         self.loop.owes_nothing(self)
 
@@ -3777,7 +3803,7 @@ class Connection:
         """Answer a request that is refused before it is whole."""
         self._begin(self.reader.request or Request("GET", "/"))
         self.last = not self.reader.skip_body()
-        self.loop.deliver(self, self.loop.api.refuse(self.request, error))
+        self.loop.deliver(self.request, self.loop.api.refuse(self.request, error))
 
     def _await(self, awaited):
         """Give the client its time for the part that it owes now."""
@@ -3795,7 +3821,7 @@ class Connection:
             if self.deadline < float("inf"):
                 self.loop.arm(self, self.deadline - self.loop.now)
         elif self.held:
-            self.loop.expire(self)
+            self.loop.expire(self.held)
         elif self.awaited and not self.answering:
             self._refuse(RequestTimeout("The request did not arrive in time."))
         else:
@@ -3860,6 +3886,7 @@ class Connection:
             self.lingering = True
             with contextlib.suppress(OSError):
                 self.sock.shutdown(socket.SHUT_WR)
+            self.loop.watch(self, READ)
             self.loop.arm(self, LINGER_SECONDS)
 
     def close(self):
@@ -3867,59 +3894,64 @@ class Connection:
         if not self.closed:
             self.closed = True
             self.loop.forget(self)
+            self.request = None
             self.sock.close()
+
+
+Job = collections.namedtuple("Job", "request run repeatable", defaults=[False])
+# run() returns a Response, Held, Unfinished or None for a request; repeatable: whether it may run again if its round is lost.
 
 
 class Rounds:
     """Answers requests in rounds: one transaction and one commit for all that are there.
 
-    A job is (connection, run), where run() returns a Response, a Held, or None to wait on. A held claim is attempted right
-    after the block that made an intent ready for it, in the same transaction. If the transaction is lost, nothing of it is
-    answered: its requests run again, each in a round of its own, and its held claims wait on.
+    A held claim is attempted right after the request that made an intent ready for it, in the same round. If a round is lost,
+    nothing of it is answered: its requests run again, each in a round of its own, a long operation ends with the error, and
+    held claims keep waiting.
     """
 
     def __init__(self, loop):
         self._loop, self._api, self._store = loop, loop.api, loop.api.bus.store
         self._reads, self._reports, self._writes, self._alone = (collections.deque() for _ in range(4))     # jobs
-        self._ran = []                       # (connection, run, outcome) of the round; run is None for a held claim
-        self._lanes = collections.deque()    # lanes with an intent to be offered to held claims
-        self._offered = []                   # lanes whose intents the round has offered
-        self._tried = set()                  # held claims that the round has attempted
-        self._seen = 0                       # blocks of the round whose moves are taken in
-        self._told = False                   # whether those who wait for events have a job
+        self._ran = []                       # (job, outcome) of the round
+        self._claimed = []                   # (held claim, answer) of the round
+        self._lanes = collections.deque()    # (lane, whether unknown intents may be in it), to offer to held claims
+        self._offered = []                   # those of them that the round has offered
+        self._blocks_seen = 0                # blocks of the round whose moves are taken in
         self._slow = False                   # whether the last commit was slow
         self._retry_at = 0                   # when to begin a round again, after one that could not begin
 
-    def submit(self, connection):
-        """Take in the request of a connection."""
+    def submit(self, request):
+        """Take in a request."""
         jobs = self._reads
-        if self._api.writes(connection.request):
-            jobs = self._reports if connection.request.path.startswith(REPORTS) else self._writes
-        jobs.append((connection, functools.partial(self._api.handle, connection.request)))
+        if self._api.writes(request):
+            jobs = self._reports if request.path.startswith(REPORTS) else self._writes
+        jobs.append(Job(request, functools.partial(self._api.handle, request), repeatable=True))
 
-    def ask(self, run):
-        """Take in a job that answers no request: housekeeping."""
-        self._writes.append((None, run))
-
-    def go_on(self, held):
+    def go_on(self, unfinished):
         """Take in the next slice of a long operation."""
-        self._writes.append((held.connection, functools.partial(self._expire, held)))
+        self._writes.append(Job(unfinished.request, functools.partial(self._api.go_on, unfinished)))
+
+    def keep_house(self, housekeeping):
+        """Take in a function that does what is due, and returns whether it could."""
+        self._writes.append(Job(None, housekeeping))
 
     def expire(self, held):
         """Take in a held request whose time is over."""
-        self._reads.append((held.connection, functools.partial(self._expire, held)))
+        self._reads.append(Job(held.request, functools.partial(self._api.expire, held)))
 
     def attempt_all(self, key):
-        """Attempt the requests that are held for a key."""
+        """Attempt the requests that are held for a key, which only read."""
         for held in self._loop.waiting.all(key):
-            jobs = self._writes if self._api.writes(held.request) else self._reads
-            jobs.append((held.connection, functools.partial(self._attempt, held)))
+            if not held.queued:
+                held.queued = True
+                self._reads.append(Job(held.request, functools.partial(self._attempt, held)))
 
     def look_again(self):
-        """Attempt held requests after another program has changed the database; of claims, the first of each lane."""
+        """Attempt held requests after another program has changed the database."""
         for key in self._loop.waiting.keys():
             if "\t" in key:
-                self._lanes.append(key)
+                self._lanes.append((key, True))
             else:
                 self.attempt_all(key)
 
@@ -3928,10 +3960,8 @@ class Rounds:
         for move in moves:
             if move.intent.ended:
                 self.attempt_all(move.intent.id)
-        if not self._told and any(move.event for move in moves):
-            self._told = True
+        if any(move.event for move in moves):
             self.attempt_all(EVENT_KEY)
-            self._reads.append((None, functools.partial(setattr, self, "_told", False)))
 
     def apart(self, function, then=lambda result: None):
         """Run a function that writes in a thread; reads go on meanwhile, and the next round begins after it."""
@@ -3942,7 +3972,7 @@ class Rounds:
         self._loop.in_thread(function, end)
 
     def delay(self):
-        """Return in how many seconds work() has something to do; float("inf") if that is unknown."""
+        """Return in how many seconds work() has something to do; float("inf") if nothing, or if it waits for apart()."""
         if self._reads:
             return 0
         return max(0, self._retry_at - self._loop.now) if self._may_begin() else float("inf")
@@ -3953,8 +3983,8 @@ class Rounds:
             self._round()
         until = time.monotonic() + ROUND_SECONDS
         while self._reads and time.monotonic() < until:
-            connection, run = self._reads.popleft()
-            self._loop.deliver(connection, run())
+            job = self._reads.popleft()
+            self._loop.deliver(job.request, job.run())
 
     def _may_begin(self):
         return self._store.busy_since is None and bool(self._alone or self._reports or self._writes or self._lanes)
@@ -3978,44 +4008,46 @@ class Rounds:
     def _run_jobs(self):
         """Run one job alone; or reports and then others, each followed by the held claims that it gives an intent to."""
         if self._alone:
-            return self._run(*self._alone.popleft())
+            return self._run(self._alone.popleft())
         until = time.monotonic() + ROUND_SECONDS
-        self._offer_lanes()
-        while len(self._ran) < ROUND_REQUESTS and (jobs := self._reports or self._writes) and time.monotonic() < until:
-            self._run(*jobs.popleft())
+        while True:
             self._offer_lanes()
+            jobs = self._reports or self._writes
+            if not jobs or len(self._ran) >= ROUND_REQUESTS or time.monotonic() >= until:
+                return
+            self._run(jobs.popleft())
 
-    def _run(self, connection, run):
-        at = len(self._ran)
-        self._ran.append((connection, run, None))     # known before it runs: it runs again if the round is lost
-        outcome = run()
+    def _run(self, job):
+        self._ran.append((job, None))     # known before it runs, in case the round is lost
+        outcome = job.run()
         if isinstance(outcome, Held):     # at once, so that the next job of this round finds it
-            outcome = self._loop.hold(connection, outcome)
-        self._ran[at] = connection, run, outcome
+            outcome = self._loop.deliver(job.request, outcome)
+        self._ran[-1] = job, outcome
         self._take_in_moves()
 
     def _offer_lanes(self):
         """Attempt, for each intent that got ready, the claim that is held longest for it."""
-        while self._lanes and len(self._tried) < ROUND_REQUESTS:
-            lane = self._lanes.popleft()
-            held = self._loop.waiting.first(covering_lanes(lane), self._tried)
+        while self._lanes and len(self._offered) < ROUND_REQUESTS:
+            lane, unknown = self._lanes.popleft()
+            held = self._loop.waiting.first(covering_lanes(lane))
             if held is None:
                 continue
-            self._offered.append(lane)
-            self._tried.add(held)
+            self._offered.append((lane, unknown))
             answer = self._api.attempt(held)
             claimed = self._take_in_moves()
             if answer is not None:
-                self._ran.append((held.connection, None, answer))
-                if lane not in claimed:     # it was refused, or took another intent: the next one is attempted
-                    self._lanes.appendleft(lane)
+                held.settled = True
+                self._loop.waiting.release(held)
+                self._claimed.append((held, answer))
+                if unknown or lane not in claimed:     # it was refused, or took another intent: the next one is attempted
+                    self._lanes.appendleft((lane, unknown))
 
     def _take_in_moves(self):
         """Note the lanes in which intents got ready since the last call; return those in which one was claimed."""
-        moves = [move for block in self._store.round[self._seen:] for move in block.moves]
-        self._seen = len(self._store.round)
+        moves = [move for block in self._store.round[self._blocks_seen:] for move in block.moves]
+        self._blocks_seen = len(self._store.round)
         if self._loop.waiting:
-            self._lanes += [move.intent.lane for move in moves if move.intent.ready]
+            self._lanes += [(move.intent.lane, False) for move in moves if move.intent.ready]
         return {move.intent.lane for move in moves if move.event == "claimed"}
 
     def _commit(self):
@@ -4030,47 +4062,48 @@ class Rounds:
 
     def _end(self, error):
         """Send the answers of a round that is on disk. After an error, have each of its requests meet its own error."""
-        ran, offered, self._ran, self._offered, self._seen = self._ran, self._offered, [], [], 0
-        self._tried.clear()
-        if error is None:
-            self._store.finish()
-            for connection, _, outcome in ran:
-                self._loop.deliver(connection, outcome)
-            if self._store.database.log_is_long():
-                self.apart(self._store.database.truncate_log)
-            return
-        self._store.abandon()
+        ran, claimed, offered = self._ran, self._claimed, self._offered
+        self._ran, self._claimed, self._offered, self._blocks_seen = [], [], [], 0
+        if error:
+            self._store.abandon()
+            return self._lose(getattr(error, "cause", error), ran, claimed, offered)
+        self._store.finish()
+        for job, outcome in ran:
+            self._loop.deliver(job.request, outcome)
+        for held, answer in claimed:
+            self._loop.deliver(held.request, answer)
+        if self._store.database.log_is_long():
+            self.apart(self._store.database.truncate_log)
+
+    def _lose(self, error, ran, claimed, offered):
+        """Take back what a lost round did: run its requests again, one by one; but one that was alone meets the error."""
+        for held, _ in claimed:
+            self._loop.hold_again(held)
         self._lanes += offered
-        jobs = [(connection, run) for connection, run, _ in ran if connection and run]     # housekeeping comes again
-        for connection, run in jobs:
-            self._loop.release(connection)
-            if offered or len(jobs) > 1:
-                self._alone.append((connection, run))
+        jobs = [job for job, _ in ran if job.request and self._loop.awaits_answer(job.request)]     # housekeeping comes again
+        for job in jobs:
+            if job.repeatable and (offered or len(jobs) > 1):
+                self._loop.release(job.request.connection)
+                self._alone.append(job)
             else:
-                self._loop.deliver(connection, self._api.refuse(connection.request, getattr(error, "cause", error)))
+                self._loop.deliver(job.request, self._api.refuse(job.request, error))
         if not jobs:
             self._retry_at = self._loop.now + LOCK_CHECK_SECONDS
 
     def _refuse_waiting(self, error, seconds):
         """Refuse requests that have waited for that many seconds; /health has less patience."""
         for jobs in (self._alone, self._reports, self._writes):
-            for connection, run in [jobs.popleft() for _ in range(len(jobs))]:
-                patience = min(seconds, RECHECK_SECONDS) if connection and connection.request.endpoint is health_endpoint else seconds
-                if connection and self._loop.now - connection.began >= patience:
-                    self._loop.deliver(connection, self._api.refuse(connection.request, error))
-                elif connection:     # housekeeping comes again
-                    jobs.append((connection, run))
+            for job in [jobs.popleft() for _ in range(len(jobs))]:
+                if job.request and self._loop.now - job.request.connection.began >= (
+                        min(seconds, RECHECK_SECONDS) if job.request.endpoint is health_endpoint else seconds):
+                    self._loop.deliver(job.request, self._api.refuse(job.request, error))
+                elif job.request:     # housekeeping comes again
+                    jobs.append(job)
 
     def _attempt(self, held):
-        """Return the answer to a held request, if there is one and it is still held."""
-        return self._api.attempt(held) if held.connection.held is held and held not in self._tried else None
-
-    def _expire(self, held):
-        """Return the answer to a held request whose time is over."""
-        if held in self._tried:     # its answer is being committed
-            self._loop.arm(held.connection, LOCK_CHECK_SECONDS)
-        elif held.connection.held is held:
-            return self._api.expire(held)
+        """Return the answer to a held request, if there is one and it is still wanted."""
+        held.queued = False
+        return None if held.settled else self._api.attempt(held)
 
 
 class Loop:
@@ -4134,8 +4167,8 @@ class Loop:
             _, _, alarm = heapq.heappop(self._alarms)
             if alarm:
                 self._safely(alarm)
-        self._look_around()
-        self.rounds.work()
+        self._safely(self._look_around)
+        self._safely(self.rounds.work)
 
     def _timeout(self):
         """Return for how many seconds there is nothing to do, unless something arrives."""
@@ -4146,13 +4179,14 @@ class Loop:
         return max(0, min(alarm - self.now, self._tick_at - self.now, due, self.rounds.delay()))
 
     def _safely(self, function, *arguments):
-        """Call a method of a connection; a bug in it ends that connection only."""
+        """Call a function; an exception is logged and, if it is a method of a connection, closes that one."""
         try:
             function(*arguments)
-        except Exception:
-            log_traceback("a connection failed")
-            if isinstance(function.__self__, Connection):
-                function.__self__.close()
+        except Exception as error:
+            log_traceback("the bus goes on after a fault", error)
+            owner = getattr(function, "__self__", None)
+            if isinstance(owner, Connection):
+                owner.close()
 
     def _look_around(self):
         """Have due transitions applied at once; look every RECHECK_SECONDS after everything else."""
@@ -4167,7 +4201,7 @@ class Loop:
             due = due or bus.housekeeping_due()
         if due and self.now >= self._housekeeping_at:
             self._housekeeping_at = self.now + RECHECK_SECONDS     # earlier, if it succeeds
-            self.rounds.ask(self._housekeeping)
+            self.rounds.keep_house(self._housekeeping)
 
     def _look_at_database(self, bus):
         database = bus.store.database
@@ -4189,7 +4223,7 @@ class Loop:
         self.socket.close()
         for connection in list(self._connections):
             if connection.held:
-                self.expire(connection)
+                self.expire(connection.held)
             elif connection.request is None and not connection.answering:
                 connection.close()
         until = time.monotonic() + SHUTDOWN_SECONDS
@@ -4251,8 +4285,7 @@ class Loop:
         with contextlib.suppress(BlockingIOError):
             self._woken.recv(INPUT_BYTES)
         while self._handed:
-            then, result = self._handed.popleft()
-            then(result)
+            self._safely(*self._handed.popleft())
 
     # -- Connections --
 
@@ -4278,7 +4311,11 @@ class Loop:
         with contextlib.suppress(KeyError):
             self._selector.unregister(self.socket)
             if seconds:
-                self._call_at(self.now + seconds, functools.partial(self._selector.register, self.socket, READ, self._accept))
+                self._call_at(self.now + seconds, self._resume_accepting)
+
+    def _resume_accepting(self):
+        if not self.stopping:
+            self._selector.register(self.socket, READ, self._accept)
 
     def _connect(self, sock, address):
         sock.setblocking(False)
@@ -4368,40 +4405,51 @@ class Loop:
                 self.heads.clear()
             self.heads[block] = request.headers
 
-    def deliver(self, connection, outcome):
-        """Send a Response, hold a Held; None changes nothing."""
-        if connection is None:     # of housekeeping, outcome tells whether it succeeded
-            self._housekeeping_at = 0 if outcome else self._housekeeping_at
-        elif isinstance(outcome, Held):
-            self.hold(connection, outcome)
-        elif outcome and connection.request and not connection.closed:
-            self.release(connection)
-            self._safely(connection.answer, outcome)
+    def awaits_answer(self, request):
+        """Return whether a request still has a client that waits for its answer."""
+        return request.connection.request is request
 
-    def hold(self, connection, held):
-        """Hold the request of a connection; one that is held for no time goes on in the next round."""
-        if connection.closed:
+    def deliver(self, request, outcome):
+        """Send a Response, hold a Held, have an Unfinished go on; None changes nothing."""
+        if request is None:     # of housekeeping, outcome tells whether it succeeded
+            self._housekeeping_at = 0 if outcome else self._housekeeping_at
+        elif not self.awaits_answer(request):
             return
-        connection.held, held.connection = held, connection
+        elif isinstance(outcome, Held):
+            request.connection.held, outcome.until = outcome, self.now + outcome.seconds
+            self._wait(outcome)
+        elif isinstance(outcome, Unfinished):
+            self.rounds.go_on(outcome)
+        elif outcome:
+            self.release(request.connection)
+            self._safely(request.connection.answer, outcome)
+
+    def _wait(self, held):
+        """Wait for news of a held request, or for its time to be over."""
+        connection = held.request.connection
         if held.keys:
             self.waiting.hold(held)
-        if not held.seconds:
-            self.rounds.go_on(held)
-        elif connection.eof:
-            self.expire(connection)
+        if self.stopping or held.keys and connection.eof:
+            self.expire(held)
         else:
-            self.arm(connection, held.seconds)
+            self.arm(connection, held.until - self.now)
 
-    def expire(self, connection):
-        """Have a held request answered now, as if its time were over."""
-        held = connection.held
-        self.release(connection)
-        connection.held = held
-        self.rounds.expire(held)
+    def hold_again(self, held):
+        """Wait again for a held request whose answer was lost with its round."""
+        held.settled = False
+        if held.request.connection.held is held:
+            self._wait(held)
+
+    def expire(self, held):
+        """Have a held request answered now, as if its time were over, unless its answer is on the way."""
+        if not held.settled:
+            held.settled = True
+            self.waiting.release(held)
+            self.rounds.expire(held)
 
     def release(self, connection):
-        """Hold the request of a connection no longer."""
-        if connection.held in self.waiting:
+        """Stop holding the request of a connection."""
+        if connection.held:
             self.waiting.release(connection.held)
         connection.held, connection.deadline = None, float("inf")
 
@@ -4539,13 +4587,19 @@ class WsgiApplication:
             api.bus.shift_clock()
             api.housekeeping()
         answer = api.handle(request)
-        while isinstance(answer, Held):     # and other threads have their turn
-            held, answer, until = answer, None, time.monotonic() + answer.seconds
-            while answer is None and (left := until - time.monotonic()) > 0:
-                self._turn.wait(min(left, RECHECK_SECONDS))
-                answer = held.attempt and api.attempt(held)
-            answer = answer or api.expire(held)
+        while not isinstance(answer, Response):
+            answer = api.go_on(answer) if isinstance(answer, Unfinished) else self._wait(api, answer)
         return answer
+
+    def _wait(self, api, held):
+        """Return the answer to a held request, while other threads have their turn."""
+        until = time.monotonic() + held.seconds
+        while (left := until - time.monotonic()) > 0:
+            self._turn.wait(min(left, RECHECK_SECONDS))
+            answer = held.attempt and api.attempt(held)
+            if answer:
+                return answer
+        return api.expire(held)
 
     def close(self):
         """Put on record what only memory knows, and let go of the database."""
@@ -5535,7 +5589,6 @@ def check_clock(offset):
 def check_bus(options):
     """Check the key, the connection to the bus, the role of the key, and the clock."""
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
         try:
             bus = open_client(options, DOCTOR_SECONDS)
         except SetupError as error:

@@ -13,6 +13,7 @@ import bisect
 import collections
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import hashlib
 import hmac
@@ -1916,6 +1917,50 @@ def test_reads_go_on_while_a_slow_disk_commits(on_a_watched_disk):
     assert len(bus.statuses()) == before + 3
 
 
+def test_a_block_after_a_round_undone_has_its_effects(bus):
+    done = []
+    bus.store.database.begin()
+    bus.store.database.rollback()
+    with bus.store.transaction() as tx:
+        tx.after_commit(done.append, 1)
+    assert done == [1]
+
+
+@ON_A_FILE
+def test_a_purge_that_fails_in_the_middle_says_so(served, monkeypatch):
+    monkeypatch.setattr(intentbus, "SLICE_ROWS", 10)
+    monkeypatch.setattr(intentbus, "SLICE_SECONDS", 0)
+    ids = served.ask("POST", "/intents", [a_publish() for _ in range(50)] + [a_publish(goal="kept")]).json["ids"]
+    with contextlib.closing(sqlite3.connect(served.db)) as db:
+        db.execute("CREATE TRIGGER kept BEFORE DELETE ON intents WHEN OLD.goal = 'kept' BEGIN SELECT RAISE(ROLLBACK, 'kept'); END")
+        assert_refusal(served.ask("POST", "/admin/purge", {"confirm": True}), 500, "internal_error")
+        assert [intent.id for intent in served.client.list().intents] == ids[:-2:-1]
+        db.execute("DROP TRIGGER kept")
+    assert served.ask("POST", "/admin/purge", {"confirm": True}).json == {"ok": True, "deleted": 1}
+
+
+@ON_A_FILE
+def test_a_purge_ends_when_its_connection_is_reset(served, monkeypatch):
+    monkeypatch.setattr(intentbus, "SLICE_ROWS", 1)
+    monkeypatch.setattr(intentbus, "SLICE_SECONDS", 0)
+    for _ in range(10):
+        served.ask("POST", "/intents", [a_publish() for _ in range(1000)])
+    purge = served.connect()
+    purge.sendall(asking("POST", "/admin/purge", {"confirm": True}))
+
+    def left():
+        return served.ask("GET", "/admin/summary").json["intents"]["default"]["open"]
+    wait_until(lambda: left() < 10_000)
+    with occupied(served.db):
+        before = left()
+        purge.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        purge.close()
+        assert served.ask("GET", "/whoami").status == 200
+    for _ in range(100):     # each in a round in which the purge would have deleted another one
+        served.publish()
+    assert left() > before + 80
+
+
 def test_a_request_that_fails_halfway_stores_nothing(served):
     forbid(served, "forbidden")
     for _ in range(3):
@@ -2134,7 +2179,6 @@ def test_a_killed_migration_leaves_the_file_unchanged(tmp_path):
     served.stop()
 
 
-@SLOW
 def test_a_file_system_without_shared_memory_works_with_a_warning(tmp_path):
     bus = Serve(tmp_path, **preloaded(NO_SHARED_MEMORY))
     id = bus.run("publish", "g", "1").stdout.strip()
@@ -2142,6 +2186,7 @@ def test_a_file_system_without_shared_memory_works_with_a_warning(tmp_path):
     assert bus.run("status", id).stdout == "fulfilled\n"
     with contextlib.closing(sqlite3.connect(tmp_path / "intentbus.db")) as db:
         assert db.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+    assert (tmp_path / "intentbus.db-journal").stat().st_size == 0, "a journal is truncated, since a deleted one may come back"
     code, _, said = bus.stop()
     assert code == 0 and "without shared memory: the bus works, but slower" in said
 
@@ -2573,6 +2618,29 @@ def test_the_longest_held_claim_is_served_first(no_rechecks, served):
     for number, claim in enumerate(claims):
         intent_id = served.publish()
         assert claimed_by(claim).id == intent_id and served.holds(5 - number)
+
+
+def test_a_claim_may_name_its_goal_and_capability_twice(served):
+    claim = served.hold("POST", "/claim?goal=g&goal=g&capabilities=x,x&wait=60")
+    intent_id = served.publish(required_capability="x")
+    assert claimed_by(claim).id == intent_id and served.holds(0)
+    assert served.ask("POST", "/claim?goal=g&goal=g&capabilities=x,x&wait=0.1").status == 204
+
+
+@ON_A_FILE
+@LINUX
+def test_a_claim_attempted_in_vain_gets_the_next_intent_of_the_round(started, monkeypatch):
+    monkeypatch.setattr(intentbus, "RECHECK_SECONDS", 0.001)     # so that the bus sees each change of another program at once
+    served = started()
+    claim = served.hold("POST", "/claim?goal=g&wait=60")
+    with contextlib.closing(sqlite3.connect(served.db, isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        db.execute("CREATE TABLE of_another_program (a)")
+        publish = served.begin("POST", "/intent", a_publish())
+        wait_until(lambda: not unread(served.port))
+        db.execute("COMMIT")
+    claim.settimeout(5)
+    assert claimed_by(claim).id == response_on(publish).json["id"]
 
 
 @ON_A_FILE
@@ -3032,6 +3100,8 @@ def test_events_are_counted_by_the_minute_across_a_restart(store, clock):
     assert bus.summary().history == [[minute + intentbus.HISTORY_MINUTES, "published", 1]]
     clock.pass_(60)
     bus.publish("g", 1)
+    tend(bus)
+    assert next(store.history(0))[0] == minute + intentbus.HISTORY_MINUTES, "older minutes are deleted"
     decade = (minute + intentbus.HISTORY_MINUTES) // 10 * 10
     assert bus.summary(1440).history[-1][:2] == [decade, "published"], "a day comes by ten minutes"
 
@@ -4224,6 +4294,7 @@ BAD_REQUESTS = (
     case("publish", ("POST /intent", a_publish(priority=1001)), "invalid_priority", "priority", "0", "1000"),
     case("publish, a mistyped field", ("POST /intent", a_publish(priorty=5)), "invalid_request", "'priorty'", "priority"),
     case("publish, too late", ("POST /intent", a_publish(run_at=2 ** 40)), "invalid_run_at", "366 days"),
+    case("publish, a year and two days on", ("POST /intent", a_publish(run_at=time.time() + 368 * 86400)), "invalid_run_at"),
     case("publish, run_at and a delay", ("POST /intent", a_publish(run_at=1, delay=1)), "invalid_run_at", "delay"),
     case("publish, NaN", ("POST /intent", raw(b"NaN")), "invalid_json", "NaN"),
     case("admin's publish", ("POST /admin/intents", a_publish(goal="")), "invalid_goal", "1", "256"),
@@ -4758,6 +4829,11 @@ def test_a_bad_value_is_refused(strict, target, body, code):
     assert strict.ask("GET", "/get/k").status == 404
 
 
+def test_an_intent_may_be_published_for_a_time(served):
+    at = time.time() + 365 * 86400
+    assert served.client.get_status(served.publish(run_at=at)).run_at == at
+
+
 def test_clients_of_the_first_protocol_set_values_in_the_query(served):
     for query, value in (("value=hello", "hello"), ("value=&ttl=60", ""), ("value=5", "5"),
                          ("ttl=1.5&value=a+b%2F%C3%A9", "a b/\u00e9")):
@@ -4777,6 +4853,17 @@ def test_a_value_is_forgotten_after_its_time_and_its_lock_is_free(started, clock
     assert_refusal(bus.ask("GET", "/get/k"), 404, "not_found")
     assert bus.ask("POST", "/delete/k").json["deleted"] is False
     assert bus.ask("POST", "/set/k", {"value": 2, "if_absent": True}).status == 200
+
+
+@pytest.mark.parametrize("verb, fields", [
+    ("extend_claim", intentbus.EXTEND), ("fulfill", intentbus.FULFILL), ("fail", intentbus.FAIL), ("release", intentbus.RELEASE),
+    ("list", intentbus.LIST), ("set", intentbus.SET), ("purge", intentbus.PURGE), ("retry_many", intentbus.RETRY),
+    ("sweep_dead", intentbus.SWEEP),
+])
+def test_the_defaults_of_a_request_are_those_of_the_bus(verb, fields):
+    parameters = inspect.signature(getattr(Bus, verb)).parameters
+    defaults = {name: parameters[name].default for name in fields.defaults}
+    assert defaults == fields.defaults
 
 
 def test_each_owner_has_values_of_its_own(started):
@@ -5162,6 +5249,51 @@ def test_bodies_of_unproven_callers_have_a_bound_in_memory(started, monkeypatch)
         for sock, rest in halves[3:]:
             sock.sendall(rest)
             assert response_on(sock).status == 201
+
+
+def test_a_body_sent_without_any_key_is_bounded_too(started, monkeypatch):
+    monkeypatch.setattr(intentbus, "UNPROVEN_BYTES", 100_000)
+    bus = started()
+    with contextlib.ExitStack() as stack:
+        halves = [stack.enter_context(bus.connect()) for _ in range(5)]
+        for sock in halves:
+            sock.sendall(asking("POST", "/join", {"code": "x" * 40_000}, key=None)[:-1])
+            wait_until(lambda: not unread(bus.port))
+        assert bus.ask("GET", "/health", key=None).status == 200
+        for sock in halves[:3]:     # the oldest are closed
+            with contextlib.suppress(ConnectionError):
+                assert sock.recv(1) == b""
+
+
+def test_a_refusal_after_a_head_request_has_a_body(served):
+    data = served.talk(b"HEAD /health HTTP/1.1\r\nHost: x\r\n\r\nGET /health\r\n\r\n")
+    refused, = responses(data.partition(b"\r\n\r\n")[2])
+    assert_refusal(refused, 400, "invalid_request")
+
+
+def test_a_bug_in_an_answer_closes_its_connection_only(served, monkeypatch, capfd):
+    monkeypatch.delitem(intentbus.REASONS, 204)
+    with pytest.raises(ValueError):     # no response came
+        served.ask("POST", "/claim?goal=none")
+    assert "KeyError: 204" in capfd.readouterr().err
+    assert served.ask("GET", "/health").status == 200
+
+
+def test_a_bus_without_descriptors_ends_well(served, monkeypatch):
+    monkeypatch.setattr(intentbus, "ACCEPT_PAUSE_SECONDS", 0.01)
+    with occupied(served.db) if served.database == "sqlite" else contextlib.nullcontext():
+        publish = served.begin("POST", "/intent", a_publish())
+        wait_until(lambda: not unread(served.port))
+
+        def no_descriptors():
+            raise OSError(errno.EMFILE, "Too many open files")
+        monkeypatch.setattr(served.server, "get_request", no_descriptors)
+        late = served.connect()
+        wait_until(lambda: unread(served.port))
+        end = in_thread(served.stop)
+    assert response_on(publish).status == 201
+    end()
+    late.close()
 
 
 @pytest.mark.parametrize("half", [
@@ -5682,6 +5814,10 @@ def test_the_first_requests_of_a_wsgi_bus_may_come_together(wsgi):
 def test_a_claim_held_under_wsgi_gets_a_delayed_intent(wsgi):
     wsgi("POST", "/intent", b'{"goal": "g", "payload": 1, "delay": 0.1}')
     assert wsgi("POST", "/claim?wait=1", **{"wsgi.multithread": True}).status == 200
+
+
+def test_a_claim_held_under_wsgi_is_empty_after_its_wait(wsgi):
+    assert wsgi("POST", "/claim?wait=0.05", **{"wsgi.multithread": True}).status == 204
 
 
 @pytest.fixture
@@ -6322,6 +6458,15 @@ def test_a_client_corrects_its_clock(tmp_path, monkeypatch):
 
 # ---- 17. Worker ----
 
+def test_a_worker_pauses_at_a_bus_that_holds_no_claims():
+    poll = 0.1
+    with Fake("204 No Content", b"") as bus:
+        client, began = IntentClient(bus.url, KEY), time.monotonic()
+        in_thread(listen, client, "g", print, poll=poll, max_time=1)
+        wait_until(lambda: len(bus.asked) >= 4)
+    assert time.monotonic() - began >= 3 * poll
+
+
 @pytest.mark.parametrize("how", [listen, IntentClient.listen], ids=["function", "method"])
 def test_listen_hands_payloads_to_a_function_and_returns_its_results(served, how):
     answers = [served.client.publish("double", n).id for n in (1, 2, "x", None or [])]
@@ -6904,7 +7049,7 @@ def test_every_command_and_flag_has_help_and_is_in_the_readme(serve):
         for names, options in flags:
             assert options["help"], names
             assert not names[-1].startswith("--") or f"`{names[-1]}" in readme or f"{names[-1]}" in readme, (name, names)
-    assert serve.run("work", "--help").returncode == 0
+    assert "(default 1m)" in serve.run("work", "--help").stdout
 
 
 @pytest.mark.parametrize("words, seconds", [("90", 90), ("90s", 90), ("1.5m", 90), ("2h", 7200), ("7d", 604800)])
@@ -7215,7 +7360,8 @@ def test_publish_spool_keeps_intents_and_flush_sends_them(served, home):
         code, out, err = run("publish", "g", number, "--spool", **settings)
         assert (code, out) == (0, "") and "cannot be reached: Connection refused. The intent is stored; the next" in err
     assert json.loads(run("publish", "g", "3", "--spool", "--json", **settings)[1])["status"] == "spooled"
-    assert run("publish", "g", "--lines", "--spool", stdin=b"a\nb\n", **settings)[:2] == (0, "")
+    code, out, err = run("publish", "g", "--lines", "--spool", stdin=b"a\nb\n", **settings)
+    assert (code, out) == (0, "") and "2 intents are stored; the next publish --spool, flush or work sends them" in err
     assert_complaint(run("flush", **settings), 5, "cannot be reached")
     served.start()
     assert run("flush", **settings) == (0, "4\n", "")
