@@ -29,8 +29,8 @@ The parts, top to bottom; each uses only the parts above it:
      4. Database      the SQLite file: connections, the transaction of a round, migrations
      5. Store         all other SQL, on the open transaction
      6. Clock         Unix seconds that run evenly, even when the machine's clock is set
-     7. Waiting       held requests, by what each waits for
-     8. Activity      workers, events and history: in memory, for people to look at
+     7. Waiting       held requests, by what they wait for
+     8. Activity      workers, events and history: in memory, for display
      9. Bus           the rules: who may do what, leases, retries
     10. Keys          who is asking
     11. Fields        what a body or query may hold, as data
@@ -364,7 +364,7 @@ class Intent(Record):
         return Intent(self, **self.advance(now).columns)
 
     def advance(self, now):
-        """Time has come to due_at: it expires, its lease is lost, or its delay is over."""
+        """Its time has come: it expires, its lease is lost, or its delay is over."""
         if self.expires_at <= now:
             return self._dead(now, "expired")
         if self.status != "claimed":
@@ -448,7 +448,7 @@ SCHEMA = """
         -- the latest claim
         claim_attempts INTEGER NOT NULL, claim_token_hash TEXT, claim_expires_at DOUBLE PRECISION, claim_owner TEXT,
         claim_outcome TEXT, worker_id TEXT,
-        -- what the indexes need
+        -- derived, for the indexes
         lane TEXT NOT NULL, ready INTEGER NOT NULL, wake_at DOUBLE PRECISION
     );
     CREATE INDEX intents_ready ON intents (lane, priority DESC, run_at, claim_attempts, created_at, id) WHERE ready = 1;
@@ -463,7 +463,7 @@ SCHEMA = """
         created_at DOUBLE PRECISION NOT NULL, last_used_at DOUBLE PRECISION, total_requests INTEGER NOT NULL,
         revoked_at DOUBLE PRECISION
     );
-    CREATE TABLE memos (     -- what is remembered for a while: values of owners, answers to idempotency keys, nonces
+    CREATE TABLE memos (     -- temporary rows: values of owners, answers to idempotency keys, nonces
         kind TEXT, owner TEXT, key TEXT, value TEXT NOT NULL, expires_at DOUBLE PRECISION NOT NULL,
         PRIMARY KEY (kind, owner, key)
     );
@@ -532,9 +532,9 @@ class RoundLost(Exception):
 class Database:
     """The SQLite file of a bus.
 
-    A block is what one verb of the Bus does: enter(), statements, then leave() or undo(), which undoes only that block. In
-    a round, from begin() to commit(), many blocks share one commit; a block outside a round is its own transaction. All
-    errors of SQLite become Busy, Unavailable or StorageFull; an IntegrityError, a bug, stays as it is.
+    A block holds the statements of one verb of the Bus: enter(), statements, then leave() or undo(), which undoes only
+    that block. In a round, from begin() to commit(), many blocks share one commit; a block outside a round is its own
+    transaction. All errors of SQLite become Busy, Unavailable or StorageFull; an IntegrityError, a bug, stays as it is.
     """
 
     shared = False     # whether other buses use the database too
@@ -560,7 +560,7 @@ class Database:
         except sqlite3.Error as error:
             raise SetupError(f"The database {self.path} cannot be used: {error}.") from error
         self._truncate_above = WAL_BYTES
-        self.commits_apart = shared_memory     # whether a commit in one thread and reads in another get along
+        self.commits_apart = shared_memory     # whether a commit in one thread does not block reads in another
         if shared_memory:     # from now on the loop waits, not SQLite
             self._db.execute("PRAGMA busy_timeout = 0")
             self._reader.execute("PRAGMA busy_timeout = 0")
@@ -614,7 +614,7 @@ class Database:
         return self._db
 
     def leave(self, connection):
-        """End a block well; return whether it is committed, which is so outside a round."""
+        """Keep what a block did; return whether it is committed, which it is outside a round."""
         if self.in_round:
             self._run(connection.execute, "RELEASE block")
             return False
@@ -656,7 +656,7 @@ class Database:
         return changed
 
     def log_is_long(self):
-        """Return whether the write-ahead log needs truncate_log(), because readers were there at each commit."""
+        """Return whether the write-ahead log needs truncate_log(), which readers have kept from starting again."""
         return file_size(self.path + "-wal") > self._truncate_above
 
     def truncate_log(self):
@@ -679,7 +679,7 @@ class Database:
                               "right file there and restart the bus.")
 
     def _translated(self, error):
-        """Return the error of ours for an error of SQLite."""
+        """Translate an error of SQLite; return any other unchanged."""
         reason, code = str(error), getattr(error, "sqlite_errorname", "")     # the name since Python 3.11
         if isinstance(error, self._sqlite.IntegrityError) or not isinstance(error, self._sqlite.DatabaseError):
             return error
@@ -719,7 +719,7 @@ class Database:
         return True
 
     def _prepare(self, journal):
-        """Bring the file to this journal mode, if it can be had, and to the schema of this version."""
+        """Bring the file to this journal mode, if the file system allows it, and to the schema of this version."""
         (version,), (application_id,) = (self._db.execute(f"PRAGMA {pragma}").fetchone()
                                       for pragma in ("user_version", "application_id"))
         if application_id != APPLICATION_ID and self._db.execute("SELECT name FROM sqlite_master LIMIT 1").fetchone():
@@ -944,7 +944,7 @@ class Reads:
             start = end
 
     def count_dead(self, **which):
-        """Return how many intents are dead in a range of ids, of the kind that DEAD_RANGE describes."""
+        """Return how many intents are dead in a range of ids, as DEAD_RANGE describes them."""
         return self._first(DEAD_RANGE.format(columns="COUNT(*)"), **which)[0]
 
     def recall(self, kind, owner, key, now):
@@ -1042,11 +1042,11 @@ class Transaction(Reads):
             start = lane_end(head.lane)
 
     def dead(self, **which):
-        """Return the dead intents in a range of ids, of the kind that DEAD_RANGE describes."""
+        """Return the dead intents in a range of ids, as DEAD_RANGE describes them."""
         return self._intents(DEAD_RANGE.format(columns=ALL), **which)
 
     def delete_dead(self, **which):
-        """Delete the dead intents in a range of ids, of the kind that DEAD_RANGE describes; return how many."""
+        """Delete the dead intents in a range of ids, as DEAD_RANGE describes them; return how many."""
         return len(self._delete(DEAD_RANGE.format(columns="id"), **which))
 
     def delete_old(self, until, rows):
@@ -1084,10 +1084,10 @@ class Transaction(Reads):
             SET    expires_at = expires_at + :seconds
             WHERE  kind <> 'nonces'
             OR     :seconds > 0
-        """, dict(seconds=seconds))     # a clock set back comes to the time of a nonce once more
+        """, dict(seconds=seconds))     # a clock set back must not shorten the life of a nonce
 
     def clamp_ended(self, now, rows):
-        """Let intents that ended in the future, by a clock that was wrong, have ended now."""
+        """Set completed_at to now where a wrong clock left it in the future."""
         self._db.execute("""
             UPDATE intents
             SET    completed_at = :now
@@ -1320,7 +1320,7 @@ class Clock:
         self._offset += step
 
     def note(self, step=0):
-        """Return the record from which resume() continues after a restart, as it is after a step: a dict for JSON."""
+        """Return the record from which resume() continues after a restart, with a step added: a dict for JSON."""
         return dict(at=self.now() + step, offset=self._offset + step, boot=self._boot)
 
     def resume(self, record):
@@ -1337,7 +1337,7 @@ class Clock:
 
 
 # ---- 7. Waiting ----
-# Held requests, by what each waits for: lanes in which an intent gets ready, the end of an intent, any event.
+# Held requests, by what they wait for: a lane in which an intent gets ready, the end of an intent, any event.
 
 EVENT_KEY = "events"     # what watchers wait for; it is neither a lane nor an id
 
@@ -1411,7 +1411,7 @@ class Waiting:
 
 
 # ---- 8. Activity ----
-# Workers, events and history: in memory, for people to look at. No rule depends on it. The loop changes it; threads of a
+# Workers, events and history: in memory, for display. No rule depends on it. The loop changes it; threads of a
 # shared database read it too, so a reader copies a collection before it iterates over it.
 
 EVENT_FIELDS = ("id", "namespace", "goal", "status", "claim_attempts", "worker_id", "last_error", "owner", "claim_owner")
@@ -1492,7 +1492,7 @@ class EventLog:
         self.minutes -= counted
 
     def after(self, number, visible):
-        """Return (events after a number, those only that are visible(event), how many earlier ones are no longer kept)."""
+        """Return the events after a number for which visible(event) is true, and how many have been dropped since that number."""
         oldest = self._events[0][0] if self._events else self.newest + 1
         newer = itertools.takewhile(lambda entry: entry[0] > number, reversed(list(self._events)))
         found = [Record(zip(EVENT_FIELDS, values), number=at, time=when, event=event) for at, when, event, values in newer]
@@ -1556,9 +1556,10 @@ def sliced(steps):
 
 
 class Bus:
-    """Publish, claim, fulfill, fail: what may happen to an intent, and who may ask for it.
+    """Publish, claim, fulfill, fail: the transitions of an intent, and who may cause them.
 
-    One thread uses it. retention is seconds; jitter returns 0 to 1. on_news is called with the moves of each commit.
+    A server calls it in one thread at a time. retention is seconds; jitter returns 0 to 1. on_news is called with the
+    moves of each commit.
     """
 
     def __init__(self, store, clock=None, require_claim_token=False, retention=RETENTION_SECONDS, announce_dead=False,
@@ -1710,11 +1711,11 @@ class Bus:
             return self._change(tx, intent, intent.claimed(tx.now, token_hash, claim.lease, caller.owner, claim.worker_id))
 
     def _claimable(self, tx, *wanted):
-        """Return what Transaction.claimable() does, after all that time has changed."""
+        """Apply what is due, then return the first intent that a claim may take, or None."""
         while True:
             applied = self.apply_due(tx).applied if self.next_due <= tx.now else 0
             intent = tx.claimable(*wanted)
-            if intent is not None and intent.due_at <= tx.now:     # expired, where more was due than one pass applies
+            if intent is not None and intent.due_at <= tx.now:     # it is expired, but beyond the DUE_ROWS of one pass
                 self._change(tx, intent, intent.advance(tx.now))
             elif intent is not None or applied < DUE_ROWS:
                 return intent
@@ -1771,7 +1772,7 @@ class Bus:
         return found
 
     def list(self, *, status=None, goal=None, namespace=None, limit=50, before=None, payload=False, caller=OWNER):
-        """Return {"intents": newest first, "next": what to pass as before for the next page, or None}.
+        """Return {"intents": newest first, "next": the value of before for the next page, or None}.
 
         A page may be short and still have a next one: it looks at LIST_ROWS intents, and holds PAGE_BYTES of payloads.
         """
@@ -1868,7 +1869,8 @@ class Bus:
     def sweep_dead(self, action, *, goal=None, namespace=None, ids=None, until=None, caller=OWNER):
         """Count, retry or delete the dead intents of a goal, a namespace, or these ids; return {"number", "until"}.
 
-        Only intents that were dead by until, in Unix seconds, are touched; its default is now. So pass what count returned.
+        Only intents that were dead by until, in Unix seconds, are touched; its default is now. To touch those that were
+        counted, pass the until of the count.
         """
         now = self.clock.now()
         until, number = now if until is None else min(until, now), 0
@@ -1907,7 +1909,7 @@ class Bus:
                 for intent in self.store.page(limit, status="dead")[0]]
 
     def summary(self, minutes=60, *, caller=OWNER):
-        """Return how the bus is, and what happened in the last minutes, by ten minutes if they are more than 60.
+        """Return counts, workers, sizes, and the history of the last minutes, in steps of ten above 60.
 
         Intents by namespace and status; for each waiting goal, since when (run_at) and how many workers listen; workers;
         history as [[minute of Unix time, event, times]]; sizes in bytes; the number of issued keys.
@@ -1917,8 +1919,8 @@ class Bus:
             states = intents.setdefault(namespace, {})
             states[status] = states.get(status, 0) + number
         database_bytes, wal_bytes = self.store.database.sizes()
-        return Record(version=__version__, now=now, intents=intents, keys=len(self.store.keys()),
-                      database_bytes=database_bytes, wal_bytes=wal_bytes, waiting=self._longest_waiting(), workers=self.registry.seen()[:WAITING_LANES],
+        return Record(version=__version__, now=now, intents=intents, keys=len(self.store.keys()), database_bytes=database_bytes,
+                      wal_bytes=wal_bytes, waiting=self._longest_waiting(), workers=self.registry.seen()[:WAITING_LANES],
                       history=self._past(int(now // 60) - minutes + 1, 1 if minutes <= 60 else 10))
 
     def _longest_waiting(self):
@@ -2029,14 +2031,14 @@ class Bus:
                 self._unfinished[publisher] += unfinished_change(move)
 
     def distrust_memory(self):
-        """Forget what memory knows of the database: another program has changed it."""
+        """Drop cached counts: another program has changed the database."""
         self.next_due = 0
         self._unfinished.clear()
 
     # -- Time --
 
     def apply_due(self, tx):
-        """Apply due transitions, DUE_ROWS at most; return how many were applied, and how many intents died, by kind."""
+        """Apply due transitions, DUE_ROWS at most; return counts of them, and of the deaths by kind."""
         counts = Record(applied=0, expired_open_dead=0, expired_claims_dead=0)
         for intent in tx.due(tx.now, DUE_ROWS):
             after = self._change(tx, intent, intent.advance(tx.now))
@@ -2061,8 +2063,9 @@ class Bus:
     def housekeeping_due(self):
         """Return whether housekeeping() has something to do."""
         now = time.monotonic()
-        return (self.next_due <= self.clock.now() or self._clean_at <= now or self._note_at <= now and self.next_due < FOREVER
-                or self._history_at <= now and bool(self.log.minutes))
+        return bool(self.next_due <= self.clock.now() or self._clean_at <= now
+                    or (self._note_at <= now and self.next_due < FOREVER)
+                    or (self._history_at <= now and self.log.minutes))
 
     def housekeeping(self):
         """Apply due transitions, delete rows past their retention, store the history and the time."""
@@ -2082,7 +2085,7 @@ class Bus:
                 self._note_at = now + CLOCK_RECORD_SECONDS
 
     def close(self):
-        """Put on record what only memory knows."""
+        """Store the history and the time, which are kept in memory."""
         with self.store.transaction() as tx:
             if self.log.minutes:
                 self._store_history(tx)
@@ -2104,7 +2107,7 @@ class Bus:
         tx.after_commit(self.log.stored, counted)
 
     def _note_time(self, tx, step=0):
-        """Put the time on record, as it is after a step of the wall clock."""
+        """Store the time, with a step of the wall clock added."""
         tx.remember("clock", "", "", to_json(dict(self.clock.note(step), kept=self._kept)), FOREVER)
 
 
@@ -2203,7 +2206,7 @@ class Keys:
     # -- Requests --
 
     def identify(self, request):
-        """Find the key that the head of a request presents; raises Unauthorized if the key was never made by this bus.
+        """Find the key that the head of a request presents; raises Unauthorized if the bus has not issued it.
 
         Sets key_id; signing_key, if confirm() has a signature to check; and proven, false for a mere X-Key-ID.
         """
@@ -2228,7 +2231,7 @@ class Keys:
         if self._dashboard_password:
             sound = sound or user == "admin" and secrets_equal(password, self._dashboard_password)
         if not self._admin_secret and not self._dashboard_password:
-            with contextlib.suppress(Unauthorized):     # from a browser, which signs nothing; or in any way of a key
+            with contextlib.suppress(Unauthorized):     # a browser sends Basic; others present the owner key in any form
                 sound = user == "admin" and secrets_equal(password, self._owner_key)
                 if not sound:
                     self.identify(request)
@@ -2266,7 +2269,7 @@ class Keys:
             raise Unauthorized("Invalid API key.")
 
     def owner_of(self, publisher, request):
-        """Return the owner that a request means by a publisher: a name, a key id, or the caller's own key."""
+        """Return the owner that a publisher in a request stands for: a name, a key id, or the caller's own key."""
         if publisher is None or secrets_equal(publisher, presented_key(request.headers) or ""):
             return publisher and request.caller.owner
         caller = self._caller(publisher) if publisher != "owner" else None
@@ -2393,7 +2396,7 @@ class Keys:
         with self._store.transaction() as tx:
             if not tx.remember_first("nonces", request.key_id, short, "", now + 2 * SIGNATURE_SECONDS + 1):
                 raise refused("Replay detected")
-            tx.after_commit(setattr, request, "signing_key", None)     # the same request may run again
+            tx.after_commit(setattr, request, "signing_key", None)     # checked: if the round is lost, the request runs again
 
     def _failed(self, request, error):
         """Return the error, delayed after repeated failures from one address."""
@@ -2706,7 +2709,7 @@ def from_json(body):
 
 
 def nesting(body):
-    """Return how deep the brackets of a JSON text are nested, at least if that is over JSON_DEPTH."""
+    """Return how deep the brackets of a JSON text are nested; 0 if they are too few to exceed JSON_DEPTH."""
     if body.count(b"[") + body.count(b"{") <= JSON_DEPTH:
         return 0
     depth = deepest = 0
@@ -3003,7 +3006,7 @@ COMMON_HEADERS = (
 
 
 class JsonText(str):
-    """JSON that is sent as it stands."""
+    """Encoded JSON."""
 
 
 def request_id_of(headers):
@@ -3425,7 +3428,7 @@ class API:
         self.keys.write_usage()
 
     def close(self):
-        """Put on record what only memory knows, if that is possible."""
+        """Store the history, the time and the use of keys, which are kept in memory, if that is possible."""
         with contextlib.suppress(Error):
             self.bus.close()
             self.keys.write_usage(at_once=True)
@@ -3729,9 +3732,9 @@ class Connection:
         self.reader = RequestReader(loop, peer)
         self.request = self.held = None     # the request that the bus has, and the Held if it is held
         self.outgoing = b""                 # what the socket has not taken yet
-        self.answering = False              # whether that ends with an answer
+        self.answering = False              # whether it ends with a whole answer
         self.last = False                   # whether the connection ends with this answer
-        self.lingering = False              # whether only the client's end is waited for
+        self.lingering = False              # whether it waits only for the client to close
         self.eof = self.closed = False      # eof: the client sends no more
         self.events = 0                     # what the selector watches
         self.deadline, self.alarm = float("inf"), None     # alarm: the loop's entry for the deadline
@@ -3797,7 +3800,7 @@ class Connection:
     def _begin(self, request):
         self.request, request.connection, self.began = request, self, self.loop.now
         self.awaited, self.deadline = None, float("inf")
-        self.loop.owes_nothing(self)
+        self.loop.request_came(self)
 
     def _refuse(self, error):
         """Answer a request that is refused before it is whole."""
@@ -3866,7 +3869,7 @@ class Connection:
             self._go_on()
 
     def _go_on(self):
-        """Go on after an answer."""
+        """After an answer, read the next request, or end."""
         if self.last:
             return self._linger()
         self.loop.owing[self] = None
@@ -4155,7 +4158,7 @@ class Loop:
             self._ended.set()
 
     def _turn(self, timeout):
-        """Receive from all ready connections, ring due alarms, answer and send."""
+        """Receive from all ready connections, ring due alarms, answer, commit and send."""
         for key, events in self._selector.select(timeout):
             self._safely(key.data, events)
         self.now, self._handshakes = time.monotonic(), 0
@@ -4189,7 +4192,7 @@ class Loop:
                 owner.close()
 
     def _look_around(self):
-        """Have due transitions applied at once; look every RECHECK_SECONDS after everything else."""
+        """Queue housekeeping when it is due; every RECHECK_SECONDS, look at the clock and at the file."""
         bus = self.api.bus
         due = bus.next_due <= bus.clock.now()
         if self.now >= self._tick_at:
@@ -4254,7 +4257,7 @@ class Loop:
     # -- Threads --
 
     def in_thread(self, function, then):
-        """Run a function that waits in a thread, if there is one; the loop then calls then(result), or then(error)."""
+        """Run a function that waits in a thread, or here if none can be started; the loop then calls then(result or error)."""
         try:
             self.process_request((function, then), None)
         except RuntimeError:     # this machine gives us no more threads
@@ -4336,8 +4339,8 @@ class Loop:
         with sock, contextlib.suppress(OSError):
             sock.send(rendered(refusal(error, request_id_of({})), "close"))
 
-    def owes_nothing(self, connection):
-        """Note that a client waits for its answer."""
+    def request_came(self, connection):
+        """Stop counting the time and the bytes of a client: its request is whole."""
         self.owing.pop(connection, None)
         self.count_unproven(connection, 0)
 
@@ -4351,7 +4354,7 @@ class Loop:
             next(iter(self._unproven)).close()
 
     def may_shake_hands(self):
-        """Return whether there is time for another TLS handshake in this turn."""
+        """Count a TLS handshake; return whether there is time for it in this turn."""
         self._handshakes += 1
         return self._handshakes <= HANDSHAKES
 
@@ -4388,17 +4391,17 @@ class Loop:
         self.watch(connection, 0)
         self._disarm(connection)
         self.release(connection)
-        self.owes_nothing(connection)
+        self.request_came(connection)
         self._connections.discard(connection)
 
     # -- Requests --
 
     def origin(self, headers, peer):
-        """Return the client's address, and whether it sent the request encrypted; a trusted proxy knows better."""
+        """Return the client's address, and whether it sent the request encrypted; from X-Forwarded-* if the proxy is trusted."""
         return forwarded(headers, peer, bool(self._tls)) if self._trust_proxy else (peer, bool(self._tls))
 
     def admit(self, request, block):
-        """Let the API look at a head; keep its headers for the next request, if it knows the caller."""
+        """Let the API look at a head; keep its headers for the next request, if its key is checked."""
         self.api.admit(request)
         if request.who and request.proven and not request.signing_key and len(block) <= CACHED_HEAD_BYTES:
             if len(self.heads) >= CACHED_HEADS:
@@ -4485,7 +4488,7 @@ def http_server(api, host="127.0.0.1", port=8787, access_log=False, trust_proxy=
     """Return a Server that is bound to host and port; port 0 picks a free one, see its server_port.
 
     access_log writes a line for each request, trust_proxy believes X-Forwarded-*, tls is (certificate file, key file). Call
-    serve_forever() in one thread and close() in another. Raises SetupError if the address cannot be had.
+    serve_forever() in one thread and close() in another. Raises SetupError if the address cannot be bound.
     """
     from http.server import ThreadingHTTPServer     # not at the top: it would slow down every publish
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -4602,7 +4605,7 @@ class WsgiApplication:
         return api.expire(held)
 
     def close(self):
-        """Put on record what only memory knows, and let go of the database."""
+        """Store what is kept in memory, and close the database."""
         with self._turn:
             if self._api:
                 self._api.close()
@@ -5686,8 +5689,8 @@ INTRODUCTION = """intentbus: say "do this" here, have it done there.
 EPILOG = """
 COMMAND --help shows examples and flags, --version shows the version. Data goes to stdout, messages go to stderr.
 
-exit codes: 0 success; 1 the intent is dead; 2 wrong usage or setup; 3 not found; 4 refused; 5 bus unreachable;
-6 over a limit; 124 timed out; 130, 143 stopped by a signal"""
+exit codes: 0 success; 1 the intent is dead, or a conflict; 2 wrong usage or setup; 3 not found; 4 refused;
+5 bus unreachable; 6 over a limit; 124 timed out; 130, 143 stopped by a signal"""
 GROUPS = (
     ("run", ("serve", "publish", "work", "flush")),
     ("inspect", ("status", "result", "list", "workers", "watch", "stats")),
@@ -5802,7 +5805,7 @@ def bus_command(name, examples, *flags):
          flag("--host", default="127.0.0.1", help="the address to listen on"),
          flag("--port", type=int, default=8787, help="the port; 0 picks a free one"),
          DB,
-         flag("--key-file", default=KEY_FILE, help="the file with the owner key, unless BUS_SECRET has it"),
+         flag("--key-file", default=KEY_FILE, help="the file with the owner key; BUS_SECRET is used instead if it is set"),
          flag("--max-body", type=positive_int, default=BODY_BYTES, metavar="BYTES", help="the longest request body"),
          flag("--retention", type=duration, default=RETENTION_SECONDS, help="how long to keep intents that have ended"),
          flag("--rate-limit", type=positive_int, default=RATE_PER_MINUTE, help="requests a minute for each issued key"),
@@ -5872,16 +5875,16 @@ def log_startup(options, url, database, key_source):
          flag("goal", help="the name of the work, which workers ask for"),
          flag("payload", nargs="*", help="JSON, name=text and name:=json pairs, @FILE, or - or nothing for stdin"),
          WAIT, JSON,
-         flag("--priority", type=int, help="0 to 1000, larger first (default 100)"),
+         flag("--priority", type=int, help="0 to 1000; higher is claimed first (default 100)"),
          flag("--delay", type=duration, help="the time until it can be claimed"),
          flag("--ttl", type=duration, help="how long it may stay unfinished after the delay (default 7d)"),
-         flag("--max-attempts", type=int, help="1 to 20 (default 3)"),
+         flag("--max-attempts", type=int, help="attempts before it is dead, 1 to 20 (default 3)"),
          flag("--backoff", dest="backoff_base", type=duration, help="half the first pause; pauses double (default 5s)"),
          flag("--worker", dest="target_worker", help="the id of the only worker that may claim it"),
          flag("--capability", dest="required_capability", help="a capability that its worker must have"),
          flag("--public", dest="visibility", action="store_const", const="public", help="let workers of any owner claim it"),
          flag("--idempotency-key", help="within a day, publishing again with this key stores nothing new"),
-         flag("--spool", action="store_const", const=SPOOL_FILE, help="if the bus cannot be reached, store it for later"),
+         flag("--spool", action="store_const", const=SPOOL_FILE, help="if the bus cannot take it now, store it for later"),
          flag("--lines", action="store_true", help="publish an intent for each line of stdin, with its text as payload"),
          flag("--jsonl", action="store_true", help="publish an intent for each line of stdin, with its JSON as payload"))
 def publish_command(options):
@@ -6031,7 +6034,8 @@ def flush_command(options):
          flag("--kill-after", type=duration, default=KILL_AFTER_SECONDS, help="the time from TERM to KILL, to end a handler"),
          flag("--lease", type=duration, default=LEASE_SECONDS, help="how long a silent worker keeps an intent, 10s to 1h"),
          flag("--poll", type=duration, default=POLL_SECONDS, help="the pause between claims if the bus does not hold them"),
-         flag("--result", choices=("auto", "json", "text", "none"), default="auto", help="how to read stdout"),
+         flag("--result", choices=("auto", "json", "text", "none"), default="auto",
+              help="what stdout is: auto is JSON if it parses, else text"),
          flag("--max-output", type=positive_int, default=OUTPUT_BYTES, metavar="BYTES", help="how much of stdout to keep"),
          flag("--worker-id", help="the id of this worker, for publish --worker and for the list of workers"),
          flag("--no-wake-lock", action="store_true", help="in Termux, let the phone sleep"),
