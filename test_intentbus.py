@@ -2455,6 +2455,17 @@ def test_a_boot_with_a_wrong_clock_continues_from_the_recorded_time(store, clock
     assert_time_is_as_it_was(bus, clock, taken)
 
 
+def test_a_step_of_the_clock_is_on_record_at_once(store, clock):
+    bus = started_bus(store, clock)
+    bus.publish("g", 1, delay=100)
+    clock.wall += 1000
+    bus.shift_clock()
+    clock.wall -= 1500     # the machine crashes, and starts with a wrong clock
+    bus = started_bus(store, clock, boot="next")
+    clock.pass_(100)
+    assert bus.claim("g").payload == 1
+
+
 def test_time_off_counts_when_the_clock_is_right(store, clock):
     bus = started_bus(store, clock)
     bus.publish("g", 1, delay=1000)
@@ -3244,6 +3255,15 @@ def test_expired_intents_beyond_one_pass_are_not_claimed(bus, clock, monkeypatch
     bus.publish("g", "fresh", ttl=3600)
     clock.pass_(31)
     assert bus.claim("g").payload == "fresh"
+
+
+def test_a_cleanup_counts_the_deaths_of_claimed_and_of_open_intents(bus, clock):
+    for goal in ("claimed", "open", "open"):
+        bus.publish(goal, 1, ttl=10)
+    bus.claim("claimed")
+    clock.pass_(10)
+    counts = bus.cleanup()
+    assert (counts.expired_claims_dead, counts.expired_open_dead) == (1, 2)
 
 
 def test_intents_are_claimed_by_priority_then_time(bus, clock):
@@ -5816,6 +5836,12 @@ def test_a_claim_held_under_wsgi_gets_a_delayed_intent(wsgi):
     assert wsgi("POST", "/claim?wait=1", **{"wsgi.multithread": True}).status == 200
 
 
+def test_a_wsgi_bus_that_is_closed_stores_its_history(wsgi):
+    wsgi("POST", "/intent", b'{"goal": "g", "payload": 1}')
+    intentbus.application.close()
+    assert [event for _, event, _ in json.loads(wsgi("GET", "/admin/summary").body)["history"]] == ["published"]
+
+
 def test_a_claim_held_under_wsgi_is_empty_after_its_wait(wsgi):
     assert wsgi("POST", "/claim?wait=0.05", **{"wsgi.multithread": True}).status == 204
 
@@ -6465,6 +6491,38 @@ def test_a_worker_pauses_at_a_bus_that_holds_no_claims():
         in_thread(listen, client, "g", print, poll=poll, max_time=1)
         wait_until(lambda: len(bus.asked) >= 4)
     assert time.monotonic() - began >= 3 * poll
+
+
+def test_an_error_in_one_thread_ends_a_worker():
+    calls = itertools.count()
+
+    class Refusing:
+        def claim(self, *goals, **fields):
+            if next(calls) == 0:
+                raise intentbus.Forbidden("This key may publish only.")
+            time.sleep(0.01)
+    worker = Worker(Refusing(), "g", print, concurrency=2, poll=0.01)
+
+    def ending():
+        with pytest.raises(intentbus.Forbidden):
+            worker.run()
+        return True
+    assert in_thread(ending)()
+
+
+def test_a_worker_pauses_after_an_error_that_may_pass(monkeypatch):
+    asked, poll = [], 0.1
+
+    class Away:
+        def claim(self, *goals, **fields):
+            asked.append(time.monotonic())
+            raise intentbus.Unavailable("The bus is away.")
+    monkeypatch.setattr(random, "uniform", lambda low, high: poll)
+    worker = Worker(Away(), "g", print, poll=poll)
+    threading.Thread(target=worker.run, daemon=True).start()
+    wait_until(lambda: len(asked) >= 3)
+    worker.interrupt()
+    assert asked[2] - asked[0] >= 2 * poll
 
 
 @pytest.mark.parametrize("how", [listen, IntentClient.listen], ids=["function", "method"])
