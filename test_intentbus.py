@@ -2028,7 +2028,7 @@ def test_a_bus_starts_on_the_file_of_a_killed_one(tmp_path):
     (f"PRAGMA application_id = {intentbus.APPLICATION_ID}; PRAGMA user_version = 999", "was written by a newer intentbus \\(schema 999"),
     ("CREATE TABLE recipes (name); PRAGMA user_version = 1", "belongs to another program"),
 ])
-def test_the_database_of_another_program_is_refused_and_left_alone(tmp_path, prepare, sentence):
+def test_a_file_of_another_program_is_refused_and_left_alone(tmp_path, prepare, sentence):
     path = tmp_path / "other.db"
     with contextlib.closing(sqlite3.connect(path)) as db:
         db.executescript(prepare)
@@ -2179,7 +2179,7 @@ def test_a_killed_migration_leaves_the_file_unchanged(tmp_path):
     served.stop()
 
 
-def test_a_file_system_without_shared_memory_works_with_a_warning(tmp_path):
+def test_no_shared_memory_works_with_a_warning(tmp_path):
     bus = Serve(tmp_path, **preloaded(NO_SHARED_MEMORY))
     id = bus.run("publish", "g", "1").stdout.strip()
     assert bus.run("work", "--goal", "g", "--once").stdout == "1\n"
@@ -2429,7 +2429,7 @@ def assert_time_is_as_it_was(bus, clock, taken):
 
 @over_clock_steps
 @pytest.mark.parametrize("down", [False, True], ids=["while it runs", "while it is down"])
-def test_leases_and_delays_keep_steady_time_when_the_clock_is_set(store, clock, steps, down):
+def test_leases_and_delays_keep_steady_time_over_clock_steps(store, clock, steps, down):
     bus = started_bus(store, clock)
     taken = populate(bus)
     for step in steps:
@@ -2441,7 +2441,7 @@ def test_leases_and_delays_keep_steady_time_when_the_clock_is_set(store, clock, 
 
 
 @pytest.mark.parametrize("boots", [[-HOUR], [TO_1970], [TO_1970, -TO_1970], [YEARS], [YEARS, -YEARS], [-HOUR, HOUR]], ids=str)
-def test_a_boot_with_a_wrong_clock_continues_from_the_recorded_time(store, clock, boots):
+def test_a_boot_with_a_wrong_clock_goes_on_from_the_record(store, clock, boots):
     bus = started_bus(store, clock)
     taken = populate(bus)
     clock.steady = 3     # it was off for 10 s, which a wrong clock does not tell
@@ -2640,7 +2640,7 @@ def test_a_claim_may_name_its_goal_and_capability_twice(served):
 
 @ON_A_FILE
 @LINUX
-def test_a_claim_attempted_in_vain_gets_the_next_intent_of_the_round(started, monkeypatch):
+def test_a_claim_attempted_in_vain_gets_the_next_intent(started, monkeypatch):
     monkeypatch.setattr(intentbus, "RECHECK_SECONDS", 0.001)     # so that the bus sees each change of another program at once
     served = started()
     claim = served.hold("POST", "/claim?goal=g&wait=60")
@@ -2766,7 +2766,7 @@ def test_an_intent_skips_a_hung_up_claim_of_several_goals(no_rechecks, served):
     assert claimed_by(x).goal == "x"
 
 
-def test_a_claim_of_two_goals_leaves_one_intent_to_the_next_claim(no_rechecks, served):
+def test_a_claim_of_two_goals_leaves_one_to_the_next_claim(no_rechecks, served):
     both, x = (served.hold("POST", f"/claim?{goals}&wait=60") for goals in ("goal=x&goal=y", "goal=x"))
     served.ask("POST", "/intents", [a_publish(goal="x", priority=1), a_publish(goal="y", priority=9)])
     assert (claimed_by(both).goal, claimed_by(x).goal) == ("y", "x")
@@ -3257,7 +3257,7 @@ def test_expired_intents_beyond_one_pass_are_not_claimed(bus, clock, monkeypatch
     assert bus.claim("g").payload == "fresh"
 
 
-def test_a_cleanup_counts_the_deaths_of_claimed_and_of_open_intents(bus, clock):
+def test_a_cleanup_counts_the_deaths_of_claimed_and_open(bus, clock):
     for goal in ("claimed", "open", "open"):
         bus.publish(goal, 1, ttl=10)
     bus.claim("claimed")
@@ -3352,7 +3352,7 @@ def test_a_private_intent_does_not_exist_for_other_owners(bus):
     assert bus.get_status(answer.id).status == "open"
 
 
-def test_the_worker_of_a_public_intent_may_read_but_not_cancel_it(bus):
+def test_the_worker_of_a_public_intent_may_read_not_cancel_it(bus):
     answer = bus.publish("g", 1, visibility="public", caller=ALICE)
     bus.claim("g", caller=BOB)
     assert bus.get_status(answer.id, caller=BOB).status == "claimed"
@@ -3628,7 +3628,7 @@ def test_admin_credentials(started, settings, credentials):
             assert response.headers["www-authenticate"] == 'Basic realm="Intent Bus"'
 
 
-def test_a_valid_key_is_refused_like_a_wrong_one_by_admin_endpoints(served):
+def test_admin_endpoints_refuse_a_valid_key_like_a_wrong_one(served):
     key = served.ask("POST", "/admin/generate_key", {"owner": "ann"}).json["api_key"]
     valid, unknown, none = (served.ask("GET", "/admin/keys", key=key) for key in (key, "wrong", None))
     assert valid.body == unknown.body == none.body and b"Authentication required" in valid.body
@@ -4391,7 +4391,7 @@ def test_a_list_can_be_narrowed_to_a_goal(served, goal):
 # ---- 12. Page ----
 
 
-def test_the_page_is_small_and_self_contained_and_writes_text_only():
+def test_the_page_is_small_self_contained_and_writes_text():
     page = intentbus.DASHBOARD.replace("http://www.w3.org/2000/svg", "")     # a name, not a place
     assert page.count("\n") <= 350 and len(page.encode()) <= 25_000
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|https?://|<[^>]+ style=|<[^>]+ on\w+=", page)
@@ -4437,7 +4437,7 @@ def buried(served, goal, error="it broke", **fields):
     return intent_id
 
 
-def test_the_dead_intents_that_were_counted_are_retried_or_deleted(served):
+def test_the_dead_that_were_counted_are_retried_or_deleted(served):
     old = [buried(served, goal) for goal in ("a", "a", "b", "b")]
     sweep = lambda action, **which: served.ask("POST", "/admin/dead", dict(which, action=action)).json
     counted = sweep("count", goal="a")
@@ -4501,7 +4501,7 @@ def test_the_copied_command_publishes_the_same_intent(page, served):
 
 
 @in_a_browser
-def test_dead_intents_are_retried_by_filter_and_deleted_by_selection(page, served):
+def test_the_dead_are_retried_by_filter_deleted_by_selection(page, served):
     ids = {goal: [buried(served, goal) for _ in range(2)] for goal in ("a", "b")}
     page.open(served.page + "#dead?goal=a")
     page.sees("Retry all that match")
@@ -4779,7 +4779,7 @@ def test_the_first_bad_line_is_the_one_that_is_named(strict):
 
 
 @pytest.mark.parametrize("body", [[a_publish()] * 1001, a_publish(), "text", b""], ids=["1001", "object", "string", "none"])
-def test_a_bulk_that_is_not_a_list_of_up_to_a_thousand_is_refused(strict, body):
+def test_a_bulk_is_a_list_of_up_to_a_thousand(strict, body):
     assert_refusal(strict.ask("POST", "/intents", body), 400, "invalid_request", "1000")
 
 
@@ -4863,7 +4863,7 @@ def test_clients_of_the_first_protocol_set_values_in_the_query(served):
 
 @pytest.mark.parametrize("target, body, seconds", [("/set/k", {"value": 1}, 600), ("/set/k", {"value": 1, "ttl": 30}, 30),
                                                    ("/set/k?value=1&ttl=30", b"", 30), ("/set/k?value=1", b"", 600)])
-def test_a_value_is_forgotten_after_its_time_and_its_lock_is_free(started, clock, target, body, seconds):
+def test_a_value_is_forgotten_in_time_and_its_lock_is_free(started, clock, target, body, seconds):
     bus = started(clock=clock)
     bus.ask("POST", target, body)
     clock.pass_(seconds - 1)
@@ -5187,7 +5187,7 @@ CODES = {400: "invalid_request", 411: "length_required", 431: "headers_too_large
 
 
 @pytest.mark.parametrize("attack, expected", FRAMING)
-def test_ambiguous_framing_is_refused_and_nothing_after_it_is_read(strict, attack, expected):
+def test_ambiguous_framing_is_refused_and_ends_the_reading(strict, attack, expected):
     status, *words = expected
     response, = strict.send(attack + SMUGGLED)
     assert_refusal(response, status, CODES[status], *words)
@@ -5428,7 +5428,7 @@ def test_expect_100_continue_is_answered(served):
     assert response.status == 201
 
 
-def test_expect_100_continue_is_refused_for_a_body_over_the_limit(strict):
+def test_expect_100_continue_is_refused_over_the_limit(strict):
     response, = strict.send(post(b"Content-Length: 300000", b"Expect: 100-continue")[:-len(BODY)])
     assert_refusal(response, 413, "payload_too_large")
 
@@ -5476,7 +5476,7 @@ def test_an_empty_claim_is_204_with_retry_after_and_no_body(strict):
     assert not {"content-type", "content-length", "transfer-encoding"} & set(response.headers)
 
 
-def test_the_token_stands_last_in_a_claim_for_workers_without_json(served):
+def test_the_token_stands_last_in_a_claim(served):
     served.publish(goal="tricky", payload={"id": "00", "claim_token": "00"})
     body = served.ask("POST", "/claim?goal=tricky").body.decode()
     claimed = json.loads(body)
@@ -5983,7 +5983,7 @@ def test_hostile_text_in_any_field_is_only_text(started, capsys, place):
     assert all(json.loads(line)["status"] < 500 for line in log.split("\n") if line)
 
 
-def test_a_full_disk_is_reported_loses_nothing_and_is_recovered_from(small_disk, monkeypatch):
+def test_a_full_disk_is_reported_and_loses_nothing(small_disk, monkeypatch):
     monkeypatch.setattr(intentbus, "RECHECK_SECONDS", 0.1)
     bus = Served(small_disk)
     answered = [bus.publish(payload="x" * 5000) for _ in range(20)]
@@ -6230,7 +6230,7 @@ def test_an_intent_with_a_spooled_outcome_is_not_run_again(served, weather, tmp_
     assert telling() and bus.spool.pending(bus.base_url) == []
 
 
-def test_a_spooled_outcome_is_dropped_if_lost_and_failed_if_too_large(served, tmp_path, impatient):
+def test_a_spooled_outcome_is_dropped_if_lost_or_failed(served, tmp_path, impatient):
     bus = spooling(served, tmp_path)
     ids = [bus.publish("g", number).id for number in range(2)]
     claims = [bus.claim("g") for _ in ids]
@@ -6244,7 +6244,7 @@ def test_a_spooled_outcome_is_dropped_if_lost_and_failed_if_too_large(served, tm
     assert errors == ["Cancelled", "The result was refused"]
 
 
-def test_the_client_has_the_verbs_of_the_bus_with_the_same_answers(served):
+def test_the_client_has_the_verbs_and_answers_of_the_bus(served):
     client = served.client
     answer = client.publish("g", {"n": 1}, priority=7)
     assert client.get_status(answer.id) == served.ask("GET", f"/status/{answer['id']}").json
@@ -6453,7 +6453,7 @@ IN_THE_OPEN = ("http://bus.example", "http://10.0.0.1:8787", "http://localhost.e
 
 @pytest.mark.parametrize("key, key_id", [("tk_" + "ab" * 28, "ab" * 8), (KEY, "owner")])
 @pytest.mark.parametrize("url, safe", [(url, True) for url in HERE_OR_ENCRYPTED] + [(url, False) for url in IN_THE_OPEN])
-def test_the_key_itself_is_sent_only_encrypted_or_to_this_machine(sent, url, safe, key, key_id):
+def test_the_key_is_sent_only_encrypted_or_to_this_machine(sent, url, safe, key, key_id):
     bus = IntentClient(url, key, timeout=5)
     for ask in (lambda: bus.publish("g", 1), lambda: bus.claim("g"), lambda: bus.get_result("x"), lambda: bus.set("k", 1)):
         headers = sent_headers(sent, ask)
@@ -6526,7 +6526,7 @@ def test_a_worker_pauses_after_an_error_that_may_pass(monkeypatch):
 
 
 @pytest.mark.parametrize("how", [listen, IntentClient.listen], ids=["function", "method"])
-def test_listen_hands_payloads_to_a_function_and_returns_its_results(served, how):
+def test_listen_hands_payloads_to_a_function(served, how):
     answers = [served.client.publish("double", n).id for n in (1, 2, "x", None or [])]
     how(served.client, "double", lambda payload: {"twice": payload * 2}, drain=True)
     assert [served.client.get_result(id).result for id in answers] == [{"twice": 2}, {"twice": 4}, {"twice": "xx"}, {"twice": []}]
@@ -6700,7 +6700,7 @@ def test_every_exit_code_has_its_outcome(served, tmp_path):
     ("printf '\\000\\377\\303('; exit 0", "fulfilled", "\ufffd\ufffd("),
     ("printf '\\033[2J\\377' >&2; exit 1", "open", "exit code 1: \x1b[2J\ufffd"),
 ], ids=range(13))
-def test_a_wild_program_gets_the_right_outcome_and_leaves_nothing(serve, tmp_path, monkeypatch, text, status, outcome):
+def test_a_wild_program_gets_its_outcome_and_leaves_nothing(serve, tmp_path, monkeypatch, text, status, outcome):
     monkeypatch.chdir(tmp_path)
     files = open_files()
     found = run_handler(serve, tmp_path, text, "x" * 250_000, timeout=0.4 if "0.4" in str(outcome) else 30, kill_after=0.1,
@@ -6712,7 +6712,7 @@ def test_a_wild_program_gets_the_right_outcome_and_leaves_nothing(serve, tmp_pat
 
 @SLOW
 @POSIX
-def test_a_program_that_leaves_its_session_does_not_block_the_worker(served, tmp_path):
+def test_a_program_outside_its_session_blocks_no_worker(served, tmp_path):
     if not shutil.which("setsid"):
         pytest.skip("setsid is not on this machine")
     found = run_handler(served, tmp_path, f"setsid sleep 60 & echo $! > {tmp_path}/pid; sleep 0.1; echo done", 1)
@@ -6740,7 +6740,7 @@ def test_a_file_that_is_not_a_program_costs_no_attempt(served, tmp_path, text):
 
 
 @POSIX
-def test_a_program_that_is_not_executable_is_refused_before_a_claim(tmp_path, monkeypatch):
+def test_no_executable_program_is_refused_before_a_claim(tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("#!/bin/sh\n")
     (tmp_path / "link").symlink_to("nowhere")
@@ -7618,7 +7618,7 @@ def test_the_python_session_of_the_readme(serve):
     assert (found.returncode, found.stdout) == (0, "hello, world\n"), found.stderr
 
 
-def test_the_readme_starts_the_bus_and_the_tests_with_one_line_each():
+def test_the_readme_starts_bus_and_tests_with_one_line_each():
     assert blocks("sh")[:2] == ["python3 intentbus.py serve\n", "python3 -m venv .venv && .venv/bin/pip install -q pytest "
                                 "&& .venv/bin/python -m pytest -q\n"]
 
@@ -8986,7 +8986,7 @@ def test_a_worker_without_a_required_token_is_refused(tmp_path):
 
 @SLOW
 @POSIX
-def test_an_absent_bus_and_killed_programs_lose_and_repeat_nothing(served, home, tmp_path):
+def test_an_absent_bus_and_killed_programs_lose_nothing(served, home, tmp_path):
     """200 publishes and two outcomes while the bus is away, programs killed at random; then everything arrives once."""
     chance = random.Random(6)
     settings = dict(os.environ, INTENT_BUS_URL=served.url, INTENT_API_KEY=KEY)
@@ -9035,7 +9035,7 @@ def test_an_absent_bus_and_killed_programs_lose_and_repeat_nothing(served, home,
 
 @SLOW
 @POSIX
-def test_a_bus_killed_two_hundred_times_loses_nothing_it_answered(tmp_path):
+def test_a_bus_killed_two_hundred_times_loses_no_answer(tmp_path):
     answered, starts, chance = Answered(), [], random.Random(4)
     for _ in range(200):
         started = time.monotonic()
@@ -9069,7 +9069,7 @@ def test_a_bus_killed_two_hundred_times_loses_nothing_it_answered(tmp_path):
 
 @SLOW
 @POSIX
-def test_the_intents_of_a_hundred_killed_workers_are_done_by_others(serve, tmp_path):
+def test_others_do_the_intents_of_a_hundred_killed_workers(serve, tmp_path):
     client, lags, rescues = serve.client, [], []
     for wave in range(10):
         goal, marks = f"wave{wave}", tmp_path / f"wave{wave}"
@@ -9095,7 +9095,7 @@ def test_the_intents_of_a_hundred_killed_workers_are_done_by_others(serve, tmp_p
 
 
 @SLOW
-def test_a_power_cut_at_any_moment_loses_nothing_that_was_answered(tmp_path):
+def test_a_power_cut_at_any_moment_loses_no_answer(tmp_path):
     images, home = tmp_path / "images", tmp_path / "home"
     images.mkdir()
     home.mkdir()
@@ -9286,7 +9286,7 @@ def test_slow_and_vanishing_clients_block_no_other(tmp_path):
 
 @SLOW
 @POSIX
-def test_ten_thousand_intents_are_done_once_each_by_eight_workers(serve, tmp_path):
+def test_eight_workers_do_ten_thousand_intents_once_each(serve, tmp_path):
     client = serve.client
     worker = serve.start("work", "--goal", "bulk", "-j", "8", "--max-jobs", "5000")
     done = collections.Counter()
@@ -9410,7 +9410,7 @@ def test_a_worker_asleep_past_its_lease_reports_nothing(serve, tmp_path):
 
 
 @SLOW
-def test_a_thousand_clock_settings_change_no_lease_delay_or_expiry(tmp_path):
+def test_a_thousand_clock_settings_change_no_time(tmp_path):
     seeds = range(100, 120)
     steps = sum(assert_trial(tmp_path, seed, 500) for seed in seeds)
     figure("clock steps", f"{steps} in {len(seeds) * 500} random operations (seeds {seeds[0]} to {seeds[-1]}), 0 double "
