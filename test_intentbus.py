@@ -3786,6 +3786,14 @@ def test_a_bus_can_require_signatures(started):
 
 # -- Issued keys --
 
+def test_the_use_of_keys_is_stored_from_time_to_time(quick_rechecks, started, monkeypatch):
+    monkeypatch.setattr(intentbus, "USAGE_SECONDS", 0)
+    bus = started()
+    key = bus.issue("ann")
+    assert bus.ask("GET", "/intents", key=key.api_key).status == 200
+    wait_until(lambda: [stored.total_requests for stored in bus.store.keys()] == [1])
+
+
 def test_an_issued_key_is_shown_once_used_listed_and_revoked(started, clock):
     bus = started(clock=clock)
     made = bus.issue("ann", "work", "laptop")
@@ -5726,7 +5734,6 @@ def test_a_stopping_bus_finishes_the_requests_it_has_begun(tmp_path):
     serve.process.communicate()
 
 
-@SLOW
 @POSIX
 @LINUX
 def test_a_stopping_bus_waits_neither_for_a_client_nor_the_file(tmp_path):
@@ -5830,7 +5837,6 @@ def test_the_first_requests_of_a_wsgi_bus_may_come_together(wsgi):
     assert [answer for answer in answers if answer.status != 200] == []
 
 
-@SLOW
 def test_a_claim_held_under_wsgi_gets_a_delayed_intent(wsgi):
     wsgi("POST", "/intent", b'{"goal": "g", "payload": 1, "delay": 0.1}')
     assert wsgi("POST", "/claim?wait=1", **{"wsgi.multithread": True}).status == 200
@@ -5884,7 +5890,6 @@ def test_a_client_without_tls_is_cut_off_and_blocks_no_other(encrypted, certific
         assert IntentClient(encrypted.url, KEY, ca=certificates[0][0]).publish("g", 1).status == "published"
 
 
-@SLOW
 def test_tls_from_the_command_line(tmp_path, certificates):
     cert, key = certificates[0]
     serve = Serve(tmp_path, "--tls-cert", cert, "--tls-key", key)
@@ -6763,7 +6768,6 @@ def test_a_relative_program_path_starts_at_the_workers_directory(served, tmp_pat
     assert [served.client.get_result(id).result for id in ids.values()] == ["here here", "there here"]
 
 
-@SLOW
 @POSIX
 @pytest.mark.skipif(not shutil.which("setsid"), reason="setsid is not on this machine")
 def test_a_program_has_no_terminal_to_change(serve):
@@ -6935,6 +6939,11 @@ def test_the_doctor_compares_the_clocks(offset, level):
     assert finding.level == level and (level == "ok" or f"{offset:+} s off" in finding.words)
 
 
+def test_a_file_of_certificates_that_is_missing_is_named(tmp_path):
+    with pytest.raises(intentbus.SetupError, match="missing.pem cannot be used: No such file or directory"):
+        IntentClient("https://localhost:1", KEY, ca=str(tmp_path / "missing.pem")).whoami()
+
+
 @ON_A_FILE
 @POSIX
 def test_the_doctor_checks_the_place_of_the_database(home, served, monkeypatch):
@@ -6946,6 +6955,29 @@ def test_the_doctor_checks_the_place_of_the_database(home, served, monkeypatch):
     monkeypatch.setattr(intentbus, "file_system", lambda path: "nfs4")
     assert "is on nfs4" in next(intentbus.check_database(asking)).words
     assert list(intentbus.check_database(argparse.Namespace(db=str(home / "none.db")))) == []
+
+
+@POSIX
+@pytest.mark.parametrize("answers", [True, False])
+def test_the_doctor_checks_termux(home, tmp_path, monkeypatch, answers):
+    monkeypatch.setenv("TERMUX_VERSION", "0.118")
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    def found():
+        return [(finding.level, finding.words) for finding in intentbus.check_termux(None)]
+    missing = " ".join(words for level, words in found() if level == "bad")
+    assert "install termux-api" in missing and "install termux-tools" in missing
+    for program, code in (("termux-battery-status", 0 if answers else 1), ("termux-wake-lock", 0)):
+        (tmp_path / program).write_text(f"#!/bin/sh\nexit {code}\n")
+        (tmp_path / program).chmod(0o755)
+    level, words = found()[0]
+    assert (level, "answers." in words) == (("ok", True) if answers else ("bad", False))
+    boot = home / ".termux" / "boot"
+    for make in (lambda: None, lambda: boot.mkdir(parents=True)):
+        make()
+        assert any("No worker starts after a reboot" in words for _, words in found())
+    (boot / "worker.sh").touch()
+    assert not any("after a reboot" in words for _, words in found())
 
 
 def test_the_doctor_knows_the_kind_of_a_file_system():
@@ -7187,7 +7219,6 @@ def test_the_text_of_a_hostile_bus_cannot_control_the_terminal(monkeypatch, impa
         signal.signal(number, handler)
 
 
-@SLOW
 def test_text_that_stdout_cannot_encode_is_printed_escaped(serve):
     id = serve.run("publish", "tick", '"✓"').stdout.strip()
     assert serve.run("work", "--goal", "tick", "--once", "--", "cat").returncode == 0
@@ -7338,7 +7369,6 @@ UNSENDABLE = (
 
 
 @pytest.mark.parametrize("arguments, environment", UNSENDABLE, ids=ascii)
-@SLOW
 def test_text_that_cannot_be_sent_is_refused(strict, place, arguments, environment):
     settings = dict(HOME=str(place), INTENT_BUS_URL=strict.url, INTENT_API_KEY=KEY, PYTHONUTF8="1")
     assert_complaint(run(*arguments, **dict(settings, **environment)), 2)
@@ -7426,7 +7456,6 @@ def test_publish_spool_keeps_intents_and_flush_sends_them(served, home):
     assert sorted(map(str, served.payloads())) == ["1", "2", "3", "a", "b"]
 
 
-@SLOW
 def test_flush_reports_refused_requests_until_they_are_discarded(served, home):
     served.stop()
     settings = dict(INTENT_BUS_URL=served.url, INTENT_API_KEY=KEY)
@@ -7448,7 +7477,6 @@ def test_a_worker_without_a_writable_home_works_with_a_warning(served, home):
     assert (code, out) == (0, "1\n") and "cannot be created: File exists. An outcome that cannot be reported will be lost." in err
 
 
-@SLOW
 def test_watch_follows_the_bus_over_a_restart(served, home):
     watching = subprocess.Popen([*COMMAND, "watch"], env=dict(os.environ, INTENT_BUS_URL=served.url, INTENT_API_KEY=KEY),
                                 text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -7483,7 +7511,6 @@ def test_keys_need_an_admin(started):
     assert code == 0 and bus.ask("GET", "/intents", key=key.strip()).status == 200
 
 
-@SLOW
 def test_values_and_locks_from_the_command_line(served):
     assert at(served, "set", "my key/1", '{"a": [1]}')[:2] == (0, "")
     assert at(served, "get", "my key/1")[:2] == (0, '{"a":[1]}\n')
@@ -7496,7 +7523,6 @@ def test_values_and_locks_from_the_command_line(served):
 
 
 @pytest.mark.parametrize("flag, payload", [("--lines", str), ("--jsonl", int)])
-@SLOW
 def test_a_line_of_stdin_is_an_intent(served, flag, payload):
     lines = "\n".join(map(str, range(2500)))
     code, out, _ = at(served, "publish", "bulk", flag, "--priority", "7", stdin=lines.encode() + b"\n\n")
@@ -7519,7 +7545,6 @@ def test_lines_that_cannot_be_published_publish_nothing(strict, words, stdin):
     assert_complaint(at(strict, "publish", "g", *words, stdin=stdin), 2)
 
 
-@SLOW
 def test_repeated_lines_with_an_idempotency_key_are_stored_once(served):
     first, second = (at(served, "publish", "g", "--lines", "--idempotency-key", "nightly", stdin=b"a\n" * 1500) for _ in "12")
     assert first[:2] == second[:2] and len(set(first[1].split())) == 1500
@@ -7660,7 +7685,6 @@ def test_cron_publishes_disk_figures_and_the_handler_notifies(serve):
     ('{"message": "a\\nb\\u001b[2J", "title": "-t"}', "fulfilled", "-t: a b [2J"),
     ('{"title": "x"}', "dead", None),
 ])
-@SLOW
 def test_the_notification_handler(serve, payload, status, line):
     notified = serve.home / f"{status}.log"
     id = serve.run("publish", "notify", payload).stdout.strip()
@@ -7693,7 +7717,6 @@ def test_the_benchmark_measures_and_names_missing_peers(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@SLOW
 @POSIX
 @CURL
 def test_a_worker_of_curl_and_a_shell(serve):
@@ -7806,7 +7829,6 @@ site.shutdown()
 """
 
 
-@SLOW
 def test_the_wsgi_file_for_pythonanywhere(tmp_path):
     (tmp_path / "intentbus").mkdir()
     shutil.copy(HERE / "intentbus.py", tmp_path / "intentbus")
@@ -7828,7 +7850,6 @@ def test_the_readme_on_bulk_and_the_key_value_store(serve):
     assert [intent["priority"] for intent in listed] == [500, 500, 100, 100]
 
 
-@SLOW
 @POSIX
 def test_the_readme_on_keys(serve):
     words = {}
@@ -7913,7 +7934,6 @@ def test_the_walk_through_on_a_phone_matches_the_readme(serve, termux):
     assert list((house.parent / "usr" / "tmp").iterdir()) == []
 
 
-@SLOW
 @POSIX
 def test_the_boot_script_starts_and_restarts_the_worker(serve, termux):
     house, start = termux
@@ -8958,7 +8978,6 @@ echo " $published $failed"
 """
 
 
-@SLOW
 @POSIX
 @CURL
 def test_a_worker_of_the_1_x_protocol_sends_no_token(serve):
@@ -8970,7 +8989,6 @@ def test_a_worker_of_the_1_x_protocol_sends_no_token(serve):
     assert (found["status"], found["last_error"], found["claim_attempts"]) == ("open", "no paper", 1)
 
 
-@SLOW
 @POSIX
 @CURL
 def test_a_worker_without_a_required_token_is_refused(tmp_path):
