@@ -2667,6 +2667,19 @@ def test_a_claim_that_is_woken_in_vain_keeps_its_place(quick_rechecks, served):
         assert claimed_by(claim).id == intent_id
 
 
+@ON_A_FILE
+@LINUX
+def test_a_held_claim_gets_its_intent_after_a_lost_round(no_rechecks, served):
+    forbid(served, "forbidden", "ROLLBACK")
+    claim = served.hold("POST", "/claim?goal=g&wait=60")
+    with occupied(served.db):
+        sent = [served.begin("POST", "/intent", a_publish(goal=goal)) for goal in ("g", "forbidden")]
+        wait_until(lambda: not unread(served.port))
+    published, refused = (response_on(sock) for sock in sent)
+    assert (published.status, refused.status) == (201, 500)
+    assert claimed_by(claim).id == published.json["id"]
+
+
 def test_a_held_claim_of_a_revoked_key_gets_nothing(no_rechecks, served):
     key = served.issue("ann")
     claim = served.hold("POST", "/claim?goal=g&wait=60", key=key.api_key)
