@@ -3270,6 +3270,25 @@ def test_expired_intents_beyond_one_pass_are_not_claimed(bus, clock, monkeypatch
     assert bus.claim("g").payload == "fresh"
 
 
+def test_a_retry_goes_on_until_its_limit(bus, monkeypatch):
+    monkeypatch.setattr(intentbus, "SLICE_ROWS", 3)
+    for _ in range(10):
+        bus.cancel(bus.publish("g", 1).id)
+    assert bus.retry(goal="g", limit=7).retried == 7
+    assert bus.retry(goal="g").retried == 3
+
+
+@ON_A_FILE
+def test_an_intent_that_ended_in_the_future_is_deleted_in_time(bus, clock):
+    bus.cancel(bus.publish("g", 1).id)
+    with contextlib.closing(sqlite3.connect(bus.store.database.path, isolation_level=None)) as db:
+        db.execute("UPDATE intents SET completed_at = completed_at + 1e9")     # as by a clock that was wrong
+    tend(bus)
+    clock.pass_(intentbus.RETENTION_SECONDS)
+    tend(bus)
+    assert bus.list().intents == []
+
+
 def test_a_cleanup_counts_the_deaths_of_claimed_and_open(bus, clock):
     for goal in ("claimed", "open", "open"):
         bus.publish(goal, 1, ttl=10)
