@@ -8025,7 +8025,7 @@ def postgres_bus_says(tmp_path, *arguments, python=()):
 
 
 def test_the_bus_on_postgresql_names_a_missing_package(tmp_path):
-    assert 'pip install "psycopg[binary]>=3.2"' in postgres_bus_says(tmp_path, "postgresql://127.0.0.1:9/bus", python=("-S",))
+    assert 'pip install "psycopg[binary]>=3.3"' in postgres_bus_says(tmp_path, "postgresql://127.0.0.1:9/bus", python=("-S",))
 
 
 @ON_POSTGRES

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The bus on PostgreSQL: any number of buses, on any number of machines, behind one load balancer, over one database.
 
-    pip install "psycopg[binary]>=3.2"
+    pip install "psycopg[binary]>=3.3"
     python3 examples/postgres_bus.py postgresql://bus@db.example/bus --port 8787      and all other flags of intentbus.py serve
 
 All buses need the same owner key: BUS_SECRET, or the same ~/.apikey. The database must be in UTF-8; the first start creates
@@ -10,9 +10,7 @@ target_session_attrs=read-write follows a failover. This was run on PostgreSQL 1
 
     PostgresTransaction   the statements that differ on PostgreSQL
     Connection            takes statements as the Store writes them, and sends several at once
-    PostgresClock         the clock of the database, which all buses use
-    SharedTokenBucket     the rate limits, which all buses share
-    PostgresDatabase      takes the place of Database: transactions, and notices to the other buses
+    PostgresDatabase      takes the place of Database: transactions, notices to the other buses, the clock that all share
     Threads               takes the place of Rounds: a transaction for each request, on a few standing threads
 """
 
@@ -31,24 +29,24 @@ import threading
 try:
     import psycopg
 except ImportError as missing:
-    print(f'postgres_bus: {missing}. Run: pip install "psycopg[binary]>=3.2"', file=sys.stderr)
+    print(f'postgres_bus: {missing}. Run: pip install "psycopg[binary]>=3.3"', file=sys.stderr)
     sys.exit(2)
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))     # where intentbus.py is
 
 import intentbus
-from intentbus import (ALL, APPLICATION_ID, CLAIMED_WITH, COLUMNS, DEAD_RANGE, DELETE, DUE, FOREVER, MIGRATIONS, OF_NAMESPACE, OLD,
-                       ONE, ORDER, RECHECK_SECONDS, TALLY, Held, Intent, Move, SetupError)
+from intentbus import (ALL, CLAIMED_WITH, COLUMNS, DEAD_RANGE, DELETE, DUE, MIGRATIONS, OF_NAMESPACE, OLD, ONE, ORDER,
+                       RECHECK_SECONDS, TALLY, Held, Intent, Move, SetupError)
 
 THREADS = 8                 # of one bus, each with a connection; PostgreSQL allows 100 connections by default
 CONNECT_SECONDS = 5         # how long to wait for a server to answer
 SILENT_SECONDS = 8          # how long to wait for a server that has vanished
-LOOKS = 4                   # of a claim that finds all its candidates locked; each sees what was published meanwhile
+CANDIDATES = 16             # of a claim; other claims may hold the first ones
+LOOKS = 4                   # of a claim that finds all candidates locked; each sees what was published meanwhile
 ERROR_CHARACTERS = 500      # of an error in a notice; PostgreSQL takes 7,999 bytes
 NOTICE_FIELDS = (*intentbus.EVENT_FIELDS, "lane", "ready", "due_at")
 LOOK_AGAIN = "[]"           # the notice to buses that may have missed others
 CLOCK_SLACK_SECONDS = 0.05  # smaller differences come from the network
-IDLE = psycopg.pq.TransactionStatus.IDLE
 
 
 # ---- SQL ----
@@ -83,50 +81,40 @@ INSTEAD = {     # of a statement of the Store, because other buses change rows a
     TALLY: "INSERT INTO tallies VALUES (:namespace, :publisher, :status, :intents)",
 }
 FOLD_TALLIES = """
-    WITH folded AS (
-        DELETE FROM tallies
-        WHERE       ctid = ANY (ARRAY(
-            SELECT ctid
-            FROM   (SELECT ctid, COUNT(*) OVER (PARTITION BY namespace, publisher, status) AS rows FROM tallies) AS kinds
-            WHERE  rows > 1
-        ))
-        RETURNING   namespace, publisher, status, intents
-    )
+    WITH folded AS (DELETE FROM tallies RETURNING namespace, publisher, status, intents)
     INSERT INTO tallies
-    SELECT      namespace, publisher, status, SUM(intents)
-    FROM        folded
-    GROUP BY    namespace, publisher, status
-    HAVING      SUM(intents) <> 0
+    SELECT   namespace, publisher, status, SUM(intents)
+    FROM     folded
+    GROUP BY namespace, publisher, status
+    HAVING   SUM(intents) <> 0
 """
 READY = f"""
     SELECT   id, lane, priority, run_at, claim_attempts, created_at
     FROM     intents
     WHERE    ready = 1
-    AND      {{place_or_lane}} = wanted.{{place_or_lane}}
+    AND      {{column}} = wanted.{{column}}
     ORDER BY {ORDER}
-    LIMIT    16     -- other transactions may hold the first ones
+    LIMIT    {CANDIDATES}
 """
 FIRST_FREE = f"""
     WITH RECURSIVE wanted (lane, stop, publisher) AS (     -- one step in the index for each lane
         SELECT start COLLATE "C", stop, publisher
-        FROM   unnest(CAST(:starts AS TEXT[]), CAST(:stops AS TEXT[]), CAST(:publishers AS TEXT[])) AS t (start, stop, publisher)
+        FROM   unnest(:starts::TEXT[], :stops::TEXT[], :publishers::TEXT[]) AS ranges (start, stop, publisher)
         UNION ALL
-        SELECT (SELECT lane FROM intents WHERE ready = 1 AND lane > wanted.lane AND lane < stop ORDER BY lane LIMIT 1),
-               stop, publisher
+        SELECT (SELECT MIN(lane) FROM intents WHERE ready = 1 AND lane > wanted.lane AND lane < stop), stop, publisher
         FROM   wanted
         WHERE  lane IS NOT NULL
     ), candidates AS (
         SELECT     ready.*
         FROM       wanted
-        CROSS JOIN LATERAL ({READY.format(place_or_lane="lane")}) AS ready
-        WHERE      publisher = ''
-        OR         RIGHT(wanted.lane, LENGTH(publisher) + 1) = CHR(9) || publisher
+        CROSS JOIN LATERAL ({READY.format(column="lane")}) AS ready
+        WHERE      RIGHT(wanted.lane, LENGTH(publisher)) = publisher
         UNION ALL
         SELECT     ready.*
-        FROM       unnest(CAST(:places AS TEXT[])) AS wanted (place)
-        CROSS JOIN LATERAL ({READY.format(place_or_lane="place")}) AS ready
+        FROM       unnest(:places::TEXT[]) AS wanted (place)
+        CROSS JOIN LATERAL ({READY.format(column="place")}) AS ready
         ORDER BY   {ORDER}
-        LIMIT      16
+        LIMIT      {CANDIDATES}
     )
     SELECT    best.lane AS best, free.*
     FROM      (SELECT lane FROM candidates LIMIT 1) AS best
@@ -139,10 +127,10 @@ FIRST_FREE = f"""
 """
 TAKE = """
     INSERT INTO memos (kind, owner, key, value, expires_at)
-    VALUES      ('rate', '', :name, '', :now + CAST(:cost AS DOUBLE PRECISION))
+    VALUES      ('rate', '', :name, '', :now + :cost::FLOAT)
     ON CONFLICT (kind, owner, key) DO UPDATE
     SET         expires_at = GREATEST(memos.expires_at, :now) + :cost
-    WHERE       GREATEST(memos.expires_at, :now) + :cost <= CAST(:now AS DOUBLE PRECISION) + :full
+    WHERE       GREATEST(memos.expires_at, :now) + :cost <= :now + :full::FLOAT
     RETURNING   expires_at
 """
 TIME_AND_BUSES = """
@@ -155,7 +143,7 @@ TIME_AND_BUSES = """
     )
 """
 LOCK = "SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))"     # until the transaction has ended
-NOTIFY = "SELECT pg_notify(:channel, notice) FROM unnest(CAST(:notices AS TEXT[])) AS notice"
+NOTIFY = "SELECT pg_notify(:channel, notice) FROM unnest(:notices::TEXT[]) AS notice"
 
 
 @functools.lru_cache(maxsize=256)
@@ -165,7 +153,8 @@ def wanted_values(lanes):
     for lane in lanes:
         place, goal, publisher = lane.rsplit("\t", 2)
         if goal or publisher:
-            ranges.append((lane, lane, "") if goal and publisher else (*intentbus.lane_range(lane), publisher))
+            start, stop = (lane, lane) if goal and publisher else intentbus.lane_range(lane)
+            ranges.append((start, stop, publisher and "\t" + publisher))
         else:
             places.append(place)
     starts, stops, publishers = map(list, zip(*ranges)) if ranges else ([], [], [])
@@ -182,12 +171,12 @@ class PostgresTransaction(intentbus.Transaction):
 
     def claimable(self, lanes, owner, token_hash=None):
         """Do as in Transaction, in one round trip. Intents that other transactions hold are passed over, and offered later."""
-        repeated = []
+        asked = [(FIRST_FREE, wanted_values(tuple(lanes)))]
         if token_hash:
             self._db.keep(LOCK, dict(name=token_hash))     # the same claim may be under way at another bus
-            repeated = [(CLAIMED_WITH, dict(token_hash=token_hash, owner=owner))]
+            asked.insert(0, (CLAIMED_WITH, dict(token_hash=token_hash, owner=owner)))
         for _ in range(LOOKS):
-            *claimed, found = self._db.each(*repeated, (FIRST_FREE, wanted_values(tuple(lanes))))
+            *claimed, found = self._db.each(*asked)
             if claimed and claimed[0]:
                 return Intent(zip(COLUMNS, claimed[0][0]))
             if not found:
@@ -199,7 +188,7 @@ class PostgresTransaction(intentbus.Transaction):
 
     def next_due(self):
         """Return when to look for due intents next: soon, since other transactions may be adding some."""
-        return min(super().next_due() or FOREVER, self.now + RECHECK_SECONDS)
+        return min(super().next_due() or intentbus.FOREVER, self.now + RECHECK_SECONDS)
 
     def unfinished(self, publisher):
         """Return how many unfinished intents a publisher has; no other bus adds to them before this block has ended."""
@@ -221,9 +210,9 @@ numbers = itertools.count()
 
 @functools.lru_cache(maxsize=None)
 def plan_of(statement):
-    """Return the Plan of a statement of the Store: its PREPARE or None, its EXECUTE with the names of its values."""
-    names, changes = PARAMETER.findall(statement), statement.lstrip().startswith(("INSERT", "UPDATE", "DELETE"))
-    has_rows = not changes or "RETURNING" in statement
+    """Return the Plan of a statement of the Store: its PREPARE or None, its EXECUTE, the names of the values for that."""
+    names = PARAMETER.findall(statement)
+    has_rows = "RETURNING" in statement or statement.lstrip().startswith(("SELECT", "WITH"))
     if not names or "IS NULL OR" in statement:     # PostgreSQL knows the type of such a parameter from its value only
         return Plan(None, PARAMETER.sub("%s", statement), names, has_rows)
     names, name = list(dict.fromkeys(names)), f"plan_{next(numbers)}"
@@ -244,17 +233,18 @@ class Connection(psycopg.Connection):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.cursor_factory = psycopg.ClientCursor     # sends text, which may hold several statements
-        self._quoting, self._kept, self._plans = psycopg.ClientCursor(self), [], set()
+        self._texts, self._planned = [], set()     # to be sent; PREPAREs that were sent
+        self._client_cursor = psycopg.ClientCursor(self)     # puts values into the text
 
     def keep(self, statement, values=None):
-        """Send a statement with the next one; return whether it has rows."""
-        prepare, execute, names, has_rows = plan_of(INSTEAD.get(statement, statement))
-        if prepare and prepare not in self._plans:
-            self._plans.add(prepare)
-            self._kept.append(prepare)
-        self._kept.append(self._quoting.mogrify(execute, [storable(values[name]) for name in names]) if names else execute)
-        return has_rows
+        """Send a statement with the next one; return its place among them, or None if it has no rows."""
+        plan = plan_of(INSTEAD.get(statement, statement))
+        if plan.prepare and plan.prepare not in self._planned:
+            self._planned.add(plan.prepare)
+            self._texts.append(plan.prepare)
+        self._texts.append(self._client_cursor.mogrify(plan.execute, [storable(values[name]) for name in plan.names])
+                           if plan.names else plan.execute)
+        return len(self._texts) - 1 if plan.has_rows else None
 
     def executemany(self, statement, rows):
         """Run a statement that returns nothing for each row of values."""
@@ -263,29 +253,31 @@ class Connection(psycopg.Connection):
 
     def execute(self, statement, values=None):
         """Run a statement; return its rows, if it has any."""
-        return (self._send() or [[]])[-1] if self.keep(statement, values) else []
+        place = self.keep(statement, values)
+        return [] if place is None else self._send(place)[0]
 
     def each(self, *asked):
         """Run several (statement, values), all with rows, in one round trip; return the rows of each."""
-        for statement, values in asked:
-            self.keep(statement, values)
-        return self._send()[-len(asked):]
+        return self._send(*[self.keep(statement, values) for statement, values in asked])
+
+    def commit(self):
+        """Send what is kept, and COMMIT."""
+        self.keep("COMMIT")
+        self._send()
 
     def rollback(self):
         """Undo what was sent, and forget what was kept."""
-        self._plans.difference_update(self._kept)
-        self._kept = []
-        if self.info.transaction_status != IDLE:
-            super().execute("ROLLBACK")
+        self._planned.difference_update(self._texts)
+        self._texts = ["ROLLBACK"]
+        self._send()
 
-    def _send(self):
-        """Send what is kept; return the rows of each statement that has any."""
-        kept, self._kept = self._kept, []
-        cursor, found, more = super().execute(";".join(kept)), [], True
-        while more:
-            if cursor.pgresult.nfields:
-                found.append(cursor.fetchall())
-            more = cursor.nextset()
+    def _send(self, *places):
+        """Send what is kept; return the rows of the statements at these places."""
+        texts, self._texts = self._texts, []
+        cursor, found = self._client_cursor.execute(";".join(texts)), []
+        for place in places:
+            cursor.set_result(place)
+            found.append(cursor.fetchall())
         return found
 
 
@@ -341,13 +333,14 @@ class PostgresDatabase:
 
     def __init__(self, dsn):
         """Connect, and create the tables if there are none; raises SetupError."""
-        self._dsn, self._free, self._complaints = dsn, collections.deque(), set()     # _free: connections
         self.clock, self.rounds, self.token_bucket = PostgresClock(), Threads, functools.partial(SharedTokenBucket, self)
         self.passed_over = set()     # lanes of intents that claims found locked
-        self.on_remote_moves = lambda moves: setattr(self, "missed", True)     # called in a thread
-        self.on_close = lambda: None
-        self._closed, self._listening, self._outbox = threading.Event(), threading.Event(), queue.SimpleQueue()
-        self._id, self.others, self.missed = os.urandom(8).hex(), set(), False     # _others: backends of other listeners
+        self.others = set()          # backends through which other buses listen
+        self.missed = False          # whether other buses may have done what this one was not told
+        self.on_remote_moves, self.on_close = lambda moves: setattr(self, "missed", True), lambda: None     # in any thread
+        self._dsn, self._free, self._trouble = dsn, collections.deque(), set()     # connections; errors that were logged
+        self._id, self._outbox = os.urandom(8).hex(), queue.SimpleQueue()
+        self._closed, self._listening = threading.Event(), threading.Event()
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._listen, self._notify)]
         try:
             with self._connect() as db:
@@ -355,7 +348,7 @@ class PostgresDatabase:
                 if db.info.parameter_status("server_encoding") != "UTF8":
                     raise SetupError(f"The database {self.path} is not in UTF-8; make one with ENCODING 'UTF8'.")
                 self.channel = f"intentbus {self._prepare(db)}"
-                self._meet(db)
+                self.others = self._meet(db)
         except (psycopg.Error, UnicodeError) as error:
             raise SetupError(f"PostgreSQL cannot be used: {brief(error)}.") from error
 
@@ -370,8 +363,8 @@ class PostgresDatabase:
         self._closed.set()
         self.on_close()
         self._outbox.put([LOOK_AGAIN])     # reaches the listener of this bus, too
-        for thread in self._threads:
-            if thread.is_alive():
+        if self._listening.is_set():
+            for thread in self._threads:
                 thread.join(RECHECK_SECONDS)
         self._close_free()
 
@@ -385,7 +378,7 @@ class PostgresDatabase:
 
     def leave(self, db):
         """Commit a transaction; return True."""
-        db.execute("COMMIT")
+        db.commit()
         self._free.append(db)
         return True
 
@@ -411,13 +404,20 @@ class PostgresDatabase:
     def run_unsynced(self, statement, values):
         """Run one statement that need not be on disk, in one round trip; return its rows."""
         with self._lent() as db:
-            for one in (("BEGIN",), ("SET LOCAL synchronous_commit = off",), (statement, values)):
-                db.keep(*one)
-            return db.execute("COMMIT")
+            db.keep("SET LOCAL synchronous_commit = off")     # statements that are sent at once are one transaction
+            return db.execute(statement, values)
 
     def sizes(self):
         """Return the bytes of the database, and 0 for its log, which the server looks after."""
         return self.read("SELECT pg_database_size(current_database())")[0][0], 0
+
+    def _take(self):
+        with contextlib.suppress(IndexError):
+            return self._free.pop()
+        try:
+            return self._connect()
+        except psycopg.Error as error:
+            raise self._translated(error) from error
 
     @contextlib.contextmanager
     def _lent(self):
@@ -429,20 +429,13 @@ class PostgresDatabase:
             raise
         self._free.append(db)
 
-    def _take(self):
-        with contextlib.suppress(IndexError):
-            return self._free.pop()
-        try:
-            return self._connect()
-        except psycopg.Error as error:
-            raise self._translated(error) from error
-
     def _connect(self, **options):
         """Return a new connection. It notices within SILENT_SECONDS that the server has vanished."""
         db = Connection.connect(self._dsn, autocommit=True, client_encoding="UTF8", connect_timeout=CONNECT_SECONDS,
                                 keepalives_idle=SILENT_SECONDS, keepalives_interval=1, keepalives_count=3,
                                 tcp_user_timeout=1000 * SILENT_SECONDS, **options)
-        db.execute(SETTINGS)
+        db.keep(SETTINGS)
+        db.commit()
         self._complain("PostgreSQL cannot be used", None)
         return db
 
@@ -462,17 +455,17 @@ class PostgresDatabase:
 
     def _complain(self, what, error):
         """Say on stderr what is wrong, once, and when it is over; not in answers, since it may name hosts and users."""
-        if error and what not in self._complaints:
-            self._complaints.add(what)
+        if error and what not in self._trouble:
+            self._trouble.add(what)
             intentbus.log(f"{what}: {brief(error)}. Trying again.")
-        elif not error and what in self._complaints:
-            self._complaints.discard(what)
+        elif not error and what in self._trouble:
+            self._trouble.discard(what)
             intentbus.log(f"No longer so: {what}.")
 
     def _prepare(self, db):
         """Bring the tables to the schema of this version; return what names them. One bus does so at a time."""
         db.keep("BEGIN")
-        db.keep("SELECT pg_advisory_xact_lock(:key)", dict(key=APPLICATION_ID))
+        db.keep(LOCK, dict(name="intentbus"))
         (ours, intents), = db.execute("SELECT to_regclass('intentbus'), to_regclass('intents')")
         if intents and not ours:
             raise SetupError(f"The database {self.path} has a table intents of another program; give the bus another one.")
@@ -486,8 +479,8 @@ class PostgresDatabase:
                               *intentbus.statements_since(version), *tune):
                 db.keep(statement.replace("TEXT", 'TEXT COLLATE "C"'))     # lanes and ids are compared as bytes
             db.keep("INSERT INTO intentbus VALUES (:version)", dict(version=len(MIGRATIONS)))
-        (tables,), = db.execute("SELECT CAST(CAST('intents' AS regclass) AS oid)")
-        db.execute("COMMIT")
+        (tables,), = db.execute("SELECT 'intents'::REGCLASS::OID")
+        db.commit()
         return tables
 
     # -- Other buses --
@@ -543,7 +536,8 @@ class PostgresDatabase:
             self._closed.wait(RECHECK_SECONDS)
 
     def _listen_on(self, db):
-        db.execute(f'LISTEN "{self.channel}"')
+        db.keep(f'LISTEN "{self.channel}"')
+        db.commit()
         self._complain("This bus hears nothing of others", None)
         self.others, self.missed = set(), True
         self._close_free()     # what ended the last connection of this thread has ended others
