@@ -38,7 +38,7 @@ import intentbus
 from intentbus import (ALL, CLAIMED_WITH, COLUMNS, DEAD_RANGE, DELETE, DUE, MIGRATIONS, OF_NAMESPACE, OLD, ONE, ORDER,
                        RECHECK_SECONDS, TALLY, Held, Intent, Move, SetupError)
 
-THREADS = 8                 # of one bus, each with a connection; PostgreSQL allows 100 connections by default
+THREADS = 12                # of one bus, each with a connection; PostgreSQL allows 100 connections by default
 CONNECT_SECONDS = 5         # how long to wait for a server to answer
 SILENT_SECONDS = 8          # how long to wait for a server that has vanished
 CANDIDATES = 16             # of a claim; other claims may hold the first ones
@@ -121,7 +121,9 @@ FIRST_FREE = f"""
     LEFT JOIN (     -- the first candidate that no other transaction holds
         SELECT     free.*
         FROM       candidates
-        CROSS JOIN LATERAL (SELECT {ALL} FROM intents WHERE id = candidates.id AND ready = 1 FOR UPDATE SKIP LOCKED) AS free
+        CROSS JOIN LATERAL (     -- the plus sign keeps PostgreSQL to the primary key
+            SELECT {ALL} FROM intents WHERE id = candidates.id AND +ready = 1 FOR UPDATE SKIP LOCKED
+        ) AS free
         LIMIT      1
     ) AS free ON TRUE
 """
