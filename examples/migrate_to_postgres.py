@@ -91,7 +91,10 @@ def copy_all(source, target, db):
 def move(path, dsn, back):
     """Copy a file into PostgreSQL, or back; return the counts."""
     with contextlib.closing(PostgresDatabase(dsn)) as postgres:
-        if postgres.other_buses():
+        db = postgres.enter()
+        others = postgres.meet(db)
+        postgres.leave(db)
+        if others:
             raise SetupError("A bus is running on this PostgreSQL database; stop it, and all others there.")
         with contextlib.closing(Database(path)) as file:
             source, target = (postgres, file) if back else (file, postgres)

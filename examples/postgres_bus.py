@@ -51,18 +51,12 @@ CLOCK_SLACK_SECONDS = 0.05  # smaller differences come from the network
 
 # ---- SQL ----
 
-SETTINGS = """     -- each statement has its index, whatever the statistics say of a table that has just grown
-    SET lock_timeout = '3s';
-    SET idle_in_transaction_session_timeout = '5s';
-    SET default_transaction_isolation = 'read committed';
-    SET plan_cache_mode = force_generic_plan;
-    SET jit = off;
-    SET enable_seqscan = off;
-    SET enable_bitmapscan = off;
-    SET enable_hashjoin = off;
-    SET enable_mergejoin = off;
-    SELECT set_config('synchronous_commit', 'on', false)
-    WHERE  current_setting('synchronous_commit') = 'off'
+SETTINGS = """
+    SET lock_timeout = '3s'; SET idle_in_transaction_session_timeout = '5s';
+    SET default_transaction_isolation = 'read committed'; SET plan_cache_mode = force_generic_plan; SET jit = off;
+    -- each statement has its index, whatever the statistics say of a table that has just grown
+    SET enable_seqscan = off; SET enable_bitmapscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off;
+    SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'
 """
 TUNE = """
     ALTER TABLE tallies DROP CONSTRAINT tallies_pkey;     -- rows of one kind are added up: no transaction waits for another
@@ -350,7 +344,7 @@ class PostgresDatabase:
                 if db.info.parameter_status("server_encoding") != "UTF8":
                     raise SetupError(f"The database {self.path} is not in UTF-8; make one with ENCODING 'UTF8'.")
                 self.channel = f"intentbus {self._prepare(db)}"
-                self.others = self._meet(db)
+                self.meet(db)
         except (psycopg.Error, UnicodeError) as error:
             raise SetupError(f"PostgreSQL cannot be used: {brief(error)}.") from error
 
@@ -487,13 +481,8 @@ class PostgresDatabase:
 
     # -- Other buses --
 
-    def other_buses(self):
-        """Return the backends of PostgreSQL through which other buses listen."""
-        with self._lent() as db:
-            return self._meet(db)
-
-    def _meet(self, db):
-        """Set the clock; return the backends through which other buses listen."""
+    def meet(self, db):
+        """Set the clock; return the backends of PostgreSQL through which other buses listen."""
         asked = intentbus.steady_clock()
         (now, backends), = db.execute(TIME_AND_BUSES, dict(channel=self.channel))
         self.clock.set(asked, float(now))
@@ -506,7 +495,7 @@ class PostgresDatabase:
 
     def tell(self, moves):
         """Tell the other buses what this one has done."""
-        if self.others:
+        if moves and self.others:
             self._outbox.put([self._notice(move) for move in moves if move.intent.ready or move.event])
 
     def _notice(self, move):
@@ -546,7 +535,7 @@ class PostgresDatabase:
         self._outbox.put([LOOK_AGAIN])     # introduces this bus
         self._listening.set()
         while not self._closed.is_set():
-            others, known = self._meet(db), self.others
+            others, known = self.meet(db), self.others
             self.others = others
             if others - known:     # they have been told nothing so far
                 self._outbox.put([LOOK_AGAIN])
@@ -667,24 +656,21 @@ class Threads:
     def _end(self, ended):
         """Take in the effects of a job, and its outcome, in the loop."""
         subject, outcome, blocks = ended
+        connection, lanes = subject, []
         self._take_in(blocks)
-        if not isinstance(subject, Held):
-            return self._deliver(subject, outcome)
-        function, lanes = self._busy.pop(subject)
-        if subject in self._loop.waiting and getattr(outcome, "status", None) == 503:     # it waits for PostgreSQL, too
-            outcome, self._database.missed = None, True
-        if outcome is None and function and subject.connection.held is subject:
-            return self._run(subject, function, *lanes)
-        self._deliver(subject.connection, outcome)
-        claimed = [move.intent.lane for block in blocks for move in block.moves if move.event == "claimed"]
-        if outcome is not None:     # others may have the intents that it was offered and did not take
-            for lane in (collections.Counter(lanes) - collections.Counter(claimed)).elements():
-                self._offer(lane)
-
-    def _deliver(self, connection, outcome):
+        if isinstance(subject, Held):
+            connection, (function, lanes) = subject.connection, self._busy.pop(subject)
+            if subject in self._loop.waiting and getattr(outcome, "status", None) == 503:     # it waits for PostgreSQL, too
+                outcome, self._database.missed = None, True
+            if outcome is None and function and connection.held is subject:
+                return self._run(subject, function, *lanes)
         self._loop.deliver(connection, outcome)
         if isinstance(outcome, Held) and outcome.keys:     # it may have looked too early
             self._run(outcome, self._api.attempt)
+        if outcome is not None:     # other claims may have the intents that it was offered and did not take
+            claimed = [move.intent.lane for block in blocks for move in block.moves if move.event == "claimed"]
+            for lane in (collections.Counter(lanes) - collections.Counter(claimed)).elements():
+                self._offer(lane)
 
 
 def open_store(dsn=None):
