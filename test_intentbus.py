@@ -8253,8 +8253,8 @@ def test_a_bus_whose_listener_is_cut_off_misses_nothing(buses, capsys):
     published = one.publish()
     assert claimed_by(claim).id == published
     said = capsys.readouterr().err.splitlines()
-    assert len([line for line in said if "This bus hears nothing of others: " in line]) == 1
-    assert said.count("intentbus: No longer so: This bus hears nothing of others.") == 1
+    assert len([line for line in said if "PostgreSQL cannot be used: " in line]) == 1
+    assert said.count("intentbus: PostgreSQL can be used again.") == 1
 
 
 @ON_POSTGRES

@@ -200,20 +200,19 @@ class PostgresTransaction(intentbus.Transaction):
 # ---- A connection ----
 
 PARAMETER = re.compile(r"(?<![:\w]):([a-z_]+)")
-Plan = collections.namedtuple("Plan", "prepare execute names has_rows")
 numbers = itertools.count()
 
 
 @functools.lru_cache(maxsize=None)
 def plan_of(statement):
-    """Return the Plan of a statement of the Store: its PREPARE or None, its EXECUTE, the names of the values for that."""
+    """Return the PREPARE of a statement of the Store, or None; its EXECUTE; the names of its values; whether it has rows."""
     names = PARAMETER.findall(statement)
     has_rows = "RETURNING" in statement or statement.lstrip().startswith(("SELECT", "WITH"))
     if not names or "IS NULL OR" in statement:     # PostgreSQL knows the type of such a parameter from its value only
-        return Plan(None, PARAMETER.sub("%s", statement), names, has_rows)
+        return None, PARAMETER.sub("%s", statement), names, has_rows
     names, name = list(dict.fromkeys(names)), f"plan_{next(numbers)}"
     text = PARAMETER.sub(lambda parameter: f"${names.index(parameter[1]) + 1}", statement)
-    return Plan(f"PREPARE {name} AS {text}", f"EXECUTE {name} ({', '.join(['%s'] * len(names))})", names, has_rows)
+    return f"PREPARE {name} AS {text}", f"EXECUTE {name} ({', '.join(['%s'] * len(names))})", names, has_rows
 
 
 def storable(value):
@@ -234,13 +233,12 @@ class Connection(psycopg.Connection):
 
     def keep(self, statement, values=None):
         """Send a statement with the next one; return its place among them, or None if it has no rows."""
-        plan = plan_of(INSTEAD.get(statement, statement))
-        if plan.prepare and plan.prepare not in self._planned:
-            self._planned.add(plan.prepare)
-            self._texts.append(plan.prepare)
-        self._texts.append(self._client_cursor.mogrify(plan.execute, [storable(values[name]) for name in plan.names])
-                           if plan.names else plan.execute)
-        return len(self._texts) - 1 if plan.has_rows else None
+        prepare, execute, names, has_rows = plan_of(INSTEAD.get(statement, statement))
+        if prepare and prepare not in self._planned:
+            self._planned.add(prepare)
+            self._texts.append(prepare)
+        self._texts.append(self._client_cursor.mogrify(execute, [storable(values[name]) for name in names]) if names else execute)
+        return len(self._texts) - 1 if has_rows else None
 
     def executemany(self, statement, rows):
         """Run a statement that returns nothing for each row of values."""
@@ -334,9 +332,8 @@ class PostgresDatabase:
         self.others = set()          # backends through which other buses listen
         self.missed = False          # whether other buses may have done what this one was not told
         self.on_remote_moves, self.on_close = lambda moves: setattr(self, "missed", True), lambda: None     # in any thread
-        self._dsn, self._free, self._trouble = dsn, collections.deque(), set()     # connections; errors that were logged
-        self._id, self._outbox = os.urandom(8).hex(), queue.SimpleQueue()
-        self._closed, self._listening = threading.Event(), threading.Event()
+        self._dsn, self._free, self._troubled = dsn, collections.deque(), False     # _free: connections
+        self._id, self._outbox, self._closed = os.urandom(8).hex(), queue.SimpleQueue(), threading.Event()
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._listen, self._notify)]
         try:
             with self._connect() as db:
@@ -352,16 +349,14 @@ class PostgresDatabase:
         """Begin to hear of other buses, and to tell them."""
         for thread in self._threads:
             thread.start()
-        self._listening.wait(CONNECT_SECONDS)
 
     def close(self):
         """Let go of the database."""
         self._closed.set()
         self.on_close()
         self._outbox.put([LOOK_AGAIN])     # reaches the listener of this bus, too
-        if self._listening.is_set():
-            for thread in self._threads:
-                thread.join(RECHECK_SECONDS)
+        for thread in filter(threading.Thread.is_alive, self._threads):
+            thread.join(RECHECK_SECONDS)
         self._close_free()
 
     # -- Transactions --
@@ -432,7 +427,7 @@ class PostgresDatabase:
                                 tcp_user_timeout=1000 * SILENT_SECONDS, **options)
         db.keep(SETTINGS)
         db.commit()
-        self._complain("PostgreSQL cannot be used", None)
+        self._log_trouble()
         return db
 
     def _close_free(self):
@@ -446,17 +441,14 @@ class PostgresDatabase:
             return error
         if isinstance(error, psycopg.errors.DiskFull):
             return intentbus.StorageFull("The disk under PostgreSQL is full; nothing of this request was stored.")
-        self._complain("PostgreSQL cannot be used", error)
+        self._log_trouble(error)
         return intentbus.Unavailable("PostgreSQL cannot be used just now; the bus says on its stderr why.")
 
-    def _complain(self, what, error):
-        """Say on stderr what is wrong, once, and when it is over; not in answers, since it may name hosts and users."""
-        if error and what not in self._trouble:
-            self._trouble.add(what)
-            intentbus.log(f"{what}: {brief(error)}. Trying again.")
-        elif not error and what in self._trouble:
-            self._trouble.discard(what)
-            intentbus.log(f"No longer so: {what}.")
+    def _log_trouble(self, error=None):
+        """Log an error, or that all is well, once; an answer does not say it, since it may name hosts and users."""
+        if bool(error) != self._troubled:
+            self._troubled = bool(error)
+            intentbus.log(f"PostgreSQL cannot be used: {brief(error)}. Trying again." if error else "PostgreSQL can be used again.")
 
     def _prepare(self, db):
         """Bring the tables to the schema of this version; return what names them. One bus does so at a time."""
@@ -521,7 +513,7 @@ class PostgresDatabase:
                 with self._connect(application_name=self.channel) as db:
                     self._listen_on(db)
             except psycopg.Error as error:
-                self._complain("This bus hears nothing of others", error)
+                self._log_trouble(error)
             except Exception:
                 intentbus.log_traceback("a notice failed")
             self._closed.wait(RECHECK_SECONDS)
@@ -529,11 +521,9 @@ class PostgresDatabase:
     def _listen_on(self, db):
         db.keep(f'LISTEN "{self.channel}"')
         db.commit()
-        self._complain("This bus hears nothing of others", None)
         self.others, self.missed = set(), True
         self._close_free()     # what ended the last connection of this thread has ended others
         self._outbox.put([LOOK_AGAIN])     # introduces this bus
-        self._listening.set()
         while not self._closed.is_set():
             others, known = self.meet(db), self.others
             self.others = others
