@@ -206,13 +206,15 @@ numbers = itertools.count()
 @functools.lru_cache(maxsize=None)
 def plan_of(statement):
     """Return the PREPARE of a statement of the Store, or None; its EXECUTE; the names of its values; whether it has rows."""
+    statement = INSTEAD.get(statement, statement)
     names = PARAMETER.findall(statement)
     has_rows = "RETURNING" in statement or statement.lstrip().startswith(("SELECT", "WITH"))
     if not names or "IS NULL OR" in statement:     # PostgreSQL knows the type of such a parameter from its value only
-        return None, PARAMETER.sub("%s", statement), names, has_rows
+        return None, PARAMETER.sub("%s", statement).encode(), names, has_rows
     names, name = list(dict.fromkeys(names)), f"plan_{next(numbers)}"
     text = PARAMETER.sub(lambda parameter: f"${names.index(parameter[1]) + 1}", statement)
-    return f"PREPARE {name} AS {text}", f"EXECUTE {name} ({', '.join(['%s'] * len(names))})", names, has_rows
+    execute = f"EXECUTE {name} ({', '.join(['%s'] * len(names))})"
+    return f"PREPARE {name} AS {text}".encode(), execute.encode(), names, has_rows
 
 
 def storable(value):
@@ -229,16 +231,24 @@ class Connection(psycopg.Connection):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._texts, self._planned = [], set()     # to be sent; PREPAREs that were sent
-        self._client_cursor = psycopg.ClientCursor(self)     # puts values into the text
+        self._quoted, self._sender = psycopg.pq.Escaping(self.pgconn).escape_literal, self.cursor()
 
     def keep(self, statement, values=None):
         """Send a statement with the next one; return its place among them, or None if it has no rows."""
-        prepare, execute, names, has_rows = plan_of(INSTEAD.get(statement, statement))
+        prepare, execute, names, has_rows = plan_of(statement)
         if prepare and prepare not in self._planned:
             self._planned.add(prepare)
             self._texts.append(prepare)
-        self._texts.append(self._client_cursor.mogrify(execute, [storable(values[name]) for name in names]) if names else execute)
+        self._texts.append(execute % tuple([self._literal(values[name]) for name in names]))
         return len(self._texts) - 1 if has_rows else None
+
+    def _literal(self, value):
+        """Return a value as it is written in SQL."""
+        if isinstance(value, str):
+            return self._quoted(storable(value).encode())
+        if isinstance(value, list):
+            return b"ARRAY[" + b", ".join(map(self._literal, value)) + b"]::TEXT[]"
+        return b"NULL" if value is None else repr(value).encode()
 
     def executemany(self, statement, rows):
         """Run a statement that returns nothing for each row of values."""
@@ -262,16 +272,17 @@ class Connection(psycopg.Connection):
     def rollback(self):
         """Undo what was sent, and forget what was kept."""
         self._planned.difference_update(self._texts)
-        self._texts = ["ROLLBACK"]
+        self._texts = [b"ROLLBACK"]
         self._send()
 
     def _send(self, *places):
         """Send what is kept; return the rows of the statements at these places."""
         texts, self._texts = self._texts, []
-        cursor, found = self._client_cursor.execute(";".join(texts)), []
+        self._sender.execute(b";".join(texts))
+        found = []
         for place in places:
-            cursor.set_result(place)
-            found.append(cursor.fetchall())
+            self._sender.set_result(place)
+            found.append(self._sender.fetchall())
         return found
 
 
@@ -422,7 +433,7 @@ class PostgresDatabase:
 
     def _connect(self, **options):
         """Return a new connection. It notices within SILENT_SECONDS that the server has vanished."""
-        db = Connection.connect(self._dsn, autocommit=True, client_encoding="UTF8", connect_timeout=CONNECT_SECONDS,
+        db = Connection.connect(self._dsn, autocommit=True, prepare_threshold=None, client_encoding="UTF8", connect_timeout=CONNECT_SECONDS,
                                 keepalives_idle=SILENT_SECONDS, keepalives_interval=1, keepalives_count=3,
                                 tcp_user_timeout=1000 * SILENT_SECONDS, **options)
         db.keep(SETTINGS)
@@ -646,7 +657,7 @@ class Threads:
     def _end(self, ended):
         """Take in the effects of a job, and its outcome, in the loop."""
         subject, outcome, blocks = ended
-        connection, lanes = subject, []
+        connection, function, lanes = subject, None, []
         self._take_in(blocks)
         if isinstance(subject, Held):
             connection, (function, lanes) = subject.connection, self._busy.pop(subject)
@@ -657,7 +668,7 @@ class Threads:
         self._loop.deliver(connection, outcome)
         if isinstance(outcome, Held) and outcome.keys:     # it may have looked too early
             self._run(outcome, self._api.attempt)
-        if outcome is not None:     # other claims may have the intents that it was offered and did not take
+        if outcome is not None or function:     # other claims may have the intents that it was offered and did not take
             claimed = [move.intent.lane for block in blocks for move in block.moves if move.event == "claimed"]
             for lane in (collections.Counter(lanes) - collections.Counter(claimed)).elements():
                 self._offer(lane)
