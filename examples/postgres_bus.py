@@ -38,7 +38,7 @@ import intentbus
 from intentbus import (ALL, CLAIMED_WITH, COLUMNS, DEAD_RANGE, DELETE, DUE, MIGRATIONS, OF_NAMESPACE, OLD, ONE, ORDER,
                        RECHECK_SECONDS, TALLY, Held, Intent, Move, SetupError)
 
-THREADS = 12                # of one bus, each with a connection; PostgreSQL allows 100 connections by default
+THREADS = 10                # of one bus, each with a connection; PostgreSQL allows 100 connections by default
 CONNECT_SECONDS = 5         # how long to wait for a server to answer
 SILENT_SECONDS = 8          # how long to wait for a server that has vanished
 CANDIDATES = 16             # of a claim; other claims may hold the first ones
