@@ -456,8 +456,11 @@ def shared(database, tmp_path_factory):
     """One bus for all tests whose requests are refused."""
     shared = Served(tmp_path_factory.mktemp("shared"), database, poll=0.1)
     shared.seen = []
+    own = SCHEMAS & {schema_of(shared.db)}
+    SCHEMAS.difference_update(own)     # tests drop the schemas that they have made
     yield shared
     shared.stop()
+    SCHEMAS.update(own)
 
 
 @pytest.fixture
@@ -1700,6 +1703,12 @@ def test_ids_grow_and_differ_in_their_first_16_digits(times):
     made.append(intentbus.Ids(made[-1]).new(times[-1]))     # after a restart
     assert made == sorted(made) and len({id[:16] for id in made}) == 1001
     assert all(re.fullmatch("[0-9a-f]{32}", id) for id in made)
+
+
+def test_ids_that_several_threads_make_grow_in_each_of_them():
+    ids = intentbus.Ids()
+    made = at_once(8, lambda index: [ids.new(1000)[:16] for _ in range(2000)])
+    assert all(some == sorted(some) for some in made) and len(set(itertools.chain(*made))) == 16_000
 
 
 def test_an_intent_reads_both_ways():
@@ -5676,6 +5685,14 @@ def test_the_first_requests_of_a_wsgi_bus_may_come_together(wsgi):
     assert [answer for answer in answers if answer.status != 200] == []
 
 
+def test_a_wsgi_bus_notices_what_another_program_has_changed(wsgi, tmp_path):
+    made = Record(wsgi("POST", "/admin/generate_key", b'{"owner": "ann", "role": "both"}').json)
+    assert wsgi("GET", "/whoami", HTTP_X_API_KEY=made.api_key).status == 200
+    with contextlib.closing(sqlite3.connect(tmp_path / "wsgi.db")) as db, db:
+        db.execute("UPDATE keys SET revoked_at = 1")
+    assert wsgi("GET", "/whoami", HTTP_X_API_KEY=made.api_key).status == 401
+
+
 @SLOW
 def test_a_claim_held_under_wsgi_gets_a_delayed_intent(wsgi):
     wsgi("POST", "/intent", b'{"goal": "g", "payload": 1, "delay": 0.1}')
@@ -7980,7 +7997,8 @@ def test_a_newer_bus_may_add_columns_while_older_ones_run(buses):
     bus = buses()
     intent_id, key = bus.publish(), bus.issue("owner").api_key
     def look(status):
-        assert [bus.ask("GET", path, key=key).status for path in (f"/status/{intent_id}", "/intents", "/get/none")] == [200, 200, 404]
+        paths = f"/status/{intent_id}", "/intents", "/get/none"
+        assert [bus.ask("GET", path, key=key).status for path in paths] == [200, 200, 404]
         assert bus.ask("POST", "/claim?goal=g", key=key).status == status
         assert [bus.ask("GET", path).status for path in ("/admin/keys", "/admin/summary", "/admin/dead")] == [200] * 3
     bus.ask("POST", f"/fulfill/{bus.ask('POST', '/claim?goal=g').json['id']}")
@@ -8210,6 +8228,16 @@ def test_a_deadlock_is_a_503_and_a_repeated_request_succeeds(buses):
 
 
 @ON_POSTGRES
+@pytest.mark.parametrize("text", ["'", "''", "\\", "\\'", "%s", "%", ":id", "$1", "'); DROP TABLE intents; --", "E'\\n'", "a\nb",
+                                  "\U0001f600"])
+def test_postgresql_gets_every_text_as_it_is(buses, text):
+    verbs = buses().api.bus
+    intent_id = verbs.publish(text, text).id
+    assert [intent.id for intent in verbs.list(goal=text).intents] == [intent_id]
+    assert verbs.list(goal=text, payload=True).intents[0].payload == text and verbs.claim(text, worker_id=text).id == intent_id
+
+
+@ON_POSTGRES
 def test_requests_after_a_failed_one_find_their_statements(buses):
     bus = buses()
     forbid(bus, "forbidden")
@@ -8235,8 +8263,13 @@ def terminate(pids):
 
 def listens(bus, *before):
     """Return whether a bus hears of the others, by another connection than those before, and has seen to the rest."""
-    return postgres("SELECT 1 FROM pg_stat_activity WHERE application_name = %s AND query NOT LIKE 'LISTEN%%' AND pid <> ALL (%s)",
-                    [bus.store.database.channel, list(before)])
+    return postgres("""
+        SELECT 1
+        FROM   pg_stat_activity
+        WHERE  application_name = %s
+        AND    query NOT LIKE 'LISTEN%%'
+        AND    pid <> ALL (%s)
+    """, [bus.store.database.channel, list(before)])
 
 
 @ON_POSTGRES
@@ -8273,7 +8306,8 @@ def test_after_a_restart_of_postgresql_no_old_connection_is_used(buses, tmp_path
 def test_a_notice_of_another_version_only_makes_a_bus_look(buses):
     one, other = buses(), buses()
     claim = other.hold("POST", "/claim?goal=g&wait=60")
-    told = json.dumps(["a bus", "claimed", "new event", dict(one.store.get(one.publish(goal="else")), ready=0, claim_outcome="new")])
+    intent = one.store.get(one.publish(goal="else"))
+    told = json.dumps(["a bus", "claimed", "new event", dict(intent, ready=0, claim_outcome="new")])
     for odd in (told, '{"x": 1}', "[1, 2]", '["a bus", null, null, {}]', "nothing"):
         postgres("SELECT pg_notify(%s, %s)", [other.store.database.channel, odd])
     published = one.publish()
@@ -8342,7 +8376,8 @@ def test_a_bus_moves_to_postgresql_and_back_with_everything(tmp_path, clock):
     started = Served(tmp_path)
     bus = started.client
     bus.publish_many([dict(goal="many", payload={"n": n, "text": "é\0\U0001f600"}) for n in range(1000)])
-    bus.publish_many([dict(goal=f"goal {n}", payload=n, namespace=f"n{n % 3}", delay=3600 + n, required_capability="c", target_worker="w",
+    bus.publish_many([dict(goal=f"goal {n}", payload=n, namespace=f"n{n % 3}", delay=3600 + n, required_capability="c",
+                           target_worker="w",
                            visibility="public", backoff_base=1.5) for n in range(900)])
     bus.publish("g", 1, idempotency_key="known")
     bus.set("value", {"a": 1})
@@ -8452,8 +8487,8 @@ def test_buses_follow_a_failover_to_a_standby(running, cluster):
     standby = cluster(primary)
     primary.ask("ALTER SYSTEM SET synchronous_standby_names = '*'", "SELECT pg_reload_conf()")
     wait_until(lambda: primary.ask("SELECT sync_state FROM pg_stat_replication") == "sync")
-    buses = [running.bus(f"postgresql://bus@127.0.0.1:{primary.port},127.0.0.1:{standby.port}/postgres?target_session_attrs=read-write")
-             for _ in range(2)]
+    hosts = f"127.0.0.1:{primary.port},127.0.0.1:{standby.port}"
+    buses = [running.bus(f"postgresql://bus@{hosts}/postgres?target_session_attrs=read-write") for _ in range(2)]
     traffic = Traffic(buses)
     traffic.flows(200)
     began = time.monotonic()
