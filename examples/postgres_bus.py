@@ -433,8 +433,8 @@ class PostgresDatabase:
 
     def _connect(self, **options):
         """Return a new connection. It notices within SILENT_SECONDS that the server has vanished."""
-        db = Connection.connect(self._dsn, autocommit=True, prepare_threshold=None, client_encoding="UTF8", connect_timeout=CONNECT_SECONDS,
-                                keepalives_idle=SILENT_SECONDS, keepalives_interval=1, keepalives_count=3,
+        db = Connection.connect(self._dsn, autocommit=True, prepare_threshold=None, client_encoding="UTF8",
+                                connect_timeout=CONNECT_SECONDS, keepalives_idle=SILENT_SECONDS, keepalives_interval=1, keepalives_count=3,
                                 tcp_user_timeout=1000 * SILENT_SECONDS, **options)
         db.keep(SETTINGS)
         db.commit()
@@ -459,7 +459,8 @@ class PostgresDatabase:
         """Log an error, or that all is well, once; an answer does not say it, since it may name hosts and users."""
         if bool(error) != self._troubled:
             self._troubled = bool(error)
-            intentbus.log(f"PostgreSQL cannot be used: {brief(error)}. Trying again." if error else "PostgreSQL can be used again.")
+            intentbus.log(f"PostgreSQL cannot be used: {brief(error)}. Trying again." if error
+                          else "PostgreSQL can be used again.")
 
     def _prepare(self, db):
         """Bring the tables to the schema of this version; return what names them. One bus does so at a time."""
