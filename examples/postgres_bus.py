@@ -434,8 +434,8 @@ class PostgresDatabase:
     def _connect(self, **options):
         """Return a new connection. It notices within SILENT_SECONDS that the server has vanished."""
         db = Connection.connect(self._dsn, autocommit=True, prepare_threshold=None, client_encoding="UTF8",
-                                connect_timeout=CONNECT_SECONDS, keepalives_idle=SILENT_SECONDS, keepalives_interval=1, keepalives_count=3,
-                                tcp_user_timeout=1000 * SILENT_SECONDS, **options)
+                                connect_timeout=CONNECT_SECONDS, keepalives_idle=SILENT_SECONDS, keepalives_interval=1,
+                                keepalives_count=3, tcp_user_timeout=1000 * SILENT_SECONDS, **options)
         db.keep(SETTINGS)
         db.commit()
         self._log_trouble()
