@@ -266,11 +266,13 @@ class Ids:
     def __init__(self, newest=None):
         """Continue after the newest id that is stored."""
         self._last = int(newest[:16], 16) if newest else 0
+        self._lock = threading.Lock()     # threads of a shared database make ids at the same time
 
     def new(self, now):
         """Return the next id, at a time in Unix seconds."""
-        self._last = max(self._last + 1, int(now * 1000) << 16)
-        return f"{self._last:016x}{os.urandom(8).hex()}"
+        with self._lock:
+            self._last = number = max(self._last + 1, int(now * 1000) << 16)
+        return f"{number:016x}{os.urandom(8).hex()}"
 
 
 def no_such(intent_id):
@@ -538,7 +540,7 @@ class Database:
     """
 
     shared = False     # whether other buses use the database too
-    clock = token_bucket = ids = rounds = None     # a shared database has its own Clock, TokenBucket, Ids and Rounds
+    clock = token_bucket = rounds = None     # a shared database has its own Clock, TokenBucket and Rounds
 
     def __init__(self, path="intentbus.db"):
         """Open or create the file; raises SetupError if it cannot be used."""
@@ -954,7 +956,13 @@ class Reads:
 
     def key(self, key_id):
         """Return an issued key that is not revoked, or None."""
-        return next((key for key in self.keys() if key.key_id == key_id), None)
+        row = self._first(f"""
+            SELECT {", ".join(KEY_FIELDS)}
+            FROM   keys
+            WHERE  key_id = :key_id
+            AND    revoked_at IS NULL
+        """, key_id=key_id)
+        return row and Record(zip(KEY_FIELDS, row))
 
     def keys(self):
         """Return the issued keys that are not revoked, oldest first."""
@@ -1396,10 +1404,10 @@ class Waiting:
             if not self._held[key]:
                 del self._held[key]
 
-    def first(self, keys):
-        """Return the request that is held longest for any of these keys, or None."""
-        found = [next(iter(self._held[key])) for key in keys if key in self._held]
-        return min(found, default=None, key=operator.attrgetter("number"))
+    def first(self, keys, passed_over=()):
+        """Return the request that is held longest for any of these keys, but for those passed over; or None."""
+        found = (next((held for held in self._held.get(key, ()) if held not in passed_over), None) for key in keys)
+        return min(filter(None, found), default=None, key=operator.attrgetter("number"))
 
     def keys(self):
         """Return all keys that requests are held for."""
@@ -1567,7 +1575,7 @@ class Bus:
         self.store, self.clock = store, clock or store.database.clock or Clock()
         self.require_claim_token = require_claim_token
         self._retention, self._announce_dead, self._jitter = retention, announce_dead, jitter
-        self._ids = store.database.ids or Ids(store.newest_id())
+        self._ids = Ids(store.newest_id())
         self.registry, self.log = WorkerRegistry(), EventLog(self.clock.now())
         self.next_due = 0             # Unix seconds; no intent is due earlier
         self._known_goals = set()     # (namespace, goal) of goals that are on record as having had a worker
@@ -1625,11 +1633,12 @@ class Bus:
         """Raise RateLimited if a caller would have too many unfinished intents."""
         if caller.max_unfinished is None:
             return
-        if self.store.database.shared or caller.key_id not in self._unfinished:
-            self._unfinished[caller.key_id] = tx.unfinished(caller.key_id)
+        unfinished = None if self.store.database.shared else self._unfinished.get(caller.key_id)
+        if unfinished is None:
+            self._unfinished[caller.key_id] = unfinished = tx.unfinished(caller.key_id)
         in_round = sum(unfinished_change(move) for block in self.store.round for move in block.moves
                        if move.intent.publisher == caller.key_id)
-        if self._unfinished[caller.key_id] + in_round + number > caller.max_unfinished:
+        if unfinished + in_round + number > caller.max_unfinished:
             raise RateLimited(f"This key may have {caller.max_unfinished} unfinished intents; wait until some are done.",
                               "limit_exceeded")
 
@@ -2070,8 +2079,8 @@ class Bus:
     def housekeeping(self):
         """Apply due transitions, delete rows past their retention, store the history and the time."""
         now = time.monotonic()
-        self.registry.forget_silent(self.clock.now())
         with self.store.transaction() as tx:
+            tx.after_commit(self.registry.forget_silent, tx.now)
             if self.next_due <= tx.now:
                 self.apply_due(tx)
             if self._clean_at <= now:
@@ -4587,6 +4596,9 @@ class WsgiApplication:
     def _answer(self, api, environ, headers):
         request = wsgi_request(environ, headers, api.max_body)
         with contextlib.suppress(Error):
+            if api.bus.store.database.changed_elsewhere():
+                api.bus.distrust_memory()
+                api.keys.reload()
             api.bus.shift_clock()
             api.housekeeping()
         answer = api.handle(request)
@@ -4629,7 +4641,12 @@ def wsgi_request(environ, headers, max_body):
                    may_wait=bool(environ.get("wsgi.multithread")))
 
 
-application = WsgiApplication(lambda: Store(Database(database_path())))
+def sqlite_store(path=None):
+    """Return the Store of a SQLite file; its default is database_path()."""
+    return Store(Database(database_path(path)))
+
+
+application = WsgiApplication(sqlite_store)
 
 
 # ---- 15. Local state ----
@@ -5825,7 +5842,7 @@ def serve_command(options):
     if options.tls_key and not options.tls_cert:
         raise Invalid("--tls-key needs --tls-cert.")
     key, key_source = find_owner_key(options.key_file)
-    store = options.store or Store(Database(database_path(options.db)))
+    store = options.open_store(options.db)
     try:
         api = api_of(store, key, options.require_claim_token, options.retention, options.rate_limit,
                      options.max_unfinished, options.max_body, options.require_signatures, options.announce_dead)
@@ -6328,7 +6345,7 @@ def find_command(words):
     raise Invalid(f"There is no command {words[0]!r}{hint}")
 
 
-def run_command(words, store):
+def run_command(words, open_store):
     """Run the command in a command line; return its exit code."""
     if not words:
         print(overview(), file=sys.stderr)
@@ -6343,22 +6360,22 @@ def run_command(words, store):
     options = Parser(name).parse(words)
     if getattr(options, "namespace", "") is None:
         options.namespace = os.environ.get("INTENT_BUS_NAMESPACE") or None
-    options.store = store
+    options.open_store = open_store
     code = COMMANDS[name][0](options) or 0
     sys.stdout.flush()
     return code
 
 
-def main(arguments=None, store=None):
+def main(arguments=None, open_store=sqlite_store):
     """Run a command line, of sys.argv by default; return the exit code, and log an error as one sentence.
 
-    serve uses the store, if it is given, instead of a file.
+    open_store returns the Store of serve, given the value of --db or None.
     """
     warnings.showwarning = lambda message, *_: log(message)
     if hasattr(sys.stdout, "reconfigure"):     # for characters that stdout cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return run_command(sys.argv[1:] if arguments is None else arguments, store)
+        return run_command(sys.argv[1:] if arguments is None else arguments, open_store)
     except Error as error:
         log(error)
         return 2 if isinstance(error, SetupError) else EXIT_CODES.get(error.status, 5)

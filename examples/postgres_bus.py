@@ -1,195 +1,180 @@
 #!/usr/bin/env python3
-"""The bus on PostgreSQL: any number of them, on any number of machines, behind one load balancer, over one database.
+"""The bus on PostgreSQL: any number of buses, on any number of machines, behind one load balancer, over one database.
 
-    pip install "psycopg[binary,pool]>=3.2"
+    pip install "psycopg[binary]>=3.3"
     python3 examples/postgres_bus.py postgresql://bus@db.example/bus --port 8787      and all other flags of intentbus.py serve
 
 All buses need the same owner key: BUS_SECRET, or the same ~/.apikey. The database must be in UTF-8; the first start creates
 its tables. BUS_DB_PATH can name it too; a password belongs in ~/.pgpass. A URL with several hosts and
 target_session_attrs=read-write follows a failover. This was run on PostgreSQL 15.
 
-    PostgresDatabase      takes the place of Database: connections, transactions, notices to the other buses
-    PostgresTransaction   the two statements that are other ones here
-    PostgresClock         the clock of the database, which is that of all buses
-    Threads               takes the place of Rounds: each request in a transaction of its own, on a few standing threads
+    PostgresTransaction   the statements that differ on PostgreSQL
+    Connection            takes statements as the Store writes them, and sends several at once
+    PostgresDatabase      takes the place of Database: transactions, notices to the other buses, the clock that all share
+    Threads               takes the place of Rounds: a transaction for each request, on a few standing threads
 """
 
+import collections
 import contextlib
 import functools
-import hashlib
+import itertools
 import json
-import logging
 import os
 import pathlib
 import queue
 import re
 import sys
 import threading
-import traceback
 
 try:
     import psycopg
-    import psycopg_pool
-except ImportError as error:
-    print(f'postgres_bus: {error}. Run: pip install "psycopg[binary,pool]>=3.2"', file=sys.stderr)
+except ImportError as missing:
+    print(f'postgres_bus: {missing}. Run: pip install "psycopg[binary]>=3.3"', file=sys.stderr)
     sys.exit(2)
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))     # where intentbus.py is
 
 import intentbus
-from intentbus import (ALL, APPLICATION_ID, CLAIMED_WITH, COLUMNS, DEAD_RANGE, DELETE, DUE, MIGRATIONS, OF_NAMESPACE, OLD, ONE,
-                       ORDER, RECHECK_SECONDS, TALLY, Held, Intent, Move, SetupError, covering_lanes, lane_range)
+from intentbus import (ALL, CLAIMED_WITH, COLUMNS, DEAD_RANGE, DELETE, DUE, MIGRATIONS, OF_NAMESPACE, OLD, ONE, ORDER,
+                       RECHECK_SECONDS, TALLY, Held, Intent, Move, SetupError)
 
-THREADS = 8                 # of one bus, each with a connection; PostgreSQL allows 100 connections by default
-CONNECT_SECONDS = 5         # for a server to answer
-SILENT_SECONDS = 8          # before a server that has vanished is given up
-POOL_SECONDS = 2            # for a connection to become free, or the database to come back, before a 503
-LOCK_SECONDS = 3            # for a row that another bus holds
-STOPPED_SECONDS = 5         # before the server ends the transaction of a bus that has stopped in the middle
-ATTEMPTS = 5                # for a request that meets a deadlock
-CANDIDATES = 16             # for a claim: other buses may hold the first ones
-LOOKS = 4                   # for a claim that finds all candidates held: an intent published meanwhile is in the next look
-NOTICE_CHARACTERS = 500     # of an error in a notice; PostgreSQL takes 7,999 bytes
+THREADS = 10                # of one bus, each with a connection; PostgreSQL allows 100 connections by default
+CONNECT_SECONDS = 5         # how long to wait for a server to answer
+SILENT_SECONDS = 8          # how long to wait for a server that has vanished
+CANDIDATES = 16             # of a claim; other claims may hold the first ones
+LOOKS = 4                   # of a claim that finds all candidates locked; each sees what was published meanwhile
+ERROR_CHARACTERS = 500      # of an error in a notice; PostgreSQL takes 7,999 bytes
 NOTICE_FIELDS = (*intentbus.EVENT_FIELDS, "lane", "ready", "due_at")
-LOOK_AGAIN = "[]"           # the notice to a bus that may have missed others
-CLOCK_SLACK_SECONDS = 0.05  # smaller differences are the network's
-IDLE = psycopg.pq.TransactionStatus.IDLE
-SETTINGS = {     # of each connection
-    "lock_timeout": f"{LOCK_SECONDS}s",
-    "idle_in_transaction_session_timeout": f"{STOPPED_SECONDS}s",
-    "default_transaction_isolation": "read committed",
-    **dict.fromkeys(("jit", "enable_seqscan", "enable_bitmapscan", "enable_hashjoin", "enable_mergejoin"), "off"),
-}     # every statement has its index, whatever the statistics say of a table that has just grown
+LOOK_AGAIN = "[]"           # the notice to buses that may have missed others
+CLOCK_SLACK_SECONDS = 0.05  # smaller differences come from the network
 
 
 # ---- SQL ----
 
-TUNED = """
+SETTINGS = """
+    SET lock_timeout = '3s'; SET idle_in_transaction_session_timeout = '5s';
+    SET default_transaction_isolation = 'read committed'; SET plan_cache_mode = force_generic_plan; SET jit = off;
+    -- each statement has its index, whatever the statistics say of a table that has just grown
+    SET enable_seqscan = off; SET enable_bitmapscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off;
+    SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'
+"""
+TUNE = """
     ALTER TABLE tallies DROP CONSTRAINT tallies_pkey;     -- rows of one kind are added up: no transaction waits for another
     ALTER TABLE intents SET (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 20000,
                              autovacuum_vacuum_cost_delay = 0)
 """
-INSTEAD = {     # of a statement of the Store: other buses change rows, too
+DEAD_INTENTS, DEAD_IDS = DEAD_RANGE.format(columns=ALL), DEAD_RANGE.format(columns="id")
+INSTEAD = {     # of a statement of the Store, because other buses change rows at the same time
     ONE: ONE + " FOR UPDATE",
     DUE: DUE + " FOR UPDATE SKIP LOCKED",
     CLAIMED_WITH: CLAIMED_WITH + " FOR UPDATE",
-    DEAD_RANGE.format(columns=ALL): DEAD_RANGE.format(columns=ALL) + " FOR UPDATE",
-    DELETE.format(which=DEAD_RANGE.format(columns="id")): DELETE.format(which=DEAD_RANGE.format(columns="id") + " FOR UPDATE"),
+    DEAD_INTENTS: DEAD_INTENTS + " FOR UPDATE",
+    DELETE.format(which=DEAD_IDS): DELETE.format(which=DEAD_IDS + " FOR UPDATE"),
     DELETE.format(which=OF_NAMESPACE): DELETE.format(which=OF_NAMESPACE + " FOR UPDATE"),
     DELETE.format(which=OLD): DELETE.format(which=OLD + " FOR UPDATE SKIP LOCKED"),
-    TALLY: """
-        INSERT INTO tallies (namespace, publisher, status, intents)
-        VALUES      (:namespace, :publisher, :status, :intents)
-    """,
+    TALLY: "INSERT INTO tallies VALUES (:namespace, :publisher, :status, :intents)",
 }
-FOLD = """
-    WITH gone AS (
-        DELETE FROM tallies
-        WHERE       ctid = ANY (ARRAY(
-            SELECT ctid
-            FROM   (SELECT ctid, COUNT(*) OVER (PARTITION BY namespace, publisher, status) AS rows FROM tallies) AS kinds
-            WHERE  rows > 1
-        ))
-        RETURNING   namespace, publisher, status, intents
-    )
-    INSERT INTO tallies (namespace, publisher, status, intents)
-    SELECT      namespace, publisher, status, SUM(intents)
-    FROM        gone
-    GROUP BY    namespace, publisher, status
-    HAVING      SUM(intents) <> 0
+FOLD_TALLIES = """
+    WITH folded AS (DELETE FROM tallies RETURNING namespace, publisher, status, intents)
+    INSERT INTO tallies
+    SELECT   namespace, publisher, status, SUM(intents)
+    FROM     folded
+    GROUP BY namespace, publisher, status
+    HAVING   SUM(intents) <> 0
 """
 READY = f"""
     SELECT   id, lane, priority, run_at, claim_attempts, created_at
     FROM     intents
     WHERE    ready = 1
-    AND      {{where}}
+    AND      {{column}} = wanted.{{column}}
     ORDER BY {ORDER}
     LIMIT    {CANDIDATES}
 """
-READY_IN_LANES = f"""
-    WITH RECURSIVE lanes (lane) AS (     -- one step in the index for each lane
-        (SELECT lane FROM intents WHERE ready = 1 AND lane >= {{start}} AND lane < {{end}} ORDER BY lane LIMIT 1)
+FIRST_FREE = f"""
+    WITH RECURSIVE wanted (lane, stop, publisher) AS (     -- one step in the index for each lane
+        SELECT start COLLATE "C", stop, publisher
+        FROM   unnest(:starts::TEXT[], :stops::TEXT[], :publishers::TEXT[]) AS ranges (start, stop, publisher)
         UNION ALL
-        SELECT (SELECT lane FROM intents WHERE ready = 1 AND lane > lanes.lane AND lane < {{end}} ORDER BY lane LIMIT 1)
-        FROM   lanes
+        SELECT (SELECT MIN(lane) FROM intents WHERE ready = 1 AND lane > wanted.lane AND lane < stop), stop, publisher
+        FROM   wanted
         WHERE  lane IS NOT NULL
-    )
-    SELECT     candidate.*
-    FROM       lanes
-    CROSS JOIN LATERAL ({READY.format(where="lane = lanes.lane")}) AS candidate
-    WHERE      {{publisher}} = ''
-    OR         RIGHT(lanes.lane, LENGTH({{publisher}}) + 1) = CHR(9) || {{publisher}}
-"""
-FIRST = f"""
-    WITH ranked AS (
-        SELECT   *
-        FROM     ({{candidates}}) AS candidate
-        ORDER BY {ORDER}
-        LIMIT    {CANDIDATES}
+    ), candidates AS (
+        SELECT     ready.*
+        FROM       wanted
+        CROSS JOIN LATERAL ({READY.format(column="lane")}) AS ready
+        WHERE      RIGHT(wanted.lane, LENGTH(publisher)) = publisher
+        UNION ALL
+        SELECT     ready.*
+        FROM       unnest(:places::TEXT[]) AS wanted (place)
+        CROSS JOIN LATERAL ({READY.format(column="place")}) AS ready
+        ORDER BY   {ORDER}
+        LIMIT      {CANDIDATES}
     )
     SELECT    best.lane AS best, free.*
-    FROM      (SELECT lane FROM ranked LIMIT 1) AS best
-    LEFT JOIN (     -- the first one that no other transaction holds
+    FROM      (SELECT lane FROM candidates LIMIT 1) AS best
+    LEFT JOIN (     -- the first candidate that no other transaction holds
         SELECT     free.*
-        FROM       ranked
-        CROSS JOIN LATERAL (
-            SELECT {ALL}
-            FROM   intents
-            WHERE  id = ranked.id
-            AND    ready = 1
-            FOR UPDATE SKIP LOCKED
+        FROM       candidates
+        CROSS JOIN LATERAL (     -- the plus sign keeps PostgreSQL to the primary key
+            SELECT {ALL} FROM intents WHERE id = candidates.id AND +ready = 1 FOR UPDATE SKIP LOCKED
         ) AS free
         LIMIT      1
     ) AS free ON TRUE
 """
 TAKE = """
     INSERT INTO memos (kind, owner, key, value, expires_at)
-    VALUES      ('rate', '', :name, '', :now + CAST(:cost AS DOUBLE PRECISION))
+    VALUES      ('rate', '', :name, '', :now + :cost::FLOAT)
     ON CONFLICT (kind, owner, key) DO UPDATE
     SET         expires_at = GREATEST(memos.expires_at, :now) + :cost
-    WHERE       GREATEST(memos.expires_at, :now) + :cost <= CAST(:now AS DOUBLE PRECISION) + :full
+    WHERE       GREATEST(memos.expires_at, :now) + :cost <= :now + :full::FLOAT
     RETURNING   expires_at
 """
-OTHERS = """
-    SELECT application_name
-    FROM   pg_stat_activity
-    WHERE  datname = current_database()
-    AND    application_name LIKE :buses
-    AND    application_name <> :this
+TIME_AND_BUSES = """
+    SELECT EXTRACT(EPOCH FROM clock_timestamp()), ARRAY(
+        SELECT pid
+        FROM   pg_stat_activity
+        WHERE  datname = current_database()
+        AND    application_name = :channel
+        AND    pid <> pg_backend_pid()
+    )
 """
-TELL = """
-    SELECT     pg_notify(bus, notice)
-    FROM       unnest(CAST(:buses AS TEXT[])) AS bus
-    CROSS JOIN unnest(CAST(:notices AS TEXT[])) AS notice
-"""
+LOCK = "SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))"     # until the transaction has ended
+NOTIFY = "SELECT pg_notify(:channel, notice) FROM unnest(:notices::TEXT[]) AS notice"
 
 
 @functools.lru_cache(maxsize=256)
-def first_of(lanes):
-    """Return the statement that finds the first free intent of some lanes, and its values."""
-    parts, values = [], {}
-    for number, lane in enumerate(lanes):
+def wanted_values(lanes):
+    """Return the values of FIRST_FREE for the lanes of a claim."""
+    ranges, places = [], []
+    for lane in lanes:
         place, goal, publisher = lane.rsplit("\t", 2)
-        if goal and publisher or not goal and not publisher:
-            values[f"key{number}"] = lane if goal else place
-            parts.append(READY.format(where=f"{'lane' if goal else 'place'} = :key{number}"))
+        if goal or publisher:
+            start, stop = (lane, lane) if goal and publisher else intentbus.lane_range(lane)
+            ranges.append((start, stop, publisher and "\t" + publisher))
         else:
-            values.update(zip((f"start{number}", f"end{number}"), lane_range(lane)), **{f"by{number}": publisher})
-            parts.append(READY_IN_LANES.format(start=f":start{number}", end=f":end{number}",
-                                               publisher=f"CAST(:by{number} AS TEXT)"))
-    return FIRST.format(candidates=" UNION ALL ".join(f"({part})" for part in parts)), values
+            places.append(place)
+    starts, stops, publishers = map(list, zip(*ranges)) if ranges else ([], [], [])
+    return dict(starts=starts, stops=stops, publishers=publishers, places=places)
 
 
 class PostgresTransaction(intentbus.Transaction):
-    """A block on PostgreSQL."""
+    """A block on PostgreSQL, which is a transaction of its own."""
+
+    def __exit__(self, kind, error, trace):
+        super().__exit__(kind, error, trace)
+        if error is None:
+            self._store.database.tell(self.moves)
 
     def claimable(self, lanes, owner, token_hash=None):
-        """Do as in Transaction, over the network once. Intents that other buses hold are passed over, and looked at later."""
-        asked = [(INSTEAD[CLAIMED_WITH], dict(token_hash=token_hash, owner=owner))] if token_hash else []
+        """Do as in Transaction, in one round trip. Intents that other transactions hold are passed over, and offered later."""
+        asked = [(FIRST_FREE, wanted_values(tuple(lanes)))]
+        if token_hash:
+            self._db.keep(LOCK, dict(name=token_hash))     # the same claim may be under way at another bus
+            asked.insert(0, (CLAIMED_WITH, dict(token_hash=token_hash, owner=owner)))
         for _ in range(LOOKS):
-            *known, found = self._db.each(*asked, first_of(tuple(lanes)))
-            if known and known[0]:
-                return Intent(zip(COLUMNS, known[0][0]))
+            *claimed, found = self._db.each(*asked)
+            if claimed and claimed[0]:
+                return Intent(zip(COLUMNS, claimed[0][0]))
             if not found:
                 return None
             best, *columns = found[0]
@@ -197,169 +182,140 @@ class PostgresTransaction(intentbus.Transaction):
                 return Intent(zip(COLUMNS, columns))
         self._store.database.passed_over.add(best)
 
+    def next_due(self):
+        """Return when to look for due intents next: soon, since other transactions may be adding some."""
+        return min(super().next_due() or intentbus.FOREVER, self.now + RECHECK_SECONDS)
+
     def unfinished(self, publisher):
         """Return how many unfinished intents a publisher has; no other bus adds to them before this block has ended."""
-        digest = hashlib.sha256(intentbus.to_json([self._store.database.kin, publisher]).encode()).digest()
-        self._db.keep("SELECT pg_advisory_xact_lock(:key)", dict(key=int.from_bytes(digest[:8], "big", signed=True)))
+        self._db.keep(LOCK, dict(name=f"{self._store.database.channel} {publisher}"))
         return super().unfinished(publisher)
 
     def forget_expired(self, rows):
-        """Do as in Transaction, and add up the tallies."""
-        self._db.keep(FOLD)
+        """Do as in Transaction, and fold the tallies."""
+        self._db.keep(FOLD_TALLIES)
         return super().forget_expired(rows)
 
 
 # ---- A connection ----
 
-PARAMETER = re.compile(r"(?<![:\w]):([a-z_0-9]+)")
-RETURNS_NOTHING = re.compile(r"\s*(INSERT|UPDATE|DELETE)\b(?!.*\bRETURNING\b)", re.DOTALL)
+PARAMETER = re.compile(r"(?<![:\w]):([a-z_]+)")
+numbers = itertools.count()
 
 
-@functools.lru_cache(maxsize=1024)
-def translated(statement):
-    """Return a statement as PREPARE takes it, with $1 for its first :name, and the names in that order."""
-    names = list(dict.fromkeys(PARAMETER.findall(statement)))
-    return PARAMETER.sub(lambda parameter: f"${names.index(parameter[1]) + 1}", statement), names
+@functools.lru_cache(maxsize=None)
+def plan_of(statement):
+    """Return the PREPARE of a statement of the Store, or None; its EXECUTE; the names of its values; whether it has rows."""
+    statement = INSTEAD.get(statement, statement)
+    names = PARAMETER.findall(statement)
+    has_rows = "RETURNING" in statement or statement.lstrip().startswith(("SELECT", "WITH"))
+    if not names or "IS NULL OR" in statement:     # PostgreSQL knows the type of such a parameter from its value only
+        return None, PARAMETER.sub("%s", statement).encode(), names, has_rows
+    names, name = list(dict.fromkeys(names)), f"plan_{next(numbers)}"
+    text = PARAMETER.sub(lambda parameter: f"${names.index(parameter[1]) + 1}", statement)
+    execute = f"EXECUTE {name} ({', '.join(['%s'] * len(names))})"
+    return f"PREPARE {name} AS {text}".encode(), execute.encode(), names, has_rows
 
 
 def storable(value):
-    """Return a value without the character NUL, which TEXT cannot hold; the picture of it takes its place."""
+    """Return a value without NUL, which TEXT cannot hold: U+2400, the picture of it, takes its place."""
     return value.replace("\0", "\u2400") if isinstance(value, str) else value
 
 
 class Connection(psycopg.Connection):
     """A connection that takes statements as the Store writes them.
 
-    Each is planned once. A statement that returns no rows goes over the network with the next one that does, or with COMMIT.
+    Each is planned once. A change that returns no rows is sent with the next statement that does, or with COMMIT.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.cursor_factory = psycopg.ClientCursor     # sends text, which may hold several statements
-        self._kept, self._planned = [], {}     # statement: its name here
+        self._texts, self._planned = [], set()     # to be sent; PREPAREs that were sent
+        self._quoted, self._sender = psycopg.pq.Escaping(self.pgconn).escape_literal, self.cursor()
+
+    def keep(self, statement, values=None):
+        """Send a statement with the next one; return its place among them, or None if it has no rows."""
+        prepare, execute, names, has_rows = plan_of(statement)
+        if prepare and prepare not in self._planned:
+            self._planned.add(prepare)
+            self._texts.append(prepare)
+        self._texts.append(execute % tuple([self._literal(values[name]) for name in names]))
+        return len(self._texts) - 1 if has_rows else None
+
+    def _literal(self, value):
+        """Return a value as it is written in SQL."""
+        if isinstance(value, str):
+            return self._quoted(storable(value).encode())
+        if isinstance(value, list):
+            return b"ARRAY[" + b", ".join(map(self._literal, value)) + b"]::TEXT[]"
+        return b"NULL" if value is None else repr(value).encode()
+
+    def executemany(self, statement, rows):
+        """Run a statement that returns nothing for each row of values."""
+        for row in rows:
+            self.keep(statement, row)
+
+    def execute(self, statement, values=None):
+        """Run a statement; return its rows, if it has any."""
+        place = self.keep(statement, values)
+        return [] if place is None else self._send(place)[0]
+
+    def each(self, *asked):
+        """Run several (statement, values), all with rows, in one round trip; return the rows of each."""
+        return self._send(*[self.keep(statement, values) for statement, values in asked])
+
+    def commit(self):
+        """Send what is kept, and COMMIT."""
+        self.keep("COMMIT")
+        self._send()
 
     def rollback(self):
         """Undo what was sent, and forget what was kept."""
-        self._kept = []
-        super().rollback()
+        self._planned.difference_update(self._texts)
+        self._texts = [b"ROLLBACK"]
+        self._send()
 
-    def keep(self, statement, values=None):
-        """Send a statement with the next one."""
-        self._kept.append((statement, values))
-
-    def executemany(self, statement, rows):
-        """Run a statement of the Store for each row."""
-        self._kept += [(INSTEAD.get(statement, statement), row) for row in rows]
-
-    def execute(self, statement, values=None):
-        """Run a statement of the Store, after those that are kept, and return its rows, if it has any."""
-        statement = INSTEAD.get(statement, statement)
-        if RETURNS_NOTHING.match(statement) and (self._kept or self.info.transaction_status != IDLE):
-            return self.keep(statement, values)
-        return self.each((statement, values))[0]
-
-    def each(self, *asked):
-        """Run several (statement, values), over the network once, and return the last rows that came, for each of them."""
-        self._kept += asked
-        return self._send()[-len(asked):] or [[]]
-
-    def _send(self):
-        """Send what is kept, and return the rows of each result that has any."""
-        kept, self._kept = self._kept, []
-        try:
-            texts = [] if self._planned else ["DEALLOCATE ALL"]
-            result = super().execute(";".join(texts + [text for asked in kept for text in self._texts(*asked)]))
-        except Exception as error:
-            self._planned = {}     # some may not have come so far
-            if isinstance(error, psycopg.errors.ReadOnlySqlTransaction):     # after a failover, the primary is elsewhere
-                self.close()
-            raise
-        rows, more = [], True
-        while more:
-            if result.pgresult.nfields:
-                rows.append(result.fetchall())
-            more = result.nextset()
-        return rows
-
-    def _texts(self, statement, values):
-        """Yield what carries out a statement: its text, or its plan with values, made before if there is none yet."""
-        text, names = translated(statement)
-        if "IS NULL OR" in statement:     # the type of such a parameter is known from its value only
-            text, names = PARAMETER.sub("%s", statement), PARAMETER.findall(statement)
-        elif values:
-            if statement not in self._planned:
-                self._planned[statement] = f"s{len(self._planned)}"
-                yield f"PREPARE {self._planned[statement]} AS {text}"
-            text = f"EXECUTE {self._planned[statement]} ({', '.join(['%s'] * len(names))})"
-        yield self.cursor().mogrify(text, [storable(values[name]) for name in names]) if values else statement
-
-
-def set_up(db):
-    """Make a new connection what a bus needs."""
-    for name, value in SETTINGS.items():
-        db.keep(f"SET {name} = '{value}'")
-    db.keep("""
-        SELECT set_config('synchronous_commit', 'on', false)
-        WHERE  current_setting('synchronous_commit') = 'off'
-    """)
-    db.execute("SELECT 1")
-
-
-def notice(move):
-    """Return what the other buses are told of a move."""
-    told = move.intent.pick(NOTICE_FIELDS)
-    told["last_error"] = told.last_error and told.last_error[:NOTICE_CHARACTERS]
-    return intentbus.to_json([move.before, move.event, told])
+    def _send(self, *places):
+        """Send what is kept; return the rows of the statements at these places."""
+        texts, self._texts = self._texts, []
+        self._sender.execute(b";".join(texts))
+        found = []
+        for place in places:
+            self._sender.set_result(place)
+            found.append(self._sender.fetchall())
+        return found
 
 
 def brief(error):
-    """Return the first line of what psycopg says, without a password that a URL may have had."""
+    """Return the first line of what psycopg says, without a password that a URL may hold."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     return re.sub(r":[^:@/\s\"]*@", ":***@", line)
 
 
 # ---- The database ----
 
-class PostgresClock:
-    """The clock of the database, which is that of all buses: it is never corrected."""
+class PostgresClock(intentbus.Clock):
+    """The clock of the database, which all buses use. Stored times are never moved."""
 
-    def __init__(self):
-        self._ahead = 0     # of the steady clock of this machine, in seconds
+    _ahead = 0     # of the steady clock of this machine, in seconds
 
     def now(self):
         """Return the time in Unix seconds."""
         return intentbus.steady_clock() + self._ahead
 
     def step(self):
-        """Return 0: stored times are never moved."""
+        """Return 0: a step is taken over as it is."""
         return 0
 
-    def note(self, step):
-        """Return a record for resume(), which needs none."""
-        return {}
+    def resume(self, record):
+        """Do nothing: the database has gone on."""
 
-    def resume(self, note):
-        """Continue after a restart."""
-
-    def set(self, db):
-        """Find out how far the clock of the database is from the steady one, as exactly as the answer is quick."""
-        asked = intentbus.steady_clock()
-        (there,), = db.each(("SELECT EXTRACT(EPOCH FROM clock_timestamp())", None))[0]
+    def set(self, asked, answer):
+        """Take over the time of the database, asked for at a time of the steady clock; a slow answer is an inexact one."""
         took = intentbus.steady_clock() - asked
-        ahead = float(there) - asked - took / 2
+        ahead = answer - asked - took / 2
         if abs(ahead - self._ahead) > CLOCK_SLACK_SECONDS + took / 2:
             self._ahead = ahead
-
-
-class PostgresIds(intentbus.Ids):
-    """Makes ids for several threads."""
-
-    _one_at_a_time = threading.Lock()
-
-    def new(self, now):
-        """Return the next id."""
-        with self._one_at_a_time:
-            return super().new(now)
 
 
 class SharedTokenBucket:
@@ -371,205 +327,145 @@ class SharedTokenBucket:
     def take(self, name, number=1):
         """Take tokens, or give them back if number is negative; return how many seconds to wait if there are too few."""
         cost = number * self._cost_seconds
-        taken = self._database.once(TAKE, dict(name=name, cost=cost, full=60, now=self._database.clock.now()))
+        taken = self._database.run_unsynced(TAKE, dict(name=name, cost=cost, full=60, now=self._database.clock.now()))
         return 0 if taken else cost
 
 
 class PostgresDatabase:
-    """A PostgreSQL database that other buses use too, with the public methods of Database. A block is a transaction."""
+    """A PostgreSQL database that other buses use too, with the methods of Database that are called outside of rounds."""
 
-    shared, in_round, commits_apart, warning = True, False, False, None
+    shared, in_round, warning = True, False, None
 
     def __init__(self, dsn):
         """Connect, and create the tables if there are none; raises SetupError."""
-        self._dsn, self._complaints = dsn, {}
-        self.clock, self.ids, self.passed_over = PostgresClock(), PostgresIds(), set()     # lanes whose intents others held
-        self.token_bucket = functools.partial(SharedTokenBucket, self)
-        self.rounds = Threads
-        self.on_remote_change = lambda moves: None     # called, in a thread, with the moves of another bus
-        self._closed, self._outbox, self._others, self._missed = threading.Event(), queue.SimpleQueue(), [], False
+        self.clock, self.rounds, self.token_bucket = PostgresClock(), Threads, functools.partial(SharedTokenBucket, self)
+        self.passed_over = set()     # lanes of intents that claims found locked
+        self.others = set()          # backends through which other buses listen
+        self.missed = False          # whether other buses may have done what this one was not told
+        self.on_remote_moves, self.on_close = lambda moves: setattr(self, "missed", True), lambda: None     # in any thread
+        self._dsn, self._free, self._troubled = dsn, collections.deque(), False     # _free: connections
+        self._id, self._outbox, self._closed = os.urandom(8).hex(), queue.SimpleQueue(), threading.Event()
+        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._listen, self._notify)]
         try:
             with self._connect() as db:
                 self.path = f"{db.info.dbname} of PostgreSQL at {db.info.host or 'this machine'}"
                 if db.info.parameter_status("server_encoding") != "UTF8":
                     raise SetupError(f"The database {self.path} is not in UTF-8; make one with ENCODING 'UTF8'.")
-                self.kin = f"intentbus {self._prepare(db)} "         # the start of the names of all buses on these tables
-                self.name = self.kin + os.urandom(8).hex()           # of this bus: for the others to see, and its channel
-                self.clock.set(db)
+                self.channel = f"intentbus {self._prepare(db)}"
+                self.meet(db)
         except (psycopg.Error, UnicodeError) as error:
             raise SetupError(f"PostgreSQL cannot be used: {brief(error)}.") from error
-        self._pool = psycopg_pool.ConnectionPool(
-            self._dsn, connection_class=Connection, min_size=1, max_size=THREADS, timeout=POOL_SECONDS, open=True,
-            kwargs=self._options(), configure=set_up, reconnect_timeout=CONNECT_SECONDS)
-        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._listen, self._tell_others)]
+
+    def listen(self):
+        """Begin to hear of other buses, and to tell them."""
         for thread in self._threads:
             thread.start()
 
     def close(self):
         """Let go of the database."""
         self._closed.set()
+        self.on_close()
         self._outbox.put([LOOK_AGAIN])     # reaches the listener of this bus, too
-        for thread in self._threads:
+        for thread in filter(threading.Thread.is_alive, self._threads):
             thread.join(RECHECK_SECONDS)
-        self._pool.close()
+        self._close_free()
 
-    # -- Blocks --
+    # -- Transactions --
 
     def enter(self):
         """Begin a transaction, and return its connection."""
-        with self._translating():
-            db = self._pool.getconn()
-            db.keep("BEGIN")
-            return db
+        db = self._take()
+        db.keep("BEGIN")
+        return db
 
     def leave(self, db):
-        """Commit a transaction."""
-        with self._translating(lost=True):
-            db.execute("COMMIT")
-        self._pool.putconn(db)
+        """Commit a transaction; return True."""
+        db.commit()
+        self._free.append(db)
         return True
 
     def undo(self, db, error):
-        """Roll a transaction back, after an error; what psycopg raised becomes an error of the bus."""
-        with contextlib.suppress(psycopg.Error):
-            db.rollback()
-        self._pool.putconn(db)
-        with self._translating():
-            if isinstance(error, psycopg.Error):
-                raise error
+        """Roll a transaction back. An error of psycopg ends its connection too, and becomes one of the bus."""
+        if not isinstance(error, psycopg.Error):
+            with contextlib.suppress(psycopg.Error):
+                db.rollback()
+                return self._free.append(db)
+        if db.closed or isinstance(error, psycopg.errors.ReadOnlySqlTransaction):     # other connections are lost, too
+            self._close_free()
+            self.missed = True     # if it was committed all the same, every bus has to look
+            self._outbox.put([LOOK_AGAIN])
+        db.close()
+        if isinstance(error, psycopg.Error):
+            raise self._translated(error) from error
 
     def read(self, statement, values=()):
         """Return the rows of a statement, outside of any transaction."""
-        with self._translating(), self._pool.connection() as db:
-            return db.each((statement, values))[0]
+        with self._lent() as db:
+            return db.execute(statement, values)
 
-    def once(self, statement, values):
-        """Run one statement that need not be on disk, over the network once, and return its rows."""
-        with self._translating(), self._pool.connection() as db:
-            db.keep("BEGIN")
-            db.keep("SET LOCAL synchronous_commit = off")
-            db.keep(statement, values)
-            return db.execute("COMMIT")
+    def run_unsynced(self, statement, values):
+        """Run one statement that need not be on disk, in one round trip; return its rows."""
+        with self._lent() as db:
+            db.keep("SET LOCAL synchronous_commit = off")     # statements that are sent at once are one transaction
+            return db.execute(statement, values)
 
     def sizes(self):
-        """Return the bytes of the database, and 0: its log is the server's business."""
-        return [self.read("SELECT pg_database_size(current_database())")[0][0], 0]
+        """Return the bytes of the database, and 0 for its log, which the server looks after."""
+        return self.read("SELECT pg_database_size(current_database())")[0][0], 0
 
-    def log_is_long(self):
-        """Return False: the log is the server's business."""
-        return False
-
-    # -- The other buses --
-
-    def others(self):
-        """Return the names of the other buses that use these tables now."""
-        return [name for name, in self.read(OTHERS, dict(buses=self.kin + "%", this=self.name))]
-
-    def changed_elsewhere(self):
-        """Return whether notices of other buses may have been missed. Lanes that were passed over are offered again."""
-        passed_over, self.passed_over = self.passed_over, set()
-        self.on_remote_change([Move(Intent(lane=lane, status="open", ready=1, due_at=None, publisher=None), "open", None)
-                               for lane in passed_over])
-        missed, self._missed = self._missed, False
-        return missed
-
-    def tell(self, moves):
-        """Tell the other buses what this one has done."""
-        if self._others:
-            self._outbox.put([notice(move) for move in moves if move.intent.ready or move.event])
-
-    def _tell_others(self):
-        """Send what there is to tell, as much at a time as there is."""
-        while not self._closed.is_set():
-            notices = self._outbox.get()
-            while not self._outbox.empty():
-                notices += self._outbox.get()
-            try:
-                self.once(TELL, dict(buses=self._others + [self.name] * self._closed.is_set(), notices=notices))
-            except intentbus.Error:
-                self._others = []     # they are found again, and told to look
-
-    def _listen(self):
-        """Hear what other buses have done, and keep to the clock of the database, whatever happens to the connection."""
-        while not self._closed.is_set():
-            try:
-                with self._connect(application_name=self.name) as db:
-                    self._listen_at(db)
-            except psycopg.Error as error:
-                self._complain("This bus hears nothing of others", error)
-            except Exception:
-                traceback.print_exc()
-            self._missed = True     # deaf, it looks by itself
-            self._closed.wait(RECHECK_SECONDS)
-
-    def _listen_at(self, db):
-        db.execute(f'LISTEN "{self.name}"')
-        self._complain("This bus hears nothing of others", None)
-        self._others, self._missed = [], True
-        self._pool.check()     # what ended the last connection of this thread has ended others
-        while not self._closed.is_set():
-            self.clock.set(db)
-            self._meet(db)
-            for heard in db.notifies(timeout=RECHECK_SECONDS):
-                if self._closed.is_set() or not self._hear(heard.payload):
-                    break
-
-    def _meet(self, db):
-        """Find out which other buses there are; a new one has been told nothing so far."""
-        found = [name for name, in db.each((OTHERS, dict(buses=self.kin + "%", this=self.name)))[0]]
-        new, self._others = set(found) - set(self._others), found
-        if new:
-            db.each((TELL, dict(buses=list(new), notices=[LOOK_AGAIN])))
-
-    def _hear(self, heard):
-        """Take in what another bus has done; return False if it says no more than that something was missed."""
+    def _take(self):
+        with contextlib.suppress(IndexError):
+            return self._free.pop()
         try:
-            before, event, told = json.loads(heard)
-            self.on_remote_change([Move(Intent(told, publisher=None), before, event)])
-            return True
-        except (KeyError, TypeError, ValueError):     # LOOK_AGAIN, or from a bus of another version
-            self._missed = True
-            return False
-
-    # -- Connections --
-
-    def _options(self, **options):
-        return dict(autocommit=True, client_encoding="UTF8", connect_timeout=CONNECT_SECONDS,
-                    keepalives_idle=SILENT_SECONDS, keepalives_interval=1, keepalives_count=3,
-                    tcp_user_timeout=1000 * SILENT_SECONDS, **options)
-
-    def _connect(self, **options):
-        return Connection.connect(self._dsn, **self._options(**options))
+            return self._connect()
+        except psycopg.Error as error:
+            raise self._translated(error) from error
 
     @contextlib.contextmanager
-    def _translating(self, lost=False):
-        """Turn what psycopg raises about the database into errors of the bus; lost: it may have been committed."""
+    def _lent(self):
+        db = self._take()
         try:
-            yield
-            self._complain("PostgreSQL cannot be used", None)
-        except psycopg.errors.DeadlockDetected as error:
-            raise intentbus.RoundLost(error) from error
-        except psycopg.errors.DiskFull as error:
-            raise intentbus.StorageFull("The disk under PostgreSQL is full; nothing of this request was stored.") from error
-        except (psycopg.IntegrityError, psycopg.ProgrammingError):     # a bug, not the database
+            yield db
+        except Exception as error:
+            self.undo(db, error)
             raise
-        except psycopg.Error as error:
-            self._missed = self._missed or lost     # if it was committed all the same, everyone is to look
-            self._complain("PostgreSQL cannot be used", error)
-            raise intentbus.Unavailable("PostgreSQL cannot be used just now; the bus says on its stderr why.") from error
+        self._free.append(db)
 
-    def _complain(self, what, error):
-        """Say on stderr what is wrong, once, and when it is over; not in answers, since it may name hosts and users."""
-        if error and what not in self._complaints:
-            self._complaints[what] = error
-            intentbus.log(f"{what}: {brief(error)}. Trying again.")
-        elif not error and self._complaints.pop(what, None):
-            intentbus.log(f"No longer so: {what}.")
+    def _connect(self, **options):
+        """Return a new connection. It notices within SILENT_SECONDS that the server has vanished."""
+        db = Connection.connect(self._dsn, autocommit=True, prepare_threshold=None, client_encoding="UTF8",
+                                connect_timeout=CONNECT_SECONDS, keepalives_idle=SILENT_SECONDS, keepalives_interval=1,
+                                keepalives_count=3, tcp_user_timeout=1000 * SILENT_SECONDS, **options)
+        db.keep(SETTINGS)
+        db.commit()
+        self._log_trouble()
+        return db
+
+    def _close_free(self):
+        with contextlib.suppress(IndexError):
+            while True:
+                self._free.pop().close()
+
+    def _translated(self, error):
+        """Return the error of the bus for an error of psycopg; a bug stays as it is."""
+        if isinstance(error, (psycopg.IntegrityError, psycopg.ProgrammingError)):
+            return error
+        if isinstance(error, psycopg.errors.DiskFull):
+            return intentbus.StorageFull("The disk under PostgreSQL is full; nothing of this request was stored.")
+        self._log_trouble(error)
+        return intentbus.Unavailable("PostgreSQL cannot be used just now; the bus says on its stderr why.")
+
+    def _log_trouble(self, error=None):
+        """Log an error, or that all is well, once; an answer does not say it, since it may name hosts and users."""
+        if bool(error) != self._troubled:
+            self._troubled = bool(error)
+            intentbus.log(f"PostgreSQL cannot be used: {brief(error)}. Trying again." if error
+                          else "PostgreSQL can be used again.")
 
     def _prepare(self, db):
-        """Bring the tables to the schema of this version and return what names them; of several buses at once, one does so."""
+        """Bring the tables to the schema of this version; return what names them. One bus does so at a time."""
         db.keep("BEGIN")
-        db.keep("SELECT pg_advisory_xact_lock(:key)", dict(key=APPLICATION_ID))
+        db.keep(LOCK, dict(name="intentbus"))
         (ours, intents), = db.execute("SELECT to_regclass('intentbus'), to_regclass('intents')")
         if intents and not ours:
             raise SetupError(f"The database {self.path} has a table intents of another program; give the bus another one.")
@@ -577,57 +473,140 @@ class PostgresDatabase:
         if version > len(MIGRATIONS):
             raise SetupError(f"The database {self.path} was written by a newer intentbus (schema {version}, "
                              f"this one knows {len(MIGRATIONS)}); use that version, or another --db.")
-        if version < len(MIGRATIONS):     # a role that may not create anything can run a bus that is there
-            db.keep("CREATE TABLE IF NOT EXISTS intentbus (version INTEGER NOT NULL)")
-            for statement in [*intentbus.statements_since(version), *(TUNED.split(";") if not version else ())]:
+        if version < len(MIGRATIONS):     # a role that may not create anything can run a bus on tables that are there
+            tune = () if version else TUNE.split(";")
+            for statement in ("CREATE TABLE IF NOT EXISTS intentbus (version INTEGER NOT NULL)", "DELETE FROM intentbus",
+                              *intentbus.statements_since(version), *tune):
                 db.keep(statement.replace("TEXT", 'TEXT COLLATE "C"'))     # lanes and ids are compared as bytes
-            db.keep("DELETE FROM intentbus")
             db.keep("INSERT INTO intentbus VALUES (:version)", dict(version=len(MIGRATIONS)))
-        (tables,), = db.execute("SELECT CAST(CAST('intents' AS regclass) AS oid)")
-        db.execute("COMMIT")
+        (tables,), = db.execute("SELECT 'intents'::REGCLASS::OID")
+        db.commit()
         return tables
+
+    # -- Other buses --
+
+    def meet(self, db):
+        """Set the clock; return the backends of PostgreSQL through which other buses listen."""
+        asked = intentbus.steady_clock()
+        (now, backends), = db.execute(TIME_AND_BUSES, dict(channel=self.channel))
+        self.clock.set(asked, float(now))
+        return set(backends)
+
+    def changed_elsewhere(self):
+        """Return whether notices of other buses may have been missed since the last call."""
+        missed, self.missed = self.missed, False
+        return missed
+
+    def tell(self, moves):
+        """Tell the other buses what this one has done."""
+        if moves and self.others:
+            self._outbox.put([self._notice(move) for move in moves if move.intent.ready or move.event])
+
+    def _notice(self, move):
+        told = move.intent.pick(NOTICE_FIELDS)
+        told["last_error"] = told.last_error and told.last_error[:ERROR_CHARACTERS]
+        return intentbus.to_json([self._id, move.before, move.event, told])
+
+    def _notify(self):
+        """Send what there is to tell, in a thread: a transaction with a notice would hold up all others."""
+        while not self._closed.is_set():
+            notices = self._outbox.get()
+            while not self._outbox.empty():
+                notices += self._outbox.get()
+            try:
+                self.run_unsynced(NOTIFY, dict(channel=self.channel, notices=notices))
+            except intentbus.Error:
+                self.others = set()     # once they are found again, they are told to look
+
+    def _listen(self):
+        """Hear what other buses have done, in a thread, whatever happens to the connection."""
+        while not self._closed.is_set():
+            try:
+                with self._connect(application_name=self.channel) as db:
+                    self._listen_on(db)
+            except psycopg.Error as error:
+                self._log_trouble(error)
+            except Exception as error:
+                intentbus.log_traceback("a notice failed", error)
+            self._closed.wait(RECHECK_SECONDS)
+
+    def _listen_on(self, db):
+        db.keep(f'LISTEN "{self.channel}"')
+        db.commit()
+        self.others, self.missed = set(), True
+        self._close_free()     # what ended the last connection of this thread has ended others
+        self._outbox.put([LOOK_AGAIN])     # introduces this bus
+        while not self._closed.is_set():
+            others, known = self.meet(db), self.others
+            self.others = others
+            if others - known:     # they have been told nothing so far
+                self._outbox.put([LOOK_AGAIN])
+            for notice in db.notifies(timeout=RECHECK_SECONDS):
+                if self._closed.is_set() or not self._hear(notice.payload):
+                    break
+
+    def _hear(self, notice):
+        """Take in what another bus has done; return False if it says no more than that something was missed."""
+        try:
+            bus, before, event, told = json.loads(notice)
+            if bus != self._id:
+                self.on_remote_moves([Move(Intent(told, publisher=None), before, event)])
+            return True
+        except (KeyError, TypeError, ValueError):     # LOOK_AGAIN, or from a bus of another version
+            self.missed = True
+            return False
 
 
 class Threads:
-    """Does what Rounds does, with each job in one of a few standing threads; what it brings back for memory goes to the loop."""
+    """Does what Rounds does, with each job in one of a few standing threads, and its effects on memory in the loop.
+
+    A job is (request, held, run): run() returns what to answer. held is the Held of that request, if it is held. Without a
+    request, the job is housekeeping.
+    """
 
     def __init__(self, loop):
-        self._loop, self._api, self._store = loop, loop.api, loop.api.bus.store
-        self._jobs, self._attempting, self._again = queue.SimpleQueue(), set(), set()     # held requests
-        committed, database = self._store.on_commit, self._store.database
-        self._store.on_commit = lambda blocks: loop.hand_over(self._learn_own, (committed, blocks))
-        database.on_remote_change = lambda moves: loop.hand_over(self._learn_remote, moves)
+        self._loop, self._api, store = loop, loop.api, loop.api.bus.store
+        self._jobs, self._done, self._offer_at, self._database = queue.SimpleQueue(), threading.local(), 0, store.database
+        self._busy = {}     # held request that has a job: [what to run after it, lanes with an intent that it was offered]
+        self._take_in, store.on_commit = store.on_commit, self._committed
+        self._database.on_remote_moves = functools.partial(loop.hand_over, self._learn_remote)
+        self._database.on_close = lambda: [self._jobs.put(None) for _ in range(THREADS)]
         for _ in range(THREADS):
-            threading.Thread(target=self._run, daemon=True).start()
+            threading.Thread(target=self._work, daemon=True).start()
 
-    def submit(self, connection):
-        """Take in the request of a connection."""
-        self._jobs.put((connection, functools.partial(self._api.handle, connection.request)))
+    def submit(self, request):
+        """Take in a request."""
+        self._jobs.put((request, None, functools.partial(self._api.handle, request)))
 
-    def ask(self, run, connection=None):
-        """Take in another job."""
-        self._jobs.put((connection, run))
+    def go_on(self, unfinished):
+        """Take in the next slice of a long operation."""
+        self._jobs.put((unfinished.request, None, functools.partial(self._api.go_on, unfinished)))
+
+    def keep_house(self, housekeeping):
+        """Take in a function that does what is due, and returns whether it could."""
+        self._jobs.put((None, None, housekeeping))
 
     def expire(self, held):
         """Take in a held request whose time is over."""
-        if held in self._attempting:     # it may be about to get something
-            return self._loop.arm(held.connection, RECHECK_SECONDS)
-        self._jobs.put((held.connection, functools.partial(self._api.expire, held)))
+        self._run(held, self._api.expire)
 
-    def attempt_all(self, key=None):
-        """Attempt the requests that are held for a key, or all of them."""
-        for held in self._loop.waiting.all(key):
-            self._attempt(held)
+    def attempt_all(self, *keys):
+        """Attempt the requests that are held for any of these keys."""
+        for held in {held for key in keys for held in self._loop.waiting.all(key)}:
+            self._run(held, self._api.attempt)
+
+    def look_again(self):
+        """Attempt all held requests, after notices were missed."""
+        self.attempt_all(*self._loop.waiting.keys())
 
     def learn(self, moves):
         """Attempt the held requests that moves give something to, one for each intent that got ready."""
-        for intent, _, event in moves:
-            if intent.ready and (held := self._loop.waiting.first(covering_lanes(intent.lane), self._attempting)
-                                 or self._loop.waiting.first(covering_lanes(intent.lane), ())):
-                self._attempt(held)
-            elif intent.ended:
-                self.attempt_all(intent.id)
-        if any(event for _, _, event in moves):
+        for move in moves:
+            if move.intent.ready:
+                self._offer(move.intent.lane)
+            elif move.intent.ended:
+                self.attempt_all(move.intent.id)
+        if any(move.event for move in moves):
             self.attempt_all(intentbus.EVENT_KEY)
 
     def delay(self):
@@ -635,79 +614,85 @@ class Threads:
         return float("inf")
 
     def work(self):
-        """Do nothing: the threads work by themselves."""
+        """Offer the intents that claims found locked; once in RECHECK_SECONDS."""
+        if self._loop.now >= self._offer_at:
+            self._offer_at = self._loop.now + RECHECK_SECONDS
+            passed_over, self._database.passed_over = self._database.passed_over, set()
+            for lane in passed_over:
+                self._offer(lane)
 
-    def _attempt(self, held):
-        if held in self._attempting:
-            self._again.add(held)     # it may have looked too early
+    def _offer(self, lane):
+        """Attempt the claim that is held longest for a lane, if possible one that has no job."""
+        lanes, waiting = intentbus.covering_lanes(lane), self._loop.waiting
+        if held := waiting.first(lanes, self._busy) or waiting.first(lanes):
+            self._run(held, self._api.attempt, lane)
+
+    def _run(self, held, function, *lanes):
+        """Call a function of the API for a held request, after the job that it may have, which may have looked too early."""
+        if held in self._busy:
+            self._busy[held][0] = function
         else:
-            self._attempting.add(held)
-            self._jobs.put((held, functools.partial(self._api.attempt, held)))
+            self._busy[held] = [None, []]
+            self._jobs.put((held.request, held, functools.partial(function, held)))
+        self._busy[held][1] += lanes
 
-    def _learn_own(self, done):
-        committed, blocks = done
-        committed(blocks)
-        self._store.database.tell([move for block in blocks for move in block.moves])
+    def _committed(self, blocks):
+        """Take in blocks that a thread has committed; those of a job reach the loop with its outcome."""
+        if hasattr(self._done, "blocks"):
+            self._done.blocks += blocks
+        else:
+            self._loop.hand_over(self._take_in, blocks)
 
     def _learn_remote(self, moves):
         self._api.bus.learn(moves, ours=False)
         self.learn(moves)
 
-    def _run(self):
+    def _work(self):
         """Run jobs, in a thread."""
-        while True:
-            subject, run = self._jobs.get()
-            outcome = None
-            for _ in range(ATTEMPTS):
-                try:
-                    outcome = run()
-                    break
-                except intentbus.RoundLost as error:     # a deadlock: nothing of it is stored
-                    outcome = subject and self._api.refuse(subject.request, error.cause)
-            self._loop.hand_over(self._done, (subject, outcome))
+        for request, held, run in iter(self._jobs.get, None):
+            self._done.blocks = []
+            try:
+                outcome = run()
+            except Exception as error:
+                outcome = request and self._api.refuse(request, error)
+            self._loop.hand_over(self._end, (request, held, outcome, self._done.blocks))
 
-    def _done(self, done):
-        """Take in the outcome of a job, in the loop."""
-        subject, outcome = done
-        if isinstance(subject, Held):
-            self._attempting.discard(subject)
-            if subject.connection.held is not subject:
-                return
-            if outcome is None and subject in self._again:
-                self._again.discard(subject)
-                return self._attempt(subject)
-            self._again.discard(subject)
-            subject = subject.connection
-        self._loop.deliver(subject, outcome)
-        if isinstance(outcome, Held) and outcome.keys:     # what came between its look and now is in the next look
-            self._attempt(outcome)
+    def _end(self, ended):
+        """Take in the effects of a job, and its outcome, in the loop."""
+        request, held, outcome, blocks = ended
+        function, lanes = self._busy.pop(held) if held else (None, [])
+        self._take_in(blocks)
+        if held and not held.settled and getattr(outcome, "status", None) == 503:     # it waits for PostgreSQL, too
+            outcome, self._database.missed = None, True
+        if held and outcome is None and function and self._loop.awaits_answer(request):
+            return self._run(held, function, *lanes)
+        self._loop.deliver(request, outcome)
+        if isinstance(outcome, Held) and outcome.keys:     # it may have looked too early
+            self._run(outcome, self._api.attempt)
+        if outcome is not None or function:     # other claims may have the intents that it was offered and did not take
+            claimed = [move.intent.lane for block in blocks for move in block.moves if move.event == "claimed"]
+            for lane in (collections.Counter(lanes) - collections.Counter(claimed)).elements():
+                self._offer(lane)
 
 
-def open_store(dsn):
-    """Return the store of a PostgreSQL database."""
-    return intentbus.Store(PostgresDatabase(dsn), transaction=PostgresTransaction)
+def open_store(dsn=None):
+    """Return the Store of a PostgreSQL database; its default is BUS_DB_PATH."""
+    dsn = dsn or os.environ.get("BUS_DB_PATH")
+    if not dsn:
+        raise SetupError("which PostgreSQL? Give its URL first, or set BUS_DB_PATH.")
+    database = PostgresDatabase(dsn)
+    database.listen()
+    return intentbus.Store(database, transaction=PostgresTransaction)
 
 
 def main(arguments):
-    """Run intentbus.py serve on the database that the first argument or BUS_DB_PATH names."""
-    if arguments[:1] == ["serve"]:
-        del arguments[0]
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return 0
-    dsn = arguments.pop(0) if arguments and not arguments[0].startswith("-") else os.environ.get("BUS_DB_PATH")
-    if not dsn:
-        intentbus.log("which PostgreSQL? Give its URL first, or set BUS_DB_PATH.")
-        return 2
-    try:
-        return intentbus.main(["serve", *arguments], open_store(dsn))
-    except SetupError as error:
-        intentbus.log(error)
-        return 2
+    """Run intentbus.py serve on the database that the first argument, --db or BUS_DB_PATH names."""
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--db", *arguments]
+    return intentbus.main(["serve", *arguments], open_store)
 
 
-application = intentbus.WsgiApplication(lambda: open_store(os.environ["BUS_DB_PATH"]))     # under WSGI
-logging.getLogger("psycopg").setLevel(logging.ERROR)     # the pool tries again, and requests say the rest
+application = intentbus.WsgiApplication(open_store)     # under WSGI
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
