@@ -63,6 +63,7 @@ COMMAND = (sys.executable, "-m", "intentbus")     # a module is compiled once, a
 COMPILED = tempfile.TemporaryDirectory()
 os.environ.update(PYTHONPATH=str(HERE), PYTHONPYCACHEPREFIX=COMPILED.name)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell has a program in the background ignore it
 SOURCE = (HERE / "intentbus.py").read_text()
 TREE = ast.parse(SOURCE)
 KEY = "k" * 48
