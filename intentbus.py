@@ -3910,12 +3910,13 @@ class Connection:
             self.sock.close()
 
 
+# A job of a round: run() returns a Response, a Held, an Unfinished, or None for nothing yet. request is None for housekeeping;
+# repeatable tells whether the job may run again after its round is lost.
 Job = collections.namedtuple("Job", "request run repeatable", defaults=[False])
-# run() returns a Response, Held, Unfinished or None for a request; repeatable: whether it may run again if its round is lost.
 
 
 class Rounds:
-    """Answers requests in rounds: one transaction and one commit for all that are there.
+    """Answers requests in rounds: one transaction and one commit for all requests that have come.
 
     A held claim is attempted right after the request that made an intent ready for it, in the same round. If a round is lost,
     nothing of it is answered: its requests run again, each in a round of its own, a long operation ends with the error, and
@@ -3924,7 +3925,8 @@ class Rounds:
 
     def __init__(self, loop):
         self._loop, self._api, self._store = loop, loop.api, loop.api.bus.store
-        self._reads, self._reports, self._writes, self._alone = (collections.deque() for _ in range(4))     # jobs
+        self._reads, self._reports, self._writes = (collections.deque() for _ in range(3))     # jobs; reports before writes
+        self._alone = collections.deque()    # jobs of a lost round, each to run in a round of its own
         self._ran = []                       # (job, outcome) of the round
         self._claimed = []                   # (held claim, answer) of the round
         self._lanes = collections.deque()    # (lane, whether unknown intents may be in it), to offer to held claims

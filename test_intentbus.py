@@ -2697,6 +2697,19 @@ def test_a_held_claim_gets_its_intent_after_a_lost_round(no_rechecks, served):
     assert claimed_by(claim).id == published.json["id"]
 
 
+@ON_A_FILE
+@LINUX
+def test_a_claim_of_a_lost_round_is_held_once(no_rechecks, served):
+    forbid(served, "forbidden", "ROLLBACK")
+    with occupied(served.db):
+        claim = served.begin("POST", "/claim?goal=g&wait=60")
+        refused = served.begin("POST", "/intent", a_publish(goal="forbidden"))
+        wait_until(lambda: not unread(served.port))
+    assert response_on(refused).status == 500 and served.holds(1)
+    intent_id = served.publish()
+    assert claimed_by(claim).id == intent_id and served.holds(0)
+
+
 def test_a_held_claim_of_a_revoked_key_gets_nothing(no_rechecks, served):
     key = served.issue("ann")
     claim = served.hold("POST", "/claim?goal=g&wait=60", key=key.api_key)
@@ -5356,6 +5369,20 @@ def test_a_bug_in_an_answer_closes_its_connection_only(served, monkeypatch, capf
     assert served.ask("GET", "/health").status == 200
 
 
+@ON_A_FILE
+@LINUX
+def test_a_stopped_bus_keeps_no_descriptor(started):
+    def descriptors():
+        return len(os.listdir("/proc/self/fd"))
+    started().stop()     # what is imported and opened once
+    before = descriptors()
+    bus = started()
+    assert bus.ask("GET", "/whoami").status == 200
+    kept = bus.server, bus.store
+    bus.stop()
+    assert descriptors() <= before, kept
+
+
 def test_a_bus_without_descriptors_ends_well(served, monkeypatch):
     monkeypatch.setattr(intentbus, "ACCEPT_PAUSE_SECONDS", 0.01)
     with occupied(served.db) if served.database == "sqlite" else contextlib.nullcontext():
@@ -5884,6 +5911,12 @@ def test_the_environment_configures_a_wsgi_bus(wsgi, monkeypatch, settings, envi
 def test_the_first_requests_of_a_wsgi_bus_may_come_together(wsgi):
     answers = at_once(8, lambda index: wsgi("GET", "/intents"))
     assert [answer for answer in answers if answer.status != 200] == []
+
+
+def test_wsgi_answers_say_how_long_they_are(wsgi):
+    found, empty = wsgi("GET", "/health"), wsgi("POST", "/claim?goal=none")
+    assert found.headers["content-length"] == str(len(found.body)) and found.body
+    assert empty.status == 204 and "content-length" not in empty.headers
 
 
 def test_a_wsgi_bus_notices_what_another_program_has_changed(wsgi, tmp_path):
