@@ -5560,6 +5560,11 @@ def test_an_empty_claim_is_204_with_retry_after_and_no_body(strict):
     assert not {"content-type", "content-length", "transfer-encoding"} & set(response.headers)
 
 
+def test_text_is_stored_and_sent_in_utf_8(served):
+    served.publish(payload="caf\u00e9")
+    assert b'"payload":"caf\xc3\xa9"' in served.ask("POST", "/claim?goal=g").body
+
+
 def test_the_token_stands_last_in_a_claim(served):
     served.publish(goal="tricky", payload={"id": "00", "claim_token": "00"})
     body = served.ask("POST", "/claim?goal=tricky").body.decode()
