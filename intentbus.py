@@ -132,7 +132,8 @@ FREE_BYTES = 50 * 2 ** 20           # below this, the doctor says that the datab
 ROUND_REQUESTS = 64                 # of one round, so that one commit serves many requests
 ROUND_SECONDS = 0.005               # longest round: the next requests wait that long
 SLICE_SECONDS = 0.001               # of a long operation in Python; other requests are answered in between
-SLOW_COMMIT_SECONDS = 0.002         # after a slower commit the next one runs in a thread, while the loop answers reads
+SLOW_COMMIT_SECONDS = 0.002         # after a slower commit, the next ones run in a thread, while the loop answers reads
+SLOW_COMMIT_TIMES = 100             # for so many times its duration
 BODY_BYTES = 256 * 1024             # an intent says what to do; large data belongs elsewhere
 JSON_DEPTH = 64                     # the parser takes stack for each level
 HEAD_LINE_BYTES = 8192              # RFC 9112, section 3: recommended at least 8000
@@ -3932,7 +3933,7 @@ class Rounds:
         self._lanes = collections.deque()    # (lane, whether unknown intents may be in it), to offer to held claims
         self._offered = []                   # those of them that the round has offered
         self._blocks_seen = 0                # blocks of the round whose moves are taken in
-        self._slow = False                   # whether the last commit was slow
+        self._apart_until = 0                # until when commits run in a thread, after a slow one
         self._retry_at = 0                   # when to begin a round again, after one that could not begin
 
     def submit(self, request):
@@ -4014,7 +4015,7 @@ class Rounds:
             self._store.prepare()
         except Exception as error:
             return self._end(error)
-        if self._slow:
+        if self._loop.now < self._apart_until:
             self.apart(self._commit, self._end)
         else:
             self._end(self._commit())
@@ -4072,7 +4073,9 @@ class Rounds:
         except Error as error:
             return error
         finally:
-            self._slow = self._store.database.commits_apart and time.monotonic() - began > SLOW_COMMIT_SECONDS
+            took = time.monotonic() - began
+            if took > SLOW_COMMIT_SECONDS and self._store.database.commits_apart:
+                self._apart_until = began + took * SLOW_COMMIT_TIMES
 
     def _end(self, error):
         """Send the answers of a round that is on disk. After an error, have each of its requests meet its own error."""
