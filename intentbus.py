@@ -134,6 +134,7 @@ ROUND_SECONDS = 0.005               # longest round: the next requests wait that
 SLICE_SECONDS = 0.001               # of a long operation in Python; other requests are answered in between
 SLOW_COMMIT_SECONDS = 0.002         # after a slower commit, the next ones run in a thread, while the loop answers reads
 SLOW_COMMIT_TIMES = 100             # for so many times its duration
+GATHERING_TIMES = 1.05              # the next round waits a little, so that the clients that got their answer can join it
 BODY_BYTES = 256 * 1024             # an intent says what to do; large data belongs elsewhere
 JSON_DEPTH = 64                     # the parser takes stack for each level
 HEAD_LINE_BYTES = 8192              # RFC 9112, section 3: recommended at least 8000
@@ -3934,7 +3935,7 @@ class Rounds:
         self._offered = []                   # those of them that the round has offered
         self._blocks_seen = 0                # blocks of the round whose moves are taken in
         self._apart_until = 0                # until when commits run in a thread, after a slow one
-        self._retry_at = 0                   # when to begin a round again, after one that could not begin
+        self._begin_at = 0                   # when the next round may begin
 
     def submit(self, request):
         """Take in a request."""
@@ -3990,11 +3991,11 @@ class Rounds:
         """Return in how many seconds work() has something to do; float("inf") if nothing, or if it waits for apart()."""
         if self._reads:
             return 0
-        return max(0, self._retry_at - self._loop.now) if self._may_begin() else float("inf")
+        return max(0, self._begin_at - self._loop.now) if self._may_begin() else float("inf")
 
     def work(self):
         """Run a round of jobs that may write, then reads, which see committed state."""
-        if self._may_begin() and self._loop.now >= self._retry_at:
+        if self._may_begin() and self._loop.now >= self._begin_at:
             self._round()
         until = time.monotonic() + ROUND_SECONDS
         while self._reads and time.monotonic() < until:
@@ -4008,7 +4009,7 @@ class Rounds:
         try:
             self._store.database.begin()
         except Error as error:
-            self._retry_at = self._loop.now + LOCK_CHECK_SECONDS
+            self._begin_at = self._loop.now + LOCK_CHECK_SECONDS
             return self._refuse_waiting(error, LOCK_SECONDS if isinstance(error, Busy) else 0)
         try:
             self._run_jobs()
@@ -4076,6 +4077,7 @@ class Rounds:
             took = time.monotonic() - began
             if took > SLOW_COMMIT_SECONDS and self._store.database.commits_apart:
                 self._apart_until = began + took * SLOW_COMMIT_TIMES
+                self._begin_at = began + took * GATHERING_TIMES
 
     def _end(self, error):
         """Send the answers of a round that is on disk. After an error, have each of its requests meet its own error."""
@@ -4105,7 +4107,7 @@ class Rounds:
             else:
                 self._loop.deliver(job.request, self._api.refuse(job.request, error))
         if not jobs:
-            self._retry_at = self._loop.now + LOCK_CHECK_SECONDS
+            self._begin_at = self._loop.now + LOCK_CHECK_SECONDS
 
     def _refuse_waiting(self, error, seconds):
         """Refuse requests that have waited for that many seconds; /health has less patience."""
