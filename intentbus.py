@@ -134,7 +134,7 @@ ROUND_SECONDS = 0.005               # longest round: the next requests wait that
 SLICE_SECONDS = 0.001               # of a long operation in Python; other requests are answered in between
 SLOW_COMMIT_SECONDS = 0.002         # after a slower commit, the next ones run in a thread, while the loop answers reads
 SLOW_COMMIT_TIMES = 100             # for so many times its duration
-GATHERING_TIMES = 1.05              # the next round waits a little, so that the clients that got their answer can join it
+GATHERING_TIMES = 0.05              # for so much of it the next round waits: clients that got their answer can join it
 BODY_BYTES = 256 * 1024             # an intent says what to do; large data belongs elsewhere
 JSON_DEPTH = 64                     # the parser takes stack for each level
 HEAD_LINE_BYTES = 8192              # RFC 9112, section 3: recommended at least 8000
@@ -3935,6 +3935,7 @@ class Rounds:
         self._offered = []                   # those of them that the round has offered
         self._blocks_seen = 0                # blocks of the round whose moves are taken in
         self._apart_until = 0                # until when commits run in a thread, after a slow one
+        self._gathering = 0                  # for how many seconds the next round waits, after a slow commit
         self._begin_at = 0                   # when the next round may begin
 
     def submit(self, request):
@@ -4075,9 +4076,10 @@ class Rounds:
             return error
         finally:
             took = time.monotonic() - began
-            if took > SLOW_COMMIT_SECONDS and self._store.database.commits_apart:
+            slow = took > SLOW_COMMIT_SECONDS and self._store.database.commits_apart
+            self._gathering = took * GATHERING_TIMES if slow else 0
+            if slow:
                 self._apart_until = began + took * SLOW_COMMIT_TIMES
-                self._begin_at = began + took * GATHERING_TIMES
 
     def _end(self, error):
         """Send the answers of a round that is on disk. After an error, have each of its requests meet its own error."""
@@ -4091,6 +4093,7 @@ class Rounds:
             self._loop.deliver(job.request, outcome)
         for held, answer in claimed:
             self._loop.deliver(held.request, answer)
+        self._begin_at = time.monotonic() + self._gathering
         if self._store.database.log_is_long():
             self.apart(self._store.database.truncate_log)
 
