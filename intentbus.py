@@ -2071,12 +2071,15 @@ class Bus:
             self.clock.adopt(step)
             self.distrust_memory()
 
-    def housekeeping_due(self):
-        """Return whether housekeeping() has something to do."""
+    def housekeeping_delay(self):
+        """Return in how many seconds housekeeping() has something to do; 0 or less: now."""
         now = time.monotonic()
-        return bool(self.next_due <= self.clock.now() or self._clean_at <= now
-                    or (self._note_at <= now and self.next_due < FOREVER)
-                    or (self._history_at <= now and self.log.minutes))
+        delay = min(self.next_due - self.clock.now(), self._clean_at - now)
+        if self.next_due < FOREVER:
+            delay = min(delay, self._note_at - now)
+        if self.log.minutes:
+            delay = min(delay, self._history_at - now)
+        return delay
 
     def housekeeping(self):
         """Apply due transitions, delete rows past their retention, store the history and the time."""
@@ -3434,7 +3437,7 @@ class API:
 
     def housekeeping(self):
         """Do the work that is due besides requests."""
-        if self.bus.housekeeping_due():
+        if self.bus.housekeeping_delay() <= 0:
             self.bus.housekeeping()
         self.keys.write_usage()
 
@@ -4197,8 +4200,8 @@ class Loop:
         if self.ready or self._handed:
             return 0
         alarm = self._alarms[0][0] if self._alarms else float("inf")
-        due = max(self._housekeeping_at - self.now, self.api.bus.next_due - self.api.bus.clock.now())
-        return max(0, min(alarm - self.now, self._tick_at - self.now, due, self.rounds.delay()))
+        housekeeping = max(self._housekeeping_at - self.now, self.api.bus.housekeeping_delay())
+        return max(0, min(alarm - self.now, self._tick_at - self.now, housekeeping, self.rounds.delay()))
 
     def _safely(self, function, *arguments):
         """Call a function; an exception is logged and, if it is a method of a connection, closes that one."""
@@ -4213,15 +4216,13 @@ class Loop:
     def _look_around(self):
         """Queue housekeeping when it is due; every RECHECK_SECONDS, look at the clock and at the file."""
         bus = self.api.bus
-        due = bus.next_due <= bus.clock.now()
         if self.now >= self._tick_at:
             self._tick_at = self.now + RECHECK_SECONDS
             bus.registry.forget_silent(bus.clock.now())
             if bus.store.busy_since is None:
                 with contextlib.suppress(Error):     # requests meet it as well
                     self._look_at_database(bus)
-            due = due or bus.housekeeping_due()
-        if due and self.now >= self._housekeeping_at:
+        if self.now >= self._housekeeping_at and bus.housekeeping_delay() <= 0:
             self._housekeeping_at = self.now + RECHECK_SECONDS     # earlier, if it succeeds
             self.rounds.keep_house(self._housekeeping)
 

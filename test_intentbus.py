@@ -3319,6 +3319,16 @@ def test_an_intent_that_ended_in_the_future_is_deleted_in_time(bus, clock):
     assert bus.list().intents == []
 
 
+def test_rows_past_their_retention_are_deleted_without_a_pause(no_rechecks, started, clock, monkeypatch):
+    monkeypatch.setattr(intentbus, "SLICE_ROWS", 5)
+    monkeypatch.setattr(intentbus, "CLEAN_SECONDS", 0.05)
+    bus = started(clock=clock, bus=dict(retention=60))
+    for _ in range(30):
+        bus.client.cancel(bus.publish())
+    clock.pass_(61)
+    wait_until(lambda: bus.statuses() == [])
+
+
 def test_a_cleanup_counts_the_deaths_of_claimed_and_open(bus, clock):
     for goal in ("claimed", "open", "open"):
         bus.publish(goal, 1, ttl=10)
