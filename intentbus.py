@@ -133,8 +133,8 @@ ROUND_REQUESTS = 64                 # of one round, so that one commit serves ma
 ROUND_SECONDS = 0.005               # longest round: the next requests wait that long
 SLICE_SECONDS = 0.001               # of a long operation in Python; other requests are answered in between
 SLOW_COMMIT_SECONDS = 0.002         # after a slower commit, the next ones run in a thread, while the loop answers reads
-SLOW_COMMIT_TIMES = 100             # for so many times its duration
-GATHERING_TIMES = 0.05              # for so much of it the next round waits: clients that got their answer can join it
+SLOW_COMMIT_TIMES = 100             # how long they do, in durations of the slow commit
+GATHERING_TIMES = 0.05              # how long the next round waits, likewise: clients that got their answer can join it
 BODY_BYTES = 256 * 1024             # an intent says what to do; large data belongs elsewhere
 JSON_DEPTH = 64                     # the parser takes stack for each level
 HEAD_LINE_BYTES = 8192              # RFC 9112, section 3: recommended at least 8000
@@ -618,7 +618,7 @@ class Database:
         return self._db
 
     def leave(self, connection):
-        """Keep what a block did; return whether it is committed, which it is outside a round."""
+        """Keep the changes of a block; return whether they are committed, as they are outside a round."""
         if self.in_round:
             self._run(connection.execute, "RELEASE block")
             return False
@@ -1722,7 +1722,7 @@ class Bus:
             return self._change(tx, intent, intent.claimed(tx.now, token_hash, claim.lease, caller.owner, claim.worker_id))
 
     def _claimable(self, tx, *wanted):
-        """Apply what is due, then return the first intent that a claim may take, or None."""
+        """Apply due transitions, then return the first intent for a claim, or None."""
         while True:
             applied = self.apply_due(tx).applied if self.next_due <= tx.now else 0
             intent = tx.claimable(*wanted)
@@ -3935,7 +3935,7 @@ class Rounds:
         self._ran = []                       # (job, outcome) of the round
         self._claimed = []                   # (held claim, answer) of the round
         self._lanes = collections.deque()    # (lane, whether unknown intents may be in it), to offer to held claims
-        self._offered = []                   # those of them that the round has offered
+        self._offered = []                   # (lane, the same) that the round has offered
         self._blocks_seen = 0                # blocks of the round whose moves are taken in
         self._apart_until = 0                # until when commits run in a thread, after a slow one
         self._gathering = 0                  # for how many seconds the next round waits, after a slow commit
@@ -3953,7 +3953,7 @@ class Rounds:
         self._writes.append(Job(unfinished.request, functools.partial(self._api.go_on, unfinished)))
 
     def keep_house(self, housekeeping):
-        """Take in a function that does what is due, and returns whether it could."""
+        """Take in a function that does due work, and returns whether it succeeded."""
         self._writes.append(Job(None, housekeeping))
 
     def expire(self, held):
@@ -4101,7 +4101,7 @@ class Rounds:
             self.apart(self._store.database.truncate_log)
 
     def _lose(self, error, ran, claimed, offered):
-        """Take back what a lost round did: run its requests again, one by one; but one that was alone meets the error."""
+        """Take back a lost round: its requests run again, one by one; a request that was alone gets the error."""
         for held, _ in claimed:
             self._loop.hold_again(held)
         self._lanes += offered
@@ -4628,7 +4628,7 @@ class WsgiApplication:
         return api.expire(held)
 
     def close(self):
-        """Store what is kept in memory, and close the database."""
+        """Store the history, the time and the use of keys, and close the database."""
         with self._turn:
             if self._api:
                 self._api.close()

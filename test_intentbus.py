@@ -6610,7 +6610,6 @@ def test_an_error_in_one_thread_ends_a_worker():
         def claim(self, *goals, **fields):
             if next(calls) == 0:
                 raise intentbus.Forbidden("This key may publish only.")
-            time.sleep(0.01)
     worker = Worker(Refusing(), "g", print, concurrency=2, poll=0.01)
 
     def ending():
