@@ -553,7 +553,7 @@ def clear(message):
 
 def assert_refusal(response, status, code, *words):
     """Check an error as PROTOCOL.md, section 4, specifies it, and the words of its message."""
-    assert (response.status, response.json["error"]["code"]) == (status, code), response.body
+    assert response.status == status and response.json["error"]["code"] == code, (response.status, response.body)
     assert set(response.json) == {"error"}
     assert clear(response.json["error"]["message"]), response.body
     assert [word for word in words if word not in response.json["error"]["message"]] == [], response.body
@@ -8300,9 +8300,9 @@ def test_an_unconfirmed_commit_wakes_held_claims_everywhere(running, cluster):
     publish = one.begin("POST", "/intents", [a_publish(goal="unconfirmed")] * 2)     # is on disk, but waits for a standby
     waiting = "FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND query LIKE '%unconfirmed%'"
     wait_until(lambda: server.ask(f"SELECT COUNT(*) {waiting}"))
-    server.ask(f"SELECT pg_terminate_backend(pid) {waiting}", "ALTER SYSTEM RESET synchronous_standby_names",
-               "SELECT pg_reload_conf()")
+    server.ask(f"SELECT pg_terminate_backend(pid) {waiting}")
     assert_refusal(response_on(publish), 503, "database_busy")
+    server.ask("ALTER SYSTEM RESET synchronous_standby_names", "SELECT pg_reload_conf()")
     assert {claimed_by(claim).id for claim in claims} == {intent.id for intent in one.client.list().intents}
 
 
