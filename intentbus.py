@@ -2354,15 +2354,9 @@ class Keys:
         if not self._used or not at_once and time.monotonic() < self._usage_at:
             return
         requests, last = self._usage()
+        self._used, self._usage_at = collections.deque(), time.monotonic() + USAGE_SECONDS     # lost with its round
         with self._store.transaction() as tx:
             tx.count_usage([dict(key_id=key_id, requests=requests[key_id], last=last[key_id]) for key_id in sorted(last)])
-            tx.after_commit(self._forget_usage, len(self._used))
-
-    def _forget_usage(self, number):
-        """Forget the oldest uses, which are stored."""
-        for _ in range(number):
-            self._used.popleft()
-        self._usage_at = time.monotonic() + USAGE_SECONDS
 
     def _usage(self):
         """Return how often keys were used since this was stored, and when last: both by key id."""
