@@ -3910,8 +3910,8 @@ class Connection:
 
 
 # A job of a round: run() returns a Response, a Held, an Unfinished, or None for nothing yet. request is None for housekeeping;
-# repeatable tells whether the job may run again after its round is lost.
-Job = collections.namedtuple("Job", "request run repeatable", defaults=[False])
+# since is when the job was taken in; repeatable tells whether it may run again after its round is lost.
+Job = collections.namedtuple("Job", "request run since repeatable", defaults=[None, False])
 
 
 class Rounds:
@@ -3940,11 +3940,11 @@ class Rounds:
         jobs = self._reads
         if self._api.writes(request):
             jobs = self._reports if request.path.startswith(REPORTS) else self._writes
-        jobs.append(Job(request, functools.partial(self._api.handle, request), repeatable=True))
+        jobs.append(Job(request, functools.partial(self._api.handle, request), self._loop.now, repeatable=True))
 
     def go_on(self, unfinished):
         """Take in the next slice of a long operation."""
-        self._writes.append(Job(unfinished.request, functools.partial(self._api.go_on, unfinished)))
+        self._writes.append(Job(unfinished.request, functools.partial(self._api.go_on, unfinished), self._loop.now))
 
     def keep_house(self, housekeeping):
         """Take in a function that does due work, and returns whether it succeeded."""
@@ -4113,7 +4113,7 @@ class Rounds:
         """Refuse requests that have waited for that many seconds; /health has less patience."""
         for jobs in (self._alone, self._reports, self._writes):
             for job in [jobs.popleft() for _ in range(len(jobs))]:
-                if job.request and self._loop.now - job.request.connection.began >= (
+                if job.request and self._loop.now - job.since >= (
                         min(seconds, RECHECK_SECONDS) if job.request.endpoint is health_endpoint else seconds):
                     self._loop.deliver(job.request, self._api.refuse(job.request, error))
                 elif job.request:     # housekeeping comes again

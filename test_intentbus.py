@@ -1956,6 +1956,20 @@ def test_a_purge_that_fails_in_the_middle_says_so(served, monkeypatch):
 
 
 @ON_A_FILE
+def test_a_long_purge_outlasts_a_file_held_for_a_moment(served, monkeypatch):
+    for name, value in (("SLICE_ROWS", 1), ("SLICE_SECONDS", 0), ("LOCK_SECONDS", 0.2)):
+        monkeypatch.setattr(intentbus, name, value)
+    for _ in range(2):
+        served.ask("POST", "/intents", [a_publish() for _ in range(1000)])
+    purge, until = served.begin("POST", "/admin/purge", {"confirm": True}), time.monotonic() + 0.25
+    wait_until(lambda: time.monotonic() > until)
+    with occupied(served.db):
+        assert [served.ask("GET", "/whoami").status for _ in range(5)] == [200] * 5
+    response = response_on(purge)
+    assert (response.status, response.json) == (200, {"ok": True, "deleted": 2000})
+
+
+@ON_A_FILE
 def test_a_purge_ends_when_its_connection_is_reset(served, monkeypatch):
     monkeypatch.setattr(intentbus, "SLICE_ROWS", 1)
     monkeypatch.setattr(intentbus, "SLICE_SECONDS", 0)
