@@ -4147,7 +4147,7 @@ class Loop:
         self._connections, self._limit = set(), connection_limit()
         self.owing = collections.OrderedDict()      # connections that owe a request, the longest first
         self._unproven = collections.OrderedDict()  # connection: bytes kept before its key is checked
-        self._unproven_bytes = self._handshakes = self._tick_at = self._housekeeping_at = 0
+        self._unproven_bytes = self._handshakes = self._tick_at = self._housekeeping_at = self._house_due_at = 0
         self._alarms, self._numbers = [], itertools.count()     # a heap of [when, number, function or None]
         self._handed = collections.deque()          # (function, result of a thread) for the loop
         self._ended = threading.Event()             # set while no serve_forever() runs
@@ -4191,11 +4191,11 @@ class Loop:
 
     def _timeout(self):
         """Return for how many seconds there is nothing to do, unless something arrives."""
+        self._house_due_at = max(self._housekeeping_at, self.now + self.api.bus.housekeeping_delay())
         if self.ready or self._handed:
             return 0
         alarm = self._alarms[0][0] if self._alarms else float("inf")
-        housekeeping = max(self._housekeeping_at - self.now, self.api.bus.housekeeping_delay())
-        return max(0, min(alarm - self.now, self._tick_at - self.now, housekeeping, self.rounds.delay()))
+        return max(0, min(min(alarm, self._tick_at, self._house_due_at) - self.now, self.rounds.delay()))
 
     def _safely(self, function, *arguments):
         """Call a function; an exception is logged and, if it is a method of a connection, closes that one."""
@@ -4216,7 +4216,7 @@ class Loop:
             if bus.store.busy_since is None:
                 with contextlib.suppress(Error):     # requests meet it as well
                     self._look_at_database(bus)
-        if self.now >= self._housekeeping_at and bus.housekeeping_delay() <= 0:
+        if self.now >= self._house_due_at:
             self._housekeeping_at = self.now + RECHECK_SECONDS     # earlier, if it succeeds
             self.rounds.keep_house(self._housekeeping)
 

@@ -1959,36 +1959,34 @@ def test_a_purge_that_fails_in_the_middle_says_so(served, monkeypatch):
 def test_a_long_purge_outlasts_a_file_held_for_a_moment(served, monkeypatch):
     for name, value in (("SLICE_ROWS", 1), ("SLICE_SECONDS", 0), ("LOCK_SECONDS", 0.2)):
         monkeypatch.setattr(intentbus, name, value)
-    for _ in range(2):
-        served.ask("POST", "/intents", [a_publish() for _ in range(1000)])
+    served.ask("POST", "/intents", [a_publish() for _ in range(600)])
     purge, until = served.begin("POST", "/admin/purge", {"confirm": True}), time.monotonic() + 0.25
     wait_until(lambda: time.monotonic() > until)
     with occupied(served.db):
         assert [served.ask("GET", "/whoami").status for _ in range(5)] == [200] * 5
     response = response_on(purge)
-    assert (response.status, response.json) == (200, {"ok": True, "deleted": 2000})
+    assert (response.status, response.json) == (200, {"ok": True, "deleted": 600})
 
 
 @ON_A_FILE
 def test_a_purge_ends_when_its_connection_is_reset(served, monkeypatch):
     monkeypatch.setattr(intentbus, "SLICE_ROWS", 1)
     monkeypatch.setattr(intentbus, "SLICE_SECONDS", 0)
-    for _ in range(10):
-        served.ask("POST", "/intents", [a_publish() for _ in range(1000)])
+    served.ask("POST", "/intents", [a_publish() for _ in range(1000)])
     purge = served.connect()
     purge.sendall(asking("POST", "/admin/purge", {"confirm": True}))
 
     def left():
         return served.ask("GET", "/admin/summary").json["intents"]["default"]["open"]
-    wait_until(lambda: left() < 10_000)
+    wait_until(lambda: left() < 1000)
     with occupied(served.db):
         before = left()
         purge.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         purge.close()
         assert served.ask("GET", "/whoami").status == 200
-    for _ in range(100):     # each in a round in which the purge would have deleted another one
+    for _ in range(40):     # each in a round in which the purge would have deleted another one
         served.publish()
-    assert left() > before + 80
+    assert left() > before + 30
 
 
 def test_a_request_that_fails_halfway_stores_nothing(served):
@@ -3873,7 +3871,8 @@ def test_a_bus_can_require_signatures(started):
 # -- Issued keys --
 
 def test_the_use_of_keys_is_stored_from_time_to_time(quick_rechecks, started, monkeypatch):
-    monkeypatch.setattr(intentbus, "USAGE_SECONDS", 0)
+    for name in ("USAGE_SECONDS", "CLEAN_SECONDS"):
+        monkeypatch.setattr(intentbus, name, 0.05)
     bus = started()
     key = bus.issue("ann")
     assert bus.ask("GET", "/intents", key=key.api_key).status == 200
