@@ -99,6 +99,16 @@ SIGNATURE_SECONDS = 300             # maximum clock skew; nonces are kept that l
 NONCE_CHARACTERS = 128              # a longer nonce is stored as its hash
 RATE_PER_MINUTE = 600               # requests of an issued key; a worker that polls twice a second needs 120
 UNFINISHED = 2000                   # intents of an issued key; a higher count means that workers are missing
+STORED_BYTES = 256 * 2 ** 20        # of an issued key's intents and of its owner's values, ended ones included
+ROW_BYTES = 1000                    # counted for each intent or value, besides payload, result or value
+KEY_NAMESPACES = 100                # with intents of an issued key: the summary counts each
+KEY_VALUES = 10_000                 # of an issued key's owner
+KEY_WORKERS = 100                   # names of an issued key's workers
+KEY_GOALS = 1000                    # of all these workers together
+KEY_HELD = 1000                     # held requests of an issued key, each with a connection
+KEY_HELD_LANES = 8000               # of these together: 1 KB each
+LANES_PER_TOKEN = 8                 # a claim of more lanes takes more tokens of the rate: 20 us for each lane
+FREE_CLAIM_SECONDS = 1              # a worker's empty claim is free of charge this often
 FAILURES_PER_MINUTE = 30            # wrong keys from one address before its answers are delayed
 FAILURE_SECONDS = 1                 # the delay: slows down guessing, hardly hurts after a typing error
 INVITATION_SECONDS = 600            # time to read a code aloud and type it
@@ -110,6 +120,8 @@ EVENTS = 1000                       # events kept in memory for watchers
 WORKERS = 10_000                    # workers kept in memory: a name and its goals
 WORKER_SECONDS = 300                # a worker unseen for this long is no longer listed
 GOAL_SECONDS = 366 * 86400          # how long the bus remembers that a goal has had a worker
+KNOWN_GOALS = 1000                  # such goals of an owner, the latest
+EVENTS_PAGE = 250                   # events of one answer: at most 2 MB
 HISTORY_MINUTES = 1440              # of the dashboard's chart: at most three rows a minute
 WAITING_LANES = 200                 # lanes the summary looks at for the longest waiting intents: 20 us each
 RECHECK_SECONDS = 1                 # between two rounds of housekeeping; another program's writes show this soon
@@ -145,6 +157,10 @@ CACHED_HEADS = 1000                 # parsed header blocks that are remembered, 
 CACHED_HEAD_BYTES = 1024            # clients of ours send 200
 INPUT_BYTES = 65536                 # taken in ahead while a request of the connection is being answered
 UNPROVEN_BYTES = 16 * 2 ** 20       # of heads and bodies whose key is not checked yet; the oldest connection is closed
+BODIES_BYTES = 64 * 2 ** 20         # of heads and bodies whose key is checked; then 503
+KEY_BODIES_BYTES = 16 * 2 ** 20     # of these, of one issued key
+UNREAD_BYTES = 64 * 2 ** 20         # of answers that clients have not read; the slowest reader is closed
+KEY_UNREAD_BYTES = 8 * 2 ** 20      # of these, of one key, or of one address without a key: a page of a list and more
 HEAD_SECONDS = 10                   # time to send a head
 BODY_SECONDS = 30                   # time to send a body: 256 KiB over a poor mobile link
 IDLE_SECONDS = 75                   # longer than the 60 s that proxies keep an idle connection
@@ -237,7 +253,7 @@ COLUMNS = (
     "id", "namespace", "goal", "payload", "owner", "publisher", "visibility", "priority", "ttl", "max_attempts",
     "backoff_base", "target_worker", "required_capability", "created_at", "status", "run_at", "expires_at",
     "completed_at", "last_error", "result", "result_type", "claim_attempts", "claim_token_hash", "claim_expires_at",
-    "claim_owner", "claim_outcome", "worker_id", "place", "lane", "ready", "due_at",
+    "claim_owner", "claim_key", "claim_outcome", "worker_id", "size", "place", "lane", "ready", "due_at",
 )
 PUBLISH_DEFAULTS = dict(
     namespace="default", visibility="private", priority=100, delay=0, run_at=None, ttl=TTL_SECONDS, max_attempts=3,
@@ -252,7 +268,7 @@ CLAIM_FIELDS = (
     "claim_attempts", "max_attempts", "priority", "target_worker", "required_capability", "claim_expires_at", "created_at",
 )
 UNCLAIMED = dict.fromkeys(("completed_at", "last_error", "result", "result_type", "claim_token_hash", "claim_expires_at",
-                           "claim_owner", "claim_outcome", "worker_id"))
+                           "claim_owner", "claim_key", "claim_outcome", "worker_id"))
 
 Change = collections.namedtuple("Change", "event columns")     # event: a word for people, or None
 
@@ -285,7 +301,8 @@ def no_such(intent_id):
 # A lane is the queue of intents that the same workers may claim, written as one key, such as "default\tann\t\t\tresize\tann":
 # namespace, audience (the owner of private intents, else empty), target worker, capability, goal and publisher. The first
 # four are its place. An empty goal or publisher stands for any: "default\tann\t\t\tresize\t" covers that lane, and
-# all lanes it covers lie in the range from this key itself to before "default\tann\t\t\tresize\n".
+# all lanes it covers lie in the range from this key itself to before "default\tann\t\t\tresize\n". A lane without a goal
+# covers its place, or the intents there of one publisher.
 
 def place_of(namespace, audience, target_worker, required_capability):
     """Return the place of lanes; no part can hold a tab."""
@@ -304,15 +321,14 @@ def lane_end(lane):
 
 
 def lane_range(lane):
-    """Return (start, end) of the keys among which are all lanes that a lane covers.
+    """Return (start, end) of the keys among which are all lanes that a lane with a goal covers."""
+    goal, publisher = lane.rsplit("\t", 1)
+    return (lane, lane_end(lane)) if publisher else (goal + "\t", goal + "\n")     # "\n" is the character after "\t"
 
-    If the lane names a publisher but no goal, lanes of other publishers lie in the range too.
-    """
-    place, goal, publisher = lane.rsplit("\t", 2)
-    if goal and publisher:
-        return lane, lane_end(lane)
-    prefix = f"{place}\t{goal}" if goal else place
-    return prefix + "\t", prefix + "\n"     # "\n" is the character after "\t"
+
+def bytes_of(text):
+    """Return the length of a text in UTF-8; 0 for None."""
+    return len(text.encode()) if text else 0
 
 
 class Record(dict):
@@ -350,8 +366,9 @@ class Intent(Record):
         ready = run_at <= now
         place = place_of(fields["namespace"], owner if fields["visibility"] == "private" else "", fields["target_worker"],
                          fields["required_capability"])
+        payload = to_json(fields["payload"])
         fields.update(
-            id=intent_id, payload=to_json(fields["payload"]), owner=owner, publisher=publisher, created_at=now, status="open",
+            id=intent_id, payload=payload, size=ROW_BYTES + bytes_of(payload), owner=owner, publisher=publisher, created_at=now, status="open",
             run_at=run_at, expires_at=expires_at, claim_attempts=0, place=place, lane=f"{place}\t{fields['goal']}\t{owner}",
             ready=int(ready), due_at=expires_at if ready else run_at)
         return cls(UNCLAIMED, **fields)
@@ -371,18 +388,21 @@ class Intent(Record):
         """Its time has come: it expires, its lease is lost, or its delay is over."""
         if self.expires_at <= now:
             return self._dead(now, "expired")
-        if self.status != "claimed":
-            return self._open(None, now, self.run_at)
+        return self.lost(now) if self.status == "claimed" else self._open(None, now, self.run_at)
+
+    def lost(self, now):
+        """Its lease has ended without a report: open again, or dead if no attempt is left."""
         if self.claim_attempts >= self.max_attempts:
             return self._dead(now, f"The lease was lost on attempt {self.claim_attempts} of {self.max_attempts}.")
         return self._open("lost", now, self.run_at)
 
-    def claimed(self, now, token_hash, lease, owner, worker_id):
+    def claimed(self, now, token_hash, lease, owner, key_id, worker_id):
         """A worker takes it under a lease in seconds; a repeated claim is no new attempt."""
         new = self.status != "claimed"
         return Change("claimed" if new else None, dict(
             status="claimed", ready=0, claim_attempts=self.claim_attempts + new, claim_token_hash=token_hash, claim_owner=owner,
-            worker_id=worker_id, claim_outcome=None, claim_expires_at=now + lease, due_at=min(now + lease, self.expires_at)))
+            claim_key=key_id, worker_id=worker_id, claim_outcome=None, claim_expires_at=now + lease,
+            due_at=min(now + lease, self.expires_at)))
 
     def extended(self, now, seconds):
         """Its lease ends that many seconds from now."""
@@ -390,9 +410,10 @@ class Intent(Record):
 
     def fulfilled(self, now, result, result_type):
         """The work is done."""
+        text = result if result_type == "text" else to_json(result)
         return Change("fulfilled", dict(
             status="fulfilled", ready=0, completed_at=now, claim_expires_at=None, due_at=None, claim_outcome="fulfilled",
-            result=result if result_type == "text" else to_json(result), result_type=result_type))
+            result=text, result_type=result_type, size=self.size + bytes_of(text)))
 
     def failed(self, now, error, retry, jitter):
         """The attempt failed: open again after a backoff, or dead if no attempt is left or retry is false."""
@@ -413,7 +434,8 @@ class Intent(Record):
     def retried(self, now):
         """A dead letter starts again, with all its attempts."""
         return self._open("retried", now, now, claim_attempts=0, last_error=None, result=None, result_type=None,
-                          completed_at=None, claim_token_hash=None, expires_at=now + self.ttl)
+                          completed_at=None, claim_token_hash=None, expires_at=now + self.ttl,
+                          size=self.size - bytes_of(self.result))
 
     def _open(self, event, now, run_at, **columns):
         """It can be claimed from run_at on; or it is dead, if that is after its expiry."""
@@ -493,7 +515,25 @@ PLACES = """
     CREATE INDEX intents_place ON intents (place, priority DESC, run_at, claim_attempts, created_at, id) WHERE ready = 1;
     DELETE FROM memos WHERE kind = 'clock'     -- written in another form from now on
 """
-MIGRATIONS = (SCHEMA, MORE_INDEXES, HISTORY, PLACES)     # the n-th leads to schema version n; a released one never changes
+SIZES = """
+    ALTER TABLE intents ADD COLUMN claim_key TEXT;     -- the id of the key that claimed it
+    ALTER TABLE intents ADD COLUMN size INTEGER NOT NULL DEFAULT 0;     -- counted bytes, 0 if it is older than this
+    DROP INDEX intents_token;
+    CREATE INDEX intents_token ON intents (claim_key, claim_token_hash) WHERE status = 'claimed';
+    CREATE INDEX intents_public ON intents (place, owner, priority DESC, run_at, claim_attempts, created_at, id)
+    WHERE ready = 1 AND visibility = 'public';
+    ALTER TABLE tallies ADD COLUMN bytes INTEGER NOT NULL DEFAULT 0;
+    CREATE INDEX tallies_publisher ON tallies (publisher);
+    ALTER TABLE memos ADD COLUMN size INTEGER NOT NULL DEFAULT 0;     -- counted bytes of a value
+    UPDATE memos SET size = LENGTH(value) + 1000 WHERE kind = 'store';
+    INSERT INTO tallies (namespace, publisher, status, intents, bytes)
+    SELECT   '', 'values of ' || owner, 'value', COUNT(*), SUM(size)
+    FROM     memos
+    WHERE    kind = 'store'
+    GROUP BY owner;
+    DELETE FROM memos WHERE kind = 'goal'     -- by owner from now on
+"""
+MIGRATIONS = (SCHEMA, MORE_INDEXES, HISTORY, PLACES, SIZES)     # the n-th leads to schema version n; a released one never changes
 APPLICATION_ID = 0x1B05     # in the header of the file: it is a database of intentbus
 
 
@@ -763,9 +803,16 @@ DUE = f"""
 CLAIMED_WITH = f"""
     SELECT {ALL}
     FROM   intents
-    WHERE  claim_token_hash = :token_hash
-    AND    claim_owner = :owner
+    WHERE  claim_key = :key_id
+    AND    claim_token_hash = :token_hash
     AND    status = 'claimed'
+"""
+CLAIMED_BY_KEY = f"""
+    SELECT {ALL}
+    FROM   intents
+    WHERE  claim_key = :key_id
+    AND    status = 'claimed'
+    LIMIT  :rows
 """
 HEAD_OF_NEXT_LANE = f"""
     SELECT   {ALL}
@@ -781,6 +828,16 @@ HEAD_OF_PLACE = f"""
     FROM     intents
     WHERE    ready = 1
     AND      place = :place
+    ORDER BY {ORDER}
+    LIMIT    1
+"""
+PUBLIC_HEAD_OF_PLACE = f"""
+    SELECT   {ALL}
+    FROM     intents
+    WHERE    ready = 1
+    AND      visibility = 'public'
+    AND      place = :place
+    AND      owner = :owner
     ORDER BY {ORDER}
     LIMIT    1
 """
@@ -840,7 +897,7 @@ DEAD_RANGE = """
 DELETE = """
     DELETE FROM intents
     WHERE       id IN ({which})
-    RETURNING   namespace, publisher, status
+    RETURNING   namespace, publisher, status, size
 """
 OLD = """
     SELECT   id
@@ -857,16 +914,17 @@ OF_NAMESPACE = """
     AND    (:namespace IS NULL OR namespace = :namespace)
 """
 TALLY = """
-    INSERT INTO tallies (namespace, publisher, status, intents)
-    VALUES      (:namespace, :publisher, :status, :intents)
+    INSERT INTO tallies (namespace, publisher, status, intents, bytes)
+    VALUES      (:namespace, :publisher, :status, :intents, :bytes)
     ON CONFLICT (namespace, publisher, status) DO UPDATE
-    SET         intents = tallies.intents + excluded.intents
+    SET         intents = tallies.intents + excluded.intents,
+                bytes = tallies.bytes + excluded.bytes
 """
-UNFINISHED_OF = """
-    SELECT COALESCE(SUM(intents), 0)
-    FROM   tallies
-    WHERE  publisher = :publisher
-    AND    status IN ('open', 'claimed')
+TALLIES_OF = """
+    SELECT   namespace, status, SUM(intents), SUM(bytes)
+    FROM     tallies
+    WHERE    publisher = :publisher
+    GROUP BY namespace, status
 """
 RECALL = """
     SELECT value
@@ -877,11 +935,12 @@ RECALL = """
     AND    expires_at > :now
 """
 REMEMBER = """
-    INSERT INTO memos (kind, owner, key, value, expires_at)
-    VALUES      (:kind, :owner, :key, :value, :expires_at)
+    INSERT INTO memos (kind, owner, key, value, expires_at, size)
+    VALUES      (:kind, :owner, :key, :value, :expires_at, :size)
     ON CONFLICT (kind, owner, key) DO UPDATE
     SET         value = excluded.value,
-                expires_at = excluded.expires_at
+                expires_at = excluded.expires_at,
+                size = excluded.size
 """
 REMEMBER_FIRST = REMEMBER + """
     WHERE       memos.expires_at <= :now
@@ -889,7 +948,7 @@ REMEMBER_FIRST = REMEMBER + """
 """
 
 KEY_FIELDS = ("key_id", "name", "owner", "role", "created_at", "last_used_at", "total_requests")
-Move = collections.namedtuple("Move", "intent before event")     # an intent as a block left it, and its status before
+Move = collections.namedtuple("Move", "intent event")     # an intent as a block left it
 
 
 @functools.lru_cache(maxsize=None)
@@ -898,15 +957,43 @@ def update_of(columns):
     return f"UPDATE intents SET {', '.join(f'{column} = :{column}' for column in columns)} WHERE id = :id"
 
 
-def tally_rows(moves):
-    """Return the rows that add moves up to how many intents there are of each kind."""
-    tallies = collections.Counter()
-    for intent, before, _ in moves:
-        if before != intent.status:
-            tallies[intent.namespace, intent.publisher, before] -= 1
-            tallies[intent.namespace, intent.publisher, intent.status] += 1
-    return [dict(namespace=namespace, publisher=publisher, status=status, intents=number)
-            for (namespace, publisher, status), number in tallies.items() if number and status]
+class Tally(dict):
+    """What is stored for a publisher: (number, bytes) by (namespace, status)."""
+
+    def add(self, tally):
+        """Add another tally."""
+        for kind, (number, size) in tally.items():
+            had = self.get(kind, (0, 0))
+            self[kind] = had[0] + number, had[1] + size
+
+    def unfinished(self):
+        """Return the number of intents that are open or claimed."""
+        return sum(number for (_, status), (number, _) in self.items() if status in ("open", "claimed"))
+
+    def namespaces(self):
+        """Return the namespaces in which there are intents."""
+        return {namespace for (namespace, _), (number, _) in self.items() if number > 0}
+
+    def stored_bytes(self):
+        """Return the bytes of all."""
+        return sum(size for _, size in self.values())
+
+
+def add_tallies(total, tallies):
+    """Add tallies by publisher to a dict of such."""
+    for publisher, tally in tallies.items():
+        total.setdefault(publisher, Tally()).add(tally)
+
+
+def tally_rows(tallies):
+    """Return the rows that add tallies by publisher to the stored ones."""
+    return [dict(namespace=namespace, publisher=publisher, status=status, intents=number, bytes=size)
+            for publisher, tally in tallies.items() for (namespace, status), (number, size) in tally.items() if number or size]
+
+
+def values_of(owner):
+    """Return the publisher under which the values of an owner are tallied; no key has such an id."""
+    return f"values of {owner}"
 
 
 def claim_order(intent):
@@ -980,11 +1067,12 @@ class Transaction(Reads):
     """The block of one verb of the Bus: `with store.transaction() as tx`.
 
     A failure undoes this block only. `now` is the time of the round. `moves`, the changes of intents, and functions given
-    to after_commit() reach memory once they are on disk.
+    to after_commit() reach memory once they are on disk. `tallies` are the changes, by publisher, of
+    the stored ones.
     """
 
     def __init__(self, store):
-        self._store, self.moves, self.effects = store, [], []
+        self._store, self.moves, self.effects, self.tallies = store, [], [], {}
 
     def __enter__(self):
         self._db = self._store.database.enter()
@@ -997,7 +1085,7 @@ class Transaction(Reads):
             return database.undo(self._db, error)
         try:
             if not database.in_round:
-                self._db.executemany(TALLY, tally_rows(self.moves))
+                self._db.executemany(TALLY, tally_rows(self.tallies))
             committed = database.leave(self._db)
         except Exception as failure:
             database.undo(self._db, failure)
@@ -1011,45 +1099,55 @@ class Transaction(Reads):
     def _rows(self, statement, values):
         return self._db.execute(statement, values)
 
+    def _count(self, namespace, publisher, status, number, size):
+        self.tallies.setdefault(publisher, Tally()).add({(namespace, status): (number, size)})
+
     # -- Intents --
 
     def insert(self, intent):
         """Store a new intent."""
         self._db.execute(INSERT, intent)
-        self.moves.append(Move(intent, None, "published"))
+        self._count(intent.namespace, intent.publisher, intent.status, 1, intent.size)
+        self.moves.append(Move(intent, "published"))
 
     def update(self, intent, change):
         """Carry out a transition; return the intent as it is then."""
         after = Intent(intent, **change.columns)
         self._db.execute(update_of(tuple(change.columns)), after)
-        self.moves.append(Move(after, intent.status, change.event))
+        if after.status != intent.status or after.size != intent.size:
+            self._count(intent.namespace, intent.publisher, intent.status, -1, -intent.size)
+            self._count(intent.namespace, intent.publisher, after.status, 1, after.size)
+        self.moves.append(Move(after, change.event))
         return after
 
     def due(self, now, rows):
         """Return intents that time changes by now, the longest due first."""
         return self._intents(DUE, now=now, rows=rows)
 
-    def claimable(self, lanes, owner, token_hash=None):
+    def claimable(self, lanes, key_id, token_hash=None):
         """Return the first intent that is ready in these lanes, or in lanes that they cover; None if there is none.
 
-        An intent that the owner holds under a claim token comes before all.
+        An intent that the key holds under a claim token comes before all.
         """
-        return token_hash and self._intent(CLAIMED_WITH, token_hash=token_hash, owner=owner) or min(
+        return token_hash and self._intent(CLAIMED_WITH, token_hash=token_hash, key_id=key_id) or min(
             (head for lane in lanes for head in self._heads(lane)), default=None, key=claim_order)
 
     def _heads(self, lane):
-        """Yield the first ready intent of each lane that a lane covers, or the first of all; each is one index lookup."""
+        """Yield the first ready intent of each lane that a lane covers, or of its place; each is one index lookup."""
         place, goal, publisher = lane.rsplit("\t", 2)
-        if not goal and not publisher:
-            head = self._intent(HEAD_OF_PLACE, place=place)
+        if not goal:
+            head = self._intent(PUBLIC_HEAD_OF_PLACE if publisher else HEAD_OF_PLACE, place=place, owner=publisher)
             if head:
                 yield head
             return
         start, end = lane_range(lane)
         while start < end and (head := self._intent(HEAD_OF_NEXT_LANE, start=start, end=end)):
-            if not publisher or head.lane.endswith("\t" + publisher):
-                yield head
+            yield head
             start = lane_end(head.lane)
+
+    def claimed_by_key(self, key_id, rows):
+        """Return intents that a key holds under a lease, at most that many."""
+        return self._intents(CLAIMED_BY_KEY, key_id=key_id, rows=rows)
 
     def dead(self, **which):
         """Return the dead intents in a range of ids, as DEAD_RANGE describes them."""
@@ -1069,15 +1167,15 @@ class Transaction(Reads):
 
     def _delete(self, which, **values):
         statuses = []
-        for namespace, publisher, status in self._rows(DELETE.format(which=which), values):
-            gone = Intent(namespace=namespace, publisher=publisher, status=None, ready=0, due_at=None)
-            self.moves.append(Move(gone, status, None))
+        for namespace, publisher, status, size in self._rows(DELETE.format(which=which), values):
+            self._count(namespace, publisher, status, -1, -size)
             statuses.append(status)
         return statuses
 
-    def unfinished(self, publisher):
-        """Return how many unfinished intents a publisher had before this round."""
-        return self._first(UNFINISHED_OF, publisher=publisher)[0]
+    def tally_of(self, publisher):
+        """Return the Tally of a publisher before this round."""
+        return Tally(((namespace, status), (number, size)) for namespace, status, number, size in self._rows(
+            TALLIES_OF, dict(publisher=publisher)))
 
     def shift(self, seconds):
         """Move the times of all that is unfinished or remembered, since the clock was set by that much."""
@@ -1136,12 +1234,24 @@ class Transaction(Reads):
 
     def remember(self, kind, owner, key, value, expires_at):
         """Remember a text, in place of an earlier one."""
-        self._db.execute(REMEMBER, dict(kind=kind, owner=owner, key=key, value=value, expires_at=expires_at))
+        self._db.execute(REMEMBER, dict(kind=kind, owner=owner, key=key, value=value, expires_at=expires_at, size=0))
 
     def remember_first(self, kind, owner, key, value, expires_at):
         """Remember a text unless there is one; return whether it was remembered."""
-        return self._first(REMEMBER_FIRST, kind=kind, owner=owner, key=key, value=value, expires_at=expires_at,
+        return self._first(REMEMBER_FIRST, kind=kind, owner=owner, key=key, value=value, expires_at=expires_at, size=0,
                            now=self.now) is not None
+
+    def set_value(self, owner, key, value, expires_at, if_absent):
+        """Store a value of an owner; return whether it was stored: if_absent, unless there is one."""
+        old, until = self._first("SELECT size, expires_at FROM memos WHERE kind = 'store' AND owner = :owner AND key = :key",
+                                 owner=owner, key=key) or (None, 0)
+        row = dict(kind="store", owner=owner, key=key, value=value, expires_at=expires_at, size=ROW_BYTES + bytes_of(value))
+        if if_absent and (until > self.now or not self._first(REMEMBER_FIRST, **row, now=self.now)):
+            return False
+        if not if_absent:
+            self._db.execute(REMEMBER, row)
+        self._count("", values_of(owner), "value", int(old is None), row["size"] - (old or 0))
+        return True
 
     def take_memo(self, kind, owner, key):
         """Forget a text, and return it and its expires_at; (None, None) if there is none."""
@@ -1150,14 +1260,16 @@ class Transaction(Reads):
             WHERE       kind = :kind
             AND         owner = :owner
             AND         key = :key
-            RETURNING   value, expires_at
+            RETURNING   value, expires_at, size
         """, kind=kind, owner=owner, key=key)
-        return found if found and found[1] > self.now else (None, None)
+        if found and kind == "store":
+            self._count("", values_of(owner), "value", -1, -found[2])
+        return found[:2] if found and found[1] > self.now else (None, None)
 
     def forget_expired(self, rows):
         """Forget texts whose time is over, at most that many; return the kind of each."""
-        expired = [dict(kind=kind, owner=owner, key=key) for kind, owner, key in self._rows("""
-            SELECT kind, owner, key
+        expired = [dict(kind=kind, owner=owner, key=key, size=size) for kind, owner, key, size in self._rows("""
+            SELECT kind, owner, key, size
             FROM   memos
             WHERE  expires_at <= :now
             LIMIT  :rows
@@ -1168,11 +1280,31 @@ class Transaction(Reads):
             AND         owner = :owner
             AND         key = :key
         """, expired)
+        for memo in expired:
+            if memo["kind"] == "store":
+                self._count("", values_of(memo["owner"]), "value", -1, -memo["size"])
         return [memo["kind"] for memo in expired]
+
+    def forget_oldest(self, kind, owner, most):
+        """Forget the texts of an owner that expire first, as long as there are more than that many."""
+        self._db.execute("""
+            DELETE FROM memos
+            WHERE       kind = :kind
+            AND         owner = :owner
+            AND         expires_at <= (
+                SELECT   expires_at
+                FROM     memos
+                WHERE    kind = :kind
+                AND      owner = :owner
+                ORDER BY expires_at DESC
+                LIMIT    1
+                OFFSET   :most
+            )
+        """, dict(kind=kind, owner=owner, most=most))
 
     def drop_empty_tallies(self):
         """Delete tallies of 0: a publisher may use a new namespace each time."""
-        self._db.execute("DELETE FROM tallies WHERE intents = 0")
+        self._db.execute("DELETE FROM tallies WHERE intents = 0 AND bytes = 0")
 
     def count_events(self, events):
         """Add to the history: {"minute", "event", "times"} of each; minutes older than HISTORY_MINUTES are deleted."""
@@ -1197,6 +1329,7 @@ class Store(Reads):
     def __init__(self, database, now=time.time, transaction=Transaction):
         self.database, self.now, self._transaction = database, now, transaction
         self.round = []           # the blocks of the round so far
+        self.counted = {}         # what they add to the tallies, by publisher
         self.failed = False       # whether the last round was lost
         self.busy_since = None    # by time.monotonic(), while a commit or a shift of the clock runs in another thread
         self.on_commit = lambda blocks: None
@@ -1215,19 +1348,20 @@ class Store(Reads):
             self.on_commit([block])
         else:
             self.round.append(block)
+            add_tallies(self.counted, block.tallies)
 
     def prepare(self):
         """Write the tallies of the round, the last thing before its commit."""
-        self.database.executemany(TALLY, tally_rows(move for block in self.round for move in block.moves))
+        self.database.executemany(TALLY, tally_rows(self.counted))
 
     def finish(self):
         """Hand over what the round has done, once it is committed."""
-        blocks, self.round = self.round, []
+        blocks, self.round, self.counted = self.round, [], {}
         self.on_commit(blocks)
 
     def abandon(self):
         """Undo the round, after an error."""
-        self.round, self.failed = [], True
+        self.round, self.counted, self.failed = [], {}, True
         self.database.rollback()
 
     def _rows(self, statement, values):
@@ -1250,9 +1384,9 @@ class Store(Reads):
         return (Intent(zip(COLUMNS, row)) for row in rows), floor and floor[0]
 
     def tallies(self):
-        """Yield (namespace, publisher, status, number of intents) of each kind that there is."""
+        """Yield (namespace, publisher, status, number, bytes) of each kind of intents or values that there is."""
         return self._rows("""
-            SELECT   namespace, publisher, status, SUM(intents)
+            SELECT   namespace, publisher, status, SUM(intents), SUM(bytes)
             FROM     tallies
             GROUP BY namespace, publisher, status
             HAVING   SUM(intents) > 0
@@ -1349,7 +1483,11 @@ class Clock:
 # ---- 7. Waiting ----
 # Held requests, by what they wait for: a lane in which an intent gets ready, the end of an intent, any event.
 
-EVENT_KEY = "events"     # what watchers wait for; it is neither a lane nor an id
+
+
+def event_key(owner):
+    """Return what those wait for who watch the events of an owner, or of all if it is None; it is neither a lane nor an id."""
+    return f"events of {owner or 'all'}"
 
 
 class Held:
@@ -1379,10 +1517,12 @@ class Unfinished:
 
 
 class Waiting:
-    """The held requests, by what they wait for; the longest held is first."""
+    """The held requests, by what they wait for, and by the key of who sent them; the longest held is first."""
 
     def __init__(self):
-        self._held = {}     # key: {held: None}, ordered; an OrderedDict, since a dict is slow to lose its front
+        self._held = {}       # key: {held: None}, ordered; an OrderedDict, since a dict is slow to lose its front
+        self._of_caller = {}  # id of a caller's key: the same
+        self._keys_of = collections.Counter()     # id of a caller's key: how many keys its requests wait for
         self._numbers, self._size = itertools.count(), 0
 
     def __len__(self):
@@ -1392,8 +1532,9 @@ class Waiting:
         """Take in a held request."""
         held.number = next(self._numbers)
         self._size += 1
-        for key in held.keys:
-            self._held.setdefault(key, collections.OrderedDict())[held] = None
+        self._keys_of[held.request.caller.key_id] += len(held.keys)
+        for places, key in self._places(held):
+            places.setdefault(key, collections.OrderedDict())[held] = None
 
     def release(self, held):
         """Let go of a held request, if it is there."""
@@ -1401,10 +1542,14 @@ class Waiting:
             return
         held.number = None
         self._size -= 1
-        for key in held.keys:
-            del self._held[key][held]
-            if not self._held[key]:
-                del self._held[key]
+        self._keys_of[held.request.caller.key_id] -= len(held.keys)
+        for places, key in self._places(held):
+            del places[key][held]
+            if not places[key]:
+                del places[key]
+
+    def _places(self, held):
+        return [(self._of_caller, held.request.caller.key_id), *((self._held, key) for key in held.keys)]
 
     def first(self, keys, passed_over=()):
         """Return the request that is held longest for any of these keys, but for those passed over; or None."""
@@ -1418,6 +1563,18 @@ class Waiting:
     def all(self, key):
         """Return all requests that are held for a key."""
         return list(self._held.get(key, ()))
+
+    def of_caller(self, key_id):
+        """Return the requests that are held for the key of a caller."""
+        return list(self._of_caller.get(key_id, ()))
+
+    def counts_of(self, key_id):
+        """Return how many requests are held for the key of a caller, and how many keys these wait for."""
+        return len(self._of_caller.get(key_id, ())), self._keys_of[key_id]
+
+    def of_largest_caller(self):
+        """Return the requests that are held for the key that has most of them."""
+        return list(max(self._of_caller.values(), default=(), key=len))
 
 
 # ---- 8. Activity ----
@@ -1433,26 +1590,41 @@ class WorkerRegistry:
     """The workers that asked for work within the last WORKER_SECONDS."""
 
     def __init__(self):
-        self._workers = collections.OrderedDict()     # (owner, id): record, the latest seen last
+        self._workers = collections.OrderedDict()     # (key id, id): record, the latest seen last
+        self._of_key = {}                             # key id: {id: number of goals}, ordered likewise
+        self._free_at = {}                            # (key id, id): when its next empty claim is free of charge
         self._serving = collections.Counter()         # (namespace, goal or "", owner or None for all): number of workers
 
-    def see(self, now, owner, worker_id, namespace, goals, version):
+    def see(self, now, caller, worker_id, namespace, goals, version):
         """Note that a worker asks for work of these goals, or of any."""
-        worker = self._workers.get((owner, worker_id))
+        key = caller.key_id, worker_id
+        worker = self._workers.get(key)
         if worker is None or worker.namespace != namespace or worker.goals != goals:
-            self._forget((owner, worker_id))
-            self._workers[owner, worker_id] = worker = Record(
-                id=worker_id, owner=owner, namespace=namespace, goals=goals, last_seen=now, version=version, intent=None)
+            self._forget(key)
+            self._workers[key] = worker = Record(
+                id=worker_id, owner=caller.owner, namespace=namespace, goals=goals, last_seen=now, version=version, intent=None)
             self._count(worker, 1)
-        self._workers.move_to_end((owner, worker_id))
+            self._of_key.setdefault(caller.key_id, collections.OrderedDict())[worker_id] = max(len(goals), 1)
+            self._make_room(caller)
+        self._workers.move_to_end(key)
+        self._of_key[caller.key_id].move_to_end(worker_id)
         worker.update(last_seen=now, version=version, intent=None)
-        if len(self._workers) > WORKERS:
-            self._forget(next(iter(self._workers)))
 
-    def busy(self, owner, worker_id, intent_id):
+    def busy(self, key_id, worker_id, intent_id):
         """Note which intent a worker has got."""
-        if (owner, worker_id) in self._workers:
-            self._workers[owner, worker_id]["intent"] = intent_id
+        if (key_id, worker_id) in self._workers:
+            self._workers[key_id, worker_id]["intent"] = intent_id
+
+    def next_is_free(self, now, key_id, worker_id):
+        """Return whether a worker's empty claim is free of charge: every FREE_CLAIM_SECONDS, for KEY_WORKERS of a key."""
+        key = key_id, worker_id
+        if key in self._workers:
+            free = abs(now - self._free_at.get(key, 0)) >= FREE_CLAIM_SECONDS
+        else:
+            free = len(self._of_key.get(key_id, ())) < KEY_WORKERS
+        if free:
+            self._free_at[key] = now
+        return free
 
     def forget_silent(self, now):
         """Forget workers that are silent for longer than WORKER_SECONDS."""
@@ -1467,10 +1639,22 @@ class WorkerRegistry:
         """Return how many workers of an owner, or of anyone, ask for a goal."""
         return self._serving[namespace, goal, owner] + self._serving[namespace, "", owner]
 
+    def _make_room(self, caller):
+        """Forget the workers that are silent for longest, of a key that has more than it may have, or of all."""
+        of_key = self._of_key[caller.key_id]
+        while caller.limits is not None and (len(of_key) > KEY_WORKERS or len(of_key) > 1 and sum(of_key.values()) > KEY_GOALS):
+            self._forget((caller.key_id, next(iter(of_key))))
+        if len(self._workers) > WORKERS:
+            self._forget(next(iter(self._workers)))
+
     def _forget(self, key):
         worker = self._workers.pop(key, None)
         if worker:
             self._count(worker, -1)
+            self._free_at.pop(key, None)
+            del self._of_key[key[0]][key[1]]
+            if not self._of_key[key[0]]:
+                del self._of_key[key[0]]
 
     def _count(self, worker, number):
         for goal in set(worker.goals) or ("",):
@@ -1485,12 +1669,14 @@ class EventLog:
 
     def __init__(self, now):
         self._events = collections.deque(maxlen=EVENTS)
+        self._pages = {}                         # (newest, number, owner): what after() has found
         self.newest = int(now * 1000)            # number of the newest event; it grows over restarts
         self.minutes = collections.Counter()     # (minute of Unix time, kind): times, until they are stored
 
     def record(self, now, moves, count=True):
         """Take in the events of moves; count them unless another bus does."""
-        for intent, _, event in moves:
+        self._pages = {}
+        for intent, event in moves:
             if event:
                 self.newest += 1
                 self._events.append((self.newest, now, event, EVENT_VALUES(intent)))     # not its payload
@@ -1501,20 +1687,31 @@ class EventLog:
         """Drop counts that are stored."""
         self.minutes -= counted
 
-    def after(self, number, visible):
-        """Return the events after a number for which visible(event) is true, and how many have been dropped since that number."""
+    def after(self, number, owner=None):
+        """Return up to EVENTS_PAGE events after a number, of an owner's intents or of all; and how many are dropped since then.
+
+        Many watchers ask for the same ones.
+        """
+        asked = self.newest, number, owner
+        if asked not in self._pages:
+            self._pages[asked] = self._after(number, owner)
+        return self._pages[asked]
+
+    def _after(self, number, owner):
         oldest = self._events[0][0] if self._events else self.newest + 1
         newer = itertools.takewhile(lambda entry: entry[0] > number, reversed(list(self._events)))
         found = [Record(zip(EVENT_FIELDS, values), number=at, time=when, event=event) for at, when, event, values in newer]
-        return [event for event in reversed(found) if visible(event)], max(0, oldest - 1 - number)
+        visible = [event for event in reversed(found) if owner is None or owner in (event.owner, event.claim_owner)]
+        return visible[:EVENTS_PAGE], max(0, oldest - 1 - number)
 
 
 # ---- 9. Bus ----
 # The rules. Each verb of IntentClient is one here, with the same arguments and errors, and `caller`: who asks. A verb that
 # changes something is one block of the round; a verb that looks reads committed state, and changes nothing.
 
-Caller = collections.namedtuple("Caller", "key_id owner role admin max_unfinished")     # max_unfinished intents, or None
-OWNER = Caller(key_id="owner", owner="owner", role="both", admin=True, max_unfinished=None)
+Caller = collections.namedtuple("Caller", "key_id owner role admin limits")     # limits: the Limits of an issued key, or None
+Limits = collections.namedtuple("Limits", "unfinished stored_bytes")
+OWNER = Caller(key_id="owner", owner="owner", role="both", admin=True, limits=None)
 Claim = collections.namedtuple("Claim", "lanes namespace goals worker_id lease token repeatable seen_as version")
 DEATHS = "intent.dead"     # the goal of the intents that announce deaths
 
@@ -1539,11 +1736,6 @@ def claimed_lanes(namespace, owner, goals, publisher, worker_id, capabilities):
             lanes += [f"{place_of(namespace, audience, target, capability)}\t{goal}\t{by}"
                       for target in dict.fromkeys((None, worker_id)) for capability in (None, *capabilities)]
     return tuple(dict.fromkeys(lanes))     # a goal may be named twice
-
-
-def unfinished_change(move):
-    """Return by how much a move changes the number of unfinished intents."""
-    return (move.intent.status in ("open", "claimed")) - (move.before in ("open", "claimed"))
 
 
 def stored_result(intent):
@@ -1580,8 +1772,8 @@ class Bus:
         self._ids = Ids(store.newest_id())
         self.registry, self.log = WorkerRegistry(), EventLog(self.clock.now())
         self.next_due = 0             # Unix seconds; no intent is due earlier
-        self._known_goals = set()     # (namespace, goal) of goals that are on record as having had a worker
-        self._unfinished = {}         # publisher: number of unfinished intents, of issued keys that have published
+        self._known_goals = set()     # (owner, namespace, goal) of goals that are on record as having had a worker
+        self._tallies = {}            # publisher: Tally, of issued keys that have published
         self._kept = [0, 0]           # ended intents are kept that many seconds longer, until a time
         self._clean_at = self._history_at = self._note_at = self._probe_at = 0     # by time.monotonic()
         self.on_news = lambda moves: None
@@ -1600,8 +1792,8 @@ class Bus:
 
         fields are those of PUBLISH_DEFAULTS: delay, ttl and backoff_base are seconds, run_at is Unix seconds. The same
         idempotency_key with the same intent returns the first answer; with another intent it raises IdempotencyConflict.
-        listening is the number of workers seen lately for the goal. If it is 0 and no worker has ever claimed the goal,
-        never_claimed is true.
+        listening is the number of workers seen lately for the goal. If it is 0 and no worker of the caller's owner has ever
+        claimed the goal, never_claimed is true.
         """
         wanted = dict(fields, goal=goal, payload=payload)
         namespace = fields.get("namespace", "default")
@@ -1626,30 +1818,39 @@ class Bus:
                     if not known.startswith(digest):
                         raise IdempotencyConflict("Key reused with different payload: an Idempotency-Key stands for one request.")
                     return Record(json.loads(known[len(digest):]))
-            self._require_room(tx, caller, len(intents))
             for intent in intents:
                 tx.insert(intent)
+            self._require_room(tx, caller)
         return answer
 
-    def _require_room(self, tx, caller, number):
-        """Raise RateLimited if a caller would have too many unfinished intents."""
-        if caller.max_unfinished is None:
+    def _require_room(self, tx, caller):
+        """Raise RateLimited if an issued key has more now than it may have: unfinished intents, namespaces, bytes."""
+        if caller.limits is None:
             return
-        unfinished = None if self.store.database.shared else self._unfinished.get(caller.key_id)
-        if unfinished is None:
-            self._unfinished[caller.key_id] = unfinished = tx.unfinished(caller.key_id)
-        in_round = sum(unfinished_change(move) for block in self.store.round for move in block.moves
-                       if move.intent.publisher == caller.key_id)
-        if unfinished + in_round + number > caller.max_unfinished:
-            raise RateLimited(f"This key may have {caller.max_unfinished} unfinished intents; wait until some are done.",
-                              "limit_exceeded")
+        tally, values = self._tally(tx, caller.key_id), self._tally(tx, values_of(caller.owner))
+        for number, most, words in (
+                (tally.unfinished(), caller.limits.unfinished, "unfinished intents; wait until some are done"),
+                (len(tally.namespaces()), KEY_NAMESPACES, "namespaces with intents; publish to one of these"),
+                (values.get(("", "value"), (0,))[0], KEY_VALUES, "values of its owner; delete some, or wait until some have expired"),
+                (tally.stored_bytes() + values.stored_bytes(), caller.limits.stored_bytes, "bytes stored; wait until old intents and "
+                 "values are deleted, or have the bus started with a larger --max-stored")):
+            if number > most:
+                raise RateLimited(f"This key may have {most} {words}.", "limit_exceeded")
+
+    def _tally(self, tx, publisher):
+        """Return what is stored for a publisher, with the changes of this round."""
+        tally = Tally(self._tallies.get(publisher) or tx.tally_of(publisher))
+        if not self.store.database.shared:
+            self._tallies.setdefault(publisher, Tally(tally))
+        for tallies in (self.store.counted, tx.tallies):
+            tally.add(tallies.get(publisher, {}))
+        return tally
 
     def _audience(self, goal, namespace, visibility, caller):
-        """Return how many workers listen for a goal, and whether none ever has."""
-        owner = caller.owner if visibility == "private" else None
-        listening = self.registry.listening(namespace, goal, owner)
-        if listening or (namespace, goal) in self._known_goals or self.store.recall(
-                "goal", namespace, goal, self.clock.now()) is not None:
+        """Return how many workers listen for a goal, and whether none of the owner's ever has."""
+        listening = self.registry.listening(namespace, goal, caller.owner if visibility == "private" else None)
+        if listening or (caller.owner, namespace, goal) in self._known_goals or self.store.recall(
+                "goal", caller.owner, f"{namespace}\t{goal}", self.clock.now()) is not None:
             return dict(listening=listening)
         return dict(listening=0, never_claimed=True)
 
@@ -1669,14 +1870,21 @@ class Bus:
             intent = self._published_by(tx, intent_id, caller)
             if intent.status != "dead":
                 raise Conflict(f"This intent is {intent.status}; only a dead one can be retried.")
-            return self._outcome(self._change(tx, intent, intent.retried(tx.now)))
+            intent = self._change(tx, intent, intent.retried(tx.now))
+            if self._room(tx, intent.publisher, caller) < 0:
+                raise RateLimited("The key that published this intent has too many unfinished ones; wait until some are done.",
+                                  "limit_exceeded")
+            return self._outcome(intent)
 
     @sliced
     def retry_many(self, goal=None, namespace=None, limit=1000, *, caller=OWNER):
-        """Open up to limit dead intents of a goal and namespace again, the oldest first, and return {"retried": N}."""
+        """Open up to limit dead intents of a goal and namespace again, the oldest first, and return {"retried": N}.
+
+        For an issued key, it leaves out those whose publisher would have too many unfinished intents.
+        """
         owner, retried = None if caller.admin else caller.owner, 0
         for dead in self._dead_ranges(None, dict(owner=owner, goal=goal, namespace=namespace, until=FOREVER), SLICE_ROWS):
-            retried += self._retry_dead(dead, limit - retried)
+            retried += self._retry_dead(dead, caller, limit - retried)
             if retried == limit:
                 break
             yield
@@ -1710,16 +1918,24 @@ class Bus:
         """Claim the first intent that a Claim may have, and return it as it is stored; None if there is none."""
         token_hash = hash_token(claim.token)
         with self.store.transaction() as tx:
-            tx.after_commit(self.registry.see, tx.now, caller.owner, claim.seen_as, claim.namespace, claim.goals, claim.version)
-            intent = self._claimable(tx, claim.lanes, caller.owner, token_hash if claim.repeatable else None)
+            tx.after_commit(self.registry.see, tx.now, caller, claim.seen_as, claim.namespace, claim.goals, claim.version)
+            intent = self._claimable(tx, claim.lanes, caller.key_id, token_hash if claim.repeatable else None)
             if intent is None:
                 return None
-            served = intent.namespace, intent.goal
-            if served not in self._known_goals:
-                tx.remember("goal", *served, "", tx.now + GOAL_SECONDS)
-                tx.after_commit(self._known_goals.add, served)
-            tx.after_commit(self.registry.busy, caller.owner, claim.seen_as, intent.id)
-            return self._change(tx, intent, intent.claimed(tx.now, token_hash, claim.lease, caller.owner, claim.worker_id))
+            self._note_goal(tx, caller.owner, intent.namespace, intent.goal)
+            tx.after_commit(self.registry.busy, caller.key_id, claim.seen_as, intent.id)
+            return self._change(tx, intent, intent.claimed(
+                tx.now, token_hash, claim.lease, caller.owner, caller.key_id, claim.worker_id))
+
+    def _note_goal(self, tx, *served):
+        """Put on record that an owner has had a worker for a goal: owner, namespace, goal."""
+        if served not in self._known_goals:
+            owner, namespace, goal = served
+            tx.remember("goal", owner, f"{namespace}\t{goal}", "", tx.now + GOAL_SECONDS)
+            tx.forget_oldest("goal", owner, KNOWN_GOALS)
+            if len(self._known_goals) > 10 * KNOWN_GOALS:
+                self._known_goals.clear()     # they are put on record again
+            tx.after_commit(self._known_goals.add, served)
 
     def _claimable(self, tx, *wanted):
         """Apply due transitions, then return the first intent for a claim, or None."""
@@ -1730,6 +1946,17 @@ class Bus:
                 self._change(tx, intent, intent.advance(tx.now))
             elif intent is not None or applied < DUE_ROWS:
                 return intent
+
+    @sliced
+    def end_leases(self, key_id):
+        """End the leases of a key that was revoked: its intents go to other workers."""
+        held = True
+        while held:
+            with self.store.transaction() as tx:
+                held = tx.claimed_by_key(key_id, SLICE_ROWS)
+                for intent in held:
+                    self._change(tx, intent, intent.lost(tx.now))
+            yield
 
     def extend_claim(self, intent_id, claim_token=None, seconds=LEASE_SECONDS, *, caller=OWNER):
         """Let the lease end that many seconds from now; raises NotFound once it is over."""
@@ -1806,10 +2033,11 @@ class Bus:
     def events(self, after=None, *, caller=OWNER):
         """Return {"events": those after a number, "next": the number to go on from, "missed"}.
 
-        Without a number, from now on. The last EVENTS are kept; missed is how many more there were.
+        Without a number, from now on. The last EVENTS are kept; missed is how many more there were. One answer has up to
+        EVENTS_PAGE.
         """
         after = self.log.newest if after is None or after > self.log.newest else after
-        found, missed = self.log.after(after, lambda event: caller.admin or caller.owner in (event.owner, event.claim_owner))
+        found, missed = self.log.after(after, None if caller.admin else caller.owner)
         return Record(events=found, next=found[-1].number if found else after + missed, missed=missed)
 
     # -- Keys and values --
@@ -1817,9 +2045,9 @@ class Bus:
     def set(self, key, value, ttl=VALUE_TTL_SECONDS, if_absent=False, *, caller=OWNER):
         """Keep a JSON value for ttl seconds; with if_absent, raises Conflict if the key is taken: a lock."""
         with self.store.transaction() as tx:
-            remember = tx.remember_first if if_absent else tx.remember
-            if remember("store", caller.owner, key, to_json(value), tx.now + ttl) is False:
+            if not tx.set_value(caller.owner, key, to_json(value), tx.now + ttl, if_absent):
                 raise Conflict(f"The key {key} is taken.")
+            self._require_room(tx, caller)
         return Record(ok=True)
 
     def get(self, key, *, caller=OWNER):
@@ -1865,7 +2093,7 @@ class Bus:
     def inspect(self, intent_id, *, caller=OWNER):
         """Return everything about an intent but its claim token."""
         intent = self.store.get(intent_id).at(self.clock.now())
-        hidden = ("claim_token_hash", "claim_outcome", "place", "lane", "ready", "due_at")
+        hidden = ("claim_token_hash", "claim_key", "claim_outcome", "size", "place", "lane", "ready", "due_at")
         return Record({column: value for column, value in intent.items() if column not in hidden},
                       payload=json.loads(intent.payload), result=stored_result(intent))
 
@@ -1890,7 +2118,7 @@ class Bus:
             if action == "count":
                 number += self.store.count_dead(**dead)
             elif action == "retry":
-                number += self._retry_dead(dead)
+                number += self._retry_dead(dead, caller)
             else:
                 with self.store.transaction() as tx:
                     number += tx.delete_dead(**dead)
@@ -1905,13 +2133,24 @@ class Bus:
         for start, end in self.store.id_ranges(rows, DEAD):
             yield dict(which, start=start, end=end)
 
-    def _retry_dead(self, dead, most=sys.maxsize):
-        """Retry the dead intents of a range, at most that many; return how many."""
+    def _retry_dead(self, dead, caller, most=sys.maxsize):
+        """Retry the dead intents of a range that have room, at most that many; return how many."""
+        retried, room = 0, {}     # by publisher
         with self.store.transaction() as tx:
-            found = tx.dead(**dead)[:most]
-            for intent in found:
-                self._change(tx, intent, intent.retried(tx.now))
-        return len(found)
+            for intent in tx.dead(**dead):
+                if intent.publisher not in room:
+                    room[intent.publisher] = self._room(tx, intent.publisher, caller)
+                if retried < most and room[intent.publisher] > 0:
+                    self._change(tx, intent, intent.retried(tx.now))
+                    retried += 1
+                    room[intent.publisher] -= 1
+        return retried
+
+    def _room(self, tx, publisher, caller):
+        """Return how many more unfinished intents a publisher may have, if the caller is an issued key; below 0: too many."""
+        if caller.limits is None or publisher == OWNER.key_id:
+            return sys.maxsize
+        return caller.limits.unfinished - self._tally(tx, publisher).unfinished()
 
     def dead(self, limit=100, *, caller=OWNER):
         """Return the newest dead letters."""
@@ -1926,9 +2165,10 @@ class Bus:
         history as [[minute of Unix time, event, times]]; sizes in bytes; the number of issued keys.
         """
         now, intents = self.clock.now(), {}
-        for namespace, _, status, number in self.store.tallies():
-            states = intents.setdefault(namespace, {})
-            states[status] = states.get(status, 0) + number
+        for namespace, _, status, number, _ in self.store.tallies():
+            if status != "value":
+                states = intents.setdefault(namespace, {})
+                states[status] = states.get(status, 0) + number
         database_bytes, wal_bytes = self.store.database.sizes()
         return Record(version=__version__, now=now, intents=intents, keys=len(self.store.keys()), database_bytes=database_bytes,
                       wal_bytes=wal_bytes, waiting=self._longest_waiting(), workers=self.registry.seen()[:WAITING_LANES],
@@ -2026,6 +2266,9 @@ class Bus:
         moves = [move for block in blocks for move in block.moves]
         for effect in [effect for block in blocks for effect in block.effects]:
             effect()
+        for block in blocks:
+            for publisher in block.tallies.keys() & self._tallies.keys():
+                self._tallies[publisher].add(block.tallies[publisher])
         self.learn(moves)
         if moves:
             self._put_off_probe()
@@ -2035,16 +2278,14 @@ class Bus:
         """Take in moves of intents that are on disk, made by this bus or by another on the same database."""
         self.log.record(self.clock.now(), moves, count=ours)
         for move in moves:
-            due_at, publisher = move.intent.due_at, move.intent.publisher
+            due_at = move.intent.due_at
             if due_at is not None and due_at < self.next_due:
                 self.next_due = due_at
-            if publisher in self._unfinished:
-                self._unfinished[publisher] += unfinished_change(move)
 
     def distrust_memory(self):
         """Drop cached counts: another program has changed the database."""
         self.next_due = 0
-        self._unfinished.clear()
+        self._tallies.clear()
 
     # -- Time --
 
@@ -2179,14 +2420,17 @@ class TokenBucket:
         self._per_second, self._size = per_minute / 60, per_minute
         self._left = {}     # name: (tokens, at which time)
 
-    def take(self, name, number=1):
-        """Take tokens, or give them back if number is negative; return how many seconds to wait if there are too few."""
+    def take(self, name, number=1, force=False):
+        """Take tokens, or give them back if number is negative; return how many seconds to wait if there are too few.
+
+        With force, they are taken all the same: the next ones have to wait for longer.
+        """
         now = time.monotonic()
         if len(self._left) > 10_000:     # addresses are many; a forgotten one gains a minute's rate
             self._left.clear()
         left, since = self._left.get(name, (self._size, now))
         left = min(self._size, left + (now - since) * self._per_second)
-        if left < number:
+        if left < number and not force:
             return (number - left) / self._per_second
         self._left[name] = min(self._size, left - number), now
         return 0
@@ -2200,22 +2444,25 @@ class Keys:
     """
 
     def __init__(self, owner_key, store, admin_secret=None, dashboard_password=None, metrics_token=None,
-                 require_signatures=False, rate=RATE_PER_MINUTE, max_unfinished=None):
+                 require_signatures=False, rate=RATE_PER_MINUTE, limits=None):
         self._owner_key, self._store = owner_key, store
         self._admin_secret, self._dashboard_password = admin_secret, dashboard_password
         self._metrics_token, self._require_signatures = metrics_token, require_signatures
         self._rate = (store.database.token_bucket or TokenBucket)(rate)
         self._failures = TokenBucket(FAILURES_PER_MINUTE)
-        self._max_unfinished = UNFINISHED if max_unfinished is None else max_unfinished
+        self._limits = limits or Limits(UNFINISHED, STORED_BYTES)
         self._callers = {}    # key id: Caller, of issued keys; a shared database is asked each time
         self._used = collections.deque()    # (key id, Unix seconds) of requests, until they are stored
         self._usage_at = 0                  # when to store them, by time.monotonic()
+        self.on_revoked = lambda key_id: None     # ends the requests that are held for it; a server that holds some sets it
         self.reload()
 
     def reload(self):
         """Read the issued keys, at the start and once another program has changed the file."""
         if not self._store.database.shared:
-            self._callers = {key.key_id: self._caller_of(key) for key in self._store.keys()}
+            before, self._callers = self._callers, {key.key_id: self._caller_of(key) for key in self._store.keys()}
+            for key_id in before.keys() - self._callers.keys():
+                self.on_revoked(key_id)
 
     # -- Requests --
 
@@ -2273,14 +2520,13 @@ class Keys:
             raise self._failed(request, Unauthorized("Invalid API key."))
         if request.signing_key:
             self._check_signature(request)
-        if caller.max_unfinished is not None:
+        if caller.limits is not None:
             self._count(caller)
         request.caller = caller
 
-    def require_valid(self, caller):
-        """Raise Unauthorized if a key was revoked since its request came."""
-        if not self._caller(caller.key_id):
-            raise Unauthorized("Invalid API key.")
+    def current(self, caller):
+        """Return the Caller that the key of an earlier request stands for now, or None if it was revoked."""
+        return self._caller(caller.key_id) if caller.limits else caller
 
     def owner_of(self, publisher, request):
         """Return the owner that a publisher in a request stands for: a name, a key id, or the caller's own key."""
@@ -2289,10 +2535,10 @@ class Keys:
         caller = self._caller(publisher) if publisher != "owner" else None
         return caller.owner if caller else publisher
 
-    def refund(self, caller):
-        """Give back the token of a claim that found nothing."""
-        if caller.max_unfinished is not None:
-            self._rate.take(caller.key_id, -1)
+    def charge(self, caller, number):
+        """Take more tokens for the last request of an issued key, or give them back if number is negative."""
+        if number:
+            self._rate.take(caller.key_id, number, force=True)
 
     # -- Issuing --
 
@@ -2334,14 +2580,15 @@ class Keys:
                       role=invitation.role)
 
     def revoke(self, api_key=None, key_id=None):
-        """End an issued key, given itself or its id; raises NotFound."""
+        """End an issued key, given itself or its id; return its id; raises NotFound."""
         issued = ISSUED.fullmatch(api_key or "")
         key_id = issued[1] if issued else key_id or ""
         with self._store.transaction() as tx:
             if not tx.revoke_key(key_id):
                 raise NotFound("There is no such key.")
             tx.after_commit(self._callers.pop, key_id, None)
-        return Record(ok=True)
+            tx.after_commit(self.on_revoked, key_id)
+        return key_id
 
     def list(self):
         """Return the description of each issued key, with its use up to now."""
@@ -2385,7 +2632,7 @@ class Keys:
         return self._callers.get(key_id)
 
     def _caller_of(self, key):
-        return Caller(key.key_id, key.owner, key.role, False, self._max_unfinished)
+        return Caller(key.key_id, key.owner, key.role, False, self._limits)
 
     def _check_signature(self, request):
         timestamp, nonce, signature = (request.headers.get(f"x-{part}") for part in ("timestamp", "nonce", "signature"))
@@ -3036,7 +3283,7 @@ class Request:
         self.method, self.headers, self.body = method, headers or {}, body
         self.peer, self.secure, self.may_wait = peer, secure, may_wait
         self.id = request_id_of(self.headers)
-        self.endpoint = self.caller = self.signing_key = None     # until API.admit() and Keys know them
+        self.endpoint = self.caller = self.key_id = self.signing_key = None     # until API.admit() and Keys know them
         self.proven = False         # whether its head has shown a right key
         self.connection = None      # where the answer goes, on a Server
         self.raw_path, _, self.query = target.partition("?")
@@ -3045,6 +3292,20 @@ class Request:
             if BAD_ESCAPE.search(target):     # a percent sign without two hex digits
                 raise badly_encoded()
             self.path = decoded_path(self.raw_path)
+
+    @property
+    def known(self):
+        """Whether it has shown a right key, in its head or by its signature."""
+        return self.proven or self.caller is not None
+
+    @property
+    def account(self):
+        """To whom memory is accounted: the id of a key, or the address of a client that has shown none."""
+        return self.key_id or OWNER.key_id if self.known else f"address {self.peer}"
+
+    def trim(self):
+        """Let go of the body and of all headers but the one that the answer needs."""
+        self.body, self.headers = b"", {name: self.headers[name] for name in ("connection",) if name in self.headers}
 
     @property
     def pairs(self):
@@ -3114,7 +3375,7 @@ def claim_endpoint(api, request):
         fields["goal"], namespace=fields["namespace"], publisher=api.keys.owner_of(fields["publisher"], request),
         lease=fields["lease"], caller=request.caller, **claiming_worker(request, fields))
     return api.hold(request, wanted.lanes, fields["wait"], functools.partial(take_intent, api, request, wanted),
-                    functools.partial(nothing_to_claim, api, request))
+                    functools.partial(nothing_to_claim, api, request, wanted))
 
 
 def claiming_worker(request, fields):
@@ -3143,8 +3404,12 @@ def take_intent(api, request, wanted):
     return 200, JsonText(f'{to_json(naming)[:-1]},"payload":{intent.payload},{to_json(told)[1:]}')
 
 
-def nothing_to_claim(api, request):
-    api.keys.refund(request.caller)
+def nothing_to_claim(api, request, wanted):
+    """Answer a claim that has found nothing: it is free of charge, or, if they are many, costs by the lanes it looks at."""
+    caller = request.caller
+    if caller.limits:
+        free = api.bus.registry.next_is_free(api.bus.clock.now(), caller.key_id, wanted.seen_as)
+        api.keys.charge(caller, -1 if free else len(wanted.lanes) // LANES_PER_TOKEN)
     return 204, None
 
 
@@ -3160,12 +3425,13 @@ def result_endpoint(api, request, intent_id):
 def events_endpoint(api, request):
     fields = request.parameters(EVENTS_QUERY)
     after = api.bus.log.newest if fields["after"] is None else fields["after"]
+    watched = event_key(None if request.caller.admin else request.caller.owner)
     def page():
         return 200, api.bus.events(after, caller=request.caller)
     def news():
         status, found = page()
         return (status, found) if found.events else None
-    return api.hold(request, (EVENT_KEY,), fields["wait"], news, page)
+    return api.hold(request, (watched,), fields["wait"], news, page)
 
 
 def who_am_i_endpoint(api, request):
@@ -3182,6 +3448,14 @@ def set_endpoint(api, request, key):
     in_query = request.query and not request.body.strip()
     fields = request.parameters(SET_QUERY) if in_query else request.fields(SET)
     return 200, api.bus.set(key, **fields, caller=request.caller)
+
+
+def revoke_endpoint(api, request):
+    """End a key at once: its held requests and its leases end with it."""
+    key_id = api.keys.revoke(**request.fields(REVOKE_KEY))
+    yield
+    yield from Bus.end_leases.steps(api.bus, key_id)
+    return 200, {"ok": True}
 
 
 def join_endpoint(api, request):
@@ -3264,7 +3538,7 @@ ROUTES = (
     ("POST", "/admin/generate_key",     "admin",   of_keys("generate", GENERATE_KEY, 201)),
     ("POST", "/admin/invite",           "admin",   of_keys("invite", GENERATE_KEY, 201)),
     ("POST", "/join",                   None,      join_endpoint),
-    ("POST", "/admin/revoke_key",       "admin",   of_keys("revoke", REVOKE_KEY, 200)),
+    ("POST", "/admin/revoke_key",       "admin",   revoke_endpoint),
     ("GET",  "/admin/keys",             "admin",   of_keys("list", NOTHING, 200)),
     ("POST", "/admin/purge",            "admin",   advancing("purge", PURGE)),
     ("POST", "/admin/cleanup",          "admin",   advancing("cleanup")),
@@ -3335,7 +3609,7 @@ class API:
     def __init__(self, bus, keys, max_body=BODY_BYTES, enforce_https=False, maintenance=False):
         self.bus, self.keys, self.max_body = bus, keys, max_body
         self._enforce_https, self._maintenance = enforce_https, maintenance
-        self.held_requests = lambda: 0     # how many there are; a server that holds requests sets it
+        self.waiting = Waiting()     # the held requests, of a server that holds them
         self._routes = {}     # path: {method: (who may, endpoint)}
         for method, path, who, endpoint in ROUTES:
             self._routes.setdefault(path, {})[method] = who, endpoint
@@ -3405,7 +3679,13 @@ class API:
         found = attempt()
         if found is not None:
             return found
-        return Held(request, keys, seconds, attempt, otherwise) if seconds and request.may_wait else otherwise()
+        if not seconds or not request.may_wait:
+            return otherwise()
+        if request.caller.limits:
+            held, lanes = self.waiting.counts_of(request.caller.key_id)
+            if held >= KEY_HELD or lanes + len(keys) > KEY_HELD_LANES:
+                raise RateLimited(f"This key may have {KEY_HELD} requests that wait; stop some.", "limit_exceeded")
+        return Held(request, keys, seconds, attempt, otherwise)
 
     def refuse(self, request, error):
         """Return the answer for an error, held back for a while if it is about a wrong key; a bug is logged."""
@@ -3427,7 +3707,7 @@ class API:
 
     def summary(self, minutes=60):
         """Return the summary of the bus, with the number of held requests."""
-        return Record(self.bus.summary(minutes), held_requests=self.held_requests())
+        return Record(self.bus.summary(minutes), held_requests=len(self.waiting))
 
     def housekeeping(self):
         """Do the work that is due besides requests."""
@@ -3451,8 +3731,9 @@ class API:
         return self._response(request, request.endpoint(self, request, *request.place))
 
     def _ask_again(self, waiting, answer):
-        if waiting.request.caller:
-            self.keys.require_valid(waiting.request.caller)
+        caller = waiting.request.caller
+        if caller and self.keys.current(caller) != caller:     # it was revoked, or may do less
+            raise Unauthorized("Invalid API key.")
         found = answer()
         return found if found is None or isinstance(found, Response) else self._response(waiting.request, found)
 
@@ -3667,11 +3948,9 @@ class RequestReader:
         """Return which part of the next request is incomplete: "head", "body", or "" if nothing of it has come."""
         return "body" if self.request else "head" if self.data and self.data != b"\r" else ""
 
-    def unproven_bytes(self):
-        """Return how many bytes are kept of a request whose key is not checked yet."""
-        if self.request and self.request.proven:
-            return 0
-        return len(self.data) + (len(self._body.body) if isinstance(self._body, Chunks) else 0)
+    def kept_bytes(self):
+        """Return how many bytes are kept of a request that is not whole."""
+        return len(self.data) + (len(self._body.body) if self.request and isinstance(self._body, Chunks) else 0)
 
     def wants_continue(self):
         """Return whether the client waits for a word before it sends the body."""
@@ -3733,13 +4012,14 @@ class Connection:
     """
 
     __slots__ = ("loop", "sock", "peer", "tls", "reader", "request", "held", "outgoing", "answering", "last", "lingering", "eof",
-                 "closed", "events", "deadline", "alarm", "awaited", "began")
+                 "closed", "events", "deadline", "alarm", "awaited", "began", "account")
 
     def __init__(self, loop, sock, peer, tls):
         self.loop, self.sock, self.peer, self.tls = loop, sock, peer, tls
         self.reader = RequestReader(loop, peer)
         self.request = self.held = None     # the request that the bus has, and the Held if it is held
         self.outgoing = b""                 # what the socket has not taken yet
+        self.account = ""                   # to whom that is accounted
         self.answering = False              # whether it ends with a whole answer
         self.last = False                   # whether the connection ends with this answer
         self.lingering = False              # whether it waits only for the client to close
@@ -3784,11 +4064,8 @@ class Connection:
             self.parse()
         elif self.held and self.held.keys and self.eof:
             self.loop.expire(self.held)
-        else:
-            if not (self.request and self.request.proven):
-                self.loop.count_unproven(self, len(self.reader.data))
-            if len(self.reader.data) > INPUT_BYTES:
-                self.loop.watch(self, self.events & ~READ)
+        elif not self.loop.keep(self, self.request, len(self.reader.data)) or len(self.reader.data) > INPUT_BYTES:
+            self.loop.watch(self, self.events & ~READ)
 
     def parse(self):
         """Hand the next request to the loop, if it is whole."""
@@ -3801,14 +4078,15 @@ class Connection:
             self.loop.rounds.submit(request)
         elif self.eof:
             self.close()
-        else:
-            self.loop.count_unproven(self, self.reader.unproven_bytes())
+        elif self.loop.keep(self, self.reader.request, self.reader.kept_bytes()):
             self._await(self.reader.begun())
+        else:
+            self._refuse(Unavailable("The bus has too many bodies to take in at once; try again.", "too_many_bodies"))
 
     def _begin(self, request):
         self.request, request.connection, self.began = request, self, self.loop.now
         self.awaited, self.deadline = None, float("inf")
-        self.loop.request_came(self)
+        self.loop.request_came(self, request)
 
     def _refuse(self, error):
         """Answer a request that is refused before it is whole."""
@@ -3844,7 +4122,10 @@ class Connection:
         """Send the answer to the request that the bus has had."""
         request, self.request = self.request, None
         wanted, old = request.headers.get("connection", "").lower(), self.reader.version == "0"
-        self.last = self.last or self.loop.stopping or ("keep-alive" not in wanted if old else "close" in wanted)
+        failed = response.status in (401, 403) and not request.known     # trying the next key takes a new connection
+        self.last = self.last or failed or self.loop.stopping or ("keep-alive" not in wanted if old else "close" in wanted)
+        self.account = request.account
+        self.loop.keep(self, None, 0)
         self.loop.log(request, response, self.began)
         self.answering = True
         self._push(self._encrypted(rendered(response, "close" if self.last else "keep-alive" if old else "",
@@ -3869,8 +4150,10 @@ class Connection:
         if sent < len(self.outgoing):
             self.outgoing = memoryview(self.outgoing)[sent:]
             self.loop.watch(self, self.events | WRITE)
-            return self.loop.arm(self, SEND_SECONDS)
+            self.loop.arm(self, SEND_SECONDS)
+            return self.loop.count_unread(self, len(self.outgoing))
         self.outgoing = b""
+        self.loop.count_unread(self, 0)
         self.loop.watch(self, self.events & ~WRITE)
         if self.answering:
             self.answering = False
@@ -3880,7 +4163,7 @@ class Connection:
         """After an answer, read the next request, or end."""
         if self.last:
             return self._linger()
-        self.loop.owing[self] = None
+        self.loop.may_evict(self)
         if not self.eof:
             self.loop.watch(self, self.events | READ)
         if self.reader.data or self.eof:
@@ -3899,6 +4182,7 @@ class Connection:
                 self.sock.shutdown(socket.SHUT_WR)
             self.loop.watch(self, READ)
             self.loop.arm(self, LINGER_SECONDS)
+            self.loop.may_evict(self, first=True)
 
     def close(self):
         """End the connection; the answer to a request that the bus still has is dropped."""
@@ -3907,6 +4191,37 @@ class Connection:
             self.loop.forget(self)
             self.request = None
             self.sock.close()
+
+
+class Budget:
+    """The memory that connections take: total_bytes of all, and account_bytes of each account but the owner key's."""
+
+    def __init__(self, total_bytes, account_bytes=None):
+        self._total_bytes, self._account_bytes = total_bytes, account_bytes or total_bytes
+        self._taken = collections.OrderedDict()     # connection: (account, bytes), which takes some for longest first
+        self._of = collections.Counter()            # account: bytes
+
+    def take(self, connection, account, number):
+        """Note that a connection takes that many bytes now."""
+        if not number and connection not in self._taken:
+            return
+        before, taken = self._taken.get(connection, (account, 0))
+        self._taken[connection] = account, number
+        for name, change in ((before, -taken), (account, number)):
+            self._of[name] += change
+            if not self._of[name]:
+                del self._of[name]
+        if not number:
+            del self._taken[connection]
+
+    def exceeded(self, account):
+        """Return whether an account, or all together, take more than they may."""
+        return account != OWNER.key_id and self._of[account] > self._account_bytes or sum(self._of.values()) > self._total_bytes
+
+    def slowest(self, account):
+        """Return the connection that takes some for longest, of an account that takes too much, or else of all."""
+        too_much = self._of[account] > self._account_bytes and account != OWNER.key_id
+        return next(connection for connection, (name, _) in self._taken.items() if name == account or not too_much)
 
 
 # A job of a round: run() returns a Response, a Held, an Unfinished, or None for nothing yet. request is None for housekeeping;
@@ -3926,6 +4241,8 @@ class Rounds:
         self._loop, self._api, self._store = loop, loop.api, loop.api.bus.store
         self._reads, self._reports, self._writes = (collections.deque() for _ in range(3))     # jobs; reports before writes
         self._alone = collections.deque()    # jobs of a lost round, each to run in a round of its own
+        self._watchers = collections.deque() # jobs of held requests for events
+        self._news_of = set()                # owners whose watchers have not been given a job since the last event
         self._ran = []                       # (job, outcome) of the round
         self._claimed = []                   # (held claim, answer) of the round
         self._lanes = collections.deque()    # (lane, whether unknown intents may be in it), to offer to held claims
@@ -3954,12 +4271,12 @@ class Rounds:
         """Take in a held request whose time is over."""
         self._reads.append(Job(held.request, functools.partial(self._api.expire, held)))
 
-    def attempt_all(self, key):
+    def attempt_all(self, key, jobs=None):
         """Attempt the requests that are held for a key, which only read."""
         for held in self._loop.waiting.all(key):
             if not held.queued:
                 held.queued = True
-                self._reads.append(Job(held.request, functools.partial(self._attempt, held)))
+                (self._reads if jobs is None else jobs).append(Job(held.request, functools.partial(self._attempt, held)))
 
     def look_again(self):
         """Attempt held requests after another program has changed the database."""
@@ -3974,8 +4291,8 @@ class Rounds:
         for move in moves:
             if move.intent.ended:
                 self.attempt_all(move.intent.id)
-        if any(move.event for move in moves):
-            self.attempt_all(EVENT_KEY)
+            if move.event:
+                self._news_of.update((move.intent.owner, move.intent.claim_owner, None))
 
     def apart(self, function, then=lambda result: None):
         """Run a function that writes in a thread; reads go on meanwhile, and the next round begins after it."""
@@ -3987,18 +4304,31 @@ class Rounds:
 
     def delay(self):
         """Return in how many seconds work() has something to do; float("inf") if nothing, or if it waits for apart()."""
-        if self._reads:
+        if self._reads or self._watchers or self._news_of:
             return 0
         return max(0, self._begin_at - self._loop.now) if self._may_begin() else float("inf")
 
     def work(self):
-        """Run a round of jobs that may write, then reads, which see committed state."""
+        """Run a round of jobs that may write, then reads, which see committed state; those of watchers in short slices."""
         if self._may_begin() and self._loop.now >= self._begin_at:
             self._round()
-        until = time.monotonic() + ROUND_SECONDS
-        while self._reads and time.monotonic() < until:
-            job = self._reads.popleft()
-            self._loop.deliver(job.request, job.run())
+        self._read(self._reads, ROUND_SECONDS)
+        if not self._watchers:
+            while self._news_of:
+                self.attempt_all(event_key(self._news_of.pop()), self._watchers)
+        self._read(self._watchers, SLICE_SECONDS)
+
+    def _read(self, jobs, seconds):
+        until = time.monotonic() + seconds
+        while jobs and time.monotonic() < until:
+            job = jobs.popleft()
+            self._finish(job, job.run())
+
+    def _finish(self, job, outcome):
+        """Deliver what a job came to; a request that is held keeps no more than it needs."""
+        self._loop.deliver(job.request, outcome)
+        if job.request and job.request.connection.held:
+            job.request.trim()
 
     def _may_begin(self):
         return self._store.busy_since is None and bool(self._alone or self._reports or self._writes or self._lanes)
@@ -4087,7 +4417,7 @@ class Rounds:
             return self._lose(getattr(error, "cause", error), ran, claimed, offered)
         self._store.finish()
         for job, outcome in ran:
-            self._loop.deliver(job.request, outcome)
+            self._finish(job, outcome)
         for held, answer in claimed:
             self._loop.deliver(held.request, answer)
         self._begin_at = time.monotonic() + self._gathering
@@ -4142,12 +4472,13 @@ class Loop:
         import selectors
         self.api, self._access_log, self._trust_proxy, self._tls = api, access_log, trust_proxy, tls
         self.now, self.stopping = time.monotonic(), False
-        self.waiting, self.heads = Waiting(), {}    # heads: parsed headers by their bytes, of known callers
+        self.waiting, self.heads = api.waiting, {}     # heads: parsed headers by their bytes, of known callers
         self.ready = []                             # connections with bytes that are not parsed yet
         self._connections, self._limit = set(), connection_limit()
-        self.owing = collections.OrderedDict()      # connections that owe a request, the longest first
-        self._unproven = collections.OrderedDict()  # connection: bytes kept before its key is checked
-        self._unproven_bytes = self._handshakes = self._tick_at = self._housekeeping_at = self._house_due_at = 0
+        self._evictable = collections.OrderedDict() # connections whose client has to send, to read or to prove a key next
+        self._unproven, self._bodies = Budget(UNPROVEN_BYTES), Budget(BODIES_BYTES, KEY_BODIES_BYTES)
+        self._unread = Budget(UNREAD_BYTES, KEY_UNREAD_BYTES)
+        self._handshakes = self._tick_at = self._housekeeping_at = self._house_due_at = 0
         self._alarms, self._numbers = [], itertools.count()     # a heap of [when, number, function or None]
         self._handed = collections.deque()          # (function, result of a thread) for the loop
         self._ended = threading.Event()             # set while no serve_forever() runs
@@ -4159,7 +4490,7 @@ class Loop:
         self._selector.register(self._woken, READ, self._on_wakeup)
         self._selector.register(self.socket, READ, self._accept)
         self.rounds = (api.bus.store.database.rounds or Rounds)(self)
-        api.bus.on_news, api.held_requests = self.rounds.learn, self.waiting.__len__
+        api.bus.on_news, api.keys.on_revoked = self.rounds.learn, self.end_held
 
     # -- The loop --
 
@@ -4338,34 +4669,58 @@ class Loop:
         sock.setblocking(False)
         with contextlib.suppress(OSError):     # the client is gone already
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if len(self._connections) >= self._limit and not self.owing:
+        if len(self._connections) >= self._limit and not self._make_room():
             return self._turn_away(sock)
-        if len(self._connections) >= self._limit:     # the longest idle or slow client makes room
-            next(iter(self.owing)).close()
         connection = Connection(self, sock, address[0], Tls(self._tls) if self._tls else None)
         self._connections.add(connection)
-        self.owing[connection] = None
+        self.may_evict(connection)
         self.watch(connection, READ)
         self.arm(connection, IDLE_SECONDS)
+
+    def may_evict(self, connection, first=False):
+        """Note that it is a client's turn. It loses the connection, the longest waiting first, if there are too many."""
+        self._evictable[connection] = None
+        self._evictable.move_to_end(connection, last=not first)
+
+    def _make_room(self):
+        """Close a connection whose client is slow; return False if there is none, and end the wait of a held request."""
+        if self._evictable:
+            next(iter(self._evictable)).close()
+            return True
+        for held in self.waiting.of_largest_caller()[:1]:
+            held.request.connection.last = True
+            self.expire(held)
+        return False
 
     def _turn_away(self, sock):
         error = Unavailable("The bus has too many connections; try again.", "too_many_connections")
         with sock, contextlib.suppress(OSError):
             sock.send(rendered(refusal(error, request_id_of({})), "close"))
 
-    def request_came(self, connection):
-        """Stop counting the time and the bytes of a client: its request is whole."""
-        self.owing.pop(connection, None)
-        self.count_unproven(connection, 0)
+    def request_came(self, connection, request):
+        """Stop counting the time of a client: its request is whole. Its body counts until it is answered."""
+        self._evictable.pop(connection, None)
+        self.keep(connection, request, len(request.body) if request.known else 0)
 
-    def count_unproven(self, connection, number):
-        """Account for bytes that are kept before a key is checked; if they are too many, the oldest connection ends."""
-        self._unproven_bytes += number - self._unproven.get(connection, 0)
-        self._unproven[connection] = number
-        if not number:
-            del self._unproven[connection]
-        while self._unproven_bytes > UNPROVEN_BYTES:
-            next(iter(self._unproven)).close()
+    def keep(self, connection, request, number):
+        """Account for the bytes that are kept of a request; return False if a known caller has too many.
+
+        If clients that have shown no key have too many, the one that takes longest loses its connection.
+        """
+        known = request is not None and request.known
+        self._unproven.take(connection, "", 0 if known else number)
+        self._bodies.take(connection, request.account if known else "", number if known else 0)
+        while self._unproven.exceeded(""):
+            self._unproven.slowest("").close()
+        return not (known and self._bodies.exceeded(request.account))
+
+    def count_unread(self, connection, number):
+        """Account for the bytes of an answer that the client has not read; the slowest reader loses its connection."""
+        self._unread.take(connection, connection.account, number)
+        if number:
+            self._evictable.setdefault(connection)
+            while self._unread.exceeded(connection.account):
+                self._unread.slowest(connection.account).close()
 
     def may_shake_hands(self):
         """Count a TLS handshake; return whether there is time for it in this turn."""
@@ -4405,7 +4760,9 @@ class Loop:
         self.watch(connection, 0)
         self._disarm(connection)
         self.release(connection)
-        self.request_came(connection)
+        self._evictable.pop(connection, None)
+        for budget in (self._unproven, self._bodies, self._unread):
+            budget.take(connection, "", 0)
         self._connections.discard(connection)
 
     # -- Requests --
@@ -4434,6 +4791,8 @@ class Loop:
             return
         elif isinstance(outcome, Held):
             request.connection.held, outcome.until = outcome, self.now + outcome.seconds
+            if not outcome.keys:     # the answer to a wrong key
+                self.may_evict(request.connection, first=True)
             self._wait(outcome)
         elif isinstance(outcome, Unfinished):
             self.rounds.go_on(outcome)
@@ -4463,6 +4822,11 @@ class Loop:
             held.settled = True
             self.waiting.release(held)
             self.rounds.expire(held)
+
+    def end_held(self, key_id):
+        """Answer the requests that are held for a key that has ended."""
+        for held in self.waiting.of_caller(key_id):
+            self.expire(held)
 
     def release(self, connection):
         """Stop holding the request of a connection."""
@@ -4546,11 +4910,11 @@ def switched_on(variable):
 
 
 def api_of(store, key, require_claim_token=False, retention=RETENTION_SECONDS, rate=RATE_PER_MINUTE,
-           max_unfinished=UNFINISHED, max_body=BODY_BYTES, require_signatures=False, announce_dead=False):
+           limits=None, max_body=BODY_BYTES, require_signatures=False, announce_dead=False):
     """Return the API of a store, with the secrets and the BUS_* switches of the environment."""
     keys = Keys(key, store, os.environ.get("BUS_ADMIN_SECRET"), os.environ.get("DASHBOARD_PASSWORD"),
                 os.environ.get("BUS_METRICS_TOKEN"), require_signatures or switched_on("BUS_REQUIRE_SIGNATURES"), rate,
-                max_unfinished)
+                limits)
     bus = Bus(store, None, require_claim_token, retention, announce_dead)
     return API(bus, keys, max_body, switched_on("BUS_ENFORCE_HTTPS"), switched_on("BUS_MAINTENANCE_MODE"))
 
@@ -5832,6 +6196,8 @@ def bus_command(name, examples, *flags):
          flag("--retention", type=duration, default=RETENTION_SECONDS, help="how long to keep intents that have ended"),
          flag("--rate-limit", type=positive_int, default=RATE_PER_MINUTE, help="requests a minute for each issued key"),
          flag("--max-unfinished", type=positive_int, default=UNFINISHED, help="unfinished intents for each issued key"),
+         flag("--max-stored", type=positive_int, default=STORED_BYTES, metavar="BYTES",
+              help="bytes of intents, ended ones included, and of values for each issued key"),
          flag("--require-claim-token", action="store_true", help="refuse reports without one, as 1.x workers send"),
          flag("--require-signatures", action="store_true", help="refuse unsigned requests (BUS_REQUIRE_SIGNATURES)"),
          flag("--tls-cert", metavar="FILE", help="serve https with this certificate (PEM)"),
@@ -5850,7 +6216,7 @@ def serve_command(options):
     store = options.open_store(options.db)
     try:
         api = api_of(store, key, options.require_claim_token, options.retention, options.rate_limit,
-                     options.max_unfinished, options.max_body, options.require_signatures, options.announce_dead)
+                     Limits(options.max_unfinished, options.max_stored), options.max_body, options.require_signatures, options.announce_dead)
         server = http_server(api, options.host, options.port, options.log,
                              options.trust_proxy or switched_on("BUS_TRUST_PROXY"),
                              options.tls_cert and (options.tls_cert, options.tls_key or options.tls_cert))

@@ -25,9 +25,9 @@ BATCH_ROWS = 1000
 TABLES = {     # the columns by which rows are ordered, and the others
     "intents": (("id",), intentbus.COLUMNS[1:]),
     "keys": (("key_id",), ("name", "owner", "role", "created_at", "last_used_at", "total_requests", "revoked_at")),
-    "memos": (("kind", "owner", "key"), ("value", "expires_at")),
+    "memos": (("kind", "owner", "key"), ("value", "expires_at", "size")),
     "history": (("minute", "event"), ("times",)),
-    "tallies": (("namespace", "publisher", "status"), ("intents",)),
+    "tallies": (("namespace", "publisher", "status"), ("intents", "bytes")),
 }
 OF_ONE_BUS = ("clock", "probe", "rate")     # kinds of memos that are of no use to the other kind of bus
 

@@ -35,7 +35,7 @@ except ImportError as missing:
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))     # where intentbus.py is
 
 import intentbus
-from intentbus import (ALL, CLAIMED_WITH, COLUMNS, DEAD_RANGE, DELETE, DUE, MIGRATIONS, OF_NAMESPACE, OLD, ONE, ORDER,
+from intentbus import (ALL, CLAIMED_BY_KEY, CLAIMED_WITH, COLUMNS, DEAD_RANGE, DELETE, DUE, MIGRATIONS, OF_NAMESPACE, OLD, ONE, ORDER,
                        RECHECK_SECONDS, TALLY, Held, Intent, Move, SetupError)
 
 THREADS = 10                # of one bus, each with a connection; PostgreSQL allows 100 connections by default
@@ -68,45 +68,50 @@ INSTEAD = {     # of a statement of the Store, because other buses change rows a
     ONE: ONE + " FOR UPDATE",
     DUE: DUE + " FOR UPDATE SKIP LOCKED",
     CLAIMED_WITH: CLAIMED_WITH + " FOR UPDATE",
+    CLAIMED_BY_KEY: CLAIMED_BY_KEY + " FOR UPDATE",
     DEAD_INTENTS: DEAD_INTENTS + " FOR UPDATE",
     DELETE.format(which=DEAD_IDS): DELETE.format(which=DEAD_IDS + " FOR UPDATE"),
     DELETE.format(which=OF_NAMESPACE): DELETE.format(which=OF_NAMESPACE + " FOR UPDATE"),
     DELETE.format(which=OLD): DELETE.format(which=OLD + " FOR UPDATE SKIP LOCKED"),
-    TALLY: "INSERT INTO tallies VALUES (:namespace, :publisher, :status, :intents)",
+    TALLY: "INSERT INTO tallies VALUES (:namespace, :publisher, :status, :intents, :bytes)",
 }
 FOLD_TALLIES = """
-    WITH folded AS (DELETE FROM tallies RETURNING namespace, publisher, status, intents)
+    WITH folded AS (DELETE FROM tallies RETURNING namespace, publisher, status, intents, bytes)
     INSERT INTO tallies
-    SELECT   namespace, publisher, status, SUM(intents)
+    SELECT   namespace, publisher, status, SUM(intents), SUM(bytes)
     FROM     folded
     GROUP BY namespace, publisher, status
-    HAVING   SUM(intents) <> 0
+    HAVING   SUM(intents) <> 0 OR SUM(bytes) <> 0
 """
 READY = f"""
     SELECT   id, lane, priority, run_at, claim_attempts, created_at
     FROM     intents
     WHERE    ready = 1
-    AND      {{column}} = wanted.{{column}}
+    AND      {{column}} = wanted.{{column}}{{more}}
     ORDER BY {ORDER}
     LIMIT    {CANDIDATES}
 """
+OF_PUBLISHER = " AND visibility = 'public' AND owner = wanted.publisher"
 FIRST_FREE = f"""
-    WITH RECURSIVE wanted (lane, stop, publisher) AS (     -- one step in the index for each lane
-        SELECT start COLLATE "C", stop, publisher
-        FROM   unnest(:starts::TEXT[], :stops::TEXT[], :publishers::TEXT[]) AS ranges (start, stop, publisher)
+    WITH RECURSIVE wanted (lane, stop) AS (     -- one step in the index for each lane
+        SELECT start COLLATE "C", stop
+        FROM   unnest(:starts::TEXT[], :stops::TEXT[]) AS ranges (start, stop)
         UNION ALL
-        SELECT (SELECT MIN(lane) FROM intents WHERE ready = 1 AND lane > wanted.lane AND lane < stop), stop, publisher
+        SELECT (SELECT MIN(lane) FROM intents WHERE ready = 1 AND lane > wanted.lane AND lane < stop), stop
         FROM   wanted
         WHERE  lane IS NOT NULL
     ), candidates AS (
         SELECT     ready.*
         FROM       wanted
-        CROSS JOIN LATERAL ({READY.format(column="lane")}) AS ready
-        WHERE      RIGHT(wanted.lane, LENGTH(publisher)) = publisher
+        CROSS JOIN LATERAL ({READY.format(column="lane", more="")}) AS ready
         UNION ALL
         SELECT     ready.*
         FROM       unnest(:places::TEXT[]) AS wanted (place)
-        CROSS JOIN LATERAL ({READY.format(column="place")}) AS ready
+        CROSS JOIN LATERAL ({READY.format(column="place", more="")}) AS ready
+        UNION ALL
+        SELECT     ready.*
+        FROM       unnest(:public_places::TEXT[], :publishers::TEXT[]) AS wanted (place, publisher)
+        CROSS JOIN LATERAL ({READY.format(column="place", more=OF_PUBLISHER)}) AS ready
         ORDER BY   {ORDER}
         LIMIT      {CANDIDATES}
     )
@@ -126,7 +131,7 @@ TAKE = """
     VALUES      ('rate', '', :name, '', :now + :cost::FLOAT)
     ON CONFLICT (kind, owner, key) DO UPDATE
     SET         expires_at = GREATEST(memos.expires_at, :now) + :cost
-    WHERE       GREATEST(memos.expires_at, :now) + :cost <= :now + :full::FLOAT
+    WHERE       :force OR GREATEST(memos.expires_at, :now) + :cost <= :now + :full::FLOAT
     RETURNING   expires_at
 """
 TIME_AND_BUSES = """
@@ -145,16 +150,19 @@ NOTIFY = "SELECT pg_notify(:channel, notice) FROM unnest(:notices::TEXT[]) AS no
 @functools.lru_cache(maxsize=256)
 def wanted_values(lanes):
     """Return the values of FIRST_FREE for the lanes of a claim."""
-    ranges, places = [], []
+    wanted = {name: [] for name in ("starts", "stops", "places", "public_places", "publishers")}
     for lane in lanes:
         place, goal, publisher = lane.rsplit("\t", 2)
-        if goal or publisher:
-            start, stop = (lane, lane) if goal and publisher else intentbus.lane_range(lane)
-            ranges.append((start, stop, publisher and "\t" + publisher))
+        if goal:
+            start, stop = (lane, lane) if publisher else intentbus.lane_range(lane)
+            wanted["starts"].append(start)
+            wanted["stops"].append(stop)
+        elif publisher:
+            wanted["public_places"].append(place)
+            wanted["publishers"].append(publisher)
         else:
-            places.append(place)
-    starts, stops, publishers = map(list, zip(*ranges)) if ranges else ([], [], [])
-    return dict(starts=starts, stops=stops, publishers=publishers, places=places)
+            wanted["places"].append(place)
+    return wanted
 
 
 class PostgresTransaction(intentbus.Transaction):
@@ -165,12 +173,12 @@ class PostgresTransaction(intentbus.Transaction):
         if error is None:
             self._store.database.tell(self.moves)
 
-    def claimable(self, lanes, owner, token_hash=None):
+    def claimable(self, lanes, key_id, token_hash=None):
         """Do as in Transaction, in one round trip. Intents that other transactions hold are passed over, and offered later."""
         asked = [(FIRST_FREE, wanted_values(tuple(lanes)))]
         if token_hash:
             self._db.keep(LOCK, dict(name=token_hash))     # the same claim may be under way at another bus
-            asked.insert(0, (CLAIMED_WITH, dict(token_hash=token_hash, owner=owner)))
+            asked.insert(0, (CLAIMED_WITH, dict(token_hash=token_hash, key_id=key_id)))
         for _ in range(LOOKS):
             *claimed, found = self._db.each(*asked)
             if claimed and claimed[0]:
@@ -186,10 +194,15 @@ class PostgresTransaction(intentbus.Transaction):
         """Return when to look for due intents next: soon, since other transactions may be adding some."""
         return min(super().next_due() or intentbus.FOREVER, self.now + RECHECK_SECONDS)
 
-    def unfinished(self, publisher):
-        """Return how many unfinished intents a publisher has; no other bus adds to them before this block has ended."""
+    def tally_of(self, publisher):
+        """Do as in Transaction; no other bus adds to the tally before this block has ended."""
         self._db.keep(LOCK, dict(name=f"{self._store.database.channel} {publisher}"))
-        return super().unfinished(publisher)
+        return super().tally_of(publisher)
+
+    def revoke_key(self, key_id):
+        """Do as in Transaction, and tell the other buses."""
+        self.after_commit(self._store.database.tell_revoked, key_id)
+        return super().revoke_key(key_id)
 
     def forget_expired(self, rows):
         """Do as in Transaction, and fold the tallies."""
@@ -324,10 +337,10 @@ class SharedTokenBucket:
     def __init__(self, database, per_minute):
         self._database, self._cost_seconds = database, 60 / per_minute
 
-    def take(self, name, number=1):
-        """Take tokens, or give them back if number is negative; return how many seconds to wait if there are too few."""
+    def take(self, name, number=1, force=False):
+        """Do as TokenBucket does."""
         cost = number * self._cost_seconds
-        taken = self._database.run_unsynced(TAKE, dict(name=name, cost=cost, full=60, now=self._database.clock.now()))
+        taken = self._database.run_unsynced(TAKE, dict(name=name, cost=cost, full=60, force=force, now=self._database.clock.now()))
         return 0 if taken else cost
 
 
@@ -343,6 +356,7 @@ class PostgresDatabase:
         self.others = set()          # backends through which other buses listen
         self.missed = False          # whether other buses may have done what this one was not told
         self.on_remote_moves, self.on_close = lambda moves: setattr(self, "missed", True), lambda: None     # in any thread
+        self.on_remote_revoke = lambda key_id: None
         self._dsn, self._free, self._troubled = dsn, collections.deque(), False     # _free: connections
         self._id, self._outbox, self._closed = os.urandom(8).hex(), queue.SimpleQueue(), threading.Event()
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._listen, self._notify)]
@@ -502,10 +516,14 @@ class PostgresDatabase:
         if moves and self.others:
             self._outbox.put([self._notice(move) for move in moves if move.intent.ready or move.event])
 
+    def tell_revoked(self, key_id):
+        """Tell the other buses that a key was revoked."""
+        self._outbox.put([intentbus.to_json([self._id, "revoked", key_id])])
+
     def _notice(self, move):
         told = move.intent.pick(NOTICE_FIELDS)
         told["last_error"] = told.last_error and told.last_error[:ERROR_CHARACTERS]
-        return intentbus.to_json([self._id, move.before, move.event, told])
+        return intentbus.to_json([self._id, move.event, told])
 
     def _notify(self):
         """Send what there is to tell, in a thread: a transaction with a notice would hold up all others."""
@@ -548,9 +566,11 @@ class PostgresDatabase:
     def _hear(self, notice):
         """Take in what another bus has done; return False if it says no more than that something was missed."""
         try:
-            bus, before, event, told = json.loads(notice)
-            if bus != self._id:
-                self.on_remote_moves([Move(Intent(told, publisher=None), before, event)])
+            bus, event, told = json.loads(notice)
+            if bus != self._id and event == "revoked":
+                self.on_remote_revoke(told)
+            elif bus != self._id:
+                self.on_remote_moves([Move(Intent(told), event)])
             return True
         except (KeyError, TypeError, ValueError):     # LOOK_AGAIN, or from a bus of another version
             self.missed = True
@@ -570,6 +590,7 @@ class Threads:
         self._busy = {}     # held request that has a job: [what to run after it, lanes with an intent that it was offered]
         self._take_in, store.on_commit = store.on_commit, self._committed
         self._database.on_remote_moves = functools.partial(loop.hand_over, self._learn_remote)
+        self._database.on_remote_revoke = functools.partial(loop.hand_over, loop.end_held)
         self._database.on_close = lambda: [self._jobs.put(None) for _ in range(THREADS)]
         for _ in range(THREADS):
             threading.Thread(target=self._work, daemon=True).start()
@@ -606,8 +627,8 @@ class Threads:
                 self._offer(move.intent.lane)
             elif move.intent.ended:
                 self.attempt_all(move.intent.id)
-        if any(move.event for move in moves):
-            self.attempt_all(intentbus.EVENT_KEY)
+        owners = {owner for move in moves if move.event for owner in (move.intent.owner, move.intent.claim_owner, None)}
+        self.attempt_all(*map(intentbus.event_key, owners))
 
     def delay(self):
         """Return float("inf"): the threads work by themselves."""
