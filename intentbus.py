@@ -2500,12 +2500,12 @@ class Keys:
         if not sound:
             raise self._failed(request, Unauthorized("Authentication required.",
                                                      headers=[("WWW-Authenticate", 'Basic realm="Intent Bus"')]))
-        request.caller, request.proven = OWNER, True
+        request.caller, request.proven = OWNER, request.signing_key is None or request.proven
 
     def identify_scraper(self, request):
         """Check that a request may read the metrics; raises Unauthorized."""
         if not self._metrics_token or not secrets_equal(presented_key(request.headers), self._metrics_token):
-            self.identify_admin(request)
+            return self.identify_admin(request)
         request.caller, request.proven = OWNER, True
 
     def presents_admin(self, request):
@@ -2522,7 +2522,7 @@ class Keys:
             self._check_signature(request)
         if caller.limits is not None:
             self._count(caller)
-        request.caller = caller
+        request.caller, request.proven = caller, True
 
     def current(self, caller):
         """Return the Caller that the key of an earlier request stands for now, or None if it was revoked."""
@@ -2792,15 +2792,12 @@ def from_query(validator):
     return read
 
 
-def validate(fields, values, strict=False):
-    """Return the values of all fields, the default of an absent or null one; raises Invalid, naming the field.
-
-    strict refuses other fields, so that a mistyped name does not go unnoticed.
-    """
+def validate(fields, values, kind="field"):
+    """Return the values of all fields, the default of an absent or null one; raises Invalid, naming the field."""
     if not isinstance(values, dict):
         raise Invalid('The body must be a JSON object, such as {"goal": "send_notification", "payload": "hi"}.')
-    if strict and (unknown := values.keys() - fields.keys()):
-        raise Invalid(f"Unknown field {min(unknown)[:64]!r}; there are: {', '.join(fields)}.")
+    if fields.strict and (unknown := values.keys() - fields.keys()):
+        raise Invalid(f"Unknown {kind} {min(unknown)[:64]!r}; there are: {', '.join(fields) or 'none'}.")
     found = fields.defaults.copy()
     for field, value in values.items():
         if value is None or field not in fields:
@@ -2844,13 +2841,17 @@ def validate_query(fields, query):
     for field, given in values.items():
         if len(given) > 1 and field != "goal":
             raise Invalid(f"{field} was given twice.", code=f"invalid_{field}" if field in fields else None)
-    return validate(fields, {field: given if len(given) > 1 else given[0] for field, given in values.items()})
+    return validate(fields, {field: given if len(given) > 1 else given[0] for field, given in values.items()}, "parameter")
 
 
 class Fields(dict):
-    """Validators by name. It is made from {name: (validator, default)}; a REQUIRED field has no default."""
+    """Validators by name. It is made from {name: (validator, default)}; a REQUIRED field has no default.
 
-    def __init__(self, table):
+    Unless it is strict, other fields are ignored. It is where a mistyped name could widen what is done.
+    """
+
+    def __init__(self, table, strict=True):
+        self.strict = strict
         super().__init__((field, validator) for field, (validator, _) in table.items())
         self.defaults = {field: default for field, (_, default) in table.items() if default is not REQUIRED}
         self.required = [field for field, (_, default) in table.items() if default is REQUIRED]
@@ -2890,12 +2891,12 @@ CLAIM = Fields({
     "lease": (from_query(number_from(*LEASE_RANGE_SECONDS)), LEASE_SECONDS),
 })
 CLAIM_HEADERS = Fields({"worker_id": (token_word, None), "capabilities": (tokens, ()), "claim_token": (text_of(32, 64), None)})
-EXTEND = Fields({"claim_token": TOKEN, "seconds": (number_from(*LEASE_RANGE_SECONDS), LEASE_SECONDS)})
-FULFILL = Fields({"claim_token": TOKEN, "result": (anything, None), "result_type": (choice("json", "text"), "json")})
-FAIL = Fields({"claim_token": TOKEN, "error": (string, None), "retry": (boolean, True)})
-RELEASE = Fields({"claim_token": TOKEN, "delay": (number_from(0, YEAR_SECONDS), 0)})
-RESULT = Fields({"wait": WAIT_SECONDS})
-EVENTS_QUERY = Fields({"after": (from_query(integer_from(0, 2 ** 49)), None), "wait": WAIT_SECONDS})
+EXTEND = Fields({"claim_token": TOKEN, "seconds": (number_from(*LEASE_RANGE_SECONDS), LEASE_SECONDS)}, strict=False)
+FULFILL = Fields({"claim_token": TOKEN, "result": (anything, None), "result_type": (choice("json", "text"), "json")}, strict=False)
+FAIL = Fields({"claim_token": TOKEN, "error": (string, None), "retry": (boolean, True)}, strict=False)
+RELEASE = Fields({"claim_token": TOKEN, "delay": (number_from(0, YEAR_SECONDS), 0)}, strict=False)
+RESULT = Fields({"wait": WAIT_SECONDS}, strict=False)
+EVENTS_QUERY = Fields({"after": (from_query(integer_from(0, 2 ** 49)), None), "wait": WAIT_SECONDS}, strict=False)
 LIST = Fields({
     "status": (choice("open", "delayed", "claimed", "fulfilled", "dead"), None),
     "goal": GOAL,
@@ -2930,7 +2931,7 @@ JOIN = Fields({"code": (string, REQUIRED)})
 REVOKE_KEY = Fields({"api_key": (string, None), "key_id": (string, None)})
 PURGE = Fields({"confirm": (boolean, False), "namespace": (namespace_word, None)})
 IDEMPOTENCY = Fields({"idempotency_key": (text_of(1, 255), None)})
-NOTHING = Fields({})
+NOTHING, ANYTHING = Fields({}), Fields({}, strict=False)
 
 
 def refuse_number(digits):
@@ -3284,7 +3285,7 @@ class Request:
         self.peer, self.secure, self.may_wait = peer, secure, may_wait
         self.id = request_id_of(self.headers)
         self.endpoint = self.caller = self.key_id = self.signing_key = None     # until API.admit() and Keys know them
-        self.proven = False         # whether its head has shown a right key
+        self.proven = False         # whether its head, or its signature, has shown a right key
         self.connection = None      # where the answer goes, on a Server
         self.raw_path, _, self.query = target.partition("?")
         self.path = self.raw_path
@@ -3294,14 +3295,9 @@ class Request:
             self.path = decoded_path(self.raw_path)
 
     @property
-    def known(self):
-        """Whether it has shown a right key, in its head or by its signature."""
-        return self.proven or self.caller is not None
-
-    @property
     def account(self):
         """To whom memory is accounted: the id of a key, or the address of a client that has shown none."""
-        return self.key_id or OWNER.key_id if self.known else f"address {self.peer}"
+        return self.key_id or OWNER.key_id if self.proven else f"address {self.peer}"
 
     def trim(self):
         """Let go of the body and of all headers but the one that the answer needs."""
@@ -3317,7 +3313,9 @@ class Request:
         return from_json(self.body) if self.body.strip() else {}
 
     def fields(self, fields):
-        """Return the validated fields of the body."""
+        """Return the validated fields of the body. If other ones are refused, so is a query."""
+        if fields.strict:
+            self.parameters(NOTHING)
         return validate(fields, self.json())
 
     def parameters(self, fields):
@@ -3342,7 +3340,7 @@ def health_of(api, **problem):
 
 def publishable(api, body):
     """Return the validated fields of one intent to publish."""
-    fields = validate(PUBLISH, body, strict=True)
+    fields = validate(PUBLISH, body)
     del fields["reward"]
     if fields["run_at"] is not None and (fields["delay"] or fields["run_at"] > api.bus.clock.now() + YEAR_SECONDS):
         raise Invalid("run_at must be Unix seconds within 366 days, and without a delay.", code="invalid_run_at")
@@ -3350,11 +3348,13 @@ def publishable(api, body):
 
 
 def publish_endpoint(api, request):
+    request.parameters(NOTHING)
     fields = publishable(api, request.json())
     return 201, api.bus.publish(**fields, idempotency_key=request.idempotency_key, caller=request.caller)
 
 
 def publish_many_endpoint(api, request):
+    request.parameters(NOTHING)
     lines = request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/x-ndjson"
     bodies = [line for line in request.body.splitlines() if line.strip()] if lines else request.json()
     if not isinstance(bodies, list) or len(bodies) > BULK_INTENTS:
@@ -3445,7 +3445,7 @@ def get_endpoint(api, request, key):
 
 def set_endpoint(api, request, key):
     validate(VALUE_KEY, {"key": key})
-    in_query = request.query and not request.body.strip()
+    in_query = request.query and not request.body.strip()     # as 1.0 clients send it
     fields = request.parameters(SET_QUERY) if in_query else request.fields(SET)
     return 200, api.bus.set(key, **fields, caller=request.caller)
 
@@ -3523,10 +3523,10 @@ ROUTES = (
     ("POST", "/fulfill/*",              "work",    with_body("fulfill", FULFILL)),
     ("POST", "/fail/*",                 "work",    with_body("fail", FAIL)),
     ("POST", "/release/*",              "work",    with_body("release", RELEASE)),
-    ("GET",  "/status/*",               "look",    with_query("get_status")),
+    ("GET",  "/status/*",               "look",    with_query("get_status", ANYTHING)),
     ("GET",  "/result/*",               "look",    result_endpoint),
     ("GET",  "/intents",                "look",    with_query("list", LIST)),
-    ("GET",  "/workers",                "look",    with_query("workers")),
+    ("GET",  "/workers",                "look",    with_query("workers", ANYTHING)),
     ("GET",  "/events",                 "look",    events_endpoint),
     ("GET",  "/whoami",                 "look",    who_am_i_endpoint),
     ("POST", "/cancel/*",               "manage",  with_body("cancel")),
@@ -4122,7 +4122,7 @@ class Connection:
         """Send the answer to the request that the bus has had."""
         request, self.request = self.request, None
         wanted, old = request.headers.get("connection", "").lower(), self.reader.version == "0"
-        failed = response.status in (401, 403) and not request.known     # trying the next key takes a new connection
+        failed = response.status in (401, 403) and not request.proven     # trying the next key takes a new connection
         self.last = self.last or failed or self.loop.stopping or ("keep-alive" not in wanted if old else "close" in wanted)
         self.account = request.account
         self.loop.keep(self, None, 0)
@@ -4319,10 +4319,13 @@ class Rounds:
         self._read(self._watchers, SLICE_SECONDS)
 
     def _read(self, jobs, seconds):
+        """Run jobs that only read: one at least, and more as long as there is time."""
         until = time.monotonic() + seconds
-        while jobs and time.monotonic() < until:
+        while jobs:
             job = jobs.popleft()
             self._finish(job, job.run())
+            if time.monotonic() >= until:
+                return
 
     def _finish(self, job, outcome):
         """Deliver what a job came to; a request that is held keeps no more than it needs."""
@@ -4700,14 +4703,14 @@ class Loop:
     def request_came(self, connection, request):
         """Stop counting the time of a client: its request is whole. Its body counts until it is answered."""
         self._evictable.pop(connection, None)
-        self.keep(connection, request, len(request.body) if request.known else 0)
+        self.keep(connection, request, len(request.body) if request.proven else 0)
 
     def keep(self, connection, request, number):
         """Account for the bytes that are kept of a request; return False if a known caller has too many.
 
         If clients that have shown no key have too many, the one that takes longest loses its connection.
         """
-        known = request is not None and request.known
+        known = request is not None and request.proven
         self._unproven.take(connection, "", 0 if known else number)
         self._bodies.take(connection, request.account if known else "", number if known else 0)
         while self._unproven.exceeded(""):
