@@ -4679,6 +4679,7 @@ class Loop:
         self.may_evict(connection)
         self.watch(connection, READ)
         self.arm(connection, IDLE_SECONDS)
+        self._safely(connection.on_event, READ)     # before another one takes its place: its request may be here already
 
     def may_evict(self, connection, first=False):
         """Note that it is a client's turn. It loses the connection, the longest waiting first, if there are too many."""
