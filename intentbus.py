@@ -2134,7 +2134,7 @@ class Bus:
 
 ISSUED = re.compile(r"tk_([0-9a-f]{16})[0-9a-f]{40}")
 TIMESTAMP = re.compile(r"-?[0-9]{1,15}(\.[0-9]{1,9})?", re.ASCII)
-DELIMITER = re.compile(r"[?%#\x00-\x1f\x7f-\x9f]")
+DELIMITER = re.compile(r"[?#\x00-\x1f\x7f-\x9f]|%[0-9A-Fa-f]{2}")     # any other percent sign is none: no path is sent with it
 CODE_LETTERS = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"     # of Crockford's Base32: none is easily mistaken for another
 CODE_MISREADINGS = str.maketrans("OIL", "011")
 
@@ -2529,7 +2529,8 @@ class Keys:
         nonce, now = request.headers["x-nonce"], self._store.now()
         if len(nonce) > NONCE_CHARACTERS:
             nonce = hashlib.sha256(nonce.encode()).hexdigest()
-        seconds, reads = 2 * SIGNATURE_SECONDS + 1, self._read_nonces[request.key_id]
+        seconds = 2 * SIGNATURE_SECONDS + 1     # its timestamp may be ahead
+        reads = self._read_nonces[request.key_id]
         if reads.know(nonce):
             return False
         if request.reads and not self._store.database.shared:
@@ -2538,10 +2539,7 @@ class Keys:
             reads.add(float(request.headers["x-timestamp"]), nonce, time.monotonic() + seconds)
             return True
         with self._store.transaction() as tx:
-            new = tx.remember_first("nonces", request.key_id, nonce, "", now + seconds)
-            if new:
-                tx.after_commit(setattr, request, "signing_key", None)     # if the round is lost, the request runs again
-        return new
+            return tx.remember_first("nonces", request.key_id, nonce, "", now + seconds)
 
     def _failed(self, request, error):
         """Return the error, delayed after repeated failures from one address."""
