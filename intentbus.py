@@ -97,6 +97,8 @@ FOREVER = 2.0 ** 60                 # Unix seconds beyond every clock
 # Keys
 SIGNATURE_SECONDS = 300             # maximum clock skew; nonces are kept that long
 NONCE_CHARACTERS = 128              # a longer nonce is stored as its hash
+TIMESTAMP_SECONDS = 0.001           # clients round their timestamps to this
+READ_NONCES = 10_000                # nonces of one key's signed GETs, kept in memory: at most 4 MB
 RATE_PER_MINUTE = 600               # requests of an issued key; a worker that polls twice a second needs 120
 UNFINISHED = 2000                   # intents of an issued key; a higher count means that workers are missing
 STORED_BYTES = 256 * 2 ** 20        # of an issued key's intents and of its owner's values, ended ones included
@@ -152,6 +154,7 @@ JSON_DEPTH = 64                     # the parser takes stack for each level
 HEAD_LINE_BYTES = 8192              # RFC 9112, section 3: recommended at least 8000
 HEAD_BYTES = 65536                  # of all header lines together
 HEAD_LINES = 100                    # browsers behind proxies send about 30
+QUERY_PARAMETERS = 100              # of one request: a claim may name 64 goals
 CACHED_QUERIES = 256                # validated queries that are remembered, for each endpoint
 CACHED_HEADS = 1000                 # parsed header blocks that are remembered, of at most CACHED_HEAD_BYTES each
 CACHED_HEAD_BYTES = 1024            # clients of ours send 200
@@ -588,7 +591,7 @@ class Database:
         """Open or create the file; raises SetupError if it cannot be used."""
         import sqlite3
         self.path, self.warning = os.path.realpath(path), None     # a link to a file has no lock of its own
-        self.in_round = False
+        self.in_round = self.new = False     # new: whether no bus has used this file before
         self._sqlite = sqlite3
         if sqlite3.sqlite_version_info < (3, 35):
             raise SetupError(f"intentbus needs SQLite 3.35 or newer; this Python has {sqlite3.sqlite_version}.")
@@ -776,6 +779,7 @@ class Database:
             self._db.execute("PRAGMA locking_mode = NORMAL")
             self._db.execute("PRAGMA journal_mode = TRUNCATE")     # a deleted journal may be back after a power cut
             self.warning = f"{self.path} is on a file system without shared memory: the bus works, but slower."
+        self.new = version == 0
         self._db.execute("BEGIN IMMEDIATE")
         for statement in statements_since(version):
             self._db.execute(statement)
@@ -2371,6 +2375,7 @@ class Bus:
 
 ISSUED = re.compile(r"tk_([0-9a-f]{16})[0-9a-f]{40}")
 TIMESTAMP = re.compile(r"-?[0-9]{1,15}(\.[0-9]{1,9})?", re.ASCII)
+DELIMITER = re.compile(r"[?#\x00-\x1f\x7f-\x9f]|%[0-9A-Fa-f]{2}")     # any other percent sign is none: no path is sent with it
 CODE_LETTERS = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"     # of Crockford's Base32: none is easily mistaken for another
 CODE_MISREADINGS = str.maketrans("OIL", "011")
 
@@ -2397,20 +2402,57 @@ def basic_credentials(headers):
     return user, password
 
 
-def sign(key, method, path, pairs, timestamp, nonce, body):
-    """Return the signature of a request: HMAC-SHA256 of its canonical form, as the Intent Protocol 2.0 defines it.
+def badly_encoded():
+    """Return the error for a target that cannot be decoded."""
+    return Invalid(f"The path and query must be percent-encoded UTF-8, of at most {QUERY_PARAMETERS} parameters.")
 
-    path is decoded, pairs are the decoded names and values of the query, body is bytes.
+
+def query_pairs(query):
+    """Return the decoded (name, value) pairs of a query; raises Invalid."""
+    try:
+        return urllib.parse.parse_qsl(query, True, errors="strict", max_num_fields=QUERY_PARAMETERS)
+    except ValueError as error:
+        raise badly_encoded() from error
+
+
+def hmac_of(key, text, body=b""):
+    """Return the HMAC-SHA256 of a text and a body, in hex."""
+    return hmac.digest(key.encode(), text.encode() + body, "sha256").hex()
+
+
+def sign(key, method, target, timestamp, nonce, body):
+    """Return the signature of a request, as the Intent Protocol 2.0 defines it; target is one of canonical_targets()."""
+    return hmac_of(key, f"{method}\n{target}\n{timestamp}\n{nonce}\n", body)
+
+
+def canonical_targets(path, raw_path, query):
+    """Return the forms in which the target of a request may be signed; clients of ours sign the first.
+
+    path is the decoded raw_path. Where it holds a delimiter, it is also that of another request, and only raw_path counts.
     """
+    paths = (raw_path,) if path == raw_path or DELIMITER.search(path) else (path, raw_path)
+    if not query:
+        return paths
+    return [f"{form}?{parameters}" if parameters else form for form in paths for parameters in canonical_queries(query)]
+
+
+@functools.lru_cache(maxsize=CACHED_QUERIES)
+def canonical_queries(query):
+    """Return the canonical forms of a query: sorted by name and value; and by name, with repeats in the order sent."""
     quote = functools.partial(urllib.parse.quote, safe="")
-    query = "&".join(f"{quote(name)}={quote(value)}" for name, value in sorted(pairs))
-    head = "\n".join((method.upper(), f"{path}?{query}" if query else path, timestamp, nonce, ""))
-    return hmac.new(key.encode(), head.encode() + body, hashlib.sha256).hexdigest()
+    pairs = query_pairs(query)
+    ordered = sorted(pairs), sorted(pairs, key=operator.itemgetter(0))
+    return tuple(dict.fromkeys("&".join(f"{quote(name)}={quote(value)}" for name, value in pairs) for pairs in ordered))
 
 
 def secrets_equal(given, secret):
     """Return whether two strings are equal, in a time that does not depend on where they differ."""
     return hmac.compare_digest((given or "").encode(), secret.encode())
+
+
+def unsigned():
+    """Return the error for a request without a signature where one is needed."""
+    return Forbidden("Missing required signature headers.", "invalid_signature")
 
 
 class TokenBucket:
@@ -2428,19 +2470,65 @@ class TokenBucket:
         now = time.monotonic()
         if len(self._left) > 10_000:     # addresses are many; a forgotten one gains a minute's rate
             self._left.clear()
-        left, since = self._left.get(name, (self._size, now))
-        left = min(self._size, left + (now - since) * self._per_second)
+        left = self._tokens(name, now)
         if left < number and not force:
             return (number - left) / self._per_second
         self._left[name] = min(self._size, left - number), now
         return 0
 
+    def delay(self, name):
+        """Return how many seconds to wait for a token, without taking one."""
+        return max(0, 1 - self._tokens(name, time.monotonic())) / self._per_second
+
+    def _tokens(self, name, now):
+        left, since = self._left.get(name, (self._size, now))
+        return min(self._size, left + (now - since) * self._per_second)
+
+
+class RecentNonces:
+    """The nonces of one key's signed GETs, in memory: at most READ_NONCES, those with the latest timestamps.
+
+    A timestamp up to the floor is stale: an earlier bus may have accepted it, or its nonce may be forgotten.
+    """
+
+    def __init__(self, floor):
+        self._floor = self._latest = floor         # Unix seconds
+        self._known, self._kept = set(), []        # _kept: a heap of (timestamp, nonce, until when by time.monotonic())
+
+    def is_stale(self, timestamp, now):
+        """Return whether a timestamp is up to the floor, which follows a clock that is set back."""
+        if now < self._latest:
+            self._floor = min(self._floor, now - TIMESTAMP_SECONDS)
+        self._latest = now
+        return timestamp <= self._floor
+
+    def know(self, nonce):
+        """Return whether a nonce is remembered."""
+        return nonce in self._known
+
+    def add(self, timestamp, nonce, until):
+        """Remember a nonce; if there are too many, forget that with the earliest timestamp."""
+        self._known.add(nonce)
+        heapq.heappush(self._kept, (timestamp, nonce, until))
+        if len(self._kept) > READ_NONCES:
+            self._floor = max(self._floor, self._kept[0][0])
+            self._forget_first()
+
+    def forget_until(self, steady):
+        """Forget nonces that were to be kept until then: their timestamps are stale."""
+        while self._kept and self._kept[0][2] <= steady:
+            self._forget_first()
+
+    def _forget_first(self):
+        self._known.remove(heapq.heappop(self._kept)[1])
+
 
 class Keys:
     """The keys of a bus.
 
-    The owner key may do everything. An issued key is its id and a MAC of the id under the owner key, so the database holds
-    no key. An admin presents admin_secret or dashboard_password; where neither is set, the owner key.
+    An issued key is its id and a MAC of the id under the owner key, so the database holds no key. An admin presents
+    admin_secret or dashboard_password. Where neither is set, the owner key is the admin's; otherwise it is a key like others,
+    without their limits.
     """
 
     def __init__(self, owner_key, store, admin_secret=None, dashboard_password=None, metrics_token=None,
@@ -2451,6 +2539,10 @@ class Keys:
         self._rate = (store.database.token_bucket or TokenBucket)(rate)
         self._failures = TokenBucket(FAILURES_PER_MINUTE)
         self._limits = limits or Limits(UNFINISHED, STORED_BYTES)
+        self._owner = OWNER._replace(admin=not (admin_secret or dashboard_password))
+        lost = not (store.database.new or store.database.shared)     # the nonces of GETs that an earlier bus has known
+        floor = store.now() - TIMESTAMP_SECONDS if lost else 0
+        self._read_nonces = collections.defaultdict(lambda: RecentNonces(floor))     # by key id
         self._callers = {}    # key id: Caller, of issued keys; a shared database is asked each time
         self._used = collections.deque()    # (key id, Unix seconds) of requests, until they are stored
         self._usage_at = 0                  # when to store them, by time.monotonic()
@@ -2484,28 +2576,36 @@ class Keys:
         request.signing_key = key if signed or self._require_signatures else None
 
     def identify_admin(self, request):
-        """Check the admin's credentials in the head of a request; raises Unauthorized."""
+        """Check the admin's credentials in the head of a request; raises Unauthorized, Forbidden."""
+        if self._has_admin_secret(request):
+            return self._admit_unsigned(request)
+        if self._owner.admin:
+            with contextlib.suppress(Unauthorized):
+                self.identify(request)
+                if request.key_id == "owner":
+                    return
+        raise self._failed(request, Unauthorized("Authentication required.",
+                                                 headers=[("WWW-Authenticate", 'Basic realm="Intent Bus"')]))
+
+    def _has_admin_secret(self, request):
+        """Return whether a request presents an admin secret; as the password of a browser, the owner key may be one."""
         user, password = basic_credentials(request.headers)
-        sound = False
-        if self._admin_secret:
-            sound = secrets_equal(request.headers.get("x-admin-token"), self._admin_secret)
-        if self._dashboard_password:
-            sound = sound or user == "admin" and secrets_equal(password, self._dashboard_password)
-        if not self._admin_secret and not self._dashboard_password:
-            with contextlib.suppress(Unauthorized):     # a browser sends Basic; others present the owner key in any form
-                sound = user == "admin" and secrets_equal(password, self._owner_key)
-                if not sound:
-                    self.identify(request)
-                    sound = request.key_id == "owner"
-        if not sound:
-            raise self._failed(request, Unauthorized("Authentication required.",
-                                                     headers=[("WWW-Authenticate", 'Basic realm="Intent Bus"')]))
-        request.caller, request.proven = OWNER, request.signing_key is None or request.proven
+        right = self._dashboard_password or (self._owner_key if self._owner.admin else "")
+        if self._admin_secret and secrets_equal(request.headers.get("x-admin-token"), self._admin_secret):
+            return True
+        return user == "admin" and bool(right) and secrets_equal(password, right)
 
     def identify_scraper(self, request):
-        """Check that a request may read the metrics; raises Unauthorized."""
-        if not self._metrics_token or not secrets_equal(presented_key(request.headers), self._metrics_token):
-            return self.identify_admin(request)
+        """Check that a request may read the metrics; raises Unauthorized, Forbidden."""
+        if self._metrics_token and secrets_equal(presented_key(request.headers), self._metrics_token):
+            self._admit_unsigned(request)
+        else:
+            self.identify_admin(request)
+
+    def _admit_unsigned(self, request):
+        """Let an admin in without a signature; if signatures are required, over https or from this machine only."""
+        if self._require_signatures and not (request.secure or request.local):
+            raise unsigned()
         request.caller, request.proven = OWNER, True
 
     def presents_admin(self, request):
@@ -2514,14 +2614,25 @@ class Keys:
             self._dashboard_password) and basic_credentials(request.headers)[0] == "admin"
 
     def confirm(self, request):
-        """Find the Caller of a whole request, check its signature, count it; raises Unauthorized, Forbidden, RateLimited."""
+        """Find the Caller of a whole request, check its signature, count it; raises Unauthorized, Forbidden, RateLimited.
+
+        A request counts once its signature is right, and its nonce is stored last: a refusal writes nothing.
+        """
         caller = request.caller or self._caller(request.key_id)
         if caller is None:
             raise self._failed(request, Unauthorized("Invalid API key."))
+        limited = caller.limits is not None
         if request.signing_key:
+            if limited:
+                self._require_rate(self._rate.delay(caller.key_id))
             self._check_signature(request)
-        if caller.limits is not None:
-            self._count(caller)
+        if limited:
+            self._require_rate(self._rate.take(caller.key_id))
+        if request.signing_key and not self._spend_nonce(request):
+            self.charge(caller, -1)
+            raise Forbidden("Replay detected", "invalid_signature")
+        if limited:
+            self._used.append((caller.key_id, self._store.now()))
         request.caller, request.proven = caller, True
 
     def current(self, caller):
@@ -2605,6 +2716,12 @@ class Keys:
         with self._store.transaction() as tx:
             tx.count_usage([dict(key_id=key_id, requests=requests[key_id], last=last[key_id]) for key_id in sorted(last)])
 
+    def forget_nonces(self):
+        """Forget the nonces of GETs whose timestamps are stale."""
+        steady = time.monotonic()
+        for nonces in list(self._read_nonces.values()):
+            nonces.forget_until(steady)
+
     def _usage(self):
         """Return how often keys were used since this was stored, and when last: both by key id."""
         used = list(self._used)
@@ -2625,7 +2742,7 @@ class Keys:
     def _caller(self, key_id):
         """Return the Caller of a key that is not revoked, or None."""
         if key_id == "owner":
-            return OWNER
+            return self._owner
         if self._store.database.shared:
             key = self._store.key(key_id)
             return key and self._caller_of(key)
@@ -2636,22 +2753,40 @@ class Keys:
 
     def _check_signature(self, request):
         timestamp, nonce, signature = (request.headers.get(f"x-{part}") for part in ("timestamp", "nonce", "signature"))
-        refused, now = functools.partial(Forbidden, code="invalid_signature"), self._store.now()
         if not (timestamp and nonce and signature):
-            raise refused("Missing required signature headers.")
+            raise unsigned()
         if not TIMESTAMP.fullmatch(timestamp):
-            raise refused("Invalid timestamp")
-        if abs(float(timestamp) - now) > SIGNATURE_SECONDS:
-            raise refused("Stale timestamp", server_time=now)
-        expected = [sign(request.signing_key, request.method, path, request.pairs, timestamp, nonce, request.body)
-                    for path in dict.fromkeys((request.path, request.raw_path))]
-        if not any([secrets_equal(signature, one) for one in expected]):
-            raise self._failed(request, refused("Bad signature"))
-        short = nonce if len(nonce) <= NONCE_CHARACTERS else hashlib.sha256(nonce.encode()).hexdigest()
+            raise Forbidden("Invalid timestamp", "invalid_signature")
+        now = self._store.now()
+        if abs(float(timestamp) - now) > SIGNATURE_SECONDS or (
+                request.reads and self._read_nonces[request.key_id].is_stale(float(timestamp), now)):
+            raise self._stale(request, now)
+        targets = canonical_targets(request.path, request.raw_path, request.query)
+        if not any(secrets_equal(signature, sign(request.signing_key, request.method, target, timestamp, nonce, request.body))
+                   for target in targets):
+            raise self._failed(request, Forbidden("Bad signature", "invalid_signature"))
+
+    def _stale(self, request, now):
+        """Return the error for a stale timestamp, with the time and a proof that it is from a bus that knows the key."""
+        text = "\n".join((to_json(now), request.headers["x-timestamp"], request.headers["x-nonce"]))
+        return Forbidden("Stale timestamp", "invalid_signature", server_time=now, mac=hmac_of(request.signing_key, text))
+
+    def _spend_nonce(self, request):
+        """Remember the nonce of a request; return whether it is new. That of a GET is stored only if other buses need it."""
+        nonce, now = request.headers["x-nonce"], self._store.now()
+        if len(nonce) > NONCE_CHARACTERS:
+            nonce = hashlib.sha256(nonce.encode()).hexdigest()
+        seconds = 2 * SIGNATURE_SECONDS + 1     # its timestamp may be ahead
+        reads = self._read_nonces[request.key_id]
+        if reads.know(nonce):
+            return False
+        if request.reads and not self._store.database.shared:
+            if self._store.recall("nonces", request.key_id, nonce, now) is not None:
+                return False
+            reads.add(float(request.headers["x-timestamp"]), nonce, time.monotonic() + seconds)
+            return True
         with self._store.transaction() as tx:
-            if not tx.remember_first("nonces", request.key_id, short, "", now + 2 * SIGNATURE_SECONDS + 1):
-                raise refused("Replay detected")
-            tx.after_commit(setattr, request, "signing_key", None)     # checked: if the round is lost, the request runs again
+            return tx.remember_first("nonces", request.key_id, nonce, "", now + seconds)
 
     def _failed(self, request, error):
         """Return the error, delayed after repeated failures from one address."""
@@ -2659,11 +2794,10 @@ class Keys:
             error.delay_seconds = FAILURE_SECONDS
         return error
 
-    def _count(self, caller):
-        """Count a request of an issued key; raises RateLimited if there were too many."""
-        if wait := self._rate.take(caller.key_id):
-            raise RateLimited("This key sends too many requests; slow down.", headers=[("Retry-After", str(int(wait) + 1))])
-        self._used.append((caller.key_id, self._store.now()))
+    def _require_rate(self, seconds):
+        """Raise RateLimited if a caller has to wait."""
+        if seconds:
+            raise RateLimited("This key sends too many requests; slow down.", headers=[("Retry-After", str(int(seconds) + 1))])
 
 
 # A key file is read by the bus and by its clients.
@@ -2673,6 +2807,19 @@ def usable_key(key, source):
     if not re.fullmatch("[!-~]+", key):
         raise SetupError(f"{source} holds no key: a key is one word of printable ASCII characters.")
     return key
+
+
+def secret_in(variable):
+    """Return the secret in an environment variable, or None if it is unset or empty; raises SetupError if it is unusable.
+
+    A password crosses the wire in Base64, so it may hold spaces and letters of any script.
+    """
+    secret = os.environ.get(variable)
+    if secret and variable == "DASHBOARD_PASSWORD":
+        if not secret.isprintable() or secret != secret.strip():
+            raise SetupError(f"{variable} holds no password: it is printable, with no space at its ends.")
+        return secret
+    return usable_key(secret, variable) if secret else None
 
 
 def read_private(path, kind="key"):
@@ -2812,23 +2959,10 @@ def validate(fields, values, kind="field"):
     return found
 
 
-def badly_encoded():
-    """Return the error for a target that cannot be decoded."""
-    return Invalid("The path and query must be percent-encoded UTF-8, of at most 100 parameters.")
-
-
 def decoded_path(raw_path):
     """Return a path with its percent escapes decoded; raises Invalid."""
     try:
         return urllib.parse.unquote(raw_path, errors="strict")
-    except ValueError as error:
-        raise badly_encoded() from error
-
-
-def query_pairs(query):
-    """Return the decoded (name, value) pairs of a query; raises Invalid."""
-    try:
-        return urllib.parse.parse_qsl(query, True, errors="strict", max_num_fields=100)
     except ValueError as error:
         raise badly_encoded() from error
 
@@ -2874,12 +3008,15 @@ GOAL = (text_of(1, 256), None)
 TOKEN = (string, None)
 WAIT_SECONDS = (from_query(number_from(0, WAIT_MAX_SECONDS)), 0)
 
-PUBLISH = Fields({
+INTENT = {
     "goal": (text_of(1, 256), REQUIRED),
     "payload": (anything, REQUIRED),
     **{field: (LIMITS[field], default) for field, default in PUBLISH_DEFAULTS.items()},
     "reward": (anything, None),     # of the 1.x protocol, without effect
-})
+}
+IDEMPOTENCY = Fields({"idempotency_key": (text_of(1, 255), None)})
+PUBLISH = Fields({**INTENT, "idempotency_key": (text_of(1, 255), None)})
+PUBLISH_OF_MANY = Fields(INTENT)     # one of several, which share an idempotency key
 CLAIM = Fields({
     "goal": (list_of(text_of(1, 256)), None),
     "namespace": (namespace_word, "default"),
@@ -2890,6 +3027,7 @@ CLAIM = Fields({
     "wait": WAIT_SECONDS,
     "lease": (from_query(number_from(*LEASE_RANGE_SECONDS)), LEASE_SECONDS),
 })
+CLAIM_BODY = Fields({"claim_token": (text_of(32, 64), None)})     # one of the client's own, for a claim that can be repeated
 CLAIM_HEADERS = Fields({"worker_id": (token_word, None), "capabilities": (tokens, ()), "claim_token": (text_of(32, 64), None)})
 EXTEND = Fields({"claim_token": TOKEN, "seconds": (number_from(*LEASE_RANGE_SECONDS), LEASE_SECONDS)}, strict=False)
 FULFILL = Fields({"claim_token": TOKEN, "result": (anything, None), "result_type": (choice("json", "text"), "json")}, strict=False)
@@ -2930,7 +3068,6 @@ GENERATE_KEY = Fields({
 JOIN = Fields({"code": (string, REQUIRED)})
 REVOKE_KEY = Fields({"api_key": (string, None), "key_id": (string, None)})
 PURGE = Fields({"confirm": (boolean, False), "namespace": (namespace_word, None)})
-IDEMPOTENCY = Fields({"idempotency_key": (text_of(1, 255), None)})
 NOTHING, ANYTHING = Fields({}), Fields({}, strict=False)
 
 
@@ -3271,18 +3408,29 @@ def request_id_of(headers):
     return given if REQUEST_ID.fullmatch(given) else f"{random.getrandbits(64):016x}"
 
 
+def same_or_either(field, given, header, signed=False):
+    """Return the value of a field that may stand in a header, too, which no signature covers.
+
+    Raises Invalid if both are given and differ, or if only the header is and the request has all of its fields `signed`.
+    """
+    if header and given != header and (given or signed):
+        raise Invalid(f"{field} is not what the header says; send it once.", code=f"invalid_{field}")
+    return given or header
+
+
 class Request:
     """A request: method, target as sent, headers by lower-case name, body in bytes, the client's address.
 
-    secure tells whether it came encrypted, may_wait whether it may be held. Raises Invalid if the target cannot be decoded.
+    secure tells whether it came encrypted, local whether from this machine, may_wait whether it may be held. Raises Invalid
+    if the target cannot be decoded.
     """
 
-    __slots__ = ("method", "raw_path", "path", "query", "headers", "body", "peer", "secure", "may_wait", "id", "who",
-                 "endpoint", "place", "caller", "key_id", "signing_key", "proven", "connection")
+    __slots__ = ("method", "raw_path", "path", "query", "headers", "body", "peer", "secure", "local", "may_wait", "id",
+                 "who", "endpoint", "place", "caller", "key_id", "signing_key", "proven", "connection")
 
-    def __init__(self, method, target, headers=None, body=b"", peer="", secure=False, may_wait=True):
+    def __init__(self, method, target, headers=None, body=b"", peer="", secure=False, local=False, may_wait=True):
         self.method, self.headers, self.body = method, headers or {}, body
-        self.peer, self.secure, self.may_wait = peer, secure, may_wait
+        self.peer, self.secure, self.local, self.may_wait = peer, secure, local, may_wait
         self.id = request_id_of(self.headers)
         self.endpoint = self.caller = self.key_id = self.signing_key = None     # until API.admit() and Keys know them
         self.proven = False         # whether its head, or its signature, has shown a right key
@@ -3304,9 +3452,9 @@ class Request:
         self.body, self.headers = b"", {name: self.headers[name] for name in ("connection",) if name in self.headers}
 
     @property
-    def pairs(self):
-        """The decoded (name, value) pairs of the query."""
-        return query_pairs(self.query)
+    def reads(self):
+        """Whether it changes nothing."""
+        return self.method in ("GET", "HEAD")
 
     def json(self):
         """Return the value of the body; an empty one counts as {}."""
@@ -3322,11 +3470,10 @@ class Request:
         """Return the validated parameters of the query, as a dict that is not to be changed."""
         return fields.of_query(self.query)
 
-    @property
-    def idempotency_key(self):
-        """The validated Idempotency-Key, or None."""
-        given = self.headers.get("idempotency-key")
-        return None if given is None else validate(IDEMPOTENCY, {"idempotency_key": given})["idempotency_key"]
+    def idempotency_key(self, given):
+        """Return the idempotency key, given in the body or query, or in the header; None if there is none."""
+        header = validate(IDEMPOTENCY, {"idempotency_key": self.headers.get("idempotency-key")})["idempotency_key"]
+        return same_or_either("idempotency_key", given, header)
 
 
 def health_endpoint(api, request):
@@ -3338,9 +3485,9 @@ def health_of(api, **problem):
     return dict(ok=not problem, ts=int(time.time()), version=__version__, **problem)
 
 
-def publishable(api, body):
+def publishable(api, body, fields=PUBLISH):
     """Return the validated fields of one intent to publish."""
-    fields = validate(PUBLISH, body)
+    fields = validate(fields, body)
     del fields["reward"]
     if fields["run_at"] is not None and (fields["delay"] or fields["run_at"] > api.bus.clock.now() + YEAR_SECONDS):
         raise Invalid("run_at must be Unix seconds within 366 days, and without a delay.", code="invalid_run_at")
@@ -3350,23 +3497,24 @@ def publishable(api, body):
 def publish_endpoint(api, request):
     request.parameters(NOTHING)
     fields = publishable(api, request.json())
-    return 201, api.bus.publish(**fields, idempotency_key=request.idempotency_key, caller=request.caller)
+    fields["idempotency_key"] = request.idempotency_key(fields["idempotency_key"])
+    return 201, api.bus.publish(**fields, caller=request.caller)
 
 
 def publish_many_endpoint(api, request):
-    request.parameters(NOTHING)
     lines = request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/x-ndjson"
     bodies = [line for line in request.body.splitlines() if line.strip()] if lines else request.json()
     if not isinstance(bodies, list) or len(bodies) > BULK_INTENTS:
         raise Invalid(f"The body must be a JSON array of at most {BULK_INTENTS} intents, or as many lines of NDJSON.")
+    key = request.idempotency_key(request.parameters(IDEMPOTENCY)["idempotency_key"])
     intents = []
     for index, body in enumerate(bodies):
         try:
-            intents.append(publishable(api, from_json(body) if lines else body))
+            intents.append(publishable(api, from_json(body) if lines else body, PUBLISH_OF_MANY))
         except Invalid as error:
             raise Invalid(f"Intent {index}: {error}", error.code) from error
         yield
-    return 201, api.bus.publish_many(intents, idempotency_key=request.idempotency_key, caller=request.caller)
+    return 201, api.bus.publish_many(intents, idempotency_key=key, caller=request.caller)
 
 
 def claim_endpoint(api, request):
@@ -3379,15 +3527,17 @@ def claim_endpoint(api, request):
 
 
 def claiming_worker(request, fields):
-    """Return how the worker of a claim describes itself, in the query or in headers."""
+    """Return how the worker of a claim describes itself: in the query and the body or, as older clients do, in headers."""
     headers = request.headers
-    said = validate(CLAIM_HEADERS, {
-        "worker_id": headers.get("x-worker-id"), "claim_token": headers.get("x-claim-token"),
-        "capabilities": headers.get("x-worker-capabilities", headers.get("x-worker-capability"))})
-    worker_id = fields["worker_id"] or said["worker_id"]
-    return dict(worker_id=worker_id, claim_token=said["claim_token"], version=headers.get("user-agent", "")[:64],
-                capabilities=fields["capabilities"] or fields["capability"] or said["capabilities"],
-                seen_as=worker_id or f"{request.caller.key_id}@{request.peer}")
+    told = validate(CLAIM_BODY, request.json())
+    token = told["claim_token"]
+    told.update(worker_id=fields["worker_id"], capabilities=fields["capabilities"] or fields["capability"])
+    for field, value in validate(CLAIM_HEADERS, {
+            "worker_id": headers.get("x-worker-id"), "claim_token": headers.get("x-claim-token"),
+            "capabilities": headers.get("x-worker-capabilities", headers.get("x-worker-capability"))}).items():
+        told[field] = same_or_either(field, told[field], value, signed=token)
+    return dict(told, version=headers.get("user-agent", "")[:64],
+                seen_as=told["worker_id"] or f"{request.caller.key_id}@{request.peer}")
 
 
 def take_intent(api, request, wanted):
@@ -3700,10 +3850,10 @@ class API:
         return answer
 
     def writes(self, request):
-        """Return whether an admitted request needs a round, since it may change something: a nonce, for one."""
+        """Return whether an admitted request needs a round, since it may change something."""
         if request.endpoint is health_endpoint:
             return self.bus.store.busy_since is None
-        return request.method not in ("GET", "HEAD") or request.signing_key is not None
+        return not request.reads
 
     def summary(self, minutes=60):
         """Return the summary of the bus, with the number of held requests."""
@@ -3713,6 +3863,7 @@ class API:
         """Do the work that is due besides requests."""
         if self.bus.housekeeping_delay() <= 0:
             self.bus.housekeeping()
+        self.keys.forget_nonces()
         self.keys.write_usage()
 
     def close(self):
@@ -3776,6 +3927,7 @@ REASONS = {200: "OK", 201: "Created", 204: "No Content", 400: "Bad Request", 401
            431: "Request Header Fields Too Large", 500: "Internal Server Error", 503: "Service Unavailable",
            507: "Insufficient Storage"}
 READ, WRITE = 1, 2     # as in selectors
+LOOPBACK = re.compile(r"localhost|::1|(::ffff:)?127(\.[0-9]{1,3}){3}")     # names and addresses of this machine
 TOKEN_PATTERN = r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)"     # RFC 9110, section 5.6.2
 REQUEST_LINE = re.compile(TOKEN_PATTERN + r" (?:(?i:https?)://[^/?#\x00-\x20]+([/?]?[!-~]*)|([/*][!-~]*)) HTTP/1\.([01])")
 HEADER_LINE = re.compile(TOKEN_PATTERN + r":[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
@@ -4772,8 +4924,8 @@ class Loop:
     # -- Requests --
 
     def origin(self, headers, peer):
-        """Return the client's address, and whether it sent the request encrypted; from X-Forwarded-* if the proxy is trusted."""
-        return forwarded(headers, peer, bool(self._tls)) if self._trust_proxy else (peer, bool(self._tls))
+        """Return the origin of a request, see origin_of()."""
+        return origin_of(headers, peer, bool(self._tls), self._trust_proxy)
 
     def admit(self, request, block):
         """Let the API look at a head; keep its headers for the next request, if its key is checked."""
@@ -4846,10 +4998,16 @@ class Loop:
                                   request_id=request.id)), file=sys.stderr, flush=True)     # ASCII, safe for a terminal
 
 
-def forwarded(headers, peer, secure):
-    """Return the client's address, the last one, which the proxy has seen itself, and whether the client used https."""
+def origin_of(headers, peer, secure, trust_proxy):
+    """Return the client's address, whether it used https, and whether it is on this machine.
+
+    A trusted proxy tells the first two, the address as the last one, which it has seen itself. Behind it, nothing is known to
+    be on this machine.
+    """
+    if not trust_proxy:
+        return peer, secure, bool(LOOPBACK.fullmatch(peer))
     peer = headers.get("x-forwarded-for", peer).rpartition(",")[2].strip()
-    return peer, headers.get("x-forwarded-proto", "https" if secure else "").rpartition(",")[2].strip() == "https"
+    return peer, headers.get("x-forwarded-proto", "https" if secure else "").rpartition(",")[2].strip() == "https", False
 
 
 def connection_limit():
@@ -4901,8 +5059,8 @@ def tls_context(certificate, key):
 
 def find_owner_key(path=KEY_FILE):
     """Return the owner key and where it is from: BUS_SECRET, or a file, which is made if there is none."""
-    if key := os.environ.get("BUS_SECRET"):
-        return usable_key(key, "BUS_SECRET"), "in BUS_SECRET"
+    if key := secret_in("BUS_SECRET"):
+        return key, "in BUS_SECRET"
     if key := read_key(path):
         return key, f"in {path}"
     return make_key(path), f"new, in {path}"
@@ -4916,9 +5074,8 @@ def switched_on(variable):
 def api_of(store, key, require_claim_token=False, retention=RETENTION_SECONDS, rate=RATE_PER_MINUTE,
            limits=None, max_body=BODY_BYTES, require_signatures=False, announce_dead=False):
     """Return the API of a store, with the secrets and the BUS_* switches of the environment."""
-    keys = Keys(key, store, os.environ.get("BUS_ADMIN_SECRET"), os.environ.get("DASHBOARD_PASSWORD"),
-                os.environ.get("BUS_METRICS_TOKEN"), require_signatures or switched_on("BUS_REQUIRE_SIGNATURES"), rate,
-                limits)
+    keys = Keys(key, store, secret_in("BUS_ADMIN_SECRET"), secret_in("DASHBOARD_PASSWORD"), secret_in("BUS_METRICS_TOKEN"),
+                require_signatures or switched_on("BUS_REQUIRE_SIGNATURES"), rate, limits)
     bus = Bus(store, None, require_claim_token, retention, announce_dead)
     return API(bus, keys, max_body, switched_on("BUS_ENFORCE_HTTPS"), switched_on("BUS_MAINTENANCE_MODE"))
 
@@ -5006,9 +5163,8 @@ def wsgi_request(environ, headers, max_body):
     body = environ["wsgi.input"].read(length)
     if len(body) < length:
         raise Invalid("The body ended before its Content-Length.")
-    origin = environ.get("REMOTE_ADDR", ""), environ.get("wsgi.url_scheme") == "https"
-    if switched_on("BUS_TRUST_PROXY"):
-        origin = forwarded(headers, *origin)
+    origin = origin_of(headers, environ.get("REMOTE_ADDR", ""), environ.get("wsgi.url_scheme") == "https",
+                       switched_on("BUS_TRUST_PROXY"))
     path = urllib.parse.quote(environ.get("PATH_INFO", "").encode("latin-1")) or "/"
     return Request(environ["REQUEST_METHOD"], f"{path}?{environ.get('QUERY_STRING', '')}", headers, body, *origin,
                    may_wait=bool(environ.get("wsgi.multithread")))
@@ -5165,9 +5321,6 @@ class Spool:
 # ---- 16. Client ----
 # The verbs of the Bus over HTTP, with the same errors. A request that is safe to repeat is repeated when the network fails.
 
-LOOPBACK = re.compile(r"localhost|::1|127(\.[0-9]{1,3}){3}")
-
-
 def parse_bus_url(url):
     """Return the parts of a bus's URL, as urlsplit does; raises SetupError unless it is http or https, without a user."""
     with contextlib.suppress(ValueError):
@@ -5211,7 +5364,7 @@ class Spooler:
         try:
             with self._removing(number), self._spool.send_lock(self._client.timeout):
                 self._flush(before=number)
-                return self._client.request("POST", path, body, headers={"Idempotency-Key": idempotency_key}, retries=0)
+                return self._client.publish_once(path, body, idempotency_key, retries=0)
         except TRANSIENT as error:
             return Record(id=None, ids=[], status="spooled", namespace=self._client.namespace, reason=str(error))
 
@@ -5256,8 +5409,7 @@ class Spooler:
 
     def _send_publish(self, request):
         try:
-            self._client.request("POST", request.path, json.loads(request.body), retries=0,
-                                 headers={"Idempotency-Key": request.idempotency_key})
+            self._client.publish_once(request.path, json.loads(request.body), request.idempotency_key, retries=0)
         except (Invalid, PayloadTooLarge, IdempotencyConflict) as error:
             self._spool.mark_refused(request.number, str(error))
             return 0
@@ -5294,7 +5446,7 @@ class IntentClient:
     base_url, api_key and namespace default to INTENT_BUS_URL, INTENT_API_KEY and INTENT_BUS_NAMESPACE, then to the bus
     that this machine has joined, then to http://127.0.0.1:8787 and the key in ~/.apikey. timeout is the seconds that each
     attempt at a request may take; ca is a file of certificates to trust. Every request is signed; the key itself is sent
-    only over https or to this machine. A verb returns a Record, or raises Unreachable or the Error that the bus answered.
+    only over https. A verb returns a Record, or raises Unreachable or the Error that the bus answered.
 
     With spool, the path of a file, no request is lost while the bus is away. publish stores a request that cannot be sent
     and returns {"id": None, "status": "spooled"}; the next publish, claim or flush() sends it, once and in order. fulfill
@@ -5310,18 +5462,20 @@ class IntentClient:
         parts = parse_bus_url(self.base_url)
         if self.base_url != joined.get("url"):
             joined = {}     # its key is for that bus only
-        key = api_key or os.environ.get("INTENT_API_KEY") or joined.get("key") or read_key()
+        key = (usable_key(api_key, "The api_key") if api_key else secret_in("INTENT_API_KEY")) or joined.get("key") or read_key()
         if not key:
             raise SetupError(f"No key: join the bus with a code from keys invite, or put a key into {KEY_FILE} or "
                              f"INTENT_API_KEY (on the machine of the bus, serve creates {KEY_FILE}).")
-        self._key = usable_key(key, "INTENT_API_KEY")
+        self._key = key
         ca = ca or joined.get("ca")
         self.spool = spool and Spool(spool)
         self._spooler = spool and Spooler(self, self.spool)
         local = LOOPBACK.fullmatch(parts.hostname)
         issued = ISSUED.fullmatch(self._key)
+        self._key_id = issued[1] if issued else "owner"
         self.secure = bool(local) or parts.scheme == "https"
-        self._identity = {"X-API-KEY": self._key} if self.secure else {"X-Key-ID": issued[1] if issued else "owner"}
+        # over plain http, whichever program has the port would get the key
+        self._identity = {"X-API-KEY": self._key} if parts.scheme == "https" else {"X-Key-ID": self._key_id}
         self._clock_offset = 0     # seconds
         self._opener = urllib.request.OpenerDirector()     # follows no redirects, which would pass the key on
         for handler in (urllib.request.ProxyHandler({} if local else None), urllib.request.HTTPHandler(),
@@ -5342,9 +5496,13 @@ class IntentClient:
         key = os.urandom(16).hex() if idempotency_key is None else idempotency_key
         if not re.fullmatch("[ -~]{1,255}", key):
             raise Invalid("An idempotency key is 1 to 255 printable ASCII characters.", code="invalid_idempotency_key")
-        if self._spooler:
-            return self._spooler.publish(path, body, key)
-        return self.request("POST", path, body, headers={"Idempotency-Key": key})
+        return self._spooler.publish(path, body, key) if self._spooler else self.publish_once(path, body, key)
+
+    def publish_once(self, path, body, idempotency_key, retries=RETRIES):
+        """Send a publish, with its idempotency key where the signature covers it."""
+        if path == "/intents":
+            return self.request("POST", path, body, query=dict(idempotency_key=idempotency_key), retries=retries)
+        return self.request("POST", path, dict(body, idempotency_key=idempotency_key), retries=retries)
 
     def flush(self):
         """Send the spooled requests and return how many the bus accepted; a request that it refuses is not sent again."""
@@ -5356,11 +5514,12 @@ class IntentClient:
 
         A claim whose answer is lost is repeated; with a claim_token, 32 to 64 random characters, by the caller only.
         """
-        query = dict(goal=goal, namespace=namespace or self.namespace, publisher=publisher, worker_id=worker_id,
-                     capabilities=",".join(capabilities) or None, lease=lease)
+        query = dict(goal=goal, namespace=namespace or self.namespace, worker_id=worker_id, lease=lease,
+                     publisher=self._key_id if publisher == self._key else publisher,
+                     capabilities=",".join(capabilities) or None)
         def send():
             token = claim_token or os.urandom(16).hex()
-            return self.request("POST", "/claim", query=query, wait=wait, headers={"X-Claim-Token": token},
+            return self.request("POST", "/claim", dict(claim_token=token), query=query, wait=wait,
                                 retries=0 if claim_token else RETRIES)
         return self._spooler.claim(send) if self._spooler else send()
 
@@ -5441,9 +5600,9 @@ class IntentClient:
     def admin(self, verb, **body):
         """Call /admin/VERB with BUS_ADMIN_SECRET or DASHBOARD_PASSWORD, if set; by GET if there is no body."""
         secret = {}
-        if token := os.environ.get("BUS_ADMIN_SECRET"):
+        if token := secret_in("BUS_ADMIN_SECRET"):
             secret = {"X-Admin-Token": token}
-        elif password := os.environ.get("DASHBOARD_PASSWORD"):
+        elif password := secret_in("DASHBOARD_PASSWORD"):
             secret = {"Authorization": "Basic " + base64.b64encode(f"admin:{password}".encode()).decode()}
         if secret and not self.secure:
             raise SetupError("The admin secret is sent only over https or to this machine.")
@@ -5466,7 +5625,7 @@ class IntentClient:
         for attempt in itertools.count():
             try:
                 return self._send(method, target, data, headers or {}, self.timeout + wait, answer_type)
-            except Forbidden as error:     # if the clock of this machine is wrong, the bus answers its own
+            except Forbidden as error:     # if the clock of this machine is wrong, the bus tells its own
                 if corrected or "server_time" not in error.details:
                     raise
                 self._clock_offset = error.details["server_time"] - time.time()
@@ -5483,14 +5642,14 @@ class IntentClient:
         path, _, query = target.partition("?")
         timestamp = f"{time.time() + self._clock_offset:.3f}"
         nonce = os.urandom(16).hex()
-        signature = sign(self._key, method, urllib.parse.unquote(path), urllib.parse.parse_qsl(query, True), timestamp, nonce,
-                         data or b"")
+        signed = canonical_targets(urllib.parse.unquote(path), path, query)[0]
+        signature = sign(self._key, method, signed, timestamp, nonce, data or b"")
         headers = {**headers, **self._identity, "X-Timestamp": timestamp, "X-Nonce": nonce, "X-Signature": signature,
                    "User-Agent": f"intentbus/{__version__}", "Content-Type": "application/json"}
         try:
             request = urllib.request.Request(self.base_url + target, data, headers, method=method)
             with self._opener.open(request, timeout=timeout) as response:
-                return self._read(response.status, response.headers, response.read(), answer_type)
+                return self._read(response.status, response.headers, response.read(), answer_type, f"{timestamp}\n{nonce}")
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             if distrust := getattr(reason, "verify_message", None):
@@ -5498,8 +5657,11 @@ class IntentClient:
             reason = getattr(reason, "strerror", None) or reason or type(reason).__name__
             raise Unreachable(f"The bus at {self.base_url} cannot be reached: {reason}.") from error
 
-    def _read(self, status, headers, content, answer_type):
-        """Return the value of an answer, or raise the error in it."""
+    def _read(self, status, headers, content, answer_type, sent):
+        """Return the value of an answer, or raise the error in it; sent are the timestamp and nonce of the request.
+
+        An answer is not signed, so a time in it counts only with a MAC: a wrong one would have us sign for a later time.
+        """
         if status == 204:
             return None
         if 300 <= status < 400:
@@ -5512,11 +5674,16 @@ class IntentClient:
         except (ValueError, TypeError, KeyError, RecursionError):
             raise Unreachable(f"{self.base_url} answered {status} without JSON: a proxy page answered, not a bus.") from None
         error_class = ERRORS.get(status, Unavailable if status in (502, 504) else Error)     # a proxy sends 502 and 504
-        raised = error_class(error.get("message", ""), error.get("code"))
+        message = error.get("message", "")
+        if message == "Bad signature":
+            message += f": this is not the key {self._key_id} of the bus."
+        raised = error_class(message, error.get("code"))
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             raised.details["retry_after"] = min(float(headers.get("Retry-After", "")), RETRY_MAX_SECONDS)
-        with contextlib.suppress(TypeError, ValueError, OverflowError):
-            raised.details["server_time"] = float(error.get("server_time"))
+        with contextlib.suppress(TypeError, ValueError, AttributeError):
+            server_time = json.loads(content, parse_float=str, parse_int=str)["error"].get("server_time")     # as it is written
+            if secrets_equal(error.get("mac"), hmac_of(self._key, f"{server_time}\n{sent}")):
+                raised.details["server_time"] = float(server_time)
         raise raised
 
 

@@ -980,6 +980,15 @@ def sent_headers(sent, ask):
     return {name.lower(): value for name, value in sent[-1].header_items()}
 
 
+def signer(sent, ask, keys):
+    """Make a client send a GET, and return the key that has signed it."""
+    headers = sent_headers(sent, ask)
+    said = [sent[-1].get_method(), urllib.parse.urlsplit(sent[-1].full_url)]
+    canonical = said[1].path + (f"?{'&'.join(sorted(said[1].query.split('&')))}" if said[1].query else "")
+    return next(key for key in keys if headers["x-signature"] == signed(
+        said[0], canonical, key=key, timestamp=headers["x-timestamp"], nonce=headers["x-nonce"])["X_Signature"])
+
+
 # -- Odd requests --
 
 NASTY = ("", " ", "\t", "a\nb", "\r\nX-Evil: 1", "\0", "\x7f", "\x1b[2J", "ä", "漢字", "😀", "\ud800", "\u202e", "%00", "%", "%zz", "%ff", "../../etc",
@@ -3613,6 +3622,49 @@ def test_a_new_key_file_is_private_and_reads_back(tmp_path):
         intentbus.make_key(path)
 
 
+UNUSABLE = ("a b", "a\n", " a", "a\t", "\x7f", "\u20ac", "\u00a0", " ")
+SECRETS = [(variable, secret) for variable in ("BUS_SECRET", "BUS_ADMIN_SECRET", "BUS_METRICS_TOKEN") for secret in UNUSABLE] + [
+    ("DASHBOARD_PASSWORD", secret) for secret in ("a\n", " a", "a ", "a\tb", "\x7f", "\u00a0", " ", os.fsdecode(b"\xff"))]
+
+
+@pytest.mark.parametrize("variable, secret", SECRETS)
+def test_a_secret_that_no_header_carries_ends_the_start(home, monkeypatch, capsys, variable, secret):
+    monkeypatch.setenv(variable, secret)
+    monkeypatch.setenv("INTENT_API_KEY", KEY)
+    starts = [["serve", "--port", "0", "--db", str(home / "bus.db")]]
+    if variable in ("BUS_ADMIN_SECRET", "DASHBOARD_PASSWORD"):
+        starts += [[*words, "--url", "http://127.0.0.1:9"] for words in (["keys", "list"], ["stats"], ["purge", "--yes"])]
+    for arguments in starts:
+        assert_complaint((intentbus.main(arguments), *capsys.readouterr()), 2, variable)
+
+
+@pytest.mark.parametrize("secret", UNUSABLE)
+def test_a_key_that_no_header_carries_is_refused_by_name(home, monkeypatch, secret):
+    with pytest.raises(intentbus.SetupError, match="^The api_key holds no key"):
+        IntentClient("https://bus.example", secret)
+    monkeypatch.setenv("INTENT_API_KEY", secret)
+    with pytest.raises(intentbus.SetupError, match="^INTENT_API_KEY holds no key"):
+        IntentClient()
+
+
+def test_empty_secrets_count_as_unset(home, monkeypatch, store):
+    for variable in ("BUS_SECRET", "BUS_ADMIN_SECRET", "DASHBOARD_PASSWORD", "BUS_METRICS_TOKEN", "INTENT_API_KEY"):
+        monkeypatch.setenv(variable, "")
+    own = intentbus.make_key()
+    assert intentbus.find_owner_key()[0] == own
+    api = intentbus.api_of(store, own)
+    basic_of = lambda password: intentbus.Request("GET", "/admin/keys", {"authorization": basic("admin", password)})
+    assert [api.handle(request).status for request in (basic_of(own), basic_of(""), intentbus.Request(
+        "GET", "/admin/keys", {"x-admin-token": ""}), intentbus.Request("GET", "/metrics", {}))] == [200, 401, 401, 401]
+
+
+@pytest.mark.parametrize("password", ["two words", "p\u00e4ss \u6f22", "a:b"])
+def test_a_password_may_hold_spaces_and_any_letters(home, served, monkeypatch, password):
+    monkeypatch.setenv("DASHBOARD_PASSWORD", password)
+    served.restart(keys=dict(dashboard_password=intentbus.secret_in("DASHBOARD_PASSWORD")))
+    assert served.client.admin("keys") == []
+
+
 @POSIX
 def test_an_exposed_key_file_is_refused_or_warned_about(tmp_path):
     path = tmp_path / "key"
@@ -3644,14 +3696,14 @@ MATRIX = """
     POST /fulfill/{claimed}            401  401  401  403  200  200  404  404  401  200  403  403
     POST /fail/{claimed}               401  401  401  403  200  200  404  404  401  200  403  403
     POST /release/{claimed}            401  401  401  403  200  200  404  404  401  200  403  403
-    GET  /status/{open}                401  401  401  200  200  200  404  200  200  200  403  403
-    GET  /result/{open}                401  401  401  200  200  200  404  200  200  200  403  403
+    GET  /status/{open}                401  401  401  200  200  200  404  404  200  200  403  403
+    GET  /result/{open}                401  401  401  200  200  200  404  404  200  200  403  403
     GET  /intents                      401  401  401  200  200  200  200  200  200  200  403  403
     GET  /workers                      401  401  401  200  200  200  200  200  200  200  403  403
     GET  /events                       401  401  401  200  200  200  200  200  200  200  403  403
     GET  /whoami                       401  401  401  200  200  200  200  200  200  200  403  403
-    POST /cancel/{open}                401  401  401  200  403  200  404  200  200  200  403  403
-    POST /retry/{dead}                 401  401  401  200  403  200  404  200  200  200  403  403
+    POST /cancel/{open}                401  401  401  200  403  200  404  404  200  200  403  403
+    POST /retry/{dead}                 401  401  401  200  403  200  404  404  200  200  403  403
     POST /retry                        401  401  401  200  403  200  200  200  200  200  403  403
     POST /set/new                      401  401  401  200  200  200  200  200  401  200  403  403
     GET  /get/k                        401  401  401  200  200  200  404  404  401  200  403  403
@@ -3786,6 +3838,25 @@ def test_admin_credentials(started, settings, credentials):
             assert response.headers["www-authenticate"] == 'Basic realm="Intent Bus"'
 
 
+@pytest.mark.parametrize("secret", ["admin_secret", "dashboard_password"])
+def test_beside_an_admin_secret_the_owner_key_is_one_of_many(started, secret):
+    bus, admin = started(), dict(key=None, X_Admin_Token=ADMIN_SECRET, Authorization=basic("admin", ADMIN_SECRET))
+    ann = bus.issue("ann").api_key
+    bus.restart(keys={secret: ADMIN_SECRET})
+    hers, ours = (bus.ask("POST", "/intent", a_publish(), key).json["id"] for key in (ann, KEY))
+    listed = lambda **who: [intent["id"] for intent in bus.ask("GET", "/intents", **who).json["intents"]]
+    assert listed() == [ours] and listed(**admin) == [ours, hers]
+    assert bus.ask("GET", "/whoami").json["admin"] is False
+    assert bus.ask("GET", "/events?after=0").json["events"][-1]["id"] == ours
+    for publisher in ("ann", ann[3:19], ann):
+        assert_refusal(bus.ask("POST", f"/claim?publisher={publisher}"), 403, "forbidden")
+    assert bus.ask("POST", "/claim", key=ann).json["id"] == hers
+    assert "ann" not in {worker["owner"] for worker in bus.ask("GET", "/workers").json["workers"]}
+    assert bus.ask("POST", f"/cancel/{hers}", key=ann).status == 200
+    assert bus.ask("POST", "/retry", {"goal": "g"}).json == {"retried": 0}
+    assert bus.ask("POST", f"/retry/{hers}").status == 404 and bus.ask("GET", f"/result/{hers}", **admin).status == 200
+
+
 def test_admin_endpoints_refuse_a_valid_key_like_a_wrong_one(served):
     key = served.ask("POST", "/admin/generate_key", {"owner": "ann"}).json["api_key"]
     valid, unknown, none = (served.ask("GET", "/admin/keys", key=key) for key in (key, "wrong", None))
@@ -3857,9 +3928,30 @@ def test_a_signature_covers_the_whole_request(strict, sign):
     ("/get/x?q=a%2Bb", "/get/x?q=a%2Bb"),
     ("/get/x?q=%7e%2d", "/get/x?q=~-"),
     ("/get/x?q=a=b%26c", "/get/x?q=a%3Db%26c"),
+    ("/get/x?b=1&a=2&a=1", "/get/x?a=2&a=1&b=1"),
+    ("/get/a%3fb%3D1", "/get/a%3fb%3D1"),
+    ("/get/a%25", "/get/a%25"),
+    ("/get/a%25", "/get/a%"),     # clients of the 2.x line; no other path is sent like this
+    ("/get/%25zz", "/get/%zz"),
+    ("/get/a%23b", "/get/a%23b"),
 ])
 def test_the_canonical_form_of_path_and_query(strict, target, canonical):
     assert_refusal(strict.ask("GET", target, **signed("GET", canonical)), 404, "not_found")
+
+
+@pytest.mark.parametrize("target, canonical", [
+    ("/get/x%3Fa=1", "/get/x?a=1"),      # what is signed is GET /get/x with a parameter
+    ("/get/x%253F", "/get/x%3F"),        # GET /get/x?
+    ("/get/x%25c3%25A9", "/get/x%c3%A9"),
+    ("/get/x%2523", "/get/x%23"),        # GET /get/x#
+    ("/get/x%23a", "/get/x#a"),
+    ("/get/x%0A1%0A2", "/get/x\n1\n2"),
+    ("/get/x%7F", "/get/x\x7f"),
+    ("/get/x%C2%85", "/get/x\x85"),
+    ("/get/x?a=1&a=2&b=0", "/get/x?a=2&a=1&b=0"),
+])
+def test_no_signature_is_right_for_two_requests(strict, target, canonical):
+    assert_signature_refused(strict.ask("GET", target, **signed("GET", canonical)), "Bad signature")
 
 
 def test_the_signature_covers_the_exact_bytes_of_the_body(served):
@@ -3892,11 +3984,74 @@ def test_of_many_simultaneous_replays_one_is_accepted(served):
         assert_signature_refused(answer, "Replay detected")
 
 
-def test_a_replay_is_refused_after_a_restart(started):
-    bus, headers = started(), signed("GET", "/get/x")
-    assert bus.ask("GET", "/get/x", **headers).status == 404
+@pytest.mark.parametrize("method, target, message", [
+    ("POST", "/delete/x", "Replay detected"), ("GET", "/get/x", "Stale timestamp"),
+])
+def test_a_replay_is_refused_after_a_restart(started, method, target, message):
+    bus, headers, unused = started(), signed(method, target), signed("GET", "/get/x")
+    assert bus.ask(method, target, **headers).status in (200, 404)
     bus.restart()
-    assert_signature_refused(bus.ask("GET", "/get/x", **headers), "Replay detected")
+    assert_signature_refused(bus.ask(method, target, **headers), "Replay detected" if bus.store.database.shared else message)
+    assert bus.ask("GET", "/get/x", **unused).status == (404 if bus.store.database.shared else 403)
+    assert bus.ask("GET", "/get/x", **signed("GET", "/get/x")).status == 404
+    with pytest.raises(intentbus.NotFound):
+        bus.client.get("x")
+
+
+@ON_A_FILE     # several buses use the clock of their database
+@pytest.mark.parametrize("step", [-5, HOUR, -HOUR, -YEARS])
+def test_signed_reads_go_on_after_the_clock_is_set(started, clock, step):
+    bus = started(clock=clock)
+    bus.restart()
+    clock.pass_(1)
+    clock.set(step)
+    bus.ask("POST", "/admin/cleanup")
+    read = lambda: bus.ask("GET", "/get/x", **signed("GET", "/get/x", timestamp=f"{clock.wall:.3f}")).status
+    wait_until(lambda: bus.ask("GET", "/whoami").json["now"] == clock.wall)
+    assert [read(), read()] == [404, 404]
+
+
+@ON_A_FILE     # several buses on one database store them
+def test_the_nonces_of_reads_are_bounded_for_each_key(started, monkeypatch):
+    monkeypatch.setattr(intentbus, "READ_NONCES", 3)
+    bus, now = started(), int(time.time())
+    ann = bus.issue("ann").api_key
+    sent = [signed("GET", "/get/x", timestamp=str(now + seconds)) for seconds in (9, 1, 4, 5)]
+    assert [bus.ask("GET", "/get/x", **headers).status for headers in sent] == [404] * 4
+    said = [bus.ask("GET", "/get/x", **headers).json["error"]["message"] for headers in sent]
+    assert said == ["Replay detected", "Stale timestamp", "Replay detected", "Replay detected"]
+    assert bus.ask("GET", "/get/x", key=ann, **signed("GET", "/get/x", key=ann, timestamp=str(now - 200))).status == 404
+    assert not any(remembers(bus, headers["X_Nonce"]) for headers in sent)
+
+
+def test_the_nonces_of_reads_are_forgotten_in_time():
+    nonces = intentbus.RecentNonces(floor=1000)
+    for timestamp, nonce, until in ((1005, "b", 7), (1002, "a", 6), (1009, "c", 9)):
+        nonces.add(timestamp, nonce, until)
+    nonces.forget_until(7)
+    assert [nonces.know(nonce) for nonce in "abc"] == [False, False, True]
+
+
+def test_a_refusal_takes_no_token_and_stores_no_nonce(started):
+    bus = started(keys=dict(rate=5))
+    made, now = bus.issue(), time.time()
+    replayed = {method: signed(method, path, key=made.api_key, X_Key_ID=made.key_id)
+                for method, path in (("GET", "/get/x"), ("POST", "/delete/x"))}
+    assert [bus.ask("GET", "/get/x", key=None, **replayed["GET"]).status,
+            bus.ask("POST", "/delete/x", key=None, **replayed["POST"]).status] == [404, 200]
+    stored = lambda: tables_of(bus)["memos"][1].count("'nonces'")
+    before = stored()
+    for method, path in (("GET", "/get/x"), ("POST", "/delete/x")):
+        for wrong in (dict(X_Signature="0" * 64), dict(X_Nonce="another"), dict(X_Timestamp="1"), dict(X_Signature=""),
+                      dict(X_Timestamp=str(now - 1)), {}):
+            refused = [bus.ask(method, path, key=None, **dict(replayed[method], **wrong)).status for _ in range(5)]
+            assert refused == [403] * 5, (method, wrong)
+    fresh = lambda: bus.ask("POST", "/delete/x", key=None, **signed("POST", "/delete/x", key=made.api_key, X_Key_ID=made.key_id))
+    assert stored() == before
+    assert [fresh().status for _ in range(3)] == [200] * 3
+    assert [fresh().status for _ in range(5)] == [429] * 5 and stored() == before + 3
+    forged = bus.ask("POST", "/delete/x", key=None, **signed("POST", "/delete/x", key="wrong", X_Key_ID=made.key_id))
+    assert forged.status == (403 if bus.store.database.shared else 429)
 
 
 def test_a_nonce_is_each_keys_own(started):
@@ -3912,25 +4067,40 @@ def remembers(bus, text):
 
 
 @pytest.mark.parametrize("ahead", [-300, 0, 300])
-def test_a_nonce_is_remembered_as_long_as_its_timestamp_is_valid(started, clock, ahead):
+@pytest.mark.parametrize("method, target", [("POST", "/delete/x"), ("GET", "/get/x")])
+def test_a_nonce_is_remembered_as_long_as_its_timestamp_is_valid(started, clock, ahead, method, target):
     bus = started(clock=clock)
-    headers = signed("GET", "/get/x", timestamp=str(int(clock.wall + ahead)))
-    assert bus.ask("GET", "/get/x", **headers).status == 404
+    headers = signed(method, target, timestamp=str(int(clock.wall + ahead)))
+    stored = method == "POST" or bus.store.database.shared
+    assert bus.ask(method, target, **headers).status in (200, 404)
     clock.pass_(300 + ahead)     # the last moment of the timestamp
     bus.ask("POST", "/admin/cleanup")
-    assert_signature_refused(bus.ask("GET", "/get/x", **headers), "Replay detected")
-    assert remembers(bus, headers["X_Nonce"])
+    assert_signature_refused(bus.ask(method, target, **headers), "Replay detected")
+    assert remembers(bus, headers["X_Nonce"]) == stored
     clock.pass_(1200)
     bus.ask("POST", "/admin/cleanup")
     assert not remembers(bus, headers["X_Nonce"])
-    assert_signature_refused(bus.ask("GET", "/get/x", **headers), "Stale timestamp")
+    assert_signature_refused(bus.ask(method, target, **headers), "Stale timestamp")
+
+
+@pytest.mark.parametrize("first, then", [
+    (("POST", "/delete/x"), ("GET", "/get/x")), (("GET", "/get/x"), ("POST", "/delete/x")),
+])
+def test_a_nonce_is_good_for_one_request_of_any_method(served, first, then):
+    assert served.ask(*first, **signed(*first, nonce="same")).status in (200, 404)
+    assert_signature_refused(served.ask(*then, **signed(*then, nonce="same")), "Replay detected")
 
 
 def test_a_stale_timestamp_is_refused_with_the_server_time(started, clock):
     bus = started(clock=clock)
-    stale = bus.ask("GET", "/get/x", **signed("GET", "/get/x", timestamp=str(int(clock.wall - 301))))
-    assert_signature_refused(stale, "Stale timestamp")
-    assert stale.json["error"]["server_time"] == clock.wall
+    for method, target in (("GET", "/get/x"), ("POST", "/delete/x")):
+        sent = signed(method, target, timestamp=str(int(clock.wall - 301)))
+        stale = bus.ask(method, target, **sent)
+        assert_signature_refused(stale, "Stale timestamp")
+        assert stale.json["error"]["server_time"] == clock.wall
+        said = re.search(rb'"server_time":([0-9.]+)', stale.body)[1].decode()     # as it is written
+        text = "\n".join((said, sent["X_Timestamp"], sent["X_Nonce"])).encode()
+        assert stale.json["error"]["mac"] == hmac.new(KEY.encode(), text, "sha256").hexdigest()
 
 
 def test_a_bus_can_require_signatures(started):
@@ -3940,6 +4110,85 @@ def test_a_bus_can_require_signatures(started):
     assert bus.ask("GET", "/get/x", **signed("GET", "/get/x")).status == 404
     assert bus.ask("GET", "/health", key=None).status == 200
     assert IntentClient(bus.url, KEY).publish("g", 1).status == "published"
+
+
+UNSIGNED_ADMINS = (     # settings of Keys, and the credentials of an admin
+    ({}, dict(Authorization=basic("admin", KEY))),
+    (dict(admin_secret=ADMIN_SECRET), dict(X_Admin_Token=ADMIN_SECRET)),
+    (dict(dashboard_password="p w"), dict(Authorization=basic("admin", "p w"))),
+    (dict(metrics_token="metrics"), dict(Authorization="Bearer metrics")),
+    (dict(metrics_token="metrics"), dict(X_API_KEY="metrics")),
+)
+
+
+@pytest.mark.parametrize("settings, credentials", UNSIGNED_ADMINS, ids=repr)
+def test_an_unsigned_admin_comes_over_https_or_from_here(started, settings, credentials):
+    bus = started(keys=dict(settings, require_signatures=True))
+    routes = [("GET", "/metrics")] if "metrics_token" in settings else [
+        ("GET", "/admin/summary"), ("POST", "/admin/cleanup"), ("GET", "/metrics")]
+    if set(settings) & {"admin_secret", "dashboard_password"}:
+        routes += [("GET", "/intents"), ("POST", "/retry")]     # an admin may look and manage, too
+    assert [bus.ask(*route, key=None, **credentials).status for route in routes] == [200] * len(routes)
+    bus.restart(server=dict(trust_proxy=True))
+    for route in routes:
+        for said in ({}, dict(X_Forwarded_Proto="http"), dict(X_Forwarded_For="127.0.0.1")):
+            assert_signature_refused(bus.ask(*route, key=None, **credentials, **said), "Missing required signature headers.")
+        assert bus.ask(*route, key=None, X_Forwarded_Proto="https", **credentials).status == 200
+        wrong = {name: value[:-2] + "x" for name, value in credentials.items()}
+        assert bus.ask(*route, key=None, **wrong).status == 401
+
+
+@pytest.mark.parametrize("path, body", [
+    ("/intent", a_publish(idempotency_key="k")), ("/admin/intents", a_publish(idempotency_key="k")),
+    ("/intents?idempotency_key=k", [a_publish()]),
+])
+def test_an_idempotency_key_is_the_same_wherever_it_stands(served, path, body):
+    old = [a_publish()] if isinstance(body, list) else a_publish()
+    first, again, both = (served.ask("POST", *asked, **headers) for *asked, headers in (
+        (path.partition("?")[0], old, dict(Idempotency_Key="k")), (path, body, {}), (path, body, dict(Idempotency_Key="k"))))
+    assert first.status == 201 and first.body == again.body == both.body and served.statuses() == ["open"]
+    assert_refusal(served.ask("POST", path, body, Idempotency_Key="other"), 400, "invalid_idempotency_key", "send it once")
+    another = served.ask("POST", "/intents", [a_publish(idempotency_key="k")])
+    assert_refusal(another, 400, "invalid_request", "Intent 0", "idempotency_key")
+    assert served.statuses() == ["open"]
+
+
+CLAIM_TOKEN = "t" * 32
+
+
+@pytest.mark.parametrize("body, query, headers, code", [
+    ({"claim_token": CLAIM_TOKEN}, "", dict(X_Claim_Token="e" * 32), "invalid_claim_token"),
+    ({"claim_token": CLAIM_TOKEN}, "", dict(X_Worker_ID="boss"), "invalid_worker_id"),
+    ({"claim_token": CLAIM_TOKEN}, "&worker_id=w", dict(X_Worker_ID="boss"), "invalid_worker_id"),
+    ({"claim_token": CLAIM_TOKEN}, "", dict(X_Worker_Capabilities="gpu"), "invalid_capabilities"),
+    ({"claim_token": CLAIM_TOKEN}, "", dict(X_Worker_Capability="gpu"), "invalid_capabilities"),
+    ({"claim_token": CLAIM_TOKEN}, "&capabilities=a", dict(X_Worker_Capabilities="a,gpu"), "invalid_capabilities"),
+    (b"", "&worker_id=w", dict(X_Worker_ID="boss"), "invalid_worker_id"),
+    (b"", "&capability=a", dict(X_Worker_Capabilities="gpu"), "invalid_capabilities"),
+    ({"claim_token": "short"}, "", {}, "invalid_claim_token"),
+    ({"claim_token": CLAIM_TOKEN, "goal": "g"}, "", {}, "invalid_request"),
+    ([], "", {}, "invalid_request"),
+    (b"{", "", {}, "invalid_json"),
+])
+def test_nothing_outside_of_the_signature_changes_a_claim(served, body, query, headers, code):
+    ids = {served.publish(target_worker=worker, required_capability=need) for worker, need in (
+        (None, None), ("boss", None), (None, "gpu"))}
+    assert_refusal(served.ask("POST", f"/claim?goal=g{query}", body, **headers), 400, code)
+    assert served.statuses() == ["open"] * len(ids)
+
+
+@pytest.mark.parametrize("body, query, headers", [
+    ({"claim_token": CLAIM_TOKEN}, "worker_id=w&capabilities=a,b", {}),
+    (b"", "", dict(X_Claim_Token=CLAIM_TOKEN, X_Worker_ID="w", X_Worker_Capabilities="a, b")),
+    ({"claim_token": CLAIM_TOKEN}, "worker_id=w&capabilities=a,b", dict(X_Claim_Token=CLAIM_TOKEN, X_Worker_ID="w",
+                                                                      X_Worker_Capabilities="a,b")),
+    ({}, "worker_id=w", dict(X_Claim_Token=CLAIM_TOKEN, X_Worker_Capability="a,b")),
+])
+def test_a_claim_may_say_who_it_is_in_old_and_new_places(served, body, query, headers):
+    wanted = served.publish(target_worker="w", required_capability="b")
+    for _ in range(2):     # the same token, the same claim
+        claimed = served.ask("POST", f"/claim?{query}", body, **headers)
+        assert (claimed.json["id"], claimed.json["claim_token"], claimed.json["claim_attempts"]) == (wanted, CLAIM_TOKEN, 1)
 
 
 # -- Issued keys --
@@ -5685,7 +5934,8 @@ def test_a_bus_full_of_held_requests_makes_room(started, monkeypatch):
 
     def answered():
         """Return the status of a request, or None if it was turned away; the longest held one of the greediest key ends."""
-        return next((response.status for response in bus.send(asking("GET", "/whoami")) if response.status != 503), None)
+        with contextlib.suppress(ConnectionError):
+            return next((response.status for response in bus.send(asking("GET", "/whoami")) if response.status != 503), None)
     assert wait_until(answered) == 200
     ended, _, _ = select.select(many, [], [], HELD_SECONDS)
     response = response_on(ended[0])
@@ -6251,6 +6501,13 @@ def test_wsgi_answers_are_valid(wsgi, monkeypatch, method, target, status):
     (dict(BUS_ENFORCE_HTTPS="1"), {"HTTP_X_FORWARDED_PROTO": "https"}, "/intents", 403),
     (dict(BUS_ENFORCE_HTTPS="1", BUS_TRUST_PROXY="1"), {"HTTP_X_FORWARDED_PROTO": "https"}, "/intents", 200),
     (dict(BUS_ENFORCE_HTTPS="1", BUS_TRUST_PROXY="0"), {"HTTP_X_FORWARDED_PROTO": "https"}, "/intents", 403),
+    *[(dict(BUS_REQUIRE_SIGNATURES="1", BUS_ADMIN_SECRET="s", **settings), dict(environ, HTTP_X_ADMIN_TOKEN="s"),
+       "/admin/keys", status) for settings, environ, status in (
+        ({}, {"REMOTE_ADDR": "127.0.0.1"}, 200), ({}, {"REMOTE_ADDR": "127.9.9.9"}, 200), ({}, {"REMOTE_ADDR": "::1"}, 200),
+        ({}, {"REMOTE_ADDR": "::ffff:127.0.0.1"}, 200), ({}, {"REMOTE_ADDR": "10.0.0.1"}, 403), ({}, {"REMOTE_ADDR": ""}, 403),
+        ({}, {"REMOTE_ADDR": "127.0.0.1.example"}, 403), ({}, {"REMOTE_ADDR": "10.0.0.1", "wsgi.url_scheme": "https"}, 200),
+        (dict(BUS_TRUST_PROXY="1"), {"REMOTE_ADDR": "127.0.0.1"}, 403),
+        (dict(BUS_TRUST_PROXY="1"), {"REMOTE_ADDR": "127.0.0.1", "HTTP_X_FORWARDED_PROTO": "https"}, 200))],
 ], ids=repr)
 def test_the_environment_configures_a_wsgi_bus(wsgi, monkeypatch, settings, environ, target, status):
     for name, value in settings.items():
@@ -6465,6 +6722,10 @@ def test_a_full_disk_is_reported_and_loses_nothing(small_disk, monkeypatch):
     health = wait_until(lambda: (answer := bus.ask("GET", "/health", key=None)).status == 503 and answer)
     assert health.json["ok"] is False and clear(health.json["error"]) and "full" in health.json["error"]
     assert bus.ask("GET", f"/status/{claimed['id']}").json["status"] == "claimed"
+    reads = [path.replace("*", claimed["id"]) for method, path, _, _ in intentbus.ROUTES if method == "GET" and path != "/health"]
+    statuses = {path: bus.ask("GET", path, **signed("GET", path)).status for path in reads}
+    assert {path: status for path, status in statuses.items() if status != 200} == {
+        f"/get/{claimed['id']}": 404, f"/admin/dead/{claimed['id']}": 404}
     filler.unlink()
     wait_until(lambda: bus.ask("GET", "/health", key=None).status == 200)
     assert bus.ask("POST", f"/fulfill/{claimed['id']}", token).status == 200
@@ -6542,7 +6803,7 @@ def test_local_files_are_private(home):
 def test_settings_come_from_flag_environment_joined_bus_default(home, sent, monkeypatch):
     def found(*arguments):
         client = IntentClient(*arguments)
-        return client.base_url, sent_headers(sent, client.list)["x-api-key"]
+        return client.base_url, signer(sent, client.list, (own, "joined", "environment", "flag"))
     own = intentbus.make_key()
     assert found() == (intentbus.URL, own)
     intentbus.write_settings("https://joined", "joined", None)
@@ -6639,7 +6900,7 @@ def test_a_refused_request_is_set_aside_and_blocks_no_other(served, tmp_path):
 def test_a_publish_refused_at_once_is_raised_and_not_spooled(served, tmp_path):
     with pytest.raises(intentbus.Invalid, match="priority must be"):
         spooling(served, tmp_path).publish("g", 1, priority=5000)
-    with pytest.raises(intentbus.Unauthorized):
+    with pytest.raises(intentbus.Forbidden, match="Bad signature: this is not the key owner of the bus."):
         IntentClient(served.url, "wrong", spool=tmp_path / "spool.db").publish("g", 1)
     with pytest.raises(intentbus.Invalid, match="cannot be sent as JSON"):
         spooling(served, tmp_path).publish("g", {1, 2})
@@ -6908,22 +7169,23 @@ def test_the_client_finds_its_settings(sent, monkeypatch, tmp_path):
     key = intentbus.make_key()
     found = IntentClient()
     assert (found.base_url, found.namespace) == ("http://127.0.0.1:1", "home")
-    assert sent_headers(sent, found.list)["x-api-key"] == key
+    assert signer(sent, found.list, ("wrong", key)) == key
     with pytest.raises(intentbus.SetupError, match="The URL of a bus is http://HOST:PORT"):
         IntentClient("ftp://x")
 
 
-HERE_OR_ENCRYPTED = ("http://127.0.0.1:8787", "http://localhost", "http://127.1.2.3", "http://[::1]:8787", "https://bus.example",
-                     "https://10.0.0.1", "HTTP://LOCALHOST:1")
-IN_THE_OPEN = ("http://bus.example", "http://10.0.0.1:8787", "http://localhost.example", "http://127.0.0.1.example",
-               "http://127.example.com", "http://[::2]", "http://0.0.0.0")
+ENCRYPTED = ("https://bus.example", "https://10.0.0.1", "https://127.0.0.1:8787", "HTTPS://LOCALHOST")
+IN_THE_OPEN = ("http://127.0.0.1:8787", "http://localhost", "http://127.1.2.3", "http://[::1]:8787", "HTTP://LOCALHOST:1",
+               "http://bus.example", "http://10.0.0.1:8787", "http://localhost.example", "http://127.0.0.1.example", "http://[::2]")
 
 
 @pytest.mark.parametrize("key, key_id", [("tk_" + "ab" * 28, "ab" * 8), (KEY, "owner")])
-@pytest.mark.parametrize("url, safe", [(url, True) for url in HERE_OR_ENCRYPTED] + [(url, False) for url in IN_THE_OPEN])
-def test_the_key_is_sent_only_encrypted_or_to_this_machine(sent, url, safe, key, key_id):
+@pytest.mark.parametrize("url, safe", [(url, True) for url in ENCRYPTED] + [(url, False) for url in IN_THE_OPEN])
+def test_the_key_is_sent_only_encrypted(sent, url, safe, key, key_id):
     bus = IntentClient(url, key, timeout=5)
-    for ask in (lambda: bus.publish("g", 1), lambda: bus.claim("g"), lambda: bus.get_result("x"), lambda: bus.set("k", 1)):
+    for ask in (lambda: bus.publish("g", 1), lambda: bus.publish_many([dict(goal="g", payload=1)]), lambda: bus.claim("g"),
+                lambda: bus.claim("g", publisher=key), lambda: bus.fulfill("x"), lambda: bus.get_result("x"),
+                lambda: bus.set("k", 1), lambda: bus.list(), lambda: bus.join("x"), lambda: bus.admin("keys")):
         headers = sent_headers(sent, ask)
         assert headers.get("x-api-key") == (key if safe else None) and headers.get("x-key-id") == (None if safe else key_id)
         assert {"x-timestamp", "x-nonce", "x-signature"} <= set(headers)
@@ -6941,6 +7203,64 @@ def test_a_request_signed_with_a_key_id_works(served, monkeypatch):
     bus = IntentClient("http://bus.example", KEY)
     bus.base_url = served.url
     assert bus.get_status(bus.publish("g", 1).id).status == "open"
+
+
+@pytest.mark.parametrize("key", ["a?b", "a?b=c", "50%", "%41", "a#b", "a\nb", "a/b", "a b", "\u00e9", "a\x85b", "a&b=c+d"])
+def test_the_client_signs_any_key_of_a_value_for_it_alone(served, wsgi, monkeypatch, key):
+    served.client.set("a", "untouched")
+    served.client.set(key, 1)
+    assert served.client.get(key) == 1
+    seen, send = [], urllib.request.OpenerDirector.open
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", lambda self, request, *rest, **options: (
+        seen.append(request), send(self, request, *rest, **options))[1])
+    assert served.client.delete(key).deleted
+    target, headers = seen[0].full_url[len(served.url):], {name: value for name, value in seen[0].header_items()}
+    others = {urllib.parse.unquote(target), target.replace("%3F", "?").replace("%3D", "="), urllib.parse.quote(target)} - {target}
+    for other in others:
+        if re.fullmatch("[!-~]+", other) and urllib.parse.unquote(other) != urllib.parse.unquote(target):
+            replayed = served.ask("POST", other, key=None, **{name.replace("-", "_"): value for name, value in headers.items()})
+            assert replayed.status in (400, 403) and replayed.json["error"]["message"] != "Replay detected", other
+    assert served.client.get("a") == "untouched"
+    mounted = dict(wsgi("POST", target, **{f"HTTP_{name.upper().replace('-', '_')}": value for name, value in headers.items()
+                                           }, HTTP_X_API_KEY=KEY).json)
+    assert mounted == {"ok": True, "deleted": False}
+
+
+def test_the_clients_say_everything_in_what_is_signed(sent, tmp_path):
+    for bus in (IntentClient("http://bus.example", KEY), IntentClient("http://bus.example", KEY, spool=tmp_path / "spool.db")):
+        for ask in (lambda: bus.publish("g", 1), lambda: bus.publish("g", 1, idempotency_key="k"), bus.flush,
+                    lambda: bus.publish_many([dict(goal="g", payload=1)], idempotency_key="k"), lambda: bus.claim("g"),
+                    lambda: bus.claim("g", worker_id="w", capabilities=["a"], claim_token=CLAIM_TOKEN)):
+            with contextlib.suppress(intentbus.Unreachable):
+                ask()
+    headers = {name.lower() for request in sent for name, _ in request.header_items()}
+    assert headers == {"x-key-id", "x-timestamp", "x-nonce", "x-signature", "user-agent", "content-type"}
+    said = [(request.selector, json.loads(request.data)) for request in sent if request.data]
+    assert [body["idempotency_key"] for target, body in said if target == "/intent"].count("k") >= 2
+    assert all(body["idempotency_key"] for target, body in said if target == "/intent")
+    assert {target for target, body in said if isinstance(body, list)} == {"/intents?idempotency_key=k"}
+    assert {len(body["claim_token"]) for target, body in said if target.startswith("/claim")} == {32}
+
+
+@pytest.mark.parametrize("change", [
+    lambda error: error.pop("mac"), lambda error: error.update(mac="0" * 64), lambda error: error.update(mac=1),
+    lambda error: error.update(server_time=error["server_time"] + 310), lambda error: error.update(server_time="1e9"),
+    lambda error: error.update(server_time=None),
+])
+def test_a_client_believes_no_time_without_its_mac(served, monkeypatch, change):
+    right = time.time
+    monkeypatch.setattr(time, "time", lambda: right() + 7200 * (threading.current_thread() is threading.main_thread()))
+    answers = []
+
+    def lying(self, status, headers, content, *rest, read=IntentClient._read):
+        answer = json.loads(content)
+        change(answer["error"])
+        answers.append(status)
+        return read(self, status, headers, json.dumps(answer).encode(), *rest)
+    monkeypatch.setattr(IntentClient, "_read", lying)
+    with pytest.raises(intentbus.Forbidden, match="Stale timestamp"):
+        IntentClient(served.url, KEY).publish("g", 1)
+    assert answers == [403]
 
 
 def test_a_client_corrects_its_clock(tmp_path, monkeypatch):
@@ -7386,7 +7706,7 @@ def test_the_doctor_says_why_the_bus_cannot_be_reached(home, served, url, about,
 def test_the_doctor_checks_the_key_and_its_role(home, served):
     assert "No key: join the bus" in examine(home, "--url", served.url)[1]["key", "bad"]
     code, found = examine(home, "--url", served.url, INTENT_API_KEY="wrong")
-    assert code == 1 and "Invalid API key. Join it again" in found["key", "bad"] and ("bus", "ok") in found
+    assert code == 1 and "of the bus. Join it again" in found["key", "bad"] and ("bus", "ok") in found
     key = served.ask("POST", "/admin/generate_key", {"owner": "ann", "role": "work"}).json["api_key"]
     assert "of the owner ann, and may work." in examine(home, "--url", served.url, INTENT_API_KEY=key)[1]["key", "ok"]
     if os.name == "posix":
@@ -7768,7 +8088,7 @@ BAD_COMMANDS = (
     case("publish with a bad namespace", "publish g 1 --namespace a/b", 2, "namespace", "64"),
     case("publish too large", "publish g @{dir}/large.json", 6, "262144"),
     case("publish with no key file", "publish g 1 --key-file {dir}/missing", 2, "{dir}/missing"),
-    case("publish with an unknown key", "publish g 1 --key-file {dir}/wrong.key", 4, "Invalid API key."),
+    case("publish with an unknown key", "publish g 1 --key-file {dir}/wrong.key", 4, "this is not the key owner of the bus."),
     case("publish to no URL", "publish g 1 --url bus.example.com", 2, "http://HOST:PORT"),
     case("publish to a broken URL", "publish g 1 --url http://[::1", 2, "http://[::1"),
     case("publish to no port", "publish g 1 --url http://127.0.0.1:99999", 2, "99999"),
@@ -7779,19 +8099,19 @@ BAD_COMMANDS = (
     case("work with a short lease", "work --goal g --lease 5s", 2, "--lease", "10s", "1h"),
     case("work with no jobs", "work --goal g -j 0", 2, "-j", "1"),
     case("work with an unknown result", "work --goal g --result xml", 2, "--result", "json"),
-    case("work with an unknown key", "work --goal g --drain --key-file {dir}/wrong.key", 4, "Invalid API key."),
+    case("work with an unknown key", "work --goal g --drain --key-file {dir}/wrong.key", 4, "this is not the key owner of the bus."),
     case("work with a bad goal", "work --drain --goal " + "g" * 257, 2, "goal", "256"),
     case("work for no goal, as of an unset variable", "work --drain --goal=", 2, "goal"),
     case("status of nothing", "status", 2, "id"),
     case("status of an unknown id", "status {nobody}", 3, "{nobody}"),
-    case("status with an unknown key", "status {nobody} --key-file {dir}/wrong.key", 4, "Invalid API key."),
+    case("status with an unknown key", "status {nobody} --key-file {dir}/wrong.key", 4, "this is not the key owner of the bus."),
     case("result of nothing", "result", 2, "id"),
     case("result of an unknown id", "result {nobody}", 3, "{nobody}"),
     case("result with a bad wait", "result {nobody} --wait=x", 2, "--wait"),
     case("list of an unknown status", "list --status done", 2, "--status", "open"),
     case("list with no limit", "list --limit 0", 2, "--limit"),
     case("list with an argument", "list extra", 2, "extra"),
-    case("list with an unknown key", "list --key-file {dir}/wrong.key", 4, "Invalid API key."),
+    case("list with an unknown key", "list --key-file {dir}/wrong.key", 4, "this is not the key owner of the bus."),
     case("cancel nothing", "cancel", 2, "id"),
     case("cancel an unknown id", "cancel {nobody}", 3, "{nobody}"),
     case("retry nothing", "retry", 2, "--goal", "--all"),

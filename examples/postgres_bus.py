@@ -343,11 +343,15 @@ class SharedTokenBucket:
         taken = self._database.run_unsynced(TAKE, dict(name=name, cost=cost, full=60, force=force, now=self._database.clock.now()))
         return 0 if taken else cost
 
+    def delay(self, name):
+        """Return 0, without a round trip: take() tells."""
+        return 0
+
 
 class PostgresDatabase:
     """A PostgreSQL database that other buses use too, with the methods of Database that are called outside of rounds."""
 
-    shared, in_round, warning = True, False, None
+    shared, in_round, new, warning = True, False, False, None
 
     def __init__(self, dsn):
         """Connect, and create the tables if there are none; raises SetupError."""
