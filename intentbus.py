@@ -554,11 +554,13 @@ class Database:
             raise SetupError(f"intentbus needs SQLite 3.35 or newer; this Python has {sqlite3.sqlite_version}.")
         try:
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-            self._file, self._guard = os.stat(self.path), self._lock_file()
+            self._guard = self._lock_file()
             shared_memory = self._shared_memory()
             self._db = self._connect(exclusive=not shared_memory)
             self._prepare("WAL" if shared_memory else "DELETE")
             self._reader = self._connect(readonly=True)
+            paths = [self.path + end for end in ("", "-shm", "-wal")]     # the last two exist only beside a write-ahead log
+            self._files, self._log_bytes = [(path, os.stat(path)) for path in paths if os.path.exists(path)], 0
         except OSError as error:
             raise SetupError(f"The database {self.path} cannot be opened: {error.strerror}.") from error
         except sqlite3.Error as error:
@@ -586,7 +588,7 @@ class Database:
 
     def begin(self, in_round=True):
         """Begin a round, or the transaction of a block outside one; raises Busy while another program writes."""
-        self._require_file()
+        self._require_files()
         self._run(self._db.execute, "BEGIN IMMEDIATE")
         self.in_round = in_round
 
@@ -660,8 +662,8 @@ class Database:
         return changed
 
     def log_is_long(self):
-        """Return whether the write-ahead log needs truncate_log(), which readers have kept from starting again."""
-        return file_size(self.path + "-wal") > self._truncate_above
+        """Return whether the write-ahead log, as the round found it, needs truncate_log(): readers kept it from starting again."""
+        return self._log_bytes > self._truncate_above
 
     def truncate_log(self):
         """Truncate the write-ahead log; waits up to a second for readers of the file."""
@@ -672,15 +674,21 @@ class Database:
         self._db.execute("PRAGMA busy_timeout = 0")
         self._truncate_above = self.sizes()[1] + WAL_BYTES // 2 if blocked else WAL_BYTES
 
-    def _require_file(self):
-        """Raise Unavailable if the path leads to another file by now: our writes would be lost with this process."""
-        try:
-            there = os.stat(self.path)
-        except OSError:
-            there = None
-        if not there or not os.path.samestat(there, self._file):
-            raise Unavailable(f"The database {self.path} was deleted or replaced while the bus was using it; put the "
-                              "right file there and restart the bus.")
+    def _require_files(self):
+        """Raise Unavailable if a path leads to another file by now: our writes would be lost with this process.
+
+        SQLite still has the files open, so a bus that is stopped now saves all that it has answered.
+        """
+        for path, ours in self._files:
+            try:
+                there = os.stat(path)
+            except OSError:
+                there = None
+            if not there or not os.path.samestat(there, ours):
+                cure = "put the right file there and restart the bus" if path == self.path else (
+                    "restart the bus: when it stops, it saves all that it has answered, unless it is killed")
+                raise Unavailable(f"The file {path} of the database was deleted or replaced while the bus was using it; {cure}.")
+        self._log_bytes = there.st_size if path != self.path else 0
 
     def _translated(self, error):
         """Translate an error of SQLite; return any other unchanged."""
@@ -704,7 +712,9 @@ class Database:
 
     def _lock_file(self):
         """Lock a file beside the database until this process ends, so that a second bus does not serve it."""
-        guard = open(self.path + ".lock", "a+")
+        guard = open(self.path + ".lock", "a+", opener=lambda path, flags: os.open(path, flags, 0o600))
+        with contextlib.suppress(OSError):     # a file system without modes, as on a memory card
+            os.chmod(guard.name, 0o600)     # another user who can open it can keep the bus from starting
         try:
             lock(guard)
         except (BlockingIOError, PermissionError) as error:

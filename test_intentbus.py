@@ -6150,19 +6150,37 @@ def test_a_worker_outlasts_a_full_disk_at_the_bus(small_disk, impatient, monkeyp
 
 @ON_A_FILE
 @POSIX
+@pytest.mark.parametrize("end", ("", "-wal", "-shm"))
 @pytest.mark.parametrize("happens", ("deleted", "replaced"))
-def test_a_bus_whose_file_is_gone_accepts_nothing(served, happens, monkeypatch):
-    monkeypatch.setattr(intentbus, "RECHECK_SECONDS", 0.1)
-    kept = served.publish()
-    os.rename(served.db, served.db + ".away")
+def test_a_bus_with_a_file_gone_accepts_nothing_and_loses_nothing(started, happens, end, quick_rechecks):
+    served = started()
+    kept, path = [served.publish(), served.publish()], served.db + end
+    os.rename(path, path + ".away")
     if happens == "replaced":
-        shutil.copy(served.db + ".away", served.db)
-    assert_refusal(served.ask("POST", "/intent", a_publish()), 503, "database_busy", "deleted or replaced", "restart")
-    assert_refusal(served.ask("POST", "/claim"), 503, "database_busy", "deleted or replaced")
-    assert served.ask("GET", "/health", key=None).json["error"].startswith("The database ")
-    os.rename(served.db + ".away", served.db)
-    assert served.ask("POST", "/claim").json["id"] == kept
-    wait_until(lambda: served.ask("GET", "/health", key=None).status == 200)
+        shutil.copy(path + ".away", path)
+    for target, body in (("/intent", a_publish()), ("/claim", b"")):
+        assert_refusal(served.ask("POST", target, body), 503, "database_busy", f"The file {path} of", "deleted or replaced", "restart")
+    assert served.ask("GET", "/health", key=None).json["error"].startswith(f"The file {path} of")
+    if not end or happens == "replaced":     # the right one is put back
+        os.rename(path + ".away", path)
+        assert served.ask("POST", "/claim").json["id"] == kept[0]
+        wait_until(lambda: served.ask("GET", "/health", key=None).status == 200)
+    served.restart()
+    assert [intent.id for intent in reversed(served.client.list().intents)] == kept
+    assert served.ask("POST", "/intent", a_publish()).status == 201
+
+
+@ON_A_FILE
+@POSIX
+def test_no_other_user_can_open_a_file_of_the_bus(started):
+    bus = started()
+    bus.publish()
+    bus.stop()
+    os.chmod(bus.db + ".lock", 0o644)     # as earlier versions made it
+    bus.start()
+    bus.publish()
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in Path(bus.db).parent.glob("bus.db*")}
+    assert modes == dict.fromkeys(("bus.db", "bus.db-wal", "bus.db-shm", "bus.db.lock"), 0o600)
 
 
 @ON_A_FILE
