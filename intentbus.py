@@ -154,10 +154,12 @@ HANDSHAKES = 4                      # TLS handshakes of one round: one with RSA-
 SHUTDOWN_SECONDS = 4                # for running requests; service managers kill after 5 s or more
 EXIT_SECONDS = 4.8                  # for all of the shutdown
 CONNECTIONS = 16_384 if os.name == "posix" else 500     # a waiting worker takes 2 KB; Windows's select() takes 512 sockets
+CONNECTIONS_MIN = 32                # a few workers, a publisher and a browser, which opens six; fewer would refuse most clients
 SPARE_FILES = 64                    # descriptors left to the database and other files
 ACCEPT_PAUSE_SECONDS = 0.1          # before accepting again when there are no descriptors left
 BACKLOG = 1024                      # 5, the default, stalls at 40 clients
 STACK_BYTES = 256 * 1024            # of a thread; the default of 8 MiB is too much for a 32-bit phone
+CERTIFICATE_SECONDS = 10            # between two looks at the files of the certificate; a change is loaded at the look after it
 
 # Client, worker and doctor
 URL = "http://127.0.0.1:8787"
@@ -2166,6 +2168,28 @@ def basic_credentials(headers):
     return user, password
 
 
+def plain_address(text):
+    """Return the IP address in a text, in its one spelling and without port; a text without one stays, cut at 64 characters."""
+    import ipaddress     # not at the top: only the bus pays for it
+    bare = text.strip(' "')
+    host = bare[1:].partition("]")[0] if bare.startswith("[") else bare.partition(":")[0] if bare.count(":") == 1 else bare
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return text[:64]
+    return str(getattr(address, "ipv4_mapped", None) or address)
+
+
+def network_of(peer):
+    """Return the network that an address belongs to: one host can have all addresses of an IPv6 /64."""
+    import ipaddress
+    if ":" not in peer:
+        return peer
+    with contextlib.suppress(ValueError):
+        return ipaddress.IPv6Address(peer).packed[:8]
+    return peer
+
+
 def sign(key, method, path, pairs, timestamp, nonce, body):
     """Return the signature of a request: HMAC-SHA256 of its canonical form, as the Intent Protocol 2.0 defines it.
 
@@ -2275,6 +2299,21 @@ class Keys:
         """Return whether a request has an admin's credentials, right or wrong, rather than a key."""
         return "x-admin-token" in request.headers or bool(
             self._dashboard_password) and basic_credentials(request.headers)[0] == "admin"
+
+    def presents_right_admin(self, request):
+        """Return whether the head of a request has an admin's credentials; raises Unauthorized for wrong ones.
+
+        A signature by the owner key counts as right until confirm() checks it.
+        """
+        headers, owner_is_admin = request.headers, not (self._admin_secret or self._dashboard_password)
+        if self.presents_admin(request) or owner_is_admin and basic_credentials(headers)[0] == "admin":
+            self.identify_admin(request)
+            request.caller = None     # the endpoint asks for its own credentials
+            return True
+        if not owner_is_admin or presented_key(headers) is None and "x-key-id" not in headers:
+            return False
+        self.identify(request)
+        return request.key_id == "owner"
 
     def confirm(self, request):
         """Find the Caller of a whole request, check its signature, count it; raises Unauthorized, Forbidden, RateLimited."""
@@ -2417,8 +2456,8 @@ class Keys:
             tx.after_commit(setattr, request, "signing_key", None)     # checked: if the round is lost, the request runs again
 
     def _failed(self, request, error):
-        """Return the error, delayed after repeated failures from one address."""
-        if self._failures.take(request.peer):
+        """Return the error, delayed after repeated failures from one network."""
+        if self._failures.take(network_of(request.peer)):
             error.delay_seconds = FAILURE_SECONDS
         return error
 
@@ -3036,25 +3075,26 @@ def request_id_of(headers):
 class Request:
     """A request: method, target as sent, headers by lower-case name, body in bytes, the client's address.
 
-    secure tells whether it came encrypted, may_wait whether it may be held. Raises Invalid if the target cannot be decoded.
+    secure tells whether it came encrypted, may_wait whether it may be held, local whether it is from this machine itself.
+    Raises Invalid if the target cannot be decoded.
     """
 
-    __slots__ = ("method", "raw_path", "path", "query", "headers", "body", "peer", "secure", "may_wait", "id", "who",
+    __slots__ = ("method", "raw_path", "path", "query", "headers", "body", "peer", "secure", "may_wait", "local", "id", "who",
                  "endpoint", "place", "caller", "key_id", "signing_key", "proven", "connection")
 
-    def __init__(self, method, target, headers=None, body=b"", peer="", secure=False, may_wait=True):
+    def __init__(self, method, target, headers=None, body=b"", peer="", secure=False, may_wait=True, local=False):
         self.method, self.headers, self.body = method, headers or {}, body
-        self.peer, self.secure, self.may_wait = peer, secure, may_wait
+        self.peer, self.secure, self.may_wait, self.local = peer, secure, may_wait, local
         self.id = request_id_of(self.headers)
         self.endpoint = self.caller = self.signing_key = None     # until API.admit() and Keys know them
         self.proven = False         # whether its head has shown a right key
         self.connection = None      # where the answer goes, on a Server
         self.raw_path, _, self.query = target.partition("?")
-        self.path = self.raw_path
+        self.path = "/" + self.raw_path.lstrip("/") if self.raw_path.startswith("//") else self.raw_path
         if "%" in target:
             if BAD_ESCAPE.search(target):     # a percent sign without two hex digits
                 raise badly_encoded()
-            self.path = decoded_path(self.raw_path)
+            self.path = decoded_path(self.path)
 
     @property
     def pairs(self):
@@ -3296,6 +3336,8 @@ ROLES = {
     "both": ("publish", "work", "look", "manage", "keep"),
 }
 REPORTS = ("/extend_claim/", "/fulfill/", "/fail/", "/release/")     # answered before the claims of their round
+OPEN_OVER_HTTP = ("/", "/health")                                    # where https is enforced
+OPEN_IN_MAINTENANCE = (*OPEN_OVER_HTTP, "/metrics")                  # to everybody; admins are let in everywhere
 
 
 def from_another_site(headers):
@@ -3339,7 +3381,7 @@ def log_traceback(what, error):
 class API:
     """Answers requests: API(bus, keys).handle(request) -> Response, Held or Unfinished.
 
-    enforce_https refuses what did not come encrypted; maintenance answers 503 to all but / and /health.
+    enforce_https refuses what came neither encrypted nor from this machine; maintenance answers 503 to all but admins.
     """
 
     def __init__(self, bus, keys, max_body=BODY_BYTES, enforce_https=False, maintenance=False):
@@ -3354,6 +3396,7 @@ class API:
 
     def admit(self, request):
         """Find the endpoint of a request, and who sends it, from its head alone; raises the error to answer with."""
+        self._require_open(request)
         place, *request.place = self._place(request.path)
         methods = self._routes.get(place)
         if methods is None:
@@ -3363,8 +3406,9 @@ class API:
             allowed = ", ".join(sorted({*methods, *(["HEAD"] if "GET" in methods else [])}))
             raise MethodNotAllowed(f"{place} takes {allowed} only.", headers=[("Allow", allowed)])
         request.who, endpoint = methods[method]
+        if self._maintenance and request.path not in OPEN_IN_MAINTENANCE:
+            request.who = request.who or "admin"
         if request.who:
-            self._require_open(request)
             self._identify(request)
         request.endpoint = endpoint
 
@@ -3378,13 +3422,13 @@ class API:
         return next(((route, match[1]) for route, pattern in self._patterns if (match := pattern.fullmatch(path))), (path,))
 
     def _require_open(self, request):
-        """Raise the error of a gate that is closed to a request."""
-        if self._maintenance:
-            raise Unavailable("The bus is under maintenance; try again later.", "maintenance")
-        if request.method == "POST" and from_another_site(request.headers):
+        """Raise the error of a gate that is closed to a request, whether or not there is such a path."""
+        if request.method in ("POST", "PUT") and from_another_site(request.headers):
             raise Forbidden("This was sent by a page of another site.", "cross_site")
-        if self._enforce_https and not request.secure:
+        if self._enforce_https and not (request.secure or request.local or request.path in OPEN_OVER_HTTP):
             raise Forbidden("This bus takes https only.", "https_required")
+        if self._maintenance and request.path not in OPEN_IN_MAINTENANCE and not self.keys.presents_right_admin(request):
+            raise Unavailable("The bus is under maintenance; try again later.", "maintenance")
 
     def _identify(self, request):
         if request.who == "metrics":
@@ -3634,6 +3678,48 @@ class Tls:
         return self._outgoing.read()
 
 
+class Certificate:
+    """The certificate of a TLS server, as `context` for its next connections; renew() loads its files again."""
+
+    def __init__(self, certificate, key):
+        """Load the files; raises SetupError if they cannot be used."""
+        self._files = certificate, key
+        self._loaded = self._seen = self._versions()
+        self.context = self._load()
+
+    def renew(self, at_once=False):
+        """Load the files if they have changed, or at once; return whether they were loaded. Raises SetupError, as at first.
+
+        A change is loaded once the files stay as they are from one call to the next: a renewal writes one after the other.
+        """
+        seen, self._seen = self._seen, self._versions()
+        if not at_once and (self._seen == self._loaded or self._seen != seen):
+            return False
+        self._loaded = self._seen
+        self.context = self._load()     # a new one: after a failure, a context that was loaded into again is of no use
+        return True
+
+    def _versions(self):
+        found = []
+        for path in self._files:
+            with contextlib.suppress(OSError):
+                status = os.stat(path)
+                found.append((status.st_ino, status.st_size, status.st_mtime_ns))
+        return found
+
+    def _load(self):
+        import ssl
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        try:
+            context.load_cert_chain(*self._files)
+        except OSError as error:
+            bad_content = isinstance(error, ssl.SSLError) and "one of them is damaged, or they do not belong together"
+            raise SetupError("The TLS certificate {} and key {} cannot be used: {}.".format(
+                *self._files, bad_content or error.strerror)) from error
+        return context
+
+
 def rendered(response, connection="", bodiless=False):
     """Return the bytes of a response, to be sent at once: in two pieces, Nagle's algorithm can cost 40 ms."""
     lines = "".join([f"{field}: {value}\r\n" for field, value in response.headers])
@@ -3715,7 +3801,7 @@ class RequestReader:
         self.bodiless = method == "HEAD"
         if self.version == "1" and "host" not in headers:
             raise Invalid("An HTTP/1.1 request needs a Host header.")
-        self.request = Request(method, target, headers, b"", *self._loop.origin(headers, self._peer))
+        self.request = Request(method, target, headers, **self._loop.origin(headers, self._peer))
         length = body_length(headers, self.version, self._loop.api.max_body)
         self._body = Chunks(self._loop.api.max_body) if length is None else length
         self._loop.admit(self.request, block)
@@ -4147,14 +4233,15 @@ class Loop:
     daemon_threads = True
     allow_reuse_address = POSIX     # elsewhere a second server could take the port
 
-    def open(self, api, access_log, trust_proxy, tls):
-        """Take the API to serve, and the options of http_server."""
+    def open(self, api, limit, access_log, trust_proxy, certificate):
+        """Take the API to serve, the number of connections, and the options of http_server."""
         import selectors
-        self.api, self._access_log, self._trust_proxy, self._tls = api, access_log, trust_proxy, tls
+        self.api, self._limit, self._access_log, self._trust_proxy = api, limit, access_log, trust_proxy
+        self._certificate, self._renewing, self._renew_now, self._renew_at = certificate, False, False, 0
         self.now, self.stopping = time.monotonic(), False
         self.waiting, self.heads = Waiting(), {}    # heads: parsed headers by their bytes, of known callers
         self.ready = []                             # connections with bytes that are not parsed yet
-        self._connections, self._limit = set(), connection_limit()
+        self._connections = set()
         self.owing = collections.OrderedDict()      # connections that owe a request, the longest first
         self._unproven = collections.OrderedDict()  # connection: bytes kept before its key is checked
         self._unproven_bytes = self._handshakes = self._tick_at = self._housekeeping_at = self._house_due_at = 0
@@ -4229,6 +4316,10 @@ class Loop:
         if self.now >= self._house_due_at:
             self._housekeeping_at = self.now + RECHECK_SECONDS     # earlier, if it succeeds
             self.rounds.keep_house(self._housekeeping)
+        if self._certificate and not self._renewing and (self._renew_now or self.now >= self._renew_at):
+            at_once, self._renew_now, self._renewing = self._renew_now, False, True
+            self._renew_at = self.now + CERTIFICATE_SECONDS
+            self.in_thread(functools.partial(self._certificate.renew, at_once), self._renewed)
 
     def _look_at_database(self, bus):
         database = bus.store.database
@@ -4238,6 +4329,14 @@ class Loop:
             self.rounds.look_again()
         if bus.clock.step():
             self.rounds.apart(bus.shift_clock)
+
+    def _renewed(self, result):
+        """Log that the certificate was loaded again, or the error: then the one before stays in use."""
+        self._renewing = False
+        if isinstance(result, Exception):
+            print(f"intentbus: {result} The one before stays in use.", file=sys.stderr, flush=True)
+        elif result:
+            print("intentbus: the TLS certificate was loaded again", file=sys.stderr, flush=True)
 
     def _housekeeping(self):
         with contextlib.suppress(Error):
@@ -4260,6 +4359,11 @@ class Loop:
     def stop(self):
         """Let serve_forever() end; for signal handlers and other threads."""
         self.stopping = True
+        self._wake()
+
+    def renew_certificate(self):
+        """Have the files of the certificate loaded again now; for signal handlers and other threads."""
+        self._renew_now = True
         self._wake()
 
     def shutdown(self):
@@ -4352,7 +4456,7 @@ class Loop:
             return self._turn_away(sock)
         if len(self._connections) >= self._limit:     # the longest idle or slow client makes room
             next(iter(self.owing)).close()
-        connection = Connection(self, sock, address[0], Tls(self._tls) if self._tls else None)
+        connection = Connection(self, sock, plain_address(address[0]), self._certificate and Tls(self._certificate.context))
         self._connections.add(connection)
         self.owing[connection] = None
         self.watch(connection, READ)
@@ -4421,8 +4525,8 @@ class Loop:
     # -- Requests --
 
     def origin(self, headers, peer):
-        """Return the client's address, and whether it sent the request encrypted; from X-Forwarded-* if the proxy is trusted."""
-        return forwarded(headers, peer, bool(self._tls)) if self._trust_proxy else (peer, bool(self._tls))
+        """Return where a request comes from, as arguments of Request."""
+        return origin(headers, peer, bool(self._certificate), self._trust_proxy)
 
     def admit(self, request, block):
         """Let the API look at a head; keep its headers for the next request, if its key is checked."""
@@ -4488,14 +4592,22 @@ class Loop:
                                   request_id=request.id)), file=sys.stderr, flush=True)     # ASCII, safe for a terminal
 
 
-def forwarded(headers, peer, secure):
-    """Return the client's address, the last one, which the proxy has seen itself, and whether the client used https."""
-    peer = headers.get("x-forwarded-for", peer).rpartition(",")[2].strip()
-    return peer, headers.get("x-forwarded-proto", "https" if secure else "").rpartition(",")[2].strip() == "https"
+def origin(headers, peer, secure, trust_proxy):
+    """Return where a request comes from, as arguments of Request, given the address of the peer and whether it used TLS.
+
+    A trusted proxy tells: in the last address of X-Forwarded-For, the one that it has seen itself, and X-Forwarded-Proto.
+    """
+    if not trust_proxy:
+        return dict(peer=peer, secure=secure, local=peer.startswith("127.") or peer == "::1")
+    client, scheme = (headers.get(f"x-forwarded-{part}", "").rpartition(",")[2].strip() for part in ("for", "proto"))
+    return dict(peer=plain_address(client) if client else peer, secure=scheme.lower() == "https")
 
 
 def connection_limit():
-    """Return how many connections this process may have, after raising its limit of open files as far as possible."""
+    """Return how many connections this process may have, after raising its limit of open files as far as possible.
+
+    Raises SetupError if these are too few to be of use.
+    """
     try:
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -4505,7 +4617,12 @@ def connection_limit():
             soft = wanted
     except (ImportError, ValueError, OSError):
         return CONNECTIONS
-    return CONNECTIONS if soft == resource.RLIM_INFINITY else min(CONNECTIONS, soft - SPARE_FILES)
+    if soft == resource.RLIM_INFINITY:
+        return CONNECTIONS
+    if soft < SPARE_FILES + CONNECTIONS_MIN:
+        raise SetupError(f"The bus needs {SPARE_FILES + CONNECTIONS_MIN} open files or more, and may have {soft} here; raise "
+                         "the limit: ulimit -n, or LimitNOFILE of a systemd service.")
+    return min(CONNECTIONS, soft - SPARE_FILES)
 
 
 def http_server(api, host="127.0.0.1", port=8787, access_log=False, trust_proxy=False, tls=None):
@@ -4515,30 +4632,19 @@ def http_server(api, host="127.0.0.1", port=8787, access_log=False, trust_proxy=
     serve_forever() in one thread and close() in another. Raises SetupError if the address cannot be bound.
     """
     from http.server import ThreadingHTTPServer     # not at the top: it would slow down every publish
+    if not host.strip():     # to the system, an empty one means all addresses
+        raise SetupError("The --host is empty; leave it out for this machine only, or give 0.0.0.0 or :: for all addresses.")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     server_class = type("Server", (Loop, ThreadingHTTPServer), {"address_family": family})
     threading.stack_size(STACK_BYTES)
-    context = tls and tls_context(*tls)
+    limit, certificate = connection_limit(), tls and Certificate(*tls)
     try:
         server = server_class((host, port), None)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise SetupError(f"The bus cannot listen on {host} port {port}: {reason}; choose another --port.") from error
-    server.open(api, access_log, trust_proxy, context)
+    server.open(api, limit, access_log, trust_proxy, certificate)
     return server
-
-
-def tls_context(certificate, key):
-    """Return the TLS settings of a server; raises SetupError if the files cannot be used."""
-    import ssl
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(certificate, key)
-    except OSError as error:
-        raise SetupError(f"The TLS certificate {certificate} and key {key} cannot be used: "
-                         f"{error.strerror or error}.") from error
-    return context
 
 
 def find_owner_key(path=KEY_FILE):
@@ -4648,12 +4754,11 @@ def wsgi_request(environ, headers, max_body):
     body = environ["wsgi.input"].read(length)
     if len(body) < length:
         raise Invalid("The body ended before its Content-Length.")
-    origin = environ.get("REMOTE_ADDR", ""), environ.get("wsgi.url_scheme") == "https"
-    if switched_on("BUS_TRUST_PROXY"):
-        origin = forwarded(headers, *origin)
     path = urllib.parse.quote(environ.get("PATH_INFO", "").encode("latin-1")) or "/"
-    return Request(environ["REQUEST_METHOD"], f"{path}?{environ.get('QUERY_STRING', '')}", headers, body, *origin,
-                   may_wait=bool(environ.get("wsgi.multithread")))
+    return Request(environ["REQUEST_METHOD"], f"{path}?{environ.get('QUERY_STRING', '')}", headers, body,
+                   may_wait=bool(environ.get("wsgi.multithread")),
+                   **origin(headers, plain_address(environ.get("REMOTE_ADDR", "")), environ.get("wsgi.url_scheme") == "https",
+                            switched_on("BUS_TRUST_PROXY")))
 
 
 def sqlite_store(path=None):
@@ -5877,6 +5982,8 @@ def serve_command(options):
     for signal_name in ("SIGTERM", "SIGINT", "SIGBREAK"):     # only Windows has SIGBREAK
         if hasattr(signal, signal_name):
             signal.signal(getattr(signal, signal_name), stop)
+    if options.tls_cert and hasattr(signal, "SIGHUP"):     # without a certificate, it ends the bus
+        signal.signal(signal.SIGHUP, lambda *_: server.renew_certificate())
     signal.set_wakeup_fd(server.wakeup.fileno(), warn_on_full_buffer=False)     # on Windows, a signal ends no wait
     host = f"[{options.host}]" if ":" in options.host else options.host
     url = f"http{'s' if options.tls_cert else ''}://{host}:{server.server_port}"
