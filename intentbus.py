@@ -122,6 +122,7 @@ LOCK_CHECK_SECONDS = 0.02           # between two tries while another program ho
 LOCK_SECONDS = 30                   # how long requests wait while another program holds the file, for a backup say
 DUE_ROWS = 500                      # due transitions applied in one round, about 10 ms
 SLICE_ROWS = 200                    # rows a long operation looks at in one step, about 5 ms
+HEALTH_SECONDS = 0.5                # how long /health waits for its round; monitors wait for a second or more
 STALLED_SECONDS = 10                # a commit that takes longer means that the disk hangs: /health says so
 LIST_ROWS = 10_000                  # rows looked at for one page of a list: about 20 ms
 PAGE_BYTES = 4 * 2 ** 20            # payloads in one page of a list
@@ -134,6 +135,7 @@ ROUND_SECONDS = 0.005               # longest round: the next requests wait that
 SLICE_SECONDS = 0.001               # of a long operation in Python; other requests are answered in between
 SLOW_COMMIT_SECONDS = 0.002         # after a slower commit, the next ones run in a thread, while the loop answers reads
 SLOW_COMMIT_TIMES = 100             # how long they do, in durations of the slow commit
+DEPUTY_SECONDS = 0.1                # how long a commit may keep the loop; with HEALTH_SECONDS, less than a second
 GATHERING_TIMES = 0.05              # how long the next round waits, likewise: clients that got their answer can join it
 BODY_BYTES = 256 * 1024             # an intent says what to do; large data belongs elsewhere
 JSON_DEPTH = 64                     # the parser takes stack for each level
@@ -658,13 +660,14 @@ class Database:
         return file_size(self.path), file_size(self.path + "-wal")
 
     def changed_elsewhere(self):
-        """Return whether another program has written to the file since the last call."""
+        """Return whether another program has written to the file since the last call; raises Unavailable as begin() does."""
+        self._require_files()
         version, = self._run(self._db.execute, "PRAGMA data_version").fetchone()
         changed, self._version = version != self._version, version
         return changed
 
     def log_is_long(self):
-        """Return whether the write-ahead log, as the round found it, needs truncate_log(): readers kept it from starting again."""
+        """Return whether the write-ahead log, as begin() found it, needs truncate_log(): readers kept it from starting again."""
         return self._log_bytes > self._truncate_above
 
     def truncate_log(self):
@@ -679,7 +682,7 @@ class Database:
     def _require_files(self):
         """Raise Unavailable if a path leads to another file by now: our writes would be lost with this process.
 
-        SQLite still has the files open, so a bus that is stopped now saves all that it has answered.
+        SQLite still has a deleted log open, so what is in it is written into the database.
         """
         for path, ours in self._files:
             try:
@@ -687,9 +690,11 @@ class Database:
             except OSError:
                 there = None
             if not there or not os.path.samestat(there, ours):
-                cure = "put the right file there and restart the bus" if path == self.path else (
-                    "restart the bus: when it stops, it saves all that it has answered, unless it is killed")
-                raise Unavailable(f"The file {path} of the database was deleted or replaced while the bus was using it; {cure}.")
+                if path.endswith("-wal"):
+                    self._run(self._db.execute, "PRAGMA wal_checkpoint")
+                cure = "put the right file there and restart the bus" if path == self.path else "restart the bus"
+                raise Unavailable(f"The file {path} of the database was deleted or replaced while the bus was using it; "
+                                  f"{cure}.")
         self._log_bytes = there.st_size if path != self.path else 0
 
     def _translated(self, error):
@@ -1210,6 +1215,7 @@ class Store(Reads):
         self.database, self.now, self._transaction = database, now, transaction
         self.round = []           # the blocks of the round so far
         self.failed = False       # whether the last round was lost
+        self.obstacle = None      # the error with which the last round could not begin
         self.busy_since = None    # by time.monotonic(), while a commit or a shift of the clock runs in another thread
         self.on_commit = lambda blocks: None
 
@@ -1595,7 +1601,8 @@ class Bus:
         self._known_goals = set()     # (namespace, goal) of goals that are on record as having had a worker
         self._unfinished = {}         # publisher: number of unfinished intents, of issued keys that have published
         self._kept = [0, 0]           # ended intents are kept that many seconds longer, until a time
-        self._clean_at = self._history_at = self._note_at = self._probe_at = 0     # by time.monotonic()
+        self._clean_at = self._history_at = self._note_at = 0     # by time.monotonic(), as the next one
+        self._written_at = -FOREVER     # when something was written last
         self.on_news = lambda moves: None
         store.now, store.on_commit = self.clock.now, self._committed
         if stored := store.recall("clock", "", "", 0):
@@ -1964,16 +1971,21 @@ class Bus:
 
     def probe(self):
         """Raise Unavailable or StorageFull if the database cannot be written; it is written once a second at most."""
+        if self.store.failed or time.monotonic() >= self._written_at + RECHECK_SECONDS:
+            with self.store.transaction() as tx:
+                tx.remember("probe", "", "", "", tx.now + RECHECK_SECONDS)
+                tx.after_commit(self._note_write)
+
+    def require_progress(self):
+        """Raise Unavailable if the database seems not to be written, after a probe that has not ended in HEALTH_SECONDS."""
         now, since = time.monotonic(), self.store.busy_since
         if since is not None and now - since > STALLED_SECONDS:
             raise Unavailable(f"The disk of the database has not answered for {now - since:.0f} s.")
-        if since is None and (self.store.failed or now >= self._probe_at):
-            with self.store.transaction() as tx:
-                tx.remember("probe", "", "", "", tx.now + RECHECK_SECONDS)
-                tx.after_commit(self._put_off_probe)
+        if since is None and now - self._written_at > HEALTH_SECONDS:
+            raise self.store.obstacle or Unavailable(f"The database has not answered for {HEALTH_SECONDS} s.")
 
-    def _put_off_probe(self):
-        self._probe_at, self.store.failed = time.monotonic() + RECHECK_SECONDS, False
+    def _note_write(self):
+        self._written_at, self.store.failed = time.monotonic(), False
 
     # -- Rules shared by several verbs --
 
@@ -2040,7 +2052,7 @@ class Bus:
             effect()
         self.learn(moves)
         if moves:
-            self._put_off_probe()
+            self._note_write()
         self.on_news(moves)
 
     def learn(self, moves, ours=True):
@@ -3407,7 +3419,7 @@ class API:
             raise MethodNotAllowed(f"{place} takes {allowed} only.", headers=[("Allow", allowed)])
         request.who, endpoint = methods[method]
         if self._maintenance and request.path not in OPEN_IN_MAINTENANCE:
-            request.who = request.who or "admin"
+            request.who = request.who or "admin"     # a mere signature has passed the gate: confirm() is to check it
         if request.who:
             self._identify(request)
         request.endpoint = endpoint
@@ -3454,6 +3466,13 @@ class API:
         """Do the next slice of a long operation; return the answer, or an Unfinished again."""
         return self._guarded(unfinished.request, self._ask_again, unfinished, unfinished.go_on)
 
+    def late_health(self, request):
+        """Return the answer to a request for /health whose round has not ended in HEALTH_SECONDS."""
+        def known():
+            self.bus.require_progress()
+            return self._response(request, (200, health_of(self)))
+        return self._guarded(request, known)
+
     def hold(self, request, keys, seconds, attempt, otherwise):
         """Return what attempt() finds or, if that is None, a Held; otherwise() at once if the request may not wait."""
         found = attempt()
@@ -3475,9 +3494,7 @@ class API:
 
     def writes(self, request):
         """Return whether an admitted request needs a round, since it may change something: a nonce, for one."""
-        if request.endpoint is health_endpoint:
-            return self.bus.store.busy_since is None
-        return request.method not in ("GET", "HEAD") or request.signing_key is not None
+        return request.method not in ("GET", "HEAD") or request.signing_key is not None or request.endpoint is health_endpoint
 
     def summary(self, minutes=60):
         """Return the summary of the bus, with the number of held requests."""
@@ -3894,7 +3911,7 @@ class Connection:
             return self._refuse(error)
         if request:
             self._begin(request)
-            self.loop.rounds.submit(request)
+            self.loop.submit(request)
         elif self.eof:
             self.close()
         else:
@@ -4005,6 +4022,59 @@ class Connection:
             self.sock.close()
 
 
+class Deputy:
+    """A thread that turns the loop while the loop's own thread is kept by a call that turns out to be slow.
+
+    Most commits are quick, and handing each one to a thread would cost more than the commit. So the loop's thread makes the
+    call itself, and puts down the baton meanwhile. If the call lasts, the deputy picks the baton up, and puts it down again
+    once the call has ended.
+    """
+
+    def __init__(self, loop):
+        self._loop, self._store = loop, loop.api.bus.store
+        self._since = None     # when the call began, by time.monotonic(), while it runs
+        self._begun, self._ended, self._baton = threading.Event(), False, threading.Lock()
+        self._baton.acquire()
+
+    def start(self):
+        """Start the thread; without one, a slow call keeps the loop."""
+        with contextlib.suppress(RuntimeError):     # this machine gives us no more threads
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def end(self):
+        """Let the thread end."""
+        self._ended = True
+        self._begun.set()
+
+    def call(self, function):
+        """Call a function that may wait but leaves the loop's state alone; return its result."""
+        self._since = time.monotonic()
+        if not self._begun.is_set():
+            self._begun.set()
+        self._baton.release()
+        try:
+            return function()
+        finally:
+            self._since = None
+            if not self._baton.acquire(blocking=False):
+                self._loop.wake()
+                self._baton.acquire()
+
+    def _watch(self):
+        while self._begun.wait() and not self._ended:
+            self._begun.clear()     # a later call sets it again
+            time.sleep(DEPUTY_SECONDS)
+            since = self._since
+            if since and time.monotonic() - since >= DEPUTY_SECONDS and self._baton.acquire(blocking=False):
+                try:
+                    self._store.busy_since = since
+                    while self._since == since:
+                        self._loop.turn()
+                finally:
+                    self._store.busy_since = None
+                    self._baton.release()
+
+
 # A job of a round: run() returns a Response, a Held, an Unfinished, or None for nothing yet. request is None for housekeeping;
 # since is when the job was taken in; repeatable tells whether it may run again after its round is lost.
 Job = collections.namedtuple("Job", "request run since repeatable", defaults=[None, False])
@@ -4100,10 +4170,11 @@ class Rounds:
         return self._store.busy_since is None and bool(self._alone or self._reports or self._writes or self._lanes)
 
     def _round(self):
+        self._store.obstacle = None
         try:
-            self._store.database.begin()
+            self._loop.deputy.call(self._store.database.begin)     # which waits where there is no shared memory
         except Error as error:
-            self._begin_at = self._loop.now + LOCK_CHECK_SECONDS
+            self._store.obstacle, self._begin_at = error, self._loop.now + LOCK_CHECK_SECONDS
             return self._refuse_waiting(error, LOCK_SECONDS if isinstance(error, Busy) else 0)
         try:
             self._run_jobs()
@@ -4113,7 +4184,7 @@ class Rounds:
         if self._loop.now < self._apart_until:
             self.apart(self._commit, self._end)
         else:
-            self._end(self._commit())
+            self._end(self._loop.deputy.call(self._commit))
 
     def _run_jobs(self):
         """Run one job alone; or reports and then others, each followed by the held claims that it gives an intent to."""
@@ -4206,13 +4277,14 @@ class Rounds:
             self._begin_at = self._loop.now + LOCK_CHECK_SECONDS
 
     def _refuse_waiting(self, error, seconds):
-        """Refuse requests that have waited for that many seconds; /health has less patience."""
+        """Refuse requests that have waited for that many seconds."""
         for jobs in (self._alone, self._reports, self._writes):
             for job in [jobs.popleft() for _ in range(len(jobs))]:
-                if job.request and self._loop.now - job.since >= (
-                        min(seconds, RECHECK_SECONDS) if job.request.endpoint is health_endpoint else seconds):
+                if not job.request or not self._loop.awaits_answer(job.request):     # housekeeping comes again
+                    continue
+                if self._loop.now - job.since >= seconds:
                     self._loop.deliver(job.request, self._api.refuse(job.request, error))
-                elif job.request:     # housekeeping comes again
+                else:
                     jobs.append(job)
 
     def _attempt(self, held):
@@ -4255,7 +4327,7 @@ class Loop:
             sock.setblocking(False)
         self._selector.register(self._woken, READ, self._on_wakeup)
         self._selector.register(self.socket, READ, self._accept)
-        self.rounds = (api.bus.store.database.rounds or Rounds)(self)
+        self.rounds, self.deputy = (api.bus.store.database.rounds or Rounds)(self), Deputy(self)
         api.bus.on_news, api.held_requests = self.rounds.learn, self.waiting.__len__
 
     # -- The loop --
@@ -4263,16 +4335,18 @@ class Loop:
     def serve_forever(self, poll_interval=None):
         """Serve until stop() or shutdown() is called; then answer running requests, for SHUTDOWN_SECONDS at most."""
         self._ended.clear()
+        self.deputy.start()
         try:
             while not self.stopping:
-                self._turn(self._timeout())
+                self.turn()
             self._drain()
         finally:
+            self.deputy.end()
             self._ended.set()
 
-    def _turn(self, timeout):
-        """Receive from all ready connections, ring due alarms, answer, commit and send."""
-        for key, events in self._selector.select(timeout):
+    def turn(self, longest=float("inf")):
+        """Receive from all ready connections, ring due alarms, answer, commit and send; wait for so many seconds at most."""
+        for key, events in self._selector.select(min(longest, self._timeout())):
             self._safely(key.data, events)
         self.now, self._handshakes = time.monotonic(), 0
         ready, self.ready = self.ready, []
@@ -4354,17 +4428,17 @@ class Loop:
                 connection.close()
         until = time.monotonic() + SHUTDOWN_SECONDS
         while self._connections and (left := until - time.monotonic()) > 0:
-            self._turn(min(left, self._timeout()))
+            self.turn(left)
 
     def stop(self):
         """Let serve_forever() end; for signal handlers and other threads."""
         self.stopping = True
-        self._wake()
+        self.wake()
 
     def renew_certificate(self):
         """Have the files of the certificate loaded again now; for signal handlers and other threads."""
         self._renew_now = True
-        self._wake()
+        self.wake()
 
     def shutdown(self):
         """Stop, and wait until serve_forever() has ended."""
@@ -4403,12 +4477,13 @@ class Loop:
     def hand_over(self, function, result):
         """Have the loop call function(result); for threads."""
         self._handed.append((function, result))
-        self._wake()
+        self.wake()
 
     def shutdown_request(self, request):
         """Do nothing: what ThreadingMixIn calls a request is work of in_thread()."""
 
-    def _wake(self):
+    def wake(self):
+        """End the wait of the loop; for signal handlers and other threads."""
         with contextlib.suppress(OSError):     # its buffer is full, so the loop wakes anyway; or it is closed
             self.wakeup.send(b"\0")
 
@@ -4536,6 +4611,16 @@ class Loop:
                 self.heads.clear()
             self.heads[block] = request.headers
 
+    def submit(self, request):
+        """Have a whole request answered; one for /health in time, whatever keeps its round waiting."""
+        self.rounds.submit(request)
+        if request.endpoint is health_endpoint:
+            self._call_at(time.monotonic() + HEALTH_SECONDS, functools.partial(self._answer_late_health, request))
+
+    def _answer_late_health(self, request):
+        if self.awaits_answer(request):
+            self.deliver(request, self.api.late_health(request))
+
     def awaits_answer(self, request):
         """Return whether a request still has a client that waits for its answer."""
         return request.connection.request is request
@@ -4629,7 +4714,7 @@ def http_server(api, host="127.0.0.1", port=8787, access_log=False, trust_proxy=
     """Return a Server that is bound to host and port; port 0 picks a free one, see its server_port.
 
     access_log writes a line for each request, trust_proxy believes X-Forwarded-*, tls is (certificate file, key file). Call
-    serve_forever() in one thread and close() in another. Raises SetupError if the address cannot be bound.
+    serve_forever() in one thread and close() in another. Raises SetupError if it cannot serve with these.
     """
     from http.server import ThreadingHTTPServer     # not at the top: it would slow down every publish
     if not host.strip():     # to the system, an empty one means all addresses
@@ -5939,7 +6024,7 @@ def bus_command(name, examples, *flags):
 
 @command("serve", ["serve", "serve --db ~/bus.db --port 9000 --log",
                    "serve --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem"],
-         flag("--host", default="127.0.0.1", help="the address to listen on"),
+         flag("--host", default="127.0.0.1", help="the address to listen on; 0.0.0.0 or :: for all addresses"),
          flag("--port", type=int, default=8787, help="the port; 0 picks a free one"),
          DB,
          flag("--key-file", default=KEY_FILE, help="the file with the owner key; BUS_SECRET is used instead if it is set"),
@@ -5957,7 +6042,8 @@ def bus_command(name, examples, *flags):
 def serve_command(options):
     """Run the bus: HTTP in front of a SQLite file. Prints its URL once it listens; Ctrl-C or SIGTERM shuts it down.
 
-    The first start creates the owner key. Put a TLS proxy or a tunnel in front before other machines use the bus.
+    The first start creates the owner key. Put a TLS proxy or a tunnel in front before other machines use the bus. With
+    --tls-cert, a changed certificate is loaded within a minute, or at once on SIGHUP; without it, SIGHUP ends the bus.
     """
     if options.tls_key and not options.tls_cert:
         raise Invalid("--tls-key needs --tls-cert.")
