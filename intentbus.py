@@ -667,7 +667,7 @@ class Database:
         return changed
 
     def log_is_long(self):
-        """Return whether the write-ahead log, as begin() found it, needs truncate_log(): readers kept it from starting again."""
+        """Return whether the write-ahead log, as begin() found it, needs truncate_log(), since readers keep it from restarting."""
         return self._log_bytes > self._truncate_above
 
     def truncate_log(self):
@@ -691,7 +691,8 @@ class Database:
                 there = None
             if not there or not os.path.samestat(there, ours):
                 if path.endswith("-wal"):
-                    self._run(self._db.execute, "PRAGMA wal_checkpoint")
+                    with contextlib.suppress(self._sqlite.Error):     # at the next try, or when the bus stops
+                        self._db.execute("PRAGMA wal_checkpoint")
                 cure = "put the right file there and restart the bus" if path == self.path else "restart the bus"
                 raise Unavailable(f"The file {path} of the database was deleted or replaced while the bus was using it; "
                                   f"{cure}.")
@@ -2181,7 +2182,7 @@ def basic_credentials(headers):
 
 
 def plain_address(text):
-    """Return the IP address in a text, in its one spelling and without port; a text without one stays, cut at 64 characters."""
+    """Return the IP address in a text, in its one spelling and without port, or the text; at most 64 characters."""
     import ipaddress     # not at the top: only the bus pays for it
     bare = text.strip(' "')
     host = bare[1:].partition("]")[0] if bare.startswith("[") else bare.partition(":")[0] if bare.count(":") == 1 else bare
@@ -2189,7 +2190,7 @@ def plain_address(text):
         address = ipaddress.ip_address(host)
     except ValueError:
         return text[:64]
-    return str(getattr(address, "ipv4_mapped", None) or address)
+    return str(getattr(address, "ipv4_mapped", None) or address)[:64]     # a scope may be long
 
 
 def network_of(peer):
@@ -4408,7 +4409,7 @@ class Loop:
         """Log that the certificate was loaded again, or the error: then the one before stays in use."""
         self._renewing = False
         if isinstance(result, Exception):
-            print(f"intentbus: {result} The one before stays in use.", file=sys.stderr, flush=True)
+            print(f"intentbus: {str(result).rstrip('.')}; the one before stays in use", file=sys.stderr, flush=True)
         elif result:
             print("intentbus: the TLS certificate was loaded again", file=sys.stderr, flush=True)
 
