@@ -4346,7 +4346,7 @@ class Loop:
             self._ended.set()
 
     def turn(self, longest=float("inf")):
-        """Receive from all ready connections, ring due alarms, answer, commit and send; wait for so many seconds at most."""
+        """Receive from all ready connections, ring due alarms, answer, commit and send; wait for `longest` seconds at most."""
         for key, events in self._selector.select(min(longest, self._timeout())):
             self._safely(key.data, events)
         self.now, self._handshakes = time.monotonic(), 0
