@@ -136,6 +136,7 @@ LOCK_CHECK_SECONDS = 0.02           # between two tries while another program ho
 LOCK_SECONDS = 30                   # how long requests wait while another program holds the file, for a backup say
 DUE_ROWS = 500                      # due transitions applied in one round, about 10 ms
 SLICE_ROWS = 200                    # rows a long operation looks at in one step, about 5 ms
+HEALTH_SECONDS = 0.5                # how long /health waits for its round; monitors wait for a second or more
 STALLED_SECONDS = 10                # a commit that takes longer means that the disk hangs: /health says so
 LIST_ROWS = 10_000                  # rows looked at for one page of a list: about 20 ms
 PAGE_BYTES = 4 * 2 ** 20            # payloads in one page of a list
@@ -173,10 +174,12 @@ HANDSHAKES = 4                      # TLS handshakes of one round: one with RSA-
 SHUTDOWN_SECONDS = 4                # for running requests; service managers kill after 5 s or more
 EXIT_SECONDS = 4.8                  # for all of the shutdown
 CONNECTIONS = 16_384 if os.name == "posix" else 500     # a waiting worker takes 2 KB; Windows's select() takes 512 sockets
+CONNECTIONS_MIN = 32                # a few workers, a publisher and a browser, which opens six; fewer would refuse most clients
 SPARE_FILES = 64                    # descriptors left to the database and other files
 ACCEPT_PAUSE_SECONDS = 0.1          # before accepting again when there are no descriptors left
 BACKLOG = 1024                      # 5, the default, stalls at 40 clients
 STACK_BYTES = 256 * 1024            # of a thread; the default of 8 MiB is too much for a 32-bit phone
+CERTIFICATE_SECONDS = 10            # between two looks at the files of the certificate; a change is loaded at the look after it
 
 # Client, worker and doctor
 URL = "http://127.0.0.1:8787"
@@ -597,11 +600,13 @@ class Database:
             raise SetupError(f"intentbus needs SQLite 3.35 or newer; this Python has {sqlite3.sqlite_version}.")
         try:
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-            self._file, self._guard = os.stat(self.path), self._lock_file()
+            self._guard = self._lock_file()
             shared_memory = self._shared_memory()
             self._db = self._connect(exclusive=not shared_memory)
             self._prepare("WAL" if shared_memory else "DELETE")
             self._reader = self._connect(readonly=True)
+            paths = [self.path + end for end in ("", "-shm", "-wal")]     # the last two exist only beside a write-ahead log
+            self._files, self._log_bytes = [(path, os.stat(path)) for path in paths if os.path.exists(path)], 0
         except OSError as error:
             raise SetupError(f"The database {self.path} cannot be opened: {error.strerror}.") from error
         except sqlite3.Error as error:
@@ -629,7 +634,7 @@ class Database:
 
     def begin(self, in_round=True):
         """Begin a round, or the transaction of a block outside one; raises Busy while another program writes."""
-        self._require_file()
+        self._require_files()
         self._run(self._db.execute, "BEGIN IMMEDIATE")
         self.in_round = in_round
 
@@ -697,14 +702,15 @@ class Database:
         return file_size(self.path), file_size(self.path + "-wal")
 
     def changed_elsewhere(self):
-        """Return whether another program has written to the file since the last call."""
+        """Return whether another program has written to the file since the last call; raises Unavailable as begin() does."""
+        self._require_files()
         version, = self._run(self._db.execute, "PRAGMA data_version").fetchone()
         changed, self._version = version != self._version, version
         return changed
 
     def log_is_long(self):
-        """Return whether the write-ahead log needs truncate_log(), which readers have kept from starting again."""
-        return file_size(self.path + "-wal") > self._truncate_above
+        """Return whether the write-ahead log, as begin() found it, needs truncate_log(), since readers keep it from restarting."""
+        return self._log_bytes > self._truncate_above
 
     def truncate_log(self):
         """Truncate the write-ahead log; waits up to a second for readers of the file."""
@@ -715,15 +721,24 @@ class Database:
         self._db.execute("PRAGMA busy_timeout = 0")
         self._truncate_above = self.sizes()[1] + WAL_BYTES // 2 if blocked else WAL_BYTES
 
-    def _require_file(self):
-        """Raise Unavailable if the path leads to another file by now: our writes would be lost with this process."""
-        try:
-            there = os.stat(self.path)
-        except OSError:
-            there = None
-        if not there or not os.path.samestat(there, self._file):
-            raise Unavailable(f"The database {self.path} was deleted or replaced while the bus was using it; put the "
-                              "right file there and restart the bus.")
+    def _require_files(self):
+        """Raise Unavailable if a path leads to another file by now: our writes would be lost with this process.
+
+        SQLite still has a deleted log open, so what is in it is written into the database.
+        """
+        for path, ours in self._files:
+            try:
+                there = os.stat(path)
+            except OSError:
+                there = None
+            if not there or not os.path.samestat(there, ours):
+                if path.endswith("-wal"):
+                    with contextlib.suppress(self._sqlite.Error):     # at the next try, or when the bus stops
+                        self._db.execute("PRAGMA wal_checkpoint")
+                cure = "put the right file there and restart the bus" if path == self.path else "restart the bus"
+                raise Unavailable(f"The file {path} of the database was deleted or replaced while the bus was using it; "
+                                  f"{cure}.")
+        self._log_bytes = there.st_size if path != self.path else 0
 
     def _translated(self, error):
         """Translate an error of SQLite; return any other unchanged."""
@@ -747,7 +762,9 @@ class Database:
 
     def _lock_file(self):
         """Lock a file beside the database until this process ends, so that a second bus does not serve it."""
-        guard = open(self.path + ".lock", "a+")
+        guard = open(self.path + ".lock", "a+", opener=lambda path, flags: os.open(path, flags, 0o600))
+        with contextlib.suppress(OSError):     # a file system without modes, as on a memory card
+            os.chmod(guard.name, 0o600)     # another user who can open it can keep the bus from starting
         try:
             lock(guard)
         except (BlockingIOError, PermissionError) as error:
@@ -1335,6 +1352,7 @@ class Store(Reads):
         self.round = []           # the blocks of the round so far
         self.counted = {}         # what they add to the tallies, by publisher
         self.failed = False       # whether the last round was lost
+        self.obstacle = None      # the error with which the last round could not begin
         self.busy_since = None    # by time.monotonic(), while a commit or a shift of the clock runs in another thread
         self.on_commit = lambda blocks: None
 
@@ -1779,7 +1797,8 @@ class Bus:
         self._known_goals = set()     # (owner, namespace, goal) of goals that are on record as having had a worker
         self._tallies = {}            # publisher: Tally, of issued keys that have published
         self._kept = [0, 0]           # ended intents are kept that many seconds longer, until a time
-        self._clean_at = self._history_at = self._note_at = self._probe_at = 0     # by time.monotonic()
+        self._clean_at = self._history_at = self._note_at = 0     # by time.monotonic(), as the next one
+        self._written_at = -FOREVER     # when something was written last
         self.on_news = lambda moves: None
         store.now, store.on_commit = self.clock.now, self._committed
         if stored := store.recall("clock", "", "", 0):
@@ -2196,16 +2215,21 @@ class Bus:
 
     def probe(self):
         """Raise Unavailable or StorageFull if the database cannot be written; it is written once a second at most."""
+        if self.store.failed or time.monotonic() >= self._written_at + RECHECK_SECONDS:
+            with self.store.transaction() as tx:
+                tx.remember("probe", "", "", "", tx.now + RECHECK_SECONDS)
+                tx.after_commit(self._note_write)
+
+    def require_progress(self):
+        """Raise Unavailable if the database seems not to be written, after a probe that has not ended in HEALTH_SECONDS."""
         now, since = time.monotonic(), self.store.busy_since
         if since is not None and now - since > STALLED_SECONDS:
             raise Unavailable(f"The disk of the database has not answered for {now - since:.0f} s.")
-        if since is None and (self.store.failed or now >= self._probe_at):
-            with self.store.transaction() as tx:
-                tx.remember("probe", "", "", "", tx.now + RECHECK_SECONDS)
-                tx.after_commit(self._put_off_probe)
+        if since is None and now - self._written_at > HEALTH_SECONDS:
+            raise self.store.obstacle or Unavailable(f"The database has not answered for {HEALTH_SECONDS} s.")
 
-    def _put_off_probe(self):
-        self._probe_at, self.store.failed = time.monotonic() + RECHECK_SECONDS, False
+    def _note_write(self):
+        self._written_at, self.store.failed = time.monotonic(), False
 
     # -- Rules shared by several verbs --
 
@@ -2275,7 +2299,7 @@ class Bus:
                 self._tallies[publisher].add(block.tallies[publisher])
         self.learn(moves)
         if moves:
-            self._put_off_probe()
+            self._note_write()
         self.on_news(moves)
 
     def learn(self, moves, ours=True):
@@ -2405,6 +2429,28 @@ def basic_credentials(headers):
 def badly_encoded():
     """Return the error for a target that cannot be decoded."""
     return Invalid(f"The path and query must be percent-encoded UTF-8, of at most {QUERY_PARAMETERS} parameters.")
+
+
+def plain_address(text):
+    """Return the IP address in a text, in its one spelling and without port, or the text; at most 64 characters."""
+    import ipaddress     # not at the top: only the bus pays for it
+    bare = text.strip(' "')
+    host = bare[1:].partition("]")[0] if bare.startswith("[") else bare.partition(":")[0] if bare.count(":") == 1 else bare
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return text[:64]
+    return str(getattr(address, "ipv4_mapped", None) or address)[:64]     # a scope may be long
+
+
+def network_of(peer):
+    """Return the network that an address belongs to: one host can have all addresses of an IPv6 /64."""
+    import ipaddress
+    if ":" not in peer:
+        return peer
+    with contextlib.suppress(ValueError):
+        return ipaddress.IPv6Address(peer).packed[:8]
+    return peer
 
 
 def query_pairs(query):
@@ -2613,6 +2659,21 @@ class Keys:
         return "x-admin-token" in request.headers or bool(
             self._dashboard_password) and basic_credentials(request.headers)[0] == "admin"
 
+    def presents_right_admin(self, request):
+        """Return whether the head of a request has an admin's credentials; raises Unauthorized for wrong ones.
+
+        A signature by the owner key counts as right until confirm() checks it.
+        """
+        headers, owner_is_admin = request.headers, not (self._admin_secret or self._dashboard_password)
+        if self.presents_admin(request) or owner_is_admin and basic_credentials(headers)[0] == "admin":
+            self.identify_admin(request)
+            request.caller = None     # the endpoint asks for its own credentials
+            return True
+        if not owner_is_admin or presented_key(headers) is None and "x-key-id" not in headers:
+            return False
+        self.identify(request)
+        return request.key_id == "owner"
+
     def confirm(self, request):
         """Find the Caller of a whole request, check its signature, count it; raises Unauthorized, Forbidden, RateLimited.
 
@@ -2789,8 +2850,8 @@ class Keys:
             return tx.remember_first("nonces", request.key_id, nonce, "", now + seconds)
 
     def _failed(self, request, error):
-        """Return the error, delayed after repeated failures from one address."""
-        if self._failures.take(request.peer):
+        """Return the error, delayed after repeated failures from one network."""
+        if self._failures.take(network_of(request.peer)):
             error.delay_seconds = FAILURE_SECONDS
         return error
 
@@ -3436,11 +3497,11 @@ class Request:
         self.proven = False         # whether its head, or its signature, has shown a right key
         self.connection = None      # where the answer goes, on a Server
         self.raw_path, _, self.query = target.partition("?")
-        self.path = self.raw_path
+        self.path = "/" + self.raw_path.lstrip("/") if self.raw_path.startswith("//") else self.raw_path
         if "%" in target:
             if BAD_ESCAPE.search(target):     # a percent sign without two hex digits
                 raise badly_encoded()
-            self.path = decoded_path(self.raw_path)
+            self.path = decoded_path(self.path)
 
     @property
     def account(self):
@@ -3710,6 +3771,8 @@ ROLES = {
     "both": ("publish", "work", "look", "manage", "keep"),
 }
 REPORTS = ("/extend_claim/", "/fulfill/", "/fail/", "/release/")     # answered before the claims of their round
+OPEN_OVER_HTTP = ("/", "/health")                                    # where https is enforced
+OPEN_IN_MAINTENANCE = (*OPEN_OVER_HTTP, "/metrics")                  # to everybody; admins are let in everywhere
 
 
 def from_another_site(headers):
@@ -3753,7 +3816,7 @@ def log_traceback(what, error):
 class API:
     """Answers requests: API(bus, keys).handle(request) -> Response, Held or Unfinished.
 
-    enforce_https refuses what did not come encrypted; maintenance answers 503 to all but / and /health.
+    enforce_https refuses what came neither encrypted nor from this machine; maintenance answers 503 to all but admins.
     """
 
     def __init__(self, bus, keys, max_body=BODY_BYTES, enforce_https=False, maintenance=False):
@@ -3768,6 +3831,7 @@ class API:
 
     def admit(self, request):
         """Find the endpoint of a request, and who sends it, from its head alone; raises the error to answer with."""
+        self._require_open(request)
         place, *request.place = self._place(request.path)
         methods = self._routes.get(place)
         if methods is None:
@@ -3777,8 +3841,9 @@ class API:
             allowed = ", ".join(sorted({*methods, *(["HEAD"] if "GET" in methods else [])}))
             raise MethodNotAllowed(f"{place} takes {allowed} only.", headers=[("Allow", allowed)])
         request.who, endpoint = methods[method]
+        if self._maintenance and request.path not in OPEN_IN_MAINTENANCE:
+            request.who = request.who or "admin"     # a mere signature has passed the gate: confirm() is to check it
         if request.who:
-            self._require_open(request)
             self._identify(request)
         request.endpoint = endpoint
 
@@ -3792,13 +3857,13 @@ class API:
         return next(((route, match[1]) for route, pattern in self._patterns if (match := pattern.fullmatch(path))), (path,))
 
     def _require_open(self, request):
-        """Raise the error of a gate that is closed to a request."""
-        if self._maintenance:
-            raise Unavailable("The bus is under maintenance; try again later.", "maintenance")
-        if request.method == "POST" and from_another_site(request.headers):
+        """Raise the error of a gate that is closed to a request, whether or not there is such a path."""
+        if request.method in ("POST", "PUT") and from_another_site(request.headers):
             raise Forbidden("This was sent by a page of another site.", "cross_site")
-        if self._enforce_https and not request.secure:
+        if self._enforce_https and not (request.secure or request.local or request.path in OPEN_OVER_HTTP):
             raise Forbidden("This bus takes https only.", "https_required")
+        if self._maintenance and request.path not in OPEN_IN_MAINTENANCE and not self.keys.presents_right_admin(request):
+            raise Unavailable("The bus is under maintenance; try again later.", "maintenance")
 
     def _identify(self, request):
         if request.who == "metrics":
@@ -3823,6 +3888,13 @@ class API:
     def go_on(self, unfinished):
         """Do the next slice of a long operation; return the answer, or an Unfinished again."""
         return self._guarded(unfinished.request, self._ask_again, unfinished, unfinished.go_on)
+
+    def late_health(self, request):
+        """Return the answer to a request for /health whose round has not ended in HEALTH_SECONDS."""
+        def known():
+            self.bus.require_progress()
+            return self._response(request, (200, health_of(self)))
+        return self._guarded(request, known)
 
     def hold(self, request, keys, seconds, attempt, otherwise):
         """Return what attempt() finds or, if that is None, a Held; otherwise() at once if the request may not wait."""
@@ -3851,9 +3923,7 @@ class API:
 
     def writes(self, request):
         """Return whether an admitted request needs a round, since it may change something."""
-        if request.endpoint is health_endpoint:
-            return self.bus.store.busy_since is None
-        return not request.reads
+        return not request.reads or request.endpoint is health_endpoint
 
     def summary(self, minutes=60):
         """Return the summary of the bus, with the number of held requests."""
@@ -4057,6 +4127,48 @@ class Tls:
         return self._outgoing.read()
 
 
+class Certificate:
+    """The certificate of a TLS server, as `context` for its next connections; renew() loads its files again."""
+
+    def __init__(self, certificate, key):
+        """Load the files; raises SetupError if they cannot be used."""
+        self._files = certificate, key
+        self._loaded = self._seen = self._versions()
+        self.context = self._load()
+
+    def renew(self, at_once=False):
+        """Load the files if they have changed, or at once; return whether they were loaded. Raises SetupError, as at first.
+
+        A change is loaded once the files stay as they are from one call to the next: a renewal writes one after the other.
+        """
+        seen, self._seen = self._seen, self._versions()
+        if not at_once and (self._seen == self._loaded or self._seen != seen):
+            return False
+        self._loaded = self._seen
+        self.context = self._load()     # a new one: after a failure, a context that was loaded into again is of no use
+        return True
+
+    def _versions(self):
+        found = []
+        for path in self._files:
+            with contextlib.suppress(OSError):
+                status = os.stat(path)
+                found.append((status.st_ino, status.st_size, status.st_mtime_ns))
+        return found
+
+    def _load(self):
+        import ssl
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        try:
+            context.load_cert_chain(*self._files)
+        except OSError as error:
+            bad_content = isinstance(error, ssl.SSLError) and "one of them is damaged, or they do not belong together"
+            raise SetupError("The TLS certificate {} and key {} cannot be used: {}.".format(
+                *self._files, bad_content or error.strerror)) from error
+        return context
+
+
 def rendered(response, connection="", bodiless=False):
     """Return the bytes of a response, to be sent at once: in two pieces, Nagle's algorithm can cost 40 ms."""
     lines = "".join([f"{field}: {value}\r\n" for field, value in response.headers])
@@ -4136,7 +4248,7 @@ class RequestReader:
         self.bodiless = method == "HEAD"
         if self.version == "1" and "host" not in headers:
             raise Invalid("An HTTP/1.1 request needs a Host header.")
-        self.request = Request(method, target, headers, b"", *self._loop.origin(headers, self._peer))
+        self.request = Request(method, target, headers, **self._loop.origin(headers, self._peer))
         length = body_length(headers, self.version, self._loop.api.max_body)
         self._body = Chunks(self._loop.api.max_body) if length is None else length
         self._loop.admit(self.request, block)
@@ -4227,7 +4339,7 @@ class Connection:
             return self._refuse(error)
         if request:
             self._begin(request)
-            self.loop.rounds.submit(request)
+            self.loop.submit(request)
         elif self.eof:
             self.close()
         elif self.loop.keep(self, self.reader.request, self.reader.kept_bytes()):
@@ -4489,10 +4601,11 @@ class Rounds:
         return self._store.busy_since is None and bool(self._alone or self._reports or self._writes or self._lanes)
 
     def _round(self):
+        self._store.obstacle = None
         try:
             self._store.database.begin()
         except Error as error:
-            self._begin_at = self._loop.now + LOCK_CHECK_SECONDS
+            self._store.obstacle, self._begin_at = error, self._loop.now + LOCK_CHECK_SECONDS
             return self._refuse_waiting(error, LOCK_SECONDS if isinstance(error, Busy) else 0)
         try:
             self._run_jobs()
@@ -4595,13 +4708,14 @@ class Rounds:
             self._begin_at = self._loop.now + LOCK_CHECK_SECONDS
 
     def _refuse_waiting(self, error, seconds):
-        """Refuse requests that have waited for that many seconds; /health has less patience."""
+        """Refuse requests that have waited for that many seconds."""
         for jobs in (self._alone, self._reports, self._writes):
             for job in [jobs.popleft() for _ in range(len(jobs))]:
-                if job.request and self._loop.now - job.since >= (
-                        min(seconds, RECHECK_SECONDS) if job.request.endpoint is health_endpoint else seconds):
+                if not job.request or not self._loop.awaits_answer(job.request):     # housekeeping comes again
+                    continue
+                if self._loop.now - job.since >= seconds:
                     self._loop.deliver(job.request, self._api.refuse(job.request, error))
-                elif job.request:     # housekeeping comes again
+                else:
                     jobs.append(job)
 
     def _attempt(self, held):
@@ -4622,14 +4736,15 @@ class Loop:
     daemon_threads = True
     allow_reuse_address = POSIX     # elsewhere a second server could take the port
 
-    def open(self, api, access_log, trust_proxy, tls):
-        """Take the API to serve, and the options of http_server."""
+    def open(self, api, limit, access_log, trust_proxy, certificate):
+        """Take the API to serve, the number of connections, and the options of http_server."""
         import selectors
-        self.api, self._access_log, self._trust_proxy, self._tls = api, access_log, trust_proxy, tls
+        self.api, self._limit, self._access_log, self._trust_proxy = api, limit, access_log, trust_proxy
+        self._certificate, self._renewing, self._renew_now, self._renew_at = certificate, False, False, 0
         self.now, self.stopping = time.monotonic(), False
         self.waiting, self.heads = api.waiting, {}     # heads: parsed headers by their bytes, of known callers
         self.ready = []                             # connections with bytes that are not parsed yet
-        self._connections, self._limit = set(), connection_limit()
+        self._connections = set()
         self._evictable = collections.OrderedDict() # connections whose client has to send, to read or to prove a key next
         self._unproven, self._bodies = Budget(UNPROVEN_BYTES), Budget(BODIES_BYTES, KEY_BODIES_BYTES)
         self._unread = Budget(UNREAD_BYTES, KEY_UNREAD_BYTES)
@@ -4654,14 +4769,14 @@ class Loop:
         self._ended.clear()
         try:
             while not self.stopping:
-                self._turn(self._timeout())
+                self.turn()
             self._drain()
         finally:
             self._ended.set()
 
-    def _turn(self, timeout):
-        """Receive from all ready connections, ring due alarms, answer, commit and send."""
-        for key, events in self._selector.select(timeout):
+    def turn(self, longest=float("inf")):
+        """Receive from all ready connections, ring due alarms, answer, commit and send; wait for `longest` seconds at most."""
+        for key, events in self._selector.select(min(longest, self._timeout())):
             self._safely(key.data, events)
         self.now, self._handshakes = time.monotonic(), 0
         ready, self.ready = self.ready, []
@@ -4705,6 +4820,10 @@ class Loop:
         if self.now >= self._house_due_at:
             self._housekeeping_at = self.now + RECHECK_SECONDS     # earlier, if it succeeds
             self.rounds.keep_house(self._housekeeping)
+        if self._certificate and not self._renewing and (self._renew_now or self.now >= self._renew_at):
+            at_once, self._renew_now, self._renewing = self._renew_now, False, True
+            self._renew_at = self.now + CERTIFICATE_SECONDS
+            self.in_thread(functools.partial(self._certificate.renew, at_once), self._renewed)
 
     def _look_at_database(self, bus):
         database = bus.store.database
@@ -4714,6 +4833,14 @@ class Loop:
             self.rounds.look_again()
         if bus.clock.step():
             self.rounds.apart(bus.shift_clock)
+
+    def _renewed(self, result):
+        """Log that the certificate was loaded again, or the error: then the one before stays in use."""
+        self._renewing = False
+        if isinstance(result, Exception):
+            print(f"intentbus: {str(result).rstrip('.')}; the one before stays in use", file=sys.stderr, flush=True)
+        elif result:
+            print("intentbus: the TLS certificate was loaded again", file=sys.stderr, flush=True)
 
     def _housekeeping(self):
         with contextlib.suppress(Error):
@@ -4731,12 +4858,17 @@ class Loop:
                 connection.close()
         until = time.monotonic() + SHUTDOWN_SECONDS
         while self._connections and (left := until - time.monotonic()) > 0:
-            self._turn(min(left, self._timeout()))
+            self.turn(left)
 
     def stop(self):
         """Let serve_forever() end; for signal handlers and other threads."""
         self.stopping = True
-        self._wake()
+        self.wake()
+
+    def renew_certificate(self):
+        """Have the files of the certificate loaded again now; for signal handlers and other threads."""
+        self._renew_now = True
+        self.wake()
 
     def shutdown(self):
         """Stop, and wait until serve_forever() has ended."""
@@ -4775,12 +4907,13 @@ class Loop:
     def hand_over(self, function, result):
         """Have the loop call function(result); for threads."""
         self._handed.append((function, result))
-        self._wake()
+        self.wake()
 
     def shutdown_request(self, request):
         """Do nothing: what ThreadingMixIn calls a request is work of in_thread()."""
 
-    def _wake(self):
+    def wake(self):
+        """End the wait of the loop; for signal handlers and other threads."""
         with contextlib.suppress(OSError):     # its buffer is full, so the loop wakes anyway; or it is closed
             self.wakeup.send(b"\0")
 
@@ -4826,7 +4959,7 @@ class Loop:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if len(self._connections) >= self._limit and not self._make_room():
             return self._turn_away(sock)
-        connection = Connection(self, sock, address[0], Tls(self._tls) if self._tls else None)
+        connection = Connection(self, sock, plain_address(address[0]), self._certificate and Tls(self._certificate.context))
         self._connections.add(connection)
         self.may_evict(connection)
         self.watch(connection, READ)
@@ -4924,8 +5057,8 @@ class Loop:
     # -- Requests --
 
     def origin(self, headers, peer):
-        """Return the origin of a request, see origin_of()."""
-        return origin_of(headers, peer, bool(self._tls), self._trust_proxy)
+        """Return where a request comes from, as arguments of Request."""
+        return origin(headers, peer, bool(self._certificate), self._trust_proxy)
 
     def admit(self, request, block):
         """Let the API look at a head; keep its headers for the next request, if its key is checked."""
@@ -4934,6 +5067,16 @@ class Loop:
             if len(self.heads) >= CACHED_HEADS:
                 self.heads.clear()
             self.heads[block] = request.headers
+
+    def submit(self, request):
+        """Have a whole request answered; one for /health in time, whatever keeps its round waiting."""
+        self.rounds.submit(request)
+        if request.endpoint is health_endpoint:
+            self._call_at(time.monotonic() + HEALTH_SECONDS, functools.partial(self._answer_late_health, request))
+
+    def _answer_late_health(self, request):
+        if self.awaits_answer(request):
+            self.deliver(request, self.api.late_health(request))
 
     def awaits_answer(self, request):
         """Return whether a request still has a client that waits for its answer."""
@@ -4998,20 +5141,23 @@ class Loop:
                                   request_id=request.id)), file=sys.stderr, flush=True)     # ASCII, safe for a terminal
 
 
-def origin_of(headers, peer, secure, trust_proxy):
-    """Return the client's address, whether it used https, and whether it is on this machine.
+def origin(headers, peer, secure, trust_proxy):
+    """Return where a request comes from, as arguments of Request, given the address of the peer and whether it used TLS.
 
-    A trusted proxy tells the first two, the address as the last one, which it has seen itself. Behind it, nothing is known to
-    be on this machine.
+    A trusted proxy tells: in the last address of X-Forwarded-For, the one that it has seen itself, and X-Forwarded-Proto.
+    Behind it, nothing is known to be on this machine.
     """
     if not trust_proxy:
-        return peer, secure, bool(LOOPBACK.fullmatch(peer))
-    peer = headers.get("x-forwarded-for", peer).rpartition(",")[2].strip()
-    return peer, headers.get("x-forwarded-proto", "https" if secure else "").rpartition(",")[2].strip() == "https", False
+        return dict(peer=peer, secure=secure, local=bool(LOOPBACK.fullmatch(peer)))
+    client, scheme = (headers.get(f"x-forwarded-{part}", "").rpartition(",")[2].strip() for part in ("for", "proto"))
+    return dict(peer=plain_address(client) if client else peer, secure=scheme.lower() == "https")
 
 
 def connection_limit():
-    """Return how many connections this process may have, after raising its limit of open files as far as possible."""
+    """Return how many connections this process may have, after raising its limit of open files as far as possible.
+
+    Raises SetupError if these are too few to be of use.
+    """
     try:
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -5021,40 +5167,34 @@ def connection_limit():
             soft = wanted
     except (ImportError, ValueError, OSError):
         return CONNECTIONS
-    return CONNECTIONS if soft == resource.RLIM_INFINITY else min(CONNECTIONS, soft - SPARE_FILES)
+    if soft == resource.RLIM_INFINITY:
+        return CONNECTIONS
+    if soft < SPARE_FILES + CONNECTIONS_MIN:
+        raise SetupError(f"The bus needs {SPARE_FILES + CONNECTIONS_MIN} open files or more, and may have {soft} here; raise "
+                         "the limit: ulimit -n, or LimitNOFILE of a systemd service.")
+    return min(CONNECTIONS, soft - SPARE_FILES)
 
 
 def http_server(api, host="127.0.0.1", port=8787, access_log=False, trust_proxy=False, tls=None):
     """Return a Server that is bound to host and port; port 0 picks a free one, see its server_port.
 
     access_log writes a line for each request, trust_proxy believes X-Forwarded-*, tls is (certificate file, key file). Call
-    serve_forever() in one thread and close() in another. Raises SetupError if the address cannot be bound.
+    serve_forever() in one thread and close() in another. Raises SetupError if it cannot serve with these.
     """
     from http.server import ThreadingHTTPServer     # not at the top: it would slow down every publish
+    if not host.strip():     # to the system, an empty one means all addresses
+        raise SetupError("The --host is empty; leave it out for this machine only, or give 0.0.0.0 or :: for all addresses.")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     server_class = type("Server", (Loop, ThreadingHTTPServer), {"address_family": family})
     threading.stack_size(STACK_BYTES)
-    context = tls and tls_context(*tls)
+    limit, certificate = connection_limit(), tls and Certificate(*tls)
     try:
         server = server_class((host, port), None)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise SetupError(f"The bus cannot listen on {host} port {port}: {reason}; choose another --port.") from error
-    server.open(api, access_log, trust_proxy, context)
+    server.open(api, limit, access_log, trust_proxy, certificate)
     return server
-
-
-def tls_context(certificate, key):
-    """Return the TLS settings of a server; raises SetupError if the files cannot be used."""
-    import ssl
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(certificate, key)
-    except OSError as error:
-        raise SetupError(f"The TLS certificate {certificate} and key {key} cannot be used: "
-                         f"{error.strerror or error}.") from error
-    return context
 
 
 def find_owner_key(path=KEY_FILE):
@@ -5163,11 +5303,11 @@ def wsgi_request(environ, headers, max_body):
     body = environ["wsgi.input"].read(length)
     if len(body) < length:
         raise Invalid("The body ended before its Content-Length.")
-    origin = origin_of(headers, environ.get("REMOTE_ADDR", ""), environ.get("wsgi.url_scheme") == "https",
-                       switched_on("BUS_TRUST_PROXY"))
     path = urllib.parse.quote(environ.get("PATH_INFO", "").encode("latin-1")) or "/"
-    return Request(environ["REQUEST_METHOD"], f"{path}?{environ.get('QUERY_STRING', '')}", headers, body, *origin,
-                   may_wait=bool(environ.get("wsgi.multithread")))
+    return Request(environ["REQUEST_METHOD"], f"{path}?{environ.get('QUERY_STRING', '')}", headers, body,
+                   may_wait=bool(environ.get("wsgi.multithread")),
+                   **origin(headers, plain_address(environ.get("REMOTE_ADDR", "")), environ.get("wsgi.url_scheme") == "https",
+                            switched_on("BUS_TRUST_PROXY")))
 
 
 def sqlite_store(path=None):
@@ -6359,7 +6499,7 @@ def bus_command(name, examples, *flags):
 
 @command("serve", ["serve", "serve --db ~/bus.db --port 9000 --log",
                    "serve --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem"],
-         flag("--host", default="127.0.0.1", help="the address to listen on"),
+         flag("--host", default="127.0.0.1", help="the address to listen on; 0.0.0.0 or :: for all addresses"),
          flag("--port", type=int, default=8787, help="the port; 0 picks a free one"),
          DB,
          flag("--key-file", default=KEY_FILE, help="the file with the owner key; BUS_SECRET is used instead if it is set"),
@@ -6379,7 +6519,8 @@ def bus_command(name, examples, *flags):
 def serve_command(options):
     """Run the bus: HTTP in front of a SQLite file. Prints its URL once it listens; Ctrl-C or SIGTERM shuts it down.
 
-    The first start creates the owner key. Put a TLS proxy or a tunnel in front before other machines use the bus.
+    The first start creates the owner key. Put a TLS proxy or a tunnel in front before other machines use the bus. With
+    --tls-cert, a changed certificate is loaded within a minute, or at once on SIGHUP; without it, SIGHUP ends the bus.
     """
     if options.tls_key and not options.tls_cert:
         raise Invalid("--tls-key needs --tls-cert.")
@@ -6404,6 +6545,8 @@ def serve_command(options):
     for signal_name in ("SIGTERM", "SIGINT", "SIGBREAK"):     # only Windows has SIGBREAK
         if hasattr(signal, signal_name):
             signal.signal(getattr(signal, signal_name), stop)
+    if options.tls_cert and hasattr(signal, "SIGHUP"):     # without a certificate, it ends the bus
+        signal.signal(signal.SIGHUP, lambda *_: server.renew_certificate())
     signal.set_wakeup_fd(server.wakeup.fileno(), warn_on_full_buffer=False)     # on Windows, a signal ends no wait
     host = f"[{options.host}]" if ":" in options.host else options.host
     url = f"http{'s' if options.tls_cert else ''}://{host}:{server.server_port}"
