@@ -3563,11 +3563,11 @@ def publish_endpoint(api, request):
 
 
 def publish_many_endpoint(api, request):
+    key = request.idempotency_key(request.parameters(IDEMPOTENCY)["idempotency_key"])
     lines = request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/x-ndjson"
     bodies = [line for line in request.body.splitlines() if line.strip()] if lines else request.json()
     if not isinstance(bodies, list) or len(bodies) > BULK_INTENTS:
         raise Invalid(f"The body must be a JSON array of at most {BULK_INTENTS} intents, or as many lines of NDJSON.")
-    key = request.idempotency_key(request.parameters(IDEMPOTENCY)["idempotency_key"])
     intents = []
     for index, body in enumerate(bodies):
         try:
