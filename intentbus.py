@@ -981,11 +981,10 @@ def update_of(columns):
 class Tally(dict):
     """What is stored for a publisher: (number, bytes) by (namespace, status)."""
 
-    def add(self, tally):
-        """Add another tally."""
-        for kind, (number, size) in tally.items():
-            had = self.get(kind, (0, 0))
-            self[kind] = had[0] + number, had[1] + size
+    def add(self, namespace, status, number, size):
+        """Add to the number and bytes of a kind."""
+        had = self.get((namespace, status), (0, 0))
+        self[namespace, status] = had[0] + number, had[1] + size
 
     def unfinished(self):
         """Return the number of intents that are open or claimed."""
@@ -1000,14 +999,12 @@ class Tally(dict):
         return sum(size for _, size in self.values())
 
 
-def add_tallies(total, tallies):
-    """Add tallies by publisher to a dict of such."""
-    for publisher, tally in tallies.items():
-        total.setdefault(publisher, Tally()).add(tally)
-
-
-def tally_rows(tallies):
-    """Return the rows that add tallies by publisher to the stored ones."""
+def tally_rows(blocks):
+    """Return the rows that add what blocks have counted to the stored tallies."""
+    tallies = {}
+    for block in blocks:
+        for publisher, *counted in block.counted:
+            tallies.setdefault(publisher, Tally()).add(*counted)
     return [dict(namespace=namespace, publisher=publisher, status=status, intents=number, bytes=size)
             for publisher, tally in tallies.items() for (namespace, status), (number, size) in tally.items() if number or size]
 
@@ -1088,12 +1085,12 @@ class Transaction(Reads):
     """The block of one verb of the Bus: `with store.transaction() as tx`.
 
     A failure undoes this block only. `now` is the time of the round. `moves`, the changes of intents, and functions given
-    to after_commit() reach memory once they are on disk. `tallies` are the changes, by publisher, of
-    the stored ones.
+    to after_commit() reach memory once they are on disk. `counted` has what is
+    to be added to the tallies: (publisher, namespace, status, number, bytes).
     """
 
     def __init__(self, store):
-        self._store, self.moves, self.effects, self.tallies = store, [], [], {}
+        self._store, self.moves, self.effects, self.counted = store, [], [], []
 
     def __enter__(self):
         self._db = self._store.database.enter()
@@ -1106,7 +1103,7 @@ class Transaction(Reads):
             return database.undo(self._db, error)
         try:
             if not database.in_round:
-                self._db.executemany(TALLY, tally_rows(self.tallies))
+                self._db.executemany(TALLY, tally_rows([self]))
             committed = database.leave(self._db)
         except Exception as failure:
             database.undo(self._db, failure)
@@ -1120,24 +1117,21 @@ class Transaction(Reads):
     def _rows(self, statement, values):
         return self._db.execute(statement, values)
 
-    def _count(self, namespace, publisher, status, number, size):
-        self.tallies.setdefault(publisher, Tally()).add({(namespace, status): (number, size)})
-
     # -- Intents --
 
     def insert(self, intent):
         """Store a new intent."""
         self._db.execute(INSERT, intent)
-        self._count(intent.namespace, intent.publisher, intent.status, 1, intent.size)
+        self.counted.append((intent.publisher, intent.namespace, intent.status, 1, intent.size))
         self.moves.append(Move(intent, "published"))
 
     def update(self, intent, change):
         """Carry out a transition; return the intent as it is then."""
         after = Intent(intent, **change.columns)
         self._db.execute(update_of(tuple(change.columns)), after)
-        if after.status != intent.status or after.size != intent.size:
-            self._count(intent.namespace, intent.publisher, intent.status, -1, -intent.size)
-            self._count(intent.namespace, intent.publisher, after.status, 1, after.size)
+        if "status" in change.columns:
+            self.counted += ((intent.publisher, intent.namespace, intent.status, -1, -intent.size),
+                             (intent.publisher, intent.namespace, after.status, 1, after.size))
         self.moves.append(Move(after, change.event))
         return after
 
@@ -1189,7 +1183,7 @@ class Transaction(Reads):
     def _delete(self, which, **values):
         statuses = []
         for namespace, publisher, status, size in self._rows(DELETE.format(which=which), values):
-            self._count(namespace, publisher, status, -1, -size)
+            self.counted.append((publisher, namespace, status, -1, -size))
             statuses.append(status)
         return statuses
 
@@ -1271,7 +1265,7 @@ class Transaction(Reads):
             return False
         if not if_absent:
             self._db.execute(REMEMBER, row)
-        self._count("", values_of(owner), "value", int(old is None), row["size"] - (old or 0))
+        self.counted.append((values_of(owner), "", "value", int(old is None), row["size"] - (old or 0)))
         return True
 
     def take_memo(self, kind, owner, key):
@@ -1284,7 +1278,7 @@ class Transaction(Reads):
             RETURNING   value, expires_at, size
         """, kind=kind, owner=owner, key=key)
         if found and kind == "store":
-            self._count("", values_of(owner), "value", -1, -found[2])
+            self.counted.append((values_of(owner), "", "value", -1, -found[2]))
         return found[:2] if found and found[1] > self.now else (None, None)
 
     def forget_expired(self, rows):
@@ -1301,9 +1295,7 @@ class Transaction(Reads):
             AND         owner = :owner
             AND         key = :key
         """, expired)
-        for memo in expired:
-            if memo["kind"] == "store":
-                self._count("", values_of(memo["owner"]), "value", -1, -memo["size"])
+        self.counted += [(values_of(memo["owner"]), "", "value", -1, -memo["size"]) for memo in expired if memo["kind"] == "store"]
         return [memo["kind"] for memo in expired]
 
     def forget_oldest(self, kind, owner, most):
@@ -1350,7 +1342,6 @@ class Store(Reads):
     def __init__(self, database, now=time.time, transaction=Transaction):
         self.database, self.now, self._transaction = database, now, transaction
         self.round = []           # the blocks of the round so far
-        self.counted = {}         # what they add to the tallies, by publisher
         self.failed = False       # whether the last round was lost
         self.obstacle = None      # the error with which the last round could not begin
         self.busy_since = None    # by time.monotonic(), while a commit or a shift of the clock runs in another thread
@@ -1370,20 +1361,19 @@ class Store(Reads):
             self.on_commit([block])
         else:
             self.round.append(block)
-            add_tallies(self.counted, block.tallies)
 
     def prepare(self):
         """Write the tallies of the round, the last thing before its commit."""
-        self.database.executemany(TALLY, tally_rows(self.counted))
+        self.database.executemany(TALLY, tally_rows(self.round))
 
     def finish(self):
         """Hand over what the round has done, once it is committed."""
-        blocks, self.round, self.counted = self.round, [], {}
+        blocks, self.round = self.round, []
         self.on_commit(blocks)
 
     def abandon(self):
         """Undo the round, after an error."""
-        self.round, self.counted, self.failed = [], {}, True
+        self.round, self.failed = [], True
         self.database.rollback()
 
     def _rows(self, statement, values):
@@ -1865,8 +1855,10 @@ class Bus:
         tally = Tally(self._tallies.get(publisher) or tx.tally_of(publisher))
         if not self.store.database.shared:
             self._tallies.setdefault(publisher, Tally(tally))
-        for tallies in (self.store.counted, tx.tallies):
-            tally.add(tallies.get(publisher, {}))
+        for block in (*self.store.round, tx):
+            for by, *counted in block.counted:
+                if by == publisher:
+                    tally.add(*counted)
         return tally
 
     def _audience(self, goal, namespace, visibility, caller):
@@ -2294,9 +2286,9 @@ class Bus:
         moves = [move for block in blocks for move in block.moves]
         for effect in [effect for block in blocks for effect in block.effects]:
             effect()
-        for block in blocks:
-            for publisher in block.tallies.keys() & self._tallies.keys():
-                self._tallies[publisher].add(block.tallies[publisher])
+        for publisher, *counted in (entry for block in blocks for entry in block.counted):
+            if publisher in self._tallies:
+                self._tallies[publisher].add(*counted)
         self.learn(moves)
         if moves:
             self._note_write()
@@ -3533,8 +3525,10 @@ class Request:
 
     def idempotency_key(self, given):
         """Return the idempotency key, given in the body or query, or in the header; None if there is none."""
-        header = validate(IDEMPOTENCY, {"idempotency_key": self.headers.get("idempotency-key")})["idempotency_key"]
-        return same_or_either("idempotency_key", given, header)
+        header = self.headers.get("idempotency-key")
+        if header is None:
+            return given
+        return same_or_either("idempotency_key", given, validate(IDEMPOTENCY, {"idempotency_key": header})["idempotency_key"])
 
 
 def health_endpoint(api, request):
@@ -3587,16 +3581,18 @@ def claim_endpoint(api, request):
                     functools.partial(nothing_to_claim, api, request, wanted))
 
 
+CLAIM_NAMES = {"worker_id": ("x-worker-id",), "claim_token": ("x-claim-token",),
+               "capabilities": ("x-worker-capabilities", "x-worker-capability")}     # headers of older clients
+
+
 def claiming_worker(request, fields):
     """Return how the worker of a claim describes itself: in the query and the body or, as older clients do, in headers."""
-    headers = request.headers
-    told = validate(CLAIM_BODY, request.json())
-    token = told["claim_token"]
-    told.update(worker_id=fields["worker_id"], capabilities=fields["capabilities"] or fields["capability"])
-    for field, value in validate(CLAIM_HEADERS, {
-            "worker_id": headers.get("x-worker-id"), "claim_token": headers.get("x-claim-token"),
-            "capabilities": headers.get("x-worker-capabilities", headers.get("x-worker-capability"))}).items():
-        told[field] = same_or_either(field, told[field], value, signed=token)
+    headers, token = request.headers, request.body and validate(CLAIM_BODY, request.json())["claim_token"] or None
+    told = dict(claim_token=token, worker_id=fields["worker_id"], capabilities=fields["capabilities"] or fields["capability"])
+    in_headers = {field: headers[name] for field, names in CLAIM_NAMES.items() for name in reversed(names) if name in headers}
+    if in_headers:
+        for field, value in validate(CLAIM_HEADERS, in_headers).items():
+            told[field] = same_or_either(field, told[field], value, signed=token)
     return dict(told, version=headers.get("user-agent", "")[:64],
                 seen_as=told["worker_id"] or f"{request.caller.key_id}@{request.peer}")
 
@@ -4416,8 +4412,9 @@ class Connection:
             self.loop.watch(self, self.events | WRITE)
             self.loop.arm(self, SEND_SECONDS)
             return self.loop.count_unread(self, len(self.outgoing))
+        if isinstance(self.outgoing, memoryview):     # the end of an answer that was read slowly
+            self.loop.count_unread(self, 0)
         self.outgoing = b""
-        self.loop.count_unread(self, 0)
         self.loop.watch(self, self.events & ~WRITE)
         if self.answering:
             self.answering = False
@@ -4747,7 +4744,7 @@ class Loop:
         self._connections = set()
         self._evictable = collections.OrderedDict() # connections whose client has to send, to read or to prove a key next
         self._unproven, self._bodies = Budget(UNPROVEN_BYTES), Budget(BODIES_BYTES, KEY_BODIES_BYTES)
-        self._unread = Budget(UNREAD_BYTES, KEY_UNREAD_BYTES)
+        self._unread, self._keeping = Budget(UNREAD_BYTES, KEY_UNREAD_BYTES), set()     # connections in the first two
         self._handshakes = self._tick_at = self._housekeeping_at = self._house_due_at = 0
         self._alarms, self._numbers = [], itertools.count()     # a heap of [when, number, function or None]
         self._handed = collections.deque()          # (function, result of a thread) for the loop
@@ -4996,6 +4993,9 @@ class Loop:
 
         If clients that have shown no key have too many, the one that takes longest loses its connection.
         """
+        if not number and connection not in self._keeping:
+            return True
+        (self._keeping.add if number else self._keeping.discard)(connection)
         known = request is not None and request.proven
         self._unproven.take(connection, "", 0 if known else number)
         self._bodies.take(connection, request.account if known else "", number if known else 0)
@@ -5050,8 +5050,8 @@ class Loop:
         self._disarm(connection)
         self.release(connection)
         self._evictable.pop(connection, None)
-        for budget in (self._unproven, self._bodies, self._unread):
-            budget.take(connection, "", 0)
+        self.keep(connection, None, 0)
+        self._unread.take(connection, "", 0)
         self._connections.discard(connection)
 
     # -- Requests --
