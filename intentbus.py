@@ -162,6 +162,7 @@ CACHED_HEAD_BYTES = 1024            # clients of ours send 200
 INPUT_BYTES = 65536                 # taken in ahead while a request of the connection is being answered
 UNPROVEN_BYTES = 16 * 2 ** 20       # of heads and bodies whose key is not checked yet; the oldest connection is closed
 BODIES_BYTES = 64 * 2 ** 20         # of heads and bodies whose key is checked; then 503
+SMALL_BYTES = 4096                  # a whole body up to this does not count: 16,384 of them are 64 MiB
 KEY_BODIES_BYTES = 16 * 2 ** 20     # of these, of one issued key
 UNREAD_BYTES = 64 * 2 ** 20         # of answers that clients have not read; the slowest reader is closed
 KEY_UNREAD_BYTES = 8 * 2 ** 20      # of these, of one key, or of one address without a key: a page of a list and more
@@ -374,9 +375,9 @@ class Intent(Record):
                          fields["required_capability"])
         payload = to_json(fields["payload"])
         fields.update(
-            id=intent_id, payload=payload, size=ROW_BYTES + bytes_of(payload), owner=owner, publisher=publisher, created_at=now, status="open",
-            run_at=run_at, expires_at=expires_at, claim_attempts=0, place=place, lane=f"{place}\t{fields['goal']}\t{owner}",
-            ready=int(ready), due_at=expires_at if ready else run_at)
+            id=intent_id, payload=payload, size=ROW_BYTES + bytes_of(payload), owner=owner, publisher=publisher,
+            created_at=now, status="open", run_at=run_at, expires_at=expires_at, claim_attempts=0, place=place,
+            lane=f"{place}\t{fields['goal']}\t{owner}", ready=int(ready), due_at=expires_at if ready else run_at)
         return cls(UNCLAIMED, **fields)
 
     @property
@@ -1085,8 +1086,8 @@ class Transaction(Reads):
     """The block of one verb of the Bus: `with store.transaction() as tx`.
 
     A failure undoes this block only. `now` is the time of the round. `moves`, the changes of intents, and functions given
-    to after_commit() reach memory once they are on disk. `counted` has what is
-    to be added to the tallies: (publisher, namespace, status, number, bytes).
+    to after_commit() reach memory once they are on disk. `counted` is to be added to the tallies: (publisher, namespace,
+    status, number, bytes).
     """
 
     def __init__(self, store):
@@ -1654,7 +1655,7 @@ class WorkerRegistry:
     def _make_room(self, caller):
         """Forget the workers that are silent for longest, of a key that has more than it may have, or of all."""
         of_key = self._of_key[caller.key_id]
-        while caller.limits is not None and (len(of_key) > KEY_WORKERS or len(of_key) > 1 and sum(of_key.values()) > KEY_GOALS):
+        while caller.limits and (len(of_key) > KEY_WORKERS or len(of_key) > 1 and sum(of_key.values()) > KEY_GOALS):
             self._forget((caller.key_id, next(iter(of_key))))
         if len(self._workers) > WORKERS:
             self._forget(next(iter(self._workers)))
@@ -1705,9 +1706,10 @@ class EventLog:
         Many watchers ask for the same ones.
         """
         asked = self.newest, number, owner
-        if asked not in self._pages:
-            self._pages[asked] = self._after(number, owner)
-        return self._pages[asked]
+        found = self._pages.get(asked) or self._after(number, owner)
+        if len(self._pages) < EVENTS:
+            self._pages[asked] = found
+        return found
 
     def _after(self, number, owner):
         oldest = self._events[0][0] if self._events else self.newest + 1
@@ -2682,7 +2684,8 @@ class Keys:
         if limited:
             self._require_rate(self._rate.take(caller.key_id))
         if request.signing_key and not self._spend_nonce(request):
-            self.charge(caller, -1)
+            if limited:
+                self.charge(caller, -1)
             raise Forbidden("Replay detected", "invalid_signature")
         if limited:
             self._used.append((caller.key_id, self._store.now()))
@@ -4460,7 +4463,7 @@ class Budget:
     def __init__(self, total_bytes, account_bytes=None):
         self._total_bytes, self._account_bytes = total_bytes, account_bytes or total_bytes
         self._taken = collections.OrderedDict()     # connection: (account, bytes), which takes some for longest first
-        self._of = collections.Counter()            # account: bytes
+        self._of, self._all = collections.Counter(), 0     # account: bytes; and in all
 
     def take(self, connection, account, number):
         """Note that a connection takes that many bytes now."""
@@ -4468,16 +4471,17 @@ class Budget:
             return
         before, taken = self._taken.get(connection, (account, 0))
         self._taken[connection] = account, number
-        for name, change in ((before, -taken), (account, number)):
-            self._of[name] += change
-            if not self._of[name]:
-                del self._of[name]
+        self._of.update({before: -taken})
+        self._of.update({account: number})
+        self._all += number - taken
         if not number:
             del self._taken[connection]
+        if not self._of[before]:
+            del self._of[before]
 
     def exceeded(self, account):
         """Return whether an account, or all together, take more than they may."""
-        return account != OWNER.key_id and self._of[account] > self._account_bytes or sum(self._of.values()) > self._total_bytes
+        return account != OWNER.key_id and self._of[account] > self._account_bytes or self._all > self._total_bytes
 
     def slowest(self, account):
         """Return the connection that takes some for longest, of an account that takes too much, or else of all."""
@@ -4986,7 +4990,7 @@ class Loop:
     def request_came(self, connection, request):
         """Stop counting the time of a client: its request is whole. Its body counts until it is answered."""
         self._evictable.pop(connection, None)
-        self.keep(connection, request, len(request.body) if request.proven else 0)
+        self.keep(connection, request, len(request.body) if request.proven and len(request.body) > SMALL_BYTES else 0)
 
     def keep(self, connection, request, number):
         """Account for the bytes that are kept of a request; return False if a known caller has too many.
