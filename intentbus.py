@@ -46,6 +46,7 @@ The parts, top to bottom; each uses only the parts above it:
 
 import argparse
 import base64
+import codecs
 import collections
 import contextlib
 import errno
@@ -260,7 +261,7 @@ COLUMNS = (
     "id", "namespace", "goal", "payload", "owner", "publisher", "visibility", "priority", "ttl", "max_attempts",
     "backoff_base", "target_worker", "required_capability", "created_at", "status", "run_at", "expires_at",
     "completed_at", "last_error", "result", "result_type", "claim_attempts", "claim_token_hash", "claim_expires_at",
-    "claim_owner", "claim_key", "claim_outcome", "worker_id", "size", "place", "lane", "ready", "due_at",
+    "claim_owner", "claim_key", "claim_outcome", "worker_id", "idempotency_key", "size", "place", "lane", "ready", "due_at",
 )
 PUBLISH_DEFAULTS = dict(
     namespace="default", visibility="private", priority=100, delay=0, run_at=None, ttl=TTL_SECONDS, max_attempts=3,
@@ -275,7 +276,7 @@ CLAIM_FIELDS = (
     "claim_attempts", "max_attempts", "priority", "target_worker", "required_capability", "claim_expires_at", "created_at",
 )
 UNCLAIMED = dict.fromkeys(("completed_at", "last_error", "result", "result_type", "claim_token_hash", "claim_expires_at",
-                           "claim_owner", "claim_key", "claim_outcome", "worker_id"))
+                           "claim_owner", "claim_key", "claim_outcome", "worker_id", "idempotency_key"))
 
 Change = collections.namedtuple("Change", "event columns")     # event: a word for people, or None
 
@@ -525,6 +526,7 @@ PLACES = """
 SIZES = """
     ALTER TABLE intents ADD COLUMN claim_key TEXT;     -- the id of the key that claimed it
     ALTER TABLE intents ADD COLUMN size INTEGER NOT NULL DEFAULT 0;     -- counted bytes, 0 if it is older than this
+    ALTER TABLE intents ADD COLUMN idempotency_key TEXT;
     DROP INDEX intents_token;
     CREATE INDEX intents_token ON intents (claim_key, claim_token_hash) WHERE status = 'claimed';
     CREATE INDEX intents_public ON intents (place, owner, priority DESC, run_at, claim_attempts, created_at, id)
@@ -919,7 +921,7 @@ DEAD_RANGE = """
 DELETE = """
     DELETE FROM intents
     WHERE       id IN ({which})
-    RETURNING   namespace, publisher, status, size
+    RETURNING   namespace, publisher, status, size, idempotency_key
 """
 OLD = """
     SELECT   id
@@ -967,6 +969,13 @@ REMEMBER = """
 REMEMBER_FIRST = REMEMBER + """
     WHERE       memos.expires_at <= :now
     RETURNING   key
+"""
+
+FORGET = """
+    DELETE FROM memos
+    WHERE       kind = :kind
+    AND         owner = :owner
+    AND         key = :key
 """
 
 KEY_FIELDS = ("key_id", "name", "owner", "role", "created_at", "last_used_at", "total_requests")
@@ -1170,23 +1179,25 @@ class Transaction(Reads):
         return self._intents(DEAD_RANGE.format(columns=ALL), **which)
 
     def delete_dead(self, **which):
-        """Delete the dead intents in a range of ids, as DEAD_RANGE describes them; return how many."""
-        return len(self._delete(DEAD_RANGE.format(columns="id"), **which))
+        """Delete the dead intents in a range of ids, as DEAD_RANGE describes them, for good; return how many."""
+        return len(self._delete(DEAD_RANGE.format(columns="id"), True, **which))
 
     def delete_old(self, until, rows):
         """Delete intents that ended by a time, the oldest first, at most that many; return their statuses."""
-        return self._delete(OLD, until=until, rows=rows)
+        return self._delete(OLD, False, until=until, rows=rows)
 
     def delete_namespace(self, namespace, start, end):
-        """Delete the intents of a namespace, or of all, in a range of ids; return how many."""
-        return len(self._delete(OF_NAMESPACE, namespace=namespace, start=start, end=end))
+        """Delete the intents of a namespace, or of all, in a range of ids, for good; return how many."""
+        return len(self._delete(OF_NAMESPACE, True, namespace=namespace, start=start, end=end))
 
-    def _delete(self, which, **values):
-        statuses = []
-        for namespace, publisher, status, size in self._rows(DELETE.format(which=which), values):
-            self.counted.append((publisher, namespace, status, -1, -size))
-            statuses.append(status)
-        return statuses
+    def _delete(self, which, for_good, **values):
+        """Delete intents and, if it is for good, what is remembered of their idempotency keys; return their statuses."""
+        gone = list(self._rows(DELETE.format(which=which), values))
+        self.counted += [(publisher, namespace, status, -1, -size) for namespace, publisher, status, size, _ in gone]
+        if for_good:
+            self._db.executemany(FORGET, [dict(kind="idempotency", owner=publisher, key=key) for publisher, key in {
+                (publisher, key) for _, publisher, _, _, key in gone} if key is not None])
+        return [status for _, _, status, _, _ in gone]
 
     def tally_of(self, publisher):
         """Return the Tally of a publisher before this round."""
@@ -1271,13 +1282,7 @@ class Transaction(Reads):
 
     def take_memo(self, kind, owner, key):
         """Forget a text, and return it and its expires_at; (None, None) if there is none."""
-        found = self._first("""
-            DELETE FROM memos
-            WHERE       kind = :kind
-            AND         owner = :owner
-            AND         key = :key
-            RETURNING   value, expires_at, size
-        """, kind=kind, owner=owner, key=key)
+        found = self._first(FORGET + "RETURNING value, expires_at, size", kind=kind, owner=owner, key=key)
         if found and kind == "store":
             self.counted.append((values_of(owner), "", "value", -1, -found[2]))
         return found[:2] if found and found[1] > self.now else (None, None)
@@ -1290,12 +1295,7 @@ class Transaction(Reads):
             WHERE  expires_at <= :now
             LIMIT  :rows
         """, dict(now=self.now, rows=rows))]
-        self._db.executemany("""
-            DELETE FROM memos
-            WHERE       kind = :kind
-            AND         owner = :owner
-            AND         key = :key
-        """, expired)
+        self._db.executemany(FORGET, expired)
         self.counted += [(values_of(memo["owner"]), "", "value", -1, -memo["size"]) for memo in expired if memo["kind"] == "store"]
         return [memo["kind"] for memo in expired]
 
@@ -1822,7 +1822,8 @@ class Bus:
 
     def _publish(self, wanted, idempotency_key, caller, answer_with):
         with self.store.transaction() as tx:
-            intents = [Intent.new(self._ids.new(tx.now), tx.now, caller.owner, caller.key_id, fields) for fields in wanted]
+            intents = [Intent.new(self._ids.new(tx.now), tx.now, caller.owner, caller.key_id,
+                                  dict(fields, idempotency_key=idempotency_key)) for fields in wanted]
             answer = answer_with([intent.id for intent in intents])
             if idempotency_key:
                 asked = json.dumps([list(answer), wanted], sort_keys=True)     # a bulk of one is another request
@@ -1976,7 +1977,8 @@ class Bus:
             yield
 
     def extend_claim(self, intent_id, claim_token=None, seconds=LEASE_SECONDS, *, caller=OWNER):
-        """Let the lease end that many seconds from now; raises NotFound once it is over."""
+        """Let the lease end that many seconds from now, within LEASE_RANGE_SECONDS; raises NotFound once it is over."""
+        seconds = min(max(seconds, LEASE_RANGE_SECONDS[0]), LEASE_RANGE_SECONDS[1])
         with self.store.transaction() as tx:
             intent = self._claimed_by(tx, intent_id, claim_token, caller)
             if intent.status != "claimed":
@@ -1996,7 +1998,8 @@ class Bus:
 
     def fail(self, intent_id, claim_token=None, error=None, retry=True, *, caller=OWNER):
         """Report the work failed: it is tried again after a backoff, or dead if no attempt is left or retry is false."""
-        reason = (error or "The worker gave no reason.")[:ERROR_CHARACTERS]
+        reason = error if isinstance(error, str) else to_json(error)
+        reason = "The worker gave no reason." if error in (None, "") else reason[:ERROR_CHARACTERS]
         with self.store.transaction() as tx:
             intent = self._claimed_by(tx, intent_id, claim_token, caller, "failed")
             if intent.claim_outcome is None:
@@ -2110,7 +2113,7 @@ class Bus:
     def inspect(self, intent_id, *, caller=OWNER):
         """Return everything about an intent but its claim token."""
         intent = self.store.get(intent_id).at(self.clock.now())
-        hidden = ("claim_token_hash", "claim_key", "claim_outcome", "size", "place", "lane", "ready", "due_at")
+        hidden = ("claim_token_hash", "claim_key", "claim_outcome", "idempotency_key", "size", "place", "lane", "ready", "due_at")
         return Record({column: value for column, value in intent.items() if column not in hidden},
                       payload=json.loads(intent.payload), result=stored_result(intent))
 
@@ -2254,8 +2257,8 @@ class Bus:
     def _claimed_by(self, tx, intent_id, claim_token, caller, outcome=None):
         """Return an intent for a report of its latest worker; raises NotFound for anyone else.
 
-        A token proves the claim, even after its lease. Without one, the claim's owner may report while the lease runs. A
-        claim that has ended takes no report but the one that ended it, with this outcome, again.
+        A token, or without one the claim's owner, proves the claim, even after its lease: until somebody claims the intent
+        again, or it is cancelled. A claim that has ended takes no report but the one that ended it, again, and with its token.
         """
         if claim_token is None and self.require_claim_token:
             raise Invalid("claim_token is required on this bus.", code="invalid_claim_token")
@@ -2264,7 +2267,7 @@ class Bus:
         except NotFound:
             raise lease_lost(intent_id) from None
         if claim_token is None:
-            allowed = intent.status == "claimed" and intent.claim_owner == caller.owner
+            allowed = intent.claim_token_hash and intent.claim_outcome is None and intent.claim_owner == caller.owner
         else:
             allowed = hmac.compare_digest(hash_token(claim_token), intent.claim_token_hash or "")
         if not allowed or intent.claim_outcome not in (None, outcome):
@@ -2970,15 +2973,26 @@ def word_of(characters):
 
 
 anything = must_be("any JSON value", lambda value: True)
+any_payload = must_be("any JSON value", lambda value: True)     # null too, which elsewhere counts as absent
 boolean = must_be("true or false", lambda value: isinstance(value, bool))
 string = must_be("a string", lambda value: isinstance(value, str))
 namespace_word = word_of("A-Z a-z 0-9 . _ -")
 token_word = word_of("A-Z a-z 0-9 . _ : -")
 
 
-def tokens(value):
-    """Accept names separated by commas."""
-    return tuple(token_word(part.strip()) for part in value.split(",") if part.strip())
+def label(value):
+    """Accept any string, to be shown; control characters in it are replaced, and it is cut at 64 characters."""
+    return CONTROL.sub("?", string(value).strip())[:64]
+
+
+def labels(value):
+    """Accept strings to be shown, separated by commas."""
+    return tuple(label(part) for part in string(value).split(",") if part.strip())
+
+
+def is_blank(value):
+    """Return whether a value is a string of white space."""
+    return isinstance(value, str) and not value.strip()
 
 
 def list_of(validator):
@@ -3003,7 +3017,7 @@ def validate(fields, values, kind="field"):
         raise Invalid(f"Unknown {kind} {min(unknown)[:64]!r}; there are: {', '.join(fields) or 'none'}.")
     found = fields.defaults.copy()
     for field, value in values.items():
-        if value is None or field not in fields:
+        if field not in fields or value is None and fields[field] is not any_payload or is_blank(value) and field in fields.optional:
             continue
         try:
             found[field] = fields[field](value)
@@ -3037,11 +3051,12 @@ def validate_query(fields, query):
 class Fields(dict):
     """Validators by name. It is made from {name: (validator, default)}; a REQUIRED field has no default.
 
-    Unless it is strict, other fields are ignored. It is where a mistyped name could widen what is done.
+    Unless it is strict, other fields are ignored. It is where a mistyped name could widen what is done. A blank string in an
+    optional field counts as absent; elsewhere it is refused, so that an unset shell variable widens nothing.
     """
 
-    def __init__(self, table, strict=True):
-        self.strict = strict
+    def __init__(self, table, strict=True, optional=()):
+        self.strict, self.optional = strict, optional
         super().__init__((field, validator) for field, (validator, _) in table.items())
         self.defaults = {field: default for field, (_, default) in table.items() if default is not REQUIRED}
         self.required = [field for field, (_, default) in table.items() if default is REQUIRED]
@@ -3066,28 +3081,30 @@ WAIT_SECONDS = (from_query(number_from(0, WAIT_MAX_SECONDS)), 0)
 
 INTENT = {
     "goal": (text_of(1, 256), REQUIRED),
-    "payload": (anything, REQUIRED),
+    "payload": (any_payload, REQUIRED),
     **{field: (LIMITS[field], default) for field, default in PUBLISH_DEFAULTS.items()},
     "reward": (anything, None),     # of the 1.x protocol, without effect
 }
-IDEMPOTENCY = Fields({"idempotency_key": (text_of(1, 255), None)})
-PUBLISH = Fields({**INTENT, "idempotency_key": (text_of(1, 255), None)})
-PUBLISH_OF_MANY = Fields(INTENT)     # one of several, which share an idempotency key
+OPTIONAL = ("target_worker", "required_capability", "idempotency_key")
+IDEMPOTENCY = Fields({"idempotency_key": (text_of(1, 255), None)}, optional=OPTIONAL)
+PUBLISH = Fields({**INTENT, "idempotency_key": (text_of(1, 255), None)}, optional=OPTIONAL)
+PUBLISH_OF_MANY = Fields(INTENT, optional=OPTIONAL)     # one of several, which share an idempotency key
 CLAIM = Fields({
     "goal": (list_of(text_of(1, 256)), None),
     "namespace": (namespace_word, "default"),
     "publisher": GOAL,
-    "worker_id": (token_word, None),
-    "capabilities": (tokens, ()),
-    "capability": (tokens, ()),     # another name of it in the 1.x protocol
+    "worker_id": (label, None),
+    "capabilities": (labels, ()),
+    "capability": (labels, ()),     # another name of it in the 1.x protocol
     "wait": WAIT_SECONDS,
     "lease": (from_query(number_from(*LEASE_RANGE_SECONDS)), LEASE_SECONDS),
-})
+}, optional=("namespace", "publisher", "worker_id", "capabilities", "capability"))
 CLAIM_BODY = Fields({"claim_token": (text_of(32, 64), None)})     # one of the client's own, for a claim that can be repeated
-CLAIM_HEADERS = Fields({"worker_id": (token_word, None), "capabilities": (tokens, ()), "claim_token": (text_of(32, 64), None)})
-EXTEND = Fields({"claim_token": TOKEN, "seconds": (number_from(*LEASE_RANGE_SECONDS), LEASE_SECONDS)}, strict=False)
+CLAIM_HEADERS = Fields({"worker_id": (label, None), "capabilities": (labels, ()), "claim_token": (text_of(32, 64), None)},
+                       optional=("worker_id", "capabilities"))
+EXTEND = Fields({"claim_token": TOKEN, "seconds": (number_from(0, YEAR_SECONDS), LEASE_SECONDS)}, strict=False)
 FULFILL = Fields({"claim_token": TOKEN, "result": (anything, None), "result_type": (choice("json", "text"), "json")}, strict=False)
-FAIL = Fields({"claim_token": TOKEN, "error": (string, None), "retry": (boolean, True)}, strict=False)
+FAIL = Fields({"claim_token": TOKEN, "error": (anything, None), "retry": (boolean, True)}, strict=False)
 RELEASE = Fields({"claim_token": TOKEN, "delay": (number_from(0, YEAR_SECONDS), 0)}, strict=False)
 RESULT = Fields({"wait": WAIT_SECONDS}, strict=False)
 EVENTS_QUERY = Fields({"after": (from_query(integer_from(0, 2 ** 49)), None), "wait": WAIT_SECONDS}, strict=False)
@@ -3117,10 +3134,10 @@ SET_QUERY = Fields({
 VALUE_KEY = Fields({"key": (must_be(f"at most {VALUE_KEY_CHARACTERS} characters",
                                     lambda key: len(key) <= VALUE_KEY_CHARACTERS), REQUIRED)})
 GENERATE_KEY = Fields({
-    "owner": (text_of(1, 64), REQUIRED),
+    "owner": (text_of(1, 64), "anonymous"),
     "name": (text_of(1, 64), ""),
     "role": (choice("publish", "work", "both"), "both"),
-})
+}, optional=("owner",))
 JOIN = Fields({"code": (string, REQUIRED)})
 REVOKE_KEY = Fields({"api_key": (string, None), "key_id": (string, None)})
 PURGE = Fields({"confirm": (boolean, False), "namespace": (namespace_word, None)})
@@ -3143,6 +3160,7 @@ DECODER = json.JSONDecoder(parse_constant=refuse_number, parse_float=finite)
 
 def from_json(body):
     """Return the value of a JSON text in bytes; raises Invalid for text that is no JSON, or cannot be stored as it is."""
+    body = body[3:] if body.startswith(codecs.BOM_UTF8) else body
     if nesting(body) > JSON_DEPTH:
         raise Invalid(f"The JSON is nested deeper than {JSON_DEPTH} levels.", code="invalid_json")
     try:
