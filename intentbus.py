@@ -4876,8 +4876,8 @@ class Loop:
             elif connection.request is None and not connection.answering:
                 connection.close()
         until = time.monotonic() + SHUTDOWN_SECONDS
-        while self._connections and (left := until - time.monotonic()) > 0:
-            self.turn(left)
+        while self._connections and time.monotonic() < until or self.api.bus.store.busy_since is not None:
+            self.turn(max(0, until - time.monotonic()))     # a commit that runs in a thread needs the database to its end
 
     def stop(self):
         """Let serve_forever() end; for signal handlers and other threads."""

@@ -6497,6 +6497,30 @@ def test_health_is_answered_while_a_clock_step_is_applied(sqlite_work, started, 
     assert response_on(publish).status == 201
 
 
+@ON_A_FILE
+def test_a_stop_waits_for_a_commit_in_a_thread(started, monkeypatch):
+    for name, value in (("SLOW_COMMIT_SECONDS", 0), ("SLOW_COMMIT_TIMES", 10 ** 9), ("SHUTDOWN_SECONDS", 0)):
+        monkeypatch.setattr(intentbus, name, value)     # all commits but the first run in a thread
+    served, begun, go_on, turns = started(), threading.Event(), threading.Event(), []
+    served.publish()
+    database, turn = served.store.database, served.server.turn
+    commits = iter([lambda: (begun.set(), go_on.wait(PATIENCE_SECONDS))])
+    monkeypatch.setattr(database, "commit", lambda commit=database.commit: (next(commits, int)(), commit())[1])
+    with served.begin("POST", "/intent", a_publish()):
+        begun.wait(PATIENCE_SECONDS)
+    monkeypatch.setattr(served.server, "turn", lambda *longest: (turns.append(longest), turn(*longest)))
+    stopping = threading.Thread(target=served.stop, daemon=True)
+    stopping.start()
+    try:
+        wait_until(lambda: len(turns) > 3 or not stopping.is_alive())
+        assert stopping.is_alive()
+    finally:
+        go_on.set()
+    stopping.join(PATIENCE_SECONDS)
+    served.start()
+    assert served.statuses() == ["open"] * 2
+
+
 def test_held_requests_are_answered_at_shutdown(served):
     open_id, start = served.publish(goal="other"), served.client.events().next
     claims = [served.hold("POST", f"/claim?wait=60&goal={goal}") for goal in ("g", "g&goal=h")]
