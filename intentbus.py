@@ -80,6 +80,7 @@ __all__ = ["API", "Bus", "Clock", "Database", "Error", "Intent", "IntentClient",
 
 # Intents
 LEASE_SECONDS = 60                  # a worker that is silent for this long has lost its intent
+GRACE_SECONDS = 30                  # more, for a lease that ran out while the bus was away; at most the lease again
 LEASE_RANGE_SECONDS = (10, 3600)    # a phone cannot renew a shorter one; a longer one hides a dead worker
 CLAIM_COMBINATIONS = 64             # goals times capabilities of one claim: each costs one index lookup
 WAIT_MAX_SECONDS = 60               # proxies cut connections that are idle for longer
@@ -138,6 +139,7 @@ LOCK_SECONDS = 30                   # how long requests wait while another progr
 DUE_ROWS = 500                      # due transitions applied in one round, about 10 ms
 SLICE_ROWS = 200                    # rows a long operation looks at in one step, about 5 ms
 HEALTH_SECONDS = 0.5                # how long /health waits for its round; monitors wait for a second or more
+STALL_SECONDS = 3                   # a bus that did nothing for so long was away: workers could not reach it
 STALLED_SECONDS = 10                # a commit that takes longer means that the disk hangs: /health says so
 LIST_ROWS = 10_000                  # rows looked at for one page of a list: about 20 ms
 PAGE_BYTES = 4 * 2 ** 20            # payloads in one page of a list
@@ -260,7 +262,7 @@ ERRORS = {kind.status: kind for kind in Error.__subclasses__() if kind.status}
 COLUMNS = (
     "id", "namespace", "goal", "payload", "owner", "publisher", "visibility", "priority", "ttl", "max_attempts",
     "backoff_base", "target_worker", "required_capability", "created_at", "status", "run_at", "expires_at",
-    "completed_at", "last_error", "result", "result_type", "claim_attempts", "claim_token_hash", "claim_expires_at",
+    "completed_at", "last_error", "result", "result_type", "claim_attempts", "claim_token_hash", "claim_expires_at", "lease",
     "claim_owner", "claim_key", "claim_outcome", "worker_id", "idempotency_key", "size", "place", "lane", "ready", "due_at",
 )
 PUBLISH_DEFAULTS = dict(
@@ -276,7 +278,7 @@ CLAIM_FIELDS = (
     "claim_attempts", "max_attempts", "priority", "target_worker", "required_capability", "claim_expires_at", "created_at",
 )
 UNCLAIMED = dict.fromkeys(("completed_at", "last_error", "result", "result_type", "claim_token_hash", "claim_expires_at",
-                           "claim_owner", "claim_key", "claim_outcome", "worker_id", "idempotency_key"))
+                           "lease", "claim_owner", "claim_key", "claim_outcome", "worker_id", "idempotency_key"))
 
 Change = collections.namedtuple("Change", "event columns")     # event: a word for people, or None
 
@@ -409,12 +411,17 @@ class Intent(Record):
         new = self.status != "claimed"
         return Change("claimed" if new else None, dict(
             status="claimed", ready=0, claim_attempts=self.claim_attempts + new, claim_token_hash=token_hash, claim_owner=owner,
-            claim_key=key_id, worker_id=worker_id, claim_outcome=None, claim_expires_at=now + lease,
+            claim_key=key_id, worker_id=worker_id, claim_outcome=None, claim_expires_at=now + lease, lease=lease,
             due_at=min(now + lease, self.expires_at)))
 
     def extended(self, now, seconds):
         """Its lease ends that many seconds from now."""
-        return Change(None, dict(claim_expires_at=now + seconds, due_at=min(now + seconds, self.expires_at)))
+        return Change(None, dict(claim_expires_at=now + seconds, lease=seconds, due_at=min(now + seconds, self.expires_at)))
+
+    def spared(self, now):
+        """Its lease ran out while the bus was away: its worker may still extend it, or report."""
+        end = now + min(self.lease or LEASE_SECONDS, GRACE_SECONDS)
+        return Change(None, dict(claim_expires_at=end, due_at=min(end, self.expires_at)))
 
     def fulfilled(self, now, result, result_type):
         """The work is done."""
@@ -526,6 +533,7 @@ PLACES = """
 SIZES = """
     ALTER TABLE intents ADD COLUMN claim_key TEXT;     -- the id of the key that claimed it
     ALTER TABLE intents ADD COLUMN size INTEGER NOT NULL DEFAULT 0;     -- counted bytes, 0 if it is older than this
+    ALTER TABLE intents ADD COLUMN lease DOUBLE PRECISION;     -- seconds, of the latest claim or extension
     ALTER TABLE intents ADD COLUMN idempotency_key TEXT;
     DROP INDEX intents_token;
     CREATE INDEX intents_token ON intents (claim_key, claim_token_hash) WHERE status = 'claimed';
@@ -823,6 +831,15 @@ DUE = f"""
     WHERE    due_at <= :now
     ORDER BY due_at
     LIMIT    :rows
+"""
+LOST = f"""
+    SELECT {ALL}
+    FROM   intents
+    WHERE  claim_expires_at <= :now
+    AND    due_at <= :now
+    AND    expires_at > :now
+    AND    status = 'claimed'
+    LIMIT  :rows
 """
 CLAIMED_WITH = f"""
     SELECT {ALL}
@@ -1148,6 +1165,10 @@ class Transaction(Reads):
     def due(self, now, rows):
         """Return intents that time changes by now, the longest due first."""
         return self._intents(DUE, now=now, rows=rows)
+
+    def lost(self, now, rows):
+        """Return intents whose lease has run out, at most that many."""
+        return self._intents(LOST, now=now, rows=rows)
 
     def claimable(self, lanes, key_id, token_hash=None):
         """Return the first intent that is ready in these lanes, or in lanes that they cover; None if there is none.
@@ -1797,6 +1818,7 @@ class Bus:
             record = json.loads(stored)
             self.clock.resume(record)
             self._kept = record["kept"]
+        self.spare_leases()
         with store.transaction() as tx:
             self._note_time(tx)
 
@@ -1965,6 +1987,15 @@ class Bus:
             elif intent is not None or applied < DUE_ROWS:
                 return intent
 
+    def spare_leases(self):
+        """Spare leases that ran out while this bus was away; on a shared database, other buses were there."""
+        lost = not self.store.database.shared
+        while lost:
+            with self.store.transaction() as tx:
+                lost = tx.lost(tx.now, SLICE_ROWS)
+                for intent in lost:
+                    self._change(tx, intent, intent.spared(tx.now))
+
     @sliced
     def end_leases(self, key_id):
         """End the leases of a key that was revoked: its intents go to other workers."""
@@ -2113,7 +2144,7 @@ class Bus:
     def inspect(self, intent_id, *, caller=OWNER):
         """Return everything about an intent but its claim token."""
         intent = self.store.get(intent_id).at(self.clock.now())
-        hidden = ("claim_token_hash", "claim_key", "claim_outcome", "idempotency_key", "size", "place", "lane", "ready", "due_at")
+        hidden = ("claim_token_hash", "claim_key", "claim_outcome", "idempotency_key", "lease", "size", "place", "lane", "ready", "due_at")
         return Record({column: value for column, value in intent.items() if column not in hidden},
                       payload=json.loads(intent.payload), result=stored_result(intent))
 
@@ -4534,6 +4565,7 @@ class Rounds:
         self._apart_until = 0                # until when commits run in a thread, after a slow one
         self._gathering = 0                  # for how many seconds the next round waits, after a slow commit
         self._begin_at = 0                   # when the next round may begin
+        self.stalled = False                 # whether the loop has stood still
 
     def submit(self, request):
         """Take in a request."""
@@ -4627,6 +4659,9 @@ class Rounds:
             self._store.obstacle, self._begin_at = error, self._loop.now + LOCK_CHECK_SECONDS
             return self._refuse_waiting(error, LOCK_SECONDS if isinstance(error, Busy) else 0)
         try:
+            if self.stalled or self._reports and self._loop.now - self._reports[0].since > STALL_SECONDS:
+                self.stalled = False
+                self._api.bus.spare_leases()
             self._run_jobs()
             self._store.prepare()
         except Exception as error:
@@ -4760,7 +4795,7 @@ class Loop:
         import selectors
         self.api, self._limit, self._access_log, self._trust_proxy = api, limit, access_log, trust_proxy
         self._certificate, self._renewing, self._renew_now, self._renew_at = certificate, False, False, 0
-        self.now, self.stopping = time.monotonic(), False
+        self.now, self._turned_at, self.stopping = time.monotonic(), steady_clock(), False
         self.waiting, self.heads = api.waiting, {}     # heads: parsed headers by their bytes, of known callers
         self.ready = []                             # connections with bytes that are not parsed yet
         self._connections = set()
@@ -4795,8 +4830,12 @@ class Loop:
 
     def turn(self, longest=float("inf")):
         """Receive from all ready connections, ring due alarms, answer, commit and send; wait for `longest` seconds at most."""
-        for key, events in self._selector.select(min(longest, self._timeout())):
+        timeout = min(longest, self._timeout())
+        for key, events in self._selector.select(timeout):
             self._safely(key.data, events)
+        turned_at, self._turned_at = self._turned_at, steady_clock()
+        if self._turned_at - turned_at > timeout + STALL_SECONDS:     # the process was stopped, or the machine slept
+            self.rounds.stalled = True
         self.now, self._handshakes = time.monotonic(), 0
         ready, self.ready = self.ready, []
         for connection in ready:
