@@ -7604,6 +7604,15 @@ def test_a_worker_pauses_at_a_bus_that_holds_no_claims():
     assert time.monotonic() - began >= 3 * poll
 
 
+def test_a_fault_of_the_worker_costs_no_attempt_and_stops_it(served):
+    intent_id, said = served.publish(max_attempts=1), []
+    worker = Worker(served.client, "g", lambda intent, lease: {}["x"], drain=True, on_message=said.append)
+    with pytest.raises(intentbus.SetupError, match="The worker cannot go on: KeyError: 'x'."):
+        worker.run()
+    found = served.client.get_status(intent_id)
+    assert (found.status, found.claim_attempts, said) == ("open", 0, [f"{intent_id} released"])
+
+
 def test_an_error_in_one_thread_ends_a_worker():
     calls = itertools.count()
 
@@ -8171,6 +8180,47 @@ def test_work_without_a_program_prints_the_payloads(serve):
         serve.run("publish", "print", f"n:={number}")
     work = serve.run("work", "--goal", "print", "--max-jobs", "2")
     assert (work.returncode, work.stdout) == (0, '{"n":1}\n{"n":2}\n')
+
+
+def fill_spool_with_garbage(folder):
+    (folder / ".intentbus" / "spool.db").write_bytes(b"garbage " * 4096)
+
+
+def take_memory(folder):     # leaves less than the stack of a thread, which the lease needs
+    import resource
+    worker = int((folder / "pid").read_text())
+    used = int(Path(f"/proc/{worker}/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.prlimit(worker, resource.RLIMIT_AS, (used + 2 ** 22,) * 2)
+
+
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc, prlimit, /dev/full")
+
+
+@LINUX
+@pytest.mark.parametrize("setup, program, event, code, cause", [
+    ("exec >/dev/full", "", None, 2, "The output cannot be written: No space left on device."),
+    ("exec > >(head -n 1)", "", None, 0, None),
+    ("ulimit -f 0", "true", None, 2, "temporary file (TMPDIR says where): No usable temporary directory found in"),
+    ("ulimit -n 10", "true", None, 2, "cannot be run: Too many open files."),
+    ("ulimit -s 16384", "true", take_memory, 2, "can't start new thread"),
+    ("true", "true", fill_spool_with_garbage, 2, "spool.db cannot be used: "),
+], ids=["full output", "closed output", "no temporary file", "no descriptor", "no memory", "damaged spool"])
+def test_trouble_of_the_worker_costs_no_intent_an_attempt(started, tmp_path, setup, program, event, code, cause):
+    bus = started()
+    ids = [] if event else [bus.publish(payload=number, max_attempts=1) for number in range(3)]
+    line = f"echo $$ > pid; {setup}; exec {shlex.join(COMMAND)} work --goal g {program and '-- ' + program}"
+    worker = subprocess.Popen(["bash", "-c", line], cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, text=True,
+                              stderr=subprocess.PIPE, env=dict(os.environ, HOME=str(tmp_path), INTENT_BUS_URL=bus.url, INTENT_API_KEY=KEY))
+    if event:
+        wait_until(lambda: bus.client.workers().workers)
+        event(tmp_path)
+        ids = [bus.publish(payload=number, max_attempts=1) for number in range(3)]
+    assert worker.wait(60) == code
+    words = worker.communicate()[1]
+    assert words.count(cause) == 1 if cause else "cannot" not in words
+    found = [bus.client.get_status(id) for id in ids]
+    done = [intent.status for intent in found].count("fulfilled")
+    assert {(intent.status, intent.claim_attempts) for intent in found[done:]} == {("open", 0)} and done <= 1 and "Traceback" not in words
 
 
 def test_cancel_retry_and_list_from_the_command_line(serve):
