@@ -5838,6 +5838,7 @@ class IntentClient:
 # ---- 17. Worker ----
 # Claim, run, extend the lease, report. A handler is called with (intent, lease) and returns (result, result_type).
 
+HANGUP = getattr(signal, "SIGHUP", None)     # Windows has none
 PAST_TENSES = {"fulfill": "fulfilled", "fail": "failed", "release": "released"}
 
 
@@ -5934,7 +5935,12 @@ class Worker:
             raise SetupError(f"The worker cannot go on: {reason_of(self._failure)}.") from self._failure
 
     def interrupt(self, signal_number=signal.SIGINT, frame=None):
-        """Claim nothing more and let handlers finish; when called again, end them and release their intents."""
+        """Claim nothing more and let handlers finish; when called again, end them and release their intents.
+
+        HUP never counts as a second time: a terminal that closes sends it, and then its shell once more.
+        """
+        if signal_number == HANGUP and self.signals:
+            return
         self.signals.append(signal_number)
         self._ended.put(None)     # unlike Event.set(), safe in a signal handler
 
@@ -6150,6 +6156,48 @@ def process_group_options():
     return {"start_new_session": True} if POSIX else {"creationflags": 0x200}     # CREATE_NEW_PROCESS_GROUP
 
 
+class Guardian:
+    """A shell that outlives a killed worker, and then ends the programs which the worker still ran; not on Windows.
+
+    The worker writes to it which processes start and end. Its input ends with the worker, however that ends.
+    """
+
+    SCRIPT = """trap '' HUP INT TERM
+        running=' '
+        while read -r verb pid; do
+            case $verb in
+                started) running="$running$pid " ;;
+                ended) running="${running%%" $pid "*} ${running#*" $pid "}" ;;
+            esac
+        done
+        end() { for pid in $running; do kill -s "$1" -- "-$pid"; done; }
+        end TERM
+        [ "$running" = ' ' ] || sleep "$1"
+        end KILL
+    """
+
+    def __init__(self, kill_after):
+        self._arguments = ["sh", "-c", self.SCRIPT, "guardian", f"{kill_after:.0f}"]
+        self._process = None
+
+    def __enter__(self):
+        import subprocess
+        with contextlib.suppress(OSError):     # without a guardian, too, a worker can work
+            self._process = POSIX and subprocess.Popen(self._arguments, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                                                       stderr=subprocess.DEVNULL, **process_group_options())
+
+    def __exit__(self, *error):
+        if self._process:
+            self._process.stdin.close()
+            self._process.wait()
+
+    def tell(self, verb, pid):
+        """Tell that a process has started or ended."""
+        with contextlib.suppress(OSError):     # it was killed
+            if self._process:
+                os.write(self._process.stdin.fileno(), f"{verb} {pid}\n".encode())
+
+
 class OutputReader:
     """Reads the pipes of a program as their data comes, so that the program never blocks, and without waiting for their end."""
 
@@ -6193,11 +6241,11 @@ class Program:
     """A handler that runs a program: payload on stdin, result on stdout. The README has the contract.
 
     timeout and kill_after are seconds, max_output bytes; result says how to read stdout: auto, json, text or none.
-    Raises SetupError if there is no such program.
+    tell(verb, pid) is called when a process has started and when it has ended. Raises SetupError if there is no such program.
     """
 
     def __init__(self, arguments, timeout=HANDLER_SECONDS, kill_after=KILL_AFTER_SECONDS, max_output=OUTPUT_BYTES,
-                 result="auto"):
+                 result="auto", tell=lambda verb, pid: None):
         import shutil
         self._program = shutil.which(arguments[0])
         if not self._program:
@@ -6207,18 +6255,21 @@ class Program:
         self.kill_after = kill_after
         self._max_output = max_output
         self._result = result
+        self._tell = tell
 
     def __call__(self, intent, lease):
         reader = OutputReader()
         process = self._start(intent)
         with reader:
             try:
+                self._tell("started", process.pid)
                 output = reader.collect(process.stdout, excess=slice(self._max_output, None))
                 errors = reader.collect(process.stderr, excess=slice(None, -STDERR_BYTES))
                 reason = self._wait(process, reader, lease)
             finally:
                 self._signal(process, "SIGKILL")     # ends the children that the program left behind
                 process.wait()
+                self._tell("ended", process.pid)
             deadline = time.monotonic() + PIPE_SECONDS     # a process in another session may hold the pipes, and write
             while time.monotonic() < deadline and reader.read(WATCH_SECONDS):
                 pass
@@ -6461,7 +6512,7 @@ EPILOG = """
 COMMAND --help shows examples and flags, --version shows the version. Data goes to stdout, messages go to stderr.
 
 exit codes: 0 success; 1 the intent is dead, or a conflict; 2 wrong usage or setup; 3 not found; 4 refused;
-5 bus unreachable; 6 over a limit; 124 timed out; 130, 143 stopped by a signal"""
+5 bus unreachable; 6 over a limit; 124 timed out; 129, 130, 143 stopped by a signal"""
 GROUPS = (
     ("run", ("serve", "publish", "work", "flush")),
     ("inspect", ("status", "result", "list", "workers", "watch", "stats")),
@@ -6830,9 +6881,10 @@ def work_command(options):
     fulfils the intent, 100 rejects it for good, 126 and 127 stop the worker, any other fails it for a retry. Without a
     program, work prints each payload.
     """
+    guardian = Guardian(options.kill_after)
     handler = print_payload
     if options.program:
-        handler = Program(options.program, options.timeout, options.kill_after, options.max_output, options.result)
+        handler = Program(options.program, options.timeout, options.kill_after, options.max_output, options.result, guardian.tell)
     if options.jobs > JOBS:
         raise Invalid(f"-j must be at most {JOBS}.")
     if not LEASE_RANGE_SECONDS[0] <= options.lease <= LEASE_RANGE_SECONDS[1]:
@@ -6849,9 +6901,11 @@ def work_command(options):
     worker = Worker(open_client(options, spool=spool), options.goal, handler, on_message=log,
                     concurrency=options.jobs, lease=options.lease, max_jobs=options.max_jobs, max_time=options.max_time,
                     drain=options.drain, poll=options.poll, worker_id=options.worker_id, capabilities=options.capabilities)
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signal_number, worker.interrupt)
-    worker.run()
+    for signal_number in filter(None, (signal.SIGINT, signal.SIGTERM, HANGUP)):
+        if signal.getsignal(signal_number) != signal.SIG_IGN:     # under nohup, HUP stays ignored
+            signal.signal(signal_number, worker.interrupt)
+    with guardian if options.program else contextlib.nullcontext():
+        worker.run()
     return 128 + worker.signals[0] if worker.signals else 0
 
 

@@ -8261,6 +8261,41 @@ def test_the_first_signal_finishes_work_the_second_releases_it(serve, tmp_path):
     assert (status["status"], status["claim_attempts"]) == ("open", 0)
 
 
+@POSIX
+@pytest.mark.parametrize("ignored", [False, True], ids=["terminal", "nohup"])
+def test_a_terminal_that_closes_lets_a_worker_finish(serve, tmp_path, ignored):
+    fifo, started, goal = tmp_path / "go", tmp_path / "started", f"hangup {ignored}"
+    os.mkfifo(fifo)
+    ids = [serve.run("publish", goal, "1").stdout.strip() for _ in range(2)]
+    trap = "trap '' HUP; " if ignored else ""
+    worker = subprocess.Popen(["sh", "-c", f"{trap}exec {shlex.join(COMMAND)} work --goal '{goal}' --max-jobs 2 -- "
+                               f"sh -c 'touch {started}; cat {fifo}'"], env=serve.env, stderr=subprocess.PIPE, text=True)
+    wait_until(started.exists)
+    for _ in range(2):     # the terminal sends it, and then the shell
+        worker.send_signal(signal.SIGHUP)
+    if not ignored:
+        assert "finishing 1 more" in worker.stderr.readline()
+    for _ in range(1 + ignored):
+        wait_until(started.exists)
+        started.unlink()
+        fifo.write_text("finished")
+    assert worker.wait(20) == (0 if ignored else 129)
+    worker.communicate()
+    assert [serve.client.get_status(id).status for id in ids] == ["fulfilled", "fulfilled" if ignored else "open"]
+
+
+@LINUX
+@pytest.mark.parametrize("text", ["exec sleep 60", "trap '' TERM; sleep 60 & sleep 60; sleep 60"], ids=["ends", "ignores TERM"])
+def test_a_killed_worker_leaves_no_program_running(serve, text):
+    ids = serve.client.publish_many([a_publish(goal="orphan") for _ in range(3)]).ids
+    worker = serve.start("work", "--goal", "orphan", "-j", "2", "--kill-after", "0.1s", "--", "sh", "-c",
+                         f"[ $INTENT_ID = {ids[0]} ] && exit; {text}")
+    wait_until(lambda: all(left_behind(id) for id in ids[1:]))
+    worker.kill()
+    worker.communicate()
+    wait_until(lambda: not any(left_behind(id) for id in ids))
+
+
 def test_without_a_command_the_overview_lists_every_command():
     code, out, err = run()
     assert_complaint((code, out, err), 2, "A COMMAND is missing.")
