@@ -6745,7 +6745,7 @@ def publish_lines(bus, options, fields):
         raise Invalid("--lines and --jsonl read payloads from stdin only, and exclude --wait.")
     key = fields.pop("idempotency_key", None)
     parse = parse_json if options.jsonl else decode_line
-    intents = (dict(fields, goal=options.goal, payload=parse(line)) for line in sys.stdin.buffer if line.strip())
+    intents = (dict(fields, goal=options.goal, payload=parse(line)) for line in binary_stdin() if line.strip())
     published = 0
     for number, batch in enumerate(batches(intents)):
         answer = bus.publish_many(batch, idempotency_key=key and f"{key} {number}")
@@ -6774,6 +6774,13 @@ def batches(intents):
         size += weight
     if batch:
         yield batch
+
+
+def binary_stdin():
+    """Return stdin as a file of bytes; raises Invalid if it is closed."""
+    if sys.stdin is None:
+        raise Invalid("There is no input, since stdin is closed: redirect it, or give the payload as JSON, name=text pairs or @FILE.")
+    return sys.stdin.buffer
 
 
 def decode_line(line):
@@ -6809,9 +6816,9 @@ def read_payload(words):
             raise SetupError(f"The payload file {word[1:]} cannot be read: {error.strerror}.") from error
     if word != "-":
         return parse_json(word)
-    if not words and (sys.stdin is None or sys.stdin.isatty()):
+    if not words and sys.stdin and sys.stdin.isatty():
         raise Invalid("There is no payload: give JSON, name=text pairs, @FILE, or redirect stdin.")
-    return parse_json(sys.stdin.buffer.read())
+    return parse_json(binary_stdin().read())
 
 
 def wait_for_result(bus, intent_id, options):
@@ -7185,6 +7192,15 @@ def run_command(words, open_store):
     return code
 
 
+def open_missing_streams():
+    """Open /dev/null for each standard stream that is closed; sys.stdin stays None, for commands that need it."""
+    if sys.stdin is None:
+        os.open(os.devnull, os.O_RDONLY)     # gets the lowest free descriptor, so that no other file gets the one of stdin
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors="backslashreplace"))
+
+
 def discard_unwritten(*streams):
     """Discard what streams hold and cannot write, since Python would fail on it at its exit."""
     for stream in streams:
@@ -7199,6 +7215,7 @@ def main(arguments=None, open_store=sqlite_store):
 
     open_store returns the Store of serve, given the value of --db or None.
     """
+    open_missing_streams()
     warnings.showwarning = lambda message, *_: log(message)
     if hasattr(sys.stdout, "reconfigure"):     # for characters that stdout cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -8565,11 +8565,29 @@ def test_text_that_cannot_be_sent_is_refused(strict, place, arguments, environme
     assert_complaint(run(*arguments, **dict(settings, **environment)), 2)
 
 
-def test_a_publish_without_payload_and_stdin_is_refused(strict, place):
-    line = f"{shlex.quote(sys.executable)} {shlex.quote(PROGRAM)} publish g <&-"
-    env = dict(os.environ, INTENT_API_KEY=KEY, INTENT_BUS_URL=strict.url, HOME=str(place))
-    done = subprocess.run(["sh", "-c", line], env=env, capture_output=True, timeout=10)
-    assert_complaint((done.returncode, done.stdout.decode(), done.stderr.decode()), 2, "payload")
+def without(streams, words, bus, **options):
+    """Run a command with these standard streams closed, by their numbers; return its exit code, stdout and stderr."""
+    closing = " ".join(f"{number}>&-" for number in streams)
+    done = subprocess.run(["sh", "-c", f"exec {shlex.join([*COMMAND, *words])} {closing}"], cwd=bus.home, env=bus.env, stdin=subprocess.DEVNULL,
+                          capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout, done.stderr
+
+
+@POSIX
+@pytest.mark.parametrize("words", [[], ["-"], ["--lines"]], ids=str)
+def test_a_publish_that_needs_a_closed_stdin_is_refused(serve, words):
+    assert_complaint(without("0", ["publish", "no stdin", *words], serve), 2, "stdin is closed", "payload")
+
+
+@POSIX
+@pytest.mark.parametrize("streams", ["0", "1", "2", "012"])
+@pytest.mark.parametrize("words, code", [("list", 0), ("list --no-such-flag", 2), ("work --goal streams --drain", 0),
+                                         ("work --goal streams --drain -- cat", 0)])
+def test_a_closed_stream_is_dev_null_for_every_command(serve, words, code, streams):
+    id = serve.publish(goal="streams")
+    found, out, err = without(streams, words.split(), serve)
+    assert found == code and "Traceback" not in err and not ("1" in streams and out) and not ("2" in streams and err)
+    assert serve.client.get_status(id).status == ("fulfilled" if words.startswith("work") else "open")
 
 
 def test_an_unreachable_bus_is_exit_5(monkeypatch, capsys, tmp_path):
