@@ -6241,7 +6241,8 @@ class Program:
     """A handler that runs a program: payload on stdin, result on stdout. The README has the contract.
 
     timeout and kill_after are seconds, max_output bytes; result says how to read stdout: auto, json, text or none.
-    tell(verb, pid) is called when a process has started and when it has ended. Raises SetupError if there is no such program.
+    tell(verb, pid) is called when a process has started and when it has ended. Raises SetupError if there is no such
+    program, or if it is a batch file of Windows with placeholders: cmd.exe could take a field for commands.
     """
 
     def __init__(self, arguments, timeout=HANDLER_SECONDS, kill_after=KILL_AFTER_SECONDS, max_output=OUTPUT_BYTES,
@@ -6251,6 +6252,10 @@ class Program:
         if not self._program:
             raise SetupError(f"There is no program {arguments[0]!r} that can be run; check its path, and run chmod +x on it.")
         self._arguments = arguments[1:]
+        batch_file = not POSIX and self._program.rstrip(". ").lower().endswith((".bat", ".cmd"))
+        if batch_file and any(field for argument in self._arguments for _, field in PLACEHOLDER.findall(argument)):
+            raise SetupError(f"{self._program} is a batch file, where a field in an argument could run commands: read the "
+                             "payload from stdin instead, or use another kind of program.")
         self._timeout = timeout
         self.kill_after = kill_after
         self._max_output = max_output

@@ -75,6 +75,7 @@ ADMIN_SECRET = "a" * 40
 NOBODY = "0" * 32     # an id that does not exist
 SLOW = pytest.mark.skipif(not os.environ.get("INTENTBUS_TEST_SLOW"), reason="INTENTBUS_TEST_SLOW is not set")
 POSIX = pytest.mark.skipif(os.name != "posix", reason="process groups and signals of POSIX")
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc, prlimit, /dev/full")
 CURL = pytest.mark.skipif(not shutil.which("curl"), reason="curl is not on this machine")
 OPENSSL = pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not on this machine")
 
@@ -7970,6 +7971,25 @@ def test_a_worker_spools_an_outcome_it_cannot_report(served, tmp_path, impatient
     assert served.client.get_result(intent_id).result == "done"
 
 
+@LINUX
+@pytest.mark.skipif(not shutil.which("setsid"), reason="setsid is not on this machine")
+def test_a_daemon_that_holds_its_output_costs_a_worker_nothing(served, tmp_path):
+    def costs():
+        return open_files(), threading.active_count()
+    text, before = f"setsid sleep 60 & echo $! >> {tmp_path}/pids", costs()
+    served.client.publish_many([a_publish(payload=number) for number in range(8)])
+    work(served, "g", intentbus.Program([script(tmp_path, f"#!/bin/sh\n{text}\necho done\n")]), concurrency=4)
+    daemons = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    for pid in daemons:
+        os.kill(pid, 0)     # it still runs
+    try:
+        assert {intent.status for intent in served.client.list().intents} == {"fulfilled"} and len(daemons) == 8
+        wait_until(lambda: all(now <= then for now, then in zip(costs(), before)), seconds=20)
+    finally:
+        for pid in daemons:
+            os.kill(pid, signal.SIGKILL)
+
+
 @POSIX     # SIGHUP has the number of CTRL_BREAK_EVENT
 def test_on_windows_a_program_is_ended_with_its_children(served, monkeypatch, tmp_path):
     script(tmp_path, f'#!/bin/sh\necho "$@" >"{tmp_path}/ended"\n', "taskkill")
@@ -7981,6 +8001,16 @@ def test_on_windows_a_program_is_ended_with_its_children(served, monkeypatch, tm
     found = run_handler(served, tmp_path, text, 1, timeout=0.3)
     said = re.fullmatch(r"timed out after 0\.3 s: (\d+)\nCTRL_BREAK_EVENT", found.last_error)
     assert (tmp_path / "ended").read_text() == f"/F /T /PID {said[1]}\n"
+
+
+@pytest.mark.parametrize("name, argument, refused", [
+    ("h.bat", "{x}", True), ("h.CMD", "a{id}b", True), ("h.bat. .", "{goal}", True),
+    ("h.bat", "{{x}}", False), ("h.cmd", "plain", False), ("h.exe", "{x}", False)])
+def test_on_windows_a_batch_file_gets_no_field_as_argument(monkeypatch, tmp_path, name, argument, refused):
+    monkeypatch.setattr(intentbus, "POSIX", False)
+    program = [script(tmp_path, "", name), "first", argument]
+    with pytest.raises(intentbus.SetupError, match="is a batch file") if refused else contextlib.nullcontext():
+        intentbus.Program(program)
 
 
 def test_the_steady_clock_includes_sleep_where_it_can(monkeypatch):
@@ -8191,9 +8221,6 @@ def take_memory(folder):     # leaves less than the stack of a thread, which the
     worker = int((folder / "pid").read_text())
     used = int(Path(f"/proc/{worker}/statm").read_text().split()[0]) * resource.getpagesize()
     resource.prlimit(worker, resource.RLIMIT_AS, (used + 2 ** 22,) * 2)
-
-
-LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc, prlimit, /dev/full")
 
 
 @LINUX
