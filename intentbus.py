@@ -7206,6 +7206,30 @@ def open_missing_streams():
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors="backslashreplace"))
 
 
+def start_child_of_init():
+    """As process 1 of a container, return in a child; the process itself passes signals on and reaps orphans until that ends.
+
+    Linux sends process 1 no signal that it does not handle, and makes it the parent of all orphans.
+    """
+    passed_on = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
+    signal.pthread_sigmask(signal.SIG_BLOCK, passed_on | {signal.SIGCHLD})     # they wait for sigwait()
+    child = os.fork()
+    if not child:
+        os.setsid()     # else Ctrl-C in a terminal would come twice
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on | {signal.SIGCHLD})
+        return
+    while True:
+        number = signal.sigwait(passed_on | {signal.SIGCHLD})
+        if number != signal.SIGCHLD:
+            os.kill(child, number)
+            continue
+        ended = None
+        while ended != 0:
+            ended, status = os.waitpid(-1, os.WNOHANG)
+            if ended == child:
+                os._exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status))
+
+
 def discard_unwritten(*streams):
     """Discard what streams hold and cannot write, since Python would fail on it at its exit."""
     for stream in streams:
@@ -7220,6 +7244,8 @@ def main(arguments=None, open_store=sqlite_store):
 
     open_store returns the Store of serve, given the value of --db or None.
     """
+    if POSIX and os.getpid() == 1:
+        start_child_of_init()
     open_missing_streams()
     warnings.showwarning = lambda message, *_: log(message)
     if hasattr(sys.stdout, "reconfigure"):     # for characters that stdout cannot encode

@@ -8320,7 +8320,66 @@ def test_a_killed_worker_leaves_no_program_running(serve, text):
     wait_until(lambda: all(left_behind(id) for id in ids[1:]))
     worker.kill()
     worker.communicate()
-    wait_until(lambda: not any(left_behind(id) for id in ids))
+    wait_until(lambda: not any(left_behind(id) for id in ids), seconds=30)
+
+
+@pytest.fixture
+def contain(serve):
+    """Start a command as process 1 of a container."""
+    unshare = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    if not shutil.which("unshare") or subprocess.run([*unshare, "true"], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody make a PID namespace")
+    with contextlib.ExitStack() as stack:
+        def start(*words):
+            command = stack.enter_context(subprocess.Popen(
+                [*unshare, *COMMAND, *words], cwd=serve.home, env=dict(serve.env, BUS_DB_PATH="contained.db"), text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+            stack.callback(command.kill)
+            return command
+        yield start
+
+
+def inside(launcher):
+    """Return the processes in the container that unshare started, as their numbers outside, process 1 first."""
+    children, found = collections.defaultdict(list), [launcher]
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if folder.name.isdigit():
+                children[int((folder / "stat").read_text().rpartition(")")[2].split()[1])].append(int(folder.name))
+    for pid in found:
+        found += children[pid]
+    return found[1:]
+
+
+@pytest.mark.parametrize("words, code", [
+    ("serve --port 0", 0), ("work --goal contained", 143), ("watch", 143), ("result {id} --wait", 143), ("publish contained -", 143)])
+def test_term_ends_a_command_that_is_process_1(serve, contain, words, code):
+    words = words.format(id=serve.publish(goal="contained by none")).split()
+    command = contain(*words)
+    assert not words[0] == "serve" or command.stdout.readline()
+    wait_until(lambda: len(inside(command.pid)) >= 2, seconds=30)
+    os.kill(inside(command.pid)[0], signal.SIGTERM)
+    assert command.wait(20) == code
+
+
+def test_a_worker_that_is_process_1_leaves_no_zombies(serve, contain):
+    ids = serve.client.publish_many([a_publish(goal="zombies", payload=number) for number in range(5)]).ids
+    command = contain("work", "--goal", "zombies", "--", "sh", "-c", "setsid sleep 0.01 & true")
+    wait_until(lambda: {serve.client.get_status(id).status for id in ids} == {"fulfilled"})
+    wait_until(lambda: len(inside(command.pid)) <= 3, seconds=30)     # process 1, the worker, its guardian
+    os.kill(inside(command.pid)[0], signal.SIGTERM)
+    assert command.wait(20) == 143
+
+
+def test_the_containers_of_the_readme_run_a_bus_and_its_worker(tmp_path):
+    commands = [shlex.split(line) for line in re.findall(r"^  `(docker run .*)`$", README.read_text(), re.M)]
+    words = [command[command.index("/app/intentbus.py") + 1:] for command in commands]
+    assert [command[0] for command in words] == ["serve", "work"] and all("HOME=/data" in command for command in commands)
+    serve = Serve(tmp_path, *words[0][1:], key=None)
+    published = serve.run("publish", "hello", "name=Ada").stdout.strip()
+    assert serve.run("work", "--once", *words[1][1:]).returncode == 0
+    assert serve.run("result", published).stdout == "hello, Ada\n"
+    serve.stop()
 
 
 def test_without_a_command_the_overview_lists_every_command():
