@@ -61,6 +61,7 @@ import os
 import queue
 import random
 import re
+import selectors
 import signal
 import socket
 import sys
@@ -208,7 +209,7 @@ TERMUX_SECONDS = 10                 # for Termux:API to answer; without its app 
 HANDLER_SECONDS = 300               # a handler that runs for longer has hung
 KILL_AFTER_SECONDS = 5              # between TERM and KILL
 WATCH_SECONDS = 0.1                 # how soon a lost lease or a timeout ends a handler
-PIPE_SECONDS = 1                    # how long to wait for output once the handler has ended
+PIPE_SECONDS = 1                    # how long to read output once the handler has ended
 OUTPUT_BYTES = 127 * 1024           # of stdout, as the result; escaped at twice the size it fits the body limit
 STDERR_BYTES = 2000                 # of stderr, as the error: its end
 ENVIRONMENT_BYTES = 64 * 1024       # of one variable; Linux allows twice that
@@ -4792,7 +4793,6 @@ class Loop:
 
     def open(self, api, limit, access_log, trust_proxy, certificate):
         """Take the API to serve, the number of connections, and the options of http_server."""
-        import selectors
         self.api, self._limit, self._access_log, self._trust_proxy = api, limit, access_log, trust_proxy
         self._certificate, self._renewing, self._renew_now, self._renew_at = certificate, False, False, 0
         self.now, self._turned_at, self.stopping = time.monotonic(), steady_clock(), False
@@ -5516,7 +5516,7 @@ class Spool:
             with self._lock:
                 return self._db.execute(statement, values).fetchall()
         except sqlite3.Error as error:
-            raise StorageFull(f"The spool {self._path} cannot be written: {error}.") from error
+            raise SetupError(f"The spool {self._path} cannot be used: {error}.") from error
 
 
 # ---- 16. Client ----
@@ -5573,7 +5573,7 @@ class Spooler:
         """Send an outcome; a transient error leaves it in the spool and is raised."""
         try:
             number = self._spool.add(self._client.base_url, path, encode_body(body).decode(), intent_id=intent_id)
-        except StorageFull:     # an outcome that cannot be stored can still be sent
+        except SetupError:     # an outcome that cannot be stored can still be sent
             return self._client.request("POST", path, body)
         self.reporting.add(number)
         try:
@@ -5588,7 +5588,11 @@ class Spooler:
             with contextlib.suppress(Error):     # a refused publish must not keep this machine from working
                 self.flush()
         while intent := claim_next():
-            outcome = self._spool.outcome_of(self._client.base_url, intent.id)
+            try:
+                outcome = self._spool.outcome_of(self._client.base_url, intent.id)
+            except SetupError:
+                self._client.release(intent.id, intent.claim_token)
+                raise
             if not outcome:
                 return intent
             self._send_outcome(outcome, claim_token=intent.claim_token)
@@ -5891,6 +5895,7 @@ class IntentClient:
 # ---- 17. Worker ----
 # Claim, run, extend the lease, report. A handler is called with (intent, lease) and returns (result, result_type).
 
+HANGUP = getattr(signal, "SIGHUP", None)     # Windows has none
 PAST_TENSES = {"fulfill": "fulfilled", "fail": "failed", "release": "released"}
 
 
@@ -5900,6 +5905,13 @@ class Reject(Exception):
 
 class HandlerFailed(Exception):
     """The handler ran and failed; the intent is retried."""
+
+
+def reason_of(error):
+    """Return the words for an exception that is no Error, such as that of a full disk."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return f"{type(error).__name__}: {error}"
+    return error.strerror + (f": {error.filename}" if error.filename else "")
 
 
 class Lease:
@@ -5932,7 +5944,7 @@ class Lease:
             except NotFound:
                 self.broken = "lost"
                 return
-            except Error:     # tried again after the next wait
+            except Exception:     # tried again after the next wait
                 pass
 
 
@@ -5941,6 +5953,9 @@ class Worker:
 
     Up to concurrency handlers run at a time. The worker ends after max_jobs intents or max_time seconds, or with drain once
     there is nothing to claim. lease and poll are seconds. on_message(sentence) tells of outcomes and errors.
+
+    A handler is called with (intent, lease), and returns (result, result_type). It raises HandlerFailed or Reject to fail
+    the intent. Any other exception is trouble of this machine: the worker releases the intent and stops.
     """
 
     def __init__(self, bus, goal, handler, *, concurrency=1, lease=LEASE_SECONDS, max_jobs=None, max_time=None,
@@ -5962,17 +5977,27 @@ class Worker:
         self.signals = []     # numbers of the signals that interrupted the worker
 
     def run(self):
-        """Work until an option, interrupt() or Ctrl-C ends the worker; raises the error that stops it."""
+        """Work until an option, interrupt() or Ctrl-C ends the worker.
+
+        Raises the Error that stops it, BrokenPipeError if the reader of its output is gone, or SetupError for other trouble.
+        """
         for thread in self._threads:
             thread.start()
         self._wait_while(lambda: not self.signals and any(thread.is_alive() for thread in self._threads))
         if self.signals:
             self._wind_down()
-        if self._failure:
+        if isinstance(self._failure, (Error, BrokenPipeError)):
             raise self._failure
+        if self._failure:
+            raise SetupError(f"The worker cannot go on: {reason_of(self._failure)}.") from self._failure
 
     def interrupt(self, signal_number=signal.SIGINT, frame=None):
-        """Claim nothing more and let handlers finish; when called again, end them and release their intents."""
+        """Claim nothing more and let handlers finish; when called again, end them and release their intents.
+
+        HUP never counts as a second time: a terminal that closes sends it, and then its shell once more.
+        """
+        if signal_number == HANGUP and self.signals:
+            return
         self.signals.append(signal_number)
         self._ended.put(None)     # unlike Event.set(), safe in a signal handler
 
@@ -5984,7 +6009,7 @@ class Worker:
         for lease in list(self._running):
             lease.broken = lease.broken or "stopped"
         grace = getattr(self._handler, "kill_after", KILL_AFTER_SECONDS)
-        self._wait_while(lambda: self._running, grace + 2 * PIPE_SECONDS + 2 * WATCH_SECONDS)
+        self._wait_while(lambda: self._running, grace + PIPE_SECONDS + 3 * WATCH_SECONDS)
         for intent in list(self._running.values()):     # their handlers are Python functions, which cannot be killed
             self._report(intent, "release")
 
@@ -6010,10 +6035,14 @@ class Worker:
                 else:
                     self._jobs.release()
         except Exception as error:
-            self._failure = error
-            self._stopping.set()
+            self._stop(error)
         finally:
             self._ended.put(None)
+
+    def _stop(self, error):
+        """Claim nothing more; the first error is the one that run() raises, since others may follow from it."""
+        self._failure = self._failure or error
+        self._stopping.set()
 
     def _is_over(self):
         return self._stopping.is_set() or time.monotonic() >= self._deadline
@@ -6043,10 +6072,7 @@ class Worker:
         lease = Lease(self._bus, intent, self._lease_seconds)
         self._running[lease] = intent
         try:
-            if self._stopping.is_set():
-                return self._report(intent, "release")
-            with lease:
-                verb, details = self._run_handler(intent, lease)
+            verb, details = ("release", {}) if self._stopping.is_set() else self._run_handler(intent, lease)
             if lease.broken == "lost":
                 self._log(f"{intent.id} lost: it was cancelled, or its lease ran out before the handler ended")
             elif lease.broken and verb != "fulfill":     # finished work is reported even then
@@ -6060,18 +6086,16 @@ class Worker:
     def _run_handler(self, intent, lease):
         """Run the handler; return the verb of the bus that reports the outcome, and its arguments."""
         try:
-            result, result_type = self._handler(intent, lease)
+            with lease:
+                result, result_type = self._handler(intent, lease)
             return "fulfill", dict(result=result, result_type=result_type)
         except Reject as error:
             return "fail", dict(error=str(error), retry=False)
         except HandlerFailed as error:
             return "fail", dict(error=str(error))
-        except SetupError as error:     # the fault of this machine, not of the intent
-            self._failure = error
-            self._stopping.set()
+        except Exception as error:     # the trouble of this machine, not of the intent
+            self._stop(error)
             return "release", {}
-        except Exception as error:
-            return "fail", dict(error=f"{type(error).__name__}: {error}")
 
     def _report(self, intent, verb, **details):
         try:
@@ -6081,6 +6105,8 @@ class Worker:
             self._log(f"{intent.id} lost: it was cancelled, or its lease ran out before the report")
         except (Invalid, PayloadTooLarge) as error:
             self._report(intent, "fail", error=f"The result was refused: {error}", retry=False)
+        except SetupError as error:     # of the spool
+            self._stop(error)
         except Error as error:
             kept = verb != "release" and isinstance(error, TRANSIENT) and getattr(self._bus, "spool", None)
             consequence = "the spool keeps it and reports it later" if kept else "the intent will be done again"
@@ -6094,10 +6120,15 @@ def listen(bus, goal, handler, *, full_envelope=False, **options):
     those of Worker and of claim.
     """
     def run(intent, lease):
-        result = handler(intent if full_envelope else intent.payload)
+        try:
+            result = handler(intent if full_envelope else intent.payload)
+            to_json(result).encode()     # raises here, so that a result that is not JSON fails the intent
+        except (Reject, HandlerFailed):
+            raise
+        except (Exception, SystemExit) as error:
+            raise HandlerFailed(f"{type(error).__name__}: {error}") from error
         if result is False:
             raise HandlerFailed("The handler returned False.")
-        to_json(result).encode()     # raises here, so that a result that is not JSON fails the intent
         return result, "json"
     Worker(bus, goal, run, **options).run()
 
@@ -6106,6 +6137,7 @@ IntentClient.listen = listen     # added here, since it needs the Worker
 
 SECRET_VARIABLES = ("INTENT_API_KEY", "BUS_SECRET", "BUS_ADMIN_SECRET", "DASHBOARD_PASSWORD", "BUS_METRICS_TOKEN")
 CTRL_BREAK_EVENT = 1     # the SIGTERM of Windows; the module signal has it only there
+NOT_EXECUTABLE = (errno.ENOENT, errno.EACCES, errno.ENOEXEC)
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}|\{([A-Za-z_]\w*)\}", re.ASCII)
 
 
@@ -6153,84 +6185,176 @@ def run_quietly(*arguments, timeout=None):
         return False
 
 
+def payload_file(payload):
+    """Return a temporary file with a payload as a line of JSON, at its start; raises SetupError."""
+    import tempfile
+    try:
+        file = tempfile.TemporaryFile()
+        file.write(to_json(payload).encode() + b"\n")
+        file.seek(0)
+        return file
+    except OSError as error:
+        raise SetupError(f"The payload cannot be written to a temporary file (TMPDIR says where): {error.strerror}.") from error
+
+
+def socket_from(pipe):
+    """Return a socket that gets the data of a pipe, by a thread."""
+    ours, theirs = socket.socketpair()
+    def copy():
+        with pipe, theirs, contextlib.suppress(OSError):     # our end may be closed first
+            while data := os.read(pipe.fileno(), 65536):
+                theirs.sendall(data)
+    threading.Thread(target=copy, daemon=True).start()
+    return ours
+
+
 def process_group_options():
     """Return the options of Popen that make a process group, so that a program can be ended with its children."""
     return {"start_new_session": True} if POSIX else {"creationflags": 0x200}     # CREATE_NEW_PROCESS_GROUP
 
 
-class PipeReader:
-    """Reads a pipe in a thread, so that the writer never blocks; excess is the slice of the collected bytes to drop."""
+class Guardian:
+    """A shell that outlives a killed worker, and then ends the programs which the worker still ran; not on Windows.
 
-    def __init__(self, pipe, excess):
-        self._kept = bytearray()
-        self.ended = threading.Event()
-        threading.Thread(target=self._drain, args=(pipe, excess), daemon=True).start()
+    The worker writes to it which processes start and end. Its input ends with the worker, however that ends.
+    """
 
-    def read(self):
-        """Return the bytes; waits PIPE_SECONDS for the end, since another process may hold the pipe open."""
-        self.ended.wait(PIPE_SECONDS)
-        return bytes(self._kept)
+    SCRIPT = """trap '' HUP INT TERM
+        running=' '
+        while read -r verb pid; do
+            case $verb in
+                started) running="$running$pid " ;;
+                ended) running="${running%%" $pid "*} ${running#*" $pid "}" ;;
+            esac
+        done
+        end() { for pid in $running; do kill -s "$1" -- "-$pid"; done; }
+        end TERM
+        [ "$running" = ' ' ] || sleep "$1"
+        end KILL
+    """
 
-    def _drain(self, pipe, excess):
-        with pipe:
-            while data := os.read(pipe.fileno(), 65536):
-                self._kept += data
-                del self._kept[excess]
-        self.ended.set()
+    def __init__(self, kill_after):
+        self._arguments = ["sh", "-c", self.SCRIPT, "guardian", f"{kill_after:.0f}"]
+        self._process = None
+
+    def __enter__(self):
+        import subprocess
+        with contextlib.suppress(OSError):     # without a guardian, too, a worker can work
+            self._process = POSIX and subprocess.Popen(self._arguments, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                                                       stderr=subprocess.DEVNULL, **process_group_options())
+
+    def __exit__(self, *error):
+        if self._process:
+            self._process.stdin.close()
+            self._process.wait()
+
+    def tell(self, verb, pid):
+        """Tell that a process has started or ended."""
+        with contextlib.suppress(OSError):     # it was killed
+            if self._process:
+                os.write(self._process.stdin.fileno(), f"{verb} {pid}\n".encode())
+
+
+class OutputReader:
+    """Reads the pipes of a program as their data comes, so that the program never blocks, and without waiting for their end."""
+
+    def __init__(self):
+        self._selector = getattr(selectors, "PollSelector", selectors.SelectSelector)()     # needs no descriptor of its own
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for key in list(self._selector.get_map().values()):
+            key.fileobj.close()
+        self._selector.close()
+
+    def collect(self, pipe, excess):
+        """Return a bytearray that collects the data of a pipe; excess is the slice of it to drop."""
+        kept = bytearray()
+        source = pipe if POSIX else socket_from(pipe)     # Windows can wait for sockets only
+        self._selector.register(source, selectors.EVENT_READ, (kept, excess))
+        return kept
+
+    def read(self, seconds):
+        """Collect the data that comes within some seconds; return whether there was any, or the end of a pipe."""
+        ready = self.is_open() and self._selector.select(seconds)
+        for key, _ in ready or ():
+            kept, excess = key.data
+            data = os.read(key.fd, 65536) if POSIX else key.fileobj.recv(65536)
+            kept += data
+            del kept[excess]
+            if not data:
+                self._selector.unregister(key.fileobj)
+                key.fileobj.close()
+        return bool(ready)
+
+    def is_open(self):
+        """Return whether a pipe has not ended."""
+        return bool(self._selector.get_map())
 
 
 class Program:
     """A handler that runs a program: payload on stdin, result on stdout. The README has the contract.
 
     timeout and kill_after are seconds, max_output bytes; result says how to read stdout: auto, json, text or none.
-    Raises SetupError if there is no such program.
+    tell(verb, pid) is called when a process has started and when it has ended. Raises SetupError if there is no such
+    program, or if it is a batch file of Windows with placeholders: cmd.exe could take a field for commands.
     """
 
     def __init__(self, arguments, timeout=HANDLER_SECONDS, kill_after=KILL_AFTER_SECONDS, max_output=OUTPUT_BYTES,
-                 result="auto"):
+                 result="auto", tell=lambda verb, pid: None):
         import shutil
         self._program = shutil.which(arguments[0])
         if not self._program:
             raise SetupError(f"There is no program {arguments[0]!r} that can be run; check its path, and run chmod +x on it.")
         self._arguments = arguments[1:]
+        batch_file = not POSIX and self._program.rstrip(". ").lower().endswith((".bat", ".cmd"))
+        if batch_file and any(field for argument in self._arguments for _, field in PLACEHOLDER.findall(argument)):
+            raise SetupError(f"{self._program} is a batch file, where a field in an argument could run commands: read the "
+                             "payload from stdin instead, or use another kind of program.")
         self._timeout = timeout
         self.kill_after = kill_after
         self._max_output = max_output
         self._result = result
+        self._tell = tell
 
     def __call__(self, intent, lease):
+        reader = OutputReader()
         process = self._start(intent)
-        stdout = PipeReader(process.stdout, excess=slice(self._max_output, None))
-        stderr = PipeReader(process.stderr, excess=slice(None, -STDERR_BYTES))
-        try:
-            reason = self._wait(process, stdout, lease)
-        finally:
-            self._signal(process, "SIGKILL")     # ends the children that the program left behind
-            output = stdout.read()
-            errors = stderr.read().decode(errors="replace").strip()
+        with reader:
+            try:
+                self._tell("started", process.pid)
+                output = reader.collect(process.stdout, excess=slice(self._max_output, None))
+                errors = reader.collect(process.stderr, excess=slice(None, -STDERR_BYTES))
+                reason = self._wait(process, reader, lease)
+            finally:
+                self._signal(process, "SIGKILL")     # ends the children that the program left behind
+                process.wait()
+                self._tell("ended", process.pid)
+            deadline = time.monotonic() + PIPE_SECONDS     # a process in another session may hold the pipes, and write
+            while time.monotonic() < deadline and reader.read(WATCH_SECONDS):
+                pass
         if reason or process.returncode:
-            raise self._failure(reason, process.returncode, errors)
-        return self._parse(output)
+            raise self._failure(reason, process.returncode, errors.decode(errors="replace").strip())
+        return self._parse(bytes(output))
 
     def _start(self, intent):
         import subprocess
-        import tempfile
-        arguments = [self._program, *(fill_placeholders(argument, intent) for argument in self._arguments)]
-        with tempfile.TemporaryFile() as stdin:     # a pipe would block if the program does not read
-            stdin.write(to_json(intent.payload).encode() + b"\n")
-            stdin.seek(0)
-            try:
+        try:
+            arguments = [self._program, *(fill_placeholders(argument, intent) for argument in self._arguments)]
+            with payload_file(intent.payload) as stdin:     # a pipe would block if the program does not read
                 return subprocess.Popen(arguments, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                         env=handler_environment(intent), **process_group_options())
-            except ValueError as error:     # an argument has a NUL
-                raise Reject(f"The payload cannot be an argument: {error}.") from error
-            except OSError as error:
-                if error.errno == errno.E2BIG:
-                    raise Reject("The payload is too long for an argument.") from error
-                raise SetupError(f"The handler {self._program} cannot be run: {error.strerror}; check that it starts with #! "
-                                 "and is executable.") from error
+        except ValueError as error:     # an argument has a NUL
+            raise Reject(f"The payload cannot be an argument: {error}.") from error
+        except OSError as error:
+            if error.errno == errno.E2BIG:
+                raise Reject("The payload is too long for an argument.") from error
+            cure = "; check that it starts with #! and is executable" if error.errno in NOT_EXECUTABLE else ""
+            raise SetupError(f"The handler {self._program} cannot be run: {error.strerror}{cure}.") from error
 
-    def _wait(self, process, stdout, lease):
+    def _wait(self, process, reader, lease):
         """Wait for the process; end it after the timeout or when its lease is broken; return the reason, or None."""
         import subprocess
         reason = None
@@ -6243,7 +6367,9 @@ class Program:
                 deadline = time.monotonic() + self.kill_after
             elif overdue:
                 self._signal(process, "SIGKILL")
-            if stdout.ended.wait(WATCH_SECONDS):
+            if reader.is_open():
+                reader.read(WATCH_SECONDS)
+            else:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(WATCH_SECONDS)
         return reason
@@ -6448,7 +6574,7 @@ EPILOG = """
 COMMAND --help shows examples and flags, --version shows the version. Data goes to stdout, messages go to stderr.
 
 exit codes: 0 success; 1 the intent is dead, or a conflict; 2 wrong usage or setup; 3 not found; 4 refused;
-5 bus unreachable; 6 over a limit; 124 timed out; 130, 143 stopped by a signal"""
+5 bus unreachable; 6 over a limit; 124 timed out; 129, 130, 143 stopped by a signal"""
 GROUPS = (
     ("run", ("serve", "publish", "work", "flush")),
     ("inspect", ("status", "result", "list", "workers", "watch", "stats")),
@@ -6469,15 +6595,21 @@ def escape(text, characters=CONTROL):
 
 
 def log(message):
-    """Write a message to stderr, on one line."""
-    sys.stderr.write(escape(f"intentbus: {message}".replace("\n", " | ")) + "\n")
+    """Write a message to stderr, on one line; work goes on if that cannot be written."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(escape(f"intentbus: {message}".replace("\n", " | ")) + "\n")
 
 
 def print_result(value):
-    """Write a value to stdout as it is, but on a terminal without control characters."""
+    """Write a value to stdout as it is, but on a terminal without control characters; raises SetupError."""
     line = escape(str(value), UNPRINTABLE) if sys.stdout.isatty() else str(value)
-    sys.stdout.write(line + "\n")     # one write, so that the lines of threads do not mix
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(line + "\n")     # one write, so that the lines of threads do not mix
+        sys.stdout.flush()
+    except BrokenPipeError:     # its reader has had enough
+        raise
+    except OSError as error:
+        raise SetupError(f"The output cannot be written: {error.strerror}.") from error
 
 
 def print_rows(options, records, cells):
@@ -6675,7 +6807,7 @@ def publish_lines(bus, options, fields):
         raise Invalid("--lines and --jsonl read payloads from stdin only, and exclude --wait.")
     key = fields.pop("idempotency_key", None)
     parse = parse_json if options.jsonl else decode_line
-    intents = (dict(fields, goal=options.goal, payload=parse(line)) for line in sys.stdin.buffer if line.strip())
+    intents = (dict(fields, goal=options.goal, payload=parse(line)) for line in binary_stdin() if line.strip())
     published = 0
     for number, batch in enumerate(batches(intents)):
         answer = bus.publish_many(batch, idempotency_key=key and f"{key} {number}")
@@ -6704,6 +6836,13 @@ def batches(intents):
         size += weight
     if batch:
         yield batch
+
+
+def binary_stdin():
+    """Return stdin as a file of bytes; raises Invalid if it is closed."""
+    if sys.stdin is None:
+        raise Invalid("There is no input, since stdin is closed: redirect it, or give the payload as JSON, name=text pairs or @FILE.")
+    return sys.stdin.buffer
 
 
 def decode_line(line):
@@ -6739,9 +6878,9 @@ def read_payload(words):
             raise SetupError(f"The payload file {word[1:]} cannot be read: {error.strerror}.") from error
     if word != "-":
         return parse_json(word)
-    if not words and (sys.stdin is None or sys.stdin.isatty()):
+    if not words and sys.stdin and sys.stdin.isatty():
         raise Invalid("There is no payload: give JSON, name=text pairs, @FILE, or redirect stdin.")
-    return parse_json(sys.stdin.buffer.read())
+    return parse_json(binary_stdin().read())
 
 
 def wait_for_result(bus, intent_id, options):
@@ -6811,9 +6950,10 @@ def work_command(options):
     fulfils the intent, 100 rejects it for good, 126 and 127 stop the worker, any other fails it for a retry. Without a
     program, work prints each payload.
     """
+    guardian = Guardian(options.kill_after)
     handler = print_payload
     if options.program:
-        handler = Program(options.program, options.timeout, options.kill_after, options.max_output, options.result)
+        handler = Program(options.program, options.timeout, options.kill_after, options.max_output, options.result, guardian.tell)
     if options.jobs > JOBS:
         raise Invalid(f"-j must be at most {JOBS}.")
     if not LEASE_RANGE_SECONDS[0] <= options.lease <= LEASE_RANGE_SECONDS[1]:
@@ -6830,9 +6970,11 @@ def work_command(options):
     worker = Worker(open_client(options, spool=spool), options.goal, handler, on_message=log,
                     concurrency=options.jobs, lease=options.lease, max_jobs=options.max_jobs, max_time=options.max_time,
                     drain=options.drain, poll=options.poll, worker_id=options.worker_id, capabilities=options.capabilities)
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signal_number, worker.interrupt)
-    worker.run()
+    for signal_number in filter(None, (signal.SIGINT, signal.SIGTERM, HANGUP)):
+        if signal.getsignal(signal_number) != signal.SIG_IGN:     # under nohup, HUP stays ignored
+            signal.signal(signal_number, worker.interrupt)
+    with guardian if options.program else contextlib.nullcontext():
+        worker.run()
     return 128 + worker.signals[0] if worker.signals else 0
 
 
@@ -7112,11 +7254,56 @@ def run_command(words, open_store):
     return code
 
 
+def open_missing_streams():
+    """Open /dev/null for each standard stream that is closed; sys.stdin stays None, for commands that need it."""
+    if sys.stdin is None:
+        os.open(os.devnull, os.O_RDONLY)     # gets the lowest free descriptor, so that no other file gets the one of stdin
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors="backslashreplace"))
+
+
+def start_child_of_init():
+    """As process 1 of a container, return in a child; the process itself passes signals on and reaps orphans until that ends.
+
+    Linux sends process 1 no signal that it does not handle, and makes it the parent of all orphans.
+    """
+    passed_on = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
+    signal.pthread_sigmask(signal.SIG_BLOCK, passed_on | {signal.SIGCHLD})     # they wait for sigwait()
+    child = os.fork()
+    if not child:
+        os.setsid()     # else Ctrl-C in a terminal would come twice
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on | {signal.SIGCHLD})
+        return
+    while True:
+        number = signal.sigwait(passed_on | {signal.SIGCHLD})
+        if number != signal.SIGCHLD:
+            os.kill(child, number)
+            continue
+        ended = None
+        while ended != 0:
+            ended, status = os.waitpid(-1, os.WNOHANG)
+            if ended == child:
+                os._exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status))
+
+
+def discard_unwritten(*streams):
+    """Discard what streams hold and cannot write, since Python would fail on it at its exit."""
+    for stream in streams:
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def main(arguments=None, open_store=sqlite_store):
     """Run a command line, of sys.argv by default; return the exit code, and log an error as one sentence.
 
     open_store returns the Store of serve, given the value of --db or None.
     """
+    if POSIX and os.getpid() == 1:
+        start_child_of_init()
+    open_missing_streams()
     warnings.showwarning = lambda message, *_: log(message)
     if hasattr(sys.stdout, "reconfigure"):     # for characters that stdout cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -7127,12 +7314,13 @@ def main(arguments=None, open_store=sqlite_store):
         return 2 if isinstance(error, SetupError) else EXIT_CODES.get(error.status, 5)
     except KeyboardInterrupt:
         return 130
-    except OSError as error:     # stdout cannot be written: its reader is gone, or the disk is full
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            return 0
-        log(error.strerror)
+    except BrokenPipeError:     # the reader of stdout has had enough
+        return 0
+    except OSError as error:
+        log(reason_of(error))
         return 2
+    finally:
+        discard_unwritten(sys.stdout, sys.stderr)
 
 
 if __name__ == "__main__":

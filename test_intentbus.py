@@ -75,6 +75,7 @@ ADMIN_SECRET = "a" * 40
 NOBODY = "0" * 32     # an id that does not exist
 SLOW = pytest.mark.skipif(not os.environ.get("INTENTBUS_TEST_SLOW"), reason="INTENTBUS_TEST_SLOW is not set")
 POSIX = pytest.mark.skipif(os.name != "posix", reason="process groups and signals of POSIX")
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc, prlimit, /dev/full")
 CURL = pytest.mark.skipif(not shutil.which("curl"), reason="curl is not on this machine")
 OPENSSL = pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not on this machine")
 
@@ -7768,6 +7769,15 @@ def test_a_worker_pauses_at_a_bus_that_holds_no_claims():
     assert time.monotonic() - began >= 3 * poll
 
 
+def test_a_fault_of_the_worker_costs_no_attempt_and_stops_it(served):
+    intent_id, said = served.publish(max_attempts=1), []
+    worker = Worker(served.client, "g", lambda intent, lease: {}["x"], drain=True, on_message=said.append)
+    with pytest.raises(intentbus.SetupError, match="The worker cannot go on: KeyError: 'x'."):
+        worker.run()
+    found = served.client.get_status(intent_id)
+    assert (found.status, found.claim_attempts, said) == ("open", 0, [f"{intent_id} released"])
+
+
 def test_an_error_in_one_thread_ends_a_worker():
     calls = itertools.count()
 
@@ -8125,6 +8135,25 @@ def test_a_worker_spools_an_outcome_it_cannot_report(served, tmp_path, impatient
     assert served.client.get_result(intent_id).result == "done"
 
 
+@LINUX
+@pytest.mark.skipif(not shutil.which("setsid"), reason="setsid is not on this machine")
+def test_a_daemon_that_holds_its_output_costs_a_worker_nothing(served, tmp_path):
+    def costs():
+        return open_files(), threading.active_count()
+    text, before = f"setsid sleep 60 & echo $! >> {tmp_path}/pids", costs()
+    served.client.publish_many([a_publish(payload=number) for number in range(8)])
+    work(served, "g", intentbus.Program([script(tmp_path, f"#!/bin/sh\n{text}\necho done\n")]), concurrency=4)
+    daemons = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    for pid in daemons:
+        os.kill(pid, 0)     # it still runs
+    try:
+        assert {intent.status for intent in served.client.list().intents} == {"fulfilled"} and len(daemons) == 8
+        wait_until(lambda: all(now <= then for now, then in zip(costs(), before)), seconds=20)
+    finally:
+        for pid in daemons:
+            os.kill(pid, signal.SIGKILL)
+
+
 @POSIX     # SIGHUP has the number of CTRL_BREAK_EVENT
 def test_on_windows_a_program_is_ended_with_its_children(served, monkeypatch, tmp_path):
     script(tmp_path, f'#!/bin/sh\necho "$@" >"{tmp_path}/ended"\n', "taskkill")
@@ -8136,6 +8165,16 @@ def test_on_windows_a_program_is_ended_with_its_children(served, monkeypatch, tm
     found = run_handler(served, tmp_path, text, 1, timeout=0.3)
     said = re.fullmatch(r"timed out after 0\.3 s: (\d+)\nCTRL_BREAK_EVENT", found.last_error)
     assert (tmp_path / "ended").read_text() == f"/F /T /PID {said[1]}\n"
+
+
+@pytest.mark.parametrize("name, argument, refused", [
+    ("h.bat", "{x}", True), ("h.CMD", "a{id}b", True), ("h.bat. .", "{goal}", True),
+    ("h.bat", "{{x}}", False), ("h.cmd", "plain", False), ("h.exe", "{x}", False)])
+def test_on_windows_a_batch_file_gets_no_field_as_argument(monkeypatch, tmp_path, name, argument, refused):
+    monkeypatch.setattr(intentbus, "POSIX", False)
+    program = [script(tmp_path, "", name), "first", argument]
+    with pytest.raises(intentbus.SetupError, match="is a batch file") if refused else contextlib.nullcontext():
+        intentbus.Program(program)
 
 
 def test_the_steady_clock_includes_sleep_where_it_can(monkeypatch):
@@ -8337,6 +8376,44 @@ def test_work_without_a_program_prints_the_payloads(serve):
     assert (work.returncode, work.stdout) == (0, '{"n":1}\n{"n":2}\n')
 
 
+def fill_spool_with_garbage(folder):
+    (folder / ".intentbus" / "spool.db").write_bytes(b"garbage " * 4096)
+
+
+def take_memory(folder):     # leaves less than the stack of a thread, which the lease needs
+    import resource
+    worker = int((folder / "pid").read_text())
+    used = int(Path(f"/proc/{worker}/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.prlimit(worker, resource.RLIMIT_AS, (used + 2 ** 22,) * 2)
+
+
+@LINUX
+@pytest.mark.parametrize("setup, program, event, code, cause", [
+    ("exec >/dev/full", "", None, 2, "The output cannot be written: No space left on device."),
+    ("exec > >(head -n 1)", "", None, 0, None),
+    ("ulimit -f 0", "true", None, 2, "temporary file (TMPDIR says where): No usable temporary directory found in"),
+    ("ulimit -n 10", "true", None, 2, "cannot be run: Too many open files."),
+    ("ulimit -s 16384", "true", take_memory, 2, "can't start new thread"),
+    ("true", "true", fill_spool_with_garbage, 2, "spool.db cannot be used: "),
+], ids=["full output", "closed output", "no temporary file", "no descriptor", "no memory", "damaged spool"])
+def test_trouble_of_the_worker_costs_no_intent_an_attempt(started, tmp_path, setup, program, event, code, cause):
+    bus = started()
+    ids = [] if event else [bus.publish(payload=number, max_attempts=1) for number in range(3)]
+    line = f"echo $$ > pid; {setup}; exec {shlex.join(COMMAND)} work --goal g {program and '-- ' + program}"
+    worker = subprocess.Popen(["bash", "-c", line], cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, text=True,
+                              stderr=subprocess.PIPE, env=dict(os.environ, HOME=str(tmp_path), INTENT_BUS_URL=bus.url, INTENT_API_KEY=KEY))
+    if event:
+        wait_until(lambda: bus.client.workers().workers)
+        event(tmp_path)
+        ids = [bus.publish(payload=number, max_attempts=1) for number in range(3)]
+    assert worker.wait(60) == code
+    words = worker.communicate()[1]
+    assert words.count(cause) == 1 if cause else "cannot" not in words
+    found = [bus.client.get_status(id) for id in ids]
+    done = [intent.status for intent in found].count("fulfilled")
+    assert {(intent.status, intent.claim_attempts) for intent in found[done:]} == {("open", 0)} and done <= 1 and "Traceback" not in words
+
+
 def test_cancel_retry_and_list_from_the_command_line(serve):
     id = serve.run("publish", "c", "1").stdout.strip()
     assert serve.run("cancel", id).stdout == "dead\n"
@@ -8373,6 +8450,100 @@ def test_the_first_signal_finishes_work_the_second_releases_it(serve, tmp_path):
     worker.communicate()
     status = json.loads(serve.run("status", id, "--json").stdout)
     assert (status["status"], status["claim_attempts"]) == ("open", 0)
+
+
+@POSIX
+@pytest.mark.parametrize("ignored", [False, True], ids=["terminal", "nohup"])
+def test_a_terminal_that_closes_lets_a_worker_finish(serve, tmp_path, ignored):
+    fifo, started, goal = tmp_path / "go", tmp_path / "started", f"hangup {ignored}"
+    os.mkfifo(fifo)
+    ids = [serve.run("publish", goal, "1").stdout.strip() for _ in range(2)]
+    trap = "trap '' HUP; " if ignored else ""
+    worker = subprocess.Popen(["sh", "-c", f"{trap}exec {shlex.join(COMMAND)} work --goal '{goal}' --max-jobs 2 -- "
+                               f"sh -c 'touch {started}; cat {fifo}'"], env=serve.env, stderr=subprocess.PIPE, text=True)
+    wait_until(started.exists)
+    for _ in range(2):     # the terminal sends it, and then the shell
+        worker.send_signal(signal.SIGHUP)
+    if not ignored:
+        assert "finishing 1 more" in worker.stderr.readline()
+    for _ in range(1 + ignored):
+        wait_until(started.exists)
+        started.unlink()
+        fifo.write_text("finished")
+    assert worker.wait(20) == (0 if ignored else 129)
+    worker.communicate()
+    assert [serve.client.get_status(id).status for id in ids] == ["fulfilled", "fulfilled" if ignored else "open"]
+
+
+@LINUX
+@pytest.mark.parametrize("text", ["exec sleep 60", "trap '' TERM; sleep 60 & sleep 60; sleep 60"], ids=["ends", "ignores TERM"])
+def test_a_killed_worker_leaves_no_program_running(serve, text):
+    ids = serve.client.publish_many([a_publish(goal="orphan") for _ in range(3)]).ids
+    worker = serve.start("work", "--goal", "orphan", "-j", "2", "--kill-after", "0.1s", "--", "sh", "-c",
+                         f"[ $INTENT_ID = {ids[0]} ] && exit; {text}")
+    wait_until(lambda: all(left_behind(id) for id in ids[1:]))
+    worker.kill()
+    worker.communicate()
+    wait_until(lambda: not any(left_behind(id) for id in ids), seconds=30)
+
+
+@pytest.fixture
+def contain(serve):
+    """Start a command as process 1 of a container."""
+    unshare = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    if not shutil.which("unshare") or subprocess.run([*unshare, "true"], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody make a PID namespace")
+    with contextlib.ExitStack() as stack:
+        def start(*words):
+            command = stack.enter_context(subprocess.Popen(
+                [*unshare, *COMMAND, *words], cwd=serve.home, env=dict(serve.env, BUS_DB_PATH="contained.db"), text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+            stack.callback(command.kill)
+            return command
+        yield start
+
+
+def inside(launcher):
+    """Return the processes in the container that unshare started, as their numbers outside, process 1 first."""
+    children, found = collections.defaultdict(list), [launcher]
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if folder.name.isdigit():
+                children[int((folder / "stat").read_text().rpartition(")")[2].split()[1])].append(int(folder.name))
+    for pid in found:
+        found += children[pid]
+    return found[1:]
+
+
+@pytest.mark.parametrize("words, code", [
+    ("serve --port 0", 0), ("work --goal contained", 143), ("watch", 143), ("result {id} --wait", 143), ("publish contained -", 143)])
+def test_term_ends_a_command_that_is_process_1(serve, contain, words, code):
+    words = words.format(id=serve.publish(goal="contained by none")).split()
+    command = contain(*words)
+    assert not words[0] == "serve" or command.stdout.readline()
+    wait_until(lambda: len(inside(command.pid)) >= 2, seconds=30)
+    os.kill(inside(command.pid)[0], signal.SIGTERM)
+    assert command.wait(20) == code
+
+
+def test_a_worker_that_is_process_1_leaves_no_zombies(serve, contain):
+    ids = serve.client.publish_many([a_publish(goal="zombies", payload=number) for number in range(5)]).ids
+    command = contain("work", "--goal", "zombies", "--", "sh", "-c", "setsid sleep 0.01 & true")
+    wait_until(lambda: {serve.client.get_status(id).status for id in ids} == {"fulfilled"})
+    wait_until(lambda: len(inside(command.pid)) <= 3, seconds=30)     # process 1, the worker, its guardian
+    os.kill(inside(command.pid)[0], signal.SIGTERM)
+    assert command.wait(20) == 143
+
+
+def test_the_containers_of_the_readme_run_a_bus_and_its_worker(tmp_path):
+    commands = [shlex.split(line) for line in re.findall(r"^  `(docker run .*)`$", README.read_text(), re.M)]
+    words = [command[command.index("/app/intentbus.py") + 1:] for command in commands]
+    assert [command[0] for command in words] == ["serve", "work"] and all("HOME=/data" in command for command in commands)
+    serve = Serve(tmp_path, *words[0][1:], key=None)
+    published = serve.run("publish", "hello", "name=Ada").stdout.strip()
+    assert serve.run("work", "--once", *words[1][1:]).returncode == 0
+    assert serve.run("result", published).stdout == "hello, Ada\n"
+    serve.stop()
 
 
 def test_without_a_command_the_overview_lists_every_command():
@@ -8644,11 +8815,29 @@ def test_text_that_cannot_be_sent_is_refused(strict, place, arguments, environme
     assert_complaint(run(*arguments, **dict(settings, **environment)), 2)
 
 
-def test_a_publish_without_payload_and_stdin_is_refused(strict, place):
-    line = f"{shlex.quote(sys.executable)} {shlex.quote(PROGRAM)} publish g <&-"
-    env = dict(os.environ, INTENT_API_KEY=KEY, INTENT_BUS_URL=strict.url, HOME=str(place))
-    done = subprocess.run(["sh", "-c", line], env=env, capture_output=True, timeout=10)
-    assert_complaint((done.returncode, done.stdout.decode(), done.stderr.decode()), 2, "payload")
+def without(streams, words, bus, **options):
+    """Run a command with these standard streams closed, by their numbers; return its exit code, stdout and stderr."""
+    closing = " ".join(f"{number}>&-" for number in streams)
+    done = subprocess.run(["sh", "-c", f"exec {shlex.join([*COMMAND, *words])} {closing}"], cwd=bus.home, env=bus.env, stdin=subprocess.DEVNULL,
+                          capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout, done.stderr
+
+
+@POSIX
+@pytest.mark.parametrize("words", [[], ["-"], ["--lines"]], ids=str)
+def test_a_publish_that_needs_a_closed_stdin_is_refused(serve, words):
+    assert_complaint(without("0", ["publish", "no stdin", *words], serve), 2, "stdin is closed", "payload")
+
+
+@POSIX
+@pytest.mark.parametrize("streams", ["0", "1", "2", "012"])
+@pytest.mark.parametrize("words, code", [("list", 0), ("list --no-such-flag", 2), ("work --goal streams --drain", 0),
+                                         ("work --goal streams --drain -- cat", 0)])
+def test_a_closed_stream_is_dev_null_for_every_command(serve, words, code, streams):
+    id = serve.publish(goal="streams")
+    found, out, err = without(streams, words.split(), serve)
+    assert found == code and "Traceback" not in err and not ("1" in streams and out) and not ("2" in streams and err)
+    assert serve.client.get_status(id).status == ("fulfilled" if words.startswith("work") else "open")
 
 
 def test_an_unreachable_bus_is_exit_5(monkeypatch, capsys, tmp_path):
