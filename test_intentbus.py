@@ -9326,7 +9326,7 @@ def test_the_readme_names_every_environment_variable():
     used = set(re.findall(r"\"(BUS_[A-Z_]+|INTENT_BUS_[A-Z_]+|INTENT_API_KEY|DASHBOARD_PASSWORD)\"", (HERE / "intentbus.py").read_text()))
     readme = (HERE / "README.md").read_text()
     assert not [name for name in used if f"`{name}`" not in readme]
-    assert readme.count("\n") <= 510
+    assert readme.count("\n") <= 520
 
 
 @pytest.fixture
