@@ -53,6 +53,7 @@ import functools
 import hashlib
 import heapq
 import hmac
+import io
 import itertools
 import json
 import operator
@@ -191,7 +192,9 @@ SPOOL_FILE = f"{FOLDER}/spool.db"
 SPOOL_CHECK_SECONDS = 0.02          # between two looks whether another process still sends the spool
 SPOOL_LOCK_SECONDS = 30             # how long a process waits for another that writes to the spool
 POSIX = os.name == "posix"          # or Windows
-CLIENT_SECONDS = 30                 # a request without an answer for this long has failed
+CLIENT_SECONDS = 30                 # a request without its whole answer by then has failed
+ANSWER_BYTES = 64 * 2 ** 20         # of one answer; a page of 500 intents with the largest payloads would be 128 MiB
+KEPT_SECONDS = 60                   # an idle connection is not used after that: a bus closes it after 75 s, mobile carriers before
 RETRIES = 4                         # about 10 s in all: a bus that restarts is back by then
 RETRY_SECONDS = 0.5                 # doubled each time, with full jitter
 RETRY_MAX_SECONDS = 8               # longest pause between two tries
@@ -3141,10 +3144,10 @@ def finite(digits):
 DECODER = json.JSONDecoder(parse_constant=refuse_number, parse_float=finite)
 
 
-def from_json(body):
+def from_json(body, depth=JSON_DEPTH):
     """Return the value of a JSON text in bytes; raises Invalid for text that is no JSON, or cannot be stored as it is."""
-    if nesting(body) > JSON_DEPTH:
-        raise Invalid(f"The JSON is nested deeper than {JSON_DEPTH} levels.", code="invalid_json")
+    if nesting(body, depth) > depth:
+        raise Invalid(f"The JSON is nested deeper than {depth} levels.", code="invalid_json")
     try:
         value = DECODER.decode(body.decode())
         if b"\\u" in body:
@@ -3157,9 +3160,9 @@ def from_json(body):
     return value
 
 
-def nesting(body):
-    """Return how deep the brackets of a JSON text are nested; 0 if they are too few to exceed JSON_DEPTH."""
-    if body.count(b"[") + body.count(b"{") <= JSON_DEPTH:
+def nesting(body, limit):
+    """Return how deep the brackets of a JSON text are nested; 0 if they are too few to exceed the limit."""
+    if body.count(b"[") + body.count(b"{") <= limit:
         return 0
     depth = deepest = 0
     for mark in JSON_MARKS.finditer(body):
@@ -5466,10 +5469,18 @@ class Spool:
 # The verbs of the Bus over HTTP, with the same errors. A request that is safe to repeat is repeated when the network fails.
 
 def parse_bus_url(url):
-    """Return the parts of a bus's URL, as urlsplit does; raises SetupError unless it is http or https, without a user."""
-    with contextlib.suppress(ValueError):
+    """Return the parts of a bus's URL, as urlsplit does; raises SetupError unless a client can connect to it.
+
+    It is http or https, without a user name, query or fragment, in printable ASCII but for the host.
+    """
+    with contextlib.suppress(ValueError):     # UnicodeError is one
         parts = urllib.parse.urlsplit(url)
-        if parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc and parts.port != 0:
+        host = parts.hostname or ""
+        host = host if host.isascii() else host.encode("idna").decode()
+        labels = host.rstrip(".").split(".")
+        if (parts.scheme in ("http", "https") and "@" not in parts.netloc and parts.port != 0
+                and re.fullmatch("[^\x00-\x20\x7f-\xa0?#]+", url) and parts.path.isascii()
+                and (":" in host or all(0 < len(label) < 64 for label in labels))):
             return parts
     shown = url.rpartition("@")[2]     # the part before the @ may hold a password
     raise SetupError(f"The URL of a bus is http://HOST:PORT or https://HOST, without a user name; {shown!r} is not.")
@@ -5486,12 +5497,260 @@ def client_tls_context(ca):
         raise SetupError(f"The certificates in {ca} cannot be used: {error.strerror or error}.") from error
 
 
+NO_HTTP = "If the bus serves https, its URL begins with https://; otherwise check the port, and any proxy or tunnel on the way."
+CURES = {     # by the class of an error, and for a certificate by its code in OpenSSL
+    "ConnectionRefusedError": "Nothing listens there: start the bus with serve, or the tunnel that leads to it.",
+    "gaierror": "That name is not known: check its spelling, and whether this machine is online.",
+    "SSLError": "That port does not speak https: check http:// or https://, and the port.",
+    "timeout": "Nothing answers in time: a firewall is in the way, or that machine is off or slow.",
+    "ConnectionResetError": NO_HTTP,
+    "RemoteDisconnected": NO_HTTP,
+    "BadStatusLine": NO_HTTP,
+    9: "The certificate is not valid yet: set the clock of this machine, if it is wrong.",
+    10: "The certificate has expired: renew it, or set the clock of this machine, if it is wrong.",
+    "SSLCertVerificationError": "Pass the certificate with --ca, or use the host name that is in it.",
+}
+
+
+def proxy_to(parts):
+    """Return (host and port, headers with the credentials) of the proxy to a bus, or (None, None).
+
+    Environment variables such as https_proxy or the system name it. Raises SetupError for one that is no HTTP proxy.
+    """
+    import urllib.request
+    proxy = urllib.request.getproxies().get(parts.scheme, "")
+    if not proxy or urllib.request.proxy_bypass(parts.netloc):
+        return None, None
+    kind, _, address = proxy.strip().rpartition("://")
+    credentials, _, place = address.rstrip("/").rpartition("@")
+    variable = f"{parts.scheme}_proxy"
+    if kind not in ("", "http", "https") or not re.fullmatch(r"([\w.-]+|\[[0-9a-fA-F:.]+\])(:[0-9]{1,5})?", place, re.ASCII):
+        raise SetupError(f"{variable} names no HTTP proxy (SOCKS and others are not supported): change or unset it, or add "
+                         f"{parts.hostname} to no_proxy.")
+    encoded = base64.b64encode(urllib.parse.unquote(credentials).encode()).decode()
+    return place, {"Proxy-Authorization": f"Basic {encoded}"} if credentials else {}
+
+
+def reason_and_cure(error, proxy):
+    """Return why an exchange failed and what can be done, for an error of the network."""
+    clock = ""
+    if code := getattr(error, "verify_code", 0):
+        if code in CURES:
+            clock = time.strftime(" (the clock of this machine says %Y-%m-%d %H:%M)")
+        reason = f"its certificate is not trusted: {error.verify_message}{clock}"
+    else:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+    names = ["timeout" if isinstance(error, (TimeoutError, socket.timeout)) else "", *(kind.__name__ for kind in type(error).__mro__)]
+    cure = CURES.get(code) or next((CURES[name] for name in names if name in CURES), None)
+    if proxy and not code:
+        cure = "Check that proxy, and the variables http_proxy, https_proxy and no_proxy."
+    return reason.rstrip("."), cure or "Check the URL, and any proxy or tunnel on the way."
+
+
 def encode_body(body):
     """Return a body as JSON in UTF-8; raises Invalid if it cannot be encoded."""
     try:
         return to_json(body).encode()
     except (TypeError, ValueError) as error:
         raise Invalid(f"This cannot be sent as JSON in UTF-8: {error}.") from error
+
+
+def answer_of(**fields):
+    """Accept a JSON object with these fields, each (validator, default), and with any others; return it as a Record."""
+    fields = Fields(fields, strict=False)
+
+    def validator(value):
+        try:
+            return Record(value, **validate(fields, value))
+        except Invalid as error:
+            raise ValueError(f"lacks something: {error}") from error
+    return validator
+
+
+def array_of(validator):
+    """Accept a list of values that a validator accepts."""
+    def read(value):
+        if not isinstance(value, list):
+            raise ValueError("must be a list")
+        return [validator(item) for item in value]
+    return read
+
+
+TEXT, TRUTH, COUNT = (string, REQUIRED), (boolean, REQUIRED), (integer_from(0, 2 ** 63), REQUIRED)
+MOMENT = (number_from(0, 2 ** 40), REQUIRED)     # Unix seconds of which there is a date
+UNSURE = (anything, None)     # may be missing, as it is at older buses, and is None then
+ANSWER_ID = (must_be("an id", lambda value: isinstance(value, str) and re.fullmatch("[0-9A-Za-z_-]{1,128}", value)), REQUIRED)
+DONE = (must_be("true", lambda value: value is True), REQUIRED)
+REPORTED = answer_of(ok=DONE, id=ANSWER_ID, status=UNSURE)
+STATE = answer_of(id=ANSWER_ID, status=TEXT, last_error=UNSURE)
+LISTED_INTENT = answer_of(id=ANSWER_ID, status=TEXT, goal=TEXT, claim_attempts=COUNT, max_attempts=COUNT, created_at=MOMENT,
+                          last_error=UNSURE)
+LISTED_WORKER = answer_of(owner=TEXT, last_seen=MOMENT, goals=(array_of(string), REQUIRED), id=UNSURE, version=UNSURE, intent=UNSURE)
+LISTED_EVENT = answer_of(event=TEXT, time=MOMENT, id=UNSURE, goal=UNSURE, worker_id=UNSURE, last_error=UNSURE)
+LISTED_KEY = answer_of(key_id=TEXT, owner=TEXT, role=TEXT, total_requests=COUNT, name=UNSURE,
+                       last_used_at=(number_from(0, 2 ** 40), None))
+API_KEY = (must_be("a key", lambda value: isinstance(value, str) and re.fullmatch("[!-~]+", value)), REQUIRED)
+ANSWERS = {     # of a bus, to a method and path: an answer without these fields comes from another server
+    "POST /intent": answer_of(id=ANSWER_ID, status=UNSURE, never_claimed=UNSURE),
+    "POST /intents": answer_of(ids=(array_of(ANSWER_ID[0]), REQUIRED)),
+    "POST /claim": answer_of(id=ANSWER_ID, goal=TEXT, payload=UNSURE, claim_token=(string, None), claim_attempts=(COUNT[0], None)),
+    "POST /extend_claim/*": REPORTED,
+    "POST /fulfill/*": REPORTED,
+    "POST /fail/*": REPORTED,
+    "POST /release/*": REPORTED,
+    "GET /status/*": STATE,
+    "GET /result/*": answer_of(id=ANSWER_ID, status=TEXT, last_error=UNSURE, result=UNSURE),
+    "GET /intents": answer_of(intents=(array_of(LISTED_INTENT), REQUIRED), next=(ANSWER_ID[0], None)),
+    "GET /workers": answer_of(workers=(array_of(LISTED_WORKER), REQUIRED)),
+    "GET /events": answer_of(events=(array_of(LISTED_EVENT), REQUIRED), next=COUNT, missed=(COUNT[0], 0)),
+    "GET /whoami": answer_of(key_id=TEXT, owner=TEXT, role=TEXT, now=MOMENT),
+    "POST /join": answer_of(api_key=API_KEY, name=TEXT, role=TEXT),
+    "POST /cancel/*": STATE,
+    "POST /retry/*": STATE,
+    "POST /retry": answer_of(retried=COUNT),
+    "POST /set/*": answer_of(ok=DONE),
+    "GET /get/*": answer_of(value=(anything, REQUIRED)),
+    "POST /delete/*": answer_of(deleted=TRUTH),
+    "POST /admin/generate_key": answer_of(api_key=API_KEY, key_id=TEXT, owner=TEXT, role=TEXT),
+    "POST /admin/invite": answer_of(code=TEXT, expires_at=MOMENT, name=TEXT, role=TEXT),
+    "POST /admin/revoke_key": answer_of(ok=DONE),
+    "GET /admin/keys": array_of(LISTED_KEY),
+    "GET /admin/dead": array_of(answer_of(intent_id=TEXT)),
+    "POST /admin/purge": answer_of(deleted=COUNT),
+    "GET /admin/summary": answer_of(intents=(must_be("an object", lambda value: isinstance(value, dict)), REQUIRED)),
+}
+ANY_ANSWER = answer_of()     # to other requests
+MAY_BE_EMPTY = ("POST /claim",)     # 204
+ERROR_ANSWER = answer_of(code=(must_be("a word", lambda value: isinstance(value, str) and re.fullmatch("[a-z][a-z_]*", value)), REQUIRED),
+                         message=TEXT)
+
+
+def endpoint_of(method, path):
+    """Return the key in ANSWERS for a request."""
+    exact = f"{method} {path}"
+    return exact if exact in ANSWERS else f"{method} /{path.split('/')[1]}/*"
+
+
+class TimedReader(io.RawIOBase):
+    """The incoming bytes of a socket, up to a time: http.client calls its makefile() in place of the socket's."""
+
+    def __init__(self, sock, deadline):
+        super().__init__()
+        self._sock = sock
+        self._deadline = deadline
+        self._file = None
+
+    def makefile(self, mode):
+        """Return a buffered reader of the socket."""
+        self._file = self._sock.makefile(mode, buffering=0)
+        return io.BufferedReader(self)
+
+    def readable(self):
+        """Return True, for BufferedReader."""
+        return True
+
+    def readinto(self, buffer):
+        """Read some bytes into a buffer; raises TimeoutError at the deadline."""
+        self._sock.settimeout(time_left(self._deadline))
+        return self._file.readinto(buffer)
+
+    def close(self):
+        """Close the reader, which lets the socket close."""
+        if self._file:
+            self._file.close()
+        super().close()
+
+
+def time_left(deadline):
+    """Return the seconds until a time of the steady clock; raises TimeoutError if it is over."""
+    left = deadline - steady_clock()
+    if left <= 0:
+        raise TimeoutError("timed out")
+    return left
+
+
+class KeptConnection:
+    """A handler of urllib's OpenerDirector that keeps a connection of each thread open; urllib's own close it each time.
+
+    `open` of the opener returns an Exchange, whose content is complete. Its timeout bounds all of the exchange.
+    """
+
+    handler_order = 500     # as that of urllib's own handlers
+
+    def __init__(self, proxy, context):
+        """Connect through a proxy, as (host and port, credentials), or directly; context is that of ssl."""
+        self._proxy = proxy
+        self._context = context
+        self._kept = threading.local()
+
+    def add_parent(self, opener):
+        """Be added to an opener."""
+
+    def http_open(self, request):
+        """Send a request and receive the answer; a connection that has gone stale is replaced.
+
+        The same bytes are sent again then. The nonce in them keeps the bus from doing the work of a request twice.
+        """
+        import http.client
+        deadline = steady_clock() + request.timeout
+        place = (os.getpid(), request.type, request.host)     # a forked process has connections of its own
+        kept = vars(self._kept).pop("connection", None)
+        if kept and kept.place == place and steady_clock() - kept.used_at < KEPT_SECONDS:
+            try:
+                return self._exchange(kept, request, deadline)
+            except (OSError, http.client.HTTPException):
+                time_left(deadline)     # raises what a timeout has raised
+        return self._exchange(OpenConnection(place, self._connection(request)), request, deadline)
+
+    https_open = http_open
+
+    def _connection(self, request):
+        import http.client
+        host, credentials = self._proxy or (request.host, None)
+        if request.type == "http":
+            return http.client.HTTPConnection(host)
+        connection = http.client.HTTPSConnection(host, context=self._context)
+        if self._proxy:
+            connection.set_tunnel(request.host, headers=credentials)
+        return connection
+
+    def _exchange(self, kept, request, deadline):
+        import http.client
+        link = kept.link
+        headers = dict(request.header_items())
+        target = request.selector
+        if self._proxy and request.type == "http":
+            target = request.full_url
+            headers.update(self._proxy[1])
+        link.response_class = lambda sock, *rest, **options: http.client.HTTPResponse(TimedReader(sock, deadline), *rest, **options)
+        link.timeout = time_left(deadline)
+        if link.sock:
+            link.sock.settimeout(link.timeout)
+        link.request(request.get_method(), target, request.data, headers)
+        with link.getresponse() as response:
+            length = ANSWER_BYTES + 1 if response.length is None else min(response.length, ANSWER_BYTES + 1)
+            content = response.read(length)
+            if len(content) < length and response.length:
+                raise http.client.IncompleteRead(content, response.length)
+        if len(content) <= ANSWER_BYTES:
+            kept.used_at = steady_clock()
+            self._kept.connection = kept
+        return Exchange(response.status, response.headers, content)
+
+
+Exchange = collections.namedtuple("Exchange", "status headers content")
+
+
+class OpenConnection:
+    """A connection of http.client to a place, last used at a time; it closes when nothing refers to it any more."""
+
+    def __init__(self, place, link):
+        self.place = place
+        self.link = link
+        self.used_at = 0
+
+    def __del__(self):
+        self.link.close()
 
 
 class Spooler:
@@ -5600,7 +5859,8 @@ class IntentClient:
     def __init__(self, base_url=None, api_key=None, timeout=CLIENT_SECONDS, namespace=None, ca=None, spool=None):
         import urllib.request     # 14 ms with the modules that it loads, which only a client needs
         joined = read_settings()
-        self.base_url = (base_url or os.environ.get("INTENT_BUS_URL") or joined.get("url") or URL).rstrip("/")
+        given = (base_url or "").strip() or os.environ.get("INTENT_BUS_URL", "").strip()
+        self.base_url = (given or joined.get("url") or URL).rstrip("/")
         self.namespace = namespace or os.environ.get("INTENT_BUS_NAMESPACE") or "default"
         self.timeout = timeout
         parts = parse_bus_url(self.base_url)
@@ -5621,10 +5881,9 @@ class IntentClient:
         # over plain http, whichever program has the port would get the key
         self._identity = {"X-API-KEY": self._key} if parts.scheme == "https" else {"X-Key-ID": self._key_id}
         self._clock_offset = 0     # seconds
+        self._proxy, credentials = (None, None) if local else proxy_to(parts)
         self._opener = urllib.request.OpenerDirector()     # follows no redirects, which would pass the key on
-        for handler in (urllib.request.ProxyHandler({} if local else None), urllib.request.HTTPHandler(),
-                        urllib.request.HTTPSHandler(context=ca and client_tls_context(ca))):
-            self._opener.add_handler(handler)
+        self._opener.add_handler(KeptConnection(self._proxy and (self._proxy, credentials), client_tls_context(ca) if ca else None))
 
     def publish(self, goal, payload, *, idempotency_key=None, **fields):
         """Publish an intent with the fields of Bus.publish; it is stored once, however often the request is repeated."""
@@ -5698,9 +5957,8 @@ class IntentClient:
 
     def list(self, *, status=None, goal=None, namespace=None, limit=50, before=None, payload=False):
         """Return {"intents", "next"}, newest first; next is the value of before for the next page, or None."""
-        page = self.request("GET", "/intents", query=dict(status=status, goal=goal, namespace=namespace, limit=limit,
+        return self.request("GET", "/intents", query=dict(status=status, goal=goal, namespace=namespace, limit=limit,
                                                           before=before, payload="1" if payload else None))
-        return Record(page, intents=[Record(intent) for intent in page.intents])
 
     def workers(self):
         """Return {"workers"}: the workers that lately asked for work, the latest first."""
@@ -5750,13 +6008,12 @@ class IntentClient:
             secret = {"Authorization": "Basic " + base64.b64encode(f"admin:{password}".encode()).decode()}
         if secret and not self.secure:
             raise SetupError("The admin secret is sent only over https or to this machine.")
-        return self.request("POST" if body else "GET", f"/admin/{verb}", body or None, headers=secret, retries=0,
-                            answer_type=list if verb == "keys" else dict)
+        return self.request("POST" if body else "GET", f"/admin/{verb}", body or None, headers=secret, retries=0)
 
-    def request(self, method, path, body=None, *, query=None, headers=None, wait=0, retries=RETRIES, answer_type=dict):
+    def request(self, method, path, body=None, *, query=None, headers=None, wait=0, retries=RETRIES):
         """Send a request, again after a transient error; return the answer, or None for 204.
 
-        The bus may hold the request for wait seconds. With answer_type=list, the answer is a list of Records.
+        The bus may hold the request for wait seconds. The answer is a Record, or a list of Records.
         """
         query = dict(query or {}, wait=round(wait, 3) or None)
         try:
@@ -5768,7 +6025,7 @@ class IntentClient:
         corrected = False
         for attempt in itertools.count():
             try:
-                return self._send(method, target, data, headers or {}, self.timeout + wait, answer_type)
+                return self._send(method, target, data, headers or {}, self.timeout + wait, endpoint_of(method, path))
             except Forbidden as error:     # if the clock of this machine is wrong, the bus tells its own
                 if corrected or "server_time" not in error.details:
                     raise
@@ -5780,7 +6037,7 @@ class IntentClient:
                 pause = random.uniform(0, min(RETRY_SECONDS * 2 ** attempt, RETRY_MAX_SECONDS))
                 time.sleep(max(pause, error.details.get("retry_after", 0)))
 
-    def _send(self, method, target, data, headers, timeout, answer_type):
+    def _send(self, method, target, data, headers, timeout, endpoint):
         """Sign a request and send it once; return the value of the answer."""
         import http.client
         path, _, query = target.partition("?")
@@ -5790,40 +6047,46 @@ class IntentClient:
         signature = sign(self._key, method, signed, timestamp, nonce, data or b"")
         headers = {**headers, **self._identity, "X-Timestamp": timestamp, "X-Nonce": nonce, "X-Signature": signature,
                    "User-Agent": f"intentbus/{__version__}", "Content-Type": "application/json"}
+        request = urllib.request.Request(self.base_url + target, data, headers, method=method)
         try:
-            request = urllib.request.Request(self.base_url + target, data, headers, method=method)
-            with self._opener.open(request, timeout=timeout) as response:
-                return self._read(response.status, response.headers, response.read(), answer_type, f"{timestamp}\n{nonce}")
+            answer = self._opener.open(request, timeout=timeout)
         except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
-            if distrust := getattr(reason, "verify_message", None):
-                reason = f"its certificate is not trusted ({distrust}); see --ca"
-            reason = getattr(reason, "strerror", None) or reason or type(reason).__name__
-            raise Unreachable(f"The bus at {self.base_url} cannot be reached: {reason}.") from error
+            way = f" through the proxy {self._proxy}" if self._proxy else ""
+            reason, cure = reason_and_cure(error, self._proxy)
+            raise Unreachable(f"The bus at {self.base_url} cannot be reached{way}: {reason}. {cure}") from error
+        if 300 <= answer.status < 400:
+            location = str(answer.headers.get("Location")).partition(target)[0].rstrip("/")
+            raise Unreachable(f"{self.base_url} redirects to {location}. If that is the bus, use it as the URL; otherwise a portal "
+                              "or a proxy is in the way.")
+        if len(answer.content) > ANSWER_BYTES:
+            raise Unreachable(f"{self.base_url} answered more than {ANSWER_BYTES} bytes: this is not a bus, or ask it for less.")
+        return self._read(answer.status, answer.headers, answer.content, endpoint, f"{timestamp}\n{nonce}")
 
-    def _read(self, status, headers, content, answer_type, sent):
+    def _read(self, status, headers, content, endpoint, sent):
         """Return the value of an answer, or raise the error in it; sent are the timestamp and nonce of the request.
 
         An answer is not signed, so a time in it counts only with a MAC: a wrong one would have us sign for a later time.
         """
-        if status == 204:
+        if status == 204 and endpoint in MAY_BE_EMPTY:
             return None
-        if 300 <= status < 400:
-            raise Unreachable(f"{self.base_url} redirects to {headers.get('Location')}; use that as the URL of the bus.")
         try:
-            value = json.loads(content)
-            if status < 300 and isinstance(value, answer_type):
-                return Record(value) if answer_type is dict else [Record(item) for item in value]
-            error = dict(value["error"])
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise Unreachable(f"{self.base_url} answered {status} without JSON: a proxy page answered, not a bus.") from None
+            value = from_json(content, 2 * JSON_DEPTH)     # a payload stands some levels deep in it
+            if status < 300:
+                return ANSWERS.get(endpoint, ANY_ANSWER)(value)
+            error = ERROR_ANSWER(value["error"])
+        except (Invalid, ValueError, TypeError, KeyError) as error:
+            form = "with the JSON of another program" if content[:1] in (b"{", b"[") else "without JSON"
+            raise Unreachable(f"{self.base_url} answered {status} {form}: a proxy page answered, not a bus. Check the URL, its "
+                              "http:// or https://, and any proxy or tunnel on the way.") from error
+        if error.message == "Replay detected":     # a connection failed, and the request was sent again
+            raise Unreachable(f"The answer of {self.base_url} was lost; the request may have been carried out.")
         error_class = ERRORS.get(status, Unavailable if status in (502, 504) else Error)     # a proxy sends 502 and 504
-        message = error.get("message", "")
+        message = error.message
         if message == "Bad signature":
             message += f": this is not the key {self._key_id} of the bus."
-        raised = error_class(message, error.get("code"))
+        raised = error_class(message, error.code)
         with contextlib.suppress(TypeError, ValueError, OverflowError):
-            raised.details["retry_after"] = min(float(headers.get("Retry-After", "")), RETRY_MAX_SECONDS)
+            raised.details["retry_after"] = max(0, min(float(headers.get("Retry-After", "")), RETRY_MAX_SECONDS))
         with contextlib.suppress(TypeError, ValueError, AttributeError):
             server_time = json.loads(content, parse_float=str, parse_int=str)["error"].get("server_time")     # as it is written
             if secrets_equal(error.get("mac"), hmac_of(self._key, f"{server_time}\n{sent}")):
@@ -6234,13 +6497,6 @@ class Program:
 Finding = collections.namedtuple("Finding", "level about words")     # level: ok, note or bad; words: one or two sentences
 ok, note, bad = (functools.partial(Finding, level) for level in ("ok", "note", "bad"))
 SHARED_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "sdcardfs", "fuse", "vfat", "exfat")
-UNREACHABLE_CURES = {
-    "ConnectionRefusedError": "Nothing listens there: start the bus with serve, or the tunnel that leads to it.",
-    "gaierror": "That name is not known: check its spelling, and whether this machine is online.",
-    "SSLCertVerificationError": "Pass the certificate with --ca; if it is not valid yet, check the clock of this machine.",
-    "SSLError": "That port does not speak https: check http:// or https://, and the port.",
-    "TimeoutError": "Nothing answers: a firewall is in the way, or that machine is off.",
-}
 
 
 def open_client(options, timeout=CLIENT_SECONDS, spool=None):
@@ -6302,9 +6558,7 @@ def check_bus(options):
     try:
         me = bus.who_am_i()
     except Unreachable as error:
-        reason = getattr(error.__cause__, "reason", error.__cause__)
-        cure = UNREACHABLE_CURES.get(type(reason).__name__, "Check the URL, and any proxy or tunnel on the way.")
-        yield bad("bus", f"{error} {cure}")
+        yield bad("bus", str(error))
     except (Unauthorized, Forbidden) as error:
         yield ok("bus", f"{bus.base_url} answers.")
         yield bad("key", f"The bus refuses this key: {error} Join it again with a new code from keys invite.")
@@ -6826,7 +7080,7 @@ def list_command(bus, options):
 @bus_command("workers", ["workers"], JSON)
 def workers_command(bus, options):
     """List the workers of the last five minutes: last seen, owner, id, version, goals, intent."""
-    print_rows(options, map(Record, bus.workers().workers), lambda worker: (
+    print_rows(options, bus.workers().workers, lambda worker: (
         f"{format_duration(time.time() - worker.last_seen):>4}", worker.owner, worker.id, worker.version or "-",
         ", ".join(worker.goals) or "any goal", worker.intent))
 
@@ -6845,7 +7099,7 @@ def watch_command(bus, options):
             continue
         if page.missed:
             log(f"{page.missed} events were missed")
-        print_rows(options, map(Record, page.events), lambda entry: (
+        print_rows(options, page.events, lambda entry: (
             time.strftime("%H:%M:%S", time.localtime(entry.time)), f"{entry.event:9}", entry.id, entry.goal, entry.worker_id,
             entry.last_error if entry.event in ("failed", "dead", "lost") else None))
         if after and not page.events and time.monotonic() - asked < RECHECK_SECONDS:     # this bus does not hold requests

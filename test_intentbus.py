@@ -34,6 +34,7 @@ import shlex
 import shutil
 import signal
 import socket
+import socketserver
 import sqlite3
 import ssl
 import stat
@@ -406,7 +407,7 @@ class Served(Reachable):
         self.api = assembled(self.store, **options)
         self.server = intentbus.http_server(self.api, port=self.port, **serving)
         self.port = self.server.server_port
-        self.url = f"http{'s' if 'tls' in serving else ''}://127.0.0.1:{self.port}"
+        self.url = f"http{'s' if serving.get('tls') else ''}://127.0.0.1:{self.port}"
         threading.Thread(target=self.server.serve_forever, args=(self.poll,), daemon=True).start()
         return self
 
@@ -746,6 +747,11 @@ def shell(serve, command, **environment):
 
 # -- Between a client and a bus --
 
+def closing(request):
+    """Return a request with a header that ends its connection."""
+    return request.replace(b"HTTP/1.1\r\n", b"HTTP/1.1\r\nConnection: close\r\n", 1)
+
+
 class Proxy:
     """Passes requests on to a server, and drops the first answers."""
 
@@ -768,7 +774,7 @@ class Proxy:
         near.settimeout(0.2)     # urllib sends a body right behind its headers
         with contextlib.suppress(TimeoutError, socket.timeout):
             while data := near.recv(65536):
-                far.sendall(data)
+                far.sendall(closing(data) if b"HTTP/1.1\r\n" in data else data)
                 if b"\r\n\r\n" in data and b"Content-Length: 0" in data or data.endswith(b"}"):
                     break
         return b"".join(iter(lambda: far.recv(65536), b""))
@@ -845,7 +851,7 @@ class Weather:
 
     def answer(self, request):
         with socket.create_connection(("127.0.0.1", self.port)) as far:
-            far.sendall(request)
+            far.sendall(closing(request))
             return received(far)
 
 
@@ -7407,7 +7413,7 @@ def test_a_bus_that_stays_away_is_unreachable(impatient):
 @pytest.mark.parametrize("answer, sentence", [
     (b"HTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\n<html>Log in", "a proxy page answered, not a bus"),
     (b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n", "answered 502 without JSON"),
-    (b"HTTP/1.1 302 Found\r\nLocation: https://x.example/\r\nContent-Length: 0\r\n\r\n", "redirects to https://x.example/"),
+    (b"HTTP/1.1 302 Found\r\nLocation: https://x.example/\r\nContent-Length: 0\r\n\r\n", "redirects to https://x.example. If that is the bus"),
     (b"SSH-2.0-OpenSSH_9.2\r\n", "cannot be reached"),
     (b"", "cannot be reached"),
 ])
@@ -7443,6 +7449,117 @@ def test_a_hostile_answer_raises_an_error_and_nothing_else(impatient, status, bo
             IntentClient(fake.url, KEY).get_status("x")
 
 
+VERBS = {     # of the client; each takes an answer that only a bus gives
+    "publish": lambda bus: bus.publish("g", 1), "publish_many": lambda bus: bus.publish_many([dict(goal="g", payload=1)]),
+    "claim": lambda bus: bus.claim("g"), "extend_claim": lambda bus: bus.extend_claim("x"), "fulfill": lambda bus: bus.fulfill("x"),
+    "fail": lambda bus: bus.fail("x"), "release": lambda bus: bus.release("x"), "get_status": lambda bus: bus.get_status("x"),
+    "get_result": lambda bus: bus.get_result("x"), "list": lambda bus: bus.list(), "workers": lambda bus: bus.workers(),
+    "events": lambda bus: bus.events(), "who_am_i": lambda bus: bus.who_am_i(), "join": lambda bus: bus.join("x"),
+    "cancel": lambda bus: bus.cancel("x"), "retry": lambda bus: bus.retry("x"), "retry many": lambda bus: bus.retry(goal="g"),
+    "set": lambda bus: bus.set("k", 1), "get": lambda bus: bus.get("k"), "delete": lambda bus: bus.delete("k"),
+    "generate_key": lambda bus: bus.admin("generate_key", owner="x"), "invite": lambda bus: bus.admin("invite", owner="x"),
+    "revoke_key": lambda bus: bus.admin("revoke_key", key_id="x"), "keys": lambda bus: bus.admin("keys"),
+    "purge": lambda bus: bus.admin("purge", confirm=True), "summary": lambda bus: bus.admin("summary"),
+}
+ANSWERED = ("id", "ids", "status", "intents", "workers", "events", "next", "value", "deleted", "api_key", "key_id", "code", "owner",
+            "role", "name", "expires_at", "retried", "now", "ok", "goal")
+
+
+@pytest.mark.parametrize("status, body, accepted_by", [
+    ("200 OK", b'{"login": "required"}', ()), ("200 OK", b"{}", ()), ("200 OK", b"7", ()), ("200 OK", b'["x"]', ()),
+    ("200 OK", b'{"ok": true}', ("set", "revoke_key")), ("200 OK", json.dumps(dict.fromkeys(ANSWERED)).encode(), ()),
+    ("200 OK", json.dumps(dict.fromkeys(ANSWERED, [1, None, {}])).encode(), ("get",)),
+    ("200 OK", json.dumps(dict.fromkeys(ANSWERED, 1.5)).encode(), ("get",)),
+    ("200 OK", json.dumps(dict.fromkeys(ANSWERED, "\ud800")).encode(), ()), ("200 OK", b'{"value": 1e999, "id": NaN}', ()),
+    ("204 No Content", b"", ("claim",)), ("403 Forbidden", b'{"error": {"message": "m", "code": 5}}', ()),
+    ("404 Not Found", b'{"error": "not found"}', ()), ("404 Not Found", b'{"error": {"code": "NotFound", "message": "m"}}', ()),
+], ids=range(14))
+def test_every_answer_is_checked_for_its_fields(impatient, status, body, accepted_by):
+    with Fake(status, body) as fake:
+        bus = IntentClient(fake.url, KEY)
+        for verb in VERBS.keys() - set(accepted_by):
+            with pytest.raises(intentbus.Unreachable, match="a proxy page answered, not a bus"):
+                VERBS[verb](bus)
+        for verb in accepted_by:     # it has all fields that the endpoint has
+            VERBS[verb](bus)
+
+
+def test_joining_a_server_that_is_no_bus_saves_nothing(home):
+    for body in (b'{"api_key": null, "name": null, "role": null}', b'{"api_key": "a b", "name": "n", "role": "r"}', b"{}"):
+        with Fake("201 Created", body) as fake:
+            assert_complaint(run("join", fake.url, "0000-0000"), 5, "a proxy page answered, not a bus")
+    assert not (home / ".intentbus").exists()
+
+
+def test_the_timeout_bounds_an_answer_that_trickles(impatient):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def trickle():
+            for start in (b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n"):
+                with contextlib.suppress(OSError), listener.accept()[0] as sock:
+                    sock.sendall(start)
+                    while not threading.Event().wait(0.02):
+                        sock.sendall(b"x")
+        threading.Thread(target=trickle, daemon=True).start()
+        for _ in range(2):     # in the head, in the body
+            with pytest.raises(intentbus.Unreachable, match="timed out. Nothing answers in time"):
+                IntentClient(f"http://127.0.0.1:{listener.getsockname()[1]}", KEY, timeout=0.2).who_am_i()
+
+
+def test_an_answer_is_read_up_to_a_bound(served, monkeypatch):
+    served.client.set("k", "x" * 1000)
+    monkeypatch.setattr(intentbus, "ANSWER_BYTES", 900)
+    with pytest.raises(intentbus.Unreachable, match="answered more than 900 bytes"):
+        served.client.request("GET", "/get/k", retries=0)
+    assert served.client.who_am_i().owner == "owner"
+
+
+class Relay(socketserver.ThreadingTCPServer):
+    """Passes bytes between clients and a server, counts connections, and can cut them."""
+
+    daemon_threads = True
+
+    def __init__(self, port):
+        self.port, self.open, self.accepted = port, [], 0
+        super().__init__(("127.0.0.1", 0), None)
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def finish_request(self, near, address):
+        far = socket.create_connection(("127.0.0.1", self.port))
+        self.accepted += 1
+        self.open += [near, far]
+        back = in_thread(self.copy, far, near)
+        self.copy(near, far)
+        back()
+
+    def copy(self, source, target):
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_RDWR)
+        return True
+
+    def cut(self):
+        for sock in self.open:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        self.open.clear()
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_thread_keeps_one_connection_and_replaces_a_stale_one(started, tmp_path, scheme):
+    files = certificate(tmp_path, "x") if scheme == "https" else None
+    served = started(server=dict(tls=files))
+    with Relay(served.port) as relay:
+        bus = IntentClient(f"{scheme}://127.0.0.1:{relay.server_address[1]}", KEY, ca=files and files[0])
+        for number in range(3):
+            bus.publish("g", number)
+        assert relay.accepted == 1
+        relay.cut()
+        assert not bus.delete("k").deleted and relay.accepted == 2     # which is not repeated, for it is not safe
+        assert at_once(2, lambda _: bus.who_am_i().owner) == ["owner"] * 2 and relay.accepted == 4
+        relay.shutdown()
+
+
 @pytest.mark.parametrize("status", ["301 Moved", "302 Found", "303 See Other", "307 Temporary", "308 Permanent"])
 def test_a_redirect_is_not_followed_and_gets_no_key(impatient, status):
     with Fake() as other, Fake(status, b"", f"Location: {other.url}/\x1b[2J") as fake:
@@ -7466,12 +7583,21 @@ def test_a_proxy_sees_no_local_request_and_no_key(monkeypatch, impatient, served
 @pytest.mark.parametrize("url", [
     "http://user:hunter2@127.0.0.1:1", "https://hunter2@bus.example", "http://a@b:hunter2@127.0.0.1", "//hunter2@x", "file:///etc/passwd",
     "ftp://127.0.0.1/", "gopher://127.0.0.1", "127.0.0.1:8787", "http://", "http:///x", "http://x:0", "http://x:99999", "http://[::1",
-    "javascript:alert(1)", "\x1b[2Jhttp://x",
+    "javascript:alert(1)", "\x1b[2Jhttp://x", "bus.example", "http://a b", "http://a\nb",
+    "http://a/\tb", "http://a..b", "http://.", "http://" + "a" * 64, "http://\u00e9..b", "http://x/\u00e9", "http://x?y", "http://x#y",
 ])
 def test_a_bad_url_is_refused_without_repeating_its_password(url):
     with pytest.raises(intentbus.SetupError, match="The URL of a bus is http://HOST:PORT") as refused:
         IntentClient(url, KEY)
     assert "hunter2" not in str(refused.value) and "\x1b" not in str(refused.value)
+
+
+def test_white_space_around_a_url_is_no_part_of_it(home, monkeypatch):
+    assert IntentClient(" http://x/\r\n", KEY).base_url == "http://x"
+    monkeypatch.setenv("INTENT_BUS_URL", "http://y\n")
+    assert IntentClient("  ", KEY).base_url == "http://y"
+    monkeypatch.setenv("INTENT_BUS_URL", " ")
+    assert IntentClient(None, KEY).base_url == intentbus.URL
 
 
 def test_retry_of_an_empty_id_retries_nothing(served):
@@ -8026,6 +8152,49 @@ def test_the_doctor_says_why_the_bus_cannot_be_reached(home, served, url, about,
     assert code == 1 and words in found[about, "bad"]
 
 
+@pytest.mark.parametrize("proxy, code, about, words", [
+    ("http://u:pass@127.0.0.1:9", 5, "bus", "through the proxy 127.0.0.1:9: Connection refused. Check that proxy, and the variables"),
+    ("socks5://127.0.0.1:9", 2, "key", "names no HTTP proxy (SOCKS and others are not supported)"),
+    ("socks5h://u:pass@127.0.0.1:9", 2, "key", "add bus.example to no_proxy"),
+    ("http://", 2, "key", "names no HTTP proxy"),
+])
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_that_does_not_work_is_named(home, scheme, proxy, code, about, words):
+    settings = dict(INTENT_API_KEY=KEY, **{f"{scheme}_proxy": proxy, "no_proxy": ""})
+    found = run("join", f"{scheme}://bus.example", "0000-0000", "--plain", **settings)
+    assert_complaint(found, code, words)
+    assert "pass" not in found[2] and words in examine(home, "--url", f"{scheme}://bus.example", **settings)[1][about, "bad"]
+
+
+def test_http_to_a_bus_that_speaks_https_is_explained(home, started, tmp_path):
+    served = started(server=dict(tls=certificate(tmp_path, "x")))
+    code, found = examine(home, "--url", served.url.replace("https", "http"), INTENT_API_KEY=KEY)
+    assert code == 1 and "its URL begins with https://" in found["bus", "bad"]
+
+
+def test_a_certificate_of_another_time_blames_the_clock(home, tmp_path, started):
+    for dates, words in (("20900101000000Z 20910101000000Z", "is not valid yet: set the clock of this machine"),
+                         ("20000101000000Z 20010101000000Z", "has expired: renew it, or set the clock")):
+        served = started(server=dict(tls=certificate_of(tmp_path, *dates.split())))
+        code, found = examine(home, "--url", served.url, "--ca", str(tmp_path / "dated.pem"), INTENT_API_KEY=KEY)
+        served.stop()
+        assert code == 1 and words in found["bus", "bad"] and "the clock of this machine says 2" in found["bus", "bad"]
+
+
+def certificate_of(folder, start, end):
+    """Make a certificate of this machine that is valid between two dates; return its files."""
+    if not shutil.which("openssl"):
+        pytest.skip("openssl is not on this machine")
+    for name, text in (("index", ""), ("serial", "01"), ("config", "[ca]\ndefault_ca=c\n[c]\ndatabase=index\nserial=serial\nnew_certs_dir=.\n"
+                       "default_md=sha256\npolicy=p\nunique_subject=no\n[p]\ncommonName=supplied\n[x]\nsubjectAltName=IP:127.0.0.1\n")):
+        (folder / name).write_text(text)
+    for arguments in ("req -new -newkey rsa:2048 -nodes -keyout dated.key -subj /CN=x -out request",
+                      f"ca -batch -selfsign -config config -extensions x -keyfile dated.key -in request -out dated.pem -notext "
+                      f"-startdate {start} -enddate {end}"):
+        subprocess.run(["openssl", *arguments.split()], cwd=folder, check=True, capture_output=True)
+    return str(folder / "dated.pem"), str(folder / "dated.key")
+
+
 def test_the_doctor_checks_the_key_and_its_role(home, served):
     assert "No key: join the bus" in examine(home, "--url", served.url)[1]["key", "bad"]
     code, found = examine(home, "--url", served.url, INTENT_API_KEY="wrong")
@@ -8552,7 +8721,7 @@ def test_publish_spool_keeps_intents_and_flush_sends_them(served, home):
     settings = dict(INTENT_BUS_URL=served.url, INTENT_API_KEY=KEY)
     for number in "12":
         code, out, err = run("publish", "g", number, "--spool", **settings)
-        assert (code, out) == (0, "") and "cannot be reached: Connection refused. The intent is stored; the next" in err
+        assert (code, out) == (0, "") and "Connection refused. Nothing listens there" in err and "The intent is stored; the next" in err
     assert json.loads(run("publish", "g", "3", "--spool", "--json", **settings)[1])["status"] == "spooled"
     code, out, err = run("publish", "g", "--lines", "--spool", stdin=b"a\nb\n", **settings)
     assert (code, out) == (0, "") and "2 intents are stored; the next publish --spool, flush or work sends them" in err
