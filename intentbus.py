@@ -5335,6 +5335,7 @@ SPOOL_SCHEMA = """
         intent_id TEXT,           -- only of an outcome, which replaces an earlier outcome of the intent
         created_at DOUBLE PRECISION NOT NULL,
         refusal TEXT,             -- the error with which the bus refused a publish for good
+        key_name TEXT,            -- of the key that sends it, see key_name(); NULL for any key
         UNIQUE (bus, intent_id)
     )
 """
@@ -5377,38 +5378,77 @@ def write_settings(url, key, ca):
         raise SetupError(f"The settings file {path} cannot be written: {error.strerror}.") from error
 
 
+def is_damage(error):
+    """Return whether an error means that an SQLite file is no database, or a damaged one."""
+    return re.search("not a database|malformed|corrupt", str(error)) is not None
+
+
+def key_name(key):
+    """Return the id of an issued key, or a short hash of another: what the spool keeps to tell keys apart."""
+    issued = ISSUED.fullmatch(key)
+    return issued[1] if issued else hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
 class Spool:
-    """Requests that no bus has answered yet, in an SQLite file that the processes of this machine share."""
+    """Requests that no bus has answered yet, in an SQLite file that the processes of this machine share.
+
+    Each is for one bus and one key. No key is in the file, only key_name(): a request waits for the next program that has
+    its key. A damaged file is put aside with a warning, and a new one begins.
+    """
 
     def __init__(self, path=SPOOL_FILE):
         """Open the file, or create it, readable by its owner only; raises SetupError."""
-        import sqlite3
         self._path = os.path.expanduser(path)
         self._lock = threading.Lock()     # all threads share one connection
         make_parent_folder(self._path)
-        try:
-            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
-            self._db = sqlite3.connect(self._path, timeout=SPOOL_LOCK_SECONDS, isolation_level=None,
-                                       check_same_thread=False)
-            self._db.row_factory = lambda cursor, values: Record(zip((column[0] for column in cursor.description), values))
-            self._db.execute("PRAGMA synchronous = FULL")     # a spooled request survives a power cut
-            self._db.execute("PRAGMA fullfsync = 1")
-            self._db.execute(SPOOL_SCHEMA)
-        except (OSError, sqlite3.Error) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise SetupError(f"The spool {self._path} cannot be used: {reason}.") from error
+        self._open()
 
-    def add(self, bus, path, body, idempotency_key=None, intent_id=None):
+    def _open(self):
+        import sqlite3
+        for attempt in range(2):
+            try:
+                os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
+                self._file = os.stat(self._path).st_ino
+                self._db = sqlite3.connect(self._path, timeout=SPOOL_LOCK_SECONDS, isolation_level=None,
+                                           check_same_thread=False)
+                self._db.row_factory = lambda cursor, values: Record(zip((column[0] for column in cursor.description), values))
+                self._db.execute("PRAGMA synchronous = FULL")     # a spooled request survives a power cut
+                self._db.execute("PRAGMA fullfsync = 1")
+                self._db.execute(SPOOL_SCHEMA)
+                if "key_name" not in {column.name for column in self._db.execute("PRAGMA table_info(requests)")}:
+                    self._db.execute("ALTER TABLE requests ADD COLUMN key_name TEXT")     # a spool of an earlier version
+                return
+            except (OSError, sqlite3.Error) as error:
+                if attempt or not is_damage(error):
+                    reason = getattr(error, "strerror", None) or error
+                    raise SetupError(f"The spool {self._path} cannot be used: {reason}.") from error
+                self._put_aside(error)
+
+    def _put_aside(self, error):
+        """Rename the damaged file, unless another process has done so."""
+        self._db.close()
+        aside = f"{self._path}.damaged-{time.time():.0f}"
+        try:
+            if os.stat(self._path).st_ino == self._file:
+                os.replace(self._path, aside)
+                warnings.warn(f"The spool {self._path} is damaged ({error}); it is now {aside}, and its requests are not sent. "
+                              "A new spool begins")
+        except OSError as failure:
+            raise SetupError(f"The spool {self._path} is damaged and cannot be renamed: {failure.strerror}.") from error
+
+    def add(self, bus, path, body, idempotency_key=None, intent_id=None, key_name=None):
         """Store a request, whose body is text, and return its number; an outcome replaces an earlier one of its intent."""
         return self._run("""
-            INSERT INTO requests (bus, path, body, idempotency_key, intent_id, created_at)
-            VALUES      (:bus, :path, :body, :idempotency_key, :intent_id, :now)
+            INSERT INTO requests (bus, path, body, idempotency_key, intent_id, created_at, key_name)
+            VALUES      (:bus, :path, :body, :idempotency_key, :intent_id, :now, :key_name)
             ON CONFLICT (bus, intent_id) DO UPDATE
             SET         path = excluded.path,
                         body = excluded.body,
-                        created_at = excluded.created_at
+                        created_at = excluded.created_at,
+                        key_name = excluded.key_name
             RETURNING   number
-        """, bus=bus, path=path, body=body, idempotency_key=idempotency_key, intent_id=intent_id, now=time.time())[0].number
+        """, bus=bus, path=path, body=body, idempotency_key=idempotency_key, intent_id=intent_id, now=time.time(),
+                         key_name=key_name)[0].number
 
     def remove(self, number):
         """Delete a request."""
@@ -5418,19 +5458,38 @@ class Spool:
         """Record why the bus has refused a request; it is not sent again."""
         self._run("UPDATE requests SET refusal = :reason WHERE number = :number", number=number, reason=reason)
 
-    def pending(self, bus):
-        """Return the requests to send to a bus: outcomes first, then publishes in the order in which they were made."""
+    def pending(self, bus, key_name=None):
+        """Return the requests to send to a bus, with a key or any: outcomes first, then publishes as they were made."""
         return self._run("""
             SELECT   *
             FROM     requests
             WHERE    bus = :bus
+            AND      (:key_name IS NULL OR key_name IS NULL OR key_name = :key_name)
             AND      refusal IS NULL
             ORDER BY intent_id IS NULL, number
-        """, bus=bus)
+        """, bus=bus, key_name=key_name)
 
     def refused(self, bus):
         """Return the publishes that a bus has refused for good."""
         return self._run("SELECT * FROM requests WHERE bus = :bus AND refusal IS NOT NULL ORDER BY number", bus=bus)
+
+    def others(self, bus, key_name):
+        """Return (bus, key_name, number) of the requests that wait for another bus or another key."""
+        return self._run("""
+            SELECT   bus, key_name, COUNT(*) AS number
+            FROM     requests
+            WHERE    (bus <> :bus OR key_name <> :key_name)
+            AND      refusal IS NULL
+            GROUP BY bus, key_name
+        """, bus=bus, key_name=key_name)
+
+    def redirect(self, bus, key_name):
+        """Let all waiting requests go to a bus, with a key."""
+        self._run("UPDATE OR REPLACE requests SET bus = :bus, key_name = :key_name WHERE refusal IS NULL", bus=bus, key_name=key_name)
+
+    def discard(self, bus, key_name):
+        """Delete the requests that a bus has refused for good, and those that wait for another bus or another key."""
+        self._run("DELETE FROM requests WHERE refusal IS NOT NULL OR bus <> :bus OR key_name <> :key_name", bus=bus, key_name=key_name)
 
     def counts(self):
         """Return the number of pending requests and of refused ones, for all buses together."""
@@ -5445,7 +5504,11 @@ class Spool:
     def send_lock(self, seconds):
         """Let one process send at a time, which keeps the order; raises Unavailable if another still sends after seconds."""
         deadline = time.monotonic() + seconds
-        with open(self._path + ".lock", "a+") as guard:
+        try:
+            guard = open(self._path + ".lock", "a+")
+        except OSError as error:
+            raise SetupError(f"The file {self._path}.lock cannot be written: {error.strerror}.") from error
+        with guard:
             while True:
                 try:
                     lock(guard)
@@ -5460,7 +5523,14 @@ class Spool:
         import sqlite3
         try:
             with self._lock:
-                return self._db.execute(statement, values).fetchall()
+                try:
+                    return self._db.execute(statement, values).fetchall()
+                except sqlite3.Error as error:
+                    if not is_damage(error):
+                        raise
+                    self._put_aside(error)
+                    self._open()
+                    return self._db.execute(statement, values).fetchall()
         except sqlite3.Error as error:
             raise StorageFull(f"The spool {self._path} cannot be written: {error}.") from error
 
@@ -5754,28 +5824,53 @@ class OpenConnection:
 
 
 class Spooler:
-    """Sends a client's publishes and outcomes by way of a spool, which keeps each until the bus has answered it."""
+    """Sends a client's publishes and outcomes, and keeps those without an answer in a spool.
 
-    def __init__(self, client, spool):
+    The spool is opened when it is needed first. Only requests of the client's bus and key are sent.
+    """
+
+    def __init__(self, client, path, key_name):
         self._client = client
-        self._spool = spool
+        self._path = os.path.expanduser(path)
+        self._mine = dict(bus=client.base_url, key_name=key_name)
+        self._opening = threading.Lock()
+        self._spool = None
         self.reporting = set()     # numbers of the outcomes that other threads are sending right now
 
+    @property
+    def spool(self):
+        """The spool; raises SetupError if it cannot be opened."""
+        with self._opening:
+            self._spool = self._spool or Spool(self._path)
+        return self._spool
+
     def publish(self, path, body, idempotency_key):
-        """Send all earlier publishes, then this one; return its answer, or a Record with the status "spooled"."""
-        number = self._spool.add(self._client.base_url, path, encode_body(body).decode(), idempotency_key)
+        """Send all earlier publishes, then this one, and return its answer; if the bus cannot take it now, store it."""
         try:
-            with self._removing(number), self._spool.send_lock(self._client.timeout):
-                self._flush(before=number)
+            with self._after_earlier_ones():
                 return self._client.publish_once(path, body, idempotency_key, retries=0)
         except TRANSIENT as error:
+            try:
+                self.spool.add(**self._mine, path=path, body=encode_body(body).decode(), idempotency_key=idempotency_key)
+            except (SetupError, StorageFull) as failure:
+                raise type(error)(f"{error} It cannot be stored either: {failure}") from error
             return Record(id=None, ids=[], status="spooled", namespace=self._client.namespace, reason=str(error))
+
+    @contextlib.contextmanager
+    def _after_earlier_ones(self):
+        """Send the requests in the spool first, which must not keep later ones back: neither a refusal nor a bad disk does."""
+        with contextlib.ExitStack() as turn:
+            with contextlib.suppress(SetupError, StorageFull):
+                if os.path.exists(self._path):
+                    turn.enter_context(self.spool.send_lock(self._client.timeout))
+                    self._flush()
+            yield
 
     def report(self, path, body, intent_id):
         """Send an outcome; a transient error leaves it in the spool and is raised."""
         try:
-            number = self._spool.add(self._client.base_url, path, encode_body(body).decode(), intent_id=intent_id)
-        except StorageFull:     # an outcome that cannot be stored can still be sent
+            number = self.spool.add(**self._mine, path=path, body=encode_body(body).decode(), intent_id=intent_id)
+        except (SetupError, StorageFull):     # an outcome that cannot be stored can still be sent
             return self._client.request("POST", path, body)
         self.reporting.add(number)
         try:
@@ -5790,33 +5885,46 @@ class Spooler:
             with contextlib.suppress(Error):     # a refused publish must not keep this machine from working
                 self.flush()
         while intent := claim_next():
-            outcome = self._spool.outcome_of(self._client.base_url, intent.id)
+            outcome = self.spool.outcome_of(self._client.base_url, intent.id)
             if not outcome:
                 return intent
             self._send_outcome(outcome, claim_token=intent.claim_token)
         return None
 
     def flush(self):
-        """Send all requests in the spool; return how many the bus accepted."""
-        with self._spool.send_lock(self._client.timeout):
-            return self._flush()
+        """Send the requests in the spool; return how many the bus accepted, or raise the first error that left one waiting."""
+        with self.spool.send_lock(self._client.timeout):
+            accepted, errors = self._flush()
+        for error in errors:
+            raise error
+        return accepted
 
-    def _flush(self, before=float("inf")):
-        return sum(self._send_outcome(request) if request.intent_id else self._send_publish(request)
-                   for request in self._due(before))
+    def _flush(self):
+        """Send what is due; return how many requests the bus accepted, and the errors of those that wait on."""
+        accepted = 0
+        errors = []
+        for request in self._due():
+            try:
+                accepted += self._send_outcome(request) if request.intent_id else self._send_publish(request)
+            except TRANSIENT:
+                raise
+            except Error as error:
+                errors.append(error)
+                if isinstance(error, Unauthorized) or error.code == "invalid_signature":     # as all others would be
+                    break
+        return accepted, errors
 
-    def _due(self, before=float("inf")):
-        """Return the outcomes that no thread is sending, and the publishes with numbers below before."""
-        return [request for request in self._spool.pending(self._client.base_url)
-                if (request.number not in self.reporting if request.intent_id else request.number < before)]
+    def _due(self):
+        """Return the requests to send, but for the outcomes that a thread is sending."""
+        return [request for request in self.spool.pending(**self._mine) if request.number not in self.reporting]
 
     def _send_publish(self, request):
         try:
             self._client.publish_once(request.path, json.loads(request.body), request.idempotency_key, retries=0)
         except (Invalid, PayloadTooLarge, IdempotencyConflict) as error:
-            self._spool.mark_refused(request.number, str(error))
+            self.spool.mark_refused(request.number, str(error))
             return 0
-        self._spool.remove(request.number)
+        self.spool.remove(request.number)
         return 1
 
     def _send_outcome(self, request, **changes):
@@ -5828,7 +5936,7 @@ class Spooler:
             except (Invalid, PayloadTooLarge) as error:
                 self._client.request("POST", f"/fail/{request.intent_id}", retries=0, body=dict(
                     claim_token=body["claim_token"], error=f"The result was refused: {error}", retry=False))
-        self._spool.remove(request.number)
+        self.spool.remove(request.number)
         return 1
 
     @contextlib.contextmanager
@@ -5838,9 +5946,9 @@ class Spooler:
             yield
         except Error as error:
             if not isinstance(error, TRANSIENT):
-                self._spool.remove(number)
+                self.spool.remove(number)
             raise
-        self._spool.remove(number)
+        self.spool.remove(number)
 
 
 class IntentClient:
@@ -5852,8 +5960,9 @@ class IntentClient:
     only over https. A verb returns a Record, or raises Unreachable or the Error that the bus answered.
 
     With spool, the path of a file, no request is lost while the bus is away. publish stores a request that cannot be sent
-    and returns {"id": None, "status": "spooled"}; the next publish, claim or flush() sends it, once and in order. fulfill
-    and fail store an outcome until the bus has answered; an intent with a stored outcome is reported, not claimed again.
+    and returns {"id": None, "status": "spooled"}; the next publish, claim or flush() with the same URL and key sends it,
+    once and in order. fulfill and fail store an outcome until the bus has answered; an intent with a stored outcome is
+    reported, not claimed again.
     """
 
     def __init__(self, base_url=None, api_key=None, timeout=CLIENT_SECONDS, namespace=None, ca=None, spool=None):
@@ -5872,8 +5981,8 @@ class IntentClient:
                              f"INTENT_API_KEY (on the machine of the bus, serve creates {KEY_FILE}).")
         self._key = key
         ca = ca or joined.get("ca")
-        self.spool = spool and Spool(spool)
-        self._spooler = spool and Spooler(self, self.spool)
+        self.key_name = key_name(key)
+        self._spooler = spool and Spooler(self, spool, self.key_name)
         local = LOOPBACK.fullmatch(parts.hostname)
         issued = ISSUED.fullmatch(self._key)
         self._key_id = issued[1] if issued else "owner"
@@ -5884,6 +5993,11 @@ class IntentClient:
         self._proxy, credentials = (None, None) if local else proxy_to(parts)
         self._opener = urllib.request.OpenerDirector()     # follows no redirects, which would pass the key on
         self._opener.add_handler(KeptConnection(self._proxy and (self._proxy, credentials), client_tls_context(ca) if ca else None))
+
+    @property
+    def spool(self):
+        """The Spool, or None; raises SetupError if it cannot be opened."""
+        return self._spooler and self._spooler.spool
 
     def publish(self, goal, payload, *, idempotency_key=None, **fields):
         """Publish an intent with the fields of Bus.publish; it is stored once, however often the request is repeated."""
@@ -6599,7 +6713,17 @@ def check_spool(options):
     """Check the spool for requests that were not sent."""
     if not os.path.exists(os.path.expanduser(SPOOL_FILE)):
         return
-    pending, refused = Spool().counts()
+    try:
+        spool = Spool()
+        pending, refused = spool.counts()
+        bus = open_client(options)
+        others = spool.others(bus.base_url, bus.key_name)
+    except SetupError as error:
+        yield bad("spool", str(error))
+        return
+    for other in others:
+        yield bad("spool", f"{other.number} requests wait for {other.bus} and the key {other.key_name}, not for the URL and key in "
+                           "use; flush --to-this-bus sends them here, flush --discard deletes them.")
     if refused:
         yield bad("spool", f"A bus refused {refused} requests for good; flush shows them, flush --discard deletes them.")
     elif pending:
@@ -6966,17 +7090,26 @@ def print_outcome(options, intent):
     return {"fulfilled": 0, "dead": 1}.get(intent.status, 3)
 
 
-@command("flush", ["flush"], *CONNECTION,
-         flag("--discard", action="store_true", help="delete the requests that the bus has refused for good"))
+@command("flush", ["flush", "flush --to-this-bus"], *CONNECTION,
+         flag("--to-this-bus", action="store_true", help="send also the requests for another URL or key, to this bus with this key"),
+         flag("--discard", action="store_true", help="delete the requests refused for good, and those for another URL or key"))
 def flush_command(options):
-    """Send the spooled requests and print how many the bus accepted; exit 1 if it refused some for good."""
+    """Send the spooled requests and print how many the bus accepted; exit 1 if it refused some for good.
+
+    Requests for another URL or key wait for a program that uses these; they are named.
+    """
     bus = open_client(options, spool=SPOOL_FILE)
+    if options.to_this_bus:
+        bus.spool.redirect(bus.base_url, bus.key_name)
+    for other in bus.spool.others(bus.base_url, bus.key_name):
+        key = f" with the key {other.key_name}" if other.key_name else ""
+        log(f"{other.number} requests wait for {other.bus}{key}; flush there, or with --to-this-bus or --discard")
     print_result(bus.flush())
     refused = bus.spool.refused(bus.base_url)
     for request in refused:
         log(f"refused for good: {request.refusal} {request.body}")
-        if options.discard:
-            bus.spool.remove(request.number)
+    if options.discard:
+        bus.spool.discard(bus.base_url, bus.key_name)
     return 1 if refused and not options.discard else 0
 
 

@@ -7162,11 +7162,33 @@ def test_settings_in_a_linked_file_are_refused(home):
 
 
 def test_an_unusable_spool_is_reported(tmp_path):
-    (tmp_path / "file").write_text("no database, and long enough to be read as the head of one" * 20)
-    with pytest.raises(intentbus.SetupError, match="The spool .* cannot be used: file is not a database"):
-        intentbus.Spool(tmp_path / "file")
+    (tmp_path / "file").write_text("a file in the way")
     with pytest.raises(intentbus.SetupError, match="The folder .* cannot be created"):
         intentbus.Spool(tmp_path / "file" / "spool.db")
+
+
+@pytest.mark.parametrize("damage", [
+    lambda path: path.write_text("no database, and long enough to be read as the head of one" * 20),
+    lambda path: path.write_bytes(path.read_bytes()[:4096] + b"\xff" * (path.stat().st_size - 4096)),
+])
+def test_a_damaged_spool_is_put_aside_and_work_goes_on(served, home, damage):
+    served.stop()
+    settings = dict(INTENT_BUS_URL=served.url, INTENT_API_KEY=KEY)
+    run("publish", "g", "1", "--spool", **settings)
+    spool = home / ".intentbus" / "spool.db"
+    damage(spool)
+    code, out, err = run("publish", "g", "2", "--spool", **settings)
+    aside, = (path for path in spool.parent.iterdir() if ".damaged-" in path.name)
+    assert code == 0 and "is damaged (" in err and f"it is now {aside}, and its requests are not sent" in err
+    served.start()
+    assert run("flush", **settings)[:2] == (0, "1\n") and served.payloads() == [2]
+
+
+def test_a_spool_of_an_earlier_version_is_sent_with_any_key(served, tmp_path):
+    intentbus.Spool(tmp_path / "spool.db").add(served.url, "/intent", '{"goal": "g", "payload": 1}', "k")
+    with contextlib.closing(sqlite3.connect(tmp_path / "spool.db")) as db:
+        db.execute("ALTER TABLE requests DROP COLUMN key_name")
+    assert spooling(served, tmp_path).flush() == 1 and served.payloads() == [1]
 
 
 def test_one_program_sends_from_a_spool_at_a_time(tmp_path):
@@ -7264,9 +7286,55 @@ def test_a_spooled_publish_that_fails_does_not_block_claims(served, tmp_path):
     spooling(served, tmp_path).publish("g", "spooled")
     served.start().client.publish("g", "there")
     bus = IntentClient(served.url, served.issue("owner", "work").api_key, spool=tmp_path / "spool.db")
-    assert bus.claim("g").payload == "there" and len(bus.spool.pending(served.url)) == 1
+    assert bus.claim("g").payload == "there" and bus.flush() == 0 and len(bus.spool.pending(served.url)) == 1
+    bus.spool.redirect(bus.base_url, bus.key_name)
+    assert bus.claim("g") is None and len(bus.spool.pending(served.url)) == 1
     with pytest.raises(intentbus.Forbidden, match="may work only"):
         bus.flush()
+
+
+def test_an_outcome_of_one_key_does_not_keep_another_from_publishing(served, tmp_path, impatient):
+    worker, publisher = (IntentClient(served.url, served.issue("owner", role).api_key, spool=tmp_path / "spool.db")
+                         for role in ("work", "publish"))
+    intent_id = publisher.publish("g", 1).id
+    intent = worker.claim("g")
+    served.stop()
+    with pytest.raises(intentbus.Unreachable):
+        worker.fulfill(intent_id, intent.claim_token, 7)
+    assert publisher.publish("g", 2).status == "spooled"
+    served.start()
+    assert publisher.publish("g", 3).id and served.payloads() == [1, 2, 3]
+    assert publisher.flush() == 0 and worker.spool.pending(served.url)
+    assert worker.flush() == 1 and served.client.get_result(intent_id).result == 7
+
+
+def test_the_spool_holds_no_key(served, tmp_path):
+    for key in (KEY, served.issue("owner", "both").api_key):
+        IntentClient("http://127.0.0.1:9", key, spool=tmp_path / "spool.db").publish("g", 1)
+        assert not any(key.encode() in path.read_bytes() for path in tmp_path.glob("spool.db*"))
+
+
+def test_a_publish_needs_no_disk_while_the_bus_answers(served, tmp_path):
+    (tmp_path / "file").write_text("a file in the way of the folder")
+    bus = IntentClient(served.url, KEY, spool=tmp_path / "file" / "spool.db")
+    assert bus.publish("g", 1).status == "published"
+    served.stop()
+    with pytest.raises(intentbus.Unreachable, match="Connection refused.* It cannot be stored either: The folder .* cannot be created"):
+        bus.publish("g", 2)
+
+
+@pytest.mark.parametrize("status, body", [("200 OK", b'{"login": "required"}'), ("204 No Content", b""), ("200 OK", b'{"ok": true}'),
+                                          ("404 Not Found", b'{"error": {"message": "gone", "code": 404}}'), ("403 Forbidden", b"{}")])
+def test_no_portal_takes_a_request_out_of_the_spool(served, tmp_path, impatient, status, body):
+    spool = intentbus.Spool(tmp_path / "spool.db")
+    with Fake(status, body) as portal:
+        bus = IntentClient(portal.url, KEY, spool=tmp_path / "spool.db")
+        assert bus.publish("g", 1).status == "spooled"
+        with pytest.raises(intentbus.Unreachable):
+            bus.fulfill("x", CLAIM_TOKEN)
+        with pytest.raises(intentbus.Unreachable):
+            bus.flush()
+        assert [request.path for request in spool.pending(portal.url)] == ["/fulfill/x", "/intent"]
 
 
 def test_an_intent_with_a_spooled_outcome_is_not_run_again(served, weather, tmp_path, impatient):
@@ -8261,12 +8329,16 @@ def test_the_doctor_knows_the_kind_of_a_file_system():
 
 
 def test_the_doctor_reports_the_spool(home):
-    spool = intentbus.Spool()
-    assert [finding.level for finding in intentbus.check_spool(None)] == ["ok"]
+    intentbus.make_key()
+    spool, options = intentbus.Spool(), argparse.Namespace(url="http://x", key_file=None, namespace=None, ca=None)
+    assert [finding.level for finding in intentbus.check_spool(options)] == ["ok"]
     number = spool.add("http://x", "/intent", "{}", "key")
-    assert [finding.level for finding in intentbus.check_spool(None)] == ["note"]
+    assert [finding.level for finding in intentbus.check_spool(options)] == ["note"]
+    spool.add("http://old", "/intent", "{}", "key", key_name="abc")
+    assert "1 requests wait for http://old and the key abc" in next(intentbus.check_spool(options)).words
+    spool.discard("http://x", "other")
     spool.mark_refused(number, "no")
-    assert [finding.level for finding in intentbus.check_spool(None)] == ["bad"]
+    assert [finding.level for finding in intentbus.check_spool(options)] == ["bad"]
 
 
 # ---- 19. Commands ----
@@ -8743,6 +8815,17 @@ def test_flush_reports_refused_requests_until_they_are_discarded(served, home):
     assert run("flush", "--discard", **settings)[0] == 0
     assert run("flush", **settings) == (0, "0\n", "")
     assert_complaint(run("publish", "g", "1", "--spool", "--wait", **settings), 2, "--spool and --wait exclude each other")
+
+
+def test_flush_names_the_old_url_sends_to_the_new_one_or_discards(served, home):
+    old, new = dict(INTENT_BUS_URL="http://127.0.0.1:9", INTENT_API_KEY=KEY), dict(INTENT_BUS_URL=served.url, INTENT_API_KEY=KEY)
+    for payload, flags, sent in ((1, (), "0\n"), (2, ("--to-this-bus",), "2\n"), (3, ("--discard",), "0\n")):
+        run("publish", "g", str(payload), "--spool", **old)
+        for argument in ((), flags):
+            code, out, err = run("flush", *argument, **new)
+            assert code == 0 and ("requests wait for http://127.0.0.1:9 with the key" in err) == (argument != ("--to-this-bus",))
+        assert out == sent
+    assert run("flush", **new) == (0, "0\n", "") and sorted(served.payloads()) == [1, 2]
 
 
 def test_a_worker_without_a_writable_home_works_with_a_warning(served, home):
