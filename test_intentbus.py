@@ -8243,13 +8243,13 @@ def test_http_to_a_bus_that_speaks_https_is_explained(home, started, tmp_path):
 def test_a_certificate_of_another_time_blames_the_clock(home, tmp_path, started):
     for dates, words in (("20900101000000Z 20910101000000Z", "is not valid yet: set the clock of this machine"),
                          ("20000101000000Z 20010101000000Z", "has expired: renew it, or set the clock")):
-        served = started(server=dict(tls=certificate_of(tmp_path, *dates.split())))
+        served = started(server=dict(tls=dated_certificate(tmp_path, *dates.split())))
         code, found = examine(home, "--url", served.url, "--ca", str(tmp_path / "dated.pem"), INTENT_API_KEY=KEY)
         served.stop()
         assert code == 1 and words in found["bus", "bad"] and "the clock of this machine says 2" in found["bus", "bad"]
 
 
-def certificate_of(folder, start, end):
+def dated_certificate(folder, start, end):
     """Make a certificate of this machine that is valid between two dates; return its files."""
     if not shutil.which("openssl"):
         pytest.skip("openssl is not on this machine")
