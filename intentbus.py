@@ -54,6 +54,7 @@ import functools
 import hashlib
 import heapq
 import hmac
+import io
 import itertools
 import json
 import operator
@@ -195,7 +196,9 @@ SPOOL_FILE = f"{FOLDER}/spool.db"
 SPOOL_CHECK_SECONDS = 0.02          # between two looks whether another process still sends the spool
 SPOOL_LOCK_SECONDS = 30             # how long a process waits for another that writes to the spool
 POSIX = os.name == "posix"          # or Windows
-CLIENT_SECONDS = 30                 # a request without an answer for this long has failed
+CLIENT_SECONDS = 30                 # a request without its whole answer by then has failed
+ANSWER_BYTES = 64 * 2 ** 20         # of one answer; a page of 500 intents with the largest payloads would be 128 MiB
+KEPT_SECONDS = 60                   # an idle connection is not used after that: a bus closes it after 75 s, mobile carriers before
 RETRIES = 4                         # about 10 s in all: a bus that restarts is back by then
 RETRY_SECONDS = 0.5                 # doubled each time, with full jitter
 RETRY_MAX_SECONDS = 8               # longest pause between two tries
@@ -3190,11 +3193,11 @@ def finite(digits):
 DECODER = json.JSONDecoder(parse_constant=refuse_number, parse_float=finite)
 
 
-def from_json(body):
+def from_json(body, depth=JSON_DEPTH):
     """Return the value of a JSON text in bytes; raises Invalid for text that is no JSON, or cannot be stored as it is."""
     body = body[3:] if body.startswith(codecs.BOM_UTF8) else body
-    if nesting(body) > JSON_DEPTH:
-        raise Invalid(f"The JSON is nested deeper than {JSON_DEPTH} levels.", code="invalid_json")
+    if nesting(body, depth) > depth:
+        raise Invalid(f"The JSON is nested deeper than {depth} levels.", code="invalid_json")
     try:
         value = DECODER.decode(body.decode())
         if b"\\u" in body:
@@ -3207,9 +3210,9 @@ def from_json(body):
     return value
 
 
-def nesting(body):
-    """Return how deep the brackets of a JSON text are nested; 0 if they are too few to exceed JSON_DEPTH."""
-    if body.count(b"[") + body.count(b"{") <= JSON_DEPTH:
+def nesting(body, limit):
+    """Return how deep the brackets of a JSON text are nested; 0 if they are too few to exceed the limit."""
+    if body.count(b"[") + body.count(b"{") <= limit:
         return 0
     depth = deepest = 0
     for mark in JSON_MARKS.finditer(body):
@@ -5389,6 +5392,7 @@ SPOOL_SCHEMA = """
         intent_id TEXT,           -- only of an outcome, which replaces an earlier outcome of the intent
         created_at DOUBLE PRECISION NOT NULL,
         refusal TEXT,             -- the error with which the bus refused a publish for good
+        key_name TEXT,            -- of the key that sends it, see key_name(); NULL for any key
         UNIQUE (bus, intent_id)
     )
 """
@@ -5431,38 +5435,77 @@ def write_settings(url, key, ca):
         raise SetupError(f"The settings file {path} cannot be written: {error.strerror}.") from error
 
 
+def is_damage(error):
+    """Return whether an error means that an SQLite file is no database, or a damaged one."""
+    return re.search("not a database|malformed|corrupt", str(error)) is not None
+
+
+def key_name(key):
+    """Return the id of an issued key, or a short hash of another: what the spool keeps to tell keys apart."""
+    issued = ISSUED.fullmatch(key)
+    return issued[1] if issued else hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
 class Spool:
-    """Requests that no bus has answered yet, in an SQLite file that the processes of this machine share."""
+    """Requests that no bus has answered yet, in an SQLite file that the processes of this machine share.
+
+    Each is for one bus and one key. No key is in the file, only key_name(): a request waits for the next program that has
+    its key. A damaged file is put aside with a warning, and a new one begins.
+    """
 
     def __init__(self, path=SPOOL_FILE):
         """Open the file, or create it, readable by its owner only; raises SetupError."""
-        import sqlite3
         self._path = os.path.expanduser(path)
         self._lock = threading.Lock()     # all threads share one connection
         make_parent_folder(self._path)
-        try:
-            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
-            self._db = sqlite3.connect(self._path, timeout=SPOOL_LOCK_SECONDS, isolation_level=None,
-                                       check_same_thread=False)
-            self._db.row_factory = lambda cursor, values: Record(zip((column[0] for column in cursor.description), values))
-            self._db.execute("PRAGMA synchronous = FULL")     # a spooled request survives a power cut
-            self._db.execute("PRAGMA fullfsync = 1")
-            self._db.execute(SPOOL_SCHEMA)
-        except (OSError, sqlite3.Error) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise SetupError(f"The spool {self._path} cannot be used: {reason}.") from error
+        self._open()
 
-    def add(self, bus, path, body, idempotency_key=None, intent_id=None):
+    def _open(self):
+        import sqlite3
+        for attempt in range(2):
+            try:
+                os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
+                self._file = os.stat(self._path).st_ino
+                self._db = sqlite3.connect(self._path, timeout=SPOOL_LOCK_SECONDS, isolation_level=None,
+                                           check_same_thread=False)
+                self._db.row_factory = lambda cursor, values: Record(zip((column[0] for column in cursor.description), values))
+                self._db.execute("PRAGMA synchronous = FULL")     # a spooled request survives a power cut
+                self._db.execute("PRAGMA fullfsync = 1")
+                self._db.execute(SPOOL_SCHEMA)
+                if "key_name" not in {column.name for column in self._db.execute("PRAGMA table_info(requests)")}:
+                    self._db.execute("ALTER TABLE requests ADD COLUMN key_name TEXT")     # a spool of an earlier version
+                return
+            except (OSError, sqlite3.Error) as error:
+                if attempt or not is_damage(error):
+                    reason = getattr(error, "strerror", None) or error
+                    raise SetupError(f"The spool {self._path} cannot be used: {reason}.") from error
+                self._put_aside(error)
+
+    def _put_aside(self, error):
+        """Rename the damaged file, unless another process has done so."""
+        self._db.close()
+        aside = f"{self._path}.damaged-{time.time():.0f}"
+        try:
+            if os.stat(self._path).st_ino == self._file:
+                os.replace(self._path, aside)
+                warnings.warn(f"The spool {self._path} is damaged ({error}); it is now {aside}, and its requests are not sent. "
+                              "A new spool begins")
+        except OSError as failure:
+            raise SetupError(f"The spool {self._path} is damaged and cannot be renamed: {failure.strerror}.") from error
+
+    def add(self, bus, path, body, idempotency_key=None, intent_id=None, key_name=None):
         """Store a request, whose body is text, and return its number; an outcome replaces an earlier one of its intent."""
         return self._run("""
-            INSERT INTO requests (bus, path, body, idempotency_key, intent_id, created_at)
-            VALUES      (:bus, :path, :body, :idempotency_key, :intent_id, :now)
+            INSERT INTO requests (bus, path, body, idempotency_key, intent_id, created_at, key_name)
+            VALUES      (:bus, :path, :body, :idempotency_key, :intent_id, :now, :key_name)
             ON CONFLICT (bus, intent_id) DO UPDATE
             SET         path = excluded.path,
                         body = excluded.body,
-                        created_at = excluded.created_at
+                        created_at = excluded.created_at,
+                        key_name = excluded.key_name
             RETURNING   number
-        """, bus=bus, path=path, body=body, idempotency_key=idempotency_key, intent_id=intent_id, now=time.time())[0].number
+        """, bus=bus, path=path, body=body, idempotency_key=idempotency_key, intent_id=intent_id, now=time.time(),
+                         key_name=key_name)[0].number
 
     def remove(self, number):
         """Delete a request."""
@@ -5472,19 +5515,38 @@ class Spool:
         """Record why the bus has refused a request; it is not sent again."""
         self._run("UPDATE requests SET refusal = :reason WHERE number = :number", number=number, reason=reason)
 
-    def pending(self, bus):
-        """Return the requests to send to a bus: outcomes first, then publishes in the order in which they were made."""
+    def pending(self, bus, key_name=None):
+        """Return the requests to send to a bus, with a key or any: outcomes first, then publishes as they were made."""
         return self._run("""
             SELECT   *
             FROM     requests
             WHERE    bus = :bus
+            AND      (:key_name IS NULL OR key_name IS NULL OR key_name = :key_name)
             AND      refusal IS NULL
             ORDER BY intent_id IS NULL, number
-        """, bus=bus)
+        """, bus=bus, key_name=key_name)
 
     def refused(self, bus):
         """Return the publishes that a bus has refused for good."""
         return self._run("SELECT * FROM requests WHERE bus = :bus AND refusal IS NOT NULL ORDER BY number", bus=bus)
+
+    def others(self, bus, key_name):
+        """Return (bus, key_name, number) of the requests that wait for another bus or another key."""
+        return self._run("""
+            SELECT   bus, key_name, COUNT(*) AS number
+            FROM     requests
+            WHERE    (bus <> :bus OR key_name <> :key_name)
+            AND      refusal IS NULL
+            GROUP BY bus, key_name
+        """, bus=bus, key_name=key_name)
+
+    def redirect(self, bus, key_name):
+        """Let all waiting requests go to a bus, with a key."""
+        self._run("UPDATE OR REPLACE requests SET bus = :bus, key_name = :key_name WHERE refusal IS NULL", bus=bus, key_name=key_name)
+
+    def discard(self, bus, key_name):
+        """Delete the requests that a bus has refused for good, and those that wait for another bus or another key."""
+        self._run("DELETE FROM requests WHERE refusal IS NOT NULL OR bus <> :bus OR key_name <> :key_name", bus=bus, key_name=key_name)
 
     def counts(self):
         """Return the number of pending requests and of refused ones, for all buses together."""
@@ -5499,7 +5561,11 @@ class Spool:
     def send_lock(self, seconds):
         """Let one process send at a time, which keeps the order; raises Unavailable if another still sends after seconds."""
         deadline = time.monotonic() + seconds
-        with open(self._path + ".lock", "a+") as guard:
+        try:
+            guard = open(self._path + ".lock", "a+")
+        except OSError as error:
+            raise SetupError(f"The file {self._path}.lock cannot be written: {error.strerror}.") from error
+        with guard:
             while True:
                 try:
                     lock(guard)
@@ -5514,7 +5580,14 @@ class Spool:
         import sqlite3
         try:
             with self._lock:
-                return self._db.execute(statement, values).fetchall()
+                try:
+                    return self._db.execute(statement, values).fetchall()
+                except sqlite3.Error as error:
+                    if not is_damage(error):
+                        raise
+                    self._put_aside(error)
+                    self._open()
+                    return self._db.execute(statement, values).fetchall()
         except sqlite3.Error as error:
             raise SetupError(f"The spool {self._path} cannot be used: {error}.") from error
 
@@ -5523,10 +5596,18 @@ class Spool:
 # The verbs of the Bus over HTTP, with the same errors. A request that is safe to repeat is repeated when the network fails.
 
 def parse_bus_url(url):
-    """Return the parts of a bus's URL, as urlsplit does; raises SetupError unless it is http or https, without a user."""
-    with contextlib.suppress(ValueError):
+    """Return the parts of a bus's URL, as urlsplit does; raises SetupError unless a client can connect to it.
+
+    It is http or https, without a user name, query or fragment, in printable ASCII but for the host.
+    """
+    with contextlib.suppress(ValueError):     # UnicodeError is one
         parts = urllib.parse.urlsplit(url)
-        if parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc and parts.port != 0:
+        host = parts.hostname or ""
+        host = host if host.isascii() else host.encode("idna").decode()
+        labels = host.rstrip(".").split(".")
+        if (parts.scheme in ("http", "https") and "@" not in parts.netloc and parts.port != 0
+                and re.fullmatch("[^\x00-\x20\x7f-\xa0?#]+", url) and parts.path.isascii()
+                and (":" in host or all(0 < len(label) < 64 for label in labels))):
             return parts
     shown = url.rpartition("@")[2]     # the part before the @ may hold a password
     raise SetupError(f"The URL of a bus is http://HOST:PORT or https://HOST, without a user name; {shown!r} is not.")
@@ -5543,6 +5624,56 @@ def client_tls_context(ca):
         raise SetupError(f"The certificates in {ca} cannot be used: {error.strerror or error}.") from error
 
 
+NO_HTTP = "If the bus serves https, its URL begins with https://; otherwise check the port, and any proxy or tunnel on the way."
+CURES = {     # by the class of an error, and for a certificate by its code in OpenSSL
+    "ConnectionRefusedError": "Nothing listens there: start the bus with serve, or the tunnel that leads to it.",
+    "gaierror": "That name is not known: check its spelling, and whether this machine is online.",
+    "SSLError": "That port does not speak https: check http:// or https://, and the port.",
+    "timeout": "Nothing answers in time: a firewall is in the way, or that machine is off or slow.",
+    "ConnectionResetError": NO_HTTP,
+    "RemoteDisconnected": NO_HTTP,
+    "BadStatusLine": NO_HTTP,
+    9: "The certificate is not valid yet: set the clock of this machine, if it is wrong.",
+    10: "The certificate has expired: renew it, or set the clock of this machine, if it is wrong.",
+    "SSLCertVerificationError": "Pass the certificate with --ca, or use the host name that is in it.",
+}
+
+
+def proxy_to(parts):
+    """Return (host and port, headers with the credentials) of the proxy to a bus, or (None, None).
+
+    Environment variables such as https_proxy or the system name it. Raises SetupError for one that is no HTTP proxy.
+    """
+    import urllib.request
+    proxy = urllib.request.getproxies().get(parts.scheme, "")
+    if not proxy or urllib.request.proxy_bypass(parts.netloc):
+        return None, None
+    kind, _, address = proxy.strip().rpartition("://")
+    credentials, _, place = address.rstrip("/").rpartition("@")
+    variable = f"{parts.scheme}_proxy"
+    if kind not in ("", "http", "https") or not re.fullmatch(r"([\w.-]+|\[[0-9a-fA-F:.]+\])(:[0-9]{1,5})?", place, re.ASCII):
+        raise SetupError(f"{variable} names no HTTP proxy (SOCKS and others are not supported): change or unset it, or add "
+                         f"{parts.hostname} to no_proxy.")
+    encoded = base64.b64encode(urllib.parse.unquote(credentials).encode()).decode()
+    return place, {"Proxy-Authorization": f"Basic {encoded}"} if credentials else {}
+
+
+def reason_and_cure(error, proxy):
+    """Return why an exchange failed and what can be done, for an error of the network."""
+    clock = ""
+    if code := getattr(error, "verify_code", 0):
+        if code in CURES:
+            clock = time.strftime(" (the clock of this machine says %Y-%m-%d %H:%M)")
+        reason = f"its certificate is not trusted: {error.verify_message}{clock}"
+    else:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+    names = ["timeout" if isinstance(error, (TimeoutError, socket.timeout)) else "", *(kind.__name__ for kind in type(error).__mro__)]
+    cure = CURES.get(code) or next((CURES[name] for name in names if name in CURES), None)
+    if proxy and not code:
+        cure = "Check that proxy, and the variables http_proxy, https_proxy and no_proxy."
+    return reason.rstrip("."), cure or "Check the URL, and any proxy or tunnel on the way."
+
+
 def encode_body(body):
     """Return a body as JSON in UTF-8; raises Invalid if it cannot be encoded."""
     try:
@@ -5551,28 +5682,251 @@ def encode_body(body):
         raise Invalid(f"This cannot be sent as JSON in UTF-8: {error}.") from error
 
 
-class Spooler:
-    """Sends a client's publishes and outcomes by way of a spool, which keeps each until the bus has answered it."""
+def answer_of(**fields):
+    """Accept a JSON object with these fields, each (validator, default), and with any others; return it as a Record."""
+    fields = Fields(fields, strict=False)
 
-    def __init__(self, client, spool):
+    def validator(value):
+        try:
+            return Record(value, **validate(fields, value))
+        except Invalid as error:
+            raise ValueError(f"lacks something: {error}") from error
+    return validator
+
+
+def array_of(validator):
+    """Accept a list of values that a validator accepts."""
+    def read(value):
+        if not isinstance(value, list):
+            raise ValueError("must be a list")
+        return [validator(item) for item in value]
+    return read
+
+
+TEXT, TRUTH, COUNT = (string, REQUIRED), (boolean, REQUIRED), (integer_from(0, 2 ** 63), REQUIRED)
+MOMENT = (number_from(0, 2 ** 40), REQUIRED)     # Unix seconds of which there is a date
+UNSURE = (anything, None)     # may be missing, as it is at older buses, and is None then
+ANSWER_ID = (must_be("an id", lambda value: isinstance(value, str) and re.fullmatch("[0-9A-Za-z_-]{1,128}", value)), REQUIRED)
+DONE = (must_be("true", lambda value: value is True), REQUIRED)
+REPORTED = answer_of(ok=DONE, id=ANSWER_ID, status=UNSURE)
+STATE = answer_of(id=ANSWER_ID, status=TEXT, last_error=UNSURE)
+LISTED_INTENT = answer_of(id=ANSWER_ID, status=TEXT, goal=TEXT, claim_attempts=COUNT, max_attempts=COUNT, created_at=MOMENT,
+                          last_error=UNSURE)
+LISTED_WORKER = answer_of(owner=TEXT, last_seen=MOMENT, goals=(array_of(string), REQUIRED), id=UNSURE, version=UNSURE, intent=UNSURE)
+LISTED_EVENT = answer_of(event=TEXT, time=MOMENT, id=UNSURE, goal=UNSURE, worker_id=UNSURE, last_error=UNSURE)
+LISTED_KEY = answer_of(key_id=TEXT, owner=TEXT, role=TEXT, total_requests=COUNT, name=UNSURE,
+                       last_used_at=(number_from(0, 2 ** 40), None))
+API_KEY = (must_be("a key", lambda value: isinstance(value, str) and re.fullmatch("[!-~]+", value)), REQUIRED)
+ANSWERS = {     # of a bus, to a method and path: an answer without these fields comes from another server
+    "POST /intent": answer_of(id=ANSWER_ID, status=UNSURE, never_claimed=UNSURE),
+    "POST /intents": answer_of(ids=(array_of(ANSWER_ID[0]), REQUIRED)),
+    "POST /claim": answer_of(id=ANSWER_ID, goal=TEXT, payload=UNSURE, claim_token=(string, None), claim_attempts=(COUNT[0], None)),
+    "POST /extend_claim/*": REPORTED,
+    "POST /fulfill/*": REPORTED,
+    "POST /fail/*": REPORTED,
+    "POST /release/*": REPORTED,
+    "GET /status/*": STATE,
+    "GET /result/*": answer_of(id=ANSWER_ID, status=TEXT, last_error=UNSURE, result=UNSURE),
+    "GET /intents": answer_of(intents=(array_of(LISTED_INTENT), REQUIRED), next=(ANSWER_ID[0], None)),
+    "GET /workers": answer_of(workers=(array_of(LISTED_WORKER), REQUIRED)),
+    "GET /events": answer_of(events=(array_of(LISTED_EVENT), REQUIRED), next=COUNT, missed=(COUNT[0], 0)),
+    "GET /whoami": answer_of(key_id=TEXT, owner=TEXT, role=TEXT, now=MOMENT),
+    "POST /join": answer_of(api_key=API_KEY, name=TEXT, role=TEXT),
+    "POST /cancel/*": STATE,
+    "POST /retry/*": STATE,
+    "POST /retry": answer_of(retried=COUNT),
+    "POST /set/*": answer_of(ok=DONE),
+    "GET /get/*": answer_of(value=(anything, REQUIRED)),
+    "POST /delete/*": answer_of(deleted=TRUTH),
+    "POST /admin/generate_key": answer_of(api_key=API_KEY, key_id=TEXT, owner=TEXT, role=TEXT),
+    "POST /admin/invite": answer_of(code=TEXT, expires_at=MOMENT, name=TEXT, role=TEXT),
+    "POST /admin/revoke_key": answer_of(ok=DONE),
+    "GET /admin/keys": array_of(LISTED_KEY),
+    "GET /admin/dead": array_of(answer_of(intent_id=TEXT)),
+    "POST /admin/purge": answer_of(deleted=COUNT),
+    "GET /admin/summary": answer_of(intents=(must_be("an object", lambda value: isinstance(value, dict)), REQUIRED)),
+}
+ANY_ANSWER = answer_of()     # to other requests
+MAY_BE_EMPTY = ("POST /claim",)     # 204
+ERROR_ANSWER = answer_of(code=(must_be("a word", lambda value: isinstance(value, str) and re.fullmatch("[a-z][a-z_]*", value)), REQUIRED),
+                         message=TEXT)
+
+
+def endpoint_of(method, path):
+    """Return the key in ANSWERS for a request."""
+    exact = f"{method} {path}"
+    return exact if exact in ANSWERS else f"{method} /{path.split('/')[1]}/*"
+
+
+class TimedReader(io.RawIOBase):
+    """The incoming bytes of a socket, up to a time: http.client calls its makefile() in place of the socket's."""
+
+    def __init__(self, sock, deadline):
+        super().__init__()
+        self._sock = sock
+        self._deadline = deadline
+        self._file = None
+
+    def makefile(self, mode):
+        """Return a buffered reader of the socket."""
+        self._file = self._sock.makefile(mode, buffering=0)
+        return io.BufferedReader(self)
+
+    def readable(self):
+        """Return True, for BufferedReader."""
+        return True
+
+    def readinto(self, buffer):
+        """Read some bytes into a buffer; raises TimeoutError at the deadline."""
+        self._sock.settimeout(time_left(self._deadline))
+        return self._file.readinto(buffer)
+
+    def close(self):
+        """Close the reader, which lets the socket close."""
+        if self._file:
+            self._file.close()
+        super().close()
+
+
+def time_left(deadline):
+    """Return the seconds until a time of the steady clock; raises TimeoutError if it is over."""
+    left = deadline - steady_clock()
+    if left <= 0:
+        raise TimeoutError("timed out")
+    return left
+
+
+class KeptConnection:
+    """A handler of urllib's OpenerDirector that keeps a connection of each thread open; urllib's own close it each time.
+
+    `open` of the opener returns an Exchange, whose content is complete. Its timeout bounds all of the exchange.
+    """
+
+    handler_order = 500     # as that of urllib's own handlers
+
+    def __init__(self, proxy, context):
+        """Connect through a proxy, as (host and port, credentials), or directly; context is that of ssl."""
+        self._proxy = proxy
+        self._context = context
+        self._kept = threading.local()
+
+    def add_parent(self, opener):
+        """Be added to an opener."""
+
+    def http_open(self, request):
+        """Send a request and receive the answer; a connection that has gone stale is replaced.
+
+        The same bytes are sent again then. The nonce in them keeps the bus from doing the work of a request twice.
+        """
+        import http.client
+        deadline = steady_clock() + request.timeout
+        place = (os.getpid(), request.type, request.host)     # a forked process has connections of its own
+        kept = vars(self._kept).pop("connection", None)
+        if kept and kept.place == place and steady_clock() - kept.used_at < KEPT_SECONDS:
+            try:
+                return self._exchange(kept, request, deadline)
+            except (OSError, http.client.HTTPException):
+                time_left(deadline)     # raises what a timeout has raised
+        return self._exchange(OpenConnection(place, self._connection(request)), request, deadline)
+
+    https_open = http_open
+
+    def _connection(self, request):
+        import http.client
+        host, credentials = self._proxy or (request.host, None)
+        if request.type == "http":
+            return http.client.HTTPConnection(host)
+        connection = http.client.HTTPSConnection(host, context=self._context)
+        if self._proxy:
+            connection.set_tunnel(request.host, headers=credentials)
+        return connection
+
+    def _exchange(self, kept, request, deadline):
+        import http.client
+        link = kept.link
+        headers = dict(request.header_items())
+        target = request.selector
+        if self._proxy and request.type == "http":
+            target = request.full_url
+            headers.update(self._proxy[1])
+        link.response_class = lambda sock, *rest, **options: http.client.HTTPResponse(TimedReader(sock, deadline), *rest, **options)
+        link.timeout = time_left(deadline)
+        if link.sock:
+            link.sock.settimeout(link.timeout)
+        link.request(request.get_method(), target, request.data, headers)
+        with link.getresponse() as response:
+            length = ANSWER_BYTES + 1 if response.length is None else min(response.length, ANSWER_BYTES + 1)
+            content = response.read(length)
+            if len(content) < length and response.length:
+                raise http.client.IncompleteRead(content, response.length)
+        if len(content) <= ANSWER_BYTES:
+            kept.used_at = steady_clock()
+            self._kept.connection = kept
+        return Exchange(response.status, response.headers, content)
+
+
+Exchange = collections.namedtuple("Exchange", "status headers content")
+
+
+class OpenConnection:
+    """A connection of http.client to a place, last used at a time; it closes when nothing refers to it any more."""
+
+    def __init__(self, place, link):
+        self.place = place
+        self.link = link
+        self.used_at = 0
+
+    def __del__(self):
+        self.link.close()
+
+
+class Spooler:
+    """Sends a client's publishes and outcomes, and keeps those without an answer in a spool.
+
+    The spool is opened when it is needed first. Only requests of the client's bus and key are sent.
+    """
+
+    def __init__(self, client, path, key_name):
         self._client = client
-        self._spool = spool
+        self._path = os.path.expanduser(path)
+        self._mine = dict(bus=client.base_url, key_name=key_name)
+        self._opening = threading.Lock()
+        self._spool = None
         self.reporting = set()     # numbers of the outcomes that other threads are sending right now
 
+    @property
+    def spool(self):
+        """The spool; raises SetupError if it cannot be opened."""
+        with self._opening:
+            self._spool = self._spool or Spool(self._path)
+        return self._spool
+
     def publish(self, path, body, idempotency_key):
-        """Send all earlier publishes, then this one; return its answer, or a Record with the status "spooled"."""
-        number = self._spool.add(self._client.base_url, path, encode_body(body).decode(), idempotency_key)
+        """Send all earlier publishes, then this one, and return its answer; if the bus cannot take it now, store it."""
         try:
-            with self._removing(number), self._spool.send_lock(self._client.timeout):
-                self._flush(before=number)
+            with self._after_earlier_ones():
                 return self._client.publish_once(path, body, idempotency_key, retries=0)
         except TRANSIENT as error:
+            try:
+                self.spool.add(**self._mine, path=path, body=encode_body(body).decode(), idempotency_key=idempotency_key)
+            except (SetupError, StorageFull) as failure:
+                raise type(error)(f"{error} It cannot be stored either: {failure}") from error
             return Record(id=None, ids=[], status="spooled", namespace=self._client.namespace, reason=str(error))
+
+    @contextlib.contextmanager
+    def _after_earlier_ones(self):
+        """Send the requests in the spool first, which must not keep later ones back: neither a refusal nor a bad disk does."""
+        with contextlib.ExitStack() as turn:
+            with contextlib.suppress(SetupError, StorageFull):
+                if os.path.exists(self._path):
+                    turn.enter_context(self.spool.send_lock(self._client.timeout))
+                    self._flush()
+            yield
 
     def report(self, path, body, intent_id):
         """Send an outcome; a transient error leaves it in the spool and is raised."""
         try:
-            number = self._spool.add(self._client.base_url, path, encode_body(body).decode(), intent_id=intent_id)
+            number = self.spool.add(**self._mine, path=path, body=encode_body(body).decode(), intent_id=intent_id)
         except SetupError:     # an outcome that cannot be stored can still be sent
             return self._client.request("POST", path, body)
         self.reporting.add(number)
@@ -5589,7 +5943,7 @@ class Spooler:
                 self.flush()
         while intent := claim_next():
             try:
-                outcome = self._spool.outcome_of(self._client.base_url, intent.id)
+                outcome = self.spool.outcome_of(self._client.base_url, intent.id)
             except SetupError:
                 self._client.release(intent.id, intent.claim_token)
                 raise
@@ -5599,26 +5953,39 @@ class Spooler:
         return None
 
     def flush(self):
-        """Send all requests in the spool; return how many the bus accepted."""
-        with self._spool.send_lock(self._client.timeout):
-            return self._flush()
+        """Send the requests in the spool; return how many the bus accepted, or raise the first error that left one waiting."""
+        with self.spool.send_lock(self._client.timeout):
+            accepted, errors = self._flush()
+        for error in errors:
+            raise error
+        return accepted
 
-    def _flush(self, before=float("inf")):
-        return sum(self._send_outcome(request) if request.intent_id else self._send_publish(request)
-                   for request in self._due(before))
+    def _flush(self):
+        """Send what is due; return how many requests the bus accepted, and the errors of those that wait on."""
+        accepted = 0
+        errors = []
+        for request in self._due():
+            try:
+                accepted += self._send_outcome(request) if request.intent_id else self._send_publish(request)
+            except TRANSIENT:
+                raise
+            except Error as error:
+                errors.append(error)
+                if isinstance(error, Unauthorized) or error.code == "invalid_signature":     # as all others would be
+                    break
+        return accepted, errors
 
-    def _due(self, before=float("inf")):
-        """Return the outcomes that no thread is sending, and the publishes with numbers below before."""
-        return [request for request in self._spool.pending(self._client.base_url)
-                if (request.number not in self.reporting if request.intent_id else request.number < before)]
+    def _due(self):
+        """Return the requests to send, but for the outcomes that a thread is sending."""
+        return [request for request in self.spool.pending(**self._mine) if request.number not in self.reporting]
 
     def _send_publish(self, request):
         try:
             self._client.publish_once(request.path, json.loads(request.body), request.idempotency_key, retries=0)
         except (Invalid, PayloadTooLarge, IdempotencyConflict) as error:
-            self._spool.mark_refused(request.number, str(error))
+            self.spool.mark_refused(request.number, str(error))
             return 0
-        self._spool.remove(request.number)
+        self.spool.remove(request.number)
         return 1
 
     def _send_outcome(self, request, **changes):
@@ -5630,7 +5997,7 @@ class Spooler:
             except (Invalid, PayloadTooLarge) as error:
                 self._client.request("POST", f"/fail/{request.intent_id}", retries=0, body=dict(
                     claim_token=body["claim_token"], error=f"The result was refused: {error}", retry=False))
-        self._spool.remove(request.number)
+        self.spool.remove(request.number)
         return 1
 
     @contextlib.contextmanager
@@ -5640,9 +6007,9 @@ class Spooler:
             yield
         except Error as error:
             if not isinstance(error, TRANSIENT):
-                self._spool.remove(number)
+                self.spool.remove(number)
             raise
-        self._spool.remove(number)
+        self.spool.remove(number)
 
 
 class IntentClient:
@@ -5654,14 +6021,16 @@ class IntentClient:
     only over https. A verb returns a Record, or raises Unreachable or the Error that the bus answered.
 
     With spool, the path of a file, no request is lost while the bus is away. publish stores a request that cannot be sent
-    and returns {"id": None, "status": "spooled"}; the next publish, claim or flush() sends it, once and in order. fulfill
-    and fail store an outcome until the bus has answered; an intent with a stored outcome is reported, not claimed again.
+    and returns {"id": None, "status": "spooled"}; the next publish, claim or flush() with the same URL and key sends it,
+    once and in order. fulfill and fail store an outcome until the bus has answered; an intent with a stored outcome is
+    reported, not claimed again.
     """
 
     def __init__(self, base_url=None, api_key=None, timeout=CLIENT_SECONDS, namespace=None, ca=None, spool=None):
         import urllib.request     # 14 ms with the modules that it loads, which only a client needs
         joined = read_settings()
-        self.base_url = (base_url or os.environ.get("INTENT_BUS_URL") or joined.get("url") or URL).rstrip("/")
+        given = (base_url or "").strip() or os.environ.get("INTENT_BUS_URL", "").strip()
+        self.base_url = (given or joined.get("url") or URL).rstrip("/")
         self.namespace = namespace or os.environ.get("INTENT_BUS_NAMESPACE") or "default"
         self.timeout = timeout
         parts = parse_bus_url(self.base_url)
@@ -5673,8 +6042,8 @@ class IntentClient:
                              f"INTENT_API_KEY (on the machine of the bus, serve creates {KEY_FILE}).")
         self._key = key
         ca = ca or joined.get("ca")
-        self.spool = spool and Spool(spool)
-        self._spooler = spool and Spooler(self, self.spool)
+        self.key_name = key_name(key)
+        self._spooler = spool and Spooler(self, spool, self.key_name)
         local = LOOPBACK.fullmatch(parts.hostname)
         issued = ISSUED.fullmatch(self._key)
         self._key_id = issued[1] if issued else "owner"
@@ -5682,10 +6051,14 @@ class IntentClient:
         # over plain http, whichever program has the port would get the key
         self._identity = {"X-API-KEY": self._key} if parts.scheme == "https" else {"X-Key-ID": self._key_id}
         self._clock_offset = 0     # seconds
+        self._proxy, credentials = (None, None) if local else proxy_to(parts)
         self._opener = urllib.request.OpenerDirector()     # follows no redirects, which would pass the key on
-        for handler in (urllib.request.ProxyHandler({} if local else None), urllib.request.HTTPHandler(),
-                        urllib.request.HTTPSHandler(context=ca and client_tls_context(ca))):
-            self._opener.add_handler(handler)
+        self._opener.add_handler(KeptConnection(self._proxy and (self._proxy, credentials), client_tls_context(ca) if ca else None))
+
+    @property
+    def spool(self):
+        """The Spool, or None; raises SetupError if it cannot be opened."""
+        return self._spooler and self._spooler.spool
 
     def publish(self, goal, payload, *, idempotency_key=None, **fields):
         """Publish an intent with the fields of Bus.publish; it is stored once, however often the request is repeated."""
@@ -5759,9 +6132,8 @@ class IntentClient:
 
     def list(self, *, status=None, goal=None, namespace=None, limit=50, before=None, payload=False):
         """Return {"intents", "next"}, newest first; next is the value of before for the next page, or None."""
-        page = self.request("GET", "/intents", query=dict(status=status, goal=goal, namespace=namespace, limit=limit,
+        return self.request("GET", "/intents", query=dict(status=status, goal=goal, namespace=namespace, limit=limit,
                                                           before=before, payload="1" if payload else None))
-        return Record(page, intents=[Record(intent) for intent in page.intents])
 
     def workers(self):
         """Return {"workers"}: the workers that lately asked for work, the latest first."""
@@ -5811,13 +6183,12 @@ class IntentClient:
             secret = {"Authorization": "Basic " + base64.b64encode(f"admin:{password}".encode()).decode()}
         if secret and not self.secure:
             raise SetupError("The admin secret is sent only over https or to this machine.")
-        return self.request("POST" if body else "GET", f"/admin/{verb}", body or None, headers=secret, retries=0,
-                            answer_type=list if verb == "keys" else dict)
+        return self.request("POST" if body else "GET", f"/admin/{verb}", body or None, headers=secret, retries=0)
 
-    def request(self, method, path, body=None, *, query=None, headers=None, wait=0, retries=RETRIES, answer_type=dict):
+    def request(self, method, path, body=None, *, query=None, headers=None, wait=0, retries=RETRIES):
         """Send a request, again after a transient error; return the answer, or None for 204.
 
-        The bus may hold the request for wait seconds. With answer_type=list, the answer is a list of Records.
+        The bus may hold the request for wait seconds. The answer is a Record, or a list of Records.
         """
         query = dict(query or {}, wait=round(wait, 3) or None)
         try:
@@ -5829,7 +6200,7 @@ class IntentClient:
         corrected = False
         for attempt in itertools.count():
             try:
-                return self._send(method, target, data, headers or {}, self.timeout + wait, answer_type)
+                return self._send(method, target, data, headers or {}, self.timeout + wait, endpoint_of(method, path))
             except Forbidden as error:     # if the clock of this machine is wrong, the bus tells its own
                 if corrected or "server_time" not in error.details:
                     raise
@@ -5841,7 +6212,7 @@ class IntentClient:
                 pause = random.uniform(0, min(RETRY_SECONDS * 2 ** attempt, RETRY_MAX_SECONDS))
                 time.sleep(max(pause, error.details.get("retry_after", 0)))
 
-    def _send(self, method, target, data, headers, timeout, answer_type):
+    def _send(self, method, target, data, headers, timeout, endpoint):
         """Sign a request and send it once; return the value of the answer."""
         import http.client
         path, _, query = target.partition("?")
@@ -5851,40 +6222,46 @@ class IntentClient:
         signature = sign(self._key, method, signed, timestamp, nonce, data or b"")
         headers = {**headers, **self._identity, "X-Timestamp": timestamp, "X-Nonce": nonce, "X-Signature": signature,
                    "User-Agent": f"intentbus/{__version__}", "Content-Type": "application/json"}
+        request = urllib.request.Request(self.base_url + target, data, headers, method=method)
         try:
-            request = urllib.request.Request(self.base_url + target, data, headers, method=method)
-            with self._opener.open(request, timeout=timeout) as response:
-                return self._read(response.status, response.headers, response.read(), answer_type, f"{timestamp}\n{nonce}")
+            answer = self._opener.open(request, timeout=timeout)
         except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
-            if distrust := getattr(reason, "verify_message", None):
-                reason = f"its certificate is not trusted ({distrust}); see --ca"
-            reason = getattr(reason, "strerror", None) or reason or type(reason).__name__
-            raise Unreachable(f"The bus at {self.base_url} cannot be reached: {reason}.") from error
+            way = f" through the proxy {self._proxy}" if self._proxy else ""
+            reason, cure = reason_and_cure(error, self._proxy)
+            raise Unreachable(f"The bus at {self.base_url} cannot be reached{way}: {reason}. {cure}") from error
+        if 300 <= answer.status < 400:
+            location = str(answer.headers.get("Location")).partition(target)[0].rstrip("/")
+            raise Unreachable(f"{self.base_url} redirects to {location}. If that is the bus, use it as the URL; otherwise a portal "
+                              "or a proxy is in the way.")
+        if len(answer.content) > ANSWER_BYTES:
+            raise Unreachable(f"{self.base_url} answered more than {ANSWER_BYTES} bytes: this is not a bus, or ask it for less.")
+        return self._read(answer.status, answer.headers, answer.content, endpoint, f"{timestamp}\n{nonce}")
 
-    def _read(self, status, headers, content, answer_type, sent):
+    def _read(self, status, headers, content, endpoint, sent):
         """Return the value of an answer, or raise the error in it; sent are the timestamp and nonce of the request.
 
         An answer is not signed, so a time in it counts only with a MAC: a wrong one would have us sign for a later time.
         """
-        if status == 204:
+        if status == 204 and endpoint in MAY_BE_EMPTY:
             return None
-        if 300 <= status < 400:
-            raise Unreachable(f"{self.base_url} redirects to {headers.get('Location')}; use that as the URL of the bus.")
         try:
-            value = json.loads(content)
-            if status < 300 and isinstance(value, answer_type):
-                return Record(value) if answer_type is dict else [Record(item) for item in value]
-            error = dict(value["error"])
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise Unreachable(f"{self.base_url} answered {status} without JSON: a proxy page answered, not a bus.") from None
+            value = from_json(content, 2 * JSON_DEPTH)     # a payload stands some levels deep in it
+            if status < 300:
+                return ANSWERS.get(endpoint, ANY_ANSWER)(value)
+            error = ERROR_ANSWER(value["error"])
+        except (Invalid, ValueError, TypeError, KeyError) as error:
+            form = "with the JSON of another program" if content[:1] in (b"{", b"[") else "without JSON"
+            raise Unreachable(f"{self.base_url} answered {status} {form}: a proxy page answered, not a bus. Check the URL, its "
+                              "http:// or https://, and any proxy or tunnel on the way.") from error
+        if error.message == "Replay detected":     # a connection failed, and the request was sent again
+            raise Unreachable(f"The answer of {self.base_url} was lost; the request may have been carried out.")
         error_class = ERRORS.get(status, Unavailable if status in (502, 504) else Error)     # a proxy sends 502 and 504
-        message = error.get("message", "")
+        message = error.message
         if message == "Bad signature":
             message += f": this is not the key {self._key_id} of the bus."
-        raised = error_class(message, error.get("code"))
+        raised = error_class(message, error.code)
         with contextlib.suppress(TypeError, ValueError, OverflowError):
-            raised.details["retry_after"] = min(float(headers.get("Retry-After", "")), RETRY_MAX_SECONDS)
+            raised.details["retry_after"] = max(0, min(float(headers.get("Retry-After", "")), RETRY_MAX_SECONDS))
         with contextlib.suppress(TypeError, ValueError, AttributeError):
             server_time = json.loads(content, parse_float=str, parse_int=str)["error"].get("server_time")     # as it is written
             if secrets_equal(error.get("mac"), hmac_of(self._key, f"{server_time}\n{sent}")):
@@ -6417,13 +6794,6 @@ class Program:
 Finding = collections.namedtuple("Finding", "level about words")     # level: ok, note or bad; words: one or two sentences
 ok, note, bad = (functools.partial(Finding, level) for level in ("ok", "note", "bad"))
 SHARED_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "sdcardfs", "fuse", "vfat", "exfat")
-UNREACHABLE_CURES = {
-    "ConnectionRefusedError": "Nothing listens there: start the bus with serve, or the tunnel that leads to it.",
-    "gaierror": "That name is not known: check its spelling, and whether this machine is online.",
-    "SSLCertVerificationError": "Pass the certificate with --ca; if it is not valid yet, check the clock of this machine.",
-    "SSLError": "That port does not speak https: check http:// or https://, and the port.",
-    "TimeoutError": "Nothing answers: a firewall is in the way, or that machine is off.",
-}
 
 
 def open_client(options, timeout=CLIENT_SECONDS, spool=None):
@@ -6485,9 +6855,7 @@ def check_bus(options):
     try:
         me = bus.who_am_i()
     except Unreachable as error:
-        reason = getattr(error.__cause__, "reason", error.__cause__)
-        cure = UNREACHABLE_CURES.get(type(reason).__name__, "Check the URL, and any proxy or tunnel on the way.")
-        yield bad("bus", f"{error} {cure}")
+        yield bad("bus", str(error))
     except (Unauthorized, Forbidden) as error:
         yield ok("bus", f"{bus.base_url} answers.")
         yield bad("key", f"The bus refuses this key: {error} Join it again with a new code from keys invite.")
@@ -6528,7 +6896,17 @@ def check_spool(options):
     """Check the spool for requests that were not sent."""
     if not os.path.exists(os.path.expanduser(SPOOL_FILE)):
         return
-    pending, refused = Spool().counts()
+    try:
+        spool = Spool()
+        pending, refused = spool.counts()
+        bus = open_client(options)
+        others = spool.others(bus.base_url, bus.key_name)
+    except SetupError as error:
+        yield bad("spool", str(error))
+        return
+    for other in others:
+        yield bad("spool", f"{other.number} requests wait for {other.bus} and the key {other.key_name}, not for the URL and key in "
+                           "use; flush --to-this-bus sends them here, flush --discard deletes them.")
     if refused:
         yield bad("spool", f"A bus refused {refused} requests for good; flush shows them, flush --discard deletes them.")
     elif pending:
@@ -6908,17 +7286,26 @@ def print_outcome(options, intent):
     return {"fulfilled": 0, "dead": 1}.get(intent.status, 3)
 
 
-@command("flush", ["flush"], *CONNECTION,
-         flag("--discard", action="store_true", help="delete the requests that the bus has refused for good"))
+@command("flush", ["flush", "flush --to-this-bus"], *CONNECTION,
+         flag("--to-this-bus", action="store_true", help="send also the requests for another URL or key, to this bus with this key"),
+         flag("--discard", action="store_true", help="delete the requests refused for good, and those for another URL or key"))
 def flush_command(options):
-    """Send the spooled requests and print how many the bus accepted; exit 1 if it refused some for good."""
+    """Send the spooled requests and print how many the bus accepted; exit 1 if it refused some for good.
+
+    Requests for another URL or key wait for a program that uses these; they are named.
+    """
     bus = open_client(options, spool=SPOOL_FILE)
+    if options.to_this_bus:
+        bus.spool.redirect(bus.base_url, bus.key_name)
+    for other in bus.spool.others(bus.base_url, bus.key_name):
+        key = f" with the key {other.key_name}" if other.key_name else ""
+        log(f"{other.number} requests wait for {other.bus}{key}; flush there, or with --to-this-bus or --discard")
     print_result(bus.flush())
     refused = bus.spool.refused(bus.base_url)
     for request in refused:
         log(f"refused for good: {request.refusal} {request.body}")
-        if options.discard:
-            bus.spool.remove(request.number)
+    if options.discard:
+        bus.spool.discard(bus.base_url, bus.key_name)
     return 1 if refused and not options.discard else 0
 
 
@@ -7025,7 +7412,7 @@ def list_command(bus, options):
 @bus_command("workers", ["workers"], JSON)
 def workers_command(bus, options):
     """List the workers of the last five minutes: last seen, owner, id, version, goals, intent."""
-    print_rows(options, map(Record, bus.workers().workers), lambda worker: (
+    print_rows(options, bus.workers().workers, lambda worker: (
         f"{format_duration(time.time() - worker.last_seen):>4}", worker.owner, worker.id, worker.version or "-",
         ", ".join(worker.goals) or "any goal", worker.intent))
 
@@ -7044,7 +7431,7 @@ def watch_command(bus, options):
             continue
         if page.missed:
             log(f"{page.missed} events were missed")
-        print_rows(options, map(Record, page.events), lambda entry: (
+        print_rows(options, page.events, lambda entry: (
             time.strftime("%H:%M:%S", time.localtime(entry.time)), f"{entry.event:9}", entry.id, entry.goal, entry.worker_id,
             entry.last_error if entry.event in ("failed", "dead", "lost") else None))
         if after and not page.events and time.monotonic() - asked < RECHECK_SECONDS:     # this bus does not hold requests

@@ -34,6 +34,7 @@ import shlex
 import shutil
 import signal
 import socket
+import socketserver
 import sqlite3
 import ssl
 import stat
@@ -407,7 +408,7 @@ class Served(Reachable):
         self.api = assembled(self.store, **options)
         self.server = intentbus.http_server(self.api, port=self.port, **serving)
         self.port = self.server.server_port
-        self.url = f"http{'s' if 'tls' in serving else ''}://127.0.0.1:{self.port}"
+        self.url = f"http{'s' if serving.get('tls') else ''}://127.0.0.1:{self.port}"
         threading.Thread(target=self.server.serve_forever, args=(self.poll,), daemon=True).start()
         return self
 
@@ -747,6 +748,11 @@ def shell(serve, command, **environment):
 
 # -- Between a client and a bus --
 
+def closing(request):
+    """Return a request with a header that ends its connection."""
+    return request.replace(b"HTTP/1.1\r\n", b"HTTP/1.1\r\nConnection: close\r\n", 1)
+
+
 class Proxy:
     """Passes requests on to a server, and drops the first answers."""
 
@@ -769,7 +775,7 @@ class Proxy:
         near.settimeout(0.2)     # urllib sends a body right behind its headers
         with contextlib.suppress(TimeoutError, socket.timeout):
             while data := near.recv(65536):
-                far.sendall(data)
+                far.sendall(closing(data) if b"HTTP/1.1\r\n" in data else data)
                 if b"\r\n\r\n" in data and b"Content-Length: 0" in data or data.endswith(b"}"):
                     break
         return b"".join(iter(lambda: far.recv(65536), b""))
@@ -846,7 +852,7 @@ class Weather:
 
     def answer(self, request):
         with socket.create_connection(("127.0.0.1", self.port)) as far:
-            far.sendall(request)
+            far.sendall(closing(request))
             return received(far)
 
 
@@ -7321,11 +7327,33 @@ def test_settings_in_a_linked_file_are_refused(home):
 
 
 def test_an_unusable_spool_is_reported(tmp_path):
-    (tmp_path / "file").write_text("no database, and long enough to be read as the head of one" * 20)
-    with pytest.raises(intentbus.SetupError, match="The spool .* cannot be used: file is not a database"):
-        intentbus.Spool(tmp_path / "file")
+    (tmp_path / "file").write_text("a file in the way")
     with pytest.raises(intentbus.SetupError, match="The folder .* cannot be created"):
         intentbus.Spool(tmp_path / "file" / "spool.db")
+
+
+@pytest.mark.parametrize("damage", [
+    lambda path: path.write_text("no database, and long enough to be read as the head of one" * 20),
+    lambda path: path.write_bytes(path.read_bytes()[:4096] + b"\xff" * (path.stat().st_size - 4096)),
+])
+def test_a_damaged_spool_is_put_aside_and_work_goes_on(served, home, damage):
+    served.stop()
+    settings = dict(INTENT_BUS_URL=served.url, INTENT_API_KEY=KEY)
+    run("publish", "g", "1", "--spool", **settings)
+    spool = home / ".intentbus" / "spool.db"
+    damage(spool)
+    code, out, err = run("publish", "g", "2", "--spool", **settings)
+    aside, = (path for path in spool.parent.iterdir() if ".damaged-" in path.name)
+    assert code == 0 and "is damaged (" in err and f"it is now {aside}, and its requests are not sent" in err
+    served.start()
+    assert run("flush", **settings)[:2] == (0, "1\n") and served.payloads() == [2]
+
+
+def test_a_spool_of_an_earlier_version_is_sent_with_any_key(served, tmp_path):
+    intentbus.Spool(tmp_path / "spool.db").add(served.url, "/intent", '{"goal": "g", "payload": 1}', "k")
+    with contextlib.closing(sqlite3.connect(tmp_path / "spool.db")) as db:
+        db.execute("ALTER TABLE requests DROP COLUMN key_name")
+    assert spooling(served, tmp_path).flush() == 1 and served.payloads() == [1]
 
 
 def test_one_program_sends_from_a_spool_at_a_time(tmp_path):
@@ -7423,9 +7451,55 @@ def test_a_spooled_publish_that_fails_does_not_block_claims(served, tmp_path):
     spooling(served, tmp_path).publish("g", "spooled")
     served.start().client.publish("g", "there")
     bus = IntentClient(served.url, served.issue("owner", "work").api_key, spool=tmp_path / "spool.db")
-    assert bus.claim("g").payload == "there" and len(bus.spool.pending(served.url)) == 1
+    assert bus.claim("g").payload == "there" and bus.flush() == 0 and len(bus.spool.pending(served.url)) == 1
+    bus.spool.redirect(bus.base_url, bus.key_name)
+    assert bus.claim("g") is None and len(bus.spool.pending(served.url)) == 1
     with pytest.raises(intentbus.Forbidden, match="may work only"):
         bus.flush()
+
+
+def test_an_outcome_of_one_key_does_not_keep_another_from_publishing(served, tmp_path, impatient):
+    worker, publisher = (IntentClient(served.url, served.issue("owner", role).api_key, spool=tmp_path / "spool.db")
+                         for role in ("work", "publish"))
+    intent_id = publisher.publish("g", 1).id
+    intent = worker.claim("g")
+    served.stop()
+    with pytest.raises(intentbus.Unreachable):
+        worker.fulfill(intent_id, intent.claim_token, 7)
+    assert publisher.publish("g", 2).status == "spooled"
+    served.start()
+    assert publisher.publish("g", 3).id and served.payloads() == [1, 2, 3]
+    assert publisher.flush() == 0 and worker.spool.pending(served.url)
+    assert worker.flush() == 1 and served.client.get_result(intent_id).result == 7
+
+
+def test_the_spool_holds_no_key(served, tmp_path):
+    for key in (KEY, served.issue("owner", "both").api_key):
+        IntentClient("http://127.0.0.1:9", key, spool=tmp_path / "spool.db").publish("g", 1)
+        assert not any(key.encode() in path.read_bytes() for path in tmp_path.glob("spool.db*"))
+
+
+def test_a_publish_needs_no_disk_while_the_bus_answers(served, tmp_path):
+    (tmp_path / "file").write_text("a file in the way of the folder")
+    bus = IntentClient(served.url, KEY, spool=tmp_path / "file" / "spool.db")
+    assert bus.publish("g", 1).status == "published"
+    served.stop()
+    with pytest.raises(intentbus.Unreachable, match="Connection refused.* It cannot be stored either: The folder .* cannot be created"):
+        bus.publish("g", 2)
+
+
+@pytest.mark.parametrize("status, body", [("200 OK", b'{"login": "required"}'), ("204 No Content", b""), ("200 OK", b'{"ok": true}'),
+                                          ("404 Not Found", b'{"error": {"message": "gone", "code": 404}}'), ("403 Forbidden", b"{}")])
+def test_no_portal_takes_a_request_out_of_the_spool(served, tmp_path, impatient, status, body):
+    spool = intentbus.Spool(tmp_path / "spool.db")
+    with Fake(status, body) as portal:
+        bus = IntentClient(portal.url, KEY, spool=tmp_path / "spool.db")
+        assert bus.publish("g", 1).status == "spooled"
+        with pytest.raises(intentbus.Unreachable):
+            bus.fulfill("x", CLAIM_TOKEN)
+        with pytest.raises(intentbus.Unreachable):
+            bus.flush()
+        assert [request.path for request in spool.pending(portal.url)] == ["/fulfill/x", "/intent"]
 
 
 def test_an_intent_with_a_spooled_outcome_is_not_run_again(served, weather, tmp_path, impatient):
@@ -7572,7 +7646,7 @@ def test_a_bus_that_stays_away_is_unreachable(impatient):
 @pytest.mark.parametrize("answer, sentence", [
     (b"HTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\n<html>Log in", "a proxy page answered, not a bus"),
     (b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n", "answered 502 without JSON"),
-    (b"HTTP/1.1 302 Found\r\nLocation: https://x.example/\r\nContent-Length: 0\r\n\r\n", "redirects to https://x.example/"),
+    (b"HTTP/1.1 302 Found\r\nLocation: https://x.example/\r\nContent-Length: 0\r\n\r\n", "redirects to https://x.example. If that is the bus"),
     (b"SSH-2.0-OpenSSH_9.2\r\n", "cannot be reached"),
     (b"", "cannot be reached"),
 ])
@@ -7608,6 +7682,117 @@ def test_a_hostile_answer_raises_an_error_and_nothing_else(impatient, status, bo
             IntentClient(fake.url, KEY).get_status("x")
 
 
+VERBS = {     # of the client; each takes an answer that only a bus gives
+    "publish": lambda bus: bus.publish("g", 1), "publish_many": lambda bus: bus.publish_many([dict(goal="g", payload=1)]),
+    "claim": lambda bus: bus.claim("g"), "extend_claim": lambda bus: bus.extend_claim("x"), "fulfill": lambda bus: bus.fulfill("x"),
+    "fail": lambda bus: bus.fail("x"), "release": lambda bus: bus.release("x"), "get_status": lambda bus: bus.get_status("x"),
+    "get_result": lambda bus: bus.get_result("x"), "list": lambda bus: bus.list(), "workers": lambda bus: bus.workers(),
+    "events": lambda bus: bus.events(), "who_am_i": lambda bus: bus.who_am_i(), "join": lambda bus: bus.join("x"),
+    "cancel": lambda bus: bus.cancel("x"), "retry": lambda bus: bus.retry("x"), "retry many": lambda bus: bus.retry(goal="g"),
+    "set": lambda bus: bus.set("k", 1), "get": lambda bus: bus.get("k"), "delete": lambda bus: bus.delete("k"),
+    "generate_key": lambda bus: bus.admin("generate_key", owner="x"), "invite": lambda bus: bus.admin("invite", owner="x"),
+    "revoke_key": lambda bus: bus.admin("revoke_key", key_id="x"), "keys": lambda bus: bus.admin("keys"),
+    "purge": lambda bus: bus.admin("purge", confirm=True), "summary": lambda bus: bus.admin("summary"),
+}
+ANSWERED = ("id", "ids", "status", "intents", "workers", "events", "next", "value", "deleted", "api_key", "key_id", "code", "owner",
+            "role", "name", "expires_at", "retried", "now", "ok", "goal")
+
+
+@pytest.mark.parametrize("status, body, accepted_by", [
+    ("200 OK", b'{"login": "required"}', ()), ("200 OK", b"{}", ()), ("200 OK", b"7", ()), ("200 OK", b'["x"]', ()),
+    ("200 OK", b'{"ok": true}', ("set", "revoke_key")), ("200 OK", json.dumps(dict.fromkeys(ANSWERED)).encode(), ()),
+    ("200 OK", json.dumps(dict.fromkeys(ANSWERED, [1, None, {}])).encode(), ("get",)),
+    ("200 OK", json.dumps(dict.fromkeys(ANSWERED, 1.5)).encode(), ("get",)),
+    ("200 OK", json.dumps(dict.fromkeys(ANSWERED, "\ud800")).encode(), ()), ("200 OK", b'{"value": 1e999, "id": NaN}', ()),
+    ("204 No Content", b"", ("claim",)), ("403 Forbidden", b'{"error": {"message": "m", "code": 5}}', ()),
+    ("404 Not Found", b'{"error": "not found"}', ()), ("404 Not Found", b'{"error": {"code": "NotFound", "message": "m"}}', ()),
+], ids=range(14))
+def test_every_answer_is_checked_for_its_fields(impatient, status, body, accepted_by):
+    with Fake(status, body) as fake:
+        bus = IntentClient(fake.url, KEY)
+        for verb in VERBS.keys() - set(accepted_by):
+            with pytest.raises(intentbus.Unreachable, match="a proxy page answered, not a bus"):
+                VERBS[verb](bus)
+        for verb in accepted_by:     # it has all fields that the endpoint has
+            VERBS[verb](bus)
+
+
+def test_joining_a_server_that_is_no_bus_saves_nothing(home):
+    for body in (b'{"api_key": null, "name": null, "role": null}', b'{"api_key": "a b", "name": "n", "role": "r"}', b"{}"):
+        with Fake("201 Created", body) as fake:
+            assert_complaint(run("join", fake.url, "0000-0000"), 5, "a proxy page answered, not a bus")
+    assert not (home / ".intentbus").exists()
+
+
+def test_the_timeout_bounds_an_answer_that_trickles(impatient):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def trickle():
+            for start in (b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n"):
+                with contextlib.suppress(OSError), listener.accept()[0] as sock:
+                    sock.sendall(start)
+                    while not threading.Event().wait(0.02):
+                        sock.sendall(b"x")
+        threading.Thread(target=trickle, daemon=True).start()
+        for _ in range(2):     # in the head, in the body
+            with pytest.raises(intentbus.Unreachable, match="timed out. Nothing answers in time"):
+                IntentClient(f"http://127.0.0.1:{listener.getsockname()[1]}", KEY, timeout=0.2).who_am_i()
+
+
+def test_an_answer_is_read_up_to_a_bound(served, monkeypatch):
+    served.client.set("k", "x" * 1000)
+    monkeypatch.setattr(intentbus, "ANSWER_BYTES", 900)
+    with pytest.raises(intentbus.Unreachable, match="answered more than 900 bytes"):
+        served.client.request("GET", "/get/k", retries=0)
+    assert served.client.who_am_i().owner == "owner"
+
+
+class Relay(socketserver.ThreadingTCPServer):
+    """Passes bytes between clients and a server, counts connections, and can cut them."""
+
+    daemon_threads = True
+
+    def __init__(self, port):
+        self.port, self.open, self.accepted = port, [], 0
+        super().__init__(("127.0.0.1", 0), None)
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def finish_request(self, near, address):
+        far = socket.create_connection(("127.0.0.1", self.port))
+        self.accepted += 1
+        self.open += [near, far]
+        back = in_thread(self.copy, far, near)
+        self.copy(near, far)
+        back()
+
+    def copy(self, source, target):
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_RDWR)
+        return True
+
+    def cut(self):
+        for sock in self.open:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        self.open.clear()
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_thread_keeps_one_connection_and_replaces_a_stale_one(started, tmp_path, scheme):
+    files = certificate(tmp_path, "x") if scheme == "https" else None
+    served = started(server=dict(tls=files))
+    with Relay(served.port) as relay:
+        bus = IntentClient(f"{scheme}://127.0.0.1:{relay.server_address[1]}", KEY, ca=files and files[0])
+        for number in range(3):
+            bus.publish("g", number)
+        assert relay.accepted == 1
+        relay.cut()
+        assert not bus.delete("k").deleted and relay.accepted == 2     # which is not repeated, for it is not safe
+        assert at_once(2, lambda _: bus.who_am_i().owner) == ["owner"] * 2 and relay.accepted == 4
+        relay.shutdown()
+
+
 @pytest.mark.parametrize("status", ["301 Moved", "302 Found", "303 See Other", "307 Temporary", "308 Permanent"])
 def test_a_redirect_is_not_followed_and_gets_no_key(impatient, status):
     with Fake() as other, Fake(status, b"", f"Location: {other.url}/\x1b[2J") as fake:
@@ -7631,12 +7816,21 @@ def test_a_proxy_sees_no_local_request_and_no_key(monkeypatch, impatient, served
 @pytest.mark.parametrize("url", [
     "http://user:hunter2@127.0.0.1:1", "https://hunter2@bus.example", "http://a@b:hunter2@127.0.0.1", "//hunter2@x", "file:///etc/passwd",
     "ftp://127.0.0.1/", "gopher://127.0.0.1", "127.0.0.1:8787", "http://", "http:///x", "http://x:0", "http://x:99999", "http://[::1",
-    "javascript:alert(1)", "\x1b[2Jhttp://x",
+    "javascript:alert(1)", "\x1b[2Jhttp://x", "bus.example", "http://a b", "http://a\nb",
+    "http://a/\tb", "http://a..b", "http://.", "http://" + "a" * 64, "http://\u00e9..b", "http://x/\u00e9", "http://x?y", "http://x#y",
 ])
 def test_a_bad_url_is_refused_without_repeating_its_password(url):
     with pytest.raises(intentbus.SetupError, match="The URL of a bus is http://HOST:PORT") as refused:
         IntentClient(url, KEY)
     assert "hunter2" not in str(refused.value) and "\x1b" not in str(refused.value)
+
+
+def test_white_space_around_a_url_is_no_part_of_it(home, monkeypatch):
+    assert IntentClient(" http://x/\r\n", KEY).base_url == "http://x"
+    monkeypatch.setenv("INTENT_BUS_URL", "http://y\n")
+    assert IntentClient("  ", KEY).base_url == "http://y"
+    monkeypatch.setenv("INTENT_BUS_URL", " ")
+    assert IntentClient(None, KEY).base_url == intentbus.URL
 
 
 def test_retry_of_an_empty_id_retries_nothing(served):
@@ -8229,6 +8423,49 @@ def test_the_doctor_says_why_the_bus_cannot_be_reached(home, served, url, about,
     assert code == 1 and words in found[about, "bad"]
 
 
+@pytest.mark.parametrize("proxy, code, about, words", [
+    ("http://u:pass@127.0.0.1:9", 5, "bus", "through the proxy 127.0.0.1:9: Connection refused. Check that proxy, and the variables"),
+    ("socks5://127.0.0.1:9", 2, "key", "names no HTTP proxy (SOCKS and others are not supported)"),
+    ("socks5h://u:pass@127.0.0.1:9", 2, "key", "add bus.example to no_proxy"),
+    ("http://", 2, "key", "names no HTTP proxy"),
+])
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_that_does_not_work_is_named(home, scheme, proxy, code, about, words):
+    settings = dict(INTENT_API_KEY=KEY, **{f"{scheme}_proxy": proxy, "no_proxy": ""})
+    found = run("join", f"{scheme}://bus.example", "0000-0000", "--plain", **settings)
+    assert_complaint(found, code, words)
+    assert "pass" not in found[2] and words in examine(home, "--url", f"{scheme}://bus.example", **settings)[1][about, "bad"]
+
+
+def test_http_to_a_bus_that_speaks_https_is_explained(home, started, tmp_path):
+    served = started(server=dict(tls=certificate(tmp_path, "x")))
+    code, found = examine(home, "--url", served.url.replace("https", "http"), INTENT_API_KEY=KEY)
+    assert code == 1 and "its URL begins with https://" in found["bus", "bad"]
+
+
+def test_a_certificate_of_another_time_blames_the_clock(home, tmp_path, started):
+    for dates, words in (("20900101000000Z 20910101000000Z", "is not valid yet: set the clock of this machine"),
+                         ("20000101000000Z 20010101000000Z", "has expired: renew it, or set the clock")):
+        served = started(server=dict(tls=dated_certificate(tmp_path, *dates.split())))
+        code, found = examine(home, "--url", served.url, "--ca", str(tmp_path / "dated.pem"), INTENT_API_KEY=KEY)
+        served.stop()
+        assert code == 1 and words in found["bus", "bad"] and "the clock of this machine says 2" in found["bus", "bad"]
+
+
+def dated_certificate(folder, start, end):
+    """Make a certificate of this machine that is valid between two dates; return its files."""
+    if not shutil.which("openssl"):
+        pytest.skip("openssl is not on this machine")
+    for name, text in (("index", ""), ("serial", "01"), ("config", "[ca]\ndefault_ca=c\n[c]\ndatabase=index\nserial=serial\nnew_certs_dir=.\n"
+                       "default_md=sha256\npolicy=p\nunique_subject=no\n[p]\ncommonName=supplied\n[x]\nsubjectAltName=IP:127.0.0.1\n")):
+        (folder / name).write_text(text)
+    for arguments in ("req -new -newkey rsa:2048 -nodes -keyout dated.key -subj /CN=x -out request",
+                      f"ca -batch -selfsign -config config -extensions x -keyfile dated.key -in request -out dated.pem -notext "
+                      f"-startdate {start} -enddate {end}"):
+        subprocess.run(["openssl", *arguments.split()], cwd=folder, check=True, capture_output=True)
+    return str(folder / "dated.pem"), str(folder / "dated.key")
+
+
 def test_the_doctor_checks_the_key_and_its_role(home, served):
     assert "No key: join the bus" in examine(home, "--url", served.url)[1]["key", "bad"]
     code, found = examine(home, "--url", served.url, INTENT_API_KEY="wrong")
@@ -8295,12 +8532,16 @@ def test_the_doctor_knows_the_kind_of_a_file_system():
 
 
 def test_the_doctor_reports_the_spool(home):
-    spool = intentbus.Spool()
-    assert [finding.level for finding in intentbus.check_spool(None)] == ["ok"]
+    intentbus.make_key()
+    spool, options = intentbus.Spool(), argparse.Namespace(url="http://x", key_file=None, namespace=None, ca=None)
+    assert [finding.level for finding in intentbus.check_spool(options)] == ["ok"]
     number = spool.add("http://x", "/intent", "{}", "key")
-    assert [finding.level for finding in intentbus.check_spool(None)] == ["note"]
+    assert [finding.level for finding in intentbus.check_spool(options)] == ["note"]
+    spool.add("http://old", "/intent", "{}", "key", key_name="abc")
+    assert "1 requests wait for http://old and the key abc" in next(intentbus.check_spool(options)).words
+    spool.discard("http://x", "other")
     spool.mark_refused(number, "no")
-    assert [finding.level for finding in intentbus.check_spool(None)] == ["bad"]
+    assert [finding.level for finding in intentbus.check_spool(options)] == ["bad"]
 
 
 # ---- 19. Commands ----
@@ -8905,7 +9146,7 @@ def test_publish_spool_keeps_intents_and_flush_sends_them(served, home):
     settings = dict(INTENT_BUS_URL=served.url, INTENT_API_KEY=KEY)
     for number in "12":
         code, out, err = run("publish", "g", number, "--spool", **settings)
-        assert (code, out) == (0, "") and "cannot be reached: Connection refused. The intent is stored; the next" in err
+        assert (code, out) == (0, "") and "Connection refused. Nothing listens there" in err and "The intent is stored; the next" in err
     assert json.loads(run("publish", "g", "3", "--spool", "--json", **settings)[1])["status"] == "spooled"
     code, out, err = run("publish", "g", "--lines", "--spool", stdin=b"a\nb\n", **settings)
     assert (code, out) == (0, "") and "2 intents are stored; the next publish --spool, flush or work sends them" in err
@@ -8927,6 +9168,17 @@ def test_flush_reports_refused_requests_until_they_are_discarded(served, home):
     assert run("flush", "--discard", **settings)[0] == 0
     assert run("flush", **settings) == (0, "0\n", "")
     assert_complaint(run("publish", "g", "1", "--spool", "--wait", **settings), 2, "--spool and --wait exclude each other")
+
+
+def test_flush_names_the_old_url_sends_to_the_new_one_or_discards(served, home):
+    old, new = dict(INTENT_BUS_URL="http://127.0.0.1:9", INTENT_API_KEY=KEY), dict(INTENT_BUS_URL=served.url, INTENT_API_KEY=KEY)
+    for payload, flags, sent in ((1, (), "0\n"), (2, ("--to-this-bus",), "2\n"), (3, ("--discard",), "0\n")):
+        run("publish", "g", str(payload), "--spool", **old)
+        for argument in ((), flags):
+            code, out, err = run("flush", *argument, **new)
+            assert code == 0 and ("requests wait for http://127.0.0.1:9 with the key" in err) == (argument != ("--to-this-bus",))
+        assert out == sent
+    assert run("flush", **new) == (0, "0\n", "") and sorted(served.payloads()) == [1, 2]
 
 
 def test_a_worker_without_a_writable_home_works_with_a_warning(served, home):
