@@ -6349,6 +6349,7 @@ class Worker:
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(concurrency)]
         self._running = {}     # lease: intent
         self._ended = queue.SimpleQueue()     # gets an item when a handler or a thread ends, to wake run()
+        self._over = []                       # an item for each thread that has ended, save its last steps
         self._stopping = threading.Event()
         self._failure = None
         self.signals = []     # numbers of the signals that interrupted the worker
@@ -6360,7 +6361,7 @@ class Worker:
         """
         for thread in self._threads:
             thread.start()
-        self._wait_while(lambda: not self.signals and any(thread.is_alive() for thread in self._threads))
+        self._wait_while(lambda: not self.signals and len(self._over) < len(self._threads))
         if self.signals:
             self._wind_down()
         if isinstance(self._failure, (Error, BrokenPipeError)):
@@ -6414,6 +6415,7 @@ class Worker:
         except Exception as error:
             self._stop(error)
         finally:
+            self._over.append(None)
             self._ended.put(None)
 
     def _stop(self, error):

@@ -8617,10 +8617,6 @@ def test_work_without_a_program_prints_the_payloads(serve):
     assert (work.returncode, work.stdout) == (0, '{"n":1}\n{"n":2}\n')
 
 
-def fill_spool_with_garbage(folder):
-    (folder / ".intentbus" / "spool.db").write_bytes(b"garbage " * 4096)
-
-
 def take_memory(folder):     # leaves less than the stack of a thread, which the lease needs
     import resource
     worker = int((folder / "pid").read_text())
@@ -8635,8 +8631,7 @@ def take_memory(folder):     # leaves less than the stack of a thread, which the
     ("ulimit -f 0", "true", None, 2, "temporary file (TMPDIR says where): No usable temporary directory found in"),
     ("ulimit -n 10", "true", None, 2, "cannot be run: Too many open files."),
     ("ulimit -s 16384", "true", take_memory, 2, "can't start new thread"),
-    ("true", "true", fill_spool_with_garbage, 2, "spool.db cannot be used: "),
-], ids=["full output", "closed output", "no temporary file", "no descriptor", "no memory", "damaged spool"])
+], ids=["full output", "closed output", "no temporary file", "no descriptor", "no memory"])
 def test_trouble_of_the_worker_costs_no_intent_an_attempt(started, tmp_path, setup, program, event, code, cause):
     bus = started()
     ids = [] if event else [bus.publish(payload=number, max_attempts=1) for number in range(3)]
