@@ -5040,9 +5040,9 @@ def test_leases_are_spared_after_the_bus_was_stopped_for_a_while(tmp_path):
             "intentbus.CLAIM['lease'] = float; intentbus.main(['serve', '--port', '0', '--db', 'bus.db'])")
     bus = Serve(tmp_path, program=("-c", code))
     bus.publish()
-    claim = bus.ask("POST", "/claim?lease=1.5").json
+    claim = bus.ask("POST", "/claim?lease=0.5").json
     os.kill(bus.process.pid, signal.SIGSTOP)
-    until = time.time() + 2
+    until = time.time() + 0.6
     wait_until(lambda: time.time() > until)
     other = bus.begin("POST", "/claim")
     os.kill(bus.process.pid, signal.SIGCONT)
