@@ -1010,7 +1010,7 @@ def update_of(columns):
 
 
 class Tally(dict):
-    """What is stored for a publisher: (number, bytes) by (namespace, status)."""
+    """The intents or values of a publisher: (number, bytes) by (namespace, status)."""
 
     def add(self, namespace, status, number, size):
         """Add to the number and bytes of a kind."""
@@ -1216,7 +1216,7 @@ class Transaction(Reads):
         return len(self._delete(OF_NAMESPACE, True, namespace=namespace, start=start, end=end))
 
     def _delete(self, which, for_good, **values):
-        """Delete intents and, if it is for good, what is remembered of their idempotency keys; return their statuses."""
+        """Delete intents and, if it is for good, the memory of their idempotency keys; return their statuses."""
         gone = list(self._rows(DELETE.format(which=which), values))
         self.counted += [(publisher, namespace, status, -1, -size) for namespace, publisher, status, size, _ in gone]
         if for_good:
@@ -1880,7 +1880,7 @@ class Bus:
                 raise RateLimited(f"This key may have {most} {words}.", "limit_exceeded")
 
     def _tally(self, tx, publisher):
-        """Return what is stored for a publisher, with the changes of this round."""
+        """Return the Tally of a publisher, with the changes of this round."""
         tally = Tally(self._tallies.get(publisher) or tx.tally_of(publisher))
         if not self.store.database.shared:
             self._tallies.setdefault(publisher, Tally(tally))
@@ -4628,7 +4628,7 @@ class Rounds:
         return max(0, self._begin_at - self._loop.now) if self._may_begin() else float("inf")
 
     def work(self):
-        """Run a round of jobs that may write, then reads, which see committed state; those of watchers in short slices."""
+        """Run a round of jobs that may write, then reads, which see committed state; watchers get short slices."""
         if self._may_begin() and self._loop.now >= self._begin_at:
             self._round()
         self._read(self._reads, ROUND_SECONDS)
@@ -4647,7 +4647,7 @@ class Rounds:
                 return
 
     def _finish(self, job, outcome):
-        """Deliver what a job came to; a request that is held keeps no more than it needs."""
+        """Deliver the outcome of a job; a held request keeps no more than it needs."""
         self._loop.deliver(job.request, outcome)
         if job.request and job.request.connection.held:
             job.request.trim()
