@@ -5545,7 +5545,7 @@ class Spool:
         self._run("UPDATE OR REPLACE requests SET bus = :bus, key_name = :key_name WHERE refusal IS NULL", bus=bus, key_name=key_name)
 
     def discard(self, bus, key_name):
-        """Delete the requests that a bus has refused for good, and those that wait for another bus or another key."""
+        """Delete requests that a bus has refused for good, and requests for another bus or another key."""
         self._run("DELETE FROM requests WHERE refusal IS NOT NULL OR bus <> :bus OR key_name <> :key_name", bus=bus, key_name=key_name)
 
     def counts(self):
@@ -5659,7 +5659,7 @@ def proxy_to(parts):
 
 
 def reason_and_cure(error, proxy):
-    """Return why an exchange failed and what can be done, for an error of the network."""
+    """Return (reason, cure) in words for an error of the network."""
     clock = ""
     if code := getattr(error, "verify_code", 0):
         if code in CURES:
@@ -5704,7 +5704,7 @@ def array_of(validator):
 
 
 TEXT, TRUTH, COUNT = (string, REQUIRED), (boolean, REQUIRED), (integer_from(0, 2 ** 63), REQUIRED)
-MOMENT = (number_from(0, 2 ** 40), REQUIRED)     # Unix seconds of which there is a date
+MOMENT = (number_from(0, 2 ** 40), REQUIRED)     # Unix seconds, within the range of dates
 UNSURE = (anything, None)     # may be missing, as it is at older buses, and is None then
 ANSWER_ID = (must_be("an id", lambda value: isinstance(value, str) and re.fullmatch("[0-9A-Za-z_-]{1,128}", value)), REQUIRED)
 DONE = (must_be("true", lambda value: value is True), REQUIRED)
@@ -5826,7 +5826,7 @@ class KeptConnection:
             try:
                 return self._exchange(kept, request, deadline)
             except (OSError, http.client.HTTPException):
-                time_left(deadline)     # raises what a timeout has raised
+                time_left(deadline)     # raises the error of a timeout again
         return self._exchange(OpenConnection(place, self._connection(request)), request, deadline)
 
     https_open = http_open
@@ -5961,7 +5961,7 @@ class Spooler:
         return accepted
 
     def _flush(self):
-        """Send what is due; return how many requests the bus accepted, and the errors of those that wait on."""
+        """Send due requests; return how many the bus accepted, and the errors of the others."""
         accepted = 0
         errors = []
         for request in self._due():
