@@ -5659,7 +5659,7 @@ def proxy_to(parts):
 
 
 def reason_and_cure(error, proxy):
-    """Return (reason, cure) in words for an error of the network."""
+    """Return (reason, cure), two sentences, for an error of the network."""
     clock = ""
     if code := getattr(error, "verify_code", 0):
         if code in CURES:

@@ -67,6 +67,8 @@ COMPILED = tempfile.TemporaryDirectory()
 os.environ.update(PYTHONPATH=str(HERE), PYTHONPYCACHEPREFIX=COMPILED.name)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell has a program in the background ignore it
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)     # nohup has it ignored
 SOURCE = (HERE / "intentbus.py").read_text()
 TREE = ast.parse(SOURCE)
 KEY = "k" * 48
