@@ -161,6 +161,7 @@ HEAD_LINE_BYTES = 8192              # RFC 9112, section 3: recommended at least 
 HEAD_BYTES = 65536                  # of all header lines together
 HEAD_LINES = 100                    # browsers behind proxies send about 30
 QUERY_PARAMETERS = 100              # of one request: a claim may name 64 goals
+CHUNKS = 10_000                     # of a chunked body: each takes a microsecond
 CACHED_QUERIES = 256                # validated queries that are remembered, for each endpoint
 CACHED_HEADS = 1000                 # parsed header blocks that are remembered, of at most CACHED_HEAD_BYTES each
 CACHED_HEAD_BYTES = 1024            # clients of ours send 200
@@ -2965,7 +2966,8 @@ REQUIRED = object()
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 BAD_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2})")
 DIGITS = re.compile(r"[0-9]{1,15}(\.[0-9]{1,20})?", re.ASCII)
-JSON_MARKS = re.compile(rb'"(?:[^"\\]+|\\.)*"?|[\[{]|[\]}]', re.DOTALL)     # a string to its end, closed or not, or a bracket
+JSON_STRINGS = re.compile(rb'"(?:[^"\\]+|\\.)*"?', re.DOTALL)     # to the end, closed or not
+BRACKETS, NO_BRACKETS = bytes.maketrans(b"{}", b"[]"), bytes(set(range(256)) - set(b"[]{}"))
 
 
 def must_be(words, accepts):
@@ -3211,14 +3213,17 @@ def from_json(body, depth=JSON_DEPTH):
 
 
 def nesting(body, limit):
-    """Return how deep the brackets of a JSON text are nested; 0 if they are too few to exceed the limit."""
+    """Return how deep the brackets of a JSON text are nested, or a number over the limit; 0 if they are too few to exceed it."""
     if body.count(b"[") + body.count(b"{") <= limit:
         return 0
-    depth = deepest = 0
-    for mark in JSON_MARKS.finditer(body):
-        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(mark.group(), 0)
-        deepest = max(deepest, depth)
-    return deepest
+    brackets = JSON_STRINGS.sub(b"", body).translate(BRACKETS, NO_BRACKETS)
+    for depth in range(limit + 1):     # the innermost pairs go in each pass
+        if not brackets:
+            return depth
+        before, brackets = brackets, brackets.replace(b"[]", b"")
+        if brackets == before:     # it is no JSON
+            return len(brackets) if brackets.count(b"[") > limit else 0
+    return limit + 1
 
 
 # ---- 12. Page ----
@@ -4053,6 +4058,7 @@ LOOPBACK = re.compile(r"localhost|::1|(::ffff:)?127(\.[0-9]{1,3}){3}")     # nam
 TOKEN_PATTERN = r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)"     # RFC 9110, section 5.6.2
 REQUEST_LINE = re.compile(TOKEN_PATTERN + r" (?:(?i:https?)://[^/?#\x00-\x20]+([/?]?[!-~]*)|([/*][!-~]*)) HTTP/1\.([01])")
 HEADER_LINE = re.compile(TOKEN_PATTERN + r":[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
+EMPTY_LINES = re.compile(rb"(?:\r\n)*")
 BARE_LF = re.compile(rb"(?<!\r)\n")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\x00-\x08\x0a-\x1f\x7f]*)?")     # with extensions, which are dropped
 COMMON_LINES = "".join(f"{field}: {value}\r\n" for field, value in COMMON_HEADERS)
@@ -4119,6 +4125,7 @@ class Chunks:
         self.body, self._limit = bytearray(), limit
         self._room = limit + HEAD_BYTES     # for the body and its framing
         self._size = None                   # of the chunk that comes; None: its size line comes, 0: trailers come
+        self._chunks = self._trailers = 0
 
     def take(self, data):
         """Take from the front of a bytearray; return whether the body is whole."""
@@ -4136,10 +4143,15 @@ class Chunks:
                 if not found:
                     raise Invalid("The size of a chunk must be hexadecimal digits.")
                 self._size = int(found[1], 16)
+                self._chunks += 1
             elif not part:
                 return True
             elif not HEADER_LINE.fullmatch(part.decode("latin-1")):
                 raise Invalid("A trailer of a chunked body must be Name: value.")
+            else:
+                self._trailers += 1
+            if self._chunks > CHUNKS or self._trailers > HEAD_LINES:
+                raise Invalid(f"A chunked body has at most {CHUNKS} chunks and {HEAD_LINES} trailers.")
             if self._room < 0 or len(self.body) + (self._size or 0) > self._limit:
                 raise body_too_large(self._limit)
         if not self._size and len(data) >= HEAD_LINE_BYTES:
@@ -4282,8 +4294,11 @@ class RequestReader:
 
     def _read_head(self):
         data, self.bodiless = self.data, False
-        while data.startswith(b"\r\n"):     # RFC 9112, section 2.2: empty lines before a request are skipped
-            del data[:2]
+        if data.startswith(b"\r\n"):     # RFC 9112, section 2.2: empty lines before a request are skipped
+            empty = EMPTY_LINES.match(data).end()
+            if empty > 2 * HEAD_LINES:
+                raise Invalid("There are too many empty lines before the request.")
+            del data[:empty]
         end = data.find(b"\r\n\r\n", max(0, self._searched - 3))
         if end < 0 or end > HEAD_BYTES:
             if BARE_LF.search(data, self._searched):
@@ -4355,7 +4370,7 @@ class Connection:
             self._receive()
 
     def _receive(self):
-        if self.tls and not self.tls.ready and not self.loop.may_shake_hands():
+        if self.tls and not self.tls.ready and not self.loop.may_shake_hands(self):
             return
         try:
             data = self.sock.recv(INPUT_BYTES)
@@ -4406,7 +4421,7 @@ class Connection:
 
     def _refuse(self, error):
         """Answer a request that is refused before it is whole."""
-        self._begin(self.reader.request or Request("GET", "/"))
+        self._begin(self.reader.request or Request("GET", "/", peer=self.peer))
         self.last = not self.reader.skip_body()
         self.loop.deliver(self.request, self.loop.api.refuse(self.request, error))
 
@@ -4481,12 +4496,17 @@ class Connection:
         if self.last:
             return self._linger()
         self.loop.may_evict(self)
-        if not self.eof:
-            self.loop.watch(self, self.events | READ)
         if self.reader.data or self.eof:
-            self.loop.ready.append(self)     # the selector does not tell of bytes that are here already
+            self.loop.ready[self] = None     # the selector does not tell of bytes that are here already
+            self.loop.watch(self, self.events & ~READ)     # and these come first
         else:
+            self.watch_input()
             self._await("")
+
+    def watch_input(self):
+        """Take in more, unless there is enough for the next requests."""
+        if not self.closed and not self.eof and len(self.reader.data) <= INPUT_BYTES:
+            self.loop.watch(self, self.events | READ)
 
     def _linger(self):
         """Wait for the client's end: to close with bytes unread would reset the connection, and lose the answer."""
@@ -4547,6 +4567,34 @@ class Budget:
 Job = collections.namedtuple("Job", "request run since repeatable", defaults=[None, False])
 
 
+class FairQueue:
+    """Jobs in the order in which they came, but for one account after the other: many of one delay no other."""
+
+    def __init__(self):
+        self._of, self._size = collections.OrderedDict(), 0     # account: jobs, the next account first
+
+    def __len__(self):
+        return self._size
+
+    def append(self, job):
+        """Take in a job."""
+        account = job.request.account if job.request else ""
+        self._of.setdefault(account, collections.deque()).append(job)
+        self._size += 1
+
+    def popleft(self):
+        """Return the next job."""
+        account, jobs = self._of.popitem(last=False)
+        if len(jobs) > 1:
+            self._of[account] = jobs
+        self._size -= 1
+        return jobs.popleft()
+
+    def since(self):
+        """Return when the first job of any account was taken in."""
+        return min(jobs[0].since for jobs in self._of.values())
+
+
 class Rounds:
     """Answers requests in rounds: one transaction and one commit for all requests that have come.
 
@@ -4557,7 +4605,7 @@ class Rounds:
 
     def __init__(self, loop):
         self._loop, self._api, self._store = loop, loop.api, loop.api.bus.store
-        self._reads, self._reports, self._writes = (collections.deque() for _ in range(3))     # jobs; reports before writes
+        self._reads, self._reports, self._writes = (FairQueue() for _ in range(3))     # reports before writes
         self._alone = collections.deque()    # jobs of a lost round, each to run in a round of its own
         self._watchers = collections.deque() # jobs of held requests for events
         self._news_of = set()                # owners whose watchers have not been given a job since the last event
@@ -4663,7 +4711,7 @@ class Rounds:
             self._store.obstacle, self._begin_at = error, self._loop.now + LOCK_CHECK_SECONDS
             return self._refuse_waiting(error, LOCK_SECONDS if isinstance(error, Busy) else 0)
         try:
-            if self.stalled or self._reports and self._loop.now - self._reports[0].since > STALL_SECONDS:
+            if self.stalled or self._reports and self._loop.now - self._reports.since() > STALL_SECONDS:
                 self.stalled = False
                 self._api.bus.spare_leases()
             self._run_jobs()
@@ -4800,11 +4848,12 @@ class Loop:
         self._certificate, self._renewing, self._renew_now, self._renew_at = certificate, False, False, 0
         self.now, self._turned_at, self.stopping = time.monotonic(), steady_clock(), False
         self.waiting, self.heads = api.waiting, {}     # heads: parsed headers by their bytes, of known callers
-        self.ready = []                             # connections with bytes that are not parsed yet
+        self.ready = {}                             # connections with bytes that are not parsed yet: None, in order
         self._connections = set()
         self._evictable = collections.OrderedDict() # connections whose client has to send, to read or to prove a key next
         self._unproven, self._bodies = Budget(UNPROVEN_BYTES), Budget(BODIES_BYTES, KEY_BODIES_BYTES)
         self._unread, self._keeping = Budget(UNREAD_BYTES, KEY_UNREAD_BYTES), set()     # connections in the first two
+        self._shaking = {}                          # connections whose TLS handshake waits for a turn: None, the newest last
         self._handshakes = self._tick_at = self._housekeeping_at = self._house_due_at = 0
         self._alarms, self._numbers = [], itertools.count()     # a heap of [when, number, function or None]
         self._handed = collections.deque()          # (function, result of a thread) for the loop
@@ -4834,16 +4883,20 @@ class Loop:
     def turn(self, longest=float("inf")):
         """Receive from all ready connections, ring due alarms, answer, commit and send; wait for `longest` seconds at most."""
         timeout = min(longest, self._timeout())
-        for key, events in self._selector.select(timeout):
+        happened = self._selector.select(timeout)
+        self.now = time.monotonic()
+        self._shake_hands()
+        for key, events in happened:
             self._safely(key.data, events)
         turned_at, self._turned_at = self._turned_at, steady_clock()
         if self._turned_at - turned_at > timeout + STALL_SECONDS:     # the process was stopped, or the machine slept
             self.rounds.stalled = True
         self.now, self._handshakes = time.monotonic(), 0
-        ready, self.ready = self.ready, []
+        ready, self.ready = self.ready, {}
         for connection in ready:
             if not connection.closed and connection.request is None:
                 self._safely(connection.parse)
+                connection.watch_input()
         while self._alarms and self._alarms[0][0] <= self.now:
             _, _, alarm = heapq.heappop(self._alarms)
             if alarm:
@@ -4854,7 +4907,7 @@ class Loop:
     def _timeout(self):
         """Return for how many seconds there is nothing to do, unless something arrives."""
         self._house_due_at = max(self._housekeeping_at, self.now + self.api.bus.housekeeping_delay())
-        if self.ready or self._handed:
+        if self.ready or self._handed or self._shaking:
             return 0
         alarm = self._alarms[0][0] if self._alarms else float("inf")
         return max(0, min(min(alarm, self._tick_at, self._house_due_at) - self.now, self.rounds.delay()))
@@ -5037,9 +5090,10 @@ class Loop:
         if self._evictable:
             next(iter(self._evictable)).close()
             return True
-        for held in self.waiting.of_largest_caller()[:1]:
-            held.request.connection.last = True
-            self.expire(held)
+        held = self.waiting.of_largest_caller()
+        if len(held) > self._limit // 4:     # a key that has few is not to blame
+            held[0].request.connection.last = True
+            self.expire(held[0])
         return False
 
     def _turn_away(self, sock):
@@ -5075,10 +5129,20 @@ class Loop:
             while self._unread.exceeded(connection.account):
                 self._unread.slowest(connection.account).close()
 
-    def may_shake_hands(self):
-        """Count a TLS handshake; return whether there is time for it in this turn."""
+    def may_shake_hands(self, connection):
+        """Count a TLS handshake; return whether there is time for it in this turn. It gets its turn, the newest first."""
         self._handshakes += 1
+        if self._handshakes > HANDSHAKES:
+            self._shaking[connection] = None
+            self.watch(connection, 0)     # the selector would tell of all of them in each turn
         return self._handshakes <= HANDSHAKES
+
+    def _shake_hands(self):
+        """Go on with handshakes that waited for a turn."""
+        for _ in range(min(HANDSHAKES, len(self._shaking))):
+            connection, _ = self._shaking.popitem()
+            self.watch(connection, READ)
+            self._safely(connection.on_event, READ)
 
     def watch(self, connection, events):
         """Have the selector tell a connection of these events."""
@@ -5114,6 +5178,7 @@ class Loop:
         self._disarm(connection)
         self.release(connection)
         self._evictable.pop(connection, None)
+        self._shaking.pop(connection, None)
         self.keep(connection, None, 0)
         self._unread.take(connection, "", 0)
         self._connections.discard(connection)
