@@ -1975,6 +1975,7 @@ def test_a_purge_that_fails_in_the_middle_says_so(served, monkeypatch):
     assert served.ask("POST", "/admin/purge", {"confirm": True}).json == {"ok": True, "deleted": 1}
 
 
+@SLOW
 @ON_A_FILE
 def test_a_long_purge_outlasts_a_file_held_for_a_moment(served, monkeypatch):
     for name, value in (("SLICE_ROWS", 1), ("SLICE_SECONDS", 0), ("LOCK_SECONDS", 0.2)):
@@ -1988,6 +1989,7 @@ def test_a_long_purge_outlasts_a_file_held_for_a_moment(served, monkeypatch):
     assert (response.status, response.json) == (200, {"ok": True, "deleted": 600})
 
 
+@SLOW
 @ON_A_FILE
 def test_a_purge_ends_when_its_connection_is_reset(served, monkeypatch):
     monkeypatch.setattr(intentbus, "SLICE_ROWS", 1)
@@ -4071,6 +4073,7 @@ def test_a_replay_is_refused_after_a_restart(started, method, target, message):
         bus.client.get("x")
 
 
+@SLOW
 @ON_A_FILE     # several buses use the clock of their database
 @pytest.mark.parametrize("step", [-5, HOUR, -HOUR, -YEARS])
 def test_signed_reads_go_on_after_the_clock_is_set(started, clock, step):
@@ -5036,6 +5039,7 @@ def test_a_report_that_waited_for_the_file_finds_its_lease(started, clock, monke
     assert response_on(report).status == 200 and response_on(other).status == 204
 
 
+@SLOW
 @POSIX
 def test_leases_are_spared_after_the_bus_was_stopped_for_a_while(tmp_path):
     code = ("import intentbus; intentbus.STALL_SECONDS = 0.05; intentbus.LEASE_RANGE_SECONDS = (0.2, 60)\n"
@@ -6285,6 +6289,7 @@ def test_a_client_that_reads_slowly_makes_room(started, monkeypatch):
         assert bus.ask("GET", "/whoami").status == 200
 
 
+@SLOW
 def test_answers_that_one_key_does_not_read_have_a_bound(started, monkeypatch):
     monkeypatch.setattr(intentbus, "KEY_UNREAD_BYTES", 2_000_000)
     bus = started()
@@ -6551,6 +6556,7 @@ def test_requests_over_64_kib_behind_a_held_one_are_answered(served):
     assert answers[0].json["id"] == intent_id and {response.status for response in answers} == {200}
 
 
+@SLOW
 @LINUX
 def test_a_held_request_uses_no_processor_time(serve):
     def seconds():
@@ -6646,6 +6652,7 @@ def test_health_is_answered_while_a_commit_hangs(on_a_watched_disk):
     assert response_on(publish).status == 201 and bus.ask("GET", "/health", key=None).json["ok"]
 
 
+@SLOW
 def test_health_says_when_the_disk_hangs(tmp_path):
     code = "import intentbus; intentbus.STALLED_SECONDS = 0; intentbus.main(['serve', '--port', '0', '--db', 'bus.db'])"
     bus = Serve(tmp_path, program=("-c", code), DISK_HOLD=str(tmp_path / "hold"), **preloaded(DISK))
@@ -6966,6 +6973,7 @@ def test_a_wsgi_bus_notices_what_another_program_has_changed(wsgi, tmp_path):
     assert wsgi("GET", "/whoami", HTTP_X_API_KEY=made.api_key).status == 401
 
 
+@SLOW
 def test_a_claim_held_under_wsgi_gets_a_delayed_intent(wsgi):
     wsgi("POST", "/intent", b'{"goal": "g", "payload": 1, "delay": 0.1}')
     assert wsgi("POST", "/claim?wait=1", **{"wsgi.multithread": True}).status == 200
@@ -7737,6 +7745,7 @@ ANSWERED = ("id", "ids", "status", "intents", "workers", "events", "next", "valu
             "role", "name", "expires_at", "retried", "now", "ok", "goal")
 
 
+@SLOW
 @pytest.mark.parametrize("status, body, accepted_by", [
     ("200 OK", b'{"login": "required"}', ()), ("200 OK", b"{}", ()), ("200 OK", b"7", ()), ("200 OK", b'["x"]', ()),
     ("200 OK", b'{"ok": true}', ("set", "revoke_key")), ("200 OK", json.dumps(dict.fromkeys(ANSWERED)).encode(), ()),
@@ -8462,6 +8471,7 @@ def test_the_doctor_says_why_the_bus_cannot_be_reached(home, served, url, about,
     assert code == 1 and words in found[about, "bad"]
 
 
+@SLOW
 @pytest.mark.parametrize("proxy, code, about, words", [
     ("http://u:pass@127.0.0.1:9", 5, "bus", "through the proxy 127.0.0.1:9: Connection refused. Check that proxy, and the variables"),
     ("socks5://127.0.0.1:9", 2, "key", "names no HTTP proxy (SOCKS and others are not supported)"),
@@ -8482,6 +8492,7 @@ def test_http_to_a_bus_that_speaks_https_is_explained(home, started, tmp_path):
     assert code == 1 and "its URL begins with https://" in found["bus", "bad"]
 
 
+@SLOW
 def test_a_certificate_of_another_time_blames_the_clock(home, tmp_path, started):
     for dates, words in (("20900101000000Z 20910101000000Z", "is not valid yet: set the clock of this machine"),
                          ("20000101000000Z 20010101000000Z", "has expired: renew it, or set the clock")):
@@ -8908,6 +8919,7 @@ keys revoke x, stats, purge --yes, work --once --drain, work --once --drain -- t
 """.split(",")]
 
 
+@SLOW
 @POSIX
 @pytest.mark.parametrize("answer", [pytest.param(answer, id=name, marks=[] if name in ("its result", "404 Not Found") else SLOW)
                                     for name, answer in EVIL_ANSWERS.items()])
@@ -9204,6 +9216,7 @@ def test_flush_reports_refused_requests_until_they_are_discarded(served, home):
     assert_complaint(run("publish", "g", "1", "--spool", "--wait", **settings), 2, "--spool and --wait exclude each other")
 
 
+@SLOW
 def test_flush_names_the_old_url_sends_to_the_new_one_or_discards(served, home):
     old, new = dict(INTENT_BUS_URL="http://127.0.0.1:9", INTENT_API_KEY=KEY), dict(INTENT_BUS_URL=served.url, INTENT_API_KEY=KEY)
     for payload, flags, sent in ((1, (), "0\n"), (2, ("--to-this-bus",), "2\n"), (3, ("--discard",), "0\n")):
@@ -9574,6 +9587,7 @@ site.shutdown()
 """
 
 
+@SLOW
 def test_the_wsgi_file_for_pythonanywhere(tmp_path):
     (tmp_path / "intentbus").mkdir()
     shutil.copy(HERE / "intentbus.py", tmp_path / "intentbus")
