@@ -1611,6 +1611,17 @@ class Cluster:
             row = result.description and result.fetchone()
             return row and row[0]
 
+    def await_a_standby(self):
+        """Have commits wait for a standby that never comes. The server takes its settings in later: try commits until one waits."""
+        self.ask("ALTER SYSTEM SET synchronous_standby_names = 'nobody'", "SELECT pg_reload_conf()")
+        waiting = "FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND query LIKE '%a trial%'"
+
+        def one_waits():
+            trial = in_thread(self.ask, "SELECT pg_logical_emit_message(true, 'a trial', '')")
+            wait_until(lambda: trial.ended() or self.ask(f"SELECT COUNT(*) {waiting}"))
+            return self.ask(f"SELECT pg_cancel_backend(pid) {waiting}")
+        wait_until(one_waits)
+
 
 @pytest.fixture
 def cluster():
@@ -9951,7 +9962,7 @@ def test_an_unconfirmed_commit_wakes_held_claims_everywhere(running, cluster):
     server = cluster()
     one, other = (running.bus(f"postgresql://bus@127.0.0.1:{server.port}/postgres") for _ in range(2))
     claims = [bus.hold("POST", "/claim?goal=unconfirmed&wait=60") for bus in (one, other)]
-    server.ask("ALTER SYSTEM SET synchronous_standby_names = 'nobody'", "SELECT pg_reload_conf()")
+    server.await_a_standby()
     publish = one.begin("POST", "/intents", [a_publish(goal="unconfirmed")] * 2)     # is on disk, but waits for a standby
     waiting = "FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND query LIKE '%unconfirmed%'"
     wait_until(lambda: server.ask(f"SELECT COUNT(*) {waiting}"))
