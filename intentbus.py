@@ -268,7 +268,8 @@ COLUMNS = (
     "id", "namespace", "goal", "payload", "owner", "publisher", "visibility", "priority", "ttl", "max_attempts",
     "backoff_base", "target_worker", "required_capability", "created_at", "status", "run_at", "expires_at",
     "completed_at", "last_error", "result", "result_type", "claim_attempts", "claim_token_hash", "claim_expires_at", "lease",
-    "claim_owner", "claim_key", "claim_outcome", "worker_id", "idempotency_key", "size", "place", "lane", "ready", "due_at",
+    "claim_owner", "claim_key", "claim_outcome", "worker_id", "idempotency_key", "size", "result_size", "place", "lane",
+    "ready", "due_at",
 )
 PUBLISH_DEFAULTS = dict(
     namespace="default", visibility="private", priority=100, delay=0, run_at=None, ttl=TTL_SECONDS, max_attempts=3,
@@ -383,8 +384,8 @@ class Intent(Record):
                          fields["required_capability"])
         payload = to_json(fields["payload"])
         fields.update(
-            id=intent_id, payload=payload, size=ROW_BYTES + bytes_of(payload), owner=owner, publisher=publisher,
-            created_at=now, status="open", run_at=run_at, expires_at=expires_at, claim_attempts=0, place=place,
+            id=intent_id, payload=payload, size=ROW_BYTES + bytes_of(payload), result_size=0, owner=owner,
+            publisher=publisher, created_at=now, status="open", run_at=run_at, expires_at=expires_at, claim_attempts=0, place=place,
             lane=f"{place}\t{fields['goal']}\t{owner}", ready=int(ready), due_at=expires_at if ready else run_at)
         return cls(UNCLAIMED, **fields)
 
@@ -428,12 +429,12 @@ class Intent(Record):
         end = now + min(self.lease or LEASE_SECONDS, GRACE_SECONDS)
         return Change(None, dict(claim_expires_at=end, due_at=min(end, self.expires_at)))
 
-    def fulfilled(self, now, result, result_type):
-        """The work is done."""
+    def fulfilled(self, now, result, result_type, key_id):
+        """The work is done; the result counts for the key that reports it."""
         text = result if result_type == "text" else to_json(result)
         return Change("fulfilled", dict(
             status="fulfilled", ready=0, completed_at=now, claim_expires_at=None, due_at=None, claim_outcome="fulfilled",
-            result=text, result_type=result_type, size=self.size + bytes_of(text)))
+            result=text, result_type=result_type, result_size=bytes_of(text), claim_key=key_id))
 
     def failed(self, now, error, retry, jitter):
         """The attempt failed: open again after a backoff, or dead if no attempt is left or retry is false."""
@@ -454,8 +455,7 @@ class Intent(Record):
     def retried(self, now):
         """A dead letter starts again, with all its attempts."""
         return self._open("retried", now, now, claim_attempts=0, last_error=None, result=None, result_type=None,
-                          completed_at=None, claim_token_hash=None, expires_at=now + self.ttl,
-                          size=self.size - bytes_of(self.result))
+                          result_size=0, completed_at=None, claim_token_hash=None, expires_at=now + self.ttl)
 
     def _open(self, event, now, run_at, **columns):
         """It can be claimed from run_at on; or it is dead, if that is after its expiry."""
@@ -536,8 +536,9 @@ PLACES = """
     DELETE FROM memos WHERE kind = 'clock'     -- written in another form from now on
 """
 SIZES = """
-    ALTER TABLE intents ADD COLUMN claim_key TEXT;     -- the id of the key that claimed it
+    ALTER TABLE intents ADD COLUMN claim_key TEXT;     -- the id of the key that claimed it, or fulfilled it
     ALTER TABLE intents ADD COLUMN size INTEGER NOT NULL DEFAULT 0;     -- counted bytes, 0 if it is older than this
+    ALTER TABLE intents ADD COLUMN result_size INTEGER NOT NULL DEFAULT 0;     -- counted bytes, for claim_key
     ALTER TABLE intents ADD COLUMN lease DOUBLE PRECISION;     -- seconds, of the latest claim or extension
     ALTER TABLE intents ADD COLUMN idempotency_key TEXT;
     DROP INDEX intents_token;
@@ -940,10 +941,11 @@ DEAD_RANGE = """
     AND    (:goal IS NULL OR goal = :goal)
     AND    (:namespace IS NULL OR namespace = :namespace)
 """
-DELETE = """
+GONE = ("namespace", "publisher", "status", "size", "claim_key", "result_size", "idempotency_key")
+DELETE = f"""
     DELETE FROM intents
-    WHERE       id IN ({which})
-    RETURNING   namespace, publisher, status, size, idempotency_key
+    WHERE       id IN ({{which}})
+    RETURNING   {", ".join(GONE)}
 """
 OLD = """
     SELECT   id
@@ -1011,7 +1013,7 @@ def update_of(columns):
 
 
 class Tally(dict):
-    """The intents or values of a publisher: (number, bytes) by (namespace, status)."""
+    """What a key has stored, or the values of an owner: (number, bytes) by (namespace, status). Results have no namespace."""
 
     def add(self, namespace, status, number, size):
         """Add to the number and bytes of a kind."""
@@ -1024,7 +1026,7 @@ class Tally(dict):
 
     def namespaces(self):
         """Return the namespaces in which there are intents."""
-        return {namespace for (namespace, _), (number, _) in self.items() if number > 0}
+        return {namespace for (namespace, _), (number, _) in self.items() if namespace and number > 0}
 
     def stored_bytes(self):
         """Return the bytes of all."""
@@ -1154,7 +1156,7 @@ class Transaction(Reads):
     def insert(self, intent):
         """Store a new intent."""
         self._db.execute(INSERT, intent)
-        self.counted.append((intent.publisher, intent.namespace, intent.status, 1, intent.size))
+        self._count(intent, 1)
         self.moves.append(Move(intent, "published"))
 
     def update(self, intent, change):
@@ -1162,10 +1164,16 @@ class Transaction(Reads):
         after = Intent(intent, **change.columns)
         self._db.execute(update_of(tuple(change.columns)), after)
         if "status" in change.columns:
-            self.counted += ((intent.publisher, intent.namespace, intent.status, -1, -intent.size),
-                             (intent.publisher, intent.namespace, after.status, 1, after.size))
+            self._count(intent, -1)
+            self._count(after, 1)
         self.moves.append(Move(after, change.event))
         return after
+
+    def _count(self, intent, sign):
+        """Add an intent to the tally of its publisher, and its result to that of the key that reported it; or take them off."""
+        self.counted.append((intent.publisher, intent.namespace, intent.status, sign, sign * intent.size))
+        if intent.result_size:
+            self.counted.append((intent.claim_key, "", "result", sign, sign * intent.result_size))
 
     def due(self, now, rows):
         """Return intents that time changes by now, the longest due first."""
@@ -1218,12 +1226,13 @@ class Transaction(Reads):
 
     def _delete(self, which, for_good, **values):
         """Delete intents and, if it is for good, the memory of their idempotency keys; return their statuses."""
-        gone = list(self._rows(DELETE.format(which=which), values))
-        self.counted += [(publisher, namespace, status, -1, -size) for namespace, publisher, status, size, _ in gone]
+        gone = [Record(zip(GONE, row)) for row in self._rows(DELETE.format(which=which), values)]
+        for intent in gone:
+            self._count(intent, -1)
         if for_good:
             self._db.executemany(FORGET, [dict(kind="idempotency", owner=publisher, key=key) for publisher, key in {
-                (publisher, key) for _, publisher, _, _, key in gone} if key is not None])
-        return [status for _, _, status, _, _ in gone]
+                (intent.publisher, intent.idempotency_key) for intent in gone} if key is not None])
+        return [intent.status for intent in gone]
 
     def tally_of(self, publisher):
         """Return the Tally of a publisher before this round."""
@@ -1778,6 +1787,12 @@ def claimed_lanes(namespace, owner, goals, publisher, worker_id, capabilities):
     return tuple(dict.fromkeys(lanes))     # a goal may be named twice
 
 
+def require_at_most(most, number, words):
+    """Raise RateLimited, with words for what is counted and the cure, if an issued key has more than it may have."""
+    if number > most:
+        raise RateLimited(f"This key may have {most} {words}.", "limit_exceeded")
+
+
 def stored_result(intent):
     """Return the result of an intent as a value."""
     return json.loads(intent.result) if intent.result_type == "json" else intent.result
@@ -1867,18 +1882,21 @@ class Bus:
         return answer
 
     def _require_room(self, tx, caller):
-        """Raise RateLimited if an issued key has more now than it may have: unfinished intents, namespaces, bytes."""
-        if caller.limits is None:
-            return
-        tally, values = self._tally(tx, caller.key_id), self._tally(tx, values_of(caller.owner))
-        for number, most, words in (
-                (tally.unfinished(), caller.limits.unfinished, "unfinished intents; wait until some are done"),
-                (len(tally.namespaces()), KEY_NAMESPACES, "namespaces with intents; publish to one of these"),
-                (values.get(("", "value"), (0,))[0], KEY_VALUES, "values of its owner; delete some, or wait until some have expired"),
-                (tally.stored_bytes() + values.stored_bytes(), caller.limits.stored_bytes, "bytes stored; wait until old intents and "
-                 "values are deleted, or have the bus started with a larger --max-stored")):
-            if number > most:
-                raise RateLimited(f"This key may have {most} {words}.", "limit_exceeded")
+        """Raise RateLimited if an issued key has more now than it may have: unfinished intents, namespaces, values, bytes."""
+        if caller.limits is not None:
+            tally, values = self._tally(tx, caller.key_id), self._tally(tx, values_of(caller.owner))
+            require_at_most(caller.limits.unfinished, tally.unfinished(), "unfinished intents; wait until some are done")
+            require_at_most(KEY_NAMESPACES, len(tally.namespaces()), "namespaces with intents; publish to one of these")
+            require_at_most(KEY_VALUES, values.get(("", "value"), (0,))[0],
+                            "values of its owner; delete some, or wait until some have expired")
+            self._require_bytes(tx, caller)
+
+    def _require_bytes(self, tx, caller, of_a_report=False):
+        """Raise RateLimited if an issued key stores more bytes now than it may; for a report, whose work is done, twice that."""
+        if caller.limits is not None:
+            stored = sum(self._tally(tx, of).stored_bytes() for of in (caller.key_id, values_of(caller.owner)))
+            require_at_most(caller.limits.stored_bytes * (1 + of_a_report), stored, "bytes stored; wait until old intents, results "
+                            "and values are deleted, or have the bus started with a larger --max-stored")
 
     def _tally(self, tx, publisher):
         """Return the Tally of a publisher, with the changes of this round."""
@@ -1967,6 +1985,7 @@ class Bus:
             intent = self._claimable(tx, claim.lanes, caller.key_id, token_hash if claim.repeatable else None)
             if intent is None:
                 return None
+            self._require_bytes(tx, caller)     # there would be no room for the result
             self._note_goal(tx, caller.owner, intent.namespace, intent.goal)
             tx.after_commit(self.registry.busy, caller.key_id, claim.seen_as, intent.id)
             return self._change(tx, intent, intent.claimed(
@@ -2029,7 +2048,8 @@ class Bus:
         with self.store.transaction() as tx:
             intent = self._claimed_by(tx, intent_id, claim_token, caller, "fulfilled")
             if intent.claim_outcome is None:
-                self._change(tx, intent, intent.fulfilled(tx.now, result, result_type))
+                self._change(tx, intent, intent.fulfilled(tx.now, result, result_type, caller.key_id))
+                self._require_bytes(tx, caller, of_a_report=True)
         return Record(ok=True, id=intent_id)
 
     def fail(self, intent_id, claim_token=None, error=None, retry=True, *, caller=OWNER):
@@ -2149,7 +2169,8 @@ class Bus:
     def inspect(self, intent_id, *, caller=OWNER):
         """Return everything about an intent but its claim token."""
         intent = self.store.get(intent_id).at(self.clock.now())
-        hidden = ("claim_token_hash", "claim_key", "claim_outcome", "idempotency_key", "lease", "size", "place", "lane", "ready", "due_at")
+        hidden = ("claim_token_hash", "claim_key", "claim_outcome", "idempotency_key", "lease", "size", "result_size", "place",
+                  "lane", "ready", "due_at")
         return Record({column: value for column, value in intent.items() if column not in hidden},
                       payload=json.loads(intent.payload), result=stored_result(intent))
 
@@ -2222,7 +2243,7 @@ class Bus:
         """
         now, intents = self.clock.now(), {}
         for namespace, _, status, number, _ in self.store.tallies():
-            if status != "value":
+            if namespace:     # else these are values or results
                 states = intents.setdefault(namespace, {})
                 states[status] = states.get(status, 0) + number
         database_bytes, wal_bytes = self.store.database.sizes()
@@ -7146,7 +7167,7 @@ def bus_command(name, examples, *flags):
          flag("--rate-limit", type=positive_int, default=RATE_PER_MINUTE, help="requests a minute for each issued key"),
          flag("--max-unfinished", type=positive_int, default=UNFINISHED, help="unfinished intents for each issued key"),
          flag("--max-stored", type=positive_int, default=STORED_BYTES, metavar="BYTES",
-              help="bytes of intents, ended ones included, and of values for each issued key"),
+              help="bytes of intents, ended ones included, of results and of values for each issued key"),
          flag("--require-claim-token", action="store_true", help="refuse reports without one, as 1.x workers send"),
          flag("--require-signatures", action="store_true", help="refuse unsigned requests (BUS_REQUIRE_SIGNATURES)"),
          flag("--tls-cert", metavar="FILE", help="serve https with this certificate (PEM)"),

@@ -1755,7 +1755,7 @@ def test_an_intent_reads_both_ways():
     (lambda i: i.claimed(1000, "h", 60, "o", "k", None), None, "claimed", 0, 1060),
     (lambda i: i.claimed(1000, "h", 9999, "o", "k", None), None, "claimed", 0, 4600),
     (lambda i: i.extended(1000, 70), None, "claimed", 0, 1070),
-    (lambda i: i.fulfilled(1000, {"a": 1}, "json"), "fulfilled", "fulfilled", 0, None),
+    (lambda i: i.fulfilled(1000, {"a": 1}, "json", "k1"), "fulfilled", "fulfilled", 0, None),
     (lambda i: i.failed(1000, "no", True, 1), "failed", "open", 0, 1011),
     (lambda i: i.failed(1000, "no", False, 1), "dead", "dead", 0, None),
     (lambda i: i.released(1000, 0), "released", "open", 1, 4600),
@@ -4634,17 +4634,27 @@ def test_the_bytes_that_an_issued_key_stores_are_limited(bus, clock, store):
     limited(bus.publish, "g", text)
     bus.set("value", text)     # the owner key has no limit
     assert sum(row[4] for row in store.tallies() if row[1] == LIMITED.key_id) == sum(
-        row[0] for row in store.database.read("SELECT size FROM intents"))
+        row[0] for row in store.database.read("SELECT size + result_size FROM intents"))
 
 
-def test_a_result_counts_for_the_key_that_published(bus):
-    bus.publish("g", 1, visibility="public", caller=LIMITED)
-    claim = bus.claim("g")
-    bus.fulfill(claim.id, claim.claim_token, "x" * 10 ** 6)     # a report is never refused
-    limited(bus.publish, "g", 1)
-    bus.cancel(bus.publish("g", 1).id)
-    assert bus.purge(confirm=True).deleted == 2
-    assert bus.publish("g", 1, caller=LIMITED).status == "published"
+def test_a_result_counts_for_the_key_that_reports_it(bus):
+    worker = LIMITED._replace(key_id="k4", owner="wanda")
+    for _ in range(4):
+        bus.publish("g", 1, visibility="public", caller=LIMITED)
+    claims = [bus.claim("g", caller=worker) for _ in range(3)]
+    for claim in claims[:2]:     # the second one goes beyond the bound, since its work is done
+        bus.fulfill(claim.id, claim.claim_token, "x" * 900_000, caller=worker)
+    assert "2000000 bytes stored" in limited(bus.fulfill, claims[2].id, claims[2].claim_token, "x" * 900_000, caller=worker)
+    bus.fulfill(claims[2].id, claims[2].claim_token, caller=worker)
+    assert "1000000 bytes stored" in limited(bus.claim, "g", caller=worker)     # there would be no room for its result
+    assert bus.claim("other", caller=worker) is None
+    bus.publish("g", 1, caller=LIMITED)     # whose results these are has nothing to pay
+    claim = bus.claim("g", caller=LIMITED)     # another key may report with the token: it pays
+    bus.fulfill(claim.id, claim.claim_token, "x" * 900_000)
+    bus.publish("g", 1, caller=LIMITED)
+    bus.purge(confirm=True)
+    bus.publish("g", 1, caller=worker)
+    assert bus.claim("g", caller=worker).claim_attempts == 1
 
 
 def test_the_namespaces_and_values_of_an_issued_key_are_limited(bus, monkeypatch):
