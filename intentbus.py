@@ -4589,27 +4589,31 @@ Job = collections.namedtuple("Job", "request run since repeatable", defaults=[No
 
 
 class FairQueue:
-    """Jobs in the order in which they came, but for one account after the other: many of one delay no other."""
+    """Items in the order in which they came, but of one account after the other: many of one delay no other."""
 
-    def __init__(self):
-        self._of, self._size = collections.OrderedDict(), 0     # account: jobs, the next account first
+    def __init__(self, account_of=lambda job: job.request.account if job.request else ""):
+        self._account_of = account_of
+        self._of, self._size = collections.OrderedDict(), 0     # account: items, the next account first
 
     def __len__(self):
         return self._size
 
-    def append(self, job):
-        """Take in a job."""
-        account = job.request.account if job.request else ""
-        self._of.setdefault(account, collections.deque()).append(job)
+    def append(self, item):
+        """Take in an item."""
+        self._of.setdefault(self._account_of(item), collections.deque()).append(item)
         self._size += 1
 
-    def popleft(self):
-        """Return the next job."""
-        account, jobs = self._of.popitem(last=False)
-        if len(jobs) > 1:
-            self._of[account] = jobs
+    def popleft(self, take=collections.deque.popleft):
+        """Return the next item: the oldest of the next account."""
+        account, items = self._of.popitem(last=False)
+        if len(items) > 1:
+            self._of[account] = items
         self._size -= 1
-        return jobs.popleft()
+        return take(items)
+
+    def pop(self):
+        """Return the newest item of the next account."""
+        return self.popleft(collections.deque.pop)
 
     def since(self):
         """Return when the first job of any account was taken in."""
@@ -4874,7 +4878,7 @@ class Loop:
         self._evictable = collections.OrderedDict() # connections whose client has to send, to read or to prove a key next
         self._unproven, self._bodies = Budget(UNPROVEN_BYTES), Budget(BODIES_BYTES, KEY_BODIES_BYTES)
         self._unread, self._keeping = Budget(UNREAD_BYTES, KEY_UNREAD_BYTES), set()     # connections in the first two
-        self._shaking = {}                          # connections whose TLS handshake waits for a turn: None, the newest last
+        self._shaking = FairQueue(lambda connection: network_of(connection.peer))     # TLS handshakes that wait for a turn
         self._handshakes = self._tick_at = self._housekeeping_at = self._house_due_at = 0
         self._alarms, self._numbers = [], itertools.count()     # a heap of [when, number, function or None]
         self._handed = collections.deque()          # (function, result of a thread) for the loop
@@ -4905,14 +4909,14 @@ class Loop:
         """Receive from all ready connections, ring due alarms, answer, commit and send; wait for `longest` seconds at most."""
         timeout = min(longest, self._timeout())
         happened = self._selector.select(timeout)
-        self.now = time.monotonic()
+        self.now, self._handshakes = time.monotonic(), 0
         self._shake_hands()
         for key, events in happened:
             self._safely(key.data, events)
         turned_at, self._turned_at = self._turned_at, steady_clock()
         if self._turned_at - turned_at > timeout + STALL_SECONDS:     # the process was stopped, or the machine slept
             self.rounds.stalled = True
-        self.now, self._handshakes = time.monotonic(), 0
+        self.now = time.monotonic()
         ready, self.ready = self.ready, {}
         for connection in ready:
             if not connection.closed and connection.request is None:
@@ -5151,19 +5155,20 @@ class Loop:
                 self._unread.slowest(connection.account).close()
 
     def may_shake_hands(self, connection):
-        """Count a TLS handshake; return whether there is time for it in this turn. It gets its turn, the newest first."""
+        """Count a TLS handshake; return whether there is time for it in this turn; else it is queued, by address, the newest first."""
         self._handshakes += 1
         if self._handshakes > HANDSHAKES:
-            self._shaking[connection] = None
+            self._shaking.append(connection)
             self.watch(connection, 0)     # the selector would tell of all of them in each turn
         return self._handshakes <= HANDSHAKES
 
     def _shake_hands(self):
         """Go on with handshakes that waited for a turn."""
         for _ in range(min(HANDSHAKES, len(self._shaking))):
-            connection, _ = self._shaking.popitem()
-            self.watch(connection, READ)
-            self._safely(connection.on_event, READ)
+            connection = self._shaking.pop()
+            if not connection.closed:
+                self.watch(connection, READ)
+                self._safely(connection.on_event, READ)
 
     def watch(self, connection, events):
         """Have the selector tell a connection of these events."""
@@ -5199,7 +5204,6 @@ class Loop:
         self._disarm(connection)
         self.release(connection)
         self._evictable.pop(connection, None)
-        self._shaking.pop(connection, None)
         self.keep(connection, None, 0)
         self._unread.take(connection, "", 0)
         self._connections.discard(connection)

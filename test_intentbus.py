@@ -7048,6 +7048,50 @@ def test_a_client_without_tls_is_cut_off_and_blocks_no_other(encrypted, certific
         assert IntentClient(encrypted.url, KEY, ca=certificates[0][0]).publish("g", 1).status == "published"
 
 
+@functools.lru_cache(maxsize=None)
+def hello(name):
+    """Return the first bytes of a TLS client that asks for a name."""
+    outgoing = ssl.MemoryBIO()
+    with contextlib.suppress(ssl.SSLWantReadError):
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname=name).do_handshake()
+    return outgoing.read()
+
+
+def test_queued_items_of_many_accounts_take_turns():
+    items = intentbus.FairQueue(lambda item: item[0])
+    for item in ("a1", "a2", "a3", "b1", "b2", "c1"):
+        items.append(item)
+    assert [items.popleft(), items.pop(), items.pop(), items.pop(), items.pop()] == ["a1", "b2", "c1", "a3", "b1"]
+    items.append("b3")
+    assert [items.pop(), items.pop(), len(items)] == ["a2", "b3", 0]
+
+
+@LINUX     # all of 127.0.0.0/8 is this machine
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.2"])
+def test_a_flood_of_handshakes_delays_a_client_by_few_of_them(encrypted, address, monkeypatch):
+    gate, order, decrypt = threading.Event(), [], intentbus.Tls.decrypt
+
+    def spy(tls, data):
+        order.append(bytes(data))
+        gate.wait(PATIENCE_SECONDS)     # the first one holds up the loop until all have come
+        return decrypt(tls, data)
+    monkeypatch.setattr(intentbus.Tls, "decrypt", spy)
+    with contextlib.ExitStack() as clients:
+        def connect(name, source="127.0.0.1"):
+            sock = clients.enter_context(socket.create_connection(("127.0.0.1", encrypted.port), PATIENCE_SECONDS, (source, 0)))
+            sock.sendall(hello(name))
+            return sock
+        flood = [connect("flood")]
+        wait_until(lambda: order)
+        flood += [connect("flood") for _ in range(99)]
+        client = connect("client", address)
+        gate.set()
+        assert client.recv(1)
+        for sock in flood:
+            assert sock.recv(1)     # each has its turn
+    assert [b"client" in data for data in order].index(True) < 5 * intentbus.HANDSHAKES
+
+
 def test_tls_from_the_command_line(tmp_path, certificates):
     cert, key = certificates[0]
     serve = Serve(tmp_path, "--tls-cert", cert, "--tls-key", key)
