@@ -1979,17 +1979,20 @@ class Bus:
 
     def take(self, claim, caller):
         """Claim the first intent that a Claim may have, and return it as it is stored; None if there is none."""
-        token_hash = hash_token(claim.token)
         with self.store.transaction() as tx:
-            tx.after_commit(self.registry.see, tx.now, caller, claim.seen_as, claim.namespace, claim.goals, claim.version)
-            intent = self._claimable(tx, claim.lanes, caller.key_id, token_hash if claim.repeatable else None)
-            if intent is None:
-                return None
-            self._require_bytes(tx, caller)     # there would be no room for the result
-            self._note_goal(tx, caller.owner, intent.namespace, intent.goal)
-            tx.after_commit(self.registry.busy, caller.key_id, claim.seen_as, intent.id)
-            return self._change(tx, intent, intent.claimed(
-                tx.now, token_hash, claim.lease, caller.owner, caller.key_id, claim.worker_id))
+            return self._take(tx, claim, caller)
+
+    def _take(self, tx, claim, caller):
+        token_hash = hash_token(claim.token)
+        tx.after_commit(self.registry.see, tx.now, caller, claim.seen_as, claim.namespace, claim.goals, claim.version)
+        intent = self._claimable(tx, claim.lanes, caller.key_id, token_hash if claim.repeatable else None)
+        if intent is None:
+            return None
+        self._require_bytes(tx, caller)     # there would be no room for the result
+        self._note_goal(tx, caller.owner, intent.namespace, intent.goal)
+        tx.after_commit(self.registry.busy, caller.key_id, claim.seen_as, intent.id)
+        return self._change(tx, intent, intent.claimed(
+            tx.now, token_hash, claim.lease, caller.owner, caller.key_id, claim.worker_id))
 
     def _note_goal(self, tx, *served):
         """Put on record that an owner has had a worker for a goal: owner, namespace, goal."""
@@ -2041,7 +2044,9 @@ class Bus:
             intent = self._change(tx, intent, intent.extended(tx.now, seconds))
         return Record(ok=True, id=intent_id, extended_by=seconds, claim_expires_at=intent.claim_expires_at)
 
-    def fulfill(self, intent_id, claim_token=None, result=None, result_type="json", *, caller=OWNER):
+    # With next_claim, a Claim, a report claims the next intent in its transaction: the answer has what take() returns as next.
+
+    def fulfill(self, intent_id, claim_token=None, result=None, result_type="json", *, next_claim=None, caller=OWNER):
         """Report the work done, with its result: any JSON value, or a string with result_type "text"."""
         if result_type == "text" and not isinstance(result, str):
             raise Invalid('result must be a string when result_type is "text".', code="invalid_result")
@@ -2050,9 +2055,9 @@ class Bus:
             if intent.claim_outcome is None:
                 self._change(tx, intent, intent.fulfilled(tx.now, result, result_type, caller.key_id))
                 self._require_bytes(tx, caller, of_a_report=True)
-        return Record(ok=True, id=intent_id)
+            return self._with_next(tx, Record(ok=True, id=intent_id), next_claim, caller)
 
-    def fail(self, intent_id, claim_token=None, error=None, retry=True, *, caller=OWNER):
+    def fail(self, intent_id, claim_token=None, error=None, retry=True, *, next_claim=None, caller=OWNER):
         """Report the work failed: it is tried again after a backoff, or dead if no attempt is left or retry is false."""
         reason = error if isinstance(error, str) else to_json(error)
         reason = "The worker gave no reason." if error in (None, "") else reason[:ERROR_CHARACTERS]
@@ -2061,15 +2066,22 @@ class Bus:
             if intent.claim_outcome is None:
                 jitter = self._jitter() * BACKOFF_JITTER_SECONDS
                 intent = self._change(tx, intent, intent.failed(tx.now, reason, retry, jitter))
-        return self._outcome(intent)
+            return self._with_next(tx, self._outcome(intent), next_claim, caller)
 
-    def release(self, intent_id, claim_token=None, delay=0, *, caller=OWNER):
+    def release(self, intent_id, claim_token=None, delay=0, *, next_claim=None, caller=OWNER):
         """Hand an intent back as if it had not been claimed; it can be claimed again after a delay in seconds."""
         with self.store.transaction() as tx:
             intent = self._claimed_by(tx, intent_id, claim_token, caller, "released")
             if intent.claim_outcome is None:
                 intent = self._change(tx, intent, intent.released(tx.now, delay))
-        return self._outcome(intent)
+            return self._with_next(tx, self._outcome(intent), next_claim, caller)
+
+    def _with_next(self, tx, answer, next_claim, caller):
+        if next_claim:
+            answer["next"] = None
+            with contextlib.suppress(RateLimited):     # which would refuse the report, too
+                answer["next"] = self._take(tx, next_claim, caller)
+        return answer
 
     # -- Looking --
 
@@ -3147,23 +3159,27 @@ OPTIONAL = ("target_worker", "required_capability", "idempotency_key")
 IDEMPOTENCY = Fields({"idempotency_key": (text_of(1, 255), None)}, optional=OPTIONAL)
 PUBLISH = Fields({**INTENT, "idempotency_key": (text_of(1, 255), None)}, optional=OPTIONAL)
 PUBLISH_OF_MANY = Fields(INTENT, optional=OPTIONAL)     # one of several, which share an idempotency key
-CLAIM = Fields({
+CLAIM_QUERY = {
     "goal": (list_of(text_of(1, 256)), None),
     "namespace": (namespace_word, "default"),
     "publisher": GOAL,
     "worker_id": (label, None),
     "capabilities": (labels, ()),
     "capability": (labels, ()),     # another name of it in the 1.x protocol
-    "wait": WAIT_SECONDS,
     "lease": (from_query(number_from(*LEASE_RANGE_SECONDS)), LEASE_SECONDS),
-}, optional=("namespace", "publisher", "worker_id", "capabilities", "capability"))
-CLAIM_BODY = Fields({"claim_token": (text_of(32, 64), None)})     # one of the client's own, for a claim that can be repeated
-CLAIM_HEADERS = Fields({"worker_id": (label, None), "capabilities": (labels, ()), "claim_token": (text_of(32, 64), None)},
+}
+BLANKS = ("namespace", "publisher", "worker_id", "capabilities", "capability")
+CLAIM = Fields({**CLAIM_QUERY, "wait": WAIT_SECONDS}, optional=BLANKS)
+NEXT_CLAIM = Fields({**CLAIM_QUERY, "next": (choice("1"), REQUIRED)}, optional=BLANKS)     # in a report
+OWN_TOKEN = (text_of(32, 64), None)     # one of the client's own, for a claim that can be repeated
+CLAIM_BODY = Fields({"claim_token": OWN_TOKEN})
+CLAIM_HEADERS = Fields({"worker_id": (label, None), "capabilities": (labels, ()), "claim_token": OWN_TOKEN},
                        optional=("worker_id", "capabilities"))
+REPORT = {"claim_token": TOKEN, "next_token": OWN_TOKEN}     # next_token: for the claim of the next intent
 EXTEND = Fields({"claim_token": TOKEN, "seconds": (number_from(0, YEAR_SECONDS), LEASE_SECONDS)}, strict=False)
-FULFILL = Fields({"claim_token": TOKEN, "result": (anything, None), "result_type": (choice("json", "text"), "json")}, strict=False)
-FAIL = Fields({"claim_token": TOKEN, "error": (anything, None), "retry": (boolean, True)}, strict=False)
-RELEASE = Fields({"claim_token": TOKEN, "delay": (number_from(0, YEAR_SECONDS), 0)}, strict=False)
+FULFILL = Fields({**REPORT, "result": (anything, None), "result_type": (choice("json", "text"), "json")}, strict=False)
+FAIL = Fields({**REPORT, "error": (anything, None), "retry": (boolean, True)}, strict=False)
+RELEASE = Fields({**REPORT, "delay": (number_from(0, YEAR_SECONDS), 0)}, strict=False)
 RESULT = Fields({"wait": WAIT_SECONDS}, strict=False)
 EVENTS_QUERY = Fields({"after": (from_query(integer_from(0, 2 ** 49)), None), "wait": WAIT_SECONDS}, strict=False)
 LIST = Fields({
@@ -3656,20 +3672,25 @@ def publish_many_endpoint(api, request):
 
 def claim_endpoint(api, request):
     fields = request.parameters(CLAIM)
-    wanted = api.bus.wanted(
-        fields["goal"], namespace=fields["namespace"], publisher=api.keys.owner_of(fields["publisher"], request),
-        lease=fields["lease"], caller=request.caller, **claiming_worker(request, fields))
+    wanted = wanted_in(api, request, fields, request.body and validate(CLAIM_BODY, request.json())["claim_token"])
     return api.hold(request, wanted.lanes, fields["wait"], functools.partial(take_intent, api, request, wanted),
                     functools.partial(nothing_to_claim, api, request, wanted))
+
+
+def wanted_in(api, request, fields, token):
+    """Return the Claim that a query describes, with a token of the client's own from the body."""
+    return api.bus.wanted(
+        fields["goal"], namespace=fields["namespace"], publisher=api.keys.owner_of(fields["publisher"], request),
+        lease=fields["lease"], caller=request.caller, **claiming_worker(request, fields, token or None))
 
 
 CLAIM_NAMES = {"worker_id": ("x-worker-id",), "claim_token": ("x-claim-token",),
                "capabilities": ("x-worker-capabilities", "x-worker-capability")}     # headers of older clients
 
 
-def claiming_worker(request, fields):
+def claiming_worker(request, fields, token):
     """Return how the worker of a claim describes itself: in the query and the body or, as older clients do, in headers."""
-    headers, token = request.headers, request.body and validate(CLAIM_BODY, request.json())["claim_token"] or None
+    headers = request.headers
     told = dict(claim_token=token, worker_id=fields["worker_id"], capabilities=fields["capabilities"] or fields["capability"])
     in_headers = {field: headers[name] for field, names in CLAIM_NAMES.items() for name in reversed(names) if name in headers}
     if in_headers:
@@ -3680,17 +3701,34 @@ def claiming_worker(request, fields):
 
 
 def take_intent(api, request, wanted):
-    """Answer a claim if there is an intent for it.
+    """Answer a claim if there is an intent for it."""
+    intent = api.bus.take(wanted, request.caller)
+    return intent and (200, JsonText(claimed_text(intent, wanted)))
 
-    Its payload is sent as it is stored, neither parsed nor encoded, and before the token: a worker without a JSON
+
+def claimed_text(intent, wanted):
+    """Return the JSON text that hands an intent to its worker.
+
+    The payload stands there as it is stored, neither parsed nor encoded, and before the token: a worker without a JSON
     parser takes the last token in the text.
     """
-    intent = api.bus.take(wanted, request.caller)
-    if intent is None:
-        return None
     naming, told = intent.pick(NAMING_FIELDS), intent.pick(CLAIM_FIELDS)
     told.update(claim_token=wanted.token, claim_timeout=int(wanted.lease))
-    return 200, JsonText(f'{to_json(naming)[:-1]},"payload":{intent.payload},{to_json(told)[1:]}')
+    return f'{to_json(naming)[:-1]},"payload":{intent.payload},{to_json(told)[1:]}'
+
+
+def reporting(verb, fields):
+    """Return the endpoint of a report, which claims the next intent, too, if its query says next=1."""
+    def endpoint(api, request, intent_id):
+        body = request.fields(fields)
+        token = body.pop("next_token")
+        if "next=1" not in request.query.split("&"):
+            return 200, getattr(api.bus, verb)(intent_id, **body, caller=request.caller)
+        wanted = wanted_in(api, request, request.parameters(NEXT_CLAIM), token)
+        answer = getattr(api.bus, verb)(intent_id, **body, next_claim=wanted, caller=request.caller)
+        intent = answer.pop("next")
+        return 200, JsonText(f'{to_json(answer)[:-1]},"next":{claimed_text(intent, wanted) if intent else "null"}}}')
+    return endpoint
 
 
 def nothing_to_claim(api, request, wanted):
@@ -3809,9 +3847,9 @@ ROUTES = (
     ("POST", "/intents",                "publish", publish_many_endpoint),
     ("POST", "/claim",                  "work",    claim_endpoint),
     ("POST", "/extend_claim/*",         "work",    with_body("extend_claim", EXTEND)),
-    ("POST", "/fulfill/*",              "work",    with_body("fulfill", FULFILL)),
-    ("POST", "/fail/*",                 "work",    with_body("fail", FAIL)),
-    ("POST", "/release/*",              "work",    with_body("release", RELEASE)),
+    ("POST", "/fulfill/*",              "work",    reporting("fulfill", FULFILL)),
+    ("POST", "/fail/*",                 "work",    reporting("fail", FAIL)),
+    ("POST", "/release/*",              "work",    reporting("release", RELEASE)),
     ("GET",  "/status/*",               "look",    with_query("get_status", ANYTHING)),
     ("GET",  "/result/*",               "look",    result_endpoint),
     ("GET",  "/intents",                "look",    with_query("list", LIST)),
@@ -5799,6 +5837,8 @@ UNSURE = (anything, None)     # may be missing, as it is at older buses, and is 
 ANSWER_ID = (must_be("an id", lambda value: isinstance(value, str) and re.fullmatch("[0-9A-Za-z_-]{1,128}", value)), REQUIRED)
 DONE = (must_be("true", lambda value: value is True), REQUIRED)
 REPORTED = answer_of(ok=DONE, id=ANSWER_ID, status=UNSURE)
+CLAIMED = answer_of(id=ANSWER_ID, goal=TEXT, payload=UNSURE, claim_token=(string, None), claim_attempts=(COUNT[0], None))
+ENDED = answer_of(ok=DONE, id=ANSWER_ID, status=UNSURE, next=(lambda value: value and CLAIMED(value), None))
 STATE = answer_of(id=ANSWER_ID, status=TEXT, last_error=UNSURE)
 LISTED_INTENT = answer_of(id=ANSWER_ID, status=TEXT, goal=TEXT, claim_attempts=COUNT, max_attempts=COUNT, created_at=MOMENT,
                           last_error=UNSURE)
@@ -5810,11 +5850,11 @@ API_KEY = (must_be("a key", lambda value: isinstance(value, str) and re.fullmatc
 ANSWERS = {     # of a bus, to a method and path: an answer without these fields comes from another server
     "POST /intent": answer_of(id=ANSWER_ID, status=UNSURE, never_claimed=UNSURE),
     "POST /intents": answer_of(ids=(array_of(ANSWER_ID[0]), REQUIRED)),
-    "POST /claim": answer_of(id=ANSWER_ID, goal=TEXT, payload=UNSURE, claim_token=(string, None), claim_attempts=(COUNT[0], None)),
+    "POST /claim": CLAIMED,
     "POST /extend_claim/*": REPORTED,
-    "POST /fulfill/*": REPORTED,
-    "POST /fail/*": REPORTED,
-    "POST /release/*": REPORTED,
+    "POST /fulfill/*": ENDED,
+    "POST /fail/*": ENDED,
+    "POST /release/*": ENDED,
     "GET /status/*": STATE,
     "GET /result/*": answer_of(id=ANSWER_ID, status=TEXT, last_error=UNSURE, result=UNSURE),
     "GET /intents": answer_of(intents=(array_of(LISTED_INTENT), REQUIRED), next=(ANSWER_ID[0], None)),
@@ -6013,34 +6053,41 @@ class Spooler:
                     self._flush()
             yield
 
-    def report(self, path, body, intent_id):
-        """Send an outcome; a transient error leaves it in the spool and is raised."""
+    def report(self, path, body, intent_id, send):
+        """Have send() report an outcome; a transient error leaves it in the spool and is raised."""
         try:
             number = self.spool.add(**self._mine, path=path, body=encode_body(body).decode(), intent_id=intent_id)
         except SetupError:     # an outcome that cannot be stored can still be sent
-            return self._client.request("POST", path, body)
+            return send()
         self.reporting.add(number)
         try:
             with self._removing(number):
-                return self._client.request("POST", path, body)
+                answer = send()
         finally:
             self.reporting.discard(number)
+        if answer.next and self._is_done(answer.next):
+            answer["next"] = None
+        return answer
 
     def claim(self, claim_next):
         """Return the first intent of claim_next() without an outcome in the spool; report the outcomes of the others."""
         if self._due():
             with contextlib.suppress(Error):     # a refused publish must not keep this machine from working
                 self.flush()
-        while intent := claim_next():
-            try:
-                outcome = self.spool.outcome_of(self._client.base_url, intent.id)
-            except SetupError:
-                self._client.release(intent.id, intent.claim_token)
-                raise
-            if not outcome:
-                return intent
+        while (intent := claim_next()) and self._is_done(intent):
+            pass
+        return intent
+
+    def _is_done(self, intent):
+        """Return whether the spool has the outcome of an intent that was just claimed; it is reported then."""
+        try:
+            outcome = self.spool.outcome_of(self._client.base_url, intent.id)
+        except SetupError:
+            self._client.release(intent.id, intent.claim_token)
+            raise
+        if outcome:
             self._send_outcome(outcome, claim_token=intent.claim_token)
-        return None
+        return bool(outcome)
 
     def flush(self):
         """Send the requests in the spool; return how many the bus accepted, or raise the first error that left one waiting."""
@@ -6182,35 +6229,48 @@ class IntentClient:
 
         A claim whose answer is lost is repeated; with a claim_token, 32 to 64 random characters, by the caller only.
         """
-        query = dict(goal=goal, namespace=namespace or self.namespace, worker_id=worker_id, lease=lease,
-                     publisher=self._key_id if publisher == self._key else publisher,
-                     capabilities=",".join(capabilities) or None)
+        query = self._claim_query(goal, namespace, publisher, worker_id, capabilities, lease)
         def send():
             token = claim_token or os.urandom(16).hex()
             return self.request("POST", "/claim", dict(claim_token=token), query=query, wait=wait,
                                 retries=0 if claim_token else RETRIES)
         return self._spooler.claim(send) if self._spooler else send()
 
+    def _claim_query(self, goal=None, namespace=None, publisher=None, worker_id=None, capabilities=(), lease=None):
+        return dict(goal=goal, namespace=namespace or self.namespace, worker_id=worker_id, lease=lease,
+                    publisher=self._key_id if publisher == self._key else publisher,
+                    capabilities=",".join(capabilities) or None)
+
     def extend_claim(self, intent_id, claim_token=None, seconds=LEASE_SECONDS):
         """Extend a lease, so that it ends seconds from now; raises NotFound if it is lost."""
         return self.request("POST", f"/extend_claim/{intent_id}", dict(claim_token=claim_token, seconds=seconds), retries=0)
 
-    def fulfill(self, intent_id, claim_token=None, result=None, result_type="json"):
-        """Report that the work is done."""
-        return self._report("fulfill", intent_id, claim_token=claim_token, result=result, result_type=result_type)
+    def fulfill(self, intent_id, claim_token=None, result=None, result_type="json", next_claim=None):
+        """Report that the work is done.
 
-    def fail(self, intent_id, claim_token=None, error=None, retry=True):
-        """Report that the work has failed; with retry=False the intent is dead at once."""
-        return self._report("fail", intent_id, claim_token=claim_token, error=error, retry=retry)
+        With next_claim, arguments of claim() but wait, the same request claims: next of the answer is an intent or None.
+        """
+        return self._report("fulfill", intent_id, next_claim, self._spooler, claim_token=claim_token, result=result,
+                            result_type=result_type)
 
-    def _report(self, verb, intent_id, **body):
-        if self._spooler:
-            return self._spooler.report(f"/{verb}/{intent_id}", body, intent_id)
-        return self.request("POST", f"/{verb}/{intent_id}", body)
+    def fail(self, intent_id, claim_token=None, error=None, retry=True, next_claim=None):
+        """Report that the work has failed; with retry=False the intent is dead at once. next_claim is as in fulfill()."""
+        return self._report("fail", intent_id, next_claim, self._spooler, claim_token=claim_token, error=error, retry=retry)
 
-    def release(self, intent_id, claim_token=None, delay=0):
+    def release(self, intent_id, claim_token=None, delay=0, next_claim=None):
         """Hand an intent back without counting the attempt; it can be claimed again after delay seconds."""
-        return self.request("POST", f"/release/{intent_id}", dict(claim_token=claim_token, delay=delay))
+        return self._report("release", intent_id, next_claim, None, claim_token=claim_token, delay=delay)
+
+    def _report(self, verb, intent_id, next_claim, spooler, **body):
+        path, wanted = f"/{verb}/{intent_id}", dict(next_claim or ())
+        token = wanted.pop("claim_token", None) or os.urandom(16).hex()
+
+        def send():
+            if next_claim is None:
+                return self.request("POST", path, body)
+            return self.request("POST", path, dict(body, next_token=token), headers={"X-Claim-Token": token},
+                                query=dict(self._claim_query(**wanted), next=1))
+        return spooler.report(path, body, intent_id, send) if spooler else send()
 
     def get_status(self, intent_id):
         """Return the state of an intent."""
@@ -6429,7 +6489,7 @@ class Worker:
                  drain=False, poll=POLL_SECONDS, on_message=lambda sentence: None, **claim):
         self._bus = bus
         self._handler = handler
-        self._claim = functools.partial(bus.claim, goal, lease=lease, **claim)
+        self._wanted = dict(claim, goal=goal, lease=lease)
         self._lease_seconds = lease
         self._drain = drain
         self._poll = poll
@@ -6437,7 +6497,7 @@ class Worker:
         self._jobs = threading.Semaphore(max_jobs or sys.maxsize)     # one permit for each intent that may still be claimed
         self._deadline = time.monotonic() + (max_time or float("inf"))
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(concurrency)]
-        self._running = {}     # lease: intent
+        self._running = {}     # thread: (lease, intent)
         self._ended = queue.SimpleQueue()     # gets an item when a handler or a thread ends, to wake run()
         self._over = []                       # an item for each thread that has ended, save its last steps
         self._stopping = threading.Event()
@@ -6474,11 +6534,11 @@ class Worker:
         if self._running:
             self._log(f"finishing {len(self._running)} more; interrupt again to release them")
         self._wait_while(lambda: self._running and len(self.signals) < 2)
-        for lease in list(self._running):
+        for lease, _ in list(self._running.values()):
             lease.broken = lease.broken or "stopped"
         grace = getattr(self._handler, "kill_after", KILL_AFTER_SECONDS)
         self._wait_while(lambda: self._running, grace + PIPE_SECONDS + 3 * WATCH_SECONDS)
-        for intent in list(self._running.values()):     # their handlers are Python functions, which cannot be killed
+        for _, intent in list(self._running.values()):     # their handlers are Python functions, which cannot be killed
             self._report(intent, "release")
 
     def _wait_while(self, condition, seconds=float("inf")):
@@ -6495,13 +6555,13 @@ class Worker:
         """Run in each thread: claim intents and process them until the worker ends."""
         try:
             while not self._is_over() and self._jobs.acquire(blocking=False):
-                intent = self._claim_next()
+                intent = self._claim_next(os.urandom(16).hex())
                 if intent:
                     self._process(intent)
-                elif self._drain:
+                    continue
+                self._jobs.release()
+                if self._drain:
                     return
-                else:
-                    self._jobs.release()
         except Exception as error:
             self._stop(error)
         finally:
@@ -6516,16 +6576,15 @@ class Worker:
     def _is_over(self):
         return self._stopping.is_set() or time.monotonic() >= self._deadline
 
-    def _claim_next(self):
-        """Return a claimed intent, or None if a wait brought none."""
+    def _claim_next(self, token):
+        """Return an intent that is claimed with a token, or None if a wait brought none."""
         if self._drain:
-            return self._claim()
+            return self._bus.claim(**self._wanted, claim_token=token)
         started = time.monotonic()
         wait = max(0, min(CLAIM_WAIT_SECONDS, self._deadline - started))
-        token = os.urandom(16).hex()
         while True:     # always with the same token, in case a lost answer had claimed an intent
             try:
-                intent = self._claim(wait=wait, claim_token=token)
+                intent = self._bus.claim(**self._wanted, wait=wait, claim_token=token)
                 break
             except TRANSIENT as error:
                 self._log(f"{error} Trying again.")
@@ -6537,20 +6596,26 @@ class Worker:
         return intent
 
     def _process(self, intent):
-        """Run the handler for an intent and report the outcome."""
-        lease = Lease(self._bus, intent, self._lease_seconds)
-        self._running[lease] = intent
+        """Run the handler for an intent and report the outcome; then go on with the intent that the report has claimed."""
+        thread = threading.get_ident()
         try:
-            verb, details = ("release", {}) if self._stopping.is_set() else self._run_handler(intent, lease)
-            if lease.broken == "lost":
-                self._log(f"{intent.id} lost: it was cancelled, or its lease ran out before the handler ended")
-            elif lease.broken and verb != "fulfill":     # finished work is reported even then
-                self._report(intent, "release")
-            else:
-                self._report(intent, verb, **details)
+            while intent:
+                lease = Lease(self._bus, intent, self._lease_seconds)
+                self._running[thread] = lease, intent     # in place of the last one: with no moment between, run() waits for it
+                intent = self._process_one(intent, lease)
         finally:
-            del self._running[lease]
+            del self._running[thread]
             self._ended.put(None)
+
+    def _process_one(self, intent, lease):
+        verb, details = ("release", {}) if self._stopping.is_set() else self._run_handler(intent, lease)
+        if lease.broken == "lost":
+            self._log(f"{intent.id} lost: it was cancelled, or its lease ran out before the handler ended")
+        elif verb == "release" or lease.broken and verb != "fulfill":     # finished work is reported even then
+            self._report(intent, "release")
+        else:
+            return self._report_and_claim(intent, verb, details)
+        return None
 
     def _run_handler(self, intent, lease):
         """Run the handler; return the verb of the bus that reports the outcome, and its arguments."""
@@ -6566,10 +6631,25 @@ class Worker:
             self._stop(error)
             return "release", {}
 
+    def _report_and_claim(self, intent, verb, details):
+        """Report an outcome and, if the worker goes on, claim the next intent with it; return that one, or None."""
+        if self._is_over() or not self._jobs.acquire(blocking=False):
+            self._report(intent, verb, **details)
+            return None
+        token = os.urandom(16).hex()
+        answer = self._report(intent, verb, **details, next_claim=dict(self._wanted, claim_token=token))
+        # an answer that was lost may have claimed an intent
+        following = self._claim_next(token) if isinstance(answer, TRANSIENT) else answer and answer.next
+        if not following:
+            self._jobs.release()
+        return following
+
     def _report(self, intent, verb, **details):
+        """Report an outcome; return the answer, the transient error in its place, or None."""
         try:
-            getattr(self._bus, verb)(intent.id, intent.claim_token, **details)
+            answer = getattr(self._bus, verb)(intent.id, intent.claim_token, **details)
             self._log(f"{intent.id} {PAST_TENSES[verb]}" + (f": {details['error']}" if verb == "fail" else ""))
+            return answer
         except NotFound:
             self._log(f"{intent.id} lost: it was cancelled, or its lease ran out before the report")
         except (Invalid, PayloadTooLarge) as error:
@@ -6580,6 +6660,8 @@ class Worker:
             kept = verb != "release" and isinstance(error, TRANSIENT) and getattr(self._bus, "spool", None)
             consequence = "the spool keeps it and reports it later" if kept else "the intent will be done again"
             self._log(f"{intent.id} {verb} could not be reported; {consequence}: {error}")
+            return error
+        return None
 
 
 def listen(bus, goal, handler, *, full_envelope=False, **options):

@@ -3349,6 +3349,22 @@ def test_a_report_may_be_repeated_but_not_contradicted(bus, verb, others):
     assert bus.get_status(intent.id) == status
 
 
+@pytest.mark.parametrize("verb", ["fulfill", "fail", "release"])
+def test_a_report_claims_the_next_intent_in_its_commit(bus, verb):
+    for goal in "gh":
+        bus.publish(goal, 1)
+    intent, commits = bus.claim("g"), []
+    bus.on_news = commits.append
+    wanted = bus.wanted("h", claim_token="t" * 32)
+    found = getattr(bus, verb)(intent.id, intent.claim_token, next_claim=wanted)
+    assert found.next.goal == "h" and [[move.intent.goal for move in moves] for moves in commits] == [["g", "h"]]
+    again = getattr(bus, verb)(intent.id, intent.claim_token, next_claim=wanted)
+    assert (again.next.id, again.next.claim_attempts) == (found.next.id, 1)
+    with pytest.raises(intentbus.NotFound):
+        getattr(bus, verb)(intent.id, "another", next_claim=bus.wanted())
+    assert getattr(bus, verb)(intent.id, intent.claim_token, next_claim=bus.wanted("none")).next is None
+
+
 @pytest.mark.parametrize("attempts", [1, 2])
 def test_a_report_without_a_token_outlasts_the_lease(bus, clock, attempts):
     intent_id = bus.publish("g", 1, visibility="public", max_attempts=attempts).id
@@ -4648,6 +4664,8 @@ def test_a_result_counts_for_the_key_that_reports_it(bus):
     bus.fulfill(claims[2].id, claims[2].claim_token, caller=worker)
     assert "1000000 bytes stored" in limited(bus.claim, "g", caller=worker)     # there would be no room for its result
     assert bus.claim("other", caller=worker) is None
+    held = bus.claim("g")
+    assert bus.release(held.id, held.claim_token, next_claim=bus.wanted("g", caller=worker), caller=worker).next is None
     bus.publish("g", 1, caller=LIMITED)     # whose results these are has nothing to pay
     claim = bus.claim("g", caller=LIMITED)     # another key may report with the token: it pays
     bus.fulfill(claim.id, claim.claim_token, "x" * 900_000)
@@ -5484,6 +5502,42 @@ def test_a_sent_body_over_the_limit_is_refused_with_its_reason(strict):
     assert_refusal(strict.ask("POST", "/intent", b"[" * 3_000_000), 413, "payload_too_large", str(256 * 1024))
 
 
+# -- The next intent --
+
+@pytest.mark.parametrize("verb", ["fulfill", "fail", "release"])
+def test_a_report_answers_the_next_intent_as_a_claim_does(served, verb):
+    served.publish()
+    claim, token = served.ask("POST", "/claim?goal=g").json, "t" * 32
+    following = served.publish(priority=200, payload="next")     # before one that is released
+    path = f"/{verb}/{claim['id']}?goal=g&worker_id=w&lease=30&next=1"
+    found = served.ask("POST", path, dict(claim_token=claim["claim_token"]), X_Claim_Token=token).json["next"]
+    assert list(found) == list(claim) and (found["claim_token"], found["claim_timeout"]) == (token, 30)
+    assert (found["id"], found["payload"]) == (following, "next")
+    again = served.ask("POST", path, dict(claim_token=claim["claim_token"], next_token=token)).json["next"]
+    assert again["id"] == following and again["claim_attempts"] == 1
+    path = path.replace("goal=g", "goal=none")
+    assert served.ask("POST", path, dict(claim_token=claim["claim_token"])).json["next"] is None
+
+
+@pytest.mark.parametrize("query, headers, body, words", [
+    ("next=1&gaol=g", {}, {}, "gaol"), ("next=1&wait=5", {}, {}, "wait"), ("next=1&lease=x", {}, {}, "lease"),
+    ("next=1&next=1", {}, {}, "twice"), ("next=1", {"X_Claim_Token": "short"}, {}, "claim_token"),
+    ("next=1", {}, {"next_token": "short"}, "next_token"),
+    ("next=1", {"X_Claim_Token": "t" * 32}, {"next_token": "u" * 32}, "claim_token is not what the header says"),
+    ("next=1", {"X_Worker_ID": "w"}, {"next_token": "u" * 32}, "worker_id is not what the header says"),
+])
+def test_a_wrong_claim_of_the_next_intent_refuses_the_report(served, query, headers, body, words):
+    served.publish()
+    claim = served.ask("POST", "/claim").json
+    report = dict(body, claim_token=claim["claim_token"])
+    refused = served.ask("POST", f"/fulfill/{claim['id']}?{query}", report, **headers)
+    assert refused.status == 400 and words in refused.json["error"]["message"]
+    assert served.client.get_status(claim["id"]).status == "claimed"
+    plain = served.ask("POST", f"/fulfill/{claim['id']}?{query.replace('next=1', 'next=0')}", report if not body else dict(
+        claim_token=claim["claim_token"]), **headers)
+    assert plain.json == {"ok": True, "id": claim["id"]}, "without next=1, the query is ignored"
+
+
 # -- Bulk --
 
 def ndjson(bus, *lines, **headers):
@@ -5640,8 +5694,8 @@ def test_a_value_is_forgotten_in_time_and_its_lock_is_free(started, clock, targe
 ])
 def test_the_defaults_of_a_request_are_those_of_the_bus(verb, fields):
     parameters = inspect.signature(getattr(Bus, verb)).parameters
-    defaults = {name: parameters[name].default for name in fields.defaults}
-    assert defaults == fields.defaults
+    wanted = {name: default for name, default in fields.defaults.items() if name != "next_token"}     # of the claim of the next one
+    assert {name: parameters[name].default for name in wanted} == wanted
 
 
 def test_each_owner_has_values_of_its_own(started):
@@ -8416,15 +8470,56 @@ def test_a_worker_continues_when_the_bus_comes_back(served, impatient, monkeypat
     assert running() and done == ["there"]
 
 
+class Recording(IntentClient):
+    """A client that records its requests: (verb, answer)."""
+
+    def request(self, method, path, *arguments, **options):
+        answer = super().request(method, path, *arguments, **options)
+        vars(self).setdefault("requests", []).append((path.split("/")[1], answer))
+        return answer
+
+
+@pytest.mark.parametrize("options, asked", [
+    (dict(drain=True), ["claim", "fulfill", "fulfill", "fail", "claim"]),
+    (dict(max_jobs=3), ["claim", "fulfill", "fulfill", "fail"]),
+    (dict(max_jobs=2), ["claim", "fulfill", "fulfill"]),     # the last report claims nothing
+])
+def test_a_report_of_a_worker_claims_its_next_intent(served, options, asked):
+    bus = Recording(served.url, KEY)
+    for number in (1, 2, 0):
+        served.client.publish("g", number, namespace="n", required_capability="c", max_attempts=1)
+
+    def handler(number):
+        return 1 / number
+    bus.listen("g", handler, namespace="n", capabilities=["c"], lease=30, **options)
+    verbs, answers = zip(*bus.requests)
+    assert list(verbs) == asked
+    assert {answer.next.claim_timeout for answer in answers if answer and answer.get("next")} == {30}
+    assert len(served.client.list(status="open").intents) == 3 - asked.count("fulfill") - asked.count("fail")
+
+
+def test_an_intent_claimed_by_a_report_is_released_at_the_end(served):
+    for number in range(2):
+        served.client.publish("g", number)
+    worker = Worker(served.client, "g", lambda intent, lease: (interrupted(), "json"), on_message=print)
+
+    def interrupted():
+        worker.interrupt()     # the report claims the second one before the worker has seen this
+        return worker.signals
+    worker.run()
+    assert wait_until(lambda: served.client.list(status="open").intents)[0].claim_attempts == 0
+
+
 @SLOW
 def test_a_claim_with_a_lost_answer_is_repeated_as_one_attempt(served, weather, impatient):
     ids = [served.client.publish("g", number, max_attempts=1).id for number in range(2)]
-    fates = iter(["answer lost", "504 JSON", "ok", "ok", "503 page"])
-    proxy = weather(lambda path: next(fates, "ok"))
+    fates = iter(["answer lost", "504 JSON"])
+    proxy = weather(lambda path: "answer lost" if ids[0] in path else next(fates, "ok"))     # that report has claimed the second
     said, done = [], []
     Worker(IntentClient(proxy.url, KEY), "g", lambda intent, lease: (done.append(intent.payload), "json"), max_jobs=2,
            poll=0, on_message=said.append).run()
-    assert sorted(done) == [0, 1] and sum("Trying again." in sentence for sentence in said) == 3
+    assert done == [0, 1] and sum("Trying again." in sentence for sentence in said) == 2
+    assert sum("could not be reported" in sentence for sentence in said) == 1
     found = [served.client.get_status(id) for id in ids]
     assert {(intent.status, intent.claim_attempts) for intent in found} == {("fulfilled", 1)}
 
