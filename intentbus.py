@@ -5983,7 +5983,13 @@ class KeptConnection:
         link.timeout = time_left(deadline)
         if link.sock:
             link.sock.settimeout(link.timeout)
+        else:
+            link.connect()
+        parts = []
+        link.send = parts.append     # http.client would send head and body apart, and the bus would receive twice
         link.request(request.get_method(), target, request.data, headers)
+        del link.send
+        link.send(b"".join(parts))
         with link.getresponse() as response:
             length = ANSWER_BYTES + 1 if response.length is None else min(response.length, ANSWER_BYTES + 1)
             content = response.read(length)
@@ -6442,7 +6448,7 @@ def reason_of(error):
 
 
 class Lease:
-    """The lease of an intent; inside `with`, a thread extends it after each third of its seconds.
+    """The lease of an intent; its worker calls keep() again and again, which extends it after each third of its seconds.
 
     `broken` is None, or the reason why the handler must end: the lease is "lost", or the worker is "stopped".
     """
@@ -6450,29 +6456,26 @@ class Lease:
     def __init__(self, bus, intent, seconds):
         self._extend = functools.partial(bus.extend_claim, intent.id, intent.claim_token, seconds)
         self._interval = seconds / 3
-        self._done = threading.Event()
+        self._due = steady_clock() + self._interval
         self.broken = None
 
-    def __enter__(self):
-        threading.Thread(target=self._extend_until_done, daemon=True).start()
-        return self
-
-    def __exit__(self, *error):
-        self._done.set()
-
-    def _extend_until_done(self):
-        due = steady_clock() + self._interval
-        while not self._done.wait(LEASE_CHECK_SECONDS):     # short waits, since a wait stops counting while a phone sleeps
-            if steady_clock() < due:
-                continue
+    def keep(self):
+        """Extend the lease if that is due, in a thread: a slow bus must not hold up the other leases."""
+        if steady_clock() >= self._due:
+            self._due = float("inf")     # until that thread ends
             try:
-                self._extend()
-                due = steady_clock() + self._interval
-            except NotFound:
-                self.broken = "lost"
-                return
-            except Exception:     # tried again after the next wait
-                pass
+                threading.Thread(target=self._extend_now, daemon=True).start()
+            except RuntimeError:     # there is no memory for one
+                self._extend_now()
+
+    def _extend_now(self):
+        try:
+            self._extend()
+            self._due = steady_clock() + self._interval
+        except NotFound:
+            self.broken = "lost"
+        except Exception:     # tried again at the next call
+            self._due = 0
 
 
 class Worker:
@@ -6545,11 +6548,13 @@ class Worker:
         deadline = time.monotonic() + seconds
         while condition() and time.monotonic() < deadline:
             try:
-                self._ended.get(timeout=1)
+                self._ended.get(timeout=LEASE_CHECK_SECONDS)     # short, since a wait stops counting while a phone sleeps
             except queue.Empty:
                 pass
             except KeyboardInterrupt:
                 self.interrupt()
+            for lease, _ in list(self._running.values()):
+                lease.keep()
 
     def _work(self):
         """Run in each thread: claim intents and process them until the worker ends."""
@@ -6620,8 +6625,7 @@ class Worker:
     def _run_handler(self, intent, lease):
         """Run the handler; return the verb of the bus that reports the outcome, and its arguments."""
         try:
-            with lease:
-                result, result_type = self._handler(intent, lease)
+            result, result_type = self._handler(intent, lease)
             return "fulfill", dict(result=result, result_type=result_type)
         except Reject as error:
             return "fail", dict(error=str(error), retry=False)
