@@ -741,7 +741,7 @@ class Database:
     def _require_files(self):
         """Raise Unavailable if a path leads to another file by now: our writes would be lost with this process.
 
-        SQLite still has a deleted log open, so what is in it is written into the database.
+        SQLite still has a deleted log open, so its content is written into the database.
         """
         for path, ours in self._files:
             try:
@@ -1034,7 +1034,7 @@ class Tally(dict):
 
 
 def tally_rows(blocks):
-    """Return the rows that add what blocks have counted to the stored tallies."""
+    """Return the rows that add the counts of blocks to the stored tallies."""
     tallies = {}
     for block in blocks:
         for publisher, *counted in block.counted:
@@ -1403,7 +1403,7 @@ class Store(Reads):
         self.database.executemany(TALLY, tally_rows(self.round))
 
     def finish(self):
-        """Hand over what the round has done, once it is committed."""
+        """Hand over the blocks of the round, once it is committed."""
         blocks, self.round = self.round, []
         self.on_commit(blocks)
 
@@ -1529,20 +1529,19 @@ class Clock:
 
 
 # ---- 7. Waiting ----
-# Held requests, by what they wait for: a lane in which an intent gets ready, the end of an intent, any event.
-
+# Held requests, each under the keys that it waits for: a lane, the id of an intent, or the events of an owner.
 
 
 def event_key(owner):
-    """Return what those wait for who watch the events of an owner, or of all if it is None; it is neither a lane nor an id."""
+    """Return the key of the events of an owner, or of all if it is None; it is neither a lane nor an id."""
     return f"events of {owner or 'all'}"
 
 
 class Held:
     """A request that is not answered yet.
 
-    It waits for news of any of its keys, for at most that many seconds. attempt() returns what to answer, or None to keep
-    waiting; otherwise() returns what to answer when the time is over. Without keys, it only delays the answer.
+    It waits for news of any of its keys, for at most that many seconds. attempt() returns the answer, or None to keep
+    waiting; otherwise() returns the answer when the time is over. Without keys, it only delays the answer.
     """
 
     __slots__ = ("request", "keys", "seconds", "attempt", "otherwise", "number", "until", "queued", "settled")
@@ -1556,7 +1555,7 @@ class Held:
 
 
 class Unfinished:
-    """A long operation that has done a slice of its work; go_on() does the next one, and returns what to answer, or this."""
+    """A long operation that has done a slice of its work; go_on() does the next one, and returns the answer, or this."""
 
     __slots__ = ("request", "go_on")
 
@@ -1565,12 +1564,12 @@ class Unfinished:
 
 
 class Waiting:
-    """The held requests, by what they wait for, and by the key of who sent them; the longest held is first."""
+    """The held requests by each key that they wait for, and by the key that sent them; the longest held is first."""
 
     def __init__(self):
         self._held = {}       # key: {held: None}, ordered; an OrderedDict, since a dict is slow to lose its front
         self._of_caller = {}  # id of a caller's key: the same
-        self._keys_of = collections.Counter()     # id of a caller's key: how many keys its requests wait for
+        self._keys_of = collections.Counter()     # id of a caller's key: number of keys that its requests wait for
         self._numbers, self._size = itertools.count(), 0
 
     def __len__(self):
@@ -1717,7 +1716,7 @@ class EventLog:
 
     def __init__(self, now):
         self._events = collections.deque(maxlen=EVENTS)
-        self._pages = {}                         # (newest, number, owner): what after() has found
+        self._pages = {}                         # (newest, number, owner): the answer of after()
         self.newest = int(now * 1000)            # number of the newest event; it grows over restarts
         self.minutes = collections.Counter()     # (minute of Unix time, kind): times, until they are stored
 
@@ -1788,7 +1787,7 @@ def claimed_lanes(namespace, owner, goals, publisher, worker_id, capabilities):
 
 
 def require_at_most(most, number, words):
-    """Raise RateLimited, with words for what is counted and the cure, if an issued key has more than it may have."""
+    """Raise RateLimited, with words for the thing counted and the cure, if an issued key has more than it may have."""
     if number > most:
         raise RateLimited(f"This key may have {most} {words}.", "limit_exceeded")
 
@@ -2356,7 +2355,7 @@ class Bus:
     # -- After a commit --
 
     def _committed(self, blocks):
-        """Take in what blocks have done, now that it is on disk."""
+        """Take in the moves and effects of blocks, now that they are on disk."""
         moves = [move for block in blocks for move in block.moves]
         for effect in [effect for block in blocks for effect in block.effects]:
             effect()
@@ -3121,8 +3120,8 @@ def validate_query(fields, query):
 class Fields(dict):
     """Validators by name. It is made from {name: (validator, default)}; a REQUIRED field has no default.
 
-    Unless it is strict, other fields are ignored. It is where a mistyped name could widen what is done. A blank string in an
-    optional field counts as absent; elsewhere it is refused, so that an unset shell variable widens nothing.
+    Unless it is strict, other fields are ignored; it is strict where a mistyped name could widen a request. A blank string in
+    an optional field counts as absent; elsewhere it is refused, so that an unset shell variable widens nothing.
     """
 
     def __init__(self, table, strict=True, optional=()):
@@ -3377,7 +3376,7 @@ async function ask(path, body) {
   try {
     answer = await fetch(location.origin + path, body === undefined ? {} : { method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" } });
     found = await answer.json();
-  } catch (error) { throw new Error("The bus does not answer; what is shown is old."); }
+  } catch (error) { throw new Error("The bus does not answer; the page shows old data."); }
   if (!answer.ok) throw new Error(found.error.message);
   return found;
 }
@@ -3565,7 +3564,7 @@ def same_or_either(field, given, header, signed=False):
     Raises Invalid if both are given and differ, or if only the header is and the request has all of its fields `signed`.
     """
     if header and given != header and (given or signed):
-        raise Invalid(f"{field} is not what the header says; send it once.", code=f"invalid_{field}")
+        raise Invalid(f"{field} differs from the header; send it once.", code=f"invalid_{field}")
     return given or header
 
 
@@ -4013,7 +4012,7 @@ class API:
         return self._guarded(request, known)
 
     def hold(self, request, keys, seconds, attempt, otherwise):
-        """Return what attempt() finds or, if that is None, a Held; otherwise() at once if the request may not wait."""
+        """Return the answer of attempt() or, if that is None, a Held; that of otherwise() if the request may not wait."""
         found = attempt()
         if found is not None:
             return found
@@ -4075,7 +4074,7 @@ class API:
         return found if found is None or isinstance(found, Response) else self._response(waiting.request, found)
 
     def _response(self, request, found):
-        """Return the Response, Held or Unfinished for what an endpoint has returned."""
+        """Return the Response, Held or Unfinished for the value of an endpoint."""
         if isinstance(found, types.GeneratorType):
             found = self._advance(request, found)
         if isinstance(found, (Held, Unfinished)):
@@ -4408,21 +4407,21 @@ class Connection:
         self.loop, self.sock, self.peer, self.tls = loop, sock, peer, tls
         self.reader = RequestReader(loop, peer)
         self.request = self.held = None     # the request that the bus has, and the Held if it is held
-        self.outgoing = b""                 # what the socket has not taken yet
+        self.outgoing = b""                 # bytes that the socket has not taken yet
         self.account = ""                   # to whom that is accounted
         self.answering = False              # whether it ends with a whole answer
         self.last = False                   # whether the connection ends with this answer
         self.lingering = False              # whether it waits only for the client to close
         self.eof = self.closed = False      # eof: the client sends no more
-        self.events = 0                     # what the selector watches
+        self.events = 0                     # READ and WRITE, as the selector watches for them
         self.deadline, self.alarm = float("inf"), None     # alarm: the loop's entry for the deadline
-        self.awaited = None                 # what the deadline is for: "", "head" or "body" of a request
+        self.awaited = None                 # "", or the part of a request that the deadline is for: "head" or "body"
         self.began = 0                      # when the bus got the request
 
     # -- Receiving --
 
     def on_event(self, events):
-        """React to what the selector has seen."""
+        """React to events of the selector."""
         if events & WRITE:
             self._flush()
         if events & READ and not self.closed:
@@ -4525,7 +4524,7 @@ class Connection:
         return self.tls.encrypt(data) if self.tls else data
 
     def _push(self, data):
-        """Send bytes, and keep what the socket does not take."""
+        """Send bytes, and keep those that the socket does not take."""
         self.outgoing = b"".join((self.outgoing, data)) if self.outgoing else data
         if self.outgoing and not self.closed:
             self._flush()
@@ -5053,7 +5052,7 @@ class Loop:
         self._ended.wait()
 
     def close(self):
-        """Stop, let go of all sockets, and put on record what only memory knows."""
+        """Stop, let go of all sockets, and store the counts that are kept in memory."""
         self.shutdown()
         for connection in list(self._connections):
             connection.close()
@@ -5087,7 +5086,7 @@ class Loop:
         self.wake()
 
     def shutdown_request(self, request):
-        """Do nothing: what ThreadingMixIn calls a request is work of in_thread()."""
+        """Do nothing: a request, as ThreadingMixIn calls it, is work of in_thread()."""
 
     def wake(self):
         """End the wait of the loop; for signal handlers and other threads."""

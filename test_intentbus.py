@@ -5378,7 +5378,7 @@ def test_a_failed_refresh_keeps_the_last_figures_and_says_so(page, served):
     served.publish(goal="kept")
     page.sees("kept")
     served.stop()
-    page.sees("The bus does not answer; what is shown is old.", "kept")
+    page.sees("The bus does not answer; the page shows old data.", "kept")
     page.complaints()
 
 
@@ -5523,8 +5523,8 @@ def test_a_report_answers_the_next_intent_as_a_claim_does(served, verb):
     ("next=1&gaol=g", {}, {}, "gaol"), ("next=1&wait=5", {}, {}, "wait"), ("next=1&lease=x", {}, {}, "lease"),
     ("next=1&next=1", {}, {}, "twice"), ("next=1", {"X_Claim_Token": "short"}, {}, "claim_token"),
     ("next=1", {}, {"next_token": "short"}, "next_token"),
-    ("next=1", {"X_Claim_Token": "t" * 32}, {"next_token": "u" * 32}, "claim_token is not what the header says"),
-    ("next=1", {"X_Worker_ID": "w"}, {"next_token": "u" * 32}, "worker_id is not what the header says"),
+    ("next=1", {"X_Claim_Token": "t" * 32}, {"next_token": "u" * 32}, "claim_token differs from the header"),
+    ("next=1", {"X_Worker_ID": "w"}, {"next_token": "u" * 32}, "worker_id differs from the header"),
 ])
 def test_a_wrong_claim_of_the_next_intent_refuses_the_report(served, query, headers, body, words):
     served.publish()
