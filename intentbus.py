@@ -3186,7 +3186,7 @@ LIST = Fields({
     "goal": GOAL,
     "namespace": (namespace_word, None),
     "limit": (from_query(integer_from(1, 500)), 50),
-    "before": (string, None),
+    "before": (must_be("the id of an intent", lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{1,32}", value)), None),
     "payload": (from_query(integer_from(0, 1)), 0),
 })
 RETRY = Fields({"goal": GOAL, "namespace": (namespace_word, None), "limit": (integer_from(1, 1000), 1000)})

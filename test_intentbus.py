@@ -4932,6 +4932,7 @@ BAD_FIELDS = (
     case("claim: publisher with NUL", (intentbus.CLAIM, {"publisher": "\x00"}), "invalid_publisher", "256"),
     case("result: wait bad", (intentbus.RESULT, {"wait": "x"}), "invalid_wait", "60"),
     case("result: wait 60.5", (intentbus.RESULT, {"wait": "60.5"}), "invalid_wait", "60"),
+    case("list: before that is no id", (intentbus.LIST, {"before": "zz"}), "invalid_before", "the id of an intent"),
     case("list: limit 0", (intentbus.LIST, {"limit": "0"}), "invalid_limit", "1", "500"),
     case("list: limit 501", (intentbus.LIST, {"limit": "501"}), "invalid_limit", "500"),
     case("list: limit 5.0", (intentbus.LIST, {"limit": "5.0"}), "invalid_limit", "whole"),
@@ -7312,7 +7313,7 @@ def inject(bus, place, text):
         answer = bus.ask("POST", "/admin/generate_key", dict({"owner": "o", "name": "n"}, **{place: text}))
         found = answer.status == 201 and answer.json[place]
     else:
-        answer, found = bus.ask("GET", f"/intents?goal={word}&before={word}"), text
+        answer, found = bus.ask("GET", f"/intents?goal={word}"), text
     return answer, found
 
 
