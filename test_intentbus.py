@@ -1724,7 +1724,7 @@ def published(now=1000.0, **fields):
 
 def claimed(**fields):
     intent = published(**fields)
-    intent.update(intent.claimed(1000.0, "hash", 60, "owner", "owner", None).columns)
+    intent.update(intent.claimed(1000.0, "hash", 60, "owner", "owner", None, None).columns)
     return intent
 
 
@@ -1752,8 +1752,8 @@ def test_an_intent_reads_both_ways():
 
 
 @pytest.mark.parametrize("transition, event, status, ready, due_at", [
-    (lambda i: i.claimed(1000, "h", 60, "o", "k", None), None, "claimed", 0, 1060),
-    (lambda i: i.claimed(1000, "h", 9999, "o", "k", None), None, "claimed", 0, 4600),
+    (lambda i: i.claimed(1000, "h", 60, "o", "k", None, None), None, "claimed", 0, 1060),
+    (lambda i: i.claimed(1000, "h", 9999, "o", "k", None, None), None, "claimed", 0, 4600),
     (lambda i: i.extended(1000, 70), None, "claimed", 0, 1070),
     (lambda i: i.fulfilled(1000, {"a": 1}, "json", "k1"), "fulfilled", "fulfilled", 0, None),
     (lambda i: i.failed(1000, "no", True, 1), "failed", "open", 0, 1011),
@@ -2191,6 +2191,7 @@ def test_a_database_of_an_earlier_release_opens_and_works(tmp_path, clock, versi
     bus = served.client
     ids = [row.id for row in bus.list().intents]
     assert sorted(bus.get_status(id).status for id in ids) == ["claimed", "dead", "fulfilled", "open", "open", "open"]
+    assert {bus.get_status(id).worker for id in ids} == {None, "phone"}
     assert bus.claim("g", namespace="home").payload == {"n": 1} and bus.claim("g") is None
     held, token = "01a3185c500000001c89eb7b2266193d", "d900b70fb64ae815002f4c7207f0fd34"
     assert bus.fulfill(held, token, "late but done").ok
@@ -3074,8 +3075,9 @@ def test_a_publish_reports_how_many_workers_listen(bus, clock):
     bus.claim(worker_id="any")
     bus.claim("g", namespace="other", worker_id="elsewhere")
     assert [bus.publish(goal, 1).listening for goal in "ghx"] == [3, 3, 1]
-    clock.pass_(301)
-    tend(bus)
+    for seconds in (60, 241):     # the lease is lost, then the workers are silent for long
+        clock.pass_(seconds)
+        tend(bus)
     assert bus.publish("h", 1).never_claimed
     assert bus.publish("g", 1).pick(("status", "listening")) == {"status": "published", "listening": 0}
     assert "never_claimed" not in bus.publish("g", 1)
@@ -3099,15 +3101,16 @@ def test_workers_of_other_owners_are_neither_counted_nor_listed(bus):
 
 def test_workers_are_listed_with_their_goals_and_intents(bus, clock):
     intent_id = bus.publish("g", 1).id
-    bus.claim("g", worker_id="w", seen_as="w", version="intentbus/1")
+    bus.claim("g", worker_id="w", version="intentbus/1")
     clock.pass_(1)
     bus.claim(worker_id="v")
     newest, older = bus.workers().workers
-    assert (newest.id, newest.goals, newest.intent) == ("v", [], None)
-    assert (older.id, older.goals, older.version, older.intent) == ("w", ["g"], "intentbus/1", intent_id)
+    assert (newest.id, newest.goals, newest.running) == ("v", [], [])
+    assert (older.id, older.goals, older.version, older.running) == ("w", ["g"], "intentbus/1", [intent_id])
     assert older.last_seen == clock.wall - 1
-    clock.pass_(300)
-    tend(bus)
+    for seconds in (59, 241):     # the lease is lost, then the workers are silent for long
+        clock.pass_(seconds)
+        tend(bus)
     assert bus.workers().workers == []
 
 
@@ -3120,7 +3123,7 @@ def test_the_number_of_remembered_workers_is_bounded(bus, monkeypatch):
 
 def test_the_workers_and_goals_of_an_issued_key_are_bounded(bus, monkeypatch):
     monkeypatch.setattr(intentbus, "KEY_WORKERS", 3)
-    monkeypatch.setattr(intentbus, "KEY_GOALS", 10)
+    monkeypatch.setattr(intentbus, "KEY_LANES", 40)     # four for each goal
     capped = BOB._replace(limits=intentbus.Limits(100, 10 ** 6))
 
     def seen(caller):
@@ -3233,6 +3236,24 @@ def test_a_watcher_sees_every_event_once(no_rechecks, served):
         seen, after = seen + [event["id"] for event in page.events], page.next
     publishing()
     assert seen == ids and after == start + 30
+
+
+def test_an_intent_tells_which_worker_has_or_had_it(store, clock):
+    bus, began = assembled(store, clock=clock, bus=dict(announce_dead=True)).bus, clock.wall
+    intent_id = bus.publish("g", 1, max_attempts=1).id
+
+    def told():
+        return {tuple(found.pick(("worker", "claimed_at")).values()) for found in (
+            bus.get_status(intent_id), bus.get_result(intent_id), bus.list().intents[-1], bus.inspect(intent_id))}
+    assert told() == {(None, None)}
+    for _ in range(2):     # a repeated claim is the same one
+        claim = bus.claim("g", worker_name="vps handler.sh 4711", worker_id="phone", claim_token=CLAIM_TOKEN)
+        clock.pass_(1)
+    assert told() == {("vps handler.sh 4711", began)}
+    events = bus.events(0).events
+    bus.fail(intent_id, claim.claim_token)
+    assert told() == {("vps handler.sh 4711", began)} and [event.worker for event in events] == [None, "vps handler.sh 4711"]
+    assert bus.claim("intent.dead").payload["worker"] == "vps handler.sh 4711"
 
 
 def test_each_death_is_announced_once_but_not_of_announcements(store, clock):
@@ -7674,7 +7695,7 @@ def test_the_verbs_of_bus_and_client_take_the_same_arguments():
         ours, theirs = (inspect.signature(getattr(kind, verb)).parameters for kind in (Bus, IntentClient))
         ours = {**ours, **(inspect.signature(Bus.wanted).parameters if verb == "claim" else {})}
         assert set(theirs) - {"fields", "wait"} <= set(ours), verb
-        assert verb == "publish" or set(ours) - {"caller", "fields", "seen_as", "version"} <= set(theirs), verb
+        assert verb == "publish" or set(ours) - {"caller", "fields", "version"} <= set(theirs), verb
 
 
 @pytest.mark.parametrize("cause, kind, code", [
@@ -8029,7 +8050,7 @@ def test_the_clients_say_everything_in_what_is_signed(sent, tmp_path):
             with contextlib.suppress(intentbus.Unreachable):
                 ask()
     headers = {name.lower() for request in sent for name, _ in request.header_items()}
-    assert headers == {"x-key-id", "x-timestamp", "x-nonce", "x-signature", "user-agent", "content-type"}
+    assert headers == {"x-key-id", "x-timestamp", "x-nonce", "x-signature", "user-agent", "content-type", "x-worker-name"}     # the name is for display
     said = [(request.selector, json.loads(request.data)) for request in sent if request.data]
     assert [body["idempotency_key"] for target, body in said if target == "/intent"].count("k") >= 2
     assert all(body["idempotency_key"] for target, body in said if target == "/intent")
@@ -8688,7 +8709,7 @@ def test_a_session_from_publish_to_result(serve):
     work = serve.run("work", "--goal", "greet", "--drain", "--", "echo", "hello {name} {times}")
     assert (work.returncode, work.stdout) == (0, "") and f"{id} fulfilled" in work.stderr
     assert serve.run("result", id).stdout == "hello Ada 2\n"
-    assert re.fullmatch(rf"{id}  fulfilled  1/3    \ds  greet\n", serve.run("list", "--goal", "greet").stdout)
+    assert re.fullmatch(rf"{id}  fulfilled  1/3    \ds  greet  \S+ echo \d+\n", serve.run("list", "--goal", "greet").stdout)
     assert json.loads(serve.run("status", id, "--json").stdout)["status"] == "fulfilled"
 
 
@@ -8763,6 +8784,28 @@ def test_trouble_of_the_worker_costs_no_intent_an_attempt(started, tmp_path, set
     found = [bus.client.get_status(id) for id in ids]
     done = [intent.status for intent in found].count("fulfilled")
     assert {(intent.status, intent.claim_attempts) for intent in found[done:]} == {("open", 0)} and done <= 1 and "Traceback" not in words
+
+
+@POSIX
+def test_the_commands_tell_who_works_and_who_is_missing(serve, tmp_path):
+    fifo, id = tmp_path / "go", serve.publish(goal="who")
+    os.mkfifo(fifo)
+    workers = [serve.start("work", "--goal", "who", "--worker-id", "here", "--", "cat", str(fifo)) for _ in range(2)]
+    names = {f"{socket.gethostname().partition('.')[0]} cat {worker.pid}" for worker in workers}
+    running = wait_until(lambda: serve.client.get_status(id).worker)
+    wait_until(lambda: names <= {worker.name for worker in serve.client.workers().workers})
+    listed = serve.run("workers").stdout.splitlines()
+    assert running in names and [f"  {running}  here  " in line for line in listed if line.endswith(f"  who  {id}")] == [True]
+    status = serve.run("status", id)
+    assert status.stdout == "claimed\n" and re.fullmatch(rf"intentbus: claimed by {running} at [0-9-]+ [0-9:]+\n", status.stderr)
+    for flags, words in ((["--worker", "here"], ""), (["--worker", "heer"], "no worker that may claim it is there now; check")):
+        assert words in (said := serve.run("publish", "who", "2", *flags, "--delay", "1h").stderr) and bool(said) == bool(words)
+    fifo.write_text("done")
+    wait_until(lambda: serve.client.get_status(id).status == "fulfilled")
+    assert running in serve.run("list", "--goal", "who").stdout and id not in str(serve.client.workers())
+    for worker in workers:
+        worker.terminate()
+        worker.communicate(timeout=10)
 
 
 def test_cancel_retry_and_list_from_the_command_line(serve):
