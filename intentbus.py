@@ -217,6 +217,8 @@ WATCH_SECONDS = 0.1                 # how soon a lost lease or a timeout ends a 
 PIPE_SECONDS = 1                    # how long to read output once the handler has ended
 OUTPUT_BYTES = 127 * 1024           # of stdout, as the result; escaped at twice the size it fits the body limit
 STDERR_BYTES = 2000                 # of stderr, as the error: its end
+STDERR_WAITING_BYTES = 2 ** 20      # of stderr that waits for the reader of ours; more is left out
+STDERR_LINE_BYTES = 8192            # with several handlers, a longer line is passed on before it ends
 ENVIRONMENT_BYTES = 64 * 1024       # of one variable; Linux allows twice that
 
 
@@ -6828,22 +6830,24 @@ class OutputReader:
             key.fileobj.close()
         self._selector.close()
 
-    def collect(self, pipe, excess):
-        """Return a bytearray that collects the data of a pipe; excess is the slice of it to drop."""
+    def collect(self, pipe, excess, show=lambda data: None):
+        """Return a bytearray that collects the data of a pipe, and show the data; excess is the slice to drop."""
         kept = bytearray()
         source = pipe if POSIX else socket_from(pipe)     # Windows can wait for sockets only
-        self._selector.register(source, selectors.EVENT_READ, (kept, excess))
+        self._selector.register(source, selectors.EVENT_READ, (kept, excess, show))
         return kept
 
     def read(self, seconds):
         """Collect the data that comes within some seconds; return whether there was any, or the end of a pipe."""
         ready = self.is_open() and self._selector.select(seconds)
         for key, _ in ready or ():
-            kept, excess = key.data
+            kept, excess, show = key.data
             data = os.read(key.fd, 65536) if POSIX else key.fileobj.recv(65536)
             kept += data
             del kept[excess]
-            if not data:
+            if data:
+                show(data)
+            else:
                 self._selector.unregister(key.fileobj)
                 key.fileobj.close()
         return bool(ready)
@@ -6857,12 +6861,13 @@ class Program:
     """A handler that runs a program: payload on stdin, result on stdout. The README has the contract.
 
     timeout and kill_after are seconds, max_output bytes; result says how to read stdout: auto, json, text or none.
-    tell(verb, pid) is called when a process has started and when it has ended. Raises SetupError if there is no such
-    program, or if it is a batch file of Windows with placeholders: cmd.exe could take a field for commands.
+    tell(verb, pid) is called when a process has started and when it has ended, show(intent, data) with what it writes to
+    stderr, and with no data at the end. Raises SetupError if there is no such program, or if it is a batch file of Windows
+    with placeholders: cmd.exe could take a field for commands.
     """
 
     def __init__(self, arguments, timeout=HANDLER_SECONDS, kill_after=KILL_AFTER_SECONDS, max_output=OUTPUT_BYTES,
-                 result="auto", tell=lambda verb, pid: None):
+                 result="auto", tell=lambda verb, pid: None, show=lambda intent, data: None):
         import shutil
         self._program = shutil.which(arguments[0])
         if not self._program:
@@ -6877,15 +6882,17 @@ class Program:
         self._max_output = max_output
         self._result = result
         self._tell = tell
+        self._show = show
 
     def __call__(self, intent, lease):
         reader = OutputReader()
         process = self._start(intent)
+        show = functools.partial(self._show, intent)
         with reader:
             try:
                 self._tell("started", process.pid)
                 output = reader.collect(process.stdout, excess=slice(self._max_output, None))
-                errors = reader.collect(process.stderr, excess=slice(None, -STDERR_BYTES))
+                errors = reader.collect(process.stderr, slice(None, -STDERR_BYTES), show)
                 reason = self._wait(process, reader, lease)
             finally:
                 self._signal(process, "SIGKILL")     # ends the children that the program left behind
@@ -6894,6 +6901,7 @@ class Program:
             deadline = time.monotonic() + PIPE_SECONDS     # a process in another session may hold the pipes, and write
             while time.monotonic() < deadline and reader.read(WATCH_SECONDS):
                 pass
+        show(b"")
         if reason or process.returncode:
             raise self._failure(reason, process.returncode, errors.decode(errors="replace").strip())
         return self._parse(bytes(output))
@@ -7158,6 +7166,77 @@ def log(message):
     """Write a message to stderr, on one line; work goes on if that cannot be written."""
     with contextlib.suppress(OSError):
         sys.stderr.write(escape(f"intentbus: {message}".replace("\n", " | ")) + "\n")
+
+
+class StderrRelay:
+    """Passes what handlers write to stderr on to ours, as show() of a Program.
+
+    One handler's is passed on as it is. Of several at a time, each line gets the digits in front by which ids differ, and
+    control characters are escaped, since they would change the lines of others. A thread writes, so that a slow reader
+    delays no handler; beyond STDERR_WAITING_BYTES, data is left out, and its length is said.
+    """
+
+    def __init__(self, several):
+        self._several = several
+        self._begun = {}     # id of an intent: its line that has not ended; of a single handler, the last byte of it
+        self._waiting = bytearray()
+        self._left_out = 0
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._pass_on, daemon=True)
+
+    def __call__(self, intent, data):
+        """Pass data of an intent's handler on; no data means the end."""
+        begun = self._begun.pop(intent.id, b"")
+        if self._several:
+            *lines, begun = (begun + data).split(b"\n")
+            if begun and (not data or len(begun) > STDERR_LINE_BYTES):
+                lines.append(begun)
+                begun = b""
+            self._add(b"".join(self._labelled(intent, line) for line in lines))
+        else:
+            self._add(data or begun and b"\n")
+            begun = data[-1:].strip(b"\n")
+        if begun:
+            self._begun[intent.id] = begun
+        if not data and not self._left_out:
+            self.flush()
+
+    def flush(self):
+        """Wait until all is written, for PIPE_SECONDS at most."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting, PIPE_SECONDS)
+
+    def _labelled(self, intent, line):
+        return f"{intent.id[:16]}: {escape(line.decode(errors='replace'), UNPRINTABLE)}\n".encode()
+
+    def _add(self, text):
+        def fits():
+            return len(self._waiting) + len(text) <= STDERR_WAITING_BYTES
+        with self._changed:
+            if text and not self._thread.ident:
+                self._thread.start()
+            if fits() or not self._left_out and self._changed.wait_for(fits, WATCH_SECONDS):
+                self._waiting += text
+                self._changed.notify_all()
+            else:     # the reader is stuck: handlers do not wait for it again
+                self._left_out += len(text)
+
+    def _pass_on(self):
+        """Run in the thread: write what waits."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting)
+                data = bytes(self._waiting)
+            try:
+                written = os.write(sys.stderr.fileno(), data)
+            except OSError:     # as in log()
+                written = len(data)
+            with self._changed:
+                del self._waiting[:written]
+                if self._left_out and not self._waiting:
+                    self._waiting += f"\nintentbus: {self._left_out} bytes that handlers wrote to stderr were left out\n".encode()
+                    self._left_out = 0
+                self._changed.notify_all()
 
 
 def print_result(value):
@@ -7522,9 +7601,11 @@ def work_command(options):
     program, work prints each payload.
     """
     guardian = Guardian(options.kill_after)
+    relay = StderrRelay(options.jobs > 1)
     handler = print_payload
     if options.program:
-        handler = Program(options.program, options.timeout, options.kill_after, options.max_output, options.result, guardian.tell)
+        handler = Program(options.program, options.timeout, options.kill_after, options.max_output, options.result, guardian.tell,
+                          relay)
     if options.jobs > JOBS:
         raise Invalid(f"-j must be at most {JOBS}.")
     if not LEASE_RANGE_SECONDS[0] <= options.lease <= LEASE_RANGE_SECONDS[1]:
@@ -7547,6 +7628,7 @@ def work_command(options):
             signal.signal(signal_number, worker.interrupt)
     with guardian if options.program else contextlib.nullcontext():
         worker.run()
+    relay.flush()
     return 128 + worker.signals[0] if worker.signals else 0
 
 

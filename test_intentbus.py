@@ -3114,6 +3114,103 @@ def test_workers_are_listed_with_their_goals_and_intents(bus, clock):
     assert bus.workers().workers == []
 
 
+def names(bus, **caller):
+    return {worker.name: worker.running for worker in bus.workers(**caller).workers}
+
+
+def test_two_workers_of_one_machine_and_key_are_two(served):
+    served.publish(goal="first")
+    for name in ("vps handler.sh 4711", "vps handler.sh 4712", "x" * 70, "tab\x85bed", " ", None):
+        served.ask("POST", "/claim?goal=g", X_Worker_Name=name)
+        served.ask("POST", "/claim?goal=g&worker_id=phone", X_Worker_Name=name)
+    assert set(names(served.client)) == {"vps handler.sh 4711", "vps handler.sh 4712", "x" * 64, "tab?bed", "phone", "owner@127.0.0.1"}
+    assert served.client.publish("g", 1).listening == 6
+    summary = served.ask("GET", "/admin/summary").json
+    assert {worker["name"] for worker in summary["workers"]} == set(names(served.client))
+
+
+@pytest.mark.parametrize("verb", ["extend_claim", "fulfill", "fail", "release"])
+def test_a_worker_is_there_while_it_extends_or_reports(bus, clock, verb):
+    bus.publish("g", 1)
+    claim = bus.claim("g", worker_name="w", lease=600)
+    bus.claim("g", worker_name="silent")
+    clock.pass_(200)
+    getattr(bus, verb)(claim.id, claim.claim_token)
+    clock.pass_(200)
+    tend(bus)
+    worker, = bus.workers().workers
+    assert (worker.name, worker.last_seen, bus.publish("g", 1).listening) == ("w", clock.wall - 200, 1)
+
+
+@pytest.mark.parametrize("end, holder", [
+    (lambda bus, claim, clock: bus.fulfill(claim.id, claim.claim_token), None),
+    (lambda bus, claim, clock: bus.fail(claim.id, claim.claim_token), None),
+    (lambda bus, claim, clock: bus.release(claim.id, claim.claim_token), None),
+    (lambda bus, claim, clock: bus.cancel(claim.id), None),
+    (lambda bus, claim, clock: bus.purge(confirm=True, namespace="n"), None),
+    (lambda bus, claim, clock: bus.end_leases("k1"), None),
+    (lambda bus, claim, clock: (clock.pass_(600), tend(bus)), None),
+    (lambda bus, claim, clock: (clock.pass_(600), bus.claim("g", namespace="n", worker_name="other")), "other"),
+], ids=["fulfilled", "failed", "released", "cancelled", "purged", "revoked", "lost", "claimed by another"])
+def test_what_a_worker_runs_is_shown_until_it_ends(bus, clock, end, holder):
+    def holders():
+        return {id: worker.name for worker in bus.workers().workers for id in worker.running}
+    ended, kept = (bus.publish("g", 1, namespace=namespace).id for namespace in ("n", "default"))
+    claim = bus.claim("g", namespace="n", worker_name="w", lease=600, caller=Caller("k1", "owner", "both", True, None))
+    bus.claim("g", worker_name="v", lease=3600)
+    clock.pass_(599)
+    tend(bus)
+    assert holders() == {ended: "w", kept: "v"}, "they are silent for long, but hold leases"
+    end(bus, claim, clock)
+    assert holders() == {kept: "v", **({ended: holder} if holder else {})}
+
+
+def test_a_worker_whose_key_is_revoked_is_gone_at_once(bus):
+    bus.claim("g", caller=ALICE)
+    bus.end_leases(ALICE.key_id)
+    assert bus.workers().workers == [] and bus.publish("g", 1, caller=ALICE).listening == 0
+
+
+def test_a_restarted_bus_learns_from_an_extension_who_is_there(store, clock):
+    bus = assembled(store, clock=clock).bus
+    bus.publish("g", 1)
+    claim = bus.claim("g", worker_id="phone", worker_name="w")
+    bus = assembled(store, clock=clock).bus
+    assert names(bus) == {}
+    bus.extend_claim(claim.id, claim.claim_token)
+    assert names(bus) == {"w": [claim.id]} and bus.publish("g", 1).listening == 1
+
+
+def test_only_workers_that_may_claim_it_listen_for_an_intent(bus):
+    bus.claim("g", worker_name="1", worker_id="phone")
+    bus.claim("g", worker_name="2", capabilities=("gpu", "ocr"))
+    bus.claim("g", worker_name="3", caller=BOB)
+    bus.claim("g", worker_name="4", publisher="alice")
+    assert [bus.publish("g", 1, **fields).listening for fields in (
+        {}, dict(target_worker="phone"), dict(target_worker="fone"), dict(required_capability="ocr"),
+        dict(required_capability="gpu", target_worker="phone"), dict(visibility="public"))] == [2, 1, 0, 1, 0, 3]
+    assert bus.publish("g", 1, caller=ALICE).listening == 1 and bus.publish("g", 1, visibility="public", caller=ALICE).listening == 4
+    bus.claim("g", publisher="alice", worker_name="4")
+    assert "never_claimed" not in bus.publish("g", 1, target_worker="fone", caller=ALICE), "the owner key has claimed one of hers"
+
+
+def test_a_worker_that_asks_for_goals_in_turn_listens_for_all(bus, monkeypatch):
+    monkeypatch.setattr(intentbus, "WORKER_LANES", 20)
+    for goal in "ghgh":
+        bus.claim(goal, worker_name="w")
+    assert [bus.publish(goal, 1).listening for goal in "ghx"] == [1, 1, 0] and bus.workers().workers[0].goals == ["g", "h"]
+    for number in range(100):
+        bus.claim(f"g{number}", worker_name="w")
+    assert len(bus.workers().workers[0].goals) <= 10 and bus.publish("g99", 1).listening == 1 and bus.publish("g", 1).listening == 0
+
+
+def test_the_number_of_intents_shown_for_a_worker_is_bounded(bus, monkeypatch):
+    monkeypatch.setattr(intentbus, "JOBS", 3)
+    bus.publish_many([a_publish()] * 5)
+    claims = [bus.claim("g", worker_name="w") for _ in range(5)]
+    assert names(bus) == {"w": [claim.id for claim in claims[:3]]}
+
+
 def test_the_number_of_remembered_workers_is_bounded(bus, monkeypatch):
     monkeypatch.setattr(intentbus, "WORKERS", 3)
     for number in range(5):
@@ -8409,6 +8506,42 @@ def test_output_is_cut_and_nothing_blocks_on_it(served, tmp_path):
     found = run_handler(served, tmp_path, "yes | head -c 3000000; yes err | head -c 1000000 >&2", "x" * 200_000,
                         max_output=1000, result="text")
     assert (found.status, len(found.result)) == ("fulfilled", 999)
+
+
+@POSIX
+def test_stderr_of_a_handler_is_passed_on_as_it_comes(serve, tmp_path):
+    fifo, id = tmp_path / "go", serve.run("publish", "loud", "1").stdout.strip()
+    os.mkfifo(fifo)
+    worker = serve.start("work", "--goal", "loud", "--once", "--", "sh", "-c",
+                         f"printf '\\033[1mbegun\n' >&2; cat {fifo}; printf 50%% >&2; exit 1")
+    assert worker.stderr.readline() == "\x1b[1mbegun\n"
+    fifo.write_text("")
+    half, outcome = worker.communicate(timeout=20)[1].splitlines()
+    assert half == "50%" and re.fullmatch(rf"intentbus: [0-9:]{{8}} loud {id} failed after .*, next attempt at .*: exit code 1: 50%", outcome)
+    assert serve.client.get_status(id).last_error == "exit code 1: \x1b[1mbegun\n50%"
+
+
+@POSIX
+def test_stderr_of_several_handlers_comes_in_labelled_lines(serve, tmp_path):
+    ids = [serve.run("publish", "louder", word).stdout.strip() for word in ('"a"', '"b"')]
+    worker = serve.start("work", "--goal", "louder", "-j", "2", "--max-jobs", "2", "--", "sh", "-c",
+                         "printf 'one\n\r%s' {payload} >&2; head -c 200000 /dev/zero | tr '\\0' x >&2")
+    lines = [line for line in worker.communicate(timeout=20)[1].splitlines() if not line.startswith("intentbus: ")]
+    for id, word in zip(ids, "ab"):
+        mine = [line.partition(": ")[2] for line in lines if line.startswith(f"{id[:16]}: ")]
+        assert mine[0] == "one" and "".join(mine[1:]) == f"\\x0d{word}" + 200_000 * "x" and max(map(len, mine)) < 100_000
+    assert all(line.startswith((f"{ids[0][:16]}: ", f"{ids[1][:16]}: ")) for line in lines)
+
+
+@SLOW
+@POSIX
+def test_stderr_that_cannot_be_passed_on_delays_no_handler(serve, tmp_path):
+    id = serve.run("publish", "loudest", "1").stdout.strip()
+    worker = serve.start("work", "--goal", "loudest", "--once", "--", "sh", "-c", "yes | head -c 20000000 >&2")
+    wait_until(lambda: serve.run("status", id).stdout == "fulfilled\n")     # although its stderr is not read
+    said = worker.communicate(timeout=20)[1]
+    left_out, = re.findall(r"^intentbus: (\d+) bytes that handlers wrote to stderr were left out$", said, re.M)
+    assert said.count("y\n") * 2 + int(left_out) == 20_000_000 and worker.returncode == 0
 
 
 @POSIX
