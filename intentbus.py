@@ -5880,8 +5880,8 @@ MOMENT = (number_from(0, 2 ** 40), REQUIRED)     # Unix seconds, within the rang
 UNSURE = (anything, None)     # may be missing, as it is at older buses, and is None then
 ANSWER_ID = (must_be("an id", lambda value: isinstance(value, str) and re.fullmatch("[0-9A-Za-z_-]{1,128}", value)), REQUIRED)
 DONE = (must_be("true", lambda value: value is True), REQUIRED)
-REPORTED = answer_of(ok=DONE, id=ANSWER_ID, status=UNSURE)
-STATE = answer_of(id=ANSWER_ID, status=TEXT, last_error=UNSURE)
+REPORTED = answer_of(ok=DONE, id=ANSWER_ID, status=UNSURE, run_at=(number_from(0, 2 ** 40), None))
+STATE = answer_of(id=ANSWER_ID, status=TEXT, last_error=UNSURE, worker=UNSURE, claimed_at=(number_from(0, 2 ** 40), None))
 LISTED_INTENT = answer_of(id=ANSWER_ID, status=TEXT, goal=TEXT, claim_attempts=COUNT, max_attempts=COUNT, created_at=MOMENT,
                           last_error=UNSURE, worker=UNSURE)
 LISTED_WORKER = answer_of(owner=TEXT, last_seen=MOMENT, goals=(array_of(string), REQUIRED), name=UNSURE, id=UNSURE, version=UNSURE,
@@ -6483,6 +6483,7 @@ class Lease:
         self._extend = functools.partial(bus.extend_claim, intent.id, intent.claim_token, seconds)
         self._interval = seconds / 3
         self._done = threading.Event()
+        self._started = time.monotonic()
         self.broken = None
 
     def __enter__(self):
@@ -6491,6 +6492,10 @@ class Lease:
 
     def __exit__(self, *error):
         self._done.set()
+
+    def age(self):
+        """Return the seconds since the intent was claimed, as words."""
+        return f"{time.monotonic() - self._started:.1f} s"
 
     def _extend_until_done(self):
         due = steady_clock() + self._interval
@@ -6534,6 +6539,7 @@ class Worker:
         self._over = []                       # an item for each thread that has ended, save its last steps
         self._stopping = threading.Event()
         self._failure = None
+        self._trouble = None     # of the latest claim, in words
         self.signals = []     # numbers of the signals that interrupted the worker
 
     def run(self):
@@ -6570,8 +6576,8 @@ class Worker:
             lease.broken = lease.broken or "stopped"
         grace = getattr(self._handler, "kill_after", KILL_AFTER_SECONDS)
         self._wait_while(lambda: self._running, grace + PIPE_SECONDS + 3 * WATCH_SECONDS)
-        for intent in list(self._running.values()):     # their handlers are Python functions, which cannot be killed
-            self._report(intent, "release")
+        for lease, intent in list(self._running.items()):     # their handlers are Python functions, which cannot be killed
+            self._report(intent, lease, "release")
 
     def _wait_while(self, condition, seconds=float("inf")):
         deadline = time.monotonic() + seconds
@@ -6618,15 +6624,22 @@ class Worker:
         while True:     # always with the same token, in case a lost answer had claimed an intent
             try:
                 intent = self._claim(wait=wait, claim_token=token)
+                self._note_trouble(None)
                 break
             except TRANSIENT as error:
-                self._log(f"{error} Trying again.")
+                self._note_trouble(f"{error} Trying again.")
             self._stopping.wait(random.uniform(1, 2 * self._poll))
             if self._is_over():
                 return None
         if not intent and time.monotonic() - started < wait / 2:     # this bus does not hold claims
             self._stopping.wait(self._poll)
         return intent
+
+    def _note_trouble(self, trouble):
+        """Tell of trouble with the bus, or with None of its end, unless that is known."""
+        known, self._trouble = self._trouble, trouble
+        if trouble != known:
+            self._log(trouble or "The bus is back again.")
 
     def _process(self, intent):
         """Run the handler for an intent and report the outcome."""
@@ -6635,9 +6648,9 @@ class Worker:
         try:
             verb, details = ("release", {}) if self._stopping.is_set() else self._run_handler(intent, lease)
             if lease.broken == "lost":
-                self._log(f"{intent.id} lost: it was cancelled, or its lease ran out before the handler ended")
+                self._log_outcome(intent, "lost", lease, ": it was cancelled, or its lease ran out before the handler ended")
             elif lease.broken and verb != "fulfill":     # finished work is reported even then
-                self._report(intent, "release")
+                self._report(intent, lease, "release")
             else:
                 self._report(intent, lease, verb, **details)
         finally:
@@ -6660,10 +6673,10 @@ class Worker:
 
     def _report(self, intent, lease, verb, **details):
         try:
-            getattr(self._bus, verb)(intent.id, intent.claim_token, **details)
-            self._log(f"{intent.id} {PAST_TENSES[verb]}" + (f": {details['error']}" if verb == "fail" else ""))
+            answer = getattr(self._bus, verb)(intent.id, intent.claim_token, **details)
+            self._log_outcome(intent, PAST_TENSES[verb], lease, consequence_of(answer, **details) if verb == "fail" else "")
         except NotFound:
-            self._log(f"{intent.id} lost: it was cancelled, or its lease ran out before the report")
+            self._log_outcome(intent, "lost", lease, ": it was cancelled, or its lease ran out before the report")
         except (Invalid, PayloadTooLarge) as error:
             self._report(intent, lease, "fail", error=f"The result was refused: {error}", retry=False)
         except SetupError as error:     # of the spool
@@ -6671,7 +6684,20 @@ class Worker:
         except Error as error:
             kept = verb != "release" and isinstance(error, TRANSIENT) and getattr(self._bus, "spool", None)
             consequence = "the spool keeps it and reports it later" if kept else "the intent will be done again"
-            self._log(f"{intent.id} {verb} could not be reported; {consequence}: {error}")
+            self._log(f"{intent.goal} {intent.id} {verb} could not be reported; {consequence}: {error}")
+
+    def _log_outcome(self, intent, outcome, lease, more):
+        self._log(f"{intent.goal} {intent.id} {outcome} after {lease.age()}{more}")
+
+
+def consequence_of(answer, error, retry=True):
+    """Return the words for when a failed intent is tried again, and for its error; of several lines, the last one."""
+    when, lines = "", error.strip().splitlines() or ["no reason"]
+    if answer.get("status") == "dead":
+        when = " and is dead"
+    elif answer.get("run_at"):
+        when = time.strftime(", next attempt at %H:%M:%S", time.localtime(answer.run_at))
+    return f"{when}: {lines[0]}" if len(lines) == 1 else f"{when}: {lines[0].partition(': ')[0]}: {lines[-1]}"
 
 
 def listen(bus, goal, handler, *, full_envelope=False, **options):
@@ -7619,7 +7645,8 @@ def work_command(options):
     except SetupError as error:
         spool = None
         log(f"{error} An outcome that cannot be reported will be lost.")
-    worker = Worker(open_client(options, spool=spool), options.goal, handler, on_message=log,
+    worker = Worker(open_client(options, spool=spool), options.goal, handler,
+                    on_message=lambda sentence: log(f"{time.strftime('%H:%M:%S')} {sentence}"),
                     concurrency=options.jobs, lease=options.lease, max_jobs=options.max_jobs, max_time=options.max_time,
                     drain=options.drain, poll=options.poll, worker_id=options.worker_id, capabilities=options.capabilities,
                     worker_name=process_name(*options.program[:1]))
@@ -7695,14 +7722,19 @@ def workers_command(bus, options):
 def watch_command(bus, options):
     """Print the events on the bus as they happen, until Ctrl-C: time, event, intent, goal, worker, error."""
     after = None
+    away = False
     while True:
         asked = time.monotonic()
         try:
             page = bus.events(after, wait=CLAIM_WAIT_SECONDS if after else 0)
         except TRANSIENT as error:
+            away = True
             log(f"{error} Trying again.")
             time.sleep(POLL_SECONDS)
             continue
+        if away:
+            away = False
+            log("The bus is back again.")
         if page.missed:
             log(f"{page.missed} events were missed")
         print_rows(options, page.events, lambda entry: (

@@ -8200,7 +8200,8 @@ def test_a_fault_of_the_worker_costs_no_attempt_and_stops_it(served):
     with pytest.raises(intentbus.SetupError, match="The worker cannot go on: KeyError: 'x'."):
         worker.run()
     found = served.client.get_status(intent_id)
-    assert (found.status, found.claim_attempts, said) == ("open", 0, [f"{intent_id} released"])
+    assert (found.status, found.claim_attempts) == ("open", 0)
+    assert re.fullmatch(rf"g {intent_id} released after \d+\.\d s", *said)
 
 
 def test_an_error_in_one_thread_ends_a_worker():
@@ -8292,9 +8293,25 @@ def test_a_program_whose_lease_is_lost_is_ended_and_not_reported(serve, quick_le
     worker = in_thread(lambda: Worker(serve.client, "lost", program, max_jobs=1, lease=10, on_message=said.append).run() or True)
     wait_until(lambda: pid.exists() and pid.read_text().strip())
     serve.client.cancel(intent_id)
-    assert worker() and said == [f"{intent_id} lost: it was cancelled, or its lease ran out before the handler ended"]
+    assert worker() and re.fullmatch(rf"lost {intent_id} lost after \d+\.\d s: it was cancelled, or its lease ran out before the "
+                                     "handler ended", *said)
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
+
+
+@pytest.mark.parametrize("text, attempts, line", [
+    ("exit 0", 1, r"g ID fulfilled after \d+\.\d s"),
+    ("echo a: b >&2; echo c >&2; exit 3", 2, r"g ID failed after \d+\.\d s, next attempt at \d\d:\d\d:\d\d: exit code 3: c"),
+    ("exit 3", 1, r"g ID failed after \d+\.\d s and is dead: exit code 3"),
+    ("echo never >&2; exit 100", 2, r"g ID failed after \d+\.\d s and is dead: never"),
+])
+@POSIX
+def test_a_worker_says_of_each_intent_how_it_ended(served, tmp_path, text, attempts, line):
+    intent_id = served.publish(max_attempts=attempts)
+    said, = work(served, "g", intentbus.Program([script(tmp_path, f"#!/bin/sh\n{text}\n")]))
+    assert re.fullmatch(line.replace("ID", intent_id), said), said
+    run_at = served.client.get_status(intent_id).run_at
+    assert "next attempt" not in said or time.strftime("at %H:%M:%S:", time.localtime(run_at)) in said
 
 
 def test_work_done_despite_two_interrupts_is_reported(served):
@@ -8568,6 +8585,8 @@ def test_a_worker_continues_when_the_bus_comes_back(served, impatient, monkeypat
     wait_until(lambda: any("cannot be reached" in sentence for sentence in said))
     served.start().publish(payload="there")
     assert running() and done == ["there"]
+    away, back, outcome = said
+    assert away.endswith(" Trying again.") and back == "The bus is back again." and "fulfilled" in outcome
 
 
 @SLOW
