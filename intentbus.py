@@ -110,7 +110,7 @@ ROW_BYTES = 1000                    # counted for each intent or value, besides 
 KEY_NAMESPACES = 100                # with intents of an issued key: the summary counts each
 KEY_VALUES = 10_000                 # of an issued key's owner
 KEY_WORKERS = 100                   # names of an issued key's workers
-KEY_GOALS = 1000                    # of all these workers together
+KEY_LANES = 4000                    # that all these workers together ask for: four for a goal, or two without a worker id
 KEY_HELD = 1000                     # held requests of an issued key, each with a connection
 KEY_HELD_LANES = 8000               # of these together: 1 KB each
 LANES_PER_TOKEN = 8                 # a claim of more lanes takes more tokens of the rate: 20 us for each lane
@@ -123,8 +123,9 @@ USAGE_SECONDS = 10                  # between two writes of the keys' request co
 
 # Activity and housekeeping
 EVENTS = 1000                       # events kept in memory for watchers
-WORKERS = 10_000                    # workers kept in memory: a name and its goals
-WORKER_SECONDS = 300                # a worker unseen for this long is no longer listed
+WORKERS = 10_000                    # workers kept in memory: a name and what it asks for
+WORKER_SECONDS = 300                # a worker unseen for this long is no longer listed, unless it holds a lease
+WORKER_LANES = 512                  # of one worker: twice those of the largest claim
 GOAL_SECONDS = 366 * 86400          # how long the bus remembers that a goal has had a worker
 KNOWN_GOALS = 1000                  # such goals of an owner, the latest
 EVENTS_PAGE = 250                   # events of one answer: at most 2 MB
@@ -216,6 +217,8 @@ WATCH_SECONDS = 0.1                 # how soon a lost lease or a timeout ends a 
 PIPE_SECONDS = 1                    # how long to read output once the handler has ended
 OUTPUT_BYTES = 127 * 1024           # of stdout, as the result; escaped at twice the size it fits the body limit
 STDERR_BYTES = 2000                 # of stderr, as the error: its end
+STDERR_WAITING_BYTES = 2 ** 20      # of stderr that waits for the reader of ours; more is left out
+STDERR_LINE_BYTES = 8192            # with several handlers, a longer line is passed on before it ends
 ENVIRONMENT_BYTES = 64 * 1024       # of one variable; Linux allows twice that
 
 
@@ -268,8 +271,8 @@ COLUMNS = (
     "id", "namespace", "goal", "payload", "owner", "publisher", "visibility", "priority", "ttl", "max_attempts",
     "backoff_base", "target_worker", "required_capability", "created_at", "status", "run_at", "expires_at",
     "completed_at", "last_error", "result", "result_type", "claim_attempts", "claim_token_hash", "claim_expires_at", "lease",
-    "claim_owner", "claim_key", "claim_outcome", "worker_id", "idempotency_key", "size", "result_size", "place", "lane",
-    "ready", "due_at",
+    "claim_owner", "claim_key", "claim_outcome", "worker_id", "worker", "claimed_at", "idempotency_key", "size", "result_size",
+    "place", "lane", "ready", "due_at",
 )
 PUBLISH_DEFAULTS = dict(
     namespace="default", visibility="private", priority=100, delay=0, run_at=None, ttl=TTL_SECONDS, max_attempts=3,
@@ -277,14 +280,16 @@ PUBLISH_DEFAULTS = dict(
 )
 STATUS_FIELDS = (
     "id", "namespace", "goal", "status", "priority", "visibility", "claim_attempts", "max_attempts", "run_at",
-    "claim_expires_at", "target_worker", "required_capability", "created_at", "completed_at", "last_error",
+    "claim_expires_at", "target_worker", "required_capability", "created_at", "completed_at", "last_error", "claimed_at",
+    "worker",
 )
 NAMING_FIELDS = ("id", "namespace", "goal")
 CLAIM_FIELDS = (
     "claim_attempts", "max_attempts", "priority", "target_worker", "required_capability", "claim_expires_at", "created_at",
 )
 UNCLAIMED = dict.fromkeys(("completed_at", "last_error", "result", "result_type", "claim_token_hash", "claim_expires_at",
-                           "lease", "claim_owner", "claim_key", "claim_outcome", "worker_id", "idempotency_key"))
+                           "lease", "claim_owner", "claim_key", "claim_outcome", "worker_id", "worker", "claimed_at",
+                           "idempotency_key"))
 
 Change = collections.namedtuple("Change", "event columns")     # event: a word for people, or None
 
@@ -323,6 +328,12 @@ def no_such(intent_id):
 def place_of(namespace, audience, target_worker, required_capability):
     """Return the place of lanes; no part can hold a tab."""
     return f"{namespace}\t{audience}\t{target_worker or ''}\t{required_capability or ''}"
+
+
+def lane_of(owner, goal, namespace, visibility, target_worker, required_capability, **others):
+    """Return (place, lane) of an intent that an owner publishes with these fields."""
+    place = place_of(namespace, owner if visibility == "private" else "", target_worker, required_capability)
+    return place, f"{place}\t{goal}\t{owner}"
 
 
 def covering_lanes(lane):
@@ -380,13 +391,12 @@ class Intent(Record):
         run_at = now + delay if run_at is None else run_at
         expires_at = max(run_at, now) + fields["ttl"]
         ready = run_at <= now
-        place = place_of(fields["namespace"], owner if fields["visibility"] == "private" else "", fields["target_worker"],
-                         fields["required_capability"])
+        place, lane = lane_of(owner, **fields)
         payload = to_json(fields["payload"])
         fields.update(
             id=intent_id, payload=payload, size=ROW_BYTES + bytes_of(payload), result_size=0, owner=owner,
             publisher=publisher, created_at=now, status="open", run_at=run_at, expires_at=expires_at, claim_attempts=0, place=place,
-            lane=f"{place}\t{fields['goal']}\t{owner}", ready=int(ready), due_at=expires_at if ready else run_at)
+            lane=lane, ready=int(ready), due_at=expires_at if ready else run_at)
         return cls(UNCLAIMED, **fields)
 
     @property
@@ -412,13 +422,13 @@ class Intent(Record):
             return self._dead(now, f"The lease was lost on attempt {self.claim_attempts} of {self.max_attempts}.")
         return self._open("lost", now, self.run_at)
 
-    def claimed(self, now, token_hash, lease, owner, key_id, worker_id):
-        """A worker takes it under a lease in seconds; a repeated claim is no new attempt."""
+    def claimed(self, now, token_hash, lease, owner, key_id, worker_id, worker):
+        """A worker, known by its id and by a name, takes it under a lease in seconds; a repeated claim is no new attempt."""
         new = self.status != "claimed"
         return Change("claimed" if new else None, dict(
             status="claimed", ready=0, claim_attempts=self.claim_attempts + new, claim_token_hash=token_hash, claim_owner=owner,
-            claim_key=key_id, worker_id=worker_id, claim_outcome=None, claim_expires_at=now + lease, lease=lease,
-            due_at=min(now + lease, self.expires_at)))
+            claim_key=key_id, worker_id=worker_id, worker=worker, claimed_at=now if new else self.claimed_at, claim_outcome=None,
+            claim_expires_at=now + lease, lease=lease, due_at=min(now + lease, self.expires_at)))
 
     def extended(self, now, seconds):
         """Its lease ends that many seconds from now."""
@@ -540,6 +550,9 @@ SIZES = """
     ALTER TABLE intents ADD COLUMN size INTEGER NOT NULL DEFAULT 0;     -- counted bytes, 0 if it is older than this
     ALTER TABLE intents ADD COLUMN result_size INTEGER NOT NULL DEFAULT 0;     -- counted bytes, for claim_key
     ALTER TABLE intents ADD COLUMN lease DOUBLE PRECISION;     -- seconds, of the latest claim or extension
+    ALTER TABLE intents ADD COLUMN worker TEXT;     -- the name of the worker that claimed it, for people to read
+    ALTER TABLE intents ADD COLUMN claimed_at DOUBLE PRECISION;
+    UPDATE intents SET worker = worker_id WHERE worker_id IS NOT NULL;
     ALTER TABLE intents ADD COLUMN idempotency_key TEXT;
     DROP INDEX intents_token;
     CREATE INDEX intents_token ON intents (claim_key, claim_token_hash) WHERE status = 'claimed';
@@ -941,7 +954,7 @@ DEAD_RANGE = """
     AND    (:goal IS NULL OR goal = :goal)
     AND    (:namespace IS NULL OR namespace = :namespace)
 """
-GONE = ("namespace", "publisher", "status", "size", "claim_key", "result_size", "idempotency_key")
+GONE = ("id", "namespace", "publisher", "status", "size", "claim_key", "result_size", "idempotency_key")
 DELETE = f"""
     DELETE FROM intents
     WHERE       id IN ({{which}})
@@ -1120,11 +1133,11 @@ class Transaction(Reads):
 
     A failure undoes this block only. `now` is the time of the round. `moves`, the changes of intents, and functions given
     to after_commit() reach memory once they are on disk. `counted` is to be added to the tallies: (publisher, namespace,
-    status, number, bytes).
+    status, number, bytes). `deleted` are the ids of deleted intents that were claimed.
     """
 
     def __init__(self, store):
-        self._store, self.moves, self.effects, self.counted = store, [], [], []
+        self._store, self.moves, self.effects, self.counted, self.deleted = store, [], [], [], []
 
     def __enter__(self):
         self._db = self._store.database.enter()
@@ -1229,6 +1242,8 @@ class Transaction(Reads):
         gone = [Record(zip(GONE, row)) for row in self._rows(DELETE.format(which=which), values)]
         for intent in gone:
             self._count(intent, -1)
+            if intent.status == "claimed":
+                self.deleted.append(intent.id)
         if for_good:
             self._db.executemany(FORGET, [dict(kind="idempotency", owner=publisher, key=key) for publisher, key in {
                 (intent.publisher, intent.idempotency_key) for intent in gone} if key is not None])
@@ -1628,43 +1643,69 @@ class Waiting:
 # Workers, events and history: in memory, for display. No rule depends on it. The loop changes it; threads of a
 # shared database read it too, so a reader copies a collection before it iterates over it.
 
-EVENT_FIELDS = ("id", "namespace", "goal", "status", "claim_attempts", "worker_id", "last_error", "owner", "claim_owner")
+EVENT_FIELDS = (
+    "id", "namespace", "goal", "status", "claim_attempts", "worker_id", "worker", "last_error", "owner", "claim_owner",
+)
 EVENT_VALUES = operator.itemgetter(*EVENT_FIELDS)
 COUNTED = {"published": "published", "fulfilled": "fulfilled", "failed": "failed", "lost": "failed", "dead": "failed"}
 
 
 class WorkerRegistry:
-    """The workers that asked for work within the last WORKER_SECONDS."""
+    """The workers that asked for work, or had to do with an intent, within the last WORKER_SECONDS, or that hold a lease.
+
+    A worker is known by the id of its key and a name. While it is there, it counts for all lanes that its claims named.
+    """
 
     def __init__(self):
-        self._workers = collections.OrderedDict()     # (key id, id): record, the latest seen last
-        self._of_key = {}                             # key id: {id: number of goals}, ordered likewise
-        self._free_at = {}                            # (key id, id): when its next empty claim is free of charge
-        self._serving = collections.Counter()         # (namespace, goal or "", owner or None for all): number of workers
+        self._workers = collections.OrderedDict()     # (key id, name): worker, the latest seen last
+        self._of_key = {}                             # key id: {name: number of lanes}, ordered likewise
+        self._free_at = {}                            # (key id, name): when its next empty claim is free of charge
+        self._serving = collections.Counter()         # lane: number of workers that ask for it
+        self._holders = {}                            # id of an intent: the worker that holds it
 
-    def see(self, now, caller, worker_id, namespace, goals, version):
+    def see(self, now, caller, name, worker_id, namespace, goals, lanes, version):
         """Note that a worker asks for work of these goals, or of any."""
-        key = caller.key_id, worker_id
+        key = caller.key_id, name
         worker = self._workers.get(key)
-        if worker is None or worker.namespace != namespace or worker.goals != goals:
-            self._forget(key)
-            self._workers[key] = worker = Record(
-                id=worker_id, owner=caller.owner, namespace=namespace, goals=goals, last_seen=now, version=version, intent=None)
-            self._count(worker, 1)
-            self._of_key.setdefault(caller.key_id, collections.OrderedDict())[worker_id] = max(len(goals), 1)
+        if worker is None:
+            self._workers[key] = worker = types.SimpleNamespace(key=key, owner=caller.owner, goals={}, lanes={}, asked=None, running={})
+        worker.id, worker.namespace, worker.version = worker_id, namespace, version
+        if worker.asked is not lanes:     # claims with the same fields have the same tuple
+            self._serve(worker, goals, lanes)
             self._make_room(caller)
-        self._workers.move_to_end(key)
-        self._of_key[caller.key_id].move_to_end(worker_id)
-        worker.update(last_seen=now, version=version, intent=None)
+        self._touch(now, worker)
 
-    def busy(self, key_id, worker_id, intent_id):
-        """Note which intent a worker has got."""
-        if (key_id, worker_id) in self._workers:
-            self._workers[key_id, worker_id]["intent"] = intent_id
+    def hear(self, now, caller, intent):
+        """Note that the worker of an intent is there, since it extends the lease or reports."""
+        worker = self._workers.get((intent.claim_key, intent.worker))
+        if worker:
+            self._touch(now, worker)
+        elif intent.worker and caller.key_id == intent.claim_key:     # it claimed before this bus was started
+            self.see(now, caller, intent.worker, intent.worker_id, intent.namespace, (intent.goal,), (intent.lane,), None)
 
-    def next_is_free(self, now, key_id, worker_id):
+    def hold(self, intent):
+        """Note that an intent is claimed by its worker."""
+        worker = self._workers.get((intent.claim_key, intent.worker))
+        if worker is not self._holders.get(intent.id):
+            self.free(intent.id)
+            if worker and len(worker.running) < JOBS:
+                worker.running[intent.id] = None
+                self._holders[intent.id] = worker
+
+    def free(self, intent_id):
+        """Note that an intent is not claimed, or no longer."""
+        worker = self._holders.pop(intent_id, None)
+        if worker:
+            del worker.running[intent_id]
+
+    def free_all(self):
+        """Forget who holds what: an extension tells it again."""
+        for intent_id in list(self._holders):
+            self.free(intent_id)
+
+    def next_is_free(self, now, key_id, name):
         """Return whether a worker's empty claim is free of charge: every FREE_CLAIM_SECONDS, for KEY_WORKERS of a key."""
-        key = key_id, worker_id
+        key = key_id, name
         if key in self._workers:
             free = abs(now - self._free_at.get(key, 0)) >= FREE_CLAIM_SECONDS
         else:
@@ -1674,41 +1715,69 @@ class WorkerRegistry:
         return free
 
     def forget_silent(self, now):
-        """Forget workers that are silent for longer than WORKER_SECONDS."""
-        while self._workers and abs(now - next(iter(self._workers.values())).last_seen) >= WORKER_SECONDS:
-            self._forget(next(iter(self._workers)))
+        """Forget workers that are silent for longer than WORKER_SECONDS and hold no lease."""
+        for worker in list(itertools.takewhile(lambda worker: abs(now - worker.last_seen) >= WORKER_SECONDS, self._workers.values())):
+            if not worker.running:
+                self._forget(worker)
 
-    def seen(self):
-        """Return the workers, the latest seen first."""
-        return [Record(worker, goals=list(worker.goals)) for worker in reversed(list(self._workers.values()))]
+    def forget_key(self, key_id):
+        """Forget the workers of a key that was revoked."""
+        for name in list(self._of_key.get(key_id, ())):
+            self._forget(self._workers[key_id, name])
 
-    def listening(self, namespace, goal, owner=None):
-        """Return how many workers of an owner, or of anyone, ask for a goal."""
-        return self._serving[namespace, goal, owner] + self._serving[namespace, "", owner]
+    def seen(self, owner=None, most=None):
+        """Return the workers of an owner, or of all, the latest seen first."""
+        there = [worker for worker in reversed(list(self._workers.values())) if owner in (None, worker.owner)]
+        return [Record(name=worker.key[1], id=worker.id, owner=worker.owner, namespace=worker.namespace, goals=list(worker.goals),
+                       last_seen=worker.last_seen, version=worker.version, running=list(worker.running)) for worker in there[:most]]
+
+    def listening(self, lane):
+        """Return how many workers ask for the intents of a lane."""
+        return sum(self._serving[covering] for covering in covering_lanes(lane))
+
+    def _touch(self, now, worker):
+        worker.last_seen = now
+        self._workers.move_to_end(worker.key)
+        self._of_key[worker.key[0]].move_to_end(worker.key[1])
+
+    def _serve(self, worker, goals, lanes):
+        """Add lanes to those that a worker asks for; beyond WORKER_LANES, they take the place of the earlier ones."""
+        if len(worker.lanes) + len(lanes) > WORKER_LANES:
+            self._stop_serving(worker)
+        self._serving.update(lane for lane in lanes if lane not in worker.lanes)
+        worker.asked = lanes
+        worker.lanes.update(dict.fromkeys(lanes))
+        worker.goals.update(dict.fromkeys(goals))
+        key_id, name = worker.key
+        of_key = self._of_key.setdefault(key_id, collections.OrderedDict())
+        of_key[name] = len(worker.lanes)
+        of_key.move_to_end(name)
+
+    def _stop_serving(self, worker):
+        for lane in worker.lanes:
+            self._serving[lane] -= 1
+            if not self._serving[lane]:
+                del self._serving[lane]
+        worker.lanes, worker.goals = {}, {}
 
     def _make_room(self, caller):
         """Forget the workers that are silent for longest, of a key that has more than it may have, or of all."""
         of_key = self._of_key[caller.key_id]
-        while caller.limits and (len(of_key) > KEY_WORKERS or len(of_key) > 1 and sum(of_key.values()) > KEY_GOALS):
-            self._forget((caller.key_id, next(iter(of_key))))
+        while caller.limits and (len(of_key) > KEY_WORKERS or len(of_key) > 1 and sum(of_key.values()) > KEY_LANES):
+            self._forget(self._workers[caller.key_id, next(iter(of_key))])
         if len(self._workers) > WORKERS:
-            self._forget(next(iter(self._workers)))
+            self._forget(next(iter(self._workers.values())))
 
-    def _forget(self, key):
-        worker = self._workers.pop(key, None)
-        if worker:
-            self._count(worker, -1)
-            self._free_at.pop(key, None)
-            del self._of_key[key[0]][key[1]]
-            if not self._of_key[key[0]]:
-                del self._of_key[key[0]]
-
-    def _count(self, worker, number):
-        for goal in set(worker.goals) or ("",):
-            for owner in (worker.owner, None):
-                self._serving[worker.namespace, goal, owner] += number
-                if not self._serving[worker.namespace, goal, owner]:
-                    del self._serving[worker.namespace, goal, owner]
+    def _forget(self, worker):
+        self._stop_serving(worker)
+        for intent_id in list(worker.running):
+            self.free(intent_id)
+        key_id, name = worker.key
+        del self._workers[worker.key]
+        self._free_at.pop(worker.key, None)
+        del self._of_key[key_id][name]
+        if not self._of_key[key_id]:
+            del self._of_key[key_id]
 
 
 class EventLog:
@@ -1760,7 +1829,7 @@ class EventLog:
 Caller = collections.namedtuple("Caller", "key_id owner role admin limits")     # limits: the Limits of an issued key, or None
 Limits = collections.namedtuple("Limits", "unfinished stored_bytes")
 OWNER = Caller(key_id="owner", owner="owner", role="both", admin=True, limits=None)
-Claim = collections.namedtuple("Claim", "lanes namespace goals worker_id lease token repeatable seen_as version")
+Claim = collections.namedtuple("Claim", "lanes namespace goals worker_id lease token repeatable worker_name version")
 DEATHS = "intent.dead"     # the goal of the intents that announce deaths
 
 
@@ -1848,14 +1917,14 @@ class Bus:
 
         fields are those of PUBLISH_DEFAULTS: delay, ttl and backoff_base are seconds, run_at is Unix seconds. The same
         idempotency_key with the same intent returns the first answer; with another intent it raises IdempotencyConflict.
-        listening is the number of workers seen lately for the goal. If it is 0 and no worker of the caller's owner has ever
-        claimed the goal, never_claimed is true.
+        listening is the number of workers seen lately that may claim it. If it is 0 and no worker has ever claimed an intent
+        of the caller's owner with this goal, nor one of that owner's workers any, never_claimed is true.
         """
         wanted = dict(fields, goal=goal, payload=payload)
         namespace = fields.get("namespace", "default")
         answer = self._publish([wanted], idempotency_key, caller, lambda ids: Record(
             id=ids[0], status="published", namespace=namespace))
-        return Record(answer, **self._audience(goal, namespace, fields.get("visibility", "private"), caller))
+        return Record(answer, **self._audience({**PUBLISH_DEFAULTS, **wanted}, caller))
 
     def publish_many(self, intents, *, idempotency_key=None, caller=OWNER):
         """Store intents, each a dict of arguments of publish, all or none, and return {"ids"}."""
@@ -1908,11 +1977,13 @@ class Bus:
                     tally.add(*counted)
         return tally
 
-    def _audience(self, goal, namespace, visibility, caller):
-        """Return how many workers listen for a goal, and whether none of the owner's ever has."""
-        listening = self.registry.listening(namespace, goal, caller.owner if visibility == "private" else None)
-        if listening or (caller.owner, namespace, goal) in self._known_goals or self.store.recall(
-                "goal", caller.owner, f"{namespace}\t{goal}", self.clock.now()) is not None:
+    def _audience(self, fields, caller):
+        """Return how many workers listen for an intent with these fields, and whether its goal has never had one."""
+        _, lane = lane_of(caller.owner, **fields)
+        listening = self.registry.listening(lane)
+        served = caller.owner, fields["namespace"], fields["goal"]
+        if listening or served in self._known_goals or self.store.recall(
+                "goal", caller.owner, f"{fields['namespace']}\t{fields['goal']}", self.clock.now()) is not None:
             return dict(listening=listening)
         return dict(listening=0, never_claimed=True)
 
@@ -1965,8 +2036,8 @@ class Bus:
                                  claim_token=claim.token, claim_timeout=int(claim.lease))
 
     def wanted(self, goal=None, *, namespace="default", publisher=None, worker_id=None, capabilities=(), lease=LEASE_SECONDS,
-               claim_token=None, seen_as=None, version=__version__, caller=OWNER):
-        """Return the Claim that these fields describe; lease is seconds, seen_as and version are for people to read."""
+               claim_token=None, worker_name=None, version=__version__, caller=OWNER):
+        """Return the Claim that these fields describe; lease is seconds, worker_name and version are for people to read."""
         if publisher not in (None, caller.owner) and not caller.admin:
             raise Forbidden("A claim by publisher may name the caller only; the owner key may name anyone.")
         goals = (goal,) if isinstance(goal, str) else tuple(goal or ())
@@ -1974,7 +2045,7 @@ class Bus:
             raise Invalid(f"A claim may name at most {CLAIM_COMBINATIONS} goals times capabilities.")
         lanes = claimed_lanes(namespace, caller.owner, goals, publisher, worker_id, tuple(capabilities))
         return Claim(lanes, namespace, goals, worker_id, lease, claim_token or os.urandom(16).hex(), bool(claim_token),
-                     seen_as or worker_id or caller.key_id, version)
+                     worker_name or worker_id or caller.key_id, version)
 
     def take(self, claim, caller):
         """Claim the first intent that a Claim may have, and return it as it is stored; None if there is none."""
@@ -1983,18 +2054,19 @@ class Bus:
 
     def _take(self, tx, claim, caller):
         token_hash = hash_token(claim.token)
-        tx.after_commit(self.registry.see, tx.now, caller, claim.seen_as, claim.namespace, claim.goals, claim.version)
+        tx.after_commit(self.registry.see, tx.now, caller, claim.worker_name, claim.worker_id, claim.namespace, claim.goals,
+                        claim.lanes, claim.version)
         intent = self._claimable(tx, claim.lanes, caller.key_id, token_hash if claim.repeatable else None)
         if intent is None:
             return None
         self._require_bytes(tx, caller)     # there would be no room for the result
-        self._note_goal(tx, caller.owner, intent.namespace, intent.goal)
-        tx.after_commit(self.registry.busy, caller.key_id, claim.seen_as, intent.id)
+        for owner in sorted({caller.owner, intent.owner}):
+            self._note_goal(tx, owner, intent.namespace, intent.goal)
         return self._change(tx, intent, intent.claimed(
-            tx.now, token_hash, claim.lease, caller.owner, caller.key_id, claim.worker_id))
+            tx.now, token_hash, claim.lease, caller.owner, caller.key_id, claim.worker_id, claim.worker_name))
 
     def _note_goal(self, tx, *served):
-        """Put on record that an owner has had a worker for a goal: owner, namespace, goal."""
+        """Put on record that an owner, or an intent of it, has had a worker for a goal: owner, namespace, goal."""
         if served not in self._known_goals:
             owner, namespace, goal = served
             tx.remember("goal", owner, f"{namespace}\t{goal}", "", tx.now + GOAL_SECONDS)
@@ -2028,6 +2100,7 @@ class Bus:
         held = True
         while held:
             with self.store.transaction() as tx:
+                tx.after_commit(self.registry.forget_key, key_id)
                 held = tx.claimed_by_key(key_id, SLICE_ROWS)
                 for intent in held:
                     self._change(tx, intent, intent.lost(tx.now))
@@ -2114,8 +2187,8 @@ class Bus:
         return Record(intents=intents, next=floor)
 
     def workers(self, *, caller=OWNER):
-        """Return {"workers"}: who has asked for work lately, the latest first."""
-        return Record(workers=[worker for worker in self.registry.seen() if caller.admin or worker.owner == caller.owner])
+        """Return {"workers"}: who has asked for work lately, or holds a lease, the latest seen first."""
+        return Record(workers=self.registry.seen(None if caller.admin else caller.owner))
 
     def events(self, after=None, *, caller=OWNER):
         """Return {"events": those after a number, "next": the number to go on from, "missed"}.
@@ -2259,16 +2332,16 @@ class Bus:
                 states[status] = states.get(status, 0) + number
         database_bytes, wal_bytes = self.store.database.sizes()
         return Record(version=__version__, now=now, intents=intents, keys=len(self.store.keys()), database_bytes=database_bytes,
-                      wal_bytes=wal_bytes, waiting=self._longest_waiting(), workers=self.registry.seen()[:WAITING_LANES],
+                      wal_bytes=wal_bytes, waiting=self._longest_waiting(), workers=self.registry.seen(most=WAITING_LANES),
                       history=self._past(int(now // 60) - minutes + 1, 1 if minutes <= 60 else 10))
 
     def _longest_waiting(self):
-        """Return {"namespace", "goal", "run_at", "listening"} of each goal that waits, the longest first."""
+        """Return {"namespace", "goal", "run_at", "listening"} of each goal that waits, as of its longest waiting intent."""
         waiting = {}
         for intent in sorted(self.store.longest_ready(WAITING_LANES), key=operator.attrgetter("run_at")):
             waiting.setdefault((intent.namespace, intent.goal), intent)
         return [Record(namespace=namespace, goal=goal, run_at=intent.run_at,
-                       listening=self.registry.listening(namespace, goal)) for (namespace, goal), intent in waiting.items()]
+                       listening=self.registry.listening(intent.lane)) for (namespace, goal), intent in waiting.items()]
 
     def _past(self, since, step):
         """Return [[minute, event, times]] of the minutes of Unix time from one on, added up by that many minutes."""
@@ -2303,7 +2376,7 @@ class Bus:
         after = tx.update(intent, change)
         if change.event == "dead" and self._announce_dead and intent.goal != DEATHS:
             payload = dict(id=after.id, goal=after.goal, namespace=after.namespace, reason=after.last_error,
-                           attempts=after.claim_attempts, worker_id=after.worker_id, created_at=after.created_at)
+                           attempts=after.claim_attempts, worker_id=after.worker_id, worker=after.worker, created_at=after.created_at)
             tx.insert(Intent.new(self._ids.new(tx.now), tx.now, after.owner, OWNER.key_id,
                                  dict(goal=DEATHS, namespace=after.namespace, payload=payload)))
         return after
@@ -2340,6 +2413,7 @@ class Bus:
             allowed = hmac.compare_digest(hash_token(claim_token), intent.claim_token_hash or "")
         if not allowed or intent.claim_outcome not in (None, outcome):
             raise lease_lost(intent_id)
+        tx.after_commit(self.registry.hear, tx.now, caller, intent)
         return intent
 
     def _visible(self, intent_id, caller):
@@ -2362,6 +2436,8 @@ class Bus:
         for publisher, *counted in (entry for block in blocks for entry in block.counted):
             if publisher in self._tallies:
                 self._tallies[publisher].add(*counted)
+        for intent_id in [intent_id for block in blocks for intent_id in block.deleted]:
+            self.registry.free(intent_id)
         self.learn(moves)
         if moves:
             self._note_write()
@@ -2374,11 +2450,16 @@ class Bus:
             due_at = move.intent.due_at
             if due_at is not None and due_at < self.next_due:
                 self.next_due = due_at
+            if move.intent.status != "claimed":
+                self.registry.free(move.intent.id)
+            elif ours:
+                self.registry.hold(move.intent)
 
     def distrust_memory(self):
-        """Drop cached counts: another program has changed the database."""
+        """Drop what is remembered of the database: another program has changed it."""
         self.next_due = 0
         self._tallies.clear()
+        self.registry.free_all()
 
     # -- Time --
 
@@ -3430,8 +3511,9 @@ const views = {
         box("Waiting longest", sum.waiting.length ? sum.waiting.slice(0, 12).map(goal => make("a.row.two", { href: place("intents", { status: "open", goal: goal.goal, namespace: goal.namespace }) },
           make("span", {}, make("b", { title: goal.goal }, short(goal.goal)), make("br"), make("small", {}, goal.namespace + ", " + (goal.listening ? plural(goal.listening, "worker") : "no worker"))),
           make("span" + (late(goal.run_at) ? ".bad" : ""), {}, late(goal.run_at) ? "late: " : "", when(goal.run_at)))) : empty("Nothing waits. Publish something on the page Publish.")),
-        box("Workers", sum.workers.length ? sum.workers.slice(0, 12).map(worker => make(worker.intent ? "a.row.two" : "div.row.two", { href: worker.intent && "#intent/" + worker.intent },
-          make("span", {}, make("b", {}, worker.id), make("br"), make("small", {}, (worker.goals.join(", ") || "any goal") + (worker.intent ? ", at " + worker.intent.slice(0, 12) + "…" : ""))),
+        box("Workers", sum.workers.length ? sum.workers.slice(0, 12).map(worker => make(worker.running.length ? "a.row.two" : "div.row.two", { href: worker.running.length ? "#intent/" + worker.running[0] : null },
+          make("span", {}, make("b", {}, worker.name), make("br"), make("small", {}, (worker.goals.join(", ") || "any goal") + (worker.running.length ? ", at " + worker.running[0].slice(0, 12) + "…" : "")
+            + (worker.running.length > 1 ? " and " + (worker.running.length - 1) + " more" : ""))),
           make("span", {}, when(worker.last_seen)))) : empty("No worker in the last five minutes. Start one: python3 intentbus.py work --goal GOAL -- ./handler.sh"),
           sum.workers.length > 12 ? empty("and " + (sum.workers.length - 12) + " more") : null),
         box("The bus", make("dl", {}, [["version", sum.version], ["database", size(sum.database_bytes) + ", log " + size(sum.wal_bytes)],
@@ -3456,7 +3538,7 @@ const views = {
         intent.status === "fulfilled" ? [make("h2", {}, "Result"), make("pre", { id: "result" }, intent.result_type === "text" ? intent.result : JSON.stringify(intent.result, null, 2))] : null,
         make("h2", {}, "Command"), make("pre", { id: "command" }, line)),
       box("Details", make("dl", {}, [["namespace", intent.namespace], ["owner", intent.owner + ", " + intent.visibility], ["priority", intent.priority],
-        ["attempts", intent.claim_attempts + " of " + intent.max_attempts], ["worker", intent.worker_id || "none named"], ["created", when(intent.created_at)],
+        ["attempts", intent.claim_attempts + " of " + intent.max_attempts], ["worker", intent.worker || "none yet"], ["claimed", when(intent.claimed_at)], ["created", when(intent.created_at)],
         ["due", when(intent.run_at)], ["lease ends", intent.claim_expires_at ? when(intent.claim_expires_at) : "no lease"], ["expires", when(intent.expires_at)],
         ["ended", when(intent.completed_at)]].map(([name, value]) => [make("dt", {}, name), make("dd", {}, value instanceof Node ? value : String(value))])))];
   },
@@ -3496,7 +3578,7 @@ async function list(query, status) {
   const some = (action, done) => () => picked.size ? sweep(action, { ids: [...picked] }, done)() : say("Tick some first.");
   const row = intent => make("a.row", { href: "#intent/" + intent.id }, make("span", {}, make("b", { title: intent.goal }, short(intent.goal)), make("br"), make("small", {}, intent.id.slice(0, 12) + "… " + intent.namespace)),
     make("small", {}, when(status === "delayed" ? intent.run_at : intent.created_at)), make("small", {}, intent.claim_attempts + "/" + intent.max_attempts + " attempts"),
-    make("small", {}, intent.worker_id || ""), make("small" + (intent.last_error ? ".bad" : ""), {}, firstLine(intent.last_error)));
+    make("small", {}, intent.worker || ""), make("small" + (intent.last_error ? ".bad" : ""), {}, firstLine(intent.last_error)));
   const tick = id => make("input", { type: "checkbox", "aria-label": "select " + id, onchange: event => event.target.checked ? picked.add(id) : picked.delete(id) });
   return [dead ? null : make("div.tabs.bar", { role: "navigation", "aria-label": "States" }, ["open", "delayed", "claimed", "fulfilled"].map(word =>
       make("a", { href: place("intents", { ...which, status: word }), "aria-current": word === status && "true" }, word)), make("a", { href: place("dead", filter.goal ? which : {}) }, "dead")),
@@ -3695,8 +3777,8 @@ def claiming_worker(request, fields, token):
     if in_headers:
         for field, value in validate(CLAIM_HEADERS, in_headers).items():
             told[field] = same_or_either(field, told[field], value, signed=token)
-    return dict(told, version=headers.get("user-agent", "")[:64],
-                seen_as=told["worker_id"] or f"{request.caller.key_id}@{request.peer}")
+    return dict(told, version=headers.get("user-agent", "")[:64], worker_name=label(headers.get("x-worker-name", ""))
+                or told["worker_id"] or f"{request.caller.key_id}@{request.peer}")
 
 
 def take_intent(api, request, wanted):
@@ -3734,7 +3816,7 @@ def nothing_to_claim(api, request, wanted):
     """Answer a claim that has found nothing: it is free of charge, or, if they are many, costs by the lanes it looks at."""
     caller = request.caller
     if caller.limits:
-        free = api.bus.registry.next_is_free(api.bus.clock.now(), caller.key_id, wanted.seen_as)
+        free = api.bus.registry.next_is_free(api.bus.clock.now(), caller.key_id, wanted.worker_name)
         api.keys.charge(caller, -1 if free else len(wanted.lanes) // LANES_PER_TOKEN)
     return 204, None
 
@@ -5837,12 +5919,15 @@ ANSWER_ID = (must_be("an id", lambda value: isinstance(value, str) and re.fullma
 DONE = (must_be("true", lambda value: value is True), REQUIRED)
 REPORTED = answer_of(ok=DONE, id=ANSWER_ID, status=UNSURE)
 CLAIMED = answer_of(id=ANSWER_ID, goal=TEXT, payload=UNSURE, claim_token=(string, None), claim_attempts=(COUNT[0], None))
-ENDED = answer_of(ok=DONE, id=ANSWER_ID, status=UNSURE, next=(lambda value: value and CLAIMED(value), None))
-STATE = answer_of(id=ANSWER_ID, status=TEXT, last_error=UNSURE)
+ENDED = answer_of(ok=DONE, id=ANSWER_ID, status=UNSURE, run_at=(number_from(0, 2 ** 40), None),
+                  next=(lambda value: value and CLAIMED(value), None))
+STATE = answer_of(id=ANSWER_ID, status=TEXT, last_error=UNSURE, worker=UNSURE, claimed_at=(number_from(0, 2 ** 40), None))
 LISTED_INTENT = answer_of(id=ANSWER_ID, status=TEXT, goal=TEXT, claim_attempts=COUNT, max_attempts=COUNT, created_at=MOMENT,
-                          last_error=UNSURE)
-LISTED_WORKER = answer_of(owner=TEXT, last_seen=MOMENT, goals=(array_of(string), REQUIRED), id=UNSURE, version=UNSURE, intent=UNSURE)
-LISTED_EVENT = answer_of(event=TEXT, time=MOMENT, id=UNSURE, goal=UNSURE, worker_id=UNSURE, last_error=UNSURE)
+                          last_error=UNSURE, worker=UNSURE)
+LISTED_WORKER = answer_of(owner=TEXT, last_seen=MOMENT, goals=(array_of(string), REQUIRED), name=UNSURE, id=UNSURE, version=UNSURE,
+                          running=(array_of(string), ()))
+LISTED_EVENT = answer_of(event=TEXT, time=MOMENT, id=UNSURE, goal=UNSURE, worker_id=UNSURE, worker=UNSURE,
+                         last_error=UNSURE)
 LISTED_KEY = answer_of(key_id=TEXT, owner=TEXT, role=TEXT, total_requests=COUNT, name=UNSURE,
                        last_used_at=(number_from(0, 2 ** 40), None))
 API_KEY = (must_be("a key", lambda value: isinstance(value, str) and re.fullmatch("[!-~]+", value)), REQUIRED)
@@ -6154,6 +6239,13 @@ class Spooler:
         self.spool.remove(number)
 
 
+def process_name(program=None):
+    """Return how people know this process: its host, program and number; in ASCII, for a header."""
+    number = f" {os.getpid()}"
+    words = f"{socket.gethostname().partition('.')[0]} {os.path.basename(program or sys.argv[0] or 'python')}"
+    return label(words.encode("ascii", "replace").decode())[:64 - len(number)] + number
+
+
 class IntentClient:
     """A client of a bus: the verbs of Bus, over HTTP.
 
@@ -6229,16 +6321,17 @@ class IntentClient:
         return self._spooler.flush() if self._spooler else 0
 
     def claim(self, goal=None, *, namespace=None, publisher=None, worker_id=None, capabilities=(), wait=0, lease=None,
-              claim_token=None):
+              claim_token=None, worker_name=None):
         """Claim an intent; return None if there is none within wait seconds.
 
         A claim whose answer is lost is repeated; with a claim_token, 32 to 64 random characters, by the caller only.
+        worker_name is what people know this worker by, host, program and process id by default.
         """
         query = self._claim_query(goal, namespace, publisher, worker_id, capabilities, lease)
         def send():
             token = claim_token or os.urandom(16).hex()
             return self.request("POST", "/claim", dict(claim_token=token), query=query, wait=wait,
-                                retries=0 if claim_token else RETRIES)
+                                headers={"X-Worker-Name": worker_name or process_name()}, retries=0 if claim_token else RETRIES)
         return self._spooler.claim(send) if self._spooler else send()
 
     def _claim_query(self, goal=None, namespace=None, publisher=None, worker_id=None, capabilities=(), lease=None):
@@ -6268,12 +6361,13 @@ class IntentClient:
 
     def _report(self, verb, intent_id, next_claim, spooler, **body):
         path, wanted = f"/{verb}/{intent_id}", dict(next_claim or ())
-        token = wanted.pop("claim_token", None) or os.urandom(16).hex()
+        token, worker_name = wanted.pop("claim_token", None) or os.urandom(16).hex(), wanted.pop("worker_name", None)
 
         def send():
             if next_claim is None:
                 return self.request("POST", path, body)
-            return self.request("POST", path, dict(body, next_token=token), headers={"X-Claim-Token": token},
+            headers = {"X-Claim-Token": token, "X-Worker-Name": worker_name or process_name()}
+            return self.request("POST", path, dict(body, next_token=token), headers=headers,
                                 query=dict(self._claim_query(**wanted), next=1))
         return spooler.report(path, body, intent_id, send) if spooler else send()
 
@@ -6456,7 +6550,12 @@ class Lease:
         self._extend = functools.partial(bus.extend_claim, intent.id, intent.claim_token, seconds)
         self._interval = seconds / 3
         self._due = steady_clock() + self._interval
+        self._started = time.monotonic()
         self.broken = None
+
+    def age(self):
+        """Return the seconds since the intent was claimed, as words."""
+        return f"{time.monotonic() - self._started:.1f} s"
 
     def keep(self):
         """Extend the lease if that is due, in a thread: a slow bus must not hold up the other leases."""
@@ -6504,6 +6603,7 @@ class Worker:
         self._over = []                       # an item for each thread that has ended, save its last steps
         self._stopping = threading.Event()
         self._failure = None
+        self._trouble = None     # of the latest claim, in words
         self.signals = []     # numbers of the signals that interrupted the worker
 
     def run(self):
@@ -6540,8 +6640,8 @@ class Worker:
             lease.broken = lease.broken or "stopped"
         grace = getattr(self._handler, "kill_after", KILL_AFTER_SECONDS)
         self._wait_while(lambda: self._running, grace + PIPE_SECONDS + 3 * WATCH_SECONDS)
-        for _, intent in list(self._running.values()):     # their handlers are Python functions, which cannot be killed
-            self._report(intent, "release")
+        for lease, intent in list(self._running.values()):     # their handlers are Python functions, which cannot be killed
+            self._report(intent, lease, "release")
 
     def _wait_while(self, condition, seconds=float("inf")):
         deadline = time.monotonic() + seconds
@@ -6589,15 +6689,22 @@ class Worker:
         while True:     # always with the same token, in case a lost answer had claimed an intent
             try:
                 intent = self._bus.claim(**self._wanted, wait=wait, claim_token=token)
+                self._note_trouble(None)
                 break
             except TRANSIENT as error:
-                self._log(f"{error} Trying again.")
+                self._note_trouble(f"{error} Trying again.")
             self._stopping.wait(random.uniform(1, 2 * self._poll))
             if self._is_over():
                 return None
         if not intent and time.monotonic() - started < wait / 2:     # this bus does not hold claims
             self._stopping.wait(self._poll)
         return intent
+
+    def _note_trouble(self, trouble):
+        """Tell of trouble with the bus, or with None of its end, unless that is known."""
+        known, self._trouble = self._trouble, trouble
+        if trouble != known:
+            self._log(trouble or "The bus is back again.")
 
     def _process(self, intent):
         """Run the handler for an intent and report the outcome; then go on with the intent that the report has claimed."""
@@ -6614,11 +6721,11 @@ class Worker:
     def _process_one(self, intent, lease):
         verb, details = ("release", {}) if self._stopping.is_set() else self._run_handler(intent, lease)
         if lease.broken == "lost":
-            self._log(f"{intent.id} lost: it was cancelled, or its lease ran out before the handler ended")
+            self._log_outcome(intent, "lost", lease, ": it was cancelled, or its lease ran out before the handler ended")
         elif verb == "release" or lease.broken and verb != "fulfill":     # finished work is reported even then
-            self._report(intent, "release")
+            self._report(intent, lease, "release")
         else:
-            return self._report_and_claim(intent, verb, details)
+            return self._report_and_claim(intent, lease, verb, details)
         return None
 
     def _run_handler(self, intent, lease):
@@ -6634,37 +6741,50 @@ class Worker:
             self._stop(error)
             return "release", {}
 
-    def _report_and_claim(self, intent, verb, details):
+    def _report_and_claim(self, intent, lease, verb, details):
         """Report an outcome and, if the worker goes on, claim the next intent with it; return that one, or None."""
         if self._is_over() or not self._jobs.acquire(blocking=False):
-            self._report(intent, verb, **details)
+            self._report(intent, lease, verb, **details)
             return None
         token = os.urandom(16).hex()
-        answer = self._report(intent, verb, **details, next_claim=dict(self._wanted, claim_token=token))
+        answer = self._report(intent, lease, verb, **details, next_claim=dict(self._wanted, claim_token=token))
         # an answer that was lost may have claimed an intent
         following = self._claim_next(token) if isinstance(answer, TRANSIENT) else answer and answer.next
         if not following:
             self._jobs.release()
         return following
 
-    def _report(self, intent, verb, **details):
+    def _report(self, intent, lease, verb, next_claim=None, **details):
         """Report an outcome; return the answer, the transient error in its place, or None."""
         try:
-            answer = getattr(self._bus, verb)(intent.id, intent.claim_token, **details)
-            self._log(f"{intent.id} {PAST_TENSES[verb]}" + (f": {details['error']}" if verb == "fail" else ""))
+            answer = getattr(self._bus, verb)(intent.id, intent.claim_token, **details, next_claim=next_claim)
+            self._log_outcome(intent, PAST_TENSES[verb], lease, consequence_of(answer, **details) if verb == "fail" else "")
             return answer
         except NotFound:
-            self._log(f"{intent.id} lost: it was cancelled, or its lease ran out before the report")
+            self._log_outcome(intent, "lost", lease, ": it was cancelled, or its lease ran out before the report")
         except (Invalid, PayloadTooLarge) as error:
-            self._report(intent, "fail", error=f"The result was refused: {error}", retry=False)
+            self._report(intent, lease, "fail", error=f"The result was refused: {error}", retry=False)
         except SetupError as error:     # of the spool
             self._stop(error)
         except Error as error:
             kept = verb != "release" and isinstance(error, TRANSIENT) and getattr(self._bus, "spool", None)
             consequence = "the spool keeps it and reports it later" if kept else "the intent will be done again"
-            self._log(f"{intent.id} {verb} could not be reported; {consequence}: {error}")
+            self._log(f"{intent.goal} {intent.id} {verb} could not be reported; {consequence}: {error}")
             return error
         return None
+
+    def _log_outcome(self, intent, outcome, lease, more):
+        self._log(f"{intent.goal} {intent.id} {outcome} after {lease.age()}{more}")
+
+
+def consequence_of(answer, error, retry=True):
+    """Return the words for when a failed intent is tried again, and for its error; of several lines, the last one."""
+    when, lines = "", error.strip().splitlines() or ["no reason"]
+    if answer.get("status") == "dead":
+        when = " and is dead"
+    elif answer.get("run_at"):
+        when = time.strftime(", next attempt at %H:%M:%S", time.localtime(answer.run_at))
+    return f"{when}: {lines[0]}" if len(lines) == 1 else f"{when}: {lines[0].partition(': ')[0]}: {lines[-1]}"
 
 
 def listen(bus, goal, handler, *, full_envelope=False, **options):
@@ -6823,22 +6943,24 @@ class OutputReader:
             key.fileobj.close()
         self._selector.close()
 
-    def collect(self, pipe, excess):
-        """Return a bytearray that collects the data of a pipe; excess is the slice of it to drop."""
+    def collect(self, pipe, excess, show=lambda data: None):
+        """Return a bytearray that collects the data of a pipe, and show the data; excess is the slice to drop."""
         kept = bytearray()
         source = pipe if POSIX else socket_from(pipe)     # Windows can wait for sockets only
-        self._selector.register(source, selectors.EVENT_READ, (kept, excess))
+        self._selector.register(source, selectors.EVENT_READ, (kept, excess, show))
         return kept
 
     def read(self, seconds):
         """Collect the data that comes within some seconds; return whether there was any, or the end of a pipe."""
         ready = self.is_open() and self._selector.select(seconds)
         for key, _ in ready or ():
-            kept, excess = key.data
+            kept, excess, show = key.data
             data = os.read(key.fd, 65536) if POSIX else key.fileobj.recv(65536)
             kept += data
             del kept[excess]
-            if not data:
+            if data:
+                show(data)
+            else:
                 self._selector.unregister(key.fileobj)
                 key.fileobj.close()
         return bool(ready)
@@ -6852,12 +6974,13 @@ class Program:
     """A handler that runs a program: payload on stdin, result on stdout. The README has the contract.
 
     timeout and kill_after are seconds, max_output bytes; result says how to read stdout: auto, json, text or none.
-    tell(verb, pid) is called when a process has started and when it has ended. Raises SetupError if there is no such
-    program, or if it is a batch file of Windows with placeholders: cmd.exe could take a field for commands.
+    tell(verb, pid) is called when a process has started and when it has ended, show(intent, data) with what it writes to
+    stderr, and with no data at the end. Raises SetupError if there is no such program, or if it is a batch file of Windows
+    with placeholders: cmd.exe could take a field for commands.
     """
 
     def __init__(self, arguments, timeout=HANDLER_SECONDS, kill_after=KILL_AFTER_SECONDS, max_output=OUTPUT_BYTES,
-                 result="auto", tell=lambda verb, pid: None):
+                 result="auto", tell=lambda verb, pid: None, show=lambda intent, data: None):
         import shutil
         self._program = shutil.which(arguments[0])
         if not self._program:
@@ -6872,15 +6995,17 @@ class Program:
         self._max_output = max_output
         self._result = result
         self._tell = tell
+        self._show = show
 
     def __call__(self, intent, lease):
         reader = OutputReader()
         process = self._start(intent)
+        show = functools.partial(self._show, intent)
         with reader:
             try:
                 self._tell("started", process.pid)
                 output = reader.collect(process.stdout, excess=slice(self._max_output, None))
-                errors = reader.collect(process.stderr, excess=slice(None, -STDERR_BYTES))
+                errors = reader.collect(process.stderr, slice(None, -STDERR_BYTES), show)
                 reason = self._wait(process, reader, lease)
             finally:
                 self._signal(process, "SIGKILL")     # ends the children that the program left behind
@@ -6889,6 +7014,7 @@ class Program:
             deadline = time.monotonic() + PIPE_SECONDS     # a process in another session may hold the pipes, and write
             while time.monotonic() < deadline and reader.read(WATCH_SECONDS):
                 pass
+        show(b"")
         if reason or process.returncode:
             raise self._failure(reason, process.returncode, errors.decode(errors="replace").strip())
         return self._parse(bytes(output))
@@ -7155,6 +7281,77 @@ def log(message):
         sys.stderr.write(escape(f"intentbus: {message}".replace("\n", " | ")) + "\n")
 
 
+class StderrRelay:
+    """Passes what handlers write to stderr on to ours, as show() of a Program.
+
+    One handler's is passed on as it is. Of several at a time, each line gets the digits in front by which ids differ, and
+    control characters are escaped, since they would change the lines of others. A thread writes, so that a slow reader
+    delays no handler; beyond STDERR_WAITING_BYTES, data is left out, and its length is said.
+    """
+
+    def __init__(self, several):
+        self._several = several
+        self._begun = {}     # id of an intent: its line that has not ended; of a single handler, the last byte of it
+        self._waiting = bytearray()
+        self._left_out = 0
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._pass_on, daemon=True)
+
+    def __call__(self, intent, data):
+        """Pass data of an intent's handler on; no data means the end."""
+        begun = self._begun.pop(intent.id, b"")
+        if self._several:
+            *lines, begun = (begun + data).split(b"\n")
+            if begun and (not data or len(begun) > STDERR_LINE_BYTES):
+                lines.append(begun)
+                begun = b""
+            self._add(b"".join(self._labelled(intent, line) for line in lines))
+        else:
+            self._add(data or begun and b"\n")
+            begun = data[-1:].strip(b"\n")
+        if begun:
+            self._begun[intent.id] = begun
+        if not data and not self._left_out:
+            self.flush()
+
+    def flush(self):
+        """Wait until all is written, for PIPE_SECONDS at most."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting, PIPE_SECONDS)
+
+    def _labelled(self, intent, line):
+        return f"{intent.id[:16]}: {escape(line.decode(errors='replace'), UNPRINTABLE)}\n".encode()
+
+    def _add(self, text):
+        def fits():
+            return len(self._waiting) + len(text) <= STDERR_WAITING_BYTES
+        with self._changed:
+            if text and not self._thread.ident:
+                self._thread.start()
+            if fits() or not self._left_out and self._changed.wait_for(fits, WATCH_SECONDS):
+                self._waiting += text
+                self._changed.notify_all()
+            else:     # the reader is stuck: handlers do not wait for it again
+                self._left_out += len(text)
+
+    def _pass_on(self):
+        """Run in the thread: write what waits."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting)
+                data = bytes(self._waiting)
+            try:
+                written = os.write(sys.stderr.fileno(), data)
+            except OSError:     # as in log()
+                written = len(data)
+            with self._changed:
+                del self._waiting[:written]
+                if self._left_out and not self._waiting:
+                    self._waiting += f"\nintentbus: {self._left_out} bytes that handlers wrote to stderr were left out\n".encode()
+                    self._left_out = 0
+                self._changed.notify_all()
+
+
 def print_result(value):
     """Write a value to stdout as it is, but on a terminal without control characters; raises SetupError."""
     line = escape(str(value), UNPRINTABLE) if sys.stdout.isatty() else str(value)
@@ -7350,6 +7547,8 @@ def publish_command(options):
         log(f"{answer.reason} The intent is stored; the next publish --spool, flush or work sends it.")
     elif answer.get("never_claimed"):
         log(f"no worker has ever claimed {options.goal!r}; check the spelling (workers lists who is there)")
+    elif (options.target_worker or options.required_capability) and answer.get("listening") == 0:
+        log("no worker that may claim it is there now; check its --worker and --capability (workers lists who is there)")
     if options.wait is not None:
         return wait_for_result(bus, answer.id, options)
     if options.json or answer.id:
@@ -7503,7 +7702,7 @@ def flush_command(options):
          flag("--result", choices=("auto", "json", "text", "none"), default="auto",
               help="what stdout is: auto is JSON if it parses, else text"),
          flag("--max-output", type=positive_int, default=OUTPUT_BYTES, metavar="BYTES", help="how much of stdout to keep"),
-         flag("--worker-id", help="the id of this worker, for publish --worker and for the list of workers"),
+         flag("--worker-id", help="the id of this worker, for publish --worker"),
          flag("--no-wake-lock", action="store_true", help="in Termux, let the phone sleep"),
          flag("--capability", dest="capabilities", action="append", default=[], help="a capability it has; may be repeated"),
          flag("program", nargs="*", help="the handler and its arguments, after --"))
@@ -7515,9 +7714,11 @@ def work_command(options):
     program, work prints each payload.
     """
     guardian = Guardian(options.kill_after)
+    relay = StderrRelay(options.jobs > 1)
     handler = print_payload
     if options.program:
-        handler = Program(options.program, options.timeout, options.kill_after, options.max_output, options.result, guardian.tell)
+        handler = Program(options.program, options.timeout, options.kill_after, options.max_output, options.result, guardian.tell,
+                          relay)
     if options.jobs > JOBS:
         raise Invalid(f"-j must be at most {JOBS}.")
     if not LEASE_RANGE_SECONDS[0] <= options.lease <= LEASE_RANGE_SECONDS[1]:
@@ -7531,14 +7732,17 @@ def work_command(options):
     except SetupError as error:
         spool = None
         log(f"{error} An outcome that cannot be reported will be lost.")
-    worker = Worker(open_client(options, spool=spool), options.goal, handler, on_message=log,
+    worker = Worker(open_client(options, spool=spool), options.goal, handler,
+                    on_message=lambda sentence: log(f"{time.strftime('%H:%M:%S')} {sentence}"),
                     concurrency=options.jobs, lease=options.lease, max_jobs=options.max_jobs, max_time=options.max_time,
-                    drain=options.drain, poll=options.poll, worker_id=options.worker_id, capabilities=options.capabilities)
+                    drain=options.drain, poll=options.poll, worker_id=options.worker_id, capabilities=options.capabilities,
+                    worker_name=process_name(*options.program[:1]))
     for signal_number in filter(None, (signal.SIGINT, signal.SIGTERM, HANGUP)):
         if signal.getsignal(signal_number) != signal.SIG_IGN:     # under nohup, HUP stays ignored
             signal.signal(signal_number, worker.interrupt)
     with guardian if options.program else contextlib.nullcontext():
         worker.run()
+    relay.flush()
     return 128 + worker.signals[0] if worker.signals else 0
 
 
@@ -7550,9 +7754,12 @@ def print_payload(intent, lease):
 
 @bus_command("status", ["status 01a20a3bf4423c55cce77efa455c0ada"], ID, JSON)
 def status_command(bus, options):
-    """Print the status of an intent: open, claimed, fulfilled or dead."""
+    """Print the status of an intent: open, claimed, fulfilled or dead; and, as a message, who has or had it."""
     intent = bus.get_status(options.id)
     print_answer(options, intent, "status")
+    if intent.worker and not options.json:
+        at = time.strftime(" at %Y-%m-%d %H:%M:%S", time.localtime(intent.claimed_at)) if intent.claimed_at else ""
+        log(f"claimed by {intent.worker}{at}")
     if intent.last_error and not options.json:
         log(intent.last_error)
 
@@ -7573,7 +7780,7 @@ def result_command(bus, options):
              flag("--goal", help="only intents with this goal"),
              flag("--limit", type=positive_int, default=50, metavar="N", help="at most N intents"), JSON)
 def list_command(bus, options):
-    """List intents, newest first: id, status, attempts, age, goal, last error."""
+    """List intents, newest first: id, status, attempts, age, goal, worker, last error."""
     left = options.limit
     before = None
     while left > 0:
@@ -7581,35 +7788,45 @@ def list_command(bus, options):
                         before=before)
         print_rows(options, page.intents, lambda intent: (
             intent.id, f"{intent.status:9}", f"{intent.claim_attempts}/{intent.max_attempts}",
-            f"{format_duration(time.time() - intent.created_at):>4}", intent.goal, intent.last_error))
+            f"{format_duration(time.time() - intent.created_at):>4}", intent.goal, intent.worker, intent.last_error))
         before = page.next
         left = left - len(page.intents) if before else 0
 
 
 @bus_command("workers", ["workers"], JSON)
 def workers_command(bus, options):
-    """List the workers of the last five minutes: last seen, owner, id, version, goals, intent."""
+    """List the workers that hold a lease or were there in the last five minutes, one for each process.
+
+    The columns: last seen, owner, name (host, program and process id), id, version, goals, intents that it runs.
+    """
     print_rows(options, bus.workers().workers, lambda worker: (
-        f"{format_duration(time.time() - worker.last_seen):>4}", worker.owner, worker.id, worker.version or "-",
-        ", ".join(worker.goals) or "any goal", worker.intent))
+        f"{format_duration(time.time() - worker.last_seen):>4}", worker.owner, worker.name,
+        None if worker.id == worker.name else worker.id, worker.version or "-", ", ".join(worker.goals) or "any goal",
+        ", ".join(worker.running)))
 
 
 @bus_command("watch", ["watch", """watch --json | jq -c 'select(.event == "dead")'"""], JSON)
 def watch_command(bus, options):
     """Print the events on the bus as they happen, until Ctrl-C: time, event, intent, goal, worker, error."""
     after = None
+    away = False
     while True:
         asked = time.monotonic()
         try:
             page = bus.events(after, wait=CLAIM_WAIT_SECONDS if after else 0)
         except TRANSIENT as error:
+            away = True
             log(f"{error} Trying again.")
             time.sleep(POLL_SECONDS)
             continue
+        if away:
+            away = False
+            log("The bus is back again.")
         if page.missed:
             log(f"{page.missed} events were missed")
         print_rows(options, page.events, lambda entry: (
-            time.strftime("%H:%M:%S", time.localtime(entry.time)), f"{entry.event:9}", entry.id, entry.goal, entry.worker_id,
+            time.strftime("%H:%M:%S", time.localtime(entry.time)), f"{entry.event:9}", entry.id, entry.goal,
+            entry.worker or entry.worker_id,
             entry.last_error if entry.event in ("failed", "dead", "lost") else None))
         if after and not page.events and time.monotonic() - asked < RECHECK_SECONDS:     # this bus does not hold requests
             time.sleep(RECHECK_SECONDS)

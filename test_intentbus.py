@@ -1724,7 +1724,7 @@ def published(now=1000.0, **fields):
 
 def claimed(**fields):
     intent = published(**fields)
-    intent.update(intent.claimed(1000.0, "hash", 60, "owner", "owner", None).columns)
+    intent.update(intent.claimed(1000.0, "hash", 60, "owner", "owner", None, None).columns)
     return intent
 
 
@@ -1752,8 +1752,8 @@ def test_an_intent_reads_both_ways():
 
 
 @pytest.mark.parametrize("transition, event, status, ready, due_at", [
-    (lambda i: i.claimed(1000, "h", 60, "o", "k", None), None, "claimed", 0, 1060),
-    (lambda i: i.claimed(1000, "h", 9999, "o", "k", None), None, "claimed", 0, 4600),
+    (lambda i: i.claimed(1000, "h", 60, "o", "k", None, None), None, "claimed", 0, 1060),
+    (lambda i: i.claimed(1000, "h", 9999, "o", "k", None, None), None, "claimed", 0, 4600),
     (lambda i: i.extended(1000, 70), None, "claimed", 0, 1070),
     (lambda i: i.fulfilled(1000, {"a": 1}, "json", "k1"), "fulfilled", "fulfilled", 0, None),
     (lambda i: i.failed(1000, "no", True, 1), "failed", "open", 0, 1011),
@@ -2191,6 +2191,7 @@ def test_a_database_of_an_earlier_release_opens_and_works(tmp_path, clock, versi
     bus = served.client
     ids = [row.id for row in bus.list().intents]
     assert sorted(bus.get_status(id).status for id in ids) == ["claimed", "dead", "fulfilled", "open", "open", "open"]
+    assert {bus.get_status(id).worker for id in ids} == {None, "phone"}
     assert bus.claim("g", namespace="home").payload == {"n": 1} and bus.claim("g") is None
     held, token = "01a3185c500000001c89eb7b2266193d", "d900b70fb64ae815002f4c7207f0fd34"
     assert bus.fulfill(held, token, "late but done").ok
@@ -3074,8 +3075,9 @@ def test_a_publish_reports_how_many_workers_listen(bus, clock):
     bus.claim(worker_id="any")
     bus.claim("g", namespace="other", worker_id="elsewhere")
     assert [bus.publish(goal, 1).listening for goal in "ghx"] == [3, 3, 1]
-    clock.pass_(301)
-    tend(bus)
+    for seconds in (60, 241):     # the lease is lost, then the workers are silent for long
+        clock.pass_(seconds)
+        tend(bus)
     assert bus.publish("h", 1).never_claimed
     assert bus.publish("g", 1).pick(("status", "listening")) == {"status": "published", "listening": 0}
     assert "never_claimed" not in bus.publish("g", 1)
@@ -3099,16 +3101,114 @@ def test_workers_of_other_owners_are_neither_counted_nor_listed(bus):
 
 def test_workers_are_listed_with_their_goals_and_intents(bus, clock):
     intent_id = bus.publish("g", 1).id
-    bus.claim("g", worker_id="w", seen_as="w", version="intentbus/1")
+    bus.claim("g", worker_id="w", version="intentbus/1")
     clock.pass_(1)
     bus.claim(worker_id="v")
     newest, older = bus.workers().workers
-    assert (newest.id, newest.goals, newest.intent) == ("v", [], None)
-    assert (older.id, older.goals, older.version, older.intent) == ("w", ["g"], "intentbus/1", intent_id)
+    assert (newest.id, newest.goals, newest.running) == ("v", [], [])
+    assert (older.id, older.goals, older.version, older.running) == ("w", ["g"], "intentbus/1", [intent_id])
     assert older.last_seen == clock.wall - 1
-    clock.pass_(300)
-    tend(bus)
+    for seconds in (59, 241):     # the lease is lost, then the workers are silent for long
+        clock.pass_(seconds)
+        tend(bus)
     assert bus.workers().workers == []
+
+
+def names(bus, **caller):
+    return {worker.name: worker.running for worker in bus.workers(**caller).workers}
+
+
+def test_two_workers_of_one_machine_and_key_are_two(served):
+    served.publish(goal="first")
+    for name in ("vps handler.sh 4711", "vps handler.sh 4712", "x" * 70, "tab\x85bed", " ", None):
+        served.ask("POST", "/claim?goal=g", X_Worker_Name=name)
+        served.ask("POST", "/claim?goal=g&worker_id=phone", X_Worker_Name=name)
+    assert set(names(served.client)) == {"vps handler.sh 4711", "vps handler.sh 4712", "x" * 64, "tab?bed", "phone", "owner@127.0.0.1"}
+    assert served.client.publish("g", 1).listening == 6
+    summary = served.ask("GET", "/admin/summary").json
+    assert {worker["name"] for worker in summary["workers"]} == set(names(served.client))
+
+
+@pytest.mark.parametrize("verb", ["extend_claim", "fulfill", "fail", "release"])
+def test_a_worker_is_there_while_it_extends_or_reports(bus, clock, verb):
+    bus.publish("g", 1)
+    claim = bus.claim("g", worker_name="w", lease=600)
+    bus.claim("g", worker_name="silent")
+    clock.pass_(200)
+    getattr(bus, verb)(claim.id, claim.claim_token)
+    clock.pass_(200)
+    tend(bus)
+    worker, = bus.workers().workers
+    assert (worker.name, worker.last_seen, bus.publish("g", 1).listening) == ("w", clock.wall - 200, 1)
+
+
+@pytest.mark.parametrize("end, holder", [
+    (lambda bus, claim, clock: bus.fulfill(claim.id, claim.claim_token), None),
+    (lambda bus, claim, clock: bus.fail(claim.id, claim.claim_token), None),
+    (lambda bus, claim, clock: bus.release(claim.id, claim.claim_token), None),
+    (lambda bus, claim, clock: bus.cancel(claim.id), None),
+    (lambda bus, claim, clock: bus.purge(confirm=True, namespace="n"), None),
+    (lambda bus, claim, clock: bus.end_leases("k1"), None),
+    (lambda bus, claim, clock: (clock.pass_(600), tend(bus)), None),
+    (lambda bus, claim, clock: (clock.pass_(600), bus.claim("g", namespace="n", worker_name="other")), "other"),
+], ids=["fulfilled", "failed", "released", "cancelled", "purged", "revoked", "lost", "claimed by another"])
+def test_what_a_worker_runs_is_shown_until_it_ends(bus, clock, end, holder):
+    def holders():
+        return {id: worker.name for worker in bus.workers().workers for id in worker.running}
+    ended, kept = (bus.publish("g", 1, namespace=namespace).id for namespace in ("n", "default"))
+    claim = bus.claim("g", namespace="n", worker_name="w", lease=600, caller=Caller("k1", "owner", "both", True, None))
+    bus.claim("g", worker_name="v", lease=3600)
+    clock.pass_(599)
+    tend(bus)
+    assert holders() == {ended: "w", kept: "v"}, "they are silent for long, but hold leases"
+    end(bus, claim, clock)
+    assert holders() == {kept: "v", **({ended: holder} if holder else {})}
+
+
+def test_a_worker_whose_key_is_revoked_is_gone_at_once(bus):
+    bus.claim("g", caller=ALICE)
+    bus.end_leases(ALICE.key_id)
+    assert bus.workers().workers == [] and bus.publish("g", 1, caller=ALICE).listening == 0
+
+
+def test_a_restarted_bus_learns_from_an_extension_who_is_there(store, clock):
+    bus = assembled(store, clock=clock).bus
+    bus.publish("g", 1)
+    claim = bus.claim("g", worker_id="phone", worker_name="w")
+    bus = assembled(store, clock=clock).bus
+    assert names(bus) == {}
+    bus.extend_claim(claim.id, claim.claim_token)
+    assert names(bus) == {"w": [claim.id]} and bus.publish("g", 1).listening == 1
+
+
+def test_only_workers_that_may_claim_it_listen_for_an_intent(bus):
+    bus.claim("g", worker_name="1", worker_id="phone")
+    bus.claim("g", worker_name="2", capabilities=("gpu", "ocr"))
+    bus.claim("g", worker_name="3", caller=BOB)
+    bus.claim("g", worker_name="4", publisher="alice")
+    assert [bus.publish("g", 1, **fields).listening for fields in (
+        {}, dict(target_worker="phone"), dict(target_worker="fone"), dict(required_capability="ocr"),
+        dict(required_capability="gpu", target_worker="phone"), dict(visibility="public"))] == [2, 1, 0, 1, 0, 3]
+    assert bus.publish("g", 1, caller=ALICE).listening == 1 and bus.publish("g", 1, visibility="public", caller=ALICE).listening == 4
+    bus.claim("g", publisher="alice", worker_name="4")
+    assert "never_claimed" not in bus.publish("g", 1, target_worker="fone", caller=ALICE), "the owner key has claimed one of hers"
+
+
+def test_a_worker_that_asks_for_goals_in_turn_listens_for_all(bus, monkeypatch):
+    monkeypatch.setattr(intentbus, "WORKER_LANES", 20)
+    for goal in "ghgh":
+        bus.claim(goal, worker_name="w")
+    assert [bus.publish(goal, 1).listening for goal in "ghx"] == [1, 1, 0] and bus.workers().workers[0].goals == ["g", "h"]
+    for number in range(100):
+        bus.claim(f"g{number}", worker_name="w")
+    assert len(bus.workers().workers[0].goals) <= 10 and bus.publish("g99", 1).listening == 1 and bus.publish("g", 1).listening == 0
+
+
+def test_the_number_of_intents_shown_for_a_worker_is_bounded(bus, monkeypatch):
+    monkeypatch.setattr(intentbus, "JOBS", 3)
+    bus.publish_many([a_publish()] * 5)
+    claims = [bus.claim("g", worker_name="w") for _ in range(5)]
+    assert names(bus) == {"w": [claim.id for claim in claims[:3]]}
 
 
 def test_the_number_of_remembered_workers_is_bounded(bus, monkeypatch):
@@ -3120,7 +3220,7 @@ def test_the_number_of_remembered_workers_is_bounded(bus, monkeypatch):
 
 def test_the_workers_and_goals_of_an_issued_key_are_bounded(bus, monkeypatch):
     monkeypatch.setattr(intentbus, "KEY_WORKERS", 3)
-    monkeypatch.setattr(intentbus, "KEY_GOALS", 10)
+    monkeypatch.setattr(intentbus, "KEY_LANES", 40)     # four for each goal
     capped = BOB._replace(limits=intentbus.Limits(100, 10 ** 6))
 
     def seen(caller):
@@ -3233,6 +3333,24 @@ def test_a_watcher_sees_every_event_once(no_rechecks, served):
         seen, after = seen + [event["id"] for event in page.events], page.next
     publishing()
     assert seen == ids and after == start + 30
+
+
+def test_an_intent_tells_which_worker_has_or_had_it(store, clock):
+    bus, began = assembled(store, clock=clock, bus=dict(announce_dead=True)).bus, clock.wall
+    intent_id = bus.publish("g", 1, max_attempts=1).id
+
+    def told():
+        return {tuple(found.pick(("worker", "claimed_at")).values()) for found in (
+            bus.get_status(intent_id), bus.get_result(intent_id), bus.list().intents[-1], bus.inspect(intent_id))}
+    assert told() == {(None, None)}
+    for _ in range(2):     # a repeated claim is the same one
+        claim = bus.claim("g", worker_name="vps handler.sh 4711", worker_id="phone", claim_token=CLAIM_TOKEN)
+        clock.pass_(1)
+    assert told() == {("vps handler.sh 4711", began)}
+    events = bus.events(0).events
+    bus.fail(intent_id, claim.claim_token)
+    assert told() == {("vps handler.sh 4711", began)} and [event.worker for event in events] == [None, "vps handler.sh 4711"]
+    assert bus.claim("intent.dead").payload["worker"] == "vps handler.sh 4711"
 
 
 def test_each_death_is_announced_once_but_not_of_announcements(store, clock):
@@ -7729,7 +7847,7 @@ def test_the_verbs_of_bus_and_client_take_the_same_arguments():
         ours, theirs = (inspect.signature(getattr(kind, verb)).parameters for kind in (Bus, IntentClient))
         ours = {**ours, **(inspect.signature(Bus.wanted).parameters if verb == "claim" else {})}
         assert set(theirs) - {"fields", "wait"} <= set(ours), verb
-        assert verb == "publish" or set(ours) - {"caller", "fields", "seen_as", "version"} <= set(theirs), verb
+        assert verb == "publish" or set(ours) - {"caller", "fields", "version"} <= set(theirs), verb
 
 
 @pytest.mark.parametrize("cause, kind, code", [
@@ -8084,7 +8202,7 @@ def test_the_clients_say_everything_in_what_is_signed(sent, tmp_path):
             with contextlib.suppress(intentbus.Unreachable):
                 ask()
     headers = {name.lower() for request in sent for name, _ in request.header_items()}
-    assert headers == {"x-key-id", "x-timestamp", "x-nonce", "x-signature", "user-agent", "content-type"}
+    assert headers == {"x-key-id", "x-timestamp", "x-nonce", "x-signature", "user-agent", "content-type", "x-worker-name"}     # the name is for display
     said = [(request.selector, json.loads(request.data)) for request in sent if request.data]
     assert [body["idempotency_key"] for target, body in said if target == "/intent"].count("k") >= 2
     assert all(body["idempotency_key"] for target, body in said if target == "/intent")
@@ -8137,7 +8255,8 @@ def test_a_fault_of_the_worker_costs_no_attempt_and_stops_it(served):
     with pytest.raises(intentbus.SetupError, match="The worker cannot go on: KeyError: 'x'."):
         worker.run()
     found = served.client.get_status(intent_id)
-    assert (found.status, found.claim_attempts, said) == ("open", 0, [f"{intent_id} released"])
+    assert (found.status, found.claim_attempts) == ("open", 0)
+    assert re.fullmatch(rf"g {intent_id} released after \d+\.\d s", *said)
 
 
 def test_an_error_in_one_thread_ends_a_worker():
@@ -8235,9 +8354,25 @@ def test_a_program_whose_lease_is_lost_is_ended_and_not_reported(serve, quick_le
     worker = in_thread(lambda: Worker(serve.client, "lost", program, max_jobs=1, lease=10, on_message=said.append).run() or True)
     wait_until(lambda: pid.exists() and pid.read_text().strip())
     serve.client.cancel(intent_id)
-    assert worker() and said == [f"{intent_id} lost: it was cancelled, or its lease ran out before the handler ended"]
+    assert worker() and re.fullmatch(rf"lost {intent_id} lost after \d+\.\d s: it was cancelled, or its lease ran out before the "
+                                     "handler ended", *said)
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
+
+
+@pytest.mark.parametrize("text, attempts, line", [
+    ("exit 0", 1, r"g ID fulfilled after \d+\.\d s"),
+    ("echo a: b >&2; echo c >&2; exit 3", 2, r"g ID failed after \d+\.\d s, next attempt at \d\d:\d\d:\d\d: exit code 3: c"),
+    ("exit 3", 1, r"g ID failed after \d+\.\d s and is dead: exit code 3"),
+    ("echo never >&2; exit 100", 2, r"g ID failed after \d+\.\d s and is dead: never"),
+])
+@POSIX
+def test_a_worker_says_of_each_intent_how_it_ended(served, tmp_path, text, attempts, line):
+    intent_id = served.publish(max_attempts=attempts)
+    said, = work(served, "g", intentbus.Program([script(tmp_path, f"#!/bin/sh\n{text}\n")]))
+    assert re.fullmatch(line.replace("ID", intent_id), said), said
+    run_at = served.client.get_status(intent_id).run_at
+    assert "next attempt" not in said or time.strftime("at %H:%M:%S:", time.localtime(run_at)) in said
 
 
 def test_work_done_despite_two_interrupts_is_reported(served):
@@ -8452,6 +8587,42 @@ def test_output_is_cut_and_nothing_blocks_on_it(served, tmp_path):
 
 
 @POSIX
+def test_stderr_of_a_handler_is_passed_on_as_it_comes(serve, tmp_path):
+    fifo, id = tmp_path / "go", serve.run("publish", "loud", "1").stdout.strip()
+    os.mkfifo(fifo)
+    worker = serve.start("work", "--goal", "loud", "--once", "--", "sh", "-c",
+                         f"printf '\\033[1mbegun\n' >&2; cat {fifo}; printf 50%% >&2; exit 1")
+    assert worker.stderr.readline() == "\x1b[1mbegun\n"
+    fifo.write_text("")
+    half, outcome = worker.communicate(timeout=20)[1].splitlines()
+    assert half == "50%" and re.fullmatch(rf"intentbus: [0-9:]{{8}} loud {id} failed after .*, next attempt at .*: exit code 1: 50%", outcome)
+    assert serve.client.get_status(id).last_error == "exit code 1: \x1b[1mbegun\n50%"
+
+
+@POSIX
+def test_stderr_of_several_handlers_comes_in_labelled_lines(serve, tmp_path):
+    ids = [serve.run("publish", "louder", word).stdout.strip() for word in ('"a"', '"b"')]
+    worker = serve.start("work", "--goal", "louder", "-j", "2", "--max-jobs", "2", "--", "sh", "-c",
+                         "printf 'one\n\r%s' {payload} >&2; head -c 200000 /dev/zero | tr '\\0' x >&2")
+    lines = [line for line in worker.communicate(timeout=20)[1].splitlines() if not line.startswith("intentbus: ")]
+    for id, word in zip(ids, "ab"):
+        mine = [line.partition(": ")[2] for line in lines if line.startswith(f"{id[:16]}: ")]
+        assert mine[0] == "one" and "".join(mine[1:]) == f"\\x0d{word}" + 200_000 * "x" and max(map(len, mine)) < 100_000
+    assert all(line.startswith((f"{ids[0][:16]}: ", f"{ids[1][:16]}: ")) for line in lines)
+
+
+@SLOW
+@POSIX
+def test_stderr_that_cannot_be_passed_on_delays_no_handler(serve, tmp_path):
+    id = serve.run("publish", "loudest", "1").stdout.strip()
+    worker = serve.start("work", "--goal", "loudest", "--once", "--", "sh", "-c", "yes | head -c 20000000 >&2")
+    wait_until(lambda: serve.run("status", id).stdout == "fulfilled\n")     # although its stderr is not read
+    said = worker.communicate(timeout=20)[1]
+    left_out, = re.findall(r"^intentbus: (\d+) bytes that handlers wrote to stderr were left out$", said, re.M)
+    assert said.count("y\n") * 2 + int(left_out) == 20_000_000 and worker.returncode == 0
+
+
+@POSIX
 @pytest.mark.parametrize("text, sentence", [
     ("#!/bin/sh\nexit 127\n", "exit code 127, which means it cannot run here"),
     ("#!/nowhere/sh\n", "cannot be run: No such file or directory; check that it starts with #!"),
@@ -8475,6 +8646,8 @@ def test_a_worker_continues_when_the_bus_comes_back(served, impatient, monkeypat
     wait_until(lambda: any("cannot be reached" in sentence for sentence in said))
     served.start().publish(payload="there")
     assert running() and done == ["there"]
+    away, back, outcome = said
+    assert away.endswith(" Trying again.") and back == "The bus is back again." and "fulfilled" in outcome
 
 
 class Recording(IntentClient):
@@ -8790,7 +8963,7 @@ def test_a_session_from_publish_to_result(serve):
     work = serve.run("work", "--goal", "greet", "--drain", "--", "echo", "hello {name} {times}")
     assert (work.returncode, work.stdout) == (0, "") and f"{id} fulfilled" in work.stderr
     assert serve.run("result", id).stdout == "hello Ada 2\n"
-    assert re.fullmatch(rf"{id}  fulfilled  1/3    \ds  greet\n", serve.run("list", "--goal", "greet").stdout)
+    assert re.fullmatch(rf"{id}  fulfilled  1/3    \ds  greet  \S+ echo \d+\n", serve.run("list", "--goal", "greet").stdout)
     assert json.loads(serve.run("status", id, "--json").stdout)["status"] == "fulfilled"
 
 
@@ -8853,6 +9026,28 @@ def test_trouble_of_the_worker_costs_no_intent_an_attempt(started, tmp_path, set
     found = [bus.client.get_status(id) for id in ids]
     done = [intent.status for intent in found].count("fulfilled")
     assert {(intent.status, intent.claim_attempts) for intent in found[done:]} == {("open", 0)} and done <= 1 and "Traceback" not in words
+
+
+@POSIX
+def test_the_commands_tell_who_works_and_who_is_missing(serve, tmp_path):
+    fifo, id = tmp_path / "go", serve.publish(goal="who")
+    os.mkfifo(fifo)
+    workers = [serve.start("work", "--goal", "who", "--worker-id", "here", "--", "cat", str(fifo)) for _ in range(2)]
+    names = {f"{socket.gethostname().partition('.')[0]} cat {worker.pid}" for worker in workers}
+    running = wait_until(lambda: serve.client.get_status(id).worker)
+    wait_until(lambda: names <= {worker.name for worker in serve.client.workers().workers})
+    listed = serve.run("workers").stdout.splitlines()
+    assert running in names and [f"  {running}  here  " in line for line in listed if line.endswith(f"  who  {id}")] == [True]
+    status = serve.run("status", id)
+    assert status.stdout == "claimed\n" and re.fullmatch(rf"intentbus: claimed by {running} at [0-9-]+ [0-9:]+\n", status.stderr)
+    for flags, words in ((["--worker", "here"], ""), (["--worker", "heer"], "no worker that may claim it is there now; check")):
+        assert words in (said := serve.run("publish", "who", "2", *flags, "--delay", "1h").stderr) and bool(said) == bool(words)
+    fifo.write_text("done")
+    wait_until(lambda: serve.client.get_status(id).status == "fulfilled")
+    assert running in serve.run("list", "--goal", "who").stdout and id not in str(serve.client.workers())
+    for worker in workers:
+        worker.terminate()
+        worker.communicate(timeout=10)
 
 
 def test_cancel_retry_and_list_from_the_command_line(serve):

@@ -462,7 +462,7 @@ def mix(now):
 
     def ended(transition, *arguments):
         intent = new()
-        intent.update(intent.claimed(now, "0" * 64, intentbus.LEASE_SECONDS, "owner", "owner", None).columns)
+        intent.update(intent.claimed(now, "0" * 64, intentbus.LEASE_SECONDS, "owner", "owner", None, None).columns)
         intent.update(transition(intent, now + 1, *arguments).columns)
         return intent
     return [*(new(priority=900, delay=30 * 86400) for _ in range(25)),
