@@ -208,6 +208,8 @@ CLAIM_WAIT_SECONDS = 20             # below the idle limit of mobile carriers' N
 LEASE_CHECK_SECONDS = 1             # a worker whose phone slept notices a lost lease this soon
 POLL_SECONDS = 5                    # between two claims at a server that does not hold them
 PUBLISH_WAIT_SECONDS = 300          # default of publish --wait
+STREAM_SECONDS = 1                  # publish --lines sends the lines of a stream that soon
+READ_AHEAD_LINES = 100              # of stdin, at most 25 MB
 JOBS = 256                          # of one worker; each is a thread and a program
 DOCTOR_SECONDS = 10                 # for the bus to answer a doctor
 TERMUX_SECONDS = 10                 # for Termux:API to answer; without its app it never does
@@ -356,6 +358,16 @@ def lane_range(lane):
 def bytes_of(text):
     """Return the length of a text in UTF-8; 0 for None."""
     return len(text.encode()) if text else 0
+
+
+UTF_16 = re.compile(rb"\xff\xfe|\xfe\xff|[^\0]\0(?:[^\0]\0|\Z)|\0[^\0](?:\0[^\0]|\Z)", re.DOTALL)
+
+
+def without_mark(data):
+    """Return text in bytes without a UTF-8 byte order mark; raises Invalid for UTF-16, with a mark or recognized by its NULs."""
+    if UTF_16.match(data):
+        raise Invalid("This text is UTF-16; save it as UTF-8 (in PowerShell: Out-File -Encoding utf8).", code="invalid_json")
+    return data[3:] if data.startswith(codecs.BOM_UTF8) else data
 
 
 class Record(dict):
@@ -2883,7 +2895,7 @@ class Keys:
 
     def join(self, request, code):
         """Return the key that an invitation is for; raises Unauthorized. INVITATION_TRIES wrong codes end it."""
-        letters = re.sub("[- ]", "", code).upper().translate(CODE_MISREADINGS)
+        letters = re.sub(r"[-\s]", "", code).upper().translate(CODE_MISREADINGS)
         handle, mac, key_id = letters[:4], self._mac("invited", letters), os.urandom(8).hex()
         with self._store.transaction() as tx:
             found, expires_at = tx.take_memo("invitation", "", handle)
@@ -3022,7 +3034,7 @@ def secret_in(variable):
 
     A password crosses the wire in Base64, so it may hold spaces and letters of any script.
     """
-    secret = os.environ.get(variable)
+    secret = os.environ.get(variable, "").rstrip("\r\n")     # of a file with CR LF, the shell leaves the CR
     if secret and variable == "DASHBOARD_PASSWORD":
         if not secret.isprintable() or secret != secret.strip():
             raise SetupError(f"{variable} holds no password: it is printable, with no space at its ends.")
@@ -3030,38 +3042,51 @@ def secret_in(variable):
     return usable_key(secret, variable) if secret else None
 
 
+def in_home(path):
+    """Return a path with the home folder for a ~ at its start; raises SetupError if it is unknown."""
+    found = os.path.expanduser(path)
+    if found.startswith("~"):     # a folder of that name would be made
+        raise SetupError(f"The home folder for {path} is unknown: set {'HOME' if POSIX else 'USERPROFILE'}. For a key, --key-file, "
+                         "INTENT_API_KEY or BUS_SECRET will do.")
+    return found
+
+
 def read_private(path, kind="key"):
     """Return the text of a file that others should not read, or None if there is no such file.
 
-    Raises SetupError if the file is a link or another user's: somebody may have put it there.
+    Raises SetupError if it, or the link to it, belongs to others than this user and root, or if others can write it: they
+    may have put it there. A secret that a container is given is root's, often readable by all, behind links.
     """
-    path = os.path.expanduser(path)
-    try:
-        status = os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
+    path = in_home(path)
+    if not os.path.lexists(path):
         return None
-    if os.path.islink(path) or hasattr(os, "getuid") and status.st_uid != os.getuid():
-        raise SetupError(f"The {kind} file {path} is a link or belongs to another user; make it a file of your own.")
-    if POSIX and status.st_mode & 0o077:
-        warnings.warn(f"Others can read the {kind} file {path}; run: chmod 600 {path}")
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:     # a key that is not UTF-8 is refused by its user
-            return file.read()
+        status = os.stat(path)
+        if POSIX and not {os.lstat(path).st_uid, status.st_uid} <= {0, os.getuid()}:
+            raise SetupError(f"The {kind} file {path} belongs to another user; make it a file of your own.")
+        if POSIX and status.st_mode & 0o002:
+            raise SetupError(f"Others can write the {kind} file {path}; check it, and run: chmod 600 {path}")
+        if POSIX and status.st_mode & 0o077 and status.st_uid == os.getuid():
+            warnings.warn(f"Others can read the {kind} file {path}; run: chmod 600 {path}")
+        with open(path, "rb") as file:
+            return without_mark(file.read()).decode(errors="replace")     # a key that is not UTF-8 is refused by its user
     except OSError as error:
         raise SetupError(f"The {kind} file {path} cannot be read: {error.strerror}.") from error
+    except Invalid as error:
+        raise SetupError(f"The {kind} file {path} cannot be used: {error}") from error
 
 
 def read_key(path=KEY_FILE):
     """Return the key in a file, or None if there is no such file; raises SetupError, as read_private does."""
     text = read_private(path)
-    return None if text is None else usable_key(text.strip(), f"The key file {os.path.expanduser(path)}")
+    return None if text is None else usable_key(text.strip(), f"The key file {path}")
 
 
 def make_key(path=KEY_FILE):
     """Write a new random key into a file that only its owner can read, and return the key."""
     key = os.urandom(24).hex()
     try:
-        descriptor = os.open(os.path.expanduser(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        descriptor = os.open(in_home(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(descriptor, "w", encoding="utf-8") as file:
             file.write(key + "\n")
             file.flush()
@@ -3314,7 +3339,7 @@ DECODER = json.JSONDecoder(parse_constant=refuse_number, parse_float=finite)
 
 def from_json(body, depth=JSON_DEPTH):
     """Return the value of a JSON text in bytes; raises Invalid for text that is no JSON, or cannot be stored as it is."""
-    body = body[3:] if body.startswith(codecs.BOM_UTF8) else body
+    body = without_mark(body)
     if nesting(body, depth) > depth:
         raise Invalid(f"The JSON is nested deeper than {depth} levels.", code="invalid_json")
     try:
@@ -3326,6 +3351,17 @@ def from_json(body, depth=JSON_DEPTH):
     except ValueError as error:
         reason = "a number has too many digits" if "int_max_str_digits" in str(error) else error
         raise Invalid(f"This is not valid JSON: {reason}.", code="invalid_json") from error
+    return value
+
+
+def from_json_or_text(data):
+    """Return the value of bytes that may be JSON; raises Invalid if they are plain text.
+
+    A number counts as JSON only if writing it gives the same text: 1.10 may be a version, 12345e6 an id.
+    """
+    value = from_json(data)
+    if type(value) in (int, float) and to_json(value).encode() != without_mark(data):     # a bool is an int to isinstance()
+        raise Invalid("JSON would write this number in another way.", code="invalid_json")
     return value
 
 
@@ -3452,14 +3488,17 @@ const plural = (number, word) => number.toLocaleString("en") + " " + word + (num
 const place = (path, query) => "#" + path + "?" + new URLSearchParams(Object.entries(query).filter(([, value]) => value));
 function say(words, bad) { $("#said").textContent = words; $("#said").className = bad ? "bad" : ""; }
 
-async function ask(path, body) {
-  let answer, found;
+// Numbers of payloads and results stay as they are written: JavaScript would round 9007199254740993, and write 3 for 3.0.
+const exactly = text => JSON.parse(text, (name, value, from) => typeof value === "number" && from && JSON.rawJSON ? JSON.rawJSON(from.source) : value);
+async function ask(path, body, read) {
+  let answer, text, found;
   try {
     answer = await fetch(location.origin + path, body === undefined ? {} : { method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" } });
-    found = await answer.json();
+    text = await answer.text();
+    found = JSON.parse(text);
   } catch (error) { throw new Error("The bus does not answer; the page shows old data."); }
   if (!answer.ok) throw new Error(found.error.message);
-  return found;
+  return read ? read(text) : found;
 }
 async function act(words, path, body, then) {
   try { const found = await ask(path, body); say(words); await (then || draw)(found); } catch (error) { say(error.message, true); }
@@ -3524,18 +3563,19 @@ const views = {
   async intents(query) { return list(query, query.get("status") || "open"); },
   async dead(query) { return list(query, "dead"); },
   async intent(query, id) {
-    const intent = await ask("/admin/intents/" + encodeURIComponent(id)), quote = text => "'" + text.replaceAll("'", "'\\''") + "'";
+    const [intent, { payload, result }] = await ask("/admin/intents/" + encodeURIComponent(id), undefined, text => [JSON.parse(text), exactly(text)]);
+    const quote = text => "'" + text.replaceAll("'", "'\\''") + "'";
     const flags = [["namespace", "default"], ["priority", 100], ["max_attempts", 3], ["target_worker", null], ["required_capability", null]].filter(
       ([name, usual]) => intent[name] !== usual).map(([name]) => " --" + ({ target_worker: "worker", required_capability: "capability" }[name] || name.replace("_", "-")) + " " + quote(String(intent[name])));
-    const line = "python3 intentbus.py publish" + flags.join("") + (intent.visibility === "public" ? " --public" : "") + " -- " + quote(intent.goal) + " " + quote(JSON.stringify(intent.payload));
+    const line = "python3 intentbus.py publish" + flags.join("") + (intent.visibility === "public" ? " --public" : "") + " -- " + quote(intent.goal) + " " + quote(JSON.stringify(payload));
     return [make("section", {}, make("h1", {}, intent.goal), make("p", {}, badge(intent.status), make("small", {}, " " + intent.id)),
       make("div.bar", {},
         intent.status === "dead" ? button("Retry", () => act("It is open again.", "/admin/intents/" + id + "/retry", {}), ".main") : null,
         /open|claimed/.test(intent.status) ? button("Cancel", () => confirm("Cancel this intent?") && act("It is cancelled.", "/admin/intents/" + id + "/cancel", {}), ".bad") : null,
         button("Copy as command", () => navigator.clipboard ? navigator.clipboard.writeText(line).then(() => say("Copied.")) : say("Copy it from below.")))),
       intent.last_error ? box("Last error", make("pre.bad", {}, intent.last_error)) : null,
-      box("Payload", make("pre", { id: "payload" }, JSON.stringify(intent.payload, null, 2)),
-        intent.status === "fulfilled" ? [make("h2", {}, "Result"), make("pre", { id: "result" }, intent.result_type === "text" ? intent.result : JSON.stringify(intent.result, null, 2))] : null,
+      box("Payload", make("pre", { id: "payload" }, JSON.stringify(payload, null, 2)),
+        intent.status === "fulfilled" ? [make("h2", {}, "Result"), make("pre", { id: "result" }, intent.result_type === "text" ? intent.result : JSON.stringify(result, null, 2))] : null,
         make("h2", {}, "Command"), make("pre", { id: "command" }, line)),
       box("Details", make("dl", {}, [["namespace", intent.namespace], ["owner", intent.owner + ", " + intent.visibility], ["priority", intent.priority],
         ["attempts", intent.claim_attempts + " of " + intent.max_attempts], ["worker", intent.worker || "none yet"], ["claimed", when(intent.claimed_at)], ["created", when(intent.created_at)],
@@ -3556,7 +3596,7 @@ const views = {
   async publish(query) {
     const goal = make("input", { required: true, maxlength: 256, value: query.get("goal") || "hello" }), payload = make("textarea", { required: true, spellcheck: "false" }, '{"name": "world"}');
     const send = event => { event.preventDefault(); let value;
-      try { value = JSON.parse(payload.value); } catch (error) { return say("The payload is not JSON: " + error.message, true); }
+      try { value = exactly(payload.value); } catch (error) { return say("The payload is not JSON: " + error.message, true); }
       act("Published.", "/admin/intents", { goal: goal.value, payload: value }, made => { location.hash = "intent/" + made.id; }); };
     return [box("Publish a test intent", make("form", { onsubmit: send }, make("label.wide", {}, "Goal", goal), make("label.wide", {}, "Payload, as JSON", payload), make("button.main", {}, "Publish")))];
   },
@@ -3738,7 +3778,7 @@ def publish_endpoint(api, request):
 def publish_many_endpoint(api, request):
     key = request.idempotency_key(request.parameters(IDEMPOTENCY)["idempotency_key"])
     lines = request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/x-ndjson"
-    bodies = [line for line in request.body.splitlines() if line.strip()] if lines else request.json()
+    bodies = [line for line in without_mark(request.body).splitlines() if line.strip()] if lines else request.json()
     if not isinstance(bodies, list) or len(bodies) > BULK_INTENTS:
         raise Invalid(f"The body must be a JSON array of at most {BULK_INTENTS} intents, or as many lines of NDJSON.")
     intents = []
@@ -5481,7 +5521,7 @@ def find_owner_key(path=KEY_FILE):
 
 def switched_on(variable):
     """Return whether an environment variable is set to 1, true, yes or on."""
-    return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")
+    return os.environ.get(variable, "").strip().lower() in ("1", "true", "yes", "on")
 
 
 def api_of(store, key, require_claim_token=False, retention=RETENTION_SECONDS, rate=RATE_PER_MINUTE,
@@ -5495,7 +5535,7 @@ def api_of(store, key, require_claim_token=False, retention=RETENTION_SECONDS, r
 
 def database_path(given=None):
     """Return the path of the database: the one given, that of BUS_DB_PATH, or intentbus.db; raises SetupError for a URL."""
-    path = given or os.environ.get("BUS_DB_PATH") or "intentbus.db"
+    path = given or os.environ.get("BUS_DB_PATH", "").rstrip("\r\n") or "intentbus.db"
     if "://" in path:
         raise SetupError(f"{path.partition('://')[0]}:// is no file; for PostgreSQL there is examples/postgres_bus.py.")
     return path
@@ -5618,20 +5658,24 @@ def make_parent_folder(path):
 
 def read_settings():
     """Return {"url", "key", "ca"} of the bus that this machine has joined, or an empty Record; raises SetupError."""
-    content = read_private(CONFIG_FILE, "settings")
+    try:
+        path = in_home(CONFIG_FILE)
+    except SetupError:     # URL and key may be given
+        return Record()
+    content = read_private(path, "settings")
     if content is None:
         return Record()
     try:
         settings = Record(from_json(content.encode()))
         usable_key(settings.key, "The settings")
-        return settings if isinstance(settings.url, str) else Record()
+        return Record(settings, url=settings.url.strip())
     except (Invalid, AttributeError, TypeError, ValueError) as error:
         raise SetupError(f"The settings file {CONFIG_FILE} is damaged; join the bus again, or delete it.") from error
 
 
 def write_settings(url, key, ca):
     """Save the bus that this machine has joined; after a crash, the file has either the old settings or the new ones."""
-    path = os.path.expanduser(CONFIG_FILE)
+    path = in_home(CONFIG_FILE)
     make_parent_folder(path)
     temporary = f"{path}.{os.getpid()}"
     try:
@@ -5664,7 +5708,7 @@ class Spool:
 
     def __init__(self, path=SPOOL_FILE):
         """Open the file, or create it, readable by its owner only; raises SetupError."""
-        self._path = os.path.expanduser(path)
+        self._path = in_home(path)
         self._lock = threading.Lock()     # all threads share one connection
         make_parent_folder(self._path)
         self._open()
@@ -6108,7 +6152,7 @@ class Spooler:
 
     def __init__(self, client, path, key_name):
         self._client = client
-        self._path = os.path.expanduser(path)
+        self._path = os.path.expanduser(path)     # without a home folder, Spool raises the error
         self._mine = dict(bus=client.base_url, key_name=key_name)
         self._opening = threading.Lock()
         self._spool = None
@@ -6265,7 +6309,7 @@ class IntentClient:
         joined = read_settings()
         given = (base_url or "").strip() or os.environ.get("INTENT_BUS_URL", "").strip()
         self.base_url = (given or joined.get("url") or URL).rstrip("/")
-        self.namespace = namespace or os.environ.get("INTENT_BUS_NAMESPACE") or "default"
+        self.namespace = namespace or os.environ.get("INTENT_BUS_NAMESPACE", "").strip() or "default"
         self.timeout = timeout
         parts = parse_bus_url(self.base_url)
         if self.base_url != joined.get("url"):
@@ -6812,6 +6856,7 @@ IntentClient.listen = listen     # added here, since it needs the Worker
 SECRET_VARIABLES = ("INTENT_API_KEY", "BUS_SECRET", "BUS_ADMIN_SECRET", "DASHBOARD_PASSWORD", "BUS_METRICS_TOKEN")
 CTRL_BREAK_EVENT = 1     # the SIGTERM of Windows; the module signal has it only there
 NOT_EXECUTABLE = (errno.ENOENT, errno.EACCES, errno.ENOEXEC)
+CUT_MARK = "\n[The output was longer: it is cut here.]"
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}|\{([A-Za-z_]\w*)\}", re.ASCII)
 
 
@@ -6975,12 +7020,12 @@ class Program:
 
     timeout and kill_after are seconds, max_output bytes; result says how to read stdout: auto, json, text or none.
     tell(verb, pid) is called when a process has started and when it has ended, show(intent, data) with what it writes to
-    stderr, and with no data at the end. Raises SetupError if there is no such program, or if it is a batch file of Windows
-    with placeholders: cmd.exe could take a field for commands.
+    stderr, and with no data at the end, on_message(sentence) when output was cut. Raises SetupError if there is no such
+    program, or if it is a batch file of Windows with placeholders: cmd.exe could take a field for commands.
     """
 
     def __init__(self, arguments, timeout=HANDLER_SECONDS, kill_after=KILL_AFTER_SECONDS, max_output=OUTPUT_BYTES,
-                 result="auto", tell=lambda verb, pid: None, show=lambda intent, data: None):
+                 result="auto", tell=lambda verb, pid: None, show=lambda intent, data: None, on_message=lambda sentence: None):
         import shutil
         self._program = shutil.which(arguments[0])
         if not self._program:
@@ -6996,6 +7041,7 @@ class Program:
         self._result = result
         self._tell = tell
         self._show = show
+        self._log = on_message
 
     def __call__(self, intent, lease):
         reader = OutputReader()
@@ -7004,7 +7050,7 @@ class Program:
         with reader:
             try:
                 self._tell("started", process.pid)
-                output = reader.collect(process.stdout, excess=slice(self._max_output, None))
+                output = reader.collect(process.stdout, excess=slice(self._max_output + 1, None))     # one more shows a cut
                 errors = reader.collect(process.stderr, slice(None, -STDERR_BYTES), show)
                 reason = self._wait(process, reader, lease)
             finally:
@@ -7017,7 +7063,7 @@ class Program:
         show(b"")
         if reason or process.returncode:
             raise self._failure(reason, process.returncode, errors.decode(errors="replace").strip())
-        return self._parse(bytes(output))
+        return self._parse(bytes(output), intent)
 
     def _start(self, intent):
         import subprocess
@@ -7031,7 +7077,8 @@ class Program:
         except OSError as error:
             if error.errno == errno.E2BIG:
                 raise Reject("The payload is too long for an argument.") from error
-            cure = "; check that it starts with #! and is executable" if error.errno in NOT_EXECUTABLE else ""
+            cure = ("; check that it starts with #! and is executable, and that its lines end with LF, not CR LF"
+                    if error.errno in NOT_EXECUTABLE else "")
             raise SetupError(f"The handler {self._program} cannot be run: {error.strerror}{cure}.") from error
 
     def _wait(self, process, reader, lease):
@@ -7075,20 +7122,28 @@ class Program:
             return SetupError(f"The handler ended with exit code {code}, which means it cannot run here{said}")
         return HandlerFailed((f"exit code {code}" if code > 0 else f"killed by signal {-code}") + said)
 
-    def _parse(self, output):
-        """Return the result in the output of the program, and its type."""
-        if self._result == "none" or self._result == "auto" and not output.strip():
+    def _parse(self, output, intent):
+        """Return the result in the output of the program, and its type; text that was cut ends with CUT_MARK."""
+        is_cut = len(output) > self._max_output
+        if self._result == "none" or self._result == "auto" and not is_cut and not output.strip():
             return None, "json"
-        if self._result in ("auto", "json"):
+        if is_cut and self._result == "json":
+            raise Reject(f"The handler's output is longer than {self._max_output} bytes (--max-output), so its JSON is not whole.")
+        if self._result in ("auto", "json") and not is_cut:
+            read = from_json if self._result == "json" else from_json_or_text
             try:
-                return from_json(output), "json"
+                return read(output.rstrip(b"\r\n")), "json"
             except Invalid as error:
                 if self._result == "json":
                     raise HandlerFailed(f"The handler's output is not JSON: {error}") from error
-        decoded = output.decode(errors="replace").replace("\0", "").rstrip("\n")
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")     # drops half a character at the cut
+        decoded = decoder.decode(output[:self._max_output], final=not is_cut).replace("\0", "").rstrip("\r\n")
         while len(to_json(decoded).encode()) > 2 * self._max_output:     # an invalid byte becomes three bytes, ESC six
             decoded = decoded[:len(decoded) * 3 // 4]
-        return decoded, "text"
+            is_cut = True
+        if is_cut:
+            self._log(f"{intent.id}: the output is too long (--max-output is {self._max_output} bytes), so the result is cut")
+        return decoded + CUT_MARK * is_cut, "text"
 
 
 # ---- 18. Doctor ----
@@ -7563,7 +7618,8 @@ def publish_lines(bus, options, fields):
     parse = parse_json if options.jsonl else decode_line
     intents = (dict(fields, goal=options.goal, payload=parse(line)) for line in binary_stdin() if line.strip())
     published = 0
-    for number, batch in enumerate(batches(intents)):
+    seconds = float("inf") if key else STREAM_SECONDS     # with a key, the same lines must make the same batches again
+    for number, batch in enumerate(batches(intents, seconds)):
         answer = bus.publish_many(batch, idempotency_key=key and f"{key} {number}")
         if answer.get("status") == "spooled":
             log(f"{answer.reason} {len(batch)} intents are stored; the next publish --spool, flush or work sends them.")
@@ -7576,16 +7632,45 @@ def publish_lines(bus, options, fields):
         sys.stderr.write("\n")
 
 
-def batches(intents):
-    """Yield lists of intents, each of at most BULK_INTENTS and no larger than a request may be."""
+def as_they_come(items):
+    """Yield the items of an iterable, which a thread reads, and None whenever STREAM_SECONDS have passed without one."""
+    ended = object()
+    found = queue.Queue(READ_AHEAD_LINES)
+    def read():
+        try:
+            for item in items:
+                found.put(item)
+            found.put(ended)
+        except Exception as error:
+            found.put(error)
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        try:
+            item = found.get(timeout=STREAM_SECONDS)     # Windows cannot wait for a pipe, nor end a longer wait by Ctrl-C
+        except queue.Empty:
+            item = None
+        if item is ended:
+            return
+        if isinstance(item, Exception):
+            raise item
+        yield item
+
+
+def batches(intents, seconds):
+    """Yield lists of intents, each of at most BULK_INTENTS, no larger than a request may be, and collected for some seconds."""
     batch = []
     size = 0
-    for intent in intents:
+    for intent in as_they_come(intents):
         weight = len(to_json(intent).encode()) + 100     # room for the namespace, which the client adds
-        if batch and (len(batch) == BULK_INTENTS or size + weight > BODY_BYTES):
+        late = batch and time.monotonic() >= begun + seconds
+        if batch and (late or len(batch) == BULK_INTENTS or size + weight > BODY_BYTES):
             yield batch
             batch = []
             size = 0
+        if intent is None:
+            continue
+        if not batch:
+            begun = time.monotonic()
         batch.append(intent)
         size += weight
     if batch:
@@ -7593,22 +7678,24 @@ def batches(intents):
 
 
 def binary_stdin():
-    """Return stdin as a file of bytes; raises Invalid if it is closed."""
+    """Return stdin as a file of bytes, which a thread may read until the program ends; raises Invalid if it is closed."""
     if sys.stdin is None:
         raise Invalid("There is no input, since stdin is closed: redirect it, or give the payload as JSON, name=text pairs or @FILE.")
-    return sys.stdin.buffer
+    return open(sys.stdin.fileno(), "rb", closefd=False)     # Python's own is locked by its reader at the exit
 
 
 def decode_line(line):
     """Decode a line of stdin, without its line break; raises Invalid."""
     try:
-        return line.decode().rstrip("\r\n")
+        return without_mark(line.rstrip(b"\r\n")).decode()
     except UnicodeDecodeError as error:
         raise Invalid("A line of stdin is not UTF-8.") from error
 
 
 def parse_json(source):
     """Return the value of JSON that a person wrote, as text or bytes; raises Invalid."""
+    if isinstance(source, bytes):
+        source = without_mark(source)
     try:
         return from_json(source if isinstance(source, bytes) else source.encode())
     except (Invalid, UnicodeError) as error:
@@ -7700,7 +7787,7 @@ def flush_command(options):
          flag("--lease", type=duration, default=LEASE_SECONDS, help="how long a silent worker keeps an intent, 10s to 1h"),
          flag("--poll", type=duration, default=POLL_SECONDS, help="the pause between claims if the bus does not hold them"),
          flag("--result", choices=("auto", "json", "text", "none"), default="auto",
-              help="what stdout is: auto is JSON if it parses, else text"),
+              help="what stdout is: auto is JSON if it parses, else text; 1.10 stays text"),
          flag("--max-output", type=positive_int, default=OUTPUT_BYTES, metavar="BYTES", help="how much of stdout to keep"),
          flag("--worker-id", help="the id of this worker, for publish --worker"),
          flag("--no-wake-lock", action="store_true", help="in Termux, let the phone sleep"),
@@ -7718,7 +7805,7 @@ def work_command(options):
     handler = print_payload
     if options.program:
         handler = Program(options.program, options.timeout, options.kill_after, options.max_output, options.result, guardian.tell,
-                          relay)
+                          relay, log)
     if options.jobs > JOBS:
         raise Invalid(f"-j must be at most {JOBS}.")
     if not LEASE_RANGE_SECONDS[0] <= options.lease <= LEASE_RANGE_SECONDS[1]:
@@ -7859,7 +7946,7 @@ def retry_command(bus, options):
 def set_command(bus, options):
     """Store a value under a key, for some time."""
     try:
-        value = from_json(options.value.encode())
+        value = from_json_or_text(options.value.encode())
     except (Invalid, UnicodeError):
         value = options.value
     bus.set(options.key, value, options.ttl, options.if_absent)
@@ -7917,6 +8004,7 @@ def join_command(options):
     if not (bus.secure or options.plain):
         raise SetupError("The key would cross the network unencrypted. Join over https, or through a tunnel that ends on "
                          "this machine; pass --plain if a VPN encrypts the connection.")
+    in_home(CONFIG_FILE)     # raises before the code is used up
     made = bus.join(options.code)
     write_settings(bus.base_url, made.api_key, options.ca)
     log(f"joined {bus.base_url} as {made.name}, role {made.role}; the key is in {CONFIG_FILE}")
@@ -8028,7 +8116,7 @@ def run_command(words, open_store):
     name, words = find_command(words)
     options = Parser(name).parse(words)
     if getattr(options, "namespace", "") is None:
-        options.namespace = os.environ.get("INTENT_BUS_NAMESPACE") or None
+        options.namespace = os.environ.get("INTENT_BUS_NAMESPACE", "").strip() or None
     options.open_store = open_store
     code = COMMANDS[name][0](options) or 0
     sys.stdout.flush()

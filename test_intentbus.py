@@ -3800,9 +3800,9 @@ def test_a_new_key_file_is_private_and_reads_back(tmp_path):
         intentbus.make_key(path)
 
 
-UNUSABLE = ("a b", "a\n", " a", "a\t", "\x7f", "\u20ac", "\u00a0", " ")
+UNUSABLE = ("a b", "a\nb", " a", "a\t", "\x7f", "\u20ac", "\u00a0", " ")
 SECRETS = [(variable, secret) for variable in ("BUS_SECRET", "BUS_ADMIN_SECRET", "BUS_METRICS_TOKEN") for secret in UNUSABLE] + [
-    ("DASHBOARD_PASSWORD", secret) for secret in ("a\n", " a", "a ", "a\tb", "\x7f", "\u00a0", " ", os.fsdecode(b"\xff"))]
+    ("DASHBOARD_PASSWORD", secret) for secret in ("a\nb", " a", "a ", "a\tb", "\x7f", "\u00a0", " ", os.fsdecode(b"\xff"))]
 
 
 @pytest.mark.parametrize("variable, secret", SECRETS)
@@ -3850,13 +3850,65 @@ def test_an_exposed_key_file_is_refused_or_warned_about(tmp_path):
     path.chmod(0o644)
     with pytest.warns(UserWarning, match="chmod 600"):
         intentbus.read_key(path)
-    (tmp_path / "link").symlink_to(path)
-    with pytest.raises(intentbus.SetupError, match="is a link or belongs to another user"):
-        intentbus.read_key(tmp_path / "link")
+    path.chmod(0o602)
+    with pytest.raises(intentbus.SetupError, match="Others can write the key file .*; check it, and run: chmod 600"):
+        intentbus.read_key(path)
     path.write_text("")
     path.chmod(0o600)
     with pytest.raises(intentbus.SetupError, match="holds no key"):
         intentbus.read_key(path)
+
+
+@POSIX
+def test_a_key_file_may_be_a_link_but_not_of_another_user(tmp_path):
+    (tmp_path / "..data").mkdir()     # as Kubernetes mounts a secret
+    key = intentbus.make_key(tmp_path / "..data" / "key")
+    (tmp_path / "key").symlink_to("..data/key")
+    assert intentbus.read_key(tmp_path / "key") == key
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises(intentbus.SetupError, match="dangling cannot be read: No such file"):
+        intentbus.read_key(tmp_path / "dangling")
+
+
+@POSIX
+def test_a_key_file_of_root_is_trusted_one_of_others_is_not(tmp_path):
+    if os.getuid() != 0:
+        pytest.skip("only root can make files of other users")
+    with tempfile.TemporaryDirectory() as folder:
+        key, link = intentbus.make_key(f"{folder}/key"), f"{folder}/link"
+        os.symlink("key", link)
+        os.chmod(folder, 0o755)
+        os.chmod(f"{folder}/key", 0o444)     # as Docker mounts a secret
+        code = f"import intentbus, os; os.setuid(65534); print(intentbus.read_key({link!r}))"
+        assert run_python("-W", "error", "-c", code).stdout == key + "\n"
+        for follow in (False, True):     # the link, then both
+            os.chown(link, 65534, -1, follow_symlinks=follow)
+            with pytest.raises(intentbus.SetupError, match="belongs to another user"):
+                intentbus.read_key(link)
+
+
+LINE_ENDS = ("\r\n", "\r", "\n", "")
+
+
+@pytest.mark.parametrize("end", LINE_ENDS, ids=ascii)
+def test_a_line_end_is_no_part_of_a_setting(home, monkeypatch, served, end):
+    code = served.client.admin("invite", name="phone").code
+    for variable in ("BUS_SECRET", "BUS_ADMIN_SECRET", "DASHBOARD_PASSWORD", "BUS_METRICS_TOKEN", "INTENT_API_KEY"):
+        monkeypatch.setenv(variable, KEY + end)
+        assert intentbus.secret_in(variable) == KEY
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("BUS_ENFORCE_HTTPS", "1" + end)
+    monkeypatch.setenv("BUS_DB_PATH", "x.db" + end)
+    monkeypatch.setenv("INTENT_BUS_NAMESPACE", "home" + end)
+    assert intentbus.switched_on("BUS_ENFORCE_HTTPS") and intentbus.database_path() == "x.db"
+    (home / ".apikey").write_bytes(("\ufeff" + KEY + end).encode())
+    (home / ".apikey").chmod(0o600)
+    assert IntentClient(served.url + end).publish("g", 1).namespace == "home"
+    assert intentbus.main(["join", served.url + end, code + end]) == 0
+    assert intentbus.read_settings().url == served.url
+    intentbus.write_settings(served.url + end, "key", None)
+    monkeypatch.delenv("INTENT_BUS_NAMESPACE")
+    assert IntentClient().base_url == served.url and IntentClient().key_name == intentbus.key_name("key")
 
 
 # The status of each request by caller, on a bus with an admin secret. publish, work, both: roles of ann's keys; the intents
@@ -5283,6 +5335,18 @@ def test_a_list_can_be_narrowed_to_a_goal(served, goal):
     assert (response.status, [intent["id"] for intent in response.json["intents"]]) == (200, [wanted])
 
 
+@pytest.mark.parametrize("text", ["5", "3.0", "-7", "0", "-0.0", "1e+22", "12345678901234567890123", "true", "null", "[1.10]", '"a"'])
+def test_a_text_that_json_writes_the_same_way_is_json(text):
+    assert intentbus.from_json_or_text(text.encode()) == json.loads(text)
+
+
+@pytest.mark.parametrize("text", ["1.10", "12345e6", "1e5", "1E22", "-0", "1e400", "0005", "+5", "5.", ".5", "0x10", "1_000", " 5", "3.00",
+                                  "0.10000000000000000001", "9" * 5000, "NaN", "-Infinity", "", "a", "None"])
+def test_any_other_number_stays_text(text):
+    with pytest.raises(intentbus.Invalid):
+        intentbus.from_json_or_text(text.encode())
+
+
 # ---- 12. Page ----
 
 
@@ -5393,6 +5457,24 @@ def test_the_copied_command_publishes_the_same_intent(page, served):
     assert code == 0
     again = served.ask("GET", f"/admin/intents/{made.strip()}").json
     assert (again["goal"], again["payload"], again["priority"], again["visibility"]) == ("a 'goal'", payload, 7, "public")
+
+
+@in_a_browser
+def test_numbers_are_shown_copied_and_sent_digit_by_digit(page, served):
+    digits = '{"a":[9007199254740993,3.0,1e+22],"b":"1.10","c":-12345678901234567890}'
+    page.open(served.page + "#publish")
+    page.sees("Publish a test intent")
+    page.run("document.querySelector('textarea').value = arguments[0]; document.querySelector('form').requestSubmit()", digits)
+    page.sees("9007199254740993", "3.0", "1e+22", "-12345678901234567890")
+    intent_id = page.run("return location.hash.split('/')[1]")
+    words = shlex.split(page.run("return document.getElementById('command').textContent"))[2:]
+    served.client.fulfill(intent_id, served.client.claim("hello").claim_token, json.loads(digits))
+    assert at(served, *words)[0] == 0
+    assert [intentbus.to_json(payload) for payload in served.payloads()] == [digits, digits]
+    page.run("window.stop(); location.reload()")
+    page.sees("Result")
+    shown = page.run("return ['payload', 'result'].map(id => document.getElementById(id).textContent)")
+    assert ["".join(text.split()) for text in shown] == [digits, digits]
 
 
 @in_a_browser
@@ -7603,12 +7685,29 @@ def test_damaged_settings_are_reported(home, text):
 
 
 @POSIX
-def test_settings_in_a_linked_file_are_refused(home):
+def test_settings_that_others_can_write_are_refused(home):
     intentbus.write_settings("https://x", "key", None)
-    (home / ".intentbus" / "config.json").rename(home / "elsewhere")
-    (home / ".intentbus" / "config.json").symlink_to(home / "elsewhere")
-    with pytest.raises(intentbus.SetupError, match="settings file .* is a link"):
+    (home / ".intentbus" / "config.json").chmod(0o666)
+    with pytest.raises(intentbus.SetupError, match="Others can write the settings file"):
         IntentClient()
+
+
+def test_without_a_home_no_folder_named_tilde_is_made(home, tmp_path, monkeypatch, capsys, impatient):
+    monkeypatch.setenv("HOME", "~")     # is as if it were unset, where the system does not know the user
+    monkeypatch.chdir(tmp_path)
+    nowhere = "http://127.0.0.1:9"
+    with pytest.raises(intentbus.SetupError, match="The home folder for ~/.apikey is unknown"):
+        intentbus.find_owner_key()
+    for words in ("list", "flush", "publish g 1 --spool", f"join {nowhere} K", f"list --url {nowhere}"):
+        assert_complaint((intentbus.main(words.split()), *capsys.readouterr()), 2, "The home folder for ~/", "HOME", "--key-file")
+    monkeypatch.setenv("INTENT_API_KEY", KEY)
+    assert_complaint((intentbus.main(["list", "--url", nowhere]), *capsys.readouterr()), 5, "cannot be reached")
+    assert_complaint((intentbus.main(["publish", "g", "1", "--spool"]), *capsys.readouterr()), 5, "cannot be stored either", "HOME")
+    if os.name == "posix" and os.getuid() == 0:
+        os.chmod(tmp_path, 0o777)
+        code = f"import intentbus, os; os.chdir({str(tmp_path)!r}); os.setuid(54321); os.environ.pop('HOME'); intentbus.make_key()"
+        assert "The home folder for ~/.apikey is unknown: set HOME" in run_python("-c", code).stderr
+    assert not list(tmp_path.glob("~*"))
 
 
 def test_an_unusable_spool_is_reported(tmp_path):
@@ -8474,7 +8573,7 @@ def test_every_exit_code_has_its_outcome(served, tmp_path):
 @pytest.mark.skipif(not os.path.exists("/proc/self/environ"), reason="processes are looked for in /proc")
 @pytest.mark.parametrize("text, status, outcome", [
     ("exit 0", "fulfilled", None),
-    ("head -c 100000000 /dev/zero | tr '\\0' x", "fulfilled", "x" * 1000),
+    ("head -c 100000000 /dev/zero | tr '\\0' x", "fulfilled", "x" * 1000 + intentbus.CUT_MARK),
     ("head -c 100000000 /dev/zero | tr '\\0' x >&2; exit 1", "open", "exit code 1: " + "x" * 1987),
     ("exec >&- 2>&-; sleep 0.2; exit 9", "open", "exit code 9"),
     ("(sleep 60 & sleep 60 &) & echo children", "fulfilled", "children"),
@@ -8583,7 +8682,29 @@ def test_a_payload_sets_only_its_own_variables(served, tmp_path):
 def test_output_is_cut_and_nothing_blocks_on_it(served, tmp_path):
     found = run_handler(served, tmp_path, "yes | head -c 3000000; yes err | head -c 1000000 >&2", "x" * 200_000,
                         max_output=1000, result="text")
-    assert (found.status, len(found.result)) == ("fulfilled", 999)
+    assert (found.status, found.result) == ("fulfilled", "y\n" * 499 + "y" + intentbus.CUT_MARK)
+
+
+@POSIX
+@pytest.mark.parametrize("how, limit, text, outcome, said", [
+    ("auto", 4, "printf 12345", "1234" + intentbus.CUT_MARK, "the result is cut"),
+    ("auto", 5, "printf 12345", 12345, None),
+    ("text", 4, "printf aaa\u00e9", "aaa" + intentbus.CUT_MARK, "--max-output is 4 bytes"),
+    ("auto", 9, "printf '\\033\\033\\033\\033\\033'", "\x1b\x1b" + intentbus.CUT_MARK, "the result is cut"),
+    ("json", 4, "printf 12345", None, "longer than 4 bytes (--max-output), so its JSON is not whole"),
+    ("none", 4, "printf 12345", None, None),
+    ("auto", 9, "echo 1.10", "1.10", None),
+    ("auto", 9, "printf '1.10\\r\\n'", "1.10", None),
+    ("auto", 9, "printf '3.0\\r\\n'", 3.0, None),
+    ("json", 9, "echo 1.10", 1.1, None),
+], ids=range(10))
+def test_a_cut_result_says_so_and_cut_json_is_dead(served, tmp_path, how, limit, text, outcome, said):
+    intent_id, log = served.publish(), []
+    program = intentbus.Program([script(tmp_path, "#!/bin/sh\n" + text)], result=how, max_output=limit, on_message=log.append)
+    log += work(served, "g", program)
+    found = served.client.get_result(intent_id)
+    assert (found.status, found.result) == ("dead" if how == "json" and said else "fulfilled", outcome)
+    assert not said or [line for line in log if intent_id in line and said in line]
 
 
 @POSIX
@@ -9326,7 +9447,8 @@ def place(tmp_path_factory):
     for name, key in (("good.key", KEY), ("wrong.key", "wrong"), ("empty.key", "")):
         (folder / name).write_text(key)
         (folder / name).chmod(0o600)
-    (folder / "link.key").symlink_to(folder / "good.key")
+    (folder / "shared.key").write_text(KEY)
+    (folder / "shared.key").chmod(0o666)
     return folder
 
 
@@ -9360,7 +9482,7 @@ BAD_COMMANDS = (
     case("serve: database served already", "serve --port 0 --db {db}", 2, "{db}"),
     case("serve: key file in no folder", "serve --port 0 --key-file {dir}/missing/key", 2, "{dir}/missing/key"),
     case("serve: key file empty", "serve --port 0 --key-file {dir}/empty.key", 2, "{dir}/empty.key"),
-    case("serve: key file a link", "serve --port 0 --key-file {dir}/link.key", 2, "{dir}/link.key"),
+    case("serve: key file that others can write", "serve --port 0 --key-file {dir}/shared.key", 2, "{dir}/shared.key", "chmod 600"),
     case("serve: key file a folder", "serve --port 0 --key-file {dir}/folder", 2, "{dir}/folder"),
     case("serve: max-body 0", "serve --max-body 0", 2, "--max-body", "1"),
     case("serve: retention bad", "serve --retention soon", 2, "--retention", "7d"),
@@ -9625,6 +9747,8 @@ def test_values_and_locks_from_the_command_line(served):
     assert at(served, "set", "lock", "plain text", "--if-absent", "--ttl", "1h")[0] == 0
     assert_complaint(at(served, "set", "lock", "you", "--if-absent"), 1, "lock")
     assert at(served, "get", "lock")[1] == "plain text\n"
+    assert at(served, "set", "version", "1.10")[0] == 0
+    assert served.client.get("version") == "1.10"
     assert at(served, "del", "lock")[:2] == (0, "")
     assert at(served, "del", "lock")[0] == 3
     assert_complaint(at(served, "get", "lock"), 3, "lock")
@@ -9640,6 +9764,61 @@ def test_a_line_of_stdin_is_an_intent(served, flag, payload):
     for index in (0, 999, 1000, 2499):
         found = served.ask("GET", f"/admin/intents/{ids[index]}").json
         assert (found["payload"], found["priority"], found["goal"]) == (payload(index), 7, "bulk")
+
+
+@pytest.mark.parametrize("way, flags, text", [
+    ("stdin", ["--lines"], "5\r\n6\r\n"), ("stdin", ["--jsonl"], "5\r\n6\r\n"), ("stdin", ["-"], "5\r\n"), ("@", [], "5\r\n"), ("key", ["5"], KEY + "\r\n"),
+    ("body", "application/json", '{"goal": "g", "payload": 5}'), ("bulk", "application/json", '[{"goal": "g", "payload": 5}]'),
+    ("bulk", "application/x-ndjson", '\r\n{"goal": "g", "payload": 5}\r\n')], ids=str)
+def test_a_byte_order_mark_is_skipped_and_utf_16_refused(served, home, monkeypatch, capsys, way, flags, text):
+    monkeypatch.setenv("INTENT_BUS_URL", served.url)
+    def send(data):
+        if way in ("body", "bulk"):
+            answer = served.ask("POST", "/intent" if way == "body" else "/intents", data, Content_Type=flags)
+            return answer.status != 201, answer.json.get("error", {}).get("message", "")
+        (home / "file").write_bytes(data)
+        (home / ".apikey").write_bytes(data if way == "key" else KEY.encode())
+        for name in ("file", ".apikey"):
+            (home / name).chmod(0o600)
+        with open(home / "file") as stdin:
+            monkeypatch.setattr(sys, "stdin", stdin)
+            code = intentbus.main(["publish", "g", f"@{home / 'file'}"] if way == "@" else ["publish", "g", *flags])
+        return code, capsys.readouterr().err
+    for codec in ("utf-16", "utf-16-le", "utf-16-be"):     # with a mark, and without
+        code, said = send(text.encode(codec))
+        assert code and "UTF-16; save it as UTF-8" in said and "The input was" not in said
+    assert served.statuses() == []
+    assert not send(text.encode("utf-8-sig"))[0]
+    assert str(served.payloads()[0]) == "5"
+
+
+def test_lines_are_claimed_in_their_order(served):
+    lines = [f"{number} ".ljust(100_000, "x") for number in range(6)]     # three batches
+    assert at(served, "publish", "g", "--lines", stdin="\n".join(lines).encode())[0] == 0
+    assert [served.client.claim("g").payload for _ in lines] == lines
+
+
+def test_bulks_of_one_time_are_claimed_in_their_order(bus):
+    for start in (0, 50):
+        bus.publish_many([dict(goal="g", payload=start + number) for number in range(50)])
+    assert [bus.claim("g").payload for _ in range(100)] == list(range(100))
+
+
+def test_lines_of_a_stream_are_sent_before_it_ends(served):
+    code = ("import intentbus, sys; intentbus.STREAM_SECONDS = intentbus.RETRY_SECONDS = 0.01; "
+            "sys.exit(intentbus.main(['publish', 'g', '--lines']))")
+    stream = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              env=dict(os.environ, INTENT_BUS_URL=served.url, INTENT_API_KEY=KEY))
+    for lines, sent in ((b"a\nb\n", ["a", "b"]), (b"c\n", ["a", "b", "c"])):
+        stream.stdin.write(lines)
+        stream.stdin.flush()
+        wait_until(lambda: sorted(served.payloads()) == sent)
+    served.stop()
+    stream.stdin.write(b"d\n")     # the bus is gone, and the stream goes on: the command ends all the same
+    stream.stdin.flush()
+    out, err = stream.stdout.read(), stream.stderr.read()
+    assert stream.wait(30) == 5 and len(out.split()) == 3 and b"cannot be reached" in err and b"Fatal" not in err
+    stream.stdin.close()
 
 
 def test_published_lines_fit_the_body_limit(served):
@@ -9802,6 +9981,15 @@ def test_the_notification_handler(serve, payload, status, line):
     assert not line or notified.read_text().endswith(f"  {line}\n")
 
 
+@POSIX
+def test_a_desktop_notification_shows_markup_as_text(tmp_path):
+    script(tmp_path, '#!/bin/sh\nprintf "%s|" "$@" >"$0.said"\n', "notify-send")
+    for message, shown in (("a < b && c > d \\n", "a &lt; b &amp;&amp; c &gt; d \\\\n"), ("-u critical", "-u critical"), ("&lt;", "&amp;lt;")):
+        subprocess.run([HERE / "examples" / "handler.sh"], check=True, stdout=subprocess.DEVNULL, env=dict(
+            PATH=f"{tmp_path}:/usr/bin:/bin", INTENT_PAYLOAD_title="-t <b>", INTENT_PAYLOAD_message=message))
+        assert (tmp_path / "notify-send.said").read_text() == f"--|-t <b>|{shown}|"
+
+
 def test_the_python_examples_work_together(serve):
     worker = subprocess.Popen([sys.executable, HERE / "examples" / "worker.py", "1"], env=serve.env, stderr=subprocess.PIPE)
     found = subprocess.run([sys.executable, HERE / "examples" / "publisher.py", "to", "be", "or", "notwithstanding"],
@@ -9829,7 +10017,10 @@ def test_the_benchmark_measures_and_names_missing_peers(tmp_path):
 @CURL
 def test_a_worker_of_curl_and_a_shell(serve):
     id = serve.run("publish", "curl", '{"claim_token": "00", "text": "a\\"b\\\\n"}').stdout.strip()
-    done = shell(serve, "examples/curl_worker.sh curl cat", ONCE="1")
+    (serve.home / "windows").mkdir()
+    (serve.home / "windows" / ".apikey").write_bytes(b"\xef\xbb\xbf" + (serve.home / ".apikey").read_bytes().strip() + b"\r\n")
+    of_windows = dict(HOME=str(serve.home / "windows"), INTENT_BUS_URL=serve.url + "\r", INTENT_BUS_NAMESPACE="default\r")
+    done = shell(serve, "examples/curl_worker.sh curl cat", ONCE="1", **of_windows)
     assert done.returncode == 0, done.stderr
     assert json.loads(serve.run("result", id).stdout)["payload"] == {"claim_token": "00", "text": 'a"b\\n'}
     id = serve.run("publish", "curl", "1").stdout.strip()
@@ -9862,6 +10053,8 @@ def test_a_request_signed_by_a_shell_carries_no_key(tmp_path, kind):
         assert serve.run("status", id).stdout == "dead\n"
         seen = (tmp_path / "seen").read_text()
         assert key not in seen and f"X-Key-ID: {key[3:19] if kind == 'issued' else 'owner'}\n" in seen
+        of_windows = dict(environment, INTENT_API_KEY=key + "\r", INTENT_BUS_URL=serve.url + "\r")
+        assert shell(serve, "examples/signed_request.sh GET /intents", **of_windows).returncode == 0
         wrong = shell(serve, "examples/signed_request.sh GET /intents", **dict(environment, INTENT_API_KEY="wrong"))
         assert wrong.returncode == 1 and "Bad signature" in wrong.stdout
         assert shell(serve, "examples/signed_request.sh GET '/intents?limit=1'", **environment).returncode == 2

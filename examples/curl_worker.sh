@@ -11,8 +11,9 @@
 
 [ $# -ge 2 ] || { echo "usage: $0 GOAL COMMAND [ARGUMENT...]" >&2; exit 2; }
 goal=$1; shift
-url=${INTENT_BUS_URL:-http://127.0.0.1:8787}
-key=${INTENT_API_KEY:-$(cat "$HOME/.apikey")} && [ "$key" ] || exit 2
+url=$(printf %s "${INTENT_BUS_URL:-http://127.0.0.1:8787}" | tr -d '\r')      # files from Windows have CR LF
+namespace=$(printf %s "${INTENT_BUS_NAMESPACE:-default}" | tr -d '\r')
+key=${INTENT_API_KEY:-$(cat "$HOME/.apikey")} && key=$(printf %s "$key" | LC_ALL=C tr -cd '!-~') && [ "$key" ] || exit 2
 unset INTENT_API_KEY                        # the command must not see it
 tmp=$(mktemp -d) || exit 2
 trap 'rm -rf "$tmp"' EXIT
@@ -65,7 +66,7 @@ report() {          # VERB (fulfill, fail or release) and further fields; safe t
 
 claim() {           # set id, empty if there is no intent; after a lost answer, the same token gets the same intent
     id=''
-    await 1 post /claim -G --data-urlencode "goal=$goal" --data-urlencode "namespace=${INTENT_BUS_NAMESPACE:-default}" \
+    await 1 post /claim -G --data-urlencode "goal=$goal" --data-urlencode "namespace=$namespace" \
         -d wait=20 -d "lease=${LEASE:-300}"
     case $(cat "$tmp/status") in
         200) cp "$tmp/answer" "$tmp/intent"

@@ -14,9 +14,9 @@ phone() {
     command -v termux-notification >/dev/null && termux-notification --title "$title" --content "$message" </dev/null
 }
 
-desktop() {     # notify-send interprets \n and the like, so backslashes are doubled; it fails without a display
+desktop() {     # the text is markup to a desktop, and notify-send interprets \n and the like; it fails without a display
     command -v notify-send >/dev/null &&
-        notify-send -- "$title" "$(printf '%s\n' "$message" | sed 's/\\/\\\\/g')"
+        notify-send -- "$title" "$(printf '%s\n' "$message" | sed 's/\\/\\\\/g; s/&/\&amp;/g; s/</\&lt;/g; s/>/\&gt;/g')"
 }
 
 line() {        # one line, even if the message has several

@@ -12,8 +12,9 @@
 
 [ $# -ge 2 ] || { echo "usage: $0 METHOD PATH [BODY, or - for stdin]" >&2; exit 2; }
 case $2 in /*[?#%\ ]* | [!/]*) echo "The path must be like /status/ID, without a query or percent signs." >&2; exit 2 ;; esac
-method=$1 path=$2 url=${INTENT_BUS_URL:-http://127.0.0.1:8787}
-key=${INTENT_API_KEY:-$(cat "$HOME/.apikey")} && [ "$key" ] || exit 2
+method=$1 path=$2
+url=$(printf %s "${INTENT_BUS_URL:-http://127.0.0.1:8787}" | tr -d '\r')      # files from Windows have CR LF
+key=${INTENT_API_KEY:-$(cat "$HOME/.apikey")} && key=$(printf %s "$key" | LC_ALL=C tr -cd '!-~') && [ "$key" ] || exit 2
 unset INTENT_API_KEY
 umask 077
 tmp=$(mktemp -d) || exit 2
