@@ -2755,11 +2755,15 @@ class Keys:
         """Return the Caller that the key of an earlier request stands for now, or None if it was revoked."""
         return self._caller(caller.key_id) if caller.limits else caller
 
-    def owner_of(self, publisher, request):
-        """Return the owner that a publisher in a request stands for: a name, a key id, or the caller's own key."""
-        if publisher is None or secrets_equal(publisher, presented_key(request.headers) or ""):
-            return publisher and request.caller.owner
-        caller = self._caller(publisher) if publisher != "owner" else None
+    def owner_of(self, publisher):
+        """Return the owner that a publisher stands for: an owner's name, a key, or the id of a key; None for None."""
+        if publisher is None:
+            return None
+        issued = ISSUED.fullmatch(publisher)
+        key_id = issued[1] if issued else "owner"
+        if secrets_equal(publisher, self._key(key_id)):
+            publisher = key_id
+        caller = self._caller(publisher)
         return caller.owner if caller else publisher
 
     def charge(self, caller, number):
@@ -3657,7 +3661,7 @@ def publish_many_endpoint(api, request):
 def claim_endpoint(api, request):
     fields = request.parameters(CLAIM)
     wanted = api.bus.wanted(
-        fields["goal"], namespace=fields["namespace"], publisher=api.keys.owner_of(fields["publisher"], request),
+        fields["goal"], namespace=fields["namespace"], publisher=api.keys.owner_of(fields["publisher"]),
         lease=fields["lease"], caller=request.caller, **claiming_worker(request, fields))
     return api.hold(request, wanted.lanes, fields["wait"], functools.partial(take_intent, api, request, wanted),
                     functools.partial(nothing_to_claim, api, request, wanted))

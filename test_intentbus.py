@@ -4454,10 +4454,15 @@ def test_a_claim_may_name_itself_as_publisher_by_key_id_or_owner(started):
         assert bus.ask("POST", f"/claim?publisher={publisher}", key=ann.api_key).status == 200
     for publisher in (bob.key_id, "bob", bob.api_key, KEY, "nobody"):
         assert_refusal(bus.ask("POST", f"/claim?publisher={publisher}", key=ann.api_key), 403, "forbidden")
-    for publisher in (ann.key_id, "ann"):
+    for publisher in (ann.api_key, ann.key_id, "ann"):
         bus.ask("POST", "/intent", a_publish(), ann.api_key)
         assert bus.ask("POST", f"/claim?publisher={publisher}").status == 200
-    assert bus.ask("POST", "/claim?publisher=nobody").status == 204
+    for publisher in ("nobody", bob.api_key, ann.api_key[:-1] + "x"):
+        bus.ask("POST", "/intent", a_publish(), ann.api_key)
+        assert bus.ask("POST", f"/claim?publisher={publisher}").status == 204
+    for publisher in (KEY, "owner"):
+        bus.ask("POST", "/intent", a_publish())
+        assert bus.ask("POST", f"/claim?publisher={publisher}").status == 200
 
 
 def test_issued_keys_survive_a_restart_but_not_a_new_owner_key(started):
