@@ -6396,7 +6396,7 @@ class IntentClient:
                 return ANSWERS.get(endpoint, ANY_ANSWER)(value)
             error = ERROR_ANSWER(value["error"])
         except (Invalid, ValueError, TypeError, KeyError) as failure:
-            if not (400 <= status < 500 and self._is_of_a_bus(headers)):
+            if not (400 <= status < 500 and content and self._is_of_a_bus(headers)):     # without content, its end was lost
                 form = "with the JSON of another program" if content[:1] in (b"{", b"[") else "without JSON"
                 raise Unreachable(f"{self.base_url} answered {status} {form}: a proxy page answered, not a bus. Check the URL, its "
                                   "http:// or https://, and any proxy or tunnel on the way.") from failure
