@@ -101,7 +101,7 @@ FOREVER = 2.0 ** 60                 # Unix seconds beyond every clock
 # Keys
 SIGNATURE_SECONDS = 300             # maximum clock skew; nonces are kept that long
 NONCE_CHARACTERS = 128              # a longer nonce is stored as its hash
-TIMESTAMP_SECONDS = 0.001           # clients round their timestamps to this
+TIMESTAMP_SECONDS = 0.001           # clients may round their timestamps to this
 READ_NONCES = 10_000                # nonces of one key's signed GETs, kept in memory: at most 4 MB
 RATE_PER_MINUTE = 600               # requests of an issued key; a worker that polls twice a second needs 120
 UNFINISHED = 2000                   # intents of an issued key; a higher count means that workers are missing
@@ -259,6 +259,7 @@ class Unavailable(Error):         status, code = 503, "database_busy"           
 class StorageFull(Error):         status, code = 507, "storage_full"             # the disk of the database is full
 class Unreachable(Error):         status, code = 0, "unreachable"                # raised by the client: no answer of a bus
 class SetupError(Error):          status, code = 0, "setup"                      # this machine's setup; the sentence has the cure
+class OlderBus(SetupError):       status, code = 0, "older_bus"                  # raised by the client: the bus is too old for this
 
 
 TRANSIENT = (RequestTimeout, RateLimited, Unavailable, StorageFull, Unreachable)     # the same request may succeed later
@@ -2859,11 +2860,15 @@ class Keys:
         """Return the Caller that the key of an earlier request stands for now, or None if it was revoked."""
         return self._caller(caller.key_id) if caller.limits else caller
 
-    def owner_of(self, publisher, request):
-        """Return the owner that a publisher in a request stands for: a name, a key id, or the caller's own key."""
-        if publisher is None or secrets_equal(publisher, presented_key(request.headers) or ""):
-            return publisher and request.caller.owner
-        caller = self._caller(publisher) if publisher != "owner" else None
+    def owner_of(self, publisher):
+        """Return the owner that a publisher stands for: an owner's name, a key, or the id of a key; None for None."""
+        if publisher is None:
+            return None
+        issued = ISSUED.fullmatch(publisher)
+        key_id = issued[1] if issued else "owner"
+        if secrets_equal(publisher, self._key(key_id)):
+            publisher = key_id
+        caller = self._caller(publisher)
         return caller.owner if caller else publisher
 
     def charge(self, caller, number):
@@ -3801,7 +3806,7 @@ def claim_endpoint(api, request):
 def wanted_in(api, request, fields, token):
     """Return the Claim that a query describes, with a token of the client's own from the body."""
     return api.bus.wanted(
-        fields["goal"], namespace=fields["namespace"], publisher=api.keys.owner_of(fields["publisher"], request),
+        fields["goal"], namespace=fields["namespace"], publisher=api.keys.owner_of(fields["publisher"]),
         lease=fields["lease"], caller=request.caller, **claiming_worker(request, fields, token or None))
 
 
@@ -5958,14 +5963,16 @@ def array_of(validator):
 
 TEXT, TRUTH, COUNT = (string, REQUIRED), (boolean, REQUIRED), (integer_from(0, 2 ** 63), REQUIRED)
 MOMENT = (number_from(0, 2 ** 40), REQUIRED)     # Unix seconds, within the range of dates
+PERHAPS_A_MOMENT = (MOMENT[0], None)
 UNSURE = (anything, None)     # may be missing, as it is at older buses, and is None then
 ANSWER_ID = (must_be("an id", lambda value: isinstance(value, str) and re.fullmatch("[0-9A-Za-z_-]{1,128}", value)), REQUIRED)
 DONE = (must_be("true", lambda value: value is True), REQUIRED)
-REPORTED = answer_of(ok=DONE, id=ANSWER_ID, status=UNSURE)
-CLAIMED = answer_of(id=ANSWER_ID, goal=TEXT, payload=UNSURE, claim_token=(string, None), claim_attempts=(COUNT[0], None))
-ENDED = answer_of(ok=DONE, id=ANSWER_ID, status=UNSURE, run_at=(number_from(0, 2 ** 40), None),
-                  next=(lambda value: value and CLAIMED(value), None))
-STATE = answer_of(id=ANSWER_ID, status=TEXT, last_error=UNSURE, worker=UNSURE, claimed_at=(number_from(0, 2 ** 40), None))
+REPORTED = answer_of(ok=DONE, id=ANSWER_ID, extended_by=UNSURE, claim_expires_at=UNSURE)
+CLAIMED = answer_of(**{**dict.fromkeys(NAMING_FIELDS + CLAIM_FIELDS, UNSURE), "id": ANSWER_ID, "goal": TEXT}, payload=UNSURE,
+                    claim_token=(string, None), claim_timeout=(number_from(1, 2 ** 40), None))
+ENDED = answer_of(ok=DONE, id=ANSWER_ID, status=UNSURE, run_at=PERHAPS_A_MOMENT, next=(lambda value: value and CLAIMED(value), None))
+CHANGED = answer_of(id=ANSWER_ID, status=TEXT)
+STATE = {**dict.fromkeys(STATUS_FIELDS, UNSURE), "id": ANSWER_ID, "status": TEXT, "claimed_at": PERHAPS_A_MOMENT}
 LISTED_INTENT = answer_of(id=ANSWER_ID, status=TEXT, goal=TEXT, claim_attempts=COUNT, max_attempts=COUNT, created_at=MOMENT,
                           last_error=UNSURE, worker=UNSURE)
 LISTED_WORKER = answer_of(owner=TEXT, last_seen=MOMENT, goals=(array_of(string), REQUIRED), name=UNSURE, id=UNSURE, version=UNSURE,
@@ -5973,30 +5980,30 @@ LISTED_WORKER = answer_of(owner=TEXT, last_seen=MOMENT, goals=(array_of(string),
 LISTED_EVENT = answer_of(event=TEXT, time=MOMENT, id=UNSURE, goal=UNSURE, worker_id=UNSURE, worker=UNSURE,
                          last_error=UNSURE)
 LISTED_KEY = answer_of(key_id=TEXT, owner=TEXT, role=TEXT, total_requests=COUNT, name=UNSURE,
-                       last_used_at=(number_from(0, 2 ** 40), None))
+                       last_used_at=PERHAPS_A_MOMENT)
 API_KEY = (must_be("a key", lambda value: isinstance(value, str) and re.fullmatch("[!-~]+", value)), REQUIRED)
 ANSWERS = {     # of a bus, to a method and path: an answer without these fields comes from another server
-    "POST /intent": answer_of(id=ANSWER_ID, status=UNSURE, never_claimed=UNSURE),
+    "POST /intent": answer_of(id=ANSWER_ID, status=UNSURE, namespace=UNSURE, listening=UNSURE, never_claimed=UNSURE),
     "POST /intents": answer_of(ids=(array_of(ANSWER_ID[0]), REQUIRED)),
     "POST /claim": CLAIMED,
     "POST /extend_claim/*": REPORTED,
     "POST /fulfill/*": ENDED,
     "POST /fail/*": ENDED,
     "POST /release/*": ENDED,
-    "GET /status/*": STATE,
-    "GET /result/*": answer_of(id=ANSWER_ID, status=TEXT, last_error=UNSURE, result=UNSURE),
+    "GET /status/*": answer_of(**STATE),
+    "GET /result/*": answer_of(**STATE, result=UNSURE, result_type=UNSURE),
     "GET /intents": answer_of(intents=(array_of(LISTED_INTENT), REQUIRED), next=(ANSWER_ID[0], None)),
     "GET /workers": answer_of(workers=(array_of(LISTED_WORKER), REQUIRED)),
     "GET /events": answer_of(events=(array_of(LISTED_EVENT), REQUIRED), next=COUNT, missed=(COUNT[0], 0)),
     "GET /whoami": answer_of(key_id=TEXT, owner=TEXT, role=TEXT, now=MOMENT),
     "POST /join": answer_of(api_key=API_KEY, name=TEXT, role=TEXT),
-    "POST /cancel/*": STATE,
-    "POST /retry/*": STATE,
+    "POST /cancel/*": CHANGED,
+    "POST /retry/*": CHANGED,
     "POST /retry": answer_of(retried=COUNT),
     "POST /set/*": answer_of(ok=DONE),
     "GET /get/*": answer_of(value=(anything, REQUIRED)),
     "POST /delete/*": answer_of(deleted=TRUTH),
-    "POST /admin/generate_key": answer_of(api_key=API_KEY, key_id=TEXT, owner=TEXT, role=TEXT),
+    "POST /admin/generate_key": answer_of(api_key=API_KEY, key_id=(string, None), owner=(string, None), role=(string, None)),
     "POST /admin/invite": answer_of(code=TEXT, expires_at=MOMENT, name=TEXT, role=TEXT),
     "POST /admin/revoke_key": answer_of(ok=DONE),
     "GET /admin/keys": array_of(LISTED_KEY),
@@ -6008,6 +6015,15 @@ ANY_ANSWER = answer_of()     # to other requests
 MAY_BE_EMPTY = ("POST /claim",)     # 204
 ERROR_ANSWER = answer_of(code=(must_be("a word", lambda value: isinstance(value, str) and re.fullmatch("[a-z][a-z_]*", value)), REQUIRED),
                          message=TEXT)
+
+
+def error_of_page(content):
+    """Return the error in {"error": "text"} or in a page, which older buses answer; "page" tells whether it is a page."""
+    try:
+        return Record(code=None, message=string(from_json(content)["error"]), page=False)
+    except (Invalid, ValueError, TypeError, KeyError):
+        text = re.sub("<[^>]*>", " ", content.decode(errors="replace"))
+        return Record(code=None, message=" ".join(text.split())[:200], page=True)
 
 
 def endpoint_of(method, path):
@@ -6296,7 +6312,8 @@ class IntentClient:
     base_url, api_key and namespace default to INTENT_BUS_URL, INTENT_API_KEY and INTENT_BUS_NAMESPACE, then to the bus
     that this machine has joined, then to http://127.0.0.1:8787 and the key in ~/.apikey. timeout is the seconds that each
     attempt at a request may take; ca is a file of certificates to trust. Every request is signed; the key itself is sent
-    only over https. A verb returns a Record, or raises Unreachable or the Error that the bus answered.
+    only over https, or with send_key. A verb returns a Record, or raises Unreachable or the Error that the bus answered.
+    At an Intent Bus 7, fields that it does not answer are None, and what it cannot do raises OlderBus.
 
     With spool, the path of a file, no request is lost while the bus is away. publish stores a request that cannot be sent
     and returns {"id": None, "status": "spooled"}; the next publish, claim or flush() with the same URL and key sends it,
@@ -6304,7 +6321,7 @@ class IntentClient:
     reported, not claimed again.
     """
 
-    def __init__(self, base_url=None, api_key=None, timeout=CLIENT_SECONDS, namespace=None, ca=None, spool=None):
+    def __init__(self, base_url=None, api_key=None, timeout=CLIENT_SECONDS, namespace=None, ca=None, spool=None, send_key=False):
         import urllib.request     # 14 ms with the modules that it loads, which only a client needs
         joined = read_settings()
         given = (base_url or "").strip() or os.environ.get("INTENT_BUS_URL", "").strip()
@@ -6327,7 +6344,9 @@ class IntentClient:
         self._key_id = issued[1] if issued else "owner"
         self.secure = bool(local) or parts.scheme == "https"
         # over plain http, whichever program has the port would get the key
-        self._identity = {"X-API-KEY": self._key} if parts.scheme == "https" else {"X-Key-ID": self._key_id}
+        self._identity = {"X-API-KEY": self._key} if send_key or parts.scheme == "https" else {"X-Key-ID": self._key_id}
+        self._publisher = self._key if send_key else self._key_id     # older buses know no ids
+        self._known_newer = False     # than an Intent Bus 7
         self._clock_offset = 0     # seconds
         self._proxy, credentials = (None, None) if local else proxy_to(parts)
         self._opener = urllib.request.OpenerDirector()     # follows no redirects, which would pass the key on
@@ -6341,7 +6360,10 @@ class IntentClient:
     def publish(self, goal, payload, *, idempotency_key=None, **fields):
         """Publish an intent with the fields of Bus.publish; it is stored once, however often the request is repeated."""
         body = dict(dict(goal=goal, payload=payload, namespace=self.namespace), **fields)
-        return self._publish("/intent", body, idempotency_key)
+        answer = self._publish("/intent", body, idempotency_key)
+        if body.get("ttl") is not None and answer.id and answer.listening is None:
+            warnings.warn(f"{self.base_url} is an older bus, which ignores a ttl: the intent is published without")
+        return answer
 
     def publish_many(self, intents, *, idempotency_key=None):
         """Publish up to 1,000 intents, each a dict of the arguments of publish, all or none; return {"ids"}."""
@@ -6355,10 +6377,13 @@ class IntentClient:
         return self._spooler.publish(path, body, key) if self._spooler else self.publish_once(path, body, key)
 
     def publish_once(self, path, body, idempotency_key, retries=RETRIES):
-        """Send a publish, with its idempotency key where the signature covers it."""
+        """Send a publish, with its idempotency key where the signature covers it, and in the header that older buses read."""
         if path == "/intents":
             return self.request("POST", path, body, query=dict(idempotency_key=idempotency_key), retries=retries)
-        return self.request("POST", path, dict(body, idempotency_key=idempotency_key), retries=retries)
+        if body.get("run_at") is not None:
+            self._require_newer("ignore run_at; pass a delay")
+        return self.request("POST", path, dict(body, idempotency_key=idempotency_key), retries=retries,
+                            headers={"Idempotency-Key": idempotency_key})
 
     def flush(self):
         """Send the spooled requests and return how many the bus accepted; a request that it refuses is not sent again."""
@@ -6373,6 +6398,8 @@ class IntentClient:
         """
         query = self._claim_query(goal, namespace, publisher, worker_id, capabilities, lease)
         def send():
+            if not isinstance(goal, str) and len(goal or ()) > 1:
+                self._require_newer("serve one of several goals only; start a worker for each")
             token = claim_token or os.urandom(16).hex()
             return self.request("POST", "/claim", dict(claim_token=token), query=query, wait=wait,
                                 headers={"X-Worker-Name": worker_name or process_name()}, retries=0 if claim_token else RETRIES)
@@ -6380,7 +6407,7 @@ class IntentClient:
 
     def _claim_query(self, goal=None, namespace=None, publisher=None, worker_id=None, capabilities=(), lease=None):
         return dict(goal=goal, namespace=namespace or self.namespace, worker_id=worker_id, lease=lease,
-                    publisher=self._key_id if publisher == self._key else publisher,
+                    publisher=self._publisher if publisher == self._key else publisher,
                     capabilities=",".join(capabilities) or None)
 
     def extend_claim(self, intent_id, claim_token=None, seconds=LEASE_SECONDS):
@@ -6400,8 +6427,16 @@ class IntentClient:
         return self._report("fail", intent_id, next_claim, self._spooler, claim_token=claim_token, error=error, retry=retry)
 
     def release(self, intent_id, claim_token=None, delay=0, next_claim=None):
-        """Hand an intent back without counting the attempt; it can be claimed again after delay seconds."""
-        return self._report("release", intent_id, next_claim, None, claim_token=claim_token, delay=delay)
+        """Hand an intent back without counting the attempt; it can be claimed again after delay seconds.
+
+        An older bus takes none back; there it is failed for a retry.
+        """
+        try:
+            return self._report("release", intent_id, next_claim, None, claim_token=claim_token, delay=delay)
+        except OlderBus:
+            warnings.warn(f"{self.base_url} is an older bus, which takes no intent back: it is failed for a retry instead, and the "
+                          "attempt counts")
+            return self.fail(intent_id, claim_token, "The worker released it.", next_claim=next_claim)
 
     def _report(self, verb, intent_id, next_claim, spooler, **body):
         path, wanted = f"/{verb}/{intent_id}", dict(next_claim or ())
@@ -6456,6 +6491,8 @@ class IntentClient:
 
     def set(self, key, value, ttl=VALUE_TTL_SECONDS, if_absent=False):
         """Store a JSON value for ttl seconds; with if_absent, raises Conflict if the key is taken, so it serves as a lock."""
+        if if_absent:
+            self._require_newer("store it though the key may be taken")
         body = dict(value=value, ttl=ttl, if_absent=if_absent)
         return self.request("POST", f"/set/{key}", body, retries=0 if if_absent else RETRIES)
 
@@ -6477,6 +6514,13 @@ class IntentClient:
         if secret and not self.secure:
             raise SetupError("The admin secret is sent only over https or to this machine.")
         return self.request("POST" if body else "GET", f"/admin/{verb}", body or None, headers=secret, retries=0)
+
+    def _require_newer(self, consequence):
+        """Raise OlderBus at a bus that would silently ignore part of a request, with this consequence."""
+        try:
+            self._known_newer = self._known_newer or bool(self.who_am_i())
+        except (NotFound, OlderBus) as error:
+            raise OlderBus(f"{self.base_url} is an older bus, which would {consequence}.") from error
 
     def request(self, method, path, body=None, *, query=None, headers=None, wait=0, retries=RETRIES):
         """Send a request, again after a transient error; return the answer, or None for 204.
@@ -6509,7 +6553,8 @@ class IntentClient:
         """Sign a request and send it once; return the value of the answer."""
         import http.client
         path, _, query = target.partition("?")
-        timestamp = f"{time.time() + self._clock_offset:.3f}"
+        # whole seconds, since older buses take no other; rounded up, since right after its start a bus takes no earlier time
+        timestamp = str(int(time.time() + self._clock_offset) + 1)
         nonce = os.urandom(16).hex()
         signed = canonical_targets(urllib.parse.unquote(path), path, query)[0]
         signature = sign(self._key, method, signed, timestamp, nonce, data or b"")
@@ -6530,6 +6575,16 @@ class IntentClient:
             raise Unreachable(f"{self.base_url} answered more than {ANSWER_BYTES} bytes: this is not a bus, or ask it for less.")
         return self._read(answer.status, answer.headers, answer.content, endpoint, f"{timestamp}\n{nonce}")
 
+    def _is_of_a_bus(self, headers):
+        """Return whether an answer without our JSON is of an older bus, by its header, or by the name and version at /."""
+        import http.client
+        if "X-Intent-Version" in headers:
+            return True
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            answer = self._opener.open(urllib.request.Request(self.base_url + "/"), timeout=self.timeout)
+            return answer.status == 200 and re.fullmatch(rb"(?i)[^<\n]{,99}intent.?bus\b[^<\n]{,99}\d\.\d[^<\n]{,99}", answer.content.strip())
+        return False
+
     def _read(self, status, headers, content, endpoint, sent):
         """Return the value of an answer, or raise the error in it; sent are the timestamp and nonce of the request.
 
@@ -6542,16 +6597,24 @@ class IntentClient:
             if status < 300:
                 return ANSWERS.get(endpoint, ANY_ANSWER)(value)
             error = ERROR_ANSWER(value["error"])
-        except (Invalid, ValueError, TypeError, KeyError) as error:
-            form = "with the JSON of another program" if content[:1] in (b"{", b"[") else "without JSON"
-            raise Unreachable(f"{self.base_url} answered {status} {form}: a proxy page answered, not a bus. Check the URL, its "
-                              "http:// or https://, and any proxy or tunnel on the way.") from error
+        except (Invalid, ValueError, TypeError, KeyError) as failure:
+            if not (400 <= status < 500 and content and self._is_of_a_bus(headers)):     # without content, its end was lost
+                form = "with the JSON of another program" if content[:1] in (b"{", b"[") else "without JSON"
+                raise Unreachable(f"{self.base_url} answered {status} {form}: a proxy page answered, not a bus. Check the URL, its "
+                                  "http:// or https://, and any proxy or tunnel on the way.") from failure
+            error = error_of_page(content)
+            if error.page and status in (404, 405):
+                raise OlderBus(f"{self.base_url} is an older bus, which has no {endpoint}: replace it by serve of this version, or "
+                               "do without.") from failure
         if error.message == "Replay detected":     # a connection failed, and the request was sent again
             raise Unreachable(f"The answer of {self.base_url} was lost; the request may have been carried out.")
         error_class = ERRORS.get(status, Unavailable if status in (502, 504) else Error)     # a proxy sends 502 and 504
         message = error.message
         if message == "Bad signature":
             message += f": this is not the key {self._key_id} of the bus."
+        if message.startswith("Missing API key") and "X-Key-ID" in self._identity:
+            message = ("Missing API key: over plain http only its id is sent, and this bus takes the key alone. Use https, or pass "
+                       "--send-key if you trust the network and all users of its machine.")
         raised = error_class(message, error.code)
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             raised.details["retry_after"] = max(0, min(float(headers.get("Retry-After", "")), RETRY_MAX_SECONDS))
@@ -6752,10 +6815,10 @@ class Worker:
 
     def _process(self, intent):
         """Run the handler for an intent and report the outcome; then go on with the intent that the report has claimed."""
-        thread = threading.get_ident()
+        thread, older = threading.get_ident(), min(int(self._lease_seconds), LEASE_SECONDS)     # a bus that does not tell its lease
         try:
             while intent:
-                lease = Lease(self._bus, intent, self._lease_seconds)
+                lease = Lease(self._bus, intent, intent.get("claim_timeout") or older)
                 self._running[thread] = lease, intent     # in place of the last one: with no moment between, run() waits for it
                 intent = self._process_one(intent, lease)
         finally:
@@ -6803,6 +6866,8 @@ class Worker:
         try:
             answer = getattr(self._bus, verb)(intent.id, intent.claim_token, **details, next_claim=next_claim)
             self._log_outcome(intent, PAST_TENSES[verb], lease, consequence_of(answer, **details) if verb == "fail" else "")
+            if details.get("retry") is False and answer.get("status") == "open":
+                self._log(f"{intent.goal} {intent.id} will be tried again: this is an older bus, where an intent cannot be failed for good")
             return answer
         except NotFound:
             self._log_outcome(intent, "lost", lease, ": it was cancelled, or its lease ran out before the report")
@@ -7159,7 +7224,7 @@ def open_client(options, timeout=CLIENT_SECONDS, spool=None):
     key = options.key_file and read_key(options.key_file)
     if options.key_file and key is None:
         raise SetupError(f"There is no key file {options.key_file}.")
-    return IntentClient(options.url, key, timeout, options.namespace, options.ca, spool)
+    return IntentClient(options.url, key, timeout, options.namespace, options.ca, spool, options.send_key)
 
 
 def database_location(options):
@@ -7217,8 +7282,10 @@ def check_bus(options):
     except (Unauthorized, Forbidden) as error:
         yield ok("bus", f"{bus.base_url} answers.")
         yield bad("key", f"The bus refuses this key: {error} Join it again with a new code from keys invite.")
-    except NotFound:
-        yield note("bus", f"{bus.base_url} is an older or another bus, which has no answer about keys.")
+    except (NotFound, OlderBus):
+        yield note("bus", f"{bus.base_url} is an older bus, such as Intent Bus 7, where only publish, work, status, result, set and get "
+                          "work. For the rest, run serve of this version in its place; it takes the clients of the older one, too.")
+        yield from check_key_at_older(bus)
     except Error as error:
         yield bad("bus", f"{bus.base_url} is in trouble: {error}")
     else:
@@ -7226,6 +7293,16 @@ def check_bus(options):
         may = {"both": "publish and work"}.get(me.role, me.role)
         yield ok("key", f"It is {me.key_id}, of the owner {me.owner}, and may {may}.")
         yield from check_clock(me.now - time.time())
+
+
+def check_key_at_older(bus):
+    """Check whether an older bus takes the key, by a question after an intent that does not exist."""
+    try:
+        bus.get_status("0" * 32)
+    except NotFound:
+        yield ok("key", "The bus takes this key.")
+    except Error as error:
+        yield bad("key", f"The bus refuses this key: {error}")
 
 
 def check_database(options):
@@ -7436,7 +7513,8 @@ def duration(text):
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)", text, re.ASCII)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a duration such as 90, 90s, 5m, 2h or 7d")
-    return float(match[1]) * UNIT_SECONDS[match[2]]
+    seconds = float(match[1]) * UNIT_SECONDS[match[2]]
+    return int(seconds) if seconds.is_integer() else seconds     # older buses take no 60.0
 
 
 def format_duration(seconds):
@@ -7473,6 +7551,8 @@ CONNECTION = (
     flag("--key-file", help=f"the file with the key (or the key in INTENT_API_KEY; default the bus joined, else {KEY_FILE})"),
     flag("--namespace", help="the namespace on the bus (INTENT_BUS_NAMESPACE; default default)"),
     CA,
+    flag("--send-key", action="store_true", help="send the key itself over plain http too, as an Intent Bus 7 needs it; who "
+                                                 "listens on the way, or has the port, can read and use it"),
 )
 DB = flag("--db", help="the database file (BUS_DB_PATH; default intentbus.db)")
 ID = flag("id", help="the id that publish printed")
@@ -7745,7 +7825,7 @@ def print_outcome(options, intent):
     elif intent.status == "fulfilled" and intent.result is not None:
         print_result(as_text(intent.result))
     if intent.status == "dead":
-        log(f"{intent.id} is dead: {intent.last_error}")
+        log(f"{intent.id} is dead: {intent.last_error or intent.get('error')}")
     return {"fulfilled": 0, "dead": 1}.get(intent.status, 3)
 
 
@@ -7844,11 +7924,13 @@ def status_command(bus, options):
     """Print the status of an intent: open, claimed, fulfilled or dead; and, as a message, who has or had it."""
     intent = bus.get_status(options.id)
     print_answer(options, intent, "status")
-    if intent.worker and not options.json:
+    if options.json:
+        return
+    if intent.worker:
         at = time.strftime(" at %Y-%m-%d %H:%M:%S", time.localtime(intent.claimed_at)) if intent.claimed_at else ""
         log(f"claimed by {intent.worker}{at}")
-    if intent.last_error and not options.json:
-        log(intent.last_error)
+    if reason := intent.last_error or intent.get("error"):
+        log(reason)
 
 
 @bus_command("result", ["result 01a20a3bf4423c55cce77efa455c0ada --wait=10m"], ID, WAIT, JSON)
@@ -7968,7 +8050,10 @@ def delete_command(bus, options):
 def keys_add_command(bus, options):
     """Issue a key and print it; it cannot be shown again."""
     made = bus.admin("generate_key", name=options.name, owner=options.owner, role=options.role)
-    log(f"id {made.key_id}, owner {made.owner}, role {made.role}; the key is not shown again")
+    about = f"id {made.key_id}, owner {made.owner}, role {made.role}"
+    if made.role is None:
+        about = "this is an older bus, whose keys have no role: it may publish and work"
+    log(f"{about}; the key is not shown again")
     print_result(made.api_key)
 
 

@@ -4640,10 +4640,15 @@ def test_a_claim_may_name_itself_as_publisher_by_key_id_or_owner(started):
         assert bus.ask("POST", f"/claim?publisher={publisher}", key=ann.api_key).status == 200
     for publisher in (bob.key_id, "bob", bob.api_key, KEY, "nobody"):
         assert_refusal(bus.ask("POST", f"/claim?publisher={publisher}", key=ann.api_key), 403, "forbidden")
-    for publisher in (ann.key_id, "ann"):
+    for publisher in (ann.api_key, ann.key_id, "ann"):
         bus.ask("POST", "/intent", a_publish(), ann.api_key)
         assert bus.ask("POST", f"/claim?publisher={publisher}").status == 200
-    assert bus.ask("POST", "/claim?publisher=nobody").status == 204
+    for publisher in ("nobody", bob.api_key, ann.api_key[:-1] + "x"):
+        bus.ask("POST", "/intent", a_publish(), ann.api_key)
+        assert bus.ask("POST", f"/claim?publisher={publisher}").status == 204
+    for publisher in (KEY, "owner"):
+        bus.ask("POST", "/intent", a_publish())
+        assert bus.ask("POST", f"/claim?publisher={publisher}").status == 200
 
 
 def test_issued_keys_survive_a_restart_but_not_a_new_owner_key(started):
@@ -8301,7 +8306,10 @@ def test_the_clients_say_everything_in_what_is_signed(sent, tmp_path):
             with contextlib.suppress(intentbus.Unreachable):
                 ask()
     headers = {name.lower() for request in sent for name, _ in request.header_items()}
-    assert headers == {"x-key-id", "x-timestamp", "x-nonce", "x-signature", "user-agent", "content-type", "x-worker-name"}     # the name is for display
+    assert headers == {"x-key-id", "x-timestamp", "x-nonce", "x-signature", "user-agent", "content-type", "idempotency-key",
+                       "x-worker-name"}     # the last one is for display
+    repeated = [(request.get_header("Idempotency-key"), json.loads(request.data)) for request in sent if request.selector == "/intent"]
+    assert repeated and all(key == body["idempotency_key"] for key, body in repeated), "older buses read the header only"
     said = [(request.selector, json.loads(request.data)) for request in sent if request.data]
     assert [body["idempotency_key"] for target, body in said if target == "/intent"].count("k") >= 2
     assert all(body["idempotency_key"] for target, body in said if target == "/intent")
@@ -9044,7 +9052,7 @@ def test_the_doctor_knows_the_kind_of_a_file_system():
 
 def test_the_doctor_reports_the_spool(home):
     intentbus.make_key()
-    spool, options = intentbus.Spool(), argparse.Namespace(url="http://x", key_file=None, namespace=None, ca=None)
+    spool, options = intentbus.Spool(), argparse.Namespace(url="http://x", key_file=None, namespace=None, ca=None, send_key=False)
     assert [finding.level for finding in intentbus.check_spool(options)] == ["ok"]
     number = spool.add("http://x", "/intent", "{}", "key")
     assert [finding.level for finding in intentbus.check_spool(options)] == ["note"]
@@ -10169,7 +10177,7 @@ def test_the_readme_names_every_environment_variable():
     used = set(re.findall(r"\"(BUS_[A-Z_]+|INTENT_BUS_[A-Z_]+|INTENT_API_KEY|DASHBOARD_PASSWORD)\"", (HERE / "intentbus.py").read_text()))
     readme = (HERE / "README.md").read_text()
     assert not [name for name in used if f"`{name}`" not in readme]
-    assert readme.count("\n") <= 520
+    assert readme.count("\n") <= 540
 
 
 @pytest.fixture
@@ -11019,12 +11027,311 @@ def test_buses_follow_a_failover_to_a_standby(running, cluster):
     assert all(bus.stop()[0] == 0 for bus in buses)
 
 
+# ---- The original bus ----
+# A stand-in for an Intent Bus 7: the lines of PROTOCOL.md that are not marked as new, and the pages of Flask for all else.
+
+class OriginalHandler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"     # of connections that stay open
+    wbufsize = -1     # one write for an answer
+
+    def do_POST(self):
+        self.server.asked.append(self)
+        self.content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path, _, query = self.path.partition("?")
+        _, verb, *rest = urllib.parse.unquote(path).split("/", 2)
+        wanted = {"POST": ("intent", "claim", "extend_claim", "fulfill", "fail", "set", "admin"), "GET": ("", "status", "result", "get")}
+        if verb not in wanted[self.command] or verb == "admin" and rest != ["generate_key"]:
+            status = 405 if verb in sum(wanted.values(), ()) else 404
+            return self.answer(status, f"<!doctype html>\n<html lang=en>\n<title>{status} Oh</title>\n<h1>Oh</h1>".encode())
+        with self.server.lock:
+            status, value = self.refused(path, query) if verb else (200, self.server.welcome)
+            if not status:
+                self.fields = json.loads(self.content or b"{}")
+                self.query = dict(reversed(urllib.parse.parse_qsl(query)))     # the first of several
+                status, value = getattr(self, f"on_{verb}")(*rest)
+        if status >= 400:
+            value = {"error": value if self.server.words_only else {"code": "error", "message": value}}
+        self.answer(status, value if isinstance(value, bytes) else json.dumps(value).encode() if value else b"")
+
+    do_GET = do_POST
+
+    def answer(self, status, content):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        if status == 204:
+            self.send_header("Retry-After", "1")
+        if self.server.version:
+            self.send_header("X-Intent-Version", self.server.version)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def refused(self, path, query):
+        if self.headers.get("X-API-KEY") != KEY:
+            return 401, "Invalid API key." if self.headers.get("X-API-KEY") else "Missing API key."
+        timestamp, nonce = self.headers["X-Timestamp"], self.headers["X-Nonce"]
+        if not re.fullmatch("[0-9]+", timestamp) or abs(int(timestamp) - time.time()) > 300:
+            return 403, "Invalid timestamp"
+        query = "&".join(sorted(query.replace("+", "%20").split("&")))
+        right = signed(self.command, urllib.parse.unquote(path) + ("?" + query if query else ""), self.content, KEY, timestamp, nonce)
+        return (0, None) if self.headers["X-Signature"] == right["X_Signature"] else (403, "Bad signature")
+
+    def on_intent(self):
+        key, intents = self.headers.get("Idempotency-Key"), self.server.intents
+        known = next((intent for intent in intents.values() if intent.key and intent.key == key), None)
+        intent = known or intentbus.Record(
+            id=os.urandom(16).hex(), status="open", claim_attempts=0, key=key, token=None, error=None, result=None,
+            goal=self.fields["goal"], payload=self.fields["payload"], most=self.fields.get("max_attempts", 3))
+        intents[intent.id] = intent
+        return 201, {"id": intent.id, "status": "published"}
+
+    def on_claim(self):
+        for intent in self.server.intents.values() if self.query.get("publisher", KEY) == KEY else ():
+            if intent.status == "open" and self.query.get("goal", intent.goal) == intent.goal:
+                intent.update(status="claimed", token=os.urandom(16).hex(), claim_attempts=intent.claim_attempts + 1)
+                return 200, dict({"id": intent.id, "goal": intent.goal, "payload": intent.payload, "claim_token": intent.token},
+                                 **{"claim_timeout": self.server.lease} if self.server.lease else {})
+        return 204, None
+
+    def reported(self, intent_id, **changes):
+        intent = self.server.intents.get(intent_id)
+        if not intent or intent.status != "claimed" or self.fields["claim_token"] != intent.token:
+            return 404, "Claim not found."
+        intent.update(changes)
+        return 200, {"ok": True, "id": intent_id, "status": intent.status}
+
+    def on_extend_claim(self, intent_id):
+        self.server.extended.append(self.fields["seconds"])
+        return self.reported(intent_id)
+
+    def on_fulfill(self, intent_id):
+        return self.reported(intent_id, status="fulfilled", result=self.fields.get("result"))
+
+    def on_fail(self, intent_id):
+        intent = self.server.intents.get(intent_id)
+        ended = intent and intent.claim_attempts >= intent.most
+        return self.reported(intent_id, status="dead" if ended else "open", error=self.fields["error"])
+
+    def on_status(self, intent_id):
+        intent = self.server.intents.get(intent_id)
+        return (200, intent.pick(("id", "status", "goal", "error"))) if intent else (404, "Intent not found.")
+
+    def on_result(self, intent_id):
+        status, value = self.on_status(intent_id)
+        return status, dict(value, result=self.server.intents[intent_id].result) if status == 200 else value
+
+    def on_set(self, key):
+        if not isinstance(self.fields["ttl"], int):
+            return 400, "ttl must be an integer."
+        self.server.values[key] = self.fields["value"]
+        return 200, {"ok": True}
+
+    def on_get(self, key):
+        return (200, {"value": self.server.values[key]}) if key in self.server.values else (404, "Key not found.")
+
+    def on_admin(self, verb):
+        return 201, {"api_key": "tk_" + "f" * 32, "owner": self.fields["owner"]}
+
+    def log_message(self, *words):
+        pass
+
+
+class Original(http.server.ThreadingHTTPServer):
+    """The server of a stand-in, known by its version in a header, or without it by its welcome at /; lease is seconds.
+
+    words_only says how errors look.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, version="7.61", words_only=False, lease=60, welcome=b"Intent Bus v7.5 is running\n"):
+        super().__init__(("127.0.0.1", 0), OriginalHandler)
+        self.version, self.welcome = version, b"<h1>Welcome" if version else welcome
+        self.words_only, self.lease, self.lock = words_only, lease, threading.Lock()
+        self.intents, self.values, self.asked, self.extended = {}, {}, [], []
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def __exit__(self, *error):
+        self.shutdown()
+        super().__exit__(*error)
+
+    def client(self, **options):
+        return IntentClient(self.url, KEY, send_key=True, **options)
+
+    def targets(self):
+        return [f"{request.command} {request.path}" for request in self.asked]
+
+
+@pytest.fixture(params=[("7.61", False), (None, True)], ids=["with the header", "without, errors are words"])
+def original(request):
+    with Original(*request.param) as bus:
+        yield bus
+
+
+def test_the_client_works_with_an_original_bus(original, tmp_path):
+    for bus in (original.client(), original.client(spool=tmp_path / "spool.db")):
+        published = bus.publish("a b", {"n": [1, "é"]}, delay=1.5)
+        assert (published.status, published.listening, published.namespace, published.never_claimed) == ("published", None, None, None)
+        intent = bus.claim("a b", lease=90, wait=5, worker_id="w", capabilities=["x", "y"], publisher=KEY)
+        assert (intent.payload, intent.claim_timeout, intent.namespace, intent.max_attempts) == ({"n": [1, "é"]}, 60, None, None)
+        assert bus.extend_claim(intent.id, intent.claim_token).ok and bus.extend_claim(intent.id, intent.claim_token).extended_by is None
+        assert bus.fulfill(intent.id, intent.claim_token, {"done": 1}).ok
+        assert bus.get_status(intent.id).pick(("status", "created_at", "last_error")) == {
+            "status": "fulfilled", "created_at": None, "last_error": None}
+        assert bus.get_result(intent.id, wait=3).result == {"done": 1}
+        assert bus.claim("a b") is None and bus.set("a key", "v", ttl=60).ok and bus.get("a key") == "v"
+        for ask in (lambda: bus.get("none"), lambda: bus.get_status("0" * 32), lambda: bus.fulfill(intent.id, "x" * 32)):
+            with pytest.raises(intentbus.NotFound, match=" not found."):
+                ask()
+
+
+def test_a_repeated_publish_is_stored_once_at_an_original_bus(impatient):
+    with Original() as bus:
+        assert IntentClient(Proxy(bus.server_port, drop=1).url, KEY, send_key=True).publish("g", 1).id in bus.intents
+        assert len(bus.intents) == 1 and len(bus.asked) == 2
+
+
+NEW_VERBS = sorted(VERBS.keys() - {"publish", "claim", "extend_claim", "fulfill", "fail", "get_status", "get_result", "set", "get",
+                                   "generate_key", "release"})
+
+
+def test_what_an_original_bus_has_not_is_refused_in_words(original):
+    for verb in NEW_VERBS:
+        with pytest.raises(intentbus.OlderBus, match="is an older bus, which has no (GET|POST) /.*replace it by serve of this version"):
+            VERBS[verb](original.client())
+
+
+@pytest.mark.parametrize("ask, words", [
+    (lambda bus: bus.set("k", "ours", if_absent=True), "would store it though the key may be taken"),
+    (lambda bus: bus.publish("g", 1, run_at=2 ** 32), "would ignore run_at; pass a delay"),
+    (lambda bus: bus.claim(["g", "h"]), "would serve one of several goals only; start a worker for each"),
+    (lambda bus: Worker(bus, ["g", "h"], print, drain=True).run(), "start a worker for each"),
+], ids=range(4))
+def test_what_an_original_bus_would_ignore_is_not_sent(original, ask, words):
+    original.values["k"] = "theirs"
+    with pytest.raises(intentbus.OlderBus, match=words):
+        ask(original.client())
+    assert set(original.targets()) <= {"GET /whoami", "GET /"} and (original.values, original.intents) == ({"k": "theirs"}, {})
+
+
+def test_a_bus_is_asked_once_whether_it_is_older(served, recwarn):
+    client, asked = IntentClient(served.url, KEY), []
+    send = client.request
+    client.request = lambda method, path, *rest, **options: (asked.append(path), send(method, path, *rest, **options))[1]
+    assert client.set("a", 1, if_absent=True).ok and client.publish("g", 1, run_at=1, ttl=60).id and client.claim(["g", "h"])
+    assert asked == ["/whoami", "/set/a", "/intent", "/claim"] and not recwarn.list
+
+
+def test_a_ttl_that_an_original_bus_ignores_is_said(original):
+    with pytest.warns(UserWarning, match="is an older bus, which ignores a ttl: the intent is published without"):
+        assert original.client().publish("g", 1, ttl=60).id in original.intents
+
+
+@pytest.mark.parametrize("given, renewed", [(10, 10), (None, 12)])
+def test_a_lease_is_renewed_by_the_seconds_the_bus_gave(quick_leases, monkeypatch, given, renewed):
+    monkeypatch.setattr(intentbus, "LEASE_SECONDS", 12)     # of a bus that does not say it
+    with Original(lease=given) as bus:
+        bus.client().publish("g", 1)
+        Worker(bus.client(), "g", lambda *_: (wait_until(lambda: bus.extended), "json"), lease=3600.0, max_jobs=1).run()
+        assert set(map(repr, bus.extended)) == {repr(renewed)}, "a whole number"
+
+
+def test_listen_works_with_an_original_bus(original):
+    answers = [original.client().publish("double", number).id for number in (1, 2)]
+    original.client().listen("double", lambda payload: payload * 2, drain=True)
+    assert [original.client().get_result(id).result for id in answers] == [2, 4]
+
+
+def without_duration(sentence):
+    return re.sub(r" after \d+\.\d s|, next attempt at [\d:]{8}", "", sentence)
+
+
+def test_an_original_bus_takes_a_failure_in_place_of_a_release(original):
+    intent_id, said = original.client().publish("g", 1).id, []
+    worker = Worker(original.client(), "g", lambda intent, lease: {}["x"], drain=True, on_message=said.append)
+    with pytest.warns(UserWarning, match="is an older bus, which takes no intent back: it is failed for a retry"):
+        with pytest.raises(intentbus.SetupError, match="KeyError: 'x'"):
+            worker.run()
+    found = original.intents[intent_id]
+    assert (found.status, found.error) == ("open", "The worker released it.")
+    assert [without_duration(sentence) for sentence in said] == [f"g {intent_id} released"]
+
+
+def test_a_rejection_that_an_original_bus_ignores_is_said(original):
+    intent_id, said = original.client().publish("g", 1, max_attempts=2).id, []
+    original.client().listen("g", refuse, drain=True, on_message=said.append)
+    assert [without_duration(sentence) for sentence in said] == [
+        f"g {intent_id} failed: never", f"g {intent_id} will be tried again: this is an older bus, where an intent cannot be failed for good",
+        f"g {intent_id} failed and is dead: never"]
+    assert original.intents[intent_id].pick(("status", "claim_attempts")) == {"status": "dead", "claim_attempts": 2}
+
+
+@pytest.mark.parametrize("welcome", [b"<html>Intent Bus 7.5</html>", b"nginx 1.2", b"no host intentbus.example", b"Intent Bus 7.5\nx"])
+def test_a_server_with_another_welcome_is_no_older_bus(welcome):
+    with Original(version=None, welcome=welcome) as server:
+        with pytest.raises(intentbus.Unreachable, match="a proxy page answered, not a bus"):
+            server.client().who_am_i()
+    with Fake("404 Not Found", b"Intent Bus v7.5 is running") as fake:
+        with pytest.raises(intentbus.Unreachable, match="a proxy page answered, not a bus"):
+            IntentClient(fake.url, KEY).who_am_i()
+
+
+@pytest.mark.parametrize("status", ["401 Unauthorized", "403 Forbidden", "404 Not Found", "409 Conflict"])
+def test_an_answer_of_a_bus_that_was_cut_off_is_no_refusal(status):
+    with Fake(status, b"", "X-Intent-Version: 7.61") as fake:
+        with pytest.raises(intentbus.Unreachable):
+            IntentClient(fake.url, KEY).who_am_i()
+
+
+def test_a_bus_that_needs_the_key_itself_gets_it_if_told(original, home):
+    with pytest.raises(intentbus.Unauthorized, match="Use https, or pass --send-key if you trust the network"):
+        IntentClient(original.url, KEY).publish("g", 1)
+    assert KEY not in str([request.headers for request in original.asked])
+    assert original.client().publish("g", 1).id
+    with pytest.raises(intentbus.Unauthorized, match="Invalid API key.$"):
+        IntentClient(original.url, "wrong", send_key=True).publish("g", 1)
+
+
+def test_the_doctor_knows_an_older_bus(home):
+    with Original(version=None) as original:
+        code, found = examine(home, "--url", original.url, "--send-key", INTENT_API_KEY=KEY)
+        assert code == 0 and "is an older bus, such as Intent Bus 7, where only publish, work" in found["bus", "note"]
+        assert found["key", "ok"] == "The bus takes this key."
+        code, found = examine(home, "--url", original.url, INTENT_API_KEY=KEY)
+        assert code == 1 and "pass --send-key" in found["key", "bad"] and ("bus", "note") in found
+
+
+@SLOW
+@POSIX
+def test_the_commands_work_with_an_original_bus(original, home):
+    def do(command, *words, code=0, stdin=b""):
+        done = at(original, *command.split(), "--send-key", *words, stdin=stdin)
+        assert done[0] == code and "Traceback" not in done[2], done
+        return done[1].rstrip("\n"), done[2].replace("intentbus: ", "").rstrip("\n")
+    waiting = in_thread(do, "publish g n=1 --wait=1m")
+    id = wait_until(lambda: [*original.intents])[0]
+    wait_until(lambda: original.targets().count(f"GET /result/{id}?wait=20.0") == 2)
+    do("work --goal g --once", "--", "cat")
+    assert waiting() == ('{"n":"1"}', "") and len(original.asked) < 20, "it polls, and does not spin"
+    id, said = do("publish g 1 --ttl 1h")
+    assert original.intents[id].status == "open" and "ignores a ttl" in said
+    assert "will be tried again: this is an older bus" in do("work --goal g --drain", "--", "sh", "-c", "echo no >&2; exit 100")[1]
+    assert do(f"status {id}") == ("dead", "no") and do(f"result {id}", code=1) == ("", f"{id} is dead: no")
+    do("set k v --ttl 1h")
+    assert "would store it though the key may be taken" in do("set k mine --if-absent", code=2)[1] and do("get k") == ("v", "")
+    for words in ("list", "workers", "watch", f"cancel {id}", f"retry {id}", "del k", "keys list", "stats", "publish g --lines"):
+        assert "is an older bus, which has no " in do(words, code=2, stdin=b"x\n")[1]
+    assert do("keys add phone") == ("tk_" + "f" * 32, "this is an older bus, whose keys have no role: it may publish and work; "
+                                    "the key is not shown again")
+
+
 # ---- The published clients ----
-# intent-bus 1.3.2, 2.0.3 and 2.1.2 from PyPI, each with the Python of a virtual environment of its own.
+# intent-bus from PyPI, one of each minor version, each with the Python of a virtual environment of its own.
 
 CLIENTS = os.environ.get("INTENTBUS_TEST_CLIENTS", "")
 PUBLISHED = pytest.mark.skipif(not CLIENTS, reason="INTENTBUS_TEST_CLIENTS is not set")
-VERSIONS = pytest.mark.parametrize("version", ["1.3.2", "2.0.3", "2.1.2"])
+VERSIONS = pytest.mark.parametrize("version", ["1.3.2", "2.0.3", "2.1.2"])     # earlier ones know claim() and fulfill() only
+EVERY_VERSION = ("1.0.1", "1.1.1", "1.2.0", "1.3.2", "2.0.3", "2.1.2")
 
 PRELUDE = """
 import os
@@ -11279,6 +11586,41 @@ def test_a_published_worker_runs_until_ctrl_c(old_bus, version):
     output, _ = worker.communicate(timeout=10)
     assert worker.returncode == 0, output
     assert "Protocol Mismatch" not in output and "Traceback" not in output
+
+
+LONG_JOB = """
+import os, sys, time
+from intent_bus import IntentClient, __version__
+
+def handler(payload):
+    print("begun", flush=True)
+    time.sleep(64)
+
+bus = IntentClient(os.environ["INTENT_BUS_URL"])
+bus.publish(sys.argv[1], {"n": 1})
+if __version__ >= "2":
+    from intent_bus import WorkerRuntime
+    WorkerRuntime(bus, poll_interval=1).listen(sys.argv[1], handler)
+else:
+    bus.listen(sys.argv[1], handler, poll_interval=1)
+"""
+
+
+@SLOW
+@PUBLISHED
+def test_a_published_worker_runs_a_job_of_64_s_once(tmp_path):
+    serve = Serve(tmp_path)
+    workers = [subprocess.Popen(published_tool(version, LONG_JOB, version), env=serve.env, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, text=True) for version in EVERY_VERSION]
+    try:
+        wait_until(lambda: {intent.status for intent in serve.client.list().intents} == {"fulfilled"})
+        found = {intent.goal: intent.claim_attempts for intent in serve.client.list().intents}
+    finally:
+        for worker in workers:
+            worker.kill()
+        serve.stop()
+    assert found == dict.fromkeys(EVERY_VERSION, 1)
+    assert [worker.communicate()[0].count("begun\n") for worker in workers] == [1] * len(workers)
 
 
 OLD_WORKER = """     # of the 1.x line: no claim token, no signature, no body where none is needed
