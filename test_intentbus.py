@@ -8,6 +8,7 @@ of the same tests. .ci/run sets all three.
 
 import argparse
 import ast
+import atexit
 import base64
 import bisect
 import collections
@@ -95,7 +96,7 @@ def wait_until(fact, seconds=PATIENCE_SECONDS):
     pause = threading.Event()
     while not (found := fact()):
         assert time.monotonic() < deadline, "the fact did not come true"
-        pause.wait(0.01)
+        pause.wait(0.002)
     return found
 
 
@@ -671,6 +672,7 @@ class Serve(Reachable):
             (home / ".apikey").chmod(0o600)
         self.process = subprocess.Popen([sys.executable, *program, "--port", "0", *arguments], cwd=home,
                                         env=dict(self.env, **environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        atexit.register(self.process.kill)     # of a test that has failed, or does not stop it
         self.url = self.process.stdout.readline().strip()
         self.env["INTENT_BUS_URL"], self.port = self.url, int(self.url.rpartition(":")[2] or 0)
 
@@ -2241,6 +2243,7 @@ def test_a_killed_migration_leaves_the_file_unchanged(tmp_path):
     served.stop()
 
 
+@SLOW
 def test_no_shared_memory_works_with_a_warning(tmp_path):
     bus = Serve(tmp_path, **preloaded(NO_SHARED_MEMORY))
     id = bus.run("publish", "g", "1").stdout.strip()
@@ -7781,6 +7784,7 @@ def test_a_spooled_publish_with_a_lost_answer_is_stored_once(served, tmp_path):
     assert len(served.client.list().intents) == 1
 
 
+@SLOW
 def test_several_programs_with_one_spool_send_each_request_once(served, tmp_path):
     served.stop()
     for number in range(30):
@@ -8657,6 +8661,7 @@ def test_a_relative_program_path_starts_at_the_workers_directory(served, tmp_pat
     assert [served.client.get_result(id).result for id in ids.values()] == ["here here", "there here"]
 
 
+@SLOW
 @POSIX
 @pytest.mark.skipif(not shutil.which("setsid"), reason="setsid is not on this machine")
 def test_a_program_has_no_terminal_to_change(serve):
@@ -9300,6 +9305,7 @@ def test_a_worker_that_is_process_1_leaves_no_zombies(serve, contain):
     assert command.wait(20) == 143
 
 
+@SLOW
 def test_the_containers_of_the_readme_run_a_bus_and_its_worker(tmp_path):
     commands = [shlex.split(line) for line in re.findall(r"^  `(docker run .*)`$", README.read_text(), re.M)]
     words = [command[command.index("/app/intentbus.py") + 1:] for command in commands]
@@ -9425,6 +9431,7 @@ def test_the_text_of_a_hostile_bus_cannot_control_the_terminal(monkeypatch, impa
         signal.signal(number, handler)
 
 
+@SLOW
 def test_text_that_stdout_cannot_encode_is_printed_escaped(serve):
     id = serve.run("publish", "tick", '"✓"').stdout.strip()
     assert serve.run("work", "--goal", "tick", "--once", "--", "cat").returncode == 0
@@ -9682,6 +9689,7 @@ def test_publish_spool_keeps_intents_and_flush_sends_them(served, home):
     assert sorted(map(str, served.payloads())) == ["1", "2", "3", "a", "b"]
 
 
+@SLOW
 def test_flush_reports_refused_requests_until_they_are_discarded(served, home):
     served.stop()
     settings = dict(INTENT_BUS_URL=served.url, INTENT_API_KEY=KEY)
@@ -9715,6 +9723,7 @@ def test_a_worker_without_a_writable_home_works_with_a_warning(served, home):
     assert (code, out) == (0, "1\n") and "cannot be created: File exists. An outcome that cannot be reported will be lost." in err
 
 
+@SLOW
 def test_watch_follows_the_bus_over_a_restart(served, home):
     watching = subprocess.Popen([*COMMAND, "watch"], env=dict(os.environ, INTENT_BUS_URL=served.url, INTENT_API_KEY=KEY),
                                 text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -10244,6 +10253,7 @@ def test_the_walk_through_on_a_phone_matches_the_readme(serve, termux):
     assert list((house.parent / "usr" / "tmp").iterdir()) == []
 
 
+@SLOW
 @POSIX
 def test_the_boot_script_starts_and_restarts_the_worker(serve, termux):
     house, start = termux
