@@ -9883,7 +9883,7 @@ def contents(path):
     """Return the numbers of intents of a file by status, as counted and as in its tallies, and SQLite's verdict on the file."""
     with contextlib.closing(sqlite3.connect(path)) as db:
         return (dict(db.execute("SELECT status, COUNT(*) FROM intents GROUP BY status").fetchall()),
-                dict(db.execute("SELECT status, SUM(intents) FROM tallies GROUP BY status HAVING SUM(intents) > 0").fetchall()),
+                dict(db.execute("SELECT status, SUM(intents) FROM tallies WHERE namespace <> '' GROUP BY status HAVING SUM(intents) > 0")),
                 db.execute("PRAGMA integrity_check").fetchall())
 
 
