@@ -469,7 +469,7 @@ def mix(now):
             *(new(priority=800, required_capability="tpu") for _ in range(20)),
             *(new(required_capability=capability) for capability in (None, None, None, "gpu", "arm")),
             *(new(f"goal-{number}") for number in range(50)),
-            *(ended(intentbus.Intent.fulfilled, "done", "json") for _ in range(30)),
+            *(ended(intentbus.Intent.fulfilled, "done", "json", "owner") for _ in range(30)),
             *(ended(intentbus.Intent.failed, "no such file", False, 0) for _ in range(20))]
 
 
