@@ -1000,6 +1000,11 @@ TALLIES_OF = """
     WHERE    publisher = :publisher
     GROUP BY namespace, status
 """
+BYTES_OF = """
+    SELECT SUM(bytes)
+    FROM   tallies
+    WHERE  publisher IN (:first, :second)
+"""
 RECALL = """
     SELECT value
     FROM   memos
@@ -1039,12 +1044,23 @@ def update_of(columns):
 
 
 class Tally(dict):
-    """What a key has stored, or the values of an owner: (number, bytes) by (namespace, status). Results have no namespace."""
+    """What a key has stored, or the values of an owner: (number, bytes) by (namespace, status); and `bytes` of all.
+
+    Results have no namespace.
+    """
+
+    def __init__(self, *parts):
+        """Begin with the sum of other tallies."""
+        self.bytes = 0
+        for part in parts:
+            for (namespace, status), (number, size) in part.items():
+                self.add(namespace, status, number, size)
 
     def add(self, namespace, status, number, size):
         """Add to the number and bytes of a kind."""
         had = self.get((namespace, status), (0, 0))
         self[namespace, status] = had[0] + number, had[1] + size
+        self.bytes += size
 
     def unfinished(self):
         """Return the number of intents that are open or claimed."""
@@ -1054,19 +1070,20 @@ class Tally(dict):
         """Return the namespaces in which there are intents."""
         return {namespace for (namespace, _), (number, _) in self.items() if namespace and number > 0}
 
-    def stored_bytes(self):
-        """Return the bytes of all."""
-        return sum(size for _, size in self.values())
+
+def add_counted(tallies, counted):
+    """Add what a Transaction has counted to tallies, a defaultdict of Tally by publisher."""
+    for publisher, *kind in counted:
+        tallies[publisher].add(*kind)
 
 
-def tally_rows(blocks):
-    """Return the rows that add the counts of blocks to the stored tallies."""
-    tallies = {}
-    for block in blocks:
-        for publisher, *counted in block.counted:
-            tallies.setdefault(publisher, Tally()).add(*counted)
+def tally_rows(tallies):
+    """Return the rows that add tallies, by publisher, to the stored ones."""
     return [dict(namespace=namespace, publisher=publisher, status=status, intents=number, bytes=size)
             for publisher, tally in tallies.items() for (namespace, status), (number, size) in tally.items() if number or size]
+
+
+NO_TALLY = Tally()
 
 
 def values_of(owner):
@@ -1163,12 +1180,18 @@ class Transaction(Reads):
             return database.undo(self._db, error)
         try:
             if not database.in_round:
-                self._db.executemany(TALLY, tally_rows([self]))
+                self._db.executemany(TALLY, tally_rows(self.tallies()))
             committed = database.leave(self._db)
         except Exception as failure:
             database.undo(self._db, failure)
             raise
         self._store.ended(self, committed)
+
+    def tallies(self):
+        """Return what this block has counted, as a defaultdict of Tally by publisher."""
+        tallies = collections.defaultdict(Tally)
+        add_counted(tallies, self.counted)
+        return tallies
 
     def after_commit(self, effect, *arguments):
         """Call a function once this block is committed."""
@@ -1264,8 +1287,14 @@ class Transaction(Reads):
 
     def tally_of(self, publisher):
         """Return the Tally of a publisher before this round."""
-        return Tally(((namespace, status), (number, size)) for namespace, status, number, size in self._rows(
-            TALLIES_OF, dict(publisher=publisher)))
+        tally = Tally()
+        for kind in self._rows(TALLIES_OF, dict(publisher=publisher)):
+            tally.add(*kind)
+        return tally
+
+    def bytes_of(self, *publishers):
+        """Return the bytes in the stored tallies of two publishers."""
+        return self._first(BYTES_OF, first=publishers[0], second=publishers[1])[0] or 0
 
     def shift(self, seconds):
         """Move the times of all that is unfinished or remembered, since the clock was set by that much."""
@@ -1405,7 +1434,7 @@ class Store(Reads):
 
     def __init__(self, database, now=time.time, transaction=Transaction):
         self.database, self.now, self._transaction = database, now, transaction
-        self.round = []           # the blocks of the round so far
+        self.round, self.round_tallies = [], collections.defaultdict(Tally)     # the blocks of the round so far, and their counts
         self.failed = False       # whether the last round was lost
         self.obstacle = None      # the error with which the last round could not begin
         self.busy_since = None    # by time.monotonic(), while a commit or a shift of the clock runs in another thread
@@ -1425,19 +1454,20 @@ class Store(Reads):
             self.on_commit([block])
         else:
             self.round.append(block)
+            add_counted(self.round_tallies, block.counted)
 
     def prepare(self):
         """Write the tallies of the round, the last thing before its commit."""
-        self.database.executemany(TALLY, tally_rows(self.round))
+        self.database.executemany(TALLY, tally_rows(self.round_tallies))
 
     def finish(self):
         """Hand over the blocks of the round, once it is committed."""
-        blocks, self.round = self.round, []
+        blocks, self.round, self.round_tallies = self.round, [], collections.defaultdict(Tally)
         self.on_commit(blocks)
 
     def abandon(self):
         """Undo the round, after an error."""
-        self.round, self.failed = [], True
+        self.round, self.round_tallies, self.failed = [], collections.defaultdict(Tally), True
         self.database.rollback()
 
     def _rows(self, statement, values):
@@ -1975,20 +2005,28 @@ class Bus:
     def _require_bytes(self, tx, caller, of_a_report=False):
         """Raise RateLimited if an issued key stores more bytes now than it may; for a report, whose work is done, twice that."""
         if caller.limits is not None:
-            stored = sum(self._tally(tx, of).stored_bytes() for of in (caller.key_id, values_of(caller.owner)))
+            stored = self._stored_bytes(tx, caller.key_id, values_of(caller.owner))
             require_at_most(caller.limits.stored_bytes * (1 + of_a_report), stored, "bytes stored; wait until old intents, results "
                             "and values are deleted, or have the bus started with a larger --max-stored")
 
+    def _stored_bytes(self, tx, *publishers):
+        """Return the bytes of a key and of its owner's values; on a shared database, without what other requests add now."""
+        if self.store.database.shared:
+            return tx.bytes_of(*publishers) + sum(size for publisher, *_, size in tx.counted if publisher in publishers)
+        return sum(part.bytes for publisher in publishers for part in self._parts(tx, publisher))
+
     def _tally(self, tx, publisher):
         """Return the Tally of a publisher, with the changes of this round."""
-        tally = Tally(self._tallies.get(publisher) or tx.tally_of(publisher))
-        if not self.store.database.shared:
-            self._tallies.setdefault(publisher, Tally(tally))
-        for block in (*self.store.round, tx):
-            for by, *counted in block.counted:
-                if by == publisher:
-                    tally.add(*counted)
-        return tally
+        return Tally(*self._parts(tx, publisher))
+
+    def _parts(self, tx, publisher):
+        """Return the tallies of a publisher: what is committed, what this round adds, and what this block adds."""
+        committed = self._tallies.get(publisher)
+        if committed is None:
+            committed = tx.tally_of(publisher)
+            if not self.store.database.shared:
+                self._tallies[publisher] = Tally(committed)
+        return committed, self.store.round_tallies.get(publisher, NO_TALLY), tx.tallies().get(publisher, NO_TALLY)
 
     def _audience(self, fields, caller):
         """Return how many workers listen for an intent with these fields, and whether its goal has never had one."""
@@ -2139,7 +2177,8 @@ class Bus:
             intent = self._claimed_by(tx, intent_id, claim_token, caller, "fulfilled")
             if intent.claim_outcome is None:
                 self._change(tx, intent, intent.fulfilled(tx.now, result, result_type, caller.key_id))
-                self._require_bytes(tx, caller, of_a_report=True)
+                if result is not None:
+                    self._require_bytes(tx, caller, of_a_report=True)
             return self._with_next(tx, Record(ok=True, id=intent_id), next_claim, caller)
 
     def fail(self, intent_id, claim_token=None, error=None, retry=True, *, next_claim=None, caller=OWNER):
