@@ -9222,6 +9222,7 @@ def test_the_first_signal_finishes_work_the_second_releases_it(serve, tmp_path):
     assert (status["status"], status["claim_attempts"]) == ("open", 0)
 
 
+@SLOW
 @POSIX
 @pytest.mark.parametrize("ignored", [False, True], ids=["terminal", "nohup"])
 def test_a_terminal_that_closes_lets_a_worker_finish(serve, tmp_path, ignored):
@@ -9285,6 +9286,7 @@ def inside(launcher):
     return found[1:]
 
 
+@SLOW
 @pytest.mark.parametrize("words, code", [
     ("serve --port 0", 0), ("work --goal contained", 143), ("watch", 143), ("result {id} --wait", 143), ("publish contained -", 143)])
 def test_term_ends_a_command_that_is_process_1(serve, contain, words, code):
@@ -9296,6 +9298,7 @@ def test_term_ends_a_command_that_is_process_1(serve, contain, words, code):
     assert command.wait(20) == code
 
 
+@SLOW
 def test_a_worker_that_is_process_1_leaves_no_zombies(serve, contain):
     ids = serve.client.publish_many([a_publish(goal="zombies", payload=number) for number in range(5)]).ids
     command = contain("work", "--goal", "zombies", "--", "sh", "-c", "setsid sleep 0.01 & true")
@@ -9603,6 +9606,7 @@ def test_a_publish_that_needs_a_closed_stdin_is_refused(serve, words):
     assert_complaint(without("0", ["publish", "no stdin", *words], serve), 2, "stdin is closed", "payload")
 
 
+@SLOW
 @POSIX
 @pytest.mark.parametrize("streams", ["0", "1", "2", "012"])
 @pytest.mark.parametrize("words, code", [("list", 0), ("list --no-such-flag", 2), ("work --goal streams --drain", 0),
