@@ -92,6 +92,7 @@ RETENTION_SECONDS = 7 * 86400       # how long ended intents are kept
 BACKOFF_MAX_SECONDS = 3600          # a failing intent is retried at least once an hour
 BACKOFF_JITTER_SECONDS = 2          # spreads out retries
 ERROR_CHARACTERS = 2000             # the end of a stack trace, and short enough for a list
+ATTEMPTS_KEPT = 20                  # of an intent, in its history: as many as max_attempts can be
 BULK_INTENTS = 1000                 # of one request: other requests wait for its commit
 IDEMPOTENCY_SECONDS = 86400         # publishers retry within a day
 VALUE_TTL_SECONDS = 600             # default of the key-value store, as in the 1.x protocol
@@ -275,7 +276,7 @@ COLUMNS = (
     "backoff_base", "target_worker", "required_capability", "created_at", "status", "run_at", "expires_at",
     "completed_at", "last_error", "result", "result_type", "claim_attempts", "claim_token_hash", "claim_expires_at", "lease",
     "claim_owner", "claim_key", "claim_outcome", "worker_id", "worker", "claimed_at", "idempotency_key", "size", "result_size",
-    "place", "lane", "ready", "due_at",
+    "place", "lane", "ready", "due_at", "history",
 )
 PUBLISH_DEFAULTS = dict(
     namespace="default", visibility="private", priority=100, delay=0, run_at=None, ttl=TTL_SECONDS, max_attempts=3,
@@ -292,7 +293,7 @@ CLAIM_FIELDS = (
 )
 UNCLAIMED = dict.fromkeys(("completed_at", "last_error", "result", "result_type", "claim_token_hash", "claim_expires_at",
                            "lease", "claim_owner", "claim_key", "claim_outcome", "worker_id", "worker", "claimed_at",
-                           "idempotency_key"))
+                           "idempotency_key", "history"))
 
 Change = collections.namedtuple("Change", "event columns")     # event: a word for people, or None
 
@@ -417,6 +418,11 @@ class Intent(Record):
         """Whether it is fulfilled or dead."""
         return self.status in ("fulfilled", "dead")
 
+    @property
+    def attempts(self):
+        """Its last ATTEMPTS_KEPT attempts that did not succeed, the oldest first: a list for JSON."""
+        return json.loads(self.history or "[]")
+
     def at(self, now):
         """Return the intent as it is at a time, after the transition that is due by then, if any."""
         if self.due_at is None or now < self.due_at:
@@ -426,14 +432,15 @@ class Intent(Record):
     def advance(self, now):
         """Its time has come: it expires, its lease is lost, or its delay is over."""
         if self.expires_at <= now:
-            return self._dead(now, "expired")
+            return self._dead(now, "expired", **self._lost_attempt(now, "expired"))
         return self.lost(now) if self.status == "claimed" else self._open(None, now, self.run_at)
 
     def lost(self, now):
         """Its lease has ended without a report: open again, or dead if no attempt is left."""
+        attempt = self._lost_attempt(now)
         if self.claim_attempts >= self.max_attempts:
-            return self._dead(now, f"The lease was lost on attempt {self.claim_attempts} of {self.max_attempts}.")
-        return self._open("lost", now, self.run_at)
+            return self._dead(now, f"The lease was lost on attempt {self.claim_attempts} of {self.max_attempts}.", **attempt)
+        return self._open("lost", now, self.run_at, **attempt)
 
     def claimed(self, now, token_hash, lease, owner, key_id, worker_id, worker):
         """A worker, known by its id and by a name, takes it under a lease in seconds; a repeated claim is no new attempt."""
@@ -455,25 +462,27 @@ class Intent(Record):
     def fulfilled(self, now, result, result_type, key_id):
         """The work is done; the result counts for the key that reports it."""
         text = result if result_type == "text" else to_json(result)
+        late = self.status != "claimed" and self.history     # its attempt is there as lost
         return Change("fulfilled", dict(
-            status="fulfilled", ready=0, completed_at=now, claim_expires_at=None, due_at=None, claim_outcome="fulfilled",
+            self._with_history(self.attempts[:-1]) if late else {}, status="fulfilled", ready=0, completed_at=now, claim_expires_at=None, due_at=None, claim_outcome="fulfilled",
             result=text, result_type=result_type, result_size=bytes_of(text), claim_key=key_id))
 
     def failed(self, now, error, retry, jitter):
         """The attempt failed: open again after a backoff, or dead if no attempt is left or retry is false."""
+        attempt = dict(self._attempt(now, "failed", error), claim_outcome="failed")
         if not retry or self.status == "dead" or self.claim_attempts >= self.max_attempts:
-            return self._dead(now, error, claim_outcome="failed")
+            return self._dead(now, error, **attempt)
         backoff = min(self.backoff_base * 2 ** self.claim_attempts + jitter, BACKOFF_MAX_SECONDS)
-        return self._open("failed", now, now + backoff, claim_outcome="failed", last_error=error)
+        return self._open("failed", now, now + backoff, last_error=error, **attempt)
 
     def released(self, now, delay):
         """Its worker hands it back; the attempt does not count."""
         return self._open("released", now, now + delay if delay else self.run_at, claim_outcome="released",
-                          claim_attempts=max(self.claim_attempts - 1, 0), completed_at=None)
+                          claim_attempts=max(self.claim_attempts - 1, 0), completed_at=None, **self._attempt(now, "released"))
 
     def cancelled(self, now):
         """It is no longer wanted; its worker, if any, loses the lease."""
-        return self._dead(now, "Cancelled", claim_token_hash=None)
+        return self._dead(now, "Cancelled", claim_token_hash=None, **self._lost_attempt(now, "Cancelled"))
 
     def retried(self, now):
         """A dead letter starts again, with all its attempts."""
@@ -494,6 +503,22 @@ class Intent(Record):
         """It is a dead letter, or stays one."""
         return Change("dead" if self.status != "dead" else None, dict(
             columns, status="dead", ready=0, completed_at=now, last_error=reason, claim_expires_at=None, due_at=None))
+
+    def _lost_attempt(self, now, error=None):
+        """Return the columns to set if its lease, should there be one, is lost."""
+        return self._attempt(now, "lost", error) if self.status == "claimed" else {}
+
+    def _attempt(self, now, outcome, error=None):
+        """Return the columns to set once its attempt has not succeeded; a late report takes the place of a lost lease."""
+        claimed = self.status == "claimed"
+        ended = dict(attempt=self.claim_attempts, worker=self.worker, claimed_at=self.claimed_at,
+                     ended_at=min(now, self.due_at) if claimed else now, outcome=outcome, error=error)
+        return self._with_history([*(self.attempts if claimed else self.attempts[:-1]), ended])
+
+    def _with_history(self, attempts):
+        """Return the columns to set for a history of these attempts, which counts in its size."""
+        history = to_json(attempts[-ATTEMPTS_KEPT:]) if attempts else None
+        return dict(history=history, size=self.size + bytes_of(history) - bytes_of(self.history))
 
 
 for attribute in COLUMNS:     # attributes as a Record has them, but ten times as fast
@@ -582,7 +607,11 @@ SIZES = """
     GROUP BY owner;
     DELETE FROM memos WHERE kind = 'goal'     -- by owner from now on
 """
-MIGRATIONS = (SCHEMA, MORE_INDEXES, HISTORY, PLACES, SIZES)     # the n-th leads to schema version n; a released one never changes
+ATTEMPTS = """
+    -- JSON: the last attempts that did not succeed
+    ALTER TABLE intents ADD COLUMN history TEXT
+"""
+MIGRATIONS = (SCHEMA, MORE_INDEXES, HISTORY, PLACES, SIZES, ATTEMPTS)     # the n-th leads to schema version n; a released one never changes
 APPLICATION_ID = 0x1B05     # in the header of the file: it is a database of intentbus
 
 
@@ -2175,9 +2204,10 @@ class Bus:
         return self._visible(intent_id, caller).pick(STATUS_FIELDS)
 
     def get_result(self, intent_id, *, caller=OWNER):
-        """Return the state of an intent with its result."""
+        """Return the state of an intent with its result, and with its history: the attempts that did not succeed."""
         intent = self._visible(intent_id, caller)
-        found = Record(intent.pick(STATUS_FIELDS), result=stored_result(intent), result_type=intent.result_type or "json")
+        found = Record(intent.pick(STATUS_FIELDS), result=stored_result(intent), result_type=intent.result_type or "json",
+                       history=intent.attempts)
         if intent.last_error:
             found["error"] = intent.last_error
         return found
@@ -2269,7 +2299,7 @@ class Bus:
         hidden = ("claim_token_hash", "claim_key", "claim_outcome", "idempotency_key", "lease", "size", "result_size", "place",
                   "lane", "ready", "due_at")
         return Record({column: value for column, value in intent.items() if column not in hidden},
-                      payload=json.loads(intent.payload), result=stored_result(intent))
+                      payload=json.loads(intent.payload), result=stored_result(intent), history=intent.attempts)
 
     def dead_letter(self, intent_id, *, caller=OWNER):
         """Return everything about a dead intent."""
@@ -5973,6 +6003,8 @@ CLAIMED = answer_of(**{**dict.fromkeys(NAMING_FIELDS + CLAIM_FIELDS, UNSURE), "i
 ENDED = answer_of(ok=DONE, id=ANSWER_ID, status=UNSURE, run_at=PERHAPS_A_MOMENT, next=(lambda value: value and CLAIMED(value), None))
 CHANGED = answer_of(id=ANSWER_ID, status=TEXT)
 STATE = {**dict.fromkeys(STATUS_FIELDS, UNSURE), "id": ANSWER_ID, "status": TEXT, "claimed_at": PERHAPS_A_MOMENT}
+ATTEMPT = answer_of(attempt=COUNT, outcome=TEXT, ended_at=MOMENT, claimed_at=PERHAPS_A_MOMENT, worker=UNSURE, error=UNSURE)
+RESULT_STATE = dict(STATE, result=UNSURE, result_type=UNSURE, history=(array_of(ATTEMPT), ()))     # older buses have no history
 LISTED_INTENT = answer_of(id=ANSWER_ID, status=TEXT, goal=TEXT, claim_attempts=COUNT, max_attempts=COUNT, created_at=MOMENT,
                           last_error=UNSURE, worker=UNSURE)
 LISTED_WORKER = answer_of(owner=TEXT, last_seen=MOMENT, goals=(array_of(string), REQUIRED), name=UNSURE, id=UNSURE, version=UNSURE,
@@ -5991,7 +6023,7 @@ ANSWERS = {     # of a bus, to a method and path: an answer without these fields
     "POST /fail/*": ENDED,
     "POST /release/*": ENDED,
     "GET /status/*": answer_of(**STATE),
-    "GET /result/*": answer_of(**STATE, result=UNSURE, result_type=UNSURE),
+    "GET /result/*": answer_of(**RESULT_STATE),
     "GET /intents": answer_of(intents=(array_of(LISTED_INTENT), REQUIRED), next=(ANSWER_ID[0], None)),
     "GET /workers": answer_of(workers=(array_of(LISTED_WORKER), REQUIRED)),
     "GET /events": answer_of(events=(array_of(LISTED_EVENT), REQUIRED), next=COUNT, missed=(COUNT[0], 0)),
@@ -6007,6 +6039,7 @@ ANSWERS = {     # of a bus, to a method and path: an answer without these fields
     "POST /admin/invite": answer_of(code=TEXT, expires_at=MOMENT, name=TEXT, role=TEXT),
     "POST /admin/revoke_key": answer_of(ok=DONE),
     "GET /admin/keys": array_of(LISTED_KEY),
+    "GET /admin/intents/*": answer_of(**RESULT_STATE, payload=(any_payload, REQUIRED), owner=TEXT, publisher=TEXT),
     "GET /admin/dead": array_of(answer_of(intent_id=TEXT)),
     "POST /admin/purge": answer_of(deleted=COUNT),
     "GET /admin/summary": answer_of(intents=(must_be("an object", lambda value: isinstance(value, dict)), REQUIRED)),
@@ -6028,8 +6061,8 @@ def error_of_page(content):
 
 def endpoint_of(method, path):
     """Return the key in ANSWERS for a request."""
-    exact = f"{method} {path}"
-    return exact if exact in ANSWERS else f"{method} /{path.split('/')[1]}/*"
+    places = f"{method} {path}", f"{method} {path.rpartition('/')[0]}/*"
+    return next((place for place in places if place in ANSWERS), f"{method} /{path.split('/')[1]}/*")
 
 
 class TimedReader(io.RawIOBase):
@@ -6306,6 +6339,14 @@ def process_name(program=None):
     return label(words.encode("ascii", "replace").decode())[:64 - len(number)] + number
 
 
+def admin_credentials():
+    """Return the header with BUS_ADMIN_SECRET or DASHBOARD_PASSWORD, {} if neither is set; raises SetupError."""
+    if token := secret_in("BUS_ADMIN_SECRET"):
+        return {"X-Admin-Token": token}
+    password = secret_in("DASHBOARD_PASSWORD")
+    return {"Authorization": "Basic " + base64.b64encode(f"admin:{password}".encode()).decode()} if password else {}
+
+
 class IntentClient:
     """A client of a bus: the verbs of Bus, over HTTP.
 
@@ -6458,6 +6499,13 @@ class IntentClient:
         """Return the state of an intent with its result, as soon as it has ended or after wait seconds."""
         return self.request("GET", f"/result/{intent_id}", wait=wait)
 
+    def inspect(self, intent_id):
+        """Return all that this key may see of an intent: what get_result does and, as an admin, everything."""
+        with contextlib.suppress(NotFound, OlderBus):     # an older bus does not tell who is an admin
+            if admin_credentials() or self.who_am_i().admin:
+                return self.admin(f"intents/{intent_id}")
+        return self.get_result(intent_id)
+
     def list(self, *, status=None, goal=None, namespace=None, limit=50, before=None, payload=False):
         """Return {"intents", "next"}, newest first; next is the value of before for the next page, or None."""
         return self.request("GET", "/intents", query=dict(status=status, goal=goal, namespace=namespace, limit=limit,
@@ -6506,11 +6554,7 @@ class IntentClient:
 
     def admin(self, verb, **body):
         """Call /admin/VERB with BUS_ADMIN_SECRET or DASHBOARD_PASSWORD, if set; by GET if there is no body."""
-        secret = {}
-        if token := secret_in("BUS_ADMIN_SECRET"):
-            secret = {"X-Admin-Token": token}
-        elif password := secret_in("DASHBOARD_PASSWORD"):
-            secret = {"Authorization": "Basic " + base64.b64encode(f"admin:{password}".encode()).decode()}
+        secret = admin_credentials()
         if secret and not self.secure:
             raise SetupError("The admin secret is sent only over https or to this machine.")
         return self.request("POST" if body else "GET", f"/admin/{verb}", body or None, headers=secret, retries=0)
@@ -7390,7 +7434,7 @@ exit codes: 0 success; 1 the intent is dead, or a conflict; 2 wrong usage or set
 5 bus unreachable; 6 over a limit; 124 timed out; 129, 130, 143 stopped by a signal"""
 GROUPS = (
     ("run", ("serve", "publish", "work", "flush")),
-    ("inspect", ("status", "result", "list", "workers", "watch", "stats")),
+    ("inspect", ("status", "result", "show", "list", "workers", "watch", "stats")),
     ("repair", ("cancel", "retry", "purge", "doctor", "backup")),
     ("keys and machines", ("keys add", "keys invite", "keys list", "keys revoke", "join")),
     ("store values", ("set", "get", "del")),
@@ -7521,6 +7565,11 @@ def format_duration(seconds):
     """Format seconds in their largest unit, such as 5m."""
     unit = next((unit for unit in "dhm" if seconds >= UNIT_SECONDS[unit]), "s")
     return f"{max(0, seconds) // UNIT_SECONDS[unit]:.0f}{unit}"
+
+
+def format_time(moment):
+    """Format Unix seconds as the local date and time."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
 
 
 def positive_int(text):
@@ -7927,8 +7976,7 @@ def status_command(bus, options):
     if options.json:
         return
     if intent.worker:
-        at = time.strftime(" at %Y-%m-%d %H:%M:%S", time.localtime(intent.claimed_at)) if intent.claimed_at else ""
-        log(f"claimed by {intent.worker}{at}")
+        log(f"claimed by {intent.worker}" + (f" at {format_time(intent.claimed_at)}" if intent.claimed_at else ""))
     if reason := intent.last_error or intent.get("error"):
         log(reason)
 
@@ -7942,6 +7990,50 @@ def result_command(bus, options):
     if intent.status in ("open", "claimed"):
         log(f"{options.id} is still {intent.status}")
     return print_outcome(options, intent)
+
+
+SHOWN_FIELDS = ("id", "goal", "namespace", "status", "schedule", "caused_by", "on_success", "on_failure", "owner", "publisher",
+                "visibility", "priority", "max_attempts", "target_worker", "required_capability")
+
+
+@bus_command("show", ["show 01a20a3bf4423c55cce77efa455c0ada"], ID, JSON)
+def show_command(bus, options):
+    """Print all about an intent: its fields, times, attempts, error and result; for an admin, its payload and publisher too."""
+    intent = bus.inspect(options.id)
+    if options.json:
+        print_result(to_json(intent))
+        return
+    for label, text in described(intent, time.time()):
+        print_result(f"{label.replace('_', ' '):20}" + escape(text, UNPRINTABLE).replace("\n", "\n" + " " * 20))
+
+
+def described(intent, now):
+    """Yield (label, text) of all that is known about an intent; an older bus does not tell everything."""
+    yield from ((field, str(intent[field])) for field in SHOWN_FIELDS if intent.get(field) is not None)
+    until, attempts = intent.completed_at or now, list(intent.history)
+    if intent.claimed_at and intent.status in ("claimed", "fulfilled"):
+        attempts.append(Record(attempt=intent.claim_attempts, worker=intent.worker, claimed_at=intent.claimed_at, ended_at=until,
+                               outcome=intent.status, error=None))
+    times = {"published": intent.created_at, "due": intent.run_at if intent.status == "open" else None, "ended": intent.completed_at}
+    yield from ((label, format_time(moment)) for label, moment in times.items() if moment)
+    if intent.created_at and len(attempts) <= ATTEMPTS_KEPT:     # its first attempt is known
+        yield "waited", f"{max(0, (attempts[0].claimed_at if attempts else until) - intent.created_at):.1f} s"
+    if attempts:
+        yield "ran", f"{sum(ran_for(attempt) for attempt in attempts):.1f} s"
+    if "payload" in intent:
+        yield "payload", to_json(intent.payload)
+    for attempt in attempts:
+        error = f": {attempt.error}" if attempt.error else ""
+        yield f"attempt {attempt.attempt}", f"{attempt.outcome}, {ran_for(attempt):.1f} s, by {attempt.worker}{error}"
+    if intent.status == "dead":
+        yield "error", str(intent.last_error or intent.get("error"))
+    if intent.get("result") is not None:
+        yield "result", as_text(intent.result)
+
+
+def ran_for(attempt):
+    """Return the seconds of an attempt, or 0 if its begin is unknown."""
+    return max(0, attempt.ended_at - (attempt.claimed_at or attempt.ended_at))
 
 
 @bus_command("list", ["list --status dead", "list --goal resize --limit 500 --json"],

@@ -3555,6 +3555,61 @@ def test_a_release_gives_the_attempt_back(bus, clock):
     assert bus.claim("g").claim_attempts == 1
 
 
+@pytest.mark.parametrize("steps, outcome, error, seconds", [
+    ("5 fail", "failed", "no luck", 5), ("5 release", "released", None, 5), ("5 cancel", "lost", "Cancelled", 5),
+    ("70", "lost", None, 60), ("70 cancel", "lost", None, 60), ("50 extend 60", "lost", "expired", 100), ("5 fulfill", None, None, 0),
+    ("70 fail", "failed", "no luck", 70), ("70 release", "released", None, 70), ("70 fulfill", None, None, 0),
+    ("5 fail fail", "failed", "no luck", 5), ("5 release release", "released", None, 5),
+], ids=str)
+def test_the_history_has_an_attempt_that_did_not_succeed(bus, clock, steps, outcome, error, seconds):
+    bus.publish("g", 1, ttl=100)
+    intent, began = bus.claim("g", worker_id="w"), clock.wall
+    do = dict(fail=lambda: bus.fail(intent.id, intent.claim_token, "no luck"), release=lambda: bus.release(intent.id, intent.claim_token),
+              fulfill=lambda: bus.fulfill(intent.id, intent.claim_token), cancel=lambda: bus.cancel(intent.id),
+              extend=lambda: bus.extend_claim(intent.id, intent.claim_token, 60))
+    for step in steps.split():
+        do[step]() if step in do else clock.pass_(int(step))
+    expected = [dict(attempt=1, worker="w", claimed_at=began, ended_at=began + seconds, outcome=outcome, error=error)] if outcome else []
+    assert bus.get_result(intent.id).history == bus.inspect(intent.id).history == expected
+    assert bus.store.get(intent.id).history is None or expected, "nothing is written without need"
+    tend(bus)
+    clock.pass_(1)
+    assert bus.get_result(intent.id).history == expected, "it does not change later"
+
+
+def test_the_history_has_the_last_20_attempts_of_all_retries(bus, clock):
+    intent_id = bus.publish("g", 1, max_attempts=20, backoff_base=1, caller=LIMITED).id
+    tried = []
+    for number in range(30):
+        claim = bus.claim("g", caller=LIMITED, worker_name=f"w{number}")
+        bus.fail(claim.id, claim.claim_token, f"error {number}", retry=number != 13, caller=LIMITED)
+        tried.append((claim.claim_attempts, f"w{number}", f"error {number}"))
+        if number == 13:
+            bus.retry(intent_id)
+        clock.pass_(3600)
+    assert [tuple(map(entry.get, ("attempt", "worker", "error"))) for entry in bus.get_result(intent_id).history] == tried[10:]
+    assert tried[14][0] == 1
+
+
+def test_the_history_counts_in_the_bytes_of_its_publisher(bus, clock):
+    stored = lambda: sum(row[4] for row in bus.store.tallies())
+    intent_id = bus.publish("g", 1, max_attempts=20, caller=LIMITED).id
+    before = stored()
+    for error in ("\u00e9" * 2000, "x" * 2000):
+        claim = bus.claim("g", caller=LIMITED)
+        bus.fail(intent_id, claim.claim_token, error)
+        clock.pass_(3600)
+    assert 6000 < stored() - before < 6500 and stored() == bus.store.get(intent_id).size
+    claim = bus.claim("g", caller=LIMITED)
+    clock.pass_(60)
+    tend(bus)
+    assert len(bus.get_result(intent_id).history) == 3
+    bus.fulfill(intent_id, claim.claim_token, caller=LIMITED)     # late, so that the attempt was not lost
+    assert len(bus.get_result(intent_id).history) == 2 and stored() == bus.store.get(intent_id).size + len("null")
+    bus.purge(confirm=True)
+    assert stored() == 0
+
+
 @pytest.mark.parametrize("claim_first", [False, True])
 def test_an_unfinished_intent_expires(bus, clock, claim_first):
     answer = bus.publish("g", 1, ttl=30, delay=10)
@@ -5953,7 +6008,7 @@ def test_the_fields_of_each_admin_answer(lived_in):
     for method, path, fields in (
         ("POST", "/admin/cleanup", COUNTS),
         ("GET", "/admin/keys", {"key_id", "name", "owner", "role", "created_at", "last_used_at", "total_requests"}),
-        ("GET", "/admin/intents/{open}", STATUS | {"payload", "expires_at", "result"}),
+        ("GET", "/admin/intents/{open}", STATUS | {"payload", "expires_at", "result", "history"}),
         ("GET", "/admin/dead", DEAD_LETTER),
         ("GET", "/admin/dead/{dead}", DEAD_LETTER | {"payload", "publisher", "visibility"}),
         ("GET", "/admin/summary", set()),
@@ -7949,7 +8004,7 @@ def test_the_client_has_the_verbs_and_answers_of_the_bus(served):
 
 
 def test_the_verbs_of_bus_and_client_take_the_same_arguments():
-    verbs = ("publish", "claim", "extend_claim", "fulfill", "fail", "release", "get_status", "get_result", "list", "cancel",
+    verbs = ("publish", "claim", "extend_claim", "fulfill", "fail", "release", "get_status", "get_result", "inspect", "list", "cancel",
              "retry", "workers", "events")
     for verb in verbs:
         ours, theirs = (inspect.signature(getattr(kind, verb)).parameters for kind in (Bus, IntentClient))
@@ -8085,6 +8140,7 @@ VERBS = {     # of the client; each takes an answer that only a bus gives
     "set": lambda bus: bus.set("k", 1), "get": lambda bus: bus.get("k"), "delete": lambda bus: bus.delete("k"),
     "generate_key": lambda bus: bus.admin("generate_key", owner="x"), "invite": lambda bus: bus.admin("invite", owner="x"),
     "revoke_key": lambda bus: bus.admin("revoke_key", key_id="x"), "keys": lambda bus: bus.admin("keys"),
+    "inspect": lambda bus: bus.admin("intents/x"),
     "purge": lambda bus: bus.admin("purge", confirm=True), "summary": lambda bus: bus.admin("summary"),
 }
 ANSWERED = ("id", "ids", "status", "intents", "workers", "events", "next", "value", "deleted", "api_key", "key_id", "code", "owner",
@@ -9194,6 +9250,44 @@ def test_cancel_retry_and_list_from_the_command_line(serve):
     assert serve.run("cancel", "0" * 32).returncode == 3
 
 
+def shown(serve, *words):
+    """Return what show prints for people, by its labels, with N s for each time."""
+    lines = serve.run("show", *words).stdout.replace("\n" + " " * 20, " | ").splitlines()
+    return {line[:20].strip(): re.sub(r"\d+\.\d s", "N s", line[20:]) for line in lines}
+
+
+def test_show_tells_all_about_an_intent(serve):
+    id = serve.publish(goal="told", payload={"n": [1]}, namespace="n1", max_attempts=4)
+    found = shown(serve, id)
+    assert (found["id"], found["status"], found["payload"], found["publisher"]) == (id, "open", '{"n":[1]}', "owner")
+    assert "due" in found and not {"ended", "ran", "result", "error", "target worker", "attempt 1"} & found.keys()
+    ended = []
+    for number, end in enumerate((lambda *claim: serve.client.fail(*claim, "no\nluck", retry=False),
+                                  lambda *claim: serve.client.cancel(id), lambda *claim: serve.client.fulfill(*claim, {"done": 1}))):
+        claim = serve.client.claim("told", namespace="n1", worker_name=f"w{number}")
+        if number == 0:
+            assert shown(serve, id)["attempt 1"] == "claimed, N s, by w0"
+        end(id, claim.claim_token)
+        ended.append(shown(serve, id))
+        serve.ask("POST", f"/retry/{id}")
+    assert [[found.get(label) for label in ("status", "attempt 1", "error", "result")] for found in ended] == [
+        ["dead", "failed, N s, by w0: no | luck", "no | luck", None], ["dead", "lost, N s, by w1: Cancelled", "Cancelled", None],
+        ["fulfilled", "fulfilled, N s, by w2", None, '{"done":1}']]
+    assert ended[2]["waited"] == ended[2]["ran"] == "N s" and "due" not in ended[2]
+    assert [entry["error"] for entry in json.loads(serve.run("show", id, "--json").stdout)["history"]] == ["no\nluck", "Cancelled"]
+
+
+def test_show_tells_a_key_what_it_may_see(started, home, monkeypatch, capsys):
+    bus = started(keys=dict(admin_secret="secret"))
+    monkeypatch.setenv("INTENT_BUS_URL", bus.url)
+    key = bus.ask("POST", "/admin/generate_key", {"owner": "ann"}, **{"X-Admin-Token": "secret"}).json["api_key"]
+    theirs, anns = (bus.ask("POST", "/intent", a_publish(), key=key).json["id"] for key in (KEY, key))
+    monkeypatch.setenv("INTENT_API_KEY", key)
+    for secret, id, code, payload in (("", anns, 0, False), ("", theirs, 3, False), ("secret", anns, 0, True), ("secret", theirs, 0, True)):
+        monkeypatch.setenv("BUS_ADMIN_SECRET", secret)
+        assert (intentbus.main(["show", id]), "payload" in capsys.readouterr().out) == (code, payload)
+
+
 @POSIX
 def test_the_first_signal_finishes_work_the_second_releases_it(serve, tmp_path):
     fifo = tmp_path / "go"
@@ -9362,7 +9456,8 @@ def test_printed_text_cannot_control_the_terminal(serve):
     client = serve.client
     intent = client.publish("escape", 1) and client.claim("escape")
     client.fail(intent.id, intent.claim_token, "\x1b]0;owned\x07\x1b[2J\nsecond line", retry=False)
-    for output in (serve.run("list", "--status", "dead").stdout, serve.run("result", intent.id).stderr):
+    for output in (serve.run("list", "--status", "dead").stdout, serve.run("result", intent.id).stderr,
+                   serve.run("show", intent.id).stdout):
         assert "\\x1b]0;owned\\x07" in output and not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", output)
 
 
@@ -11327,6 +11422,7 @@ def test_the_commands_work_with_an_original_bus(original, home):
     assert original.intents[id].status == "open" and "ignores a ttl" in said
     assert "will be tried again: this is an older bus" in do("work --goal g --drain", "--", "sh", "-c", "echo no >&2; exit 100")[1]
     assert do(f"status {id}") == ("dead", "no") and do(f"result {id}", code=1) == ("", f"{id} is dead: no")
+    assert re.search(r"\nstatus +dead\nerror +no$", do(f"show {id}")[0])
     do("set k v --ttl 1h")
     assert "would store it though the key may be taken" in do("set k mine --if-absent", code=2)[1] and do("get k") == ("v", "")
     for words in ("list", "workers", "watch", f"cancel {id}", f"retry {id}", "del k", "keys list", "stats", "publish g --lines"):
