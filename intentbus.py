@@ -93,6 +93,8 @@ BACKOFF_MAX_SECONDS = 3600          # a failing intent is retried at least once 
 BACKOFF_JITTER_SECONDS = 2          # spreads out retries
 ERROR_CHARACTERS = 2000             # the end of a stack trace, and short enough for a list
 ATTEMPTS_KEPT = 20                  # of an intent, in its history: as many as max_attempts can be
+SHORT_ID_DIGITS = 8                 # the fewest that stand for an id: all ids made within 65 s share them
+SHOWN_ID_DIGITS = 16                # of an id in a list: the ids of one bus differ in these
 BULK_INTENTS = 1000                 # of one request: other requests wait for its commit
 IDEMPOTENCY_SECONDS = 86400         # publishers retry within a day
 VALUE_TTL_SECONDS = 600             # default of the key-value store, as in the 1.x protocol
@@ -300,6 +302,9 @@ Change = collections.namedtuple("Change", "event columns")     # event: a word f
 to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode     # compact text
 
 
+SHORT_ID = re.compile(f"[0-9a-f]{{{SHORT_ID_DIGITS},31}}")     # the first digits of an id
+
+
 class Ids:
     """Makes the ids of a bus: 32 hex digits that always grow, and differ in the first 16.
 
@@ -432,12 +437,12 @@ class Intent(Record):
     def advance(self, now):
         """Its time has come: it expires, its lease is lost, or its delay is over."""
         if self.expires_at <= now:
-            return self._dead(now, "expired", **self._lost_attempt(now, "expired"))
+            return self._dead(now, "expired", **self._attempt(now, "lost", "expired"))
         return self.lost(now) if self.status == "claimed" else self._open(None, now, self.run_at)
 
     def lost(self, now):
         """Its lease has ended without a report: open again, or dead if no attempt is left."""
-        attempt = self._lost_attempt(now)
+        attempt = self._attempt(now, "lost")
         if self.claim_attempts >= self.max_attempts:
             return self._dead(now, f"The lease was lost on attempt {self.claim_attempts} of {self.max_attempts}.", **attempt)
         return self._open("lost", now, self.run_at, **attempt)
@@ -462,7 +467,7 @@ class Intent(Record):
     def fulfilled(self, now, result, result_type, key_id):
         """The work is done; the result counts for the key that reports it."""
         text = result if result_type == "text" else to_json(result)
-        late = self.status != "claimed" and self.history     # its attempt is there as lost
+        late = self.status != "claimed" and self.history     # which has its attempt as lost
         return Change("fulfilled", dict(
             self._with_history(self.attempts[:-1]) if late else {}, status="fulfilled", ready=0, completed_at=now, claim_expires_at=None, due_at=None, claim_outcome="fulfilled",
             result=text, result_type=result_type, result_size=bytes_of(text), claim_key=key_id))
@@ -482,7 +487,7 @@ class Intent(Record):
 
     def cancelled(self, now):
         """It is no longer wanted; its worker, if any, loses the lease."""
-        return self._dead(now, "Cancelled", claim_token_hash=None, **self._lost_attempt(now, "Cancelled"))
+        return self._dead(now, "Cancelled", claim_token_hash=None, **self._attempt(now, "lost", "Cancelled"))
 
     def retried(self, now):
         """A dead letter starts again, with all its attempts."""
@@ -504,13 +509,11 @@ class Intent(Record):
         return Change("dead" if self.status != "dead" else None, dict(
             columns, status="dead", ready=0, completed_at=now, last_error=reason, claim_expires_at=None, due_at=None))
 
-    def _lost_attempt(self, now, error=None):
-        """Return the columns to set if its lease, should there be one, is lost."""
-        return self._attempt(now, "lost", error) if self.status == "claimed" else {}
-
     def _attempt(self, now, outcome, error=None):
         """Return the columns to set once its attempt has not succeeded; a late report takes the place of a lost lease."""
         claimed = self.status == "claimed"
+        if outcome == "lost" and not claimed:     # it had no lease
+            return {}
         ended = dict(attempt=self.claim_attempts, worker=self.worker, claimed_at=self.claimed_at,
                      ended_at=min(now, self.due_at) if claimed else now, outcome=outcome, error=error)
         return self._with_history([*(self.attempts if claimed else self.attempts[:-1]), ended])
@@ -1488,6 +1491,16 @@ class Store(Reads):
         rows = self._rows(PAGE.format(kind=kind), dict(values, floor=floor[0] if floor else ""))
         return (Intent(zip(COLUMNS, row)) for row in rows), floor and floor[0]
 
+    def beginning_with(self, digits, rows):
+        """Return (id, owner, claim_owner) of the intents whose ids begin with these digits, at most that many."""
+        return list(self._rows("""
+            SELECT id, owner, claim_owner
+            FROM   intents
+            WHERE  id >= :digits
+            AND    id < :end
+            LIMIT  :rows
+        """, dict(digits=digits, end=digits + "g", rows=rows)))     # "g" is after every digit
+
     def tallies(self):
         """Yield (namespace, publisher, status, number, bytes) of each kind of intents or values that there is."""
         return self._rows("""
@@ -1903,6 +1916,11 @@ def require_at_most(most, number, words):
         raise RateLimited(f"This key may have {most} {words}.", "limit_exceeded")
 
 
+def sees(caller, owner, claim_owner):
+    """Return whether a caller sees an intent: an admin, and the owners that published and claimed it."""
+    return caller.admin or caller.owner in (owner, claim_owner)
+
+
 def stored_result(intent):
     """Return the result of an intent as a value."""
     return json.loads(intent.result) if intent.result_type == "json" else intent.result
@@ -2199,6 +2217,20 @@ class Bus:
 
     # -- Looking --
 
+    def whole_id(self, digits, *, caller=OWNER):
+        """Return the id of the only intent that the caller sees whose id begins with these digits; raises Conflict.
+
+        It looks at LIST_ROWS intents. Any other text, and digits of no such intent, are returned as they are.
+        """
+        if not SHORT_ID.fullmatch(digits):
+            return digits
+        rows = self.store.beginning_with(digits, LIST_ROWS + 1)
+        seen = [intent_id for intent_id, *owners in rows if sees(caller, *owners)]
+        number = "too many" if len(rows) > LIST_ROWS else len(seen)
+        if number not in (0, 1):
+            raise Conflict(f"{digits} fits {number} intents; give more digits of the id.", "ambiguous")
+        return seen[0] if seen else digits     # of which there is no intent
+
     def get_status(self, intent_id, *, caller=OWNER):
         """Return the state of an intent, without payload and result."""
         return self._visible(intent_id, caller).pick(STATUS_FIELDS)
@@ -2462,7 +2494,7 @@ class Bus:
     def _visible(self, intent_id, caller):
         """Return an intent as it is now; raises NotFound unless the caller's owner published or claimed it."""
         intent = self.store.get(intent_id).at(self.clock.now())
-        if not caller.admin and caller.owner not in (intent.owner, intent.claim_owner):
+        if not sees(caller, intent.owner, intent.claim_owner):
             raise no_such(intent_id)
         return intent
 
@@ -3995,6 +4027,11 @@ with_body = functools.partial(calling, Request.fields)
 with_query = functools.partial(calling, Request.parameters)
 
 
+def of_intent(endpoint):
+    """Return an endpoint that takes the first digits of an id for the id."""
+    return lambda api, request, digits: endpoint(api, request, api.bus.whole_id(digits, caller=request.caller))
+
+
 ROUTES = (
     # method, path                      who may     endpoint
     ("GET",  "/",                       None,      lambda api, request: (200, HOME)),
@@ -4006,8 +4043,8 @@ ROUTES = (
     ("POST", "/fulfill/*",              "work",    reporting("fulfill", FULFILL)),
     ("POST", "/fail/*",                 "work",    reporting("fail", FAIL)),
     ("POST", "/release/*",              "work",    reporting("release", RELEASE)),
-    ("GET",  "/status/*",               "look",    with_query("get_status", ANYTHING)),
-    ("GET",  "/result/*",               "look",    result_endpoint),
+    ("GET",  "/status/*",               "look",    of_intent(with_query("get_status", ANYTHING))),
+    ("GET",  "/result/*",               "look",    of_intent(result_endpoint)),
     ("GET",  "/intents",                "look",    with_query("list", LIST)),
     ("GET",  "/workers",                "look",    with_query("workers", ANYTHING)),
     ("GET",  "/events",                 "look",    events_endpoint),
@@ -4028,12 +4065,12 @@ ROUTES = (
     ("GET",  "/admin/dashboard",        "admin",   lambda api, request: (200, DASHBOARD)),
     ("GET",  "/admin/intents",          "admin",   with_query("list", LIST)),
     ("POST", "/admin/intents",          "admin",   publish_endpoint),
-    ("GET",  "/admin/intents/*",        "admin",   with_query("inspect")),
+    ("GET",  "/admin/intents/*",        "admin",   of_intent(with_query("inspect"))),
     ("POST", "/admin/intents/*/cancel", "admin",   with_body("cancel")),
     ("POST", "/admin/intents/*/retry",  "admin",   with_body("retry")),
     ("GET",  "/admin/dead",             "admin",   with_query("dead")),
     ("POST", "/admin/dead",             "admin",   advancing("sweep_dead", SWEEP)),
-    ("GET",  "/admin/dead/*",           "admin",   with_query("dead_letter")),
+    ("GET",  "/admin/dead/*",           "admin",   of_intent(with_query("dead_letter"))),
     ("GET",  "/admin/summary",          "admin",   lambda api, request: (200, api.summary(**request.parameters(SUMMARY)))),
     ("GET",  "/metrics",                "metrics", metrics_endpoint),
 )
@@ -6339,14 +6376,6 @@ def process_name(program=None):
     return label(words.encode("ascii", "replace").decode())[:64 - len(number)] + number
 
 
-def admin_credentials():
-    """Return the header with BUS_ADMIN_SECRET or DASHBOARD_PASSWORD, {} if neither is set; raises SetupError."""
-    if token := secret_in("BUS_ADMIN_SECRET"):
-        return {"X-Admin-Token": token}
-    password = secret_in("DASHBOARD_PASSWORD")
-    return {"Authorization": "Basic " + base64.b64encode(f"admin:{password}".encode()).decode()} if password else {}
-
-
 class IntentClient:
     """A client of a bus: the verbs of Bus, over HTTP.
 
@@ -6502,7 +6531,7 @@ class IntentClient:
     def inspect(self, intent_id):
         """Return all that this key may see of an intent: what get_result does and, as an admin, everything."""
         with contextlib.suppress(NotFound, OlderBus):     # an older bus does not tell who is an admin
-            if admin_credentials() or self.who_am_i().admin:
+            if secret_in("BUS_ADMIN_SECRET") or secret_in("DASHBOARD_PASSWORD") or self.who_am_i().admin:
                 return self.admin(f"intents/{intent_id}")
         return self.get_result(intent_id)
 
@@ -6554,7 +6583,11 @@ class IntentClient:
 
     def admin(self, verb, **body):
         """Call /admin/VERB with BUS_ADMIN_SECRET or DASHBOARD_PASSWORD, if set; by GET if there is no body."""
-        secret = admin_credentials()
+        secret = {}
+        if token := secret_in("BUS_ADMIN_SECRET"):
+            secret = {"X-Admin-Token": token}
+        elif password := secret_in("DASHBOARD_PASSWORD"):
+            secret = {"Authorization": "Basic " + base64.b64encode(f"admin:{password}".encode()).decode()}
         if secret and not self.secure:
             raise SetupError("The admin secret is sent only over https or to this machine.")
         return self.request("POST" if body else "GET", f"/admin/{verb}", body or None, headers=secret, retries=0)
@@ -7496,7 +7529,7 @@ class StderrRelay:
             self._changed.wait_for(lambda: not self._waiting, PIPE_SECONDS)
 
     def _labelled(self, intent, line):
-        return f"{intent.id[:16]}: {escape(line.decode(errors='replace'), UNPRINTABLE)}\n".encode()
+        return f"{intent.id[:SHOWN_ID_DIGITS]}: {escape(line.decode(errors='replace'), UNPRINTABLE)}\n".encode()
 
     def _add(self, text):
         def fits():
@@ -7567,11 +7600,6 @@ def format_duration(seconds):
     return f"{max(0, seconds) // UNIT_SECONDS[unit]:.0f}{unit}"
 
 
-def format_time(moment):
-    """Format Unix seconds as the local date and time."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
-
-
 def positive_int(text):
     """Parse a whole number from 1 up."""
     if not re.fullmatch(r"[1-9][0-9]{0,8}", text, re.ASCII):
@@ -7604,11 +7632,13 @@ CONNECTION = (
                                                  "listens on the way, or has the port, can read and use it"),
 )
 DB = flag("--db", help="the database file (BUS_DB_PATH; default intentbus.db)")
-ID = flag("id", help="the id that publish printed")
+ID = flag("id", help=f"the id that publish printed, or its first {SHORT_ID_DIGITS} or more digits")
 JSON = flag("--json", action="store_true", help="print JSON")
 STORED_KEY = flag("key", help="the key of the value")
 PUBLISH_FIELDS = ("priority", "delay", "ttl", "max_attempts", "backoff_base", "target_worker", "required_capability",
                   "visibility", "idempotency_key")
+SHOWN_FIELDS = ("id", "goal", "namespace", "status", "schedule", "caused_by", "on_success", "on_failure", "owner", "publisher",
+                "visibility", "priority", "max_attempts", "target_worker", "required_capability")
 NEW_KEY = (
     flag("name", help="a name for the key, such as that of its machine"),
     flag("--owner", default="owner", help="the owner whose intents it shares"),
@@ -7621,9 +7651,25 @@ WAIT = flag("--wait", type=lambda text: duration(text) if text else PUBLISH_WAIT
 def bus_command(name, examples, *flags):
     """Register a command that talks to a bus: its function gets a client first, and it has the CONNECTION flags too."""
     def register(function):
-        with_client = functools.wraps(function)(lambda options: function(open_client(options), options))
+        @functools.wraps(function)
+        def with_client(options):
+            bus = open_client(options)
+            if SHORT_ID.fullmatch(getattr(options, "id", None) or ""):
+                options.id = whole_id(bus, options.id)
+            return function(bus, options)
         return command(name, examples, *CONNECTION, *flags)(with_client)
     return register
+
+
+def whole_id(bus, digits):
+    """Return the id that begins with these digits, and tell it."""
+    try:
+        intent = bus.get_status(digits)
+    except NotFound:     # the request of the command tells it; an admin may see the intent
+        return digits
+    if intent.id != digits:
+        log(f"{digits} is {intent.id}, {intent.goal}")
+    return intent.id
 
 
 @command("serve", ["serve", "serve --db ~/bus.db --port 9000 --log",
@@ -7976,7 +8022,8 @@ def status_command(bus, options):
     if options.json:
         return
     if intent.worker:
-        log(f"claimed by {intent.worker}" + (f" at {format_time(intent.claimed_at)}" if intent.claimed_at else ""))
+        at = time.strftime(" at %Y-%m-%d %H:%M:%S", time.localtime(intent.claimed_at)) if intent.claimed_at else ""
+        log(f"claimed by {intent.worker}{at}")
     if reason := intent.last_error or intent.get("error"):
         log(reason)
 
@@ -7992,17 +8039,12 @@ def result_command(bus, options):
     return print_outcome(options, intent)
 
 
-SHOWN_FIELDS = ("id", "goal", "namespace", "status", "schedule", "caused_by", "on_success", "on_failure", "owner", "publisher",
-                "visibility", "priority", "max_attempts", "target_worker", "required_capability")
-
-
 @bus_command("show", ["show 01a20a3bf4423c55cce77efa455c0ada"], ID, JSON)
 def show_command(bus, options):
     """Print all about an intent: its fields, times, attempts, error and result; for an admin, its payload and publisher too."""
     intent = bus.inspect(options.id)
     if options.json:
-        print_result(to_json(intent))
-        return
+        return print_result(to_json(intent))
     for label, text in described(intent, time.time()):
         print_result(f"{label.replace('_', ' '):20}" + escape(text, UNPRINTABLE).replace("\n", "\n" + " " * 20))
 
@@ -8010,30 +8052,26 @@ def show_command(bus, options):
 def described(intent, now):
     """Yield (label, text) of all that is known about an intent; an older bus does not tell everything."""
     yield from ((field, str(intent[field])) for field in SHOWN_FIELDS if intent.get(field) is not None)
+    times = {"published": intent.created_at, "due": intent.run_at if intent.status == "open" else None, "ended": intent.completed_at}
+    yield from ((label, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))) for label, moment in times.items() if moment)
     until, attempts = intent.completed_at or now, list(intent.history)
     if intent.claimed_at and intent.status in ("claimed", "fulfilled"):
-        attempts.append(Record(attempt=intent.claim_attempts, worker=intent.worker, claimed_at=intent.claimed_at, ended_at=until,
-                               outcome=intent.status, error=None))
-    times = {"published": intent.created_at, "due": intent.run_at if intent.status == "open" else None, "ended": intent.completed_at}
-    yield from ((label, format_time(moment)) for label, moment in times.items() if moment)
-    if intent.created_at and len(attempts) <= ATTEMPTS_KEPT:     # its first attempt is known
-        yield "waited", f"{max(0, (attempts[0].claimed_at if attempts else until) - intent.created_at):.1f} s"
+        attempts.append(Record(intent, attempt=intent.claim_attempts, ended_at=until, outcome=intent.status, error=None))
+    seconds = [max(0, attempt.ended_at - (attempt.claimed_at or attempt.ended_at)) for attempt in attempts]
+    begun = attempts[0].claimed_at if attempts else until
+    if begun and intent.created_at and len(attempts) <= ATTEMPTS_KEPT:     # its first attempt is known
+        yield "waited", f"{max(0, begun - intent.created_at):.1f} s"
     if attempts:
-        yield "ran", f"{sum(ran_for(attempt) for attempt in attempts):.1f} s"
+        yield "ran", f"{sum(seconds):.1f} s"
     if "payload" in intent:
         yield "payload", to_json(intent.payload)
-    for attempt in attempts:
+    for attempt, ran in zip(attempts, seconds):
         error = f": {attempt.error}" if attempt.error else ""
-        yield f"attempt {attempt.attempt}", f"{attempt.outcome}, {ran_for(attempt):.1f} s, by {attempt.worker}{error}"
+        yield f"attempt {attempt.attempt}", f"{attempt.outcome}, {ran:.1f} s, by {attempt.worker}{error}"
     if intent.status == "dead":
         yield "error", str(intent.last_error or intent.get("error"))
     if intent.get("result") is not None:
         yield "result", as_text(intent.result)
-
-
-def ran_for(attempt):
-    """Return the seconds of an attempt, or 0 if its begin is unknown."""
-    return max(0, attempt.ended_at - (attempt.claimed_at or attempt.ended_at))
 
 
 @bus_command("list", ["list --status dead", "list --goal resize --limit 500 --json"],
@@ -8048,7 +8086,7 @@ def list_command(bus, options):
         page = bus.list(status=options.status, goal=options.goal, namespace=options.namespace, limit=min(left, 500),
                         before=before)
         print_rows(options, page.intents, lambda intent: (
-            intent.id, f"{intent.status:9}", f"{intent.claim_attempts}/{intent.max_attempts}",
+            intent.id[:SHOWN_ID_DIGITS], f"{intent.status:9}", f"{intent.claim_attempts}/{intent.max_attempts}",
             f"{format_duration(time.time() - intent.created_at):>4}", intent.goal, intent.worker, intent.last_error))
         before = page.next
         left = left - len(page.intents) if before else 0
@@ -8063,7 +8101,7 @@ def workers_command(bus, options):
     print_rows(options, bus.workers().workers, lambda worker: (
         f"{format_duration(time.time() - worker.last_seen):>4}", worker.owner, worker.name,
         None if worker.id == worker.name else worker.id, worker.version or "-", ", ".join(worker.goals) or "any goal",
-        ", ".join(worker.running)))
+        ", ".join(intent_id[:SHOWN_ID_DIGITS] for intent_id in worker.running)))
 
 
 @bus_command("watch", ["watch", """watch --json | jq -c 'select(.event == "dead")'"""], JSON)
@@ -8086,7 +8124,7 @@ def watch_command(bus, options):
         if page.missed:
             log(f"{page.missed} events were missed")
         print_rows(options, page.events, lambda entry: (
-            time.strftime("%H:%M:%S", time.localtime(entry.time)), f"{entry.event:9}", entry.id, entry.goal,
+            time.strftime("%H:%M:%S", time.localtime(entry.time)), f"{entry.event:9}", (entry.id or "")[:SHOWN_ID_DIGITS], entry.goal,
             entry.worker or entry.worker_id,
             entry.last_error if entry.event in ("failed", "dead", "lost") else None))
         if after and not page.events and time.monotonic() - asked < RECHECK_SECONDS:     # this bus does not hold requests
@@ -8101,7 +8139,7 @@ def cancel_command(bus, options):
 
 
 @bus_command("retry", ["retry 01a20a3bf4423c55cce77efa455c0ada", "retry --goal resize"],
-             flag("id", nargs="?", help="the id that publish printed"),
+             flag(*ID[0], **ID[1], nargs="?"),
              flag("--goal", help="all dead intents with this goal, up to --limit"),
              flag("--all", action="store_true", help="all dead intents, up to --limit"),
              flag("--limit", type=positive_int, default=1000, metavar="N", help="at most N intents"), JSON)

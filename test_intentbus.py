@@ -2276,6 +2276,10 @@ def test_the_cost_of_a_verb_does_not_grow_with_the_table(sqlite_work, bus, clock
         bus.publish_many([dict(goal=goal, payload=1, priority=900) for goal in ("g", "open")] * number)
         bus.publish_many([dict(goal=f"lane {index}", payload=1, visibility="public") for index in range(number)], caller=ALICE)
 
+    def of_a_minute(digits):
+        with pytest.raises(intentbus.Conflict, match="too many"):
+            bus.whole_id(digits)
+
     def costs():
         """Return the work of each verb, by name."""
         done = {}
@@ -2296,6 +2300,7 @@ def test_the_cost_of_a_verb_does_not_grow_with_the_table(sqlite_work, bus, clock
         do("release", bus.release, bus.claim("g").id)
         do("fulfill", bus.fulfill, bus.claim("g").id)
         do("cancel", bus.cancel, bus.publish("g", 1).id)
+        do("first digits", of_a_minute, intent_id[:8])
         do("list", bus.list)
         do("list of the dead", bus.list, status="dead")
         do("dead letters", bus.dead, limit=50)
@@ -3761,6 +3766,35 @@ def test_the_worker_of_a_public_intent_may_read_not_cancel_it(bus):
     assert bus.get_status(answer.id, caller=BOB).status == "claimed"
     with pytest.raises(intentbus.NotFound):
         bus.cancel(answer.id, caller=BOB)
+
+
+def test_the_first_digits_of_an_id_are_of_an_intent_that_is_seen(bus, clock, monkeypatch):
+    def found(digits, caller):
+        with contextlib.suppress(intentbus.Conflict):
+            return bus.whole_id(digits, caller=caller)
+        return "ambiguous"
+    owners = {"alice": ALICE, "bob": BOB, "carol": BOB._replace(owner="carol"), "admin": intentbus.OWNER}
+    alices, bobs, public = (bus.publish(goal, 1, visibility=visibility, caller=owner).id for goal, visibility, owner in (
+        ("g", "private", ALICE), ("g", "private", BOB), ("p", "public", ALICE)))
+    clock.pass_(70)
+    later = bus.publish("g", 1, caller=ALICE).id
+    digits = alices[:8]
+    assert digits == bobs[:8] == public[:8] != later[:8], "they are of the same minute"
+    seen = lambda: {name: found(digits, caller) for name, caller in owners.items()}
+    assert seen() == dict(alice="ambiguous", bob=bobs, carol=digits, admin="ambiguous")
+    bus.claim("p", caller=owners["carol"])
+    assert seen() == dict(alice="ambiguous", bob=bobs, carol=public, admin="ambiguous")
+    for number in range(8, 33):
+        assert found(later[:number], ALICE) == later and found(later[:number], BOB) == later[:number]
+        assert found(alices[:number], ALICE) == (alices if number >= 16 else found(alices[:number], ALICE))
+    for text in (alices[:7], alices[:16].upper() + "A", alices[:16] + "%", alices[:15] + "\n", ""):
+        assert bus.whole_id(text) == text
+    with pytest.raises(intentbus.Conflict, match=f"^{digits} fits 3 intents; give more digits of the id[.]$") as refused:
+        bus.whole_id(digits)
+    assert refused.value.code == "ambiguous"
+    monkeypatch.setattr(intentbus, "LIST_ROWS", 2)
+    with pytest.raises(intentbus.Conflict, match="fits too many intents"):
+        bus.whole_id(digits, caller=BOB)
 
 
 def test_an_idempotency_key_stores_one_intent_for_a_day(bus, clock):
@@ -5977,6 +6011,33 @@ def test_of_many_simultaneous_requests_for_a_lock_one_gets_it(served):
     winner, = [index for answer, index in answers if answer.status == 200]
     assert [answer.status for answer, _ in answers].count(409) == 19
     assert served.ask("GET", "/get/lock").json == {"value": winner}
+
+
+def test_the_first_digits_are_an_id_in_a_get_alone(served):
+    ids = served.ask("POST", "/intents", [a_publish(goal=str(number)) for number in range(2)]).json["ids"]     # of one millisecond
+    assert served.ask("POST", f"/cancel/{ids[0]}").status == 200
+    for method, path, *_ in intentbus.ROUTES:
+        if "*" in path and not re.match("/(set|get|delete)/", path):
+            short, none, few, several = (served.ask(method, path.replace("*", digits)) for digits in (
+                ids[0][:16], "f" * 16, ids[0][:7], ids[0][:8]))
+            assert_refusal(none, 404, "not_found")
+            assert_refusal(few, 404, "not_found")
+            if method == "GET":
+                assert (short.status, short.json) == (200, served.ask(method, path.replace("*", ids[0])).json), path
+                assert_refusal(several, 409, "ambiguous")
+            else:
+                assert_refusal(short, 404, "not_found")
+                assert_refusal(several, 404, "not_found")
+
+
+def test_a_held_result_stays_with_the_intent_that_digits_found(served):
+    intent_id = served.publish()
+    waiting = in_thread(served.ask, "GET", f"/result/{intent_id[:8]}?wait=30")
+    served.holds(1)
+    other = served.publish()
+    for ended in (other, intent_id):
+        served.client.cancel(ended)
+    assert waiting().json["id"] == intent_id
 
 
 # -- Administration --
@@ -9153,7 +9214,7 @@ def test_a_session_from_publish_to_result(serve):
     work = serve.run("work", "--goal", "greet", "--drain", "--", "echo", "hello {name} {times}")
     assert (work.returncode, work.stdout) == (0, "") and f"{id} fulfilled" in work.stderr
     assert serve.run("result", id).stdout == "hello Ada 2\n"
-    assert re.fullmatch(rf"{id}  fulfilled  1/3    \ds  greet  \S+ echo \d+\n", serve.run("list", "--goal", "greet").stdout)
+    assert re.fullmatch(rf"{id[:16]}  fulfilled  1/3    \ds  greet  \S+ echo \d+\n", serve.run("list", "--goal", "greet").stdout)
     assert json.loads(serve.run("status", id, "--json").stdout)["status"] == "fulfilled"
 
 
@@ -9227,7 +9288,7 @@ def test_the_commands_tell_who_works_and_who_is_missing(serve, tmp_path):
     running = wait_until(lambda: serve.client.get_status(id).worker)
     wait_until(lambda: names <= {worker.name for worker in serve.client.workers().workers})
     listed = serve.run("workers").stdout.splitlines()
-    assert running in names and [f"  {running}  here  " in line for line in listed if line.endswith(f"  who  {id}")] == [True]
+    assert running in names and [f"  {running}  here  " in line for line in listed if line.endswith(f"  who  {id[:16]}")] == [True]
     status = serve.run("status", id)
     assert status.stdout == "claimed\n" and re.fullmatch(rf"intentbus: claimed by {running} at [0-9-]+ [0-9:]+\n", status.stderr)
     for flags, words in ((["--worker", "here"], ""), (["--worker", "heer"], "no worker that may claim it is there now; check")):
@@ -9283,9 +9344,29 @@ def test_show_tells_a_key_what_it_may_see(started, home, monkeypatch, capsys):
     key = bus.ask("POST", "/admin/generate_key", {"owner": "ann"}, **{"X-Admin-Token": "secret"}).json["api_key"]
     theirs, anns = (bus.ask("POST", "/intent", a_publish(), key=key).json["id"] for key in (KEY, key))
     monkeypatch.setenv("INTENT_API_KEY", key)
-    for secret, id, code, payload in (("", anns, 0, False), ("", theirs, 3, False), ("secret", anns, 0, True), ("secret", theirs, 0, True)):
+    for secret, id, code, payload in (("", anns, 0, False), ("", theirs, 3, False), ("secret", anns, 0, True), ("secret", theirs[:16], 0, True)):
         monkeypatch.setenv("BUS_ADMIN_SECRET", secret)
         assert (intentbus.main(["show", id]), "payload" in capsys.readouterr().out) == (code, payload)
+
+
+@pytest.mark.parametrize("words, code, output", [
+    ("status", 0, "open"), ("show", 0, "id  "), ("result", 3, ""), ("result --wait=0.1s", 124, ""), ("cancel", 0, "dead"), ("retry", 1, "")])
+def test_commands_tell_which_intent_the_first_digits_mean(served, home, monkeypatch, capsys, words, code, output):
+    id, other = served.ask("POST", "/intents", [a_publish(goal=goal) for goal in ("meant", "other")]).json["ids"]
+    monkeypatch.setenv("INTENT_BUS_URL", served.url)
+    monkeypatch.setenv("INTENT_API_KEY", KEY)
+
+    def do(digits):
+        done = intentbus.main([*words.split(), digits])
+        return (done, *capsys.readouterr())
+    found, out, said = do(id[:16])
+    assert (found, out.startswith(output), bool(out)) == (code, True, bool(output)), said
+    assert said.startswith(f"intentbus: {id[:16]} is {id}, meant\n") and id[:16] not in said.replace(id, "")[len("intentbus: " + id[:16]):]
+    assert f" is {id}" not in do(id)[2], "a whole id needs no explanation"
+    before = served.statuses()
+    assert_complaint(do(other[:8]), 1, f"{id[:8]} fits 2 intents")
+    assert_complaint(do("f" * 16), 3, "There is no intent ffffffffffffffff.")
+    assert served.statuses() == before
 
 
 @POSIX
@@ -9825,7 +9906,7 @@ def test_watch_follows_the_bus_over_a_restart(served, home):
     served.holds(1)
     for number in range(2):
         id = served.publish()
-        assert re.fullmatch(rf"\d\d:\d\d:\d\d  published  {id}  g\n", watching.stdout.readline())
+        assert re.fullmatch(rf"\d\d:\d\d:\d\d  published  {id[:16]}  g\n", watching.stdout.readline())
         served.restart()
         served.holds(1)
     watching.send_signal(signal.SIGINT)
