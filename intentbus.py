@@ -7667,8 +7667,7 @@ def whole_id(bus, digits):
         intent = bus.get_status(digits)
     except NotFound:     # the request of the command tells it; an admin may see the intent
         return digits
-    if intent.id != digits:
-        log(f"{digits} is {intent.id}, {intent.goal}")
+    log(f"{digits} is {intent.id}, {intent.goal}")
     return intent.id
 
 
