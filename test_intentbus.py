@@ -9311,31 +9311,33 @@ def test_cancel_retry_and_list_from_the_command_line(serve):
     assert serve.run("cancel", "0" * 32).returncode == 3
 
 
-def shown(serve, *words):
-    """Return what show prints for people, by its labels, with N s for each time."""
-    lines = serve.run("show", *words).stdout.replace("\n" + " " * 20, " | ").splitlines()
-    return {line[:20].strip(): re.sub(r"\d+\.\d s", "N s", line[20:]) for line in lines}
-
-
-def test_show_tells_all_about_an_intent(serve):
-    id = serve.publish(goal="told", payload={"n": [1]}, namespace="n1", max_attempts=4)
-    found = shown(serve, id)
+def test_show_tells_all_about_an_intent(served, home, monkeypatch, capsys):
+    def shown():
+        """Return what show prints for people, by its labels, with N s for each time."""
+        assert intentbus.main(["show", id]) == 0
+        lines = capsys.readouterr().out.replace("\n" + " " * 20, " | ").splitlines()
+        return {line[:20].strip(): re.sub(r"\d+\.\d s", "N s", line[20:]) for line in lines}
+    monkeypatch.setenv("INTENT_BUS_URL", served.url)
+    monkeypatch.setenv("INTENT_API_KEY", KEY)
+    id, client = served.publish(goal="told", payload={"n": [1]}, namespace="n1", max_attempts=4), served.client
+    found = shown()
     assert (found["id"], found["status"], found["payload"], found["publisher"]) == (id, "open", '{"n":[1]}', "owner")
     assert "due" in found and not {"ended", "ran", "result", "error", "target worker", "attempt 1"} & found.keys()
     ended = []
-    for number, end in enumerate((lambda *claim: serve.client.fail(*claim, "no\nluck", retry=False),
-                                  lambda *claim: serve.client.cancel(id), lambda *claim: serve.client.fulfill(*claim, {"done": 1}))):
-        claim = serve.client.claim("told", namespace="n1", worker_name=f"w{number}")
+    for number, end in enumerate((lambda *claim: client.fail(*claim, "no\nluck", retry=False),
+                                  lambda *claim: client.cancel(id), lambda *claim: client.fulfill(*claim, {"done": 1}))):
+        claim = client.claim("told", namespace="n1", worker_name=f"w{number}")
         if number == 0:
-            assert shown(serve, id)["attempt 1"] == "claimed, N s, by w0"
+            assert shown()["attempt 1"] == "claimed, N s, by w0"
         end(id, claim.claim_token)
-        ended.append(shown(serve, id))
-        serve.ask("POST", f"/retry/{id}")
+        ended.append(shown())
+        served.ask("POST", f"/retry/{id}")
     assert [[found.get(label) for label in ("status", "attempt 1", "error", "result")] for found in ended] == [
         ["dead", "failed, N s, by w0: no | luck", "no | luck", None], ["dead", "lost, N s, by w1: Cancelled", "Cancelled", None],
         ["fulfilled", "fulfilled, N s, by w2", None, '{"done":1}']]
     assert ended[2]["waited"] == ended[2]["ran"] == "N s" and "due" not in ended[2]
-    assert [entry["error"] for entry in json.loads(serve.run("show", id, "--json").stdout)["history"]] == ["no\nluck", "Cancelled"]
+    assert intentbus.main(["show", id, "--json"]) == 0
+    assert [entry["error"] for entry in json.loads(capsys.readouterr().out)["history"]] == ["no\nluck", "Cancelled"]
 
 
 def test_show_tells_a_key_what_it_may_see(started, home, monkeypatch, capsys):
