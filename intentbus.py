@@ -92,6 +92,9 @@ RETENTION_SECONDS = 7 * 86400       # how long ended intents are kept
 BACKOFF_MAX_SECONDS = 3600          # a failing intent is retried at least once an hour
 BACKOFF_JITTER_SECONDS = 2          # spreads out retries
 ERROR_CHARACTERS = 2000             # the end of a stack trace, and short enough for a list
+ATTEMPTS_KEPT = 20                  # of an intent, in its history: as many as max_attempts can be
+SHORT_ID_DIGITS = 8                 # the fewest that stand for an id: all ids made within 65 s share them
+SHOWN_ID_DIGITS = 16                # of an id in a list: the ids of one bus differ in these
 BULK_INTENTS = 1000                 # of one request: other requests wait for its commit
 IDEMPOTENCY_SECONDS = 86400         # publishers retry within a day
 VALUE_TTL_SECONDS = 600             # default of the key-value store, as in the 1.x protocol
@@ -275,7 +278,7 @@ COLUMNS = (
     "backoff_base", "target_worker", "required_capability", "created_at", "status", "run_at", "expires_at",
     "completed_at", "last_error", "result", "result_type", "claim_attempts", "claim_token_hash", "claim_expires_at", "lease",
     "claim_owner", "claim_key", "claim_outcome", "worker_id", "worker", "claimed_at", "idempotency_key", "size", "result_size",
-    "place", "lane", "ready", "due_at",
+    "place", "lane", "ready", "due_at", "history",
 )
 PUBLISH_DEFAULTS = dict(
     namespace="default", visibility="private", priority=100, delay=0, run_at=None, ttl=TTL_SECONDS, max_attempts=3,
@@ -292,11 +295,14 @@ CLAIM_FIELDS = (
 )
 UNCLAIMED = dict.fromkeys(("completed_at", "last_error", "result", "result_type", "claim_token_hash", "claim_expires_at",
                            "lease", "claim_owner", "claim_key", "claim_outcome", "worker_id", "worker", "claimed_at",
-                           "idempotency_key"))
+                           "idempotency_key", "history"))
 
 Change = collections.namedtuple("Change", "event columns")     # event: a word for people, or None
 
 to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode     # compact text
+
+
+SHORT_ID = re.compile(f"[0-9a-f]{{{SHORT_ID_DIGITS},31}}")     # the first digits of an id
 
 
 class Ids:
@@ -417,6 +423,11 @@ class Intent(Record):
         """Whether it is fulfilled or dead."""
         return self.status in ("fulfilled", "dead")
 
+    @property
+    def attempts(self):
+        """Its last ATTEMPTS_KEPT attempts that did not succeed, the oldest first: a list for JSON."""
+        return json.loads(self.history or "[]")
+
     def at(self, now):
         """Return the intent as it is at a time, after the transition that is due by then, if any."""
         if self.due_at is None or now < self.due_at:
@@ -426,14 +437,15 @@ class Intent(Record):
     def advance(self, now):
         """Its time has come: it expires, its lease is lost, or its delay is over."""
         if self.expires_at <= now:
-            return self._dead(now, "expired")
+            return self._dead(now, "expired", **self._attempt(now, "lost", "expired"))
         return self.lost(now) if self.status == "claimed" else self._open(None, now, self.run_at)
 
     def lost(self, now):
         """Its lease has ended without a report: open again, or dead if no attempt is left."""
+        attempt = self._attempt(now, "lost")
         if self.claim_attempts >= self.max_attempts:
-            return self._dead(now, f"The lease was lost on attempt {self.claim_attempts} of {self.max_attempts}.")
-        return self._open("lost", now, self.run_at)
+            return self._dead(now, f"The lease was lost on attempt {self.claim_attempts} of {self.max_attempts}.", **attempt)
+        return self._open("lost", now, self.run_at, **attempt)
 
     def claimed(self, now, token_hash, lease, owner, key_id, worker_id, worker):
         """A worker, known by its id and by a name, takes it under a lease in seconds; a repeated claim is no new attempt."""
@@ -455,25 +467,27 @@ class Intent(Record):
     def fulfilled(self, now, result, result_type, key_id):
         """The work is done; the result counts for the key that reports it."""
         text = result if result_type == "text" else to_json(result)
+        late = self.status != "claimed" and self.history     # which has its attempt as lost
         return Change("fulfilled", dict(
-            status="fulfilled", ready=0, completed_at=now, claim_expires_at=None, due_at=None, claim_outcome="fulfilled",
+            self._with_history(self.attempts[:-1]) if late else {}, status="fulfilled", ready=0, completed_at=now, claim_expires_at=None, due_at=None, claim_outcome="fulfilled",
             result=text, result_type=result_type, result_size=bytes_of(text), claim_key=key_id))
 
     def failed(self, now, error, retry, jitter):
         """The attempt failed: open again after a backoff, or dead if no attempt is left or retry is false."""
+        attempt = dict(self._attempt(now, "failed", error), claim_outcome="failed")
         if not retry or self.status == "dead" or self.claim_attempts >= self.max_attempts:
-            return self._dead(now, error, claim_outcome="failed")
+            return self._dead(now, error, **attempt)
         backoff = min(self.backoff_base * 2 ** self.claim_attempts + jitter, BACKOFF_MAX_SECONDS)
-        return self._open("failed", now, now + backoff, claim_outcome="failed", last_error=error)
+        return self._open("failed", now, now + backoff, last_error=error, **attempt)
 
     def released(self, now, delay):
         """Its worker hands it back; the attempt does not count."""
         return self._open("released", now, now + delay if delay else self.run_at, claim_outcome="released",
-                          claim_attempts=max(self.claim_attempts - 1, 0), completed_at=None)
+                          claim_attempts=max(self.claim_attempts - 1, 0), completed_at=None, **self._attempt(now, "released"))
 
     def cancelled(self, now):
         """It is no longer wanted; its worker, if any, loses the lease."""
-        return self._dead(now, "Cancelled", claim_token_hash=None)
+        return self._dead(now, "Cancelled", claim_token_hash=None, **self._attempt(now, "lost", "Cancelled"))
 
     def retried(self, now):
         """A dead letter starts again, with all its attempts."""
@@ -494,6 +508,20 @@ class Intent(Record):
         """It is a dead letter, or stays one."""
         return Change("dead" if self.status != "dead" else None, dict(
             columns, status="dead", ready=0, completed_at=now, last_error=reason, claim_expires_at=None, due_at=None))
+
+    def _attempt(self, now, outcome, error=None):
+        """Return the columns to set once its attempt has not succeeded; a late report takes the place of a lost lease."""
+        claimed = self.status == "claimed"
+        if outcome == "lost" and not claimed:     # it had no lease
+            return {}
+        ended = dict(attempt=self.claim_attempts, worker=self.worker, claimed_at=self.claimed_at,
+                     ended_at=min(now, self.due_at) if claimed else now, outcome=outcome, error=error)
+        return self._with_history([*(self.attempts if claimed else self.attempts[:-1]), ended])
+
+    def _with_history(self, attempts):
+        """Return the columns to set for a history of these attempts, which counts in its size."""
+        history = to_json(attempts[-ATTEMPTS_KEPT:]) if attempts else None
+        return dict(history=history, size=self.size + bytes_of(history) - bytes_of(self.history))
 
 
 for attribute in COLUMNS:     # attributes as a Record has them, but ten times as fast
@@ -582,7 +610,11 @@ SIZES = """
     GROUP BY owner;
     DELETE FROM memos WHERE kind = 'goal'     -- by owner from now on
 """
-MIGRATIONS = (SCHEMA, MORE_INDEXES, HISTORY, PLACES, SIZES)     # the n-th leads to schema version n; a released one never changes
+ATTEMPTS = """
+    -- JSON: the last attempts that did not succeed
+    ALTER TABLE intents ADD COLUMN history TEXT
+"""
+MIGRATIONS = (SCHEMA, MORE_INDEXES, HISTORY, PLACES, SIZES, ATTEMPTS)     # the n-th leads to schema version n; a released one never changes
 APPLICATION_ID = 0x1B05     # in the header of the file: it is a database of intentbus
 
 
@@ -1489,6 +1521,16 @@ class Store(Reads):
         rows = self._rows(PAGE.format(kind=kind), dict(values, floor=floor[0] if floor else ""))
         return (Intent(zip(COLUMNS, row)) for row in rows), floor and floor[0]
 
+    def beginning_with(self, digits, rows):
+        """Return (id, owner, claim_owner) of the intents whose ids begin with these digits, at most that many."""
+        return list(self._rows("""
+            SELECT id, owner, claim_owner
+            FROM   intents
+            WHERE  id >= :digits
+            AND    id < :end
+            LIMIT  :rows
+        """, dict(digits=digits, end=digits + "g", rows=rows)))     # "g" is after every digit
+
     def tallies(self):
         """Yield (namespace, publisher, status, number, bytes) of each kind of intents or values that there is."""
         return self._rows("""
@@ -1904,6 +1946,11 @@ def require_at_most(most, number, words):
         raise RateLimited(f"This key may have {most} {words}.", "limit_exceeded")
 
 
+def sees(caller, owner, claim_owner):
+    """Return whether a caller sees an intent: an admin, and the owners that published and claimed it."""
+    return caller.admin or caller.owner in (owner, claim_owner)
+
+
 def stored_result(intent):
     """Return the result of an intent as a value."""
     return json.loads(intent.result) if intent.result_type == "json" else intent.result
@@ -2209,14 +2256,29 @@ class Bus:
 
     # -- Looking --
 
+    def whole_id(self, digits, *, caller=OWNER):
+        """Return the id of the only intent that the caller sees whose id begins with these digits; raises Conflict.
+
+        It looks at LIST_ROWS intents. Any other text, and digits of no such intent, are returned as they are.
+        """
+        if not SHORT_ID.fullmatch(digits):
+            return digits
+        rows = self.store.beginning_with(digits, LIST_ROWS + 1)
+        seen = [intent_id for intent_id, *owners in rows if sees(caller, *owners)]
+        number = "too many" if len(rows) > LIST_ROWS else len(seen)
+        if number not in (0, 1):
+            raise Conflict(f"{digits} fits {number} intents; give more digits of the id.", "ambiguous")
+        return seen[0] if seen else digits     # of which there is no intent
+
     def get_status(self, intent_id, *, caller=OWNER):
         """Return the state of an intent, without payload and result."""
         return self._visible(intent_id, caller).pick(STATUS_FIELDS)
 
     def get_result(self, intent_id, *, caller=OWNER):
-        """Return the state of an intent with its result."""
+        """Return the state of an intent with its result, and with its history: the attempts that did not succeed."""
         intent = self._visible(intent_id, caller)
-        found = Record(intent.pick(STATUS_FIELDS), result=stored_result(intent), result_type=intent.result_type or "json")
+        found = Record(intent.pick(STATUS_FIELDS), result=stored_result(intent), result_type=intent.result_type or "json",
+                       history=intent.attempts)
         if intent.last_error:
             found["error"] = intent.last_error
         return found
@@ -2308,7 +2370,7 @@ class Bus:
         hidden = ("claim_token_hash", "claim_key", "claim_outcome", "idempotency_key", "lease", "size", "result_size", "place",
                   "lane", "ready", "due_at")
         return Record({column: value for column, value in intent.items() if column not in hidden},
-                      payload=json.loads(intent.payload), result=stored_result(intent))
+                      payload=json.loads(intent.payload), result=stored_result(intent), history=intent.attempts)
 
     def dead_letter(self, intent_id, *, caller=OWNER):
         """Return everything about a dead intent."""
@@ -2471,7 +2533,7 @@ class Bus:
     def _visible(self, intent_id, caller):
         """Return an intent as it is now; raises NotFound unless the caller's owner published or claimed it."""
         intent = self.store.get(intent_id).at(self.clock.now())
-        if not caller.admin and caller.owner not in (intent.owner, intent.claim_owner):
+        if not sees(caller, intent.owner, intent.claim_owner):
             raise no_such(intent_id)
         return intent
 
@@ -4004,6 +4066,11 @@ with_body = functools.partial(calling, Request.fields)
 with_query = functools.partial(calling, Request.parameters)
 
 
+def of_intent(endpoint):
+    """Return an endpoint that takes the first digits of an id for the id."""
+    return lambda api, request, digits: endpoint(api, request, api.bus.whole_id(digits, caller=request.caller))
+
+
 ROUTES = (
     # method, path                      who may     endpoint
     ("GET",  "/",                       None,      lambda api, request: (200, HOME)),
@@ -4015,8 +4082,8 @@ ROUTES = (
     ("POST", "/fulfill/*",              "work",    reporting("fulfill", FULFILL)),
     ("POST", "/fail/*",                 "work",    reporting("fail", FAIL)),
     ("POST", "/release/*",              "work",    reporting("release", RELEASE)),
-    ("GET",  "/status/*",               "look",    with_query("get_status", ANYTHING)),
-    ("GET",  "/result/*",               "look",    result_endpoint),
+    ("GET",  "/status/*",               "look",    of_intent(with_query("get_status", ANYTHING))),
+    ("GET",  "/result/*",               "look",    of_intent(result_endpoint)),
     ("GET",  "/intents",                "look",    with_query("list", LIST)),
     ("GET",  "/workers",                "look",    with_query("workers", ANYTHING)),
     ("GET",  "/events",                 "look",    events_endpoint),
@@ -4037,12 +4104,12 @@ ROUTES = (
     ("GET",  "/admin/dashboard",        "admin",   lambda api, request: (200, DASHBOARD)),
     ("GET",  "/admin/intents",          "admin",   with_query("list", LIST)),
     ("POST", "/admin/intents",          "admin",   publish_endpoint),
-    ("GET",  "/admin/intents/*",        "admin",   with_query("inspect")),
+    ("GET",  "/admin/intents/*",        "admin",   of_intent(with_query("inspect"))),
     ("POST", "/admin/intents/*/cancel", "admin",   with_body("cancel")),
     ("POST", "/admin/intents/*/retry",  "admin",   with_body("retry")),
     ("GET",  "/admin/dead",             "admin",   with_query("dead")),
     ("POST", "/admin/dead",             "admin",   advancing("sweep_dead", SWEEP)),
-    ("GET",  "/admin/dead/*",           "admin",   with_query("dead_letter")),
+    ("GET",  "/admin/dead/*",           "admin",   of_intent(with_query("dead_letter"))),
     ("GET",  "/admin/summary",          "admin",   lambda api, request: (200, api.summary(**request.parameters(SUMMARY)))),
     ("GET",  "/metrics",                "metrics", metrics_endpoint),
 )
@@ -6012,6 +6079,8 @@ CLAIMED = answer_of(**{**dict.fromkeys(NAMING_FIELDS + CLAIM_FIELDS, UNSURE), "i
 ENDED = answer_of(ok=DONE, id=ANSWER_ID, status=UNSURE, run_at=PERHAPS_A_MOMENT, next=(lambda value: value and CLAIMED(value), None))
 CHANGED = answer_of(id=ANSWER_ID, status=TEXT)
 STATE = {**dict.fromkeys(STATUS_FIELDS, UNSURE), "id": ANSWER_ID, "status": TEXT, "claimed_at": PERHAPS_A_MOMENT}
+ATTEMPT = answer_of(attempt=COUNT, outcome=TEXT, ended_at=MOMENT, claimed_at=PERHAPS_A_MOMENT, worker=UNSURE, error=UNSURE)
+RESULT_STATE = dict(STATE, result=UNSURE, result_type=UNSURE, history=(array_of(ATTEMPT), ()))     # older buses have no history
 LISTED_INTENT = answer_of(id=ANSWER_ID, status=TEXT, goal=TEXT, claim_attempts=COUNT, max_attempts=COUNT, created_at=MOMENT,
                           last_error=UNSURE, worker=UNSURE)
 LISTED_WORKER = answer_of(owner=TEXT, last_seen=MOMENT, goals=(array_of(string), REQUIRED), name=UNSURE, id=UNSURE, version=UNSURE,
@@ -6030,7 +6099,7 @@ ANSWERS = {     # of a bus, to a method and path: an answer without these fields
     "POST /fail/*": ENDED,
     "POST /release/*": ENDED,
     "GET /status/*": answer_of(**STATE),
-    "GET /result/*": answer_of(**STATE, result=UNSURE, result_type=UNSURE),
+    "GET /result/*": answer_of(**RESULT_STATE),
     "GET /intents": answer_of(intents=(array_of(LISTED_INTENT), REQUIRED), next=(ANSWER_ID[0], None)),
     "GET /workers": answer_of(workers=(array_of(LISTED_WORKER), REQUIRED)),
     "GET /events": answer_of(events=(array_of(LISTED_EVENT), REQUIRED), next=COUNT, missed=(COUNT[0], 0)),
@@ -6046,6 +6115,7 @@ ANSWERS = {     # of a bus, to a method and path: an answer without these fields
     "POST /admin/invite": answer_of(code=TEXT, expires_at=MOMENT, name=TEXT, role=TEXT),
     "POST /admin/revoke_key": answer_of(ok=DONE),
     "GET /admin/keys": array_of(LISTED_KEY),
+    "GET /admin/intents/*": answer_of(**RESULT_STATE, payload=(any_payload, REQUIRED), owner=TEXT, publisher=TEXT),
     "GET /admin/dead": array_of(answer_of(intent_id=TEXT)),
     "POST /admin/purge": answer_of(deleted=COUNT),
     "GET /admin/summary": answer_of(intents=(must_be("an object", lambda value: isinstance(value, dict)), REQUIRED)),
@@ -6067,8 +6137,8 @@ def error_of_page(content):
 
 def endpoint_of(method, path):
     """Return the key in ANSWERS for a request."""
-    exact = f"{method} {path}"
-    return exact if exact in ANSWERS else f"{method} /{path.split('/')[1]}/*"
+    places = f"{method} {path}", f"{method} {path.rpartition('/')[0]}/*"
+    return next((place for place in places if place in ANSWERS), f"{method} /{path.split('/')[1]}/*")
 
 
 class TimedReader(io.RawIOBase):
@@ -6496,6 +6566,13 @@ class IntentClient:
     def get_result(self, intent_id, wait=0):
         """Return the state of an intent with its result, as soon as it has ended or after wait seconds."""
         return self.request("GET", f"/result/{intent_id}", wait=wait)
+
+    def inspect(self, intent_id):
+        """Return all that this key may see of an intent: what get_result does and, as an admin, everything."""
+        with contextlib.suppress(NotFound, OlderBus):     # an older bus does not tell who is an admin
+            if secret_in("BUS_ADMIN_SECRET") or secret_in("DASHBOARD_PASSWORD") or self.who_am_i().admin:
+                return self.admin(f"intents/{intent_id}")
+        return self.get_result(intent_id)
 
     def list(self, *, status=None, goal=None, namespace=None, limit=50, before=None, payload=False):
         """Return {"intents", "next"}, newest first; next is the value of before for the next page, or None."""
@@ -7429,7 +7506,7 @@ exit codes: 0 success; 1 the intent is dead, or a conflict; 2 wrong usage or set
 5 bus unreachable; 6 over a limit; 124 timed out; 129, 130, 143 stopped by a signal"""
 GROUPS = (
     ("run", ("serve", "publish", "work", "flush")),
-    ("inspect", ("status", "result", "list", "workers", "watch", "stats")),
+    ("inspect", ("status", "result", "show", "list", "workers", "watch", "stats")),
     ("repair", ("cancel", "retry", "purge", "doctor", "backup")),
     ("keys and machines", ("keys add", "keys invite", "keys list", "keys revoke", "join")),
     ("store values", ("set", "get", "del")),
@@ -7491,7 +7568,7 @@ class StderrRelay:
             self._changed.wait_for(lambda: not self._waiting, PIPE_SECONDS)
 
     def _labelled(self, intent, line):
-        return f"{intent.id[:16]}: {escape(line.decode(errors='replace'), UNPRINTABLE)}\n".encode()
+        return f"{intent.id[:SHOWN_ID_DIGITS]}: {escape(line.decode(errors='replace'), UNPRINTABLE)}\n".encode()
 
     def _add(self, text):
         def fits():
@@ -7594,11 +7671,13 @@ CONNECTION = (
                                                  "listens on the way, or has the port, can read and use it"),
 )
 DB = flag("--db", help="the database file (BUS_DB_PATH; default intentbus.db)")
-ID = flag("id", help="the id that publish printed")
+ID = flag("id", help=f"the id that publish printed, or its first {SHORT_ID_DIGITS} or more digits")
 JSON = flag("--json", action="store_true", help="print JSON")
 STORED_KEY = flag("key", help="the key of the value")
 PUBLISH_FIELDS = ("priority", "delay", "ttl", "max_attempts", "backoff_base", "target_worker", "required_capability",
                   "visibility", "idempotency_key")
+SHOWN_FIELDS = ("id", "goal", "namespace", "status", "schedule", "caused_by", "on_success", "on_failure", "owner", "publisher",
+                "visibility", "priority", "max_attempts", "target_worker", "required_capability")
 NEW_KEY = (
     flag("name", help="a name for the key, such as that of its machine"),
     flag("--owner", default="owner", help="the owner whose intents it shares"),
@@ -7611,9 +7690,24 @@ WAIT = flag("--wait", type=lambda text: duration(text) if text else PUBLISH_WAIT
 def bus_command(name, examples, *flags):
     """Register a command that talks to a bus: its function gets a client first, and it has the CONNECTION flags too."""
     def register(function):
-        with_client = functools.wraps(function)(lambda options: function(open_client(options), options))
+        @functools.wraps(function)
+        def with_client(options):
+            bus = open_client(options)
+            if SHORT_ID.fullmatch(getattr(options, "id", None) or ""):
+                options.id = whole_id(bus, options.id)
+            return function(bus, options)
         return command(name, examples, *CONNECTION, *flags)(with_client)
     return register
+
+
+def whole_id(bus, digits):
+    """Return the id that begins with these digits, and tell it."""
+    try:
+        intent = bus.get_status(digits)
+    except NotFound:     # the request of the command tells it; an admin may see the intent
+        return digits
+    log(f"{digits} is {intent.id}, {intent.goal}")
+    return intent.id
 
 
 @command("serve", ["serve", "serve --db ~/bus.db --port 9000 --log",
@@ -7983,6 +8077,41 @@ def result_command(bus, options):
     return print_outcome(options, intent)
 
 
+@bus_command("show", ["show 01a20a3bf4423c55cce77efa455c0ada"], ID, JSON)
+def show_command(bus, options):
+    """Print all about an intent: its fields, times, attempts, error and result; for an admin, its payload and publisher too."""
+    intent = bus.inspect(options.id)
+    if options.json:
+        return print_result(to_json(intent))
+    for label, text in described(intent, time.time()):
+        print_result(f"{label.replace('_', ' '):20}" + escape(text, UNPRINTABLE).replace("\n", "\n" + " " * 20))
+
+
+def described(intent, now):
+    """Yield (label, text) of all that is known about an intent; an older bus does not tell everything."""
+    yield from ((field, str(intent[field])) for field in SHOWN_FIELDS if intent.get(field) is not None)
+    times = {"published": intent.created_at, "due": intent.run_at if intent.status == "open" else None, "ended": intent.completed_at}
+    yield from ((label, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))) for label, moment in times.items() if moment)
+    until, attempts = intent.completed_at or now, list(intent.history)
+    if intent.claimed_at and intent.status in ("claimed", "fulfilled"):
+        attempts.append(Record(intent, attempt=intent.claim_attempts, ended_at=until, outcome=intent.status, error=None))
+    seconds = [max(0, attempt.ended_at - (attempt.claimed_at or attempt.ended_at)) for attempt in attempts]
+    begun = attempts[0].claimed_at if attempts else until
+    if begun and intent.created_at and len(attempts) <= ATTEMPTS_KEPT:     # its first attempt is known
+        yield "waited", f"{max(0, begun - intent.created_at):.1f} s"
+    if attempts:
+        yield "ran", f"{sum(seconds):.1f} s"
+    if "payload" in intent:
+        yield "payload", to_json(intent.payload)
+    for attempt, ran in zip(attempts, seconds):
+        error = f": {attempt.error}" if attempt.error else ""
+        yield f"attempt {attempt.attempt}", f"{attempt.outcome}, {ran:.1f} s, by {attempt.worker}{error}"
+    if intent.status == "dead":
+        yield "error", str(intent.last_error or intent.get("error"))
+    if intent.get("result") is not None:
+        yield "result", as_text(intent.result)
+
+
 @bus_command("list", ["list --status dead", "list --goal resize --limit 500 --json"],
              flag("--status", choices=("open", "claimed", "fulfilled", "dead"), help="only intents with this status"),
              flag("--goal", help="only intents with this goal"),
@@ -7995,7 +8124,7 @@ def list_command(bus, options):
         page = bus.list(status=options.status, goal=options.goal, namespace=options.namespace, limit=min(left, 500),
                         before=before)
         print_rows(options, page.intents, lambda intent: (
-            intent.id, f"{intent.status:9}", f"{intent.claim_attempts}/{intent.max_attempts}",
+            intent.id[:SHOWN_ID_DIGITS], f"{intent.status:9}", f"{intent.claim_attempts}/{intent.max_attempts}",
             f"{format_duration(time.time() - intent.created_at):>4}", intent.goal, intent.worker, intent.last_error))
         before = page.next
         left = left - len(page.intents) if before else 0
@@ -8010,7 +8139,7 @@ def workers_command(bus, options):
     print_rows(options, bus.workers().workers, lambda worker: (
         f"{format_duration(time.time() - worker.last_seen):>4}", worker.owner, worker.name,
         None if worker.id == worker.name else worker.id, worker.version or "-", ", ".join(worker.goals) or "any goal",
-        ", ".join(worker.running)))
+        ", ".join(intent_id[:SHOWN_ID_DIGITS] for intent_id in worker.running)))
 
 
 @bus_command("watch", ["watch", """watch --json | jq -c 'select(.event == "dead")'"""], JSON)
@@ -8033,7 +8162,7 @@ def watch_command(bus, options):
         if page.missed:
             log(f"{page.missed} events were missed")
         print_rows(options, page.events, lambda entry: (
-            time.strftime("%H:%M:%S", time.localtime(entry.time)), f"{entry.event:9}", entry.id, entry.goal,
+            time.strftime("%H:%M:%S", time.localtime(entry.time)), f"{entry.event:9}", (entry.id or "")[:SHOWN_ID_DIGITS], entry.goal,
             entry.worker or entry.worker_id,
             entry.last_error if entry.event in ("failed", "dead", "lost") else None))
         if after and not page.events and time.monotonic() - asked < RECHECK_SECONDS:     # this bus does not hold requests
@@ -8048,7 +8177,7 @@ def cancel_command(bus, options):
 
 
 @bus_command("retry", ["retry 01a20a3bf4423c55cce77efa455c0ada", "retry --goal resize"],
-             flag("id", nargs="?", help="the id that publish printed"),
+             flag(*ID[0], **ID[1], nargs="?"),
              flag("--goal", help="all dead intents with this goal, up to --limit"),
              flag("--all", action="store_true", help="all dead intents, up to --limit"),
              flag("--limit", type=positive_int, default=1000, metavar="N", help="at most N intents"), JSON)

@@ -2276,6 +2276,10 @@ def test_the_cost_of_a_verb_does_not_grow_with_the_table(sqlite_work, bus, clock
         bus.publish_many([dict(goal=goal, payload=1, priority=900) for goal in ("g", "open")] * number)
         bus.publish_many([dict(goal=f"lane {index}", payload=1, visibility="public") for index in range(number)], caller=ALICE)
 
+    def of_a_minute(digits):
+        with pytest.raises(intentbus.Conflict, match="too many"):
+            bus.whole_id(digits)
+
     def costs():
         """Return the work of each verb, by name."""
         done = {}
@@ -2296,6 +2300,7 @@ def test_the_cost_of_a_verb_does_not_grow_with_the_table(sqlite_work, bus, clock
         do("release", bus.release, bus.claim("g").id)
         do("fulfill", bus.fulfill, bus.claim("g").id)
         do("cancel", bus.cancel, bus.publish("g", 1).id)
+        do("first digits", of_a_minute, intent_id[:8])
         do("list", bus.list)
         do("list of the dead", bus.list, status="dead")
         do("dead letters", bus.dead, limit=50)
@@ -3555,6 +3560,61 @@ def test_a_release_gives_the_attempt_back(bus, clock):
     assert bus.claim("g").claim_attempts == 1
 
 
+@pytest.mark.parametrize("steps, outcome, error, seconds", [
+    ("5 fail", "failed", "no luck", 5), ("5 release", "released", None, 5), ("5 cancel", "lost", "Cancelled", 5),
+    ("70", "lost", None, 60), ("70 cancel", "lost", None, 60), ("50 extend 60", "lost", "expired", 100), ("5 fulfill", None, None, 0),
+    ("70 fail", "failed", "no luck", 70), ("70 release", "released", None, 70), ("70 fulfill", None, None, 0),
+    ("5 fail fail", "failed", "no luck", 5), ("5 release release", "released", None, 5),
+], ids=str)
+def test_the_history_has_an_attempt_that_did_not_succeed(bus, clock, steps, outcome, error, seconds):
+    bus.publish("g", 1, ttl=100)
+    intent, began = bus.claim("g", worker_id="w"), clock.wall
+    do = dict(fail=lambda: bus.fail(intent.id, intent.claim_token, "no luck"), release=lambda: bus.release(intent.id, intent.claim_token),
+              fulfill=lambda: bus.fulfill(intent.id, intent.claim_token), cancel=lambda: bus.cancel(intent.id),
+              extend=lambda: bus.extend_claim(intent.id, intent.claim_token, 60))
+    for step in steps.split():
+        do[step]() if step in do else clock.pass_(int(step))
+    expected = [dict(attempt=1, worker="w", claimed_at=began, ended_at=began + seconds, outcome=outcome, error=error)] if outcome else []
+    assert bus.get_result(intent.id).history == bus.inspect(intent.id).history == expected
+    assert bus.store.get(intent.id).history is None or expected, "nothing is written without need"
+    tend(bus)
+    clock.pass_(1)
+    assert bus.get_result(intent.id).history == expected, "it does not change later"
+
+
+def test_the_history_has_the_last_20_attempts_of_all_retries(bus, clock):
+    intent_id = bus.publish("g", 1, max_attempts=20, backoff_base=1, caller=LIMITED).id
+    tried = []
+    for number in range(30):
+        claim = bus.claim("g", caller=LIMITED, worker_name=f"w{number}")
+        bus.fail(claim.id, claim.claim_token, f"error {number}", retry=number != 13, caller=LIMITED)
+        tried.append((claim.claim_attempts, f"w{number}", f"error {number}"))
+        if number == 13:
+            bus.retry(intent_id)
+        clock.pass_(3600)
+    assert [tuple(map(entry.get, ("attempt", "worker", "error"))) for entry in bus.get_result(intent_id).history] == tried[10:]
+    assert tried[14][0] == 1
+
+
+def test_the_history_counts_in_the_bytes_of_its_publisher(bus, clock):
+    stored = lambda: sum(row[4] for row in bus.store.tallies())
+    intent_id = bus.publish("g", 1, max_attempts=20, caller=LIMITED).id
+    before = stored()
+    for error in ("\u00e9" * 2000, "x" * 2000):
+        claim = bus.claim("g", caller=LIMITED)
+        bus.fail(intent_id, claim.claim_token, error)
+        clock.pass_(3600)
+    assert 6000 < stored() - before < 6500 and stored() == bus.store.get(intent_id).size
+    claim = bus.claim("g", caller=LIMITED)
+    clock.pass_(60)
+    tend(bus)
+    assert len(bus.get_result(intent_id).history) == 3
+    bus.fulfill(intent_id, claim.claim_token, caller=LIMITED)     # late, so that the attempt was not lost
+    assert len(bus.get_result(intent_id).history) == 2 and stored() == bus.store.get(intent_id).size + len("null")
+    bus.purge(confirm=True)
+    assert stored() == 0
+
+
 @pytest.mark.parametrize("claim_first", [False, True])
 def test_an_unfinished_intent_expires(bus, clock, claim_first):
     answer = bus.publish("g", 1, ttl=30, delay=10)
@@ -3706,6 +3766,35 @@ def test_the_worker_of_a_public_intent_may_read_not_cancel_it(bus):
     assert bus.get_status(answer.id, caller=BOB).status == "claimed"
     with pytest.raises(intentbus.NotFound):
         bus.cancel(answer.id, caller=BOB)
+
+
+def test_the_first_digits_of_an_id_are_of_an_intent_that_is_seen(bus, clock, monkeypatch):
+    def found(digits, caller):
+        with contextlib.suppress(intentbus.Conflict):
+            return bus.whole_id(digits, caller=caller)
+        return "ambiguous"
+    owners = {"alice": ALICE, "bob": BOB, "carol": BOB._replace(owner="carol"), "admin": intentbus.OWNER}
+    alices, bobs, public = (bus.publish(goal, 1, visibility=visibility, caller=owner).id for goal, visibility, owner in (
+        ("g", "private", ALICE), ("g", "private", BOB), ("p", "public", ALICE)))
+    clock.pass_(70)
+    later = bus.publish("g", 1, caller=ALICE).id
+    digits = alices[:8]
+    assert digits == bobs[:8] == public[:8] != later[:8], "they are of the same minute"
+    seen = lambda: {name: found(digits, caller) for name, caller in owners.items()}
+    assert seen() == dict(alice="ambiguous", bob=bobs, carol=digits, admin="ambiguous")
+    bus.claim("p", caller=owners["carol"])
+    assert seen() == dict(alice="ambiguous", bob=bobs, carol=public, admin="ambiguous")
+    for number in range(8, 33):
+        assert found(later[:number], ALICE) == later and found(later[:number], BOB) == later[:number]
+        assert found(alices[:number], ALICE) == (alices if number >= 16 else found(alices[:number], ALICE))
+    for text in (alices[:7], alices[:16].upper() + "A", alices[:16] + "%", alices[:15] + "\n", ""):
+        assert bus.whole_id(text) == text
+    with pytest.raises(intentbus.Conflict, match=f"^{digits} fits 3 intents; give more digits of the id[.]$") as refused:
+        bus.whole_id(digits)
+    assert refused.value.code == "ambiguous"
+    monkeypatch.setattr(intentbus, "LIST_ROWS", 2)
+    with pytest.raises(intentbus.Conflict, match="fits too many intents"):
+        bus.whole_id(digits, caller=BOB)
 
 
 def test_an_idempotency_key_stores_one_intent_for_a_day(bus, clock):
@@ -5924,6 +6013,33 @@ def test_of_many_simultaneous_requests_for_a_lock_one_gets_it(served):
     assert served.ask("GET", "/get/lock").json == {"value": winner}
 
 
+def test_the_first_digits_are_an_id_in_a_get_alone(served):
+    ids = served.ask("POST", "/intents", [a_publish(goal=str(number)) for number in range(2)]).json["ids"]     # of one millisecond
+    assert served.ask("POST", f"/cancel/{ids[0]}").status == 200
+    for method, path, *_ in intentbus.ROUTES:
+        if "*" in path and not re.match("/(set|get|delete)/", path):
+            short, none, few, several = (served.ask(method, path.replace("*", digits)) for digits in (
+                ids[0][:16], "f" * 16, ids[0][:7], ids[0][:8]))
+            assert_refusal(none, 404, "not_found")
+            assert_refusal(few, 404, "not_found")
+            if method == "GET":
+                assert (short.status, short.json) == (200, served.ask(method, path.replace("*", ids[0])).json), path
+                assert_refusal(several, 409, "ambiguous")
+            else:
+                assert_refusal(short, 404, "not_found")
+                assert_refusal(several, 404, "not_found")
+
+
+def test_a_held_result_stays_with_the_intent_that_digits_found(served):
+    intent_id = served.publish()
+    waiting = in_thread(served.ask, "GET", f"/result/{intent_id[:8]}?wait=30")
+    served.holds(1)
+    other = served.publish()
+    for ended in (other, intent_id):
+        served.client.cancel(ended)
+    assert waiting().json["id"] == intent_id
+
+
 # -- Administration --
 
 @pytest.fixture
@@ -5953,7 +6069,7 @@ def test_the_fields_of_each_admin_answer(lived_in):
     for method, path, fields in (
         ("POST", "/admin/cleanup", COUNTS),
         ("GET", "/admin/keys", {"key_id", "name", "owner", "role", "created_at", "last_used_at", "total_requests"}),
-        ("GET", "/admin/intents/{open}", STATUS | {"payload", "expires_at", "result"}),
+        ("GET", "/admin/intents/{open}", STATUS | {"payload", "expires_at", "result", "history"}),
         ("GET", "/admin/dead", DEAD_LETTER),
         ("GET", "/admin/dead/{dead}", DEAD_LETTER | {"payload", "publisher", "visibility"}),
         ("GET", "/admin/summary", set()),
@@ -7949,7 +8065,7 @@ def test_the_client_has_the_verbs_and_answers_of_the_bus(served):
 
 
 def test_the_verbs_of_bus_and_client_take_the_same_arguments():
-    verbs = ("publish", "claim", "extend_claim", "fulfill", "fail", "release", "get_status", "get_result", "list", "cancel",
+    verbs = ("publish", "claim", "extend_claim", "fulfill", "fail", "release", "get_status", "get_result", "inspect", "list", "cancel",
              "retry", "workers", "events")
     for verb in verbs:
         ours, theirs = (inspect.signature(getattr(kind, verb)).parameters for kind in (Bus, IntentClient))
@@ -8085,6 +8201,7 @@ VERBS = {     # of the client; each takes an answer that only a bus gives
     "set": lambda bus: bus.set("k", 1), "get": lambda bus: bus.get("k"), "delete": lambda bus: bus.delete("k"),
     "generate_key": lambda bus: bus.admin("generate_key", owner="x"), "invite": lambda bus: bus.admin("invite", owner="x"),
     "revoke_key": lambda bus: bus.admin("revoke_key", key_id="x"), "keys": lambda bus: bus.admin("keys"),
+    "inspect": lambda bus: bus.admin("intents/x"),
     "purge": lambda bus: bus.admin("purge", confirm=True), "summary": lambda bus: bus.admin("summary"),
 }
 ANSWERED = ("id", "ids", "status", "intents", "workers", "events", "next", "value", "deleted", "api_key", "key_id", "code", "owner",
@@ -9097,7 +9214,7 @@ def test_a_session_from_publish_to_result(serve):
     work = serve.run("work", "--goal", "greet", "--drain", "--", "echo", "hello {name} {times}")
     assert (work.returncode, work.stdout) == (0, "") and f"{id} fulfilled" in work.stderr
     assert serve.run("result", id).stdout == "hello Ada 2\n"
-    assert re.fullmatch(rf"{id}  fulfilled  1/3    \ds  greet  \S+ echo \d+\n", serve.run("list", "--goal", "greet").stdout)
+    assert re.fullmatch(rf"{id[:16]}  fulfilled  1/3    \ds  greet  \S+ echo \d+\n", serve.run("list", "--goal", "greet").stdout)
     assert json.loads(serve.run("status", id, "--json").stdout)["status"] == "fulfilled"
 
 
@@ -9171,7 +9288,7 @@ def test_the_commands_tell_who_works_and_who_is_missing(serve, tmp_path):
     running = wait_until(lambda: serve.client.get_status(id).worker)
     wait_until(lambda: names <= {worker.name for worker in serve.client.workers().workers})
     listed = serve.run("workers").stdout.splitlines()
-    assert running in names and [f"  {running}  here  " in line for line in listed if line.endswith(f"  who  {id}")] == [True]
+    assert running in names and [f"  {running}  here  " in line for line in listed if line.endswith(f"  who  {id[:16]}")] == [True]
     status = serve.run("status", id)
     assert status.stdout == "claimed\n" and re.fullmatch(rf"intentbus: claimed by {running} at [0-9-]+ [0-9:]+\n", status.stderr)
     for flags, words in ((["--worker", "here"], ""), (["--worker", "heer"], "no worker that may claim it is there now; check")):
@@ -9192,6 +9309,66 @@ def test_cancel_retry_and_list_from_the_command_line(serve):
     assert serve.run("retry", id).stdout == "open\n"
     assert serve.run("retry", "--goal", "c").stdout == "0\n"
     assert serve.run("cancel", "0" * 32).returncode == 3
+
+
+def test_show_tells_all_about_an_intent(served, home, monkeypatch, capsys):
+    def shown():
+        """Return what show prints for people, by its labels, with N s for each time."""
+        assert intentbus.main(["show", id]) == 0
+        lines = capsys.readouterr().out.replace("\n" + " " * 20, " | ").splitlines()
+        return {line[:20].strip(): re.sub(r"\d+\.\d s", "N s", line[20:]) for line in lines}
+    monkeypatch.setenv("INTENT_BUS_URL", served.url)
+    monkeypatch.setenv("INTENT_API_KEY", KEY)
+    id, client = served.publish(goal="told", payload={"n": [1]}, namespace="n1", max_attempts=4), served.client
+    found = shown()
+    assert (found["id"], found["status"], found["payload"], found["publisher"]) == (id, "open", '{"n":[1]}', "owner")
+    assert "due" in found and not {"ended", "ran", "result", "error", "target worker", "attempt 1"} & found.keys()
+    ended = []
+    for number, end in enumerate((lambda *claim: client.fail(*claim, "no\nluck", retry=False),
+                                  lambda *claim: client.cancel(id), lambda *claim: client.fulfill(*claim, {"done": 1}))):
+        claim = client.claim("told", namespace="n1", worker_name=f"w{number}")
+        if number == 0:
+            assert shown()["attempt 1"] == "claimed, N s, by w0"
+        end(id, claim.claim_token)
+        ended.append(shown())
+        served.ask("POST", f"/retry/{id}")
+    assert [[found.get(label) for label in ("status", "attempt 1", "error", "result")] for found in ended] == [
+        ["dead", "failed, N s, by w0: no | luck", "no | luck", None], ["dead", "lost, N s, by w1: Cancelled", "Cancelled", None],
+        ["fulfilled", "fulfilled, N s, by w2", None, '{"done":1}']]
+    assert ended[2]["waited"] == ended[2]["ran"] == "N s" and "due" not in ended[2]
+    assert intentbus.main(["show", id, "--json"]) == 0
+    assert [entry["error"] for entry in json.loads(capsys.readouterr().out)["history"]] == ["no\nluck", "Cancelled"]
+
+
+def test_show_tells_a_key_what_it_may_see(started, home, monkeypatch, capsys):
+    bus = started(keys=dict(admin_secret="secret"))
+    monkeypatch.setenv("INTENT_BUS_URL", bus.url)
+    key = bus.ask("POST", "/admin/generate_key", {"owner": "ann"}, **{"X-Admin-Token": "secret"}).json["api_key"]
+    theirs, anns = (bus.ask("POST", "/intent", a_publish(), key=key).json["id"] for key in (KEY, key))
+    monkeypatch.setenv("INTENT_API_KEY", key)
+    for secret, id, code, payload in (("", anns, 0, False), ("", theirs, 3, False), ("secret", anns, 0, True), ("secret", theirs[:16], 0, True)):
+        monkeypatch.setenv("BUS_ADMIN_SECRET", secret)
+        assert (intentbus.main(["show", id]), "payload" in capsys.readouterr().out) == (code, payload)
+
+
+@pytest.mark.parametrize("words, code, output", [
+    ("status", 0, "open"), ("show", 0, "id  "), ("result", 3, ""), ("result --wait=0.1s", 124, ""), ("cancel", 0, "dead"), ("retry", 1, "")])
+def test_commands_tell_which_intent_the_first_digits_mean(served, home, monkeypatch, capsys, words, code, output):
+    id, other = served.ask("POST", "/intents", [a_publish(goal=goal) for goal in ("meant", "other")]).json["ids"]
+    monkeypatch.setenv("INTENT_BUS_URL", served.url)
+    monkeypatch.setenv("INTENT_API_KEY", KEY)
+
+    def do(digits):
+        done = intentbus.main([*words.split(), digits])
+        return (done, *capsys.readouterr())
+    found, out, said = do(id[:16])
+    assert (found, out.startswith(output), bool(out)) == (code, True, bool(output)), said
+    assert said.startswith(f"intentbus: {id[:16]} is {id}, meant\n") and id[:16] not in said.replace(id, "")[len("intentbus: " + id[:16]):]
+    assert f" is {id}" not in do(id)[2], "a whole id needs no explanation"
+    before = served.statuses()
+    assert_complaint(do(other[:8]), 1, f"{id[:8]} fits 2 intents")
+    assert_complaint(do("f" * 16), 3, "There is no intent ffffffffffffffff.")
+    assert served.statuses() == before
 
 
 @POSIX
@@ -9365,7 +9542,8 @@ def test_printed_text_cannot_control_the_terminal(serve):
     client = serve.client
     intent = client.publish("escape", 1) and client.claim("escape")
     client.fail(intent.id, intent.claim_token, "\x1b]0;owned\x07\x1b[2J\nsecond line", retry=False)
-    for output in (serve.run("list", "--status", "dead").stdout, serve.run("result", intent.id).stderr):
+    for output in (serve.run("list", "--status", "dead").stdout, serve.run("result", intent.id).stderr,
+                   serve.run("show", intent.id).stdout):
         assert "\\x1b]0;owned\\x07" in output and not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", output)
 
 
@@ -9734,7 +9912,7 @@ def test_watch_follows_the_bus_over_a_restart(served, home):
     served.holds(1)
     for number in range(2):
         id = served.publish()
-        assert re.fullmatch(rf"\d\d:\d\d:\d\d  published  {id}  g\n", watching.stdout.readline())
+        assert re.fullmatch(rf"\d\d:\d\d:\d\d  published  {id[:16]}  g\n", watching.stdout.readline())
         served.restart()
         served.holds(1)
     watching.send_signal(signal.SIGINT)
@@ -11331,6 +11509,7 @@ def test_the_commands_work_with_an_original_bus(original, home):
     assert original.intents[id].status == "open" and "ignores a ttl" in said
     assert "will be tried again: this is an older bus" in do("work --goal g --drain", "--", "sh", "-c", "echo no >&2; exit 100")[1]
     assert do(f"status {id}") == ("dead", "no") and do(f"result {id}", code=1) == ("", f"{id} is dead: no")
+    assert re.search(r"\nstatus +dead\nerror +no$", do(f"show {id}")[0])
     do("set k v --ttl 1h")
     assert "would store it though the key may be taken" in do("set k mine --if-absent", code=2)[1] and do("get k") == ("v", "")
     for words in ("list", "workers", "watch", f"cancel {id}", f"retry {id}", "del k", "keys list", "stats", "publish g --lines"):
