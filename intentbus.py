@@ -3109,6 +3109,7 @@ REQUIRED = object()
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 BAD_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2})")
 DIGITS = re.compile(r"[0-9]{1,15}(\.[0-9]{1,20})?", re.ASCII)
+TRUTHS = {"true": True, "1": True, "false": False, "0": False}     # in a query
 JSON_STRINGS = re.compile(rb'"(?:[^"\\]+|\\.)*"?', re.DOTALL)     # to the end, closed or not
 BRACKETS, NO_BRACKETS = bytes.maketrans(b"{}", b"[]"), bytes(set(range(256)) - set(b"[]{}"))
 
@@ -3181,10 +3182,17 @@ def list_of(validator):
 
 
 def from_query(validator):
-    """Accept decimal digits, in a query, of a number that a validator accepts."""
+    """Accept the text of a query for a value that a validator accepts: a string, a number in digits, or true, false, 1, 0."""
+    if validator is boolean:
+        accept = must_be("true, false, 1 or 0", TRUTHS.__contains__)
+        return lambda value: TRUTHS[accept(value)]
+
     def read(value):
-        if not DIGITS.fullmatch(value):
+        try:
             return validator(value)
+        except ValueError:
+            if not DIGITS.fullmatch(value):
+                raise
         return validator(float(value) if "." in value else int(value))
     return read
 
@@ -3269,6 +3277,8 @@ OPTIONAL = ("target_worker", "required_capability", "idempotency_key")
 IDEMPOTENCY = Fields({"idempotency_key": (text_of(1, 255), None)}, optional=OPTIONAL)
 PUBLISH = Fields({**INTENT, "idempotency_key": (text_of(1, 255), None)}, optional=OPTIONAL)
 PUBLISH_OF_MANY = Fields(INTENT, optional=OPTIONAL)     # one of several, which share an idempotency key
+PUBLISH_QUERY = Fields({field: (from_query(PUBLISH[field]), PUBLISH.defaults.get(field))     # the path has the goal
+                        for field in PUBLISH if field not in ("goal", "payload")}, optional=OPTIONAL)
 CLAIM_QUERY = {
     "goal": (list_of(text_of(1, 256)), None),
     "namespace": (namespace_word, "default"),
@@ -3313,7 +3323,7 @@ SET = Fields({"value": (anything, REQUIRED), "ttl": (number_from(1, 86400), VALU
 SET_QUERY = Fields({
     "value": (string, REQUIRED),
     "ttl": (from_query(number_from(1, 86400)), VALUE_TTL_SECONDS),
-    "if_absent": (lambda value: choice("true", "false")(value) == "true", False),
+    "if_absent": (from_query(boolean), False),
 })
 VALUE_KEY = Fields({"key": (must_be(f"at most {VALUE_KEY_CHARACTERS} characters",
                                     lambda key: len(key) <= VALUE_KEY_CHARACTERS), REQUIRED)})
@@ -3326,6 +3336,10 @@ JOIN = Fields({"code": (string, REQUIRED)})
 REVOKE_KEY = Fields({"api_key": (string, None), "key_id": (string, None)})
 PURGE = Fields({"confirm": (boolean, False), "namespace": (namespace_word, None)})
 NOTHING, ANYTHING = Fields({}), Fields({}, strict=False)
+
+
+class NotJson(Invalid):
+    """A text that is not JSON at all."""
 
 
 def refuse_number(digits):
@@ -3355,7 +3369,7 @@ def from_json(body, depth=JSON_DEPTH):
         raise Invalid("The JSON is not valid Unicode: UTF-8, with no lone surrogates.", code="invalid_json") from error
     except ValueError as error:
         reason = "a number has too many digits" if "int_max_str_digits" in str(error) else error
-        raise Invalid(f"This is not valid JSON: {reason}.", code="invalid_json") from error
+        raise NotJson(f"This is not valid JSON: {reason}.", code="invalid_json") from error
     return value
 
 
@@ -3370,6 +3384,19 @@ def from_json_or_text(data):
     return value
 
 
+def decoded_text(data):
+    """Return text in bytes as a string, without a byte order mark; raises Invalid unless it is UTF-8."""
+    try:
+        return without_mark(data).decode()
+    except UnicodeDecodeError as error:
+        raise Invalid("This text is not UTF-8.", code="invalid_payload") from error
+
+
+def as_text(value):
+    """Return a JSON value as text: a string as it is, null as an empty text, anything else as JSON."""
+    return value if isinstance(value, str) else "" if value is None else to_json(value)
+
+
 def nesting(body, limit):
     """Return how deep the brackets of a JSON text are nested, or a number over the limit; 0 if they are too few to exceed it."""
     if body.count(b"[") + body.count(b"{") <= limit:
@@ -3379,8 +3406,10 @@ def nesting(body, limit):
         if not brackets:
             return depth
         before, brackets = brackets, brackets.replace(b"[]", b"")
-        if brackets == before:     # it is no JSON
-            return len(brackets) if brackets.count(b"[") > limit else 0
+        if brackets == before:     # it is no JSON; the parser takes stack for each bracket until it finds out
+            if brackets.count(b"[") > limit:
+                raise NotJson(f"The JSON is nested deeper than {limit} levels, and not closed.", code="invalid_json")
+            return 0
     return limit + 1
 
 
@@ -3733,6 +3762,17 @@ class Request:
         """Whether it changes nothing."""
         return self.method in ("GET", "HEAD")
 
+    @property
+    def media_type(self):
+        """The Content-Type, in lower case and without parameters; empty if there is none."""
+        return self.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+    @property
+    def wants_text(self):
+        """Whether the client accepts text/plain, and not JSON by name."""
+        accepted = [part.partition(";")[0].strip().lower() for part in self.headers.get("accept", "").split(",")]
+        return "text/plain" in accepted and "application/json" not in accepted
+
     def json(self):
         """Return the value of the body; an empty one counts as {}."""
         return from_json(self.body) if self.body.strip() else {}
@@ -3775,14 +3815,39 @@ def publishable(api, body, fields=PUBLISH):
 
 def publish_endpoint(api, request):
     request.parameters(NOTHING)
-    fields = publishable(api, request.json())
+    return publish_one(api, request, request.json())
+
+
+def publish_payload_endpoint(api, request, goal):
+    """Publish the body as a payload; the path has the goal, the query the other fields."""
+    fields = dict(request.parameters(PUBLISH_QUERY), payload=payload_in(request))
+    return publish_one(api, request, dict(fields, goal=goal[:-1] if goal.endswith("/") else goal))
+
+
+def publish_one(api, request, body):
+    fields = publishable(api, body)
     fields["idempotency_key"] = request.idempotency_key(fields["idempotency_key"])
-    return 201, api.bus.publish(**fields, caller=request.caller)
+    answer = api.bus.publish(**fields, caller=request.caller)
+    return 201, answer.id if request.wants_text else answer
+
+
+def payload_in(request):
+    """Return the payload that a body is: JSON if it is said to be, or is an object or array not said to be text; else text."""
+    kind = request.media_type
+    if kind.startswith("multipart/"):
+        raise Invalid("A multipart body is no payload; send JSON or text.", code="invalid_payload")
+    if kind == "application/json" or kind.endswith("+json"):
+        return request.json()
+    text = decoded_text(request.body)
+    with contextlib.suppress(NotJson):
+        if kind != "text/plain" and text.lstrip()[:1] in ("{", "["):
+            return from_json(request.body)
+    return text or {}
 
 
 def publish_many_endpoint(api, request):
     key = request.idempotency_key(request.parameters(IDEMPOTENCY)["idempotency_key"])
-    lines = request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/x-ndjson"
+    lines = request.media_type == "application/x-ndjson"
     bodies = [line for line in without_mark(request.body).splitlines() if line.strip()] if lines else request.json()
     if not isinstance(bodies, list) or len(bodies) > BULK_INTENTS:
         raise Invalid(f"The body must be a JSON array of at most {BULK_INTENTS} intents, or as many lines of NDJSON.")
@@ -3867,11 +3932,14 @@ def nothing_to_claim(api, request, wanted):
 
 
 def result_endpoint(api, request, intent_id):
+    plain = request.wants_text     # while it is held, it has no headers
     def current():
-        return 200, api.bus.get_result(intent_id, caller=request.caller)
+        return answer_with(api.bus.get_result(intent_id, caller=request.caller))
     def ended():
-        status, found = current()
-        return (status, found) if found.status in ("fulfilled", "dead") else None
+        found = api.bus.get_result(intent_id, caller=request.caller)
+        return answer_with(found) if found.status in ("fulfilled", "dead") else None
+    def answer_with(found):
+        return 200, as_text(found.result) if plain else found
     return api.hold(request, (intent_id,), request.parameters(RESULT)["wait"], ended, current)
 
 
@@ -3970,6 +4038,8 @@ ROUTES = (
     ("GET",  "/",                       None,      lambda api, request: (200, HOME)),
     ("GET",  "/health",                 None,      health_endpoint),
     ("POST", "/intent",                 "publish", publish_endpoint),
+    ("POST", "/publish/*",              "publish", publish_payload_endpoint),
+    ("PUT",  "/publish/*",              "publish", publish_payload_endpoint),
     ("POST", "/intents",                "publish", publish_many_endpoint),
     ("POST", "/claim",                  "work",    claim_endpoint),
     ("POST", "/extend_claim/*",         "work",    with_body("extend_claim", EXTEND)),
@@ -6925,11 +6995,6 @@ CUT_MARK = "\n[The output was longer: it is cut here.]"
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}|\{([A-Za-z_]\w*)\}", re.ASCII)
 
 
-def as_text(value):
-    """Return a JSON value as text: a string as it is, null as an empty text, anything else as JSON."""
-    return value if isinstance(value, str) else "" if value is None else to_json(value)
-
-
 def fill_placeholders(argument, intent):
     """Return an argument with {id}, {goal}, {payload} and the payload's fields filled in; {{name}} becomes {name}."""
     fields = intent.payload if isinstance(intent.payload, dict) else {}
@@ -7523,6 +7588,20 @@ def format_duration(seconds):
     return f"{max(0, seconds) // UNIT_SECONDS[unit]:.0f}{unit}"
 
 
+def local_time(text):
+    """Parse a local time such as 07:00, the next one, or 2026-12-24T18:00; return Unix seconds."""
+    import datetime     # 2 ms, which other commands need not pay
+    now = datetime.datetime.now()
+    dates = [""] if "-" in text else [f"{now.date() + datetime.timedelta(days)} " for days in (0, 1)]
+    try:
+        times = [datetime.datetime.fromisoformat(date + text).timestamp() for date in dates]
+    except (ValueError, OverflowError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a local time such as 07:00 or 2026-12-24T18:00") from error
+    if times[-1] <= now.timestamp():
+        raise argparse.ArgumentTypeError(f"{text} is over")
+    return next(moment for moment in times if moment > now.timestamp())
+
+
 def positive_int(text):
     """Parse a whole number from 1 up."""
     if not re.fullmatch(r"[1-9][0-9]{0,8}", text, re.ASCII):
@@ -7558,7 +7637,7 @@ DB = flag("--db", help="the database file (BUS_DB_PATH; default intentbus.db)")
 ID = flag("id", help="the id that publish printed")
 JSON = flag("--json", action="store_true", help="print JSON")
 STORED_KEY = flag("key", help="the key of the value")
-PUBLISH_FIELDS = ("priority", "delay", "ttl", "max_attempts", "backoff_base", "target_worker", "required_capability",
+PUBLISH_FIELDS = ("priority", "delay", "run_at", "ttl", "max_attempts", "backoff_base", "target_worker", "required_capability",
                   "visibility", "idempotency_key")
 NEW_KEY = (
     flag("name", help="a name for the key, such as that of its machine"),
@@ -7650,15 +7729,19 @@ def log_startup(options, url, database, key_source):
 
 
 @command("publish", ['publish send_notification title=nas message="the backup is done"',
+                     'publish say "good morning" --at 07:00',
                      """publish resize '{"file": "a.jpg"}' --wait""",
                      "publish backup host=nas full:=true --delay 1h --spool",
                      "publish resize --lines < files.txt"],
          *CONNECTION,
          flag("goal", help="the name of the work, which workers ask for"),
-         flag("payload", nargs="*", help="JSON, name=text and name:=json pairs, @FILE, or - or nothing for stdin"),
+         flag("payload", nargs="*", help="JSON, text, @FILE, - or nothing for stdin, or pairs: name=text, name=@FILE, name:=json"),
+         flag("--text", action="store_true", help="the payload is text, even if it could be JSON, a pair or @FILE"),
          WAIT, JSON,
          flag("--priority", type=int, help="0 to 1000; higher is claimed first (default 100)"),
          flag("--delay", type=duration, help="the time until it can be claimed"),
+         flag("--at", dest="run_at", metavar="TIME", type=local_time, help="when it can be claimed, in local time: 07:00, the next "
+                                                                           "one, or 2026-12-24T18:00"),
          flag("--ttl", type=duration, help="how long it may stay unfinished after the delay (default 7d)"),
          flag("--max-attempts", type=int, help="attempts before it is dead, 1 to 20 (default 3)"),
          flag("--backoff", dest="backoff_base", type=duration, help="half the first pause; pauses double (default 5s)"),
@@ -7674,10 +7757,12 @@ def publish_command(options):
     fields = {name: value for name, value in vars(options).items() if name in PUBLISH_FIELDS and value is not None}
     if options.spool and options.wait is not None:
         raise Invalid("--spool and --wait exclude each other: a stored intent may be sent much later.")
+    if options.delay and options.run_at:
+        raise Invalid("--delay and --at exclude each other.")
     bus = open_client(options, spool=options.spool)
     if options.lines or options.jsonl:
         return publish_lines(bus, options, fields)
-    answer = bus.publish(options.goal, read_payload(options.payload), **fields)
+    answer = bus.publish(options.goal, read_payload(options.payload, options.text), **fields)
     if answer.get("status") == "spooled":
         log(f"{answer.reason} The intent is stored; the next publish --spool, flush or work sends it.")
     elif answer.get("never_claimed"):
@@ -7692,8 +7777,8 @@ def publish_command(options):
 
 def publish_lines(bus, options, fields):
     """Publish an intent for each line of stdin and print the ids; on a terminal, show the progress."""
-    if options.payload or options.wait is not None:
-        raise Invalid("--lines and --jsonl read payloads from stdin only, and exclude --wait.")
+    if options.payload or options.wait is not None or options.text:
+        raise Invalid("--lines and --jsonl read payloads from stdin only, and exclude --wait and --text.")
     key = fields.pop("idempotency_key", None)
     parse = parse_json if options.jsonl else decode_line
     intents = (dict(fields, goal=options.goal, payload=parse(line)) for line in binary_stdin() if line.strip())
@@ -7760,7 +7845,7 @@ def batches(intents, seconds):
 def binary_stdin():
     """Return stdin as a file of bytes, which a thread may read until the program ends; raises Invalid if it is closed."""
     if sys.stdin is None:
-        raise Invalid("There is no input, since stdin is closed: redirect it, or give the payload as JSON, name=text pairs or @FILE.")
+        raise Invalid("There is no input, since stdin is closed: redirect it, or give the payload as JSON, text, pairs or @FILE.")
     return open(sys.stdin.fileno(), "rb", closefd=False)     # Python's own is locked by its reader at the exit
 
 
@@ -7783,25 +7868,62 @@ def parse_json(source):
         raise Invalid(f"{error} The input was {shown!r}; plain text needs quotes: '\"text\"'.") from error
 
 
-def read_payload(words):
-    """Return the payload for words of a command line: pairs, JSON, @FILE, or - or nothing for stdin."""
-    pairs = [re.fullmatch(r"(\w+)(:?=)(.*)", word, re.ASCII | re.DOTALL) for word in words]
-    if words and all(pairs):
-        return {name: parse_json(value) if equals == ":=" else value for name, equals, value in map(re.Match.groups, pairs)}
+def read_payload(words, is_text=False):
+    """Return the payload for words of a command line: pairs, JSON, text, @FILE, or - or nothing for stdin.
+
+    With is_text, the word or stdin is text. No payload at all is {}.
+    """
+    read = plain_text if is_text else json_or_text
+    pairs = [re.fullmatch(r"([\w.-]+)(:?=)(.*)", word, re.ASCII | re.DOTALL) for word in words]
+    if words and all(pairs) and not is_text:
+        return read_pairs(map(re.Match.groups, pairs))
     if len(words) > 1:
-        raise Invalid("The payload is one JSON value (quote it for the shell), or name=text pairs.")
-    word = words[0] if words else "-"
-    if word.startswith("@"):
-        try:
-            with open(word[1:], "rb") as file:
-                return parse_json(file.read())
-        except OSError as error:
-            raise SetupError(f"The payload file {word[1:]} cannot be read: {error.strerror}.") from error
-    if word != "-":
-        return parse_json(word)
-    if not words and sys.stdin and sys.stdin.isatty():
-        raise Invalid("There is no payload: give JSON, name=text pairs, @FILE, or redirect stdin.")
-    return parse_json(binary_stdin().read())
+        raise Invalid("The payload is one JSON value, one text (quote them for the shell), or name=text pairs.")
+    if words and (is_text or not re.match("-$|@", words[0])):
+        return read(words[0])
+    if words and words[0] != "-":
+        return read(read_file(words[0][1:]))
+    if not words and (sys.stdin is None or sys.stdin.isatty()):
+        return {}
+    content = binary_stdin().read()
+    return read(content) if content or is_text else {}
+
+
+def read_pairs(pairs):
+    """Return the payload for (name, "=" or ":=", value) of each pair; a value may be @FILE."""
+    payload = {}
+    for name, equals, value in pairs:
+        if name in payload:
+            raise Invalid(f"The payload has {name} twice.")
+        value = read_file(value[1:]) if value.startswith("@") else value
+        payload[name] = parse_json(value) if equals == ":=" else plain_text(value)
+    return payload
+
+
+def json_or_text(content):
+    """Return the value of JSON that a person gave, or else the text that it is; raises Invalid."""
+    data = content if isinstance(content, bytes) else content.encode(errors="surrogatepass")
+    try:
+        return from_json(data)
+    except NotJson as error:
+        if data.lstrip()[:1] in (b"{", b"["):
+            log(f"{error} It is published as text.")
+        return plain_text(content)
+
+
+def plain_text(content):
+    """Return text that a person gave, as it is; that of a file or stdin, in bytes, without the line end at its end."""
+    return content if isinstance(content, str) else decoded_text(content).rstrip("\r\n")
+
+
+def read_file(path):
+    """Return the bytes of a file with a payload; raises SetupError."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise SetupError(f"The payload file {path} cannot be read: {error.strerror}. For a text that begins with @, use --text or "
+                         f"name:='\"@text\"'.") from error
 
 
 def wait_for_result(bus, intent_id, options):

@@ -3923,6 +3923,8 @@ MATRIX = """
     GET  /                             200  200  200  200  200  200  200  200  200  200  200  200
     GET  /health                       200  200  200  200  200  200  200  200  200  200  200  200
     POST /intent                       401  401  401  201  403  201  201  201  401  201  403  403
+    POST /publish/new                  401  401  401  201  403  201  201  201  401  201  403  403
+    PUT  /publish/new                  401  401  401  201  403  201  201  201  401  201  403  403
     POST /intents                      401  401  401  201  403  201  201  201  401  201  403  403
     POST /claim                        401  401  401  403  200  200  204  204  401  200  403  403
     POST /extend_claim/{claimed}       401  401  401  403  200  200  404  404  401  200  403  403
@@ -4522,7 +4524,7 @@ def test_keys_of_one_owner_share_their_private_intents(started):
 
 @pytest.mark.parametrize("state", ["open", "claimed", "dead"])
 @pytest.mark.parametrize("method, path", [route[:2] for route in intentbus.ROUTES if route[1].endswith("/*")
-                                          and not route[1].startswith(("/admin", "/set", "/get", "/delete"))])
+                                          and not route[1].startswith(("/admin", "/publish", "/set", "/get", "/delete"))])
 def test_anothers_intent_is_answered_like_an_unknown_id(guarded, method, path, state):
     intent_id, key = prepared(guarded, state), guarded.issued["other"]
     for body in (b"", {"claim_token": "wrong"} if path.startswith(intentbus.REPORTS) else {}):
@@ -4532,7 +4534,7 @@ def test_anothers_intent_is_answered_like_an_unknown_id(guarded, method, path, s
 
 
 ODD_IDS = ("x", "0", NOBODY[1:], NOBODY + "0", "A" * 32, "%00", "..%2f..", "'%20OR%201=1--", "%1b%5b2J", "%F0%9F%98%80", "x" * 300)
-WITH_AN_ID = [route[:2] for route in intentbus.ROUTES if "*" in route[1] and not route[1].startswith(("/set", "/get", "/delete"))]
+WITH_AN_ID = [route[:2] for route in intentbus.ROUTES if "*" in route[1] and not route[1].startswith(("/publish", "/set", "/get", "/delete"))]
 
 
 def facts(response):
@@ -5129,7 +5131,7 @@ def test_a_bad_field_is_refused_and_named(sent, expected):
 
 
 @pytest.mark.parametrize("path", [path.replace("*", NOBODY) for method, path, _, _ in intentbus.ROUTES
-                                  if method == "POST" and path != "/claim"])
+                                  if method == "POST" and path not in ("/claim", "/publish/*")])     # it takes text
 def test_every_endpoint_refuses_a_body_that_is_not_json(strict, path):
     for body, *expected in ((b'{"claim_token": ', "invalid_json"), (b"[" * 1000, "invalid_json", "64 levels"),
                             (b"7", "invalid_request", "JSON")):
@@ -5745,6 +5747,111 @@ def test_a_wrong_claim_of_the_next_intent_refuses_the_report(served, query, head
     plain = served.ask("POST", f"/fulfill/{claim['id']}?{query.replace('next=1', 'next=0')}", report if not body else dict(
         claim_token=claim["claim_token"]), **headers)
     assert plain.json == {"ok": True, "id": claim["id"]}, "without next=1, the query is ignored"
+
+
+# -- The simplest publish --
+
+@pytest.mark.parametrize("kind, body, payload", [
+    (None, b'{"a": [1]}', {"a": [1]}), (None, b'\xef\xbb\xbf [1]\n', [1]), (None, b"", {}), (None, b"\xef\xbb\xbf", {}),
+    (None, b"5", "5"), (None, b'"a"', '"a"'), (None, b" the backup\n", " the backup\n"), (None, b"[12:00] done", "[12:00] done"),
+    (None, b'{"a": 1', '{"a": 1'), (None, b"[x " * 70, "[x " * 70), ("application/x-www-form-urlencoded", b"a=1&b=%20", "a=1&b=%20"),
+    ("application/x-www-form-urlencoded", b'{"a": 1}', {"a": 1}), ("text/plain; charset=utf-8", b'{"a": 1}', '{"a": 1}'),
+    ("application/json", b"5", 5), ("Application/JSON; charset=utf-8", b'"a"', "a"), ("application/json", b"null", None),
+    ("application/vnd.github+json", b"[]", []), ("application/json", b"", {}), ("text/plain", b"", {}),
+], ids=ascii)
+def test_a_body_sent_to_a_goal_is_its_payload(served, kind, body, payload):
+    for method in ("POST", "PUT"):
+        answer = served.ask(method, "/publish/resize", body, Content_Type=kind)
+        assert (answer.status, answer.json["status"], answer.json["never_claimed"]) == (201, "published", True)
+    assert served.payloads(goal="resize") == [payload] * 2
+
+
+@pytest.mark.parametrize("kind, body, code", [
+    ("multipart/form-data; boundary=x", b"--x\r\n\r\na\r\n--x--", "invalid_payload"), (None, b"caf\xe9", "invalid_payload"),
+    ("text/plain", b"\xed\xa0\x80", "invalid_payload"), (None, "text".encode("utf-16"), "invalid_json"),
+    ("application/json", b"text", "invalid_json"), ("application/json", b"NaN", "invalid_json"),
+    (None, b"[" * 65 + b"]" * 65, "invalid_json"), (None, b'{"a": "\\ud800"}', "invalid_json"),
+], ids=ascii)
+def test_a_body_that_is_no_payload_is_refused(strict, kind, body, code):
+    assert_refusal(strict.ask("POST", "/publish/g", body, Content_Type=kind), 400, code)
+
+
+IN_A_QUERY = dict(namespace="home", visibility="public", priority=7, delay=90.5, run_at=4, ttl=60, max_attempts=1, backoff_base=2.5,
+                  target_worker="5", required_capability="1.5", reward="x", idempotency_key="7")
+
+
+@pytest.mark.parametrize("field", intentbus.PUBLISH_QUERY)
+def test_each_other_field_may_stand_in_the_query(served, field):
+    assert served.ask("POST", f"/publish/g?{field}={IN_A_QUERY[field]}", b"x").status == 201
+    assert served.ask("POST", "/intent", a_publish(goal="h", payload="x", **{field: IN_A_QUERY[field]}),
+                      **({"Idempotency_Key": "7"} if field == "idempotency" else {})).status == (422 if field == "idempotency_key" else 201)
+    changing = ("id", "goal", "created_at", "run_at", "expires_at")
+    one, *others = [{name: value for name, value in served.ask("GET", f"/admin/intents/{intent['id']}").json.items() if name not in changing}
+                    for intent in served.ask("GET", "/admin/intents").json["intents"]]
+    assert others == ([] if field == "idempotency_key" else [one])
+    if field in one:
+        assert one[field] == IN_A_QUERY[field]
+
+
+@pytest.mark.parametrize("query, code", [
+    ("goal=x", "invalid_request"), ("payload=1", "invalid_request"), ("priorty=5", "invalid_request"), ("priority=high", "invalid_priority"),
+    ("priority=5.5", "invalid_priority"), ("priority=-5", "invalid_priority"), ("priority=1e2", "invalid_priority"), ("delay=", "invalid_delay"),
+    ("ttl=0", "invalid_ttl"), ("namespace=", "invalid_namespace"), ("priority=5&priority=6", "invalid_priority"), ("visibility=all", "invalid_visibility"),
+])
+def test_a_wrong_field_in_the_query_of_a_publish_is_named(strict, query, code):
+    refused = strict.ask("POST", f"/publish/g?{query}", b"x")
+    assert_refusal(refused, 400, code, query.partition("=")[0])
+
+
+@pytest.mark.parametrize("path, goal", [("a", "a"), ("a/", "a"), ("a//", "a/"), ("a%2Fb", "a/b"), ("a/b", "a/b"), ("%20a%C3%A9", "a\xe9"),
+                                        ("a%3Fpriority=1", "a?priority=1"), ("g" * 256, "g" * 256)])
+def test_the_path_of_a_publish_is_the_goal(served, path, goal):
+    assert served.ask("POST", f"/publish/{path}", b"x").status == 201
+    assert served.client.list().intents[0].goal == goal
+
+
+@pytest.mark.parametrize("path, status, code", [("/publish", 404, "not_found"), ("/publish/", 404, "not_found"), ("/publish//", 400, "invalid_goal"),
+                                                ("/publish/" + "g" * 257, 400, "invalid_goal"), ("/publish/a%0Ab", 400, "invalid_goal")])
+def test_a_path_without_a_goal_publishes_nothing(strict, path, status, code):
+    assert_refusal(strict.ask("POST", path, b"x"), status, code)
+
+
+def test_an_idempotency_key_covers_goal_query_and_body(served):
+    def sent(path, body):
+        return served.ask("POST", path, body, Idempotency_Key="k")
+    first, same = sent("/publish/g?priority=5&delay=0", b'{"a": 1, "b": 2}'), sent("/publish/g?delay=0&priority=5", b'{"b":2,"a":1}')
+    assert (first.status, first.json["id"]) == (same.status, same.json["id"])
+    for path, body in (("/publish/h?priority=5", b'{"a":1,"b":2}'), ("/publish/g?priority=6", b'{"a":1,"b":2}'), ("/publish/g?priority=5", b"{}")):
+        assert_refusal(sent(path, body), 422, "idempotency_conflict")
+    assert served.statuses() == ["open"]
+
+
+def test_a_key_in_the_url_publishes_unless_signatures_are_required(started):
+    bus = started()
+    assert bus.ask("POST", "/publish/g", b"x", key=None, Authorization=basic("x", KEY)).status == 201
+    assert bus.ask("PUT", "/publish/g", b"x", key=None, Authorization=basic("x", "wrong")).status == 401
+    bus.restart(keys=dict(require_signatures=True))
+    assert_signature_refused(bus.ask("POST", "/publish/g", b"x", key=None, Authorization=basic("x", KEY)), "Missing required signature headers.")
+    assert bus.ask("PUT", "/publish/g%20h?ttl=60", b"x", **signed("PUT", "/publish/g h?ttl=60", b"x")).status == 201
+
+
+@pytest.mark.parametrize("accept, plain", [
+    ("text/plain", True), ("Text/Plain; charset=utf-8", True), ("text/plain, */*; q=0.01", True), (None, False), ("*/*", False),
+    ("application/json, text/plain, */*", False), ("text/html,application/xhtml+xml,*/*;q=0.8", False)])
+def test_accept_text_plain_answers_the_bare_id_or_result(served, accept, plain):
+    for path in ("/intent", "/publish/g"):
+        published = served.ask("POST", path, a_publish(), Accept=accept)
+        assert (published.headers["content-type"] == "text/plain; charset=utf-8") == plain
+        id = published.body.decode() if plain else published.json["id"]
+        asked = served.hold("GET", f"/result/{id}?wait=60", Accept=accept)
+        claim = served.client.claim()
+        served.client.fulfill(id, claim.claim_token, "two\nlines" if path == "/intent" else {"a": None})
+        with asked:
+            found = response_on(asked)
+        if plain:
+            assert found.body.decode() == ("two\nlines" if path == "/intent" else '{"a":null}')
+        assert plain or found.json["status"] == "fulfilled"
+    assert_refusal(served.ask("GET", f"/result/{NOBODY}", Accept=accept), 404, "not_found")
 
 
 # -- Bulk --
@@ -7469,7 +7576,7 @@ def test_a_mistyped_name_is_refused_and_named(strict, method, path):
         refused = strict.ask(method, target.replace("*", NOBODY), data)
         if data or "?" in target:
             assert_refusal(refused, 400, "invalid_request", f"Unknown {'parameter' if '?' in target else 'field'} '{name}'", "there are:")
-        if path == "/claim":     # a claim takes no fields in its body
+        if path in ("/claim", "/publish/*"):     # the body has no fields
             break
 
 
@@ -9117,21 +9224,51 @@ def test_publish_wait_is_a_remote_command(serve):
 
 
 @pytest.mark.parametrize("words, stdin, payload", [
-    (['{"a": [1, null]}'], None, {"a": [1, None]}),
-    (['"text"'], None, "text"),
-    (["5"], None, 5),
-    (["-"], "[1]", [1]),
-    ([], '{"b": 2}\n', {"b": 2}),
-    (["@file.json"], None, {"from": "file"}),
-    (["name=a=b", "n:=1", "empty=", 'list:=["x"]'], None, {"name": "a=b", "n": 1, "empty": "", "list": ["x"]}),
-])
-def test_the_ways_to_say_a_payload(serve, words, stdin, payload):
-    (serve.home / "file.json").write_text('{"from": "file"}')
-    options = {"input": stdin} if stdin else {}
-    id = serve.run("publish", "ways", *words, "--priority", "9", "--delay", "2h", "--capability", "x", **options).stdout.strip()
-    intent = serve.client.list(goal="ways", payload=True).intents[0]
-    assert (intent.id, intent.payload, intent.priority, intent.required_capability) == (id, payload, 9, "x")
+    (['{"a": [1, null]}'], "", {"a": [1, None]}), (['"text"'], "", "text"), (["5"], "", 5), (["-"], "[1]", [1]), ([], '{"b": 2}\n', {"b": 2}),
+    (["@file.json"], "", {"from": "file"}), (["the backup is done"], "", "the backup is done"), (["a b=1"], "", "a b=1"), (["[12:00] x\n"], "", "[12:00] x\n"),
+    (["NaN"], "", "NaN"), (["{bad"], "", "{bad"), ([""], "", ""), ([], "", {}), (["-"], "", {}), ([], None, {}), ([], "two\nlines\r\n", "two\nlines"),
+    ([], "a=1\n", "a=1"), (["--text", "5"], "", "5"), (["--text", "a=1"], "", "a=1"), (["--text", "-"], "5", "-"), (["--text", "@file.json"], "", "@file.json"),
+    (["--text"], '{"b": 2}\n', '{"b": 2}'), (["--text"], "", ""), (["name=a=b", "n:=1", "empty=", 'list:=["x"]'], "", {"name": "a=b", "n": 1, "empty": "", "list": ["x"]}),
+    (["x-y.z=1", "a=@text.txt", "b:=@file.json", 'c:="@"'], "", {"x-y.z": "1", "a": "caf\xe9", "b": {"from": "file"}, "c": "@"}),
+], ids=ascii)
+def test_the_ways_to_say_a_payload(served, home, monkeypatch, capsys, words, stdin, payload):
+    monkeypatch.setenv("INTENT_BUS_URL", served.url)
+    monkeypatch.setenv("INTENT_API_KEY", KEY)
+    monkeypatch.chdir(home)
+    Path("file.json").write_text('{"from": "file"}')
+    Path("text.txt").write_text("\ufeffcaf\xe9\n", encoding="utf-8")
+    Path("stdin").write_text(stdin or "", newline="")
+    with open("stdin") as file:
+        monkeypatch.setattr(sys, "stdin", file if stdin is not None else None)
+        assert intentbus.main(["publish", "ways", *words, "--priority", "9", "--delay", "2h", "--capability", "x"]) == 0
+    said, intent = capsys.readouterr(), served.client.list(goal="ways", payload=True).intents[0]
+    assert (intent.id + "\n", intent.payload, intent.priority, intent.required_capability) == (said.out, payload, 9, "x")
+    assert ("published as text" in said.err) == (str(payload)[:1] in ("{", "[") and isinstance(payload, str) and "--text" not in words)
     assert round(intent.run_at - intent.created_at) == 7200
+
+
+@POSIX
+@pytest.mark.parametrize("now, text, expected", [     # in New York
+    ("2026-11-26 06:59:59", "07:00", "2026-11-26 07:00"), ("2026-11-26 07:00:00", "07:00", "2026-11-27 07:00"),
+    ("2026-12-31 23:00:00", "07:00:30", "2027-01-01 07:00:30"), ("2026-11-26 07:00:00", "2026-12-24T18:00", "2026-12-24 18:00"),
+    ("2026-11-26 07:00:00", "2026-12-24 18:00:01", "2026-12-24 18:00:01"), ("2026-03-07 12:00:00", "07:00", "2026-03-08 07:00"),     # 23 hours long
+    ("2026-10-31 12:00:00", "07:00", "2026-11-01 07:00"), ("2026-03-08 00:00:00", "02:30", "2026-03-08 03:30"),
+])
+def test_a_time_of_day_is_the_next_one_of_this_machine(monkeypatch, now, text, expected):
+    import datetime
+    def unix(moment):
+        return time.mktime(time.strptime(f"{moment}:00"[:19], "%Y-%m-%d %H:%M:%S"))
+    monkeypatch.setenv("TZ", "EST5EDT,M3.2.0,M11.1.0")
+    time.tzset()
+    try:
+        class At(datetime.datetime):
+            now = classmethod(lambda kind: kind.fromisoformat(at))
+        at = now
+        monkeypatch.setattr(datetime, "datetime", At)
+        assert intentbus.local_time(text) == unix(expected)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_work_without_a_program_prints_the_payloads(serve):
@@ -9503,12 +9640,14 @@ BAD_COMMANDS = (
     case("serve: retention bad", "serve --retention soon", 2, "--retention", "7d"),
     case("serve: argument unknown", "serve --nonsense", 2, "--nonsense"),
     case("publish nothing", "publish", 2, "goal"),
-    case("publish bad JSON", "publish g {{", 2, "{{", "JSON"),
-    case("publish a bare word", "publish g hello", 2, "hello", "quotes"),
-    case("publish NaN", "publish g NaN", 2, "NaN"),
     case("publish two values", "publish g 1 2", 2, "one JSON value"),
+    case("publish a pair twice", "publish g a=1 b=2 a:=1", 2, "a twice"),
+    case("publish a pair of a missing file", "publish g a=@{dir}/missing", 2, "{dir}/missing", "--text"),
+    case("publish two texts", "publish g --text a=1 b=2", 2, "one text"),
+    case("publish at no time", "publish g 1 --at 25:00", 2, "--at", "'25:00'", "07:00"),
+    case("publish at a time that is over", "publish g 1 --at 2020-01-01T00:00", 2, "--at", "over"),
+    case("publish at a time after a delay", "publish g 1 --at 07:00 --delay 1h", 2, "--at", "--delay"),
     case("publish a pair of bad JSON", "publish g a:=b", 2, "'b'"),
-    case("publish nothing on stdin", "publish g", 2, "JSON"),
     case("publish a missing file", "publish g @{dir}/missing", 2, "{dir}/missing"),
     case("publish a folder", "publish g @{dir}/folder", 2, "{dir}/folder"),
     case("publish Latin-1", "publish g @{dir}/latin1.json", 2, "UTF-8"),
@@ -9598,7 +9737,7 @@ def without(streams, words, bus, **options):
 
 
 @POSIX
-@pytest.mark.parametrize("words", [[], ["-"], ["--lines"]], ids=str)
+@pytest.mark.parametrize("words", [["-"], ["--lines"]], ids=str)
 def test_a_publish_that_needs_a_closed_stdin_is_refused(serve, words):
     assert_complaint(without("0", ["publish", "no stdin", *words], serve), 2, "stdin is closed", "payload")
 
@@ -9844,7 +9983,7 @@ def test_published_lines_fit_the_body_limit(served):
 
 
 @pytest.mark.parametrize("words, stdin", [(["--lines"], b"\xff\n"), (["--jsonl"], b"1\n{\n"), (["--lines", "1"], b""),
-                                          (["--lines", "--wait"], b"x\n")])
+                                          (["--lines", "--wait"], b"x\n"), (["--jsonl", "--text"], b"1\n")])
 def test_lines_that_cannot_be_published_publish_nothing(strict, words, stdin):
     assert_complaint(at(strict, "publish", "g", *words, stdin=stdin), 2)
 
@@ -9954,7 +10093,7 @@ def test_the_readme_starts_bus_and_tests_with_one_line_each():
 
 def test_the_readme_names_every_route_and_field():
     readme = README.read_text()
-    paths = {path.replace("*", "KEY" if who == "keep" else "ID") for _, path, who, _ in intentbus.ROUTES}
+    paths = {path.replace("*", "KEY" if who == "keep" else "GOAL" if who == "publish" else "ID") for _, path, who, _ in intentbus.ROUTES}
     assert not [path for path in paths if f"`{path}`" not in readme]
     assert not [name for name in intentbus.PUBLISH if name != "reward" and f"`{name}`" not in readme]
 
