@@ -275,12 +275,13 @@ COLUMNS = (
     "backoff_base", "target_worker", "required_capability", "created_at", "status", "run_at", "expires_at",
     "completed_at", "last_error", "result", "result_type", "claim_attempts", "claim_token_hash", "claim_expires_at", "lease",
     "claim_owner", "claim_key", "claim_outcome", "worker_id", "worker", "claimed_at", "idempotency_key", "size", "result_size",
-    "place", "lane", "ready", "due_at",
+    "place", "lane", "ready", "due_at", "unique_value",
 )
 PUBLISH_DEFAULTS = dict(
     namespace="default", visibility="private", priority=100, delay=0, run_at=None, ttl=TTL_SECONDS, max_attempts=3,
-    backoff_base=5, target_worker=None, required_capability=None,
+    backoff_base=5, target_worker=None, required_capability=None, unique=None, replace=False,
 )
+LATER_FIELDS = ("unique", "replace")     # buses of earlier versions have stored digests of a publish without them
 STATUS_FIELDS = (
     "id", "namespace", "goal", "status", "priority", "visibility", "claim_attempts", "max_attempts", "run_at",
     "claim_expires_at", "target_worker", "required_capability", "created_at", "completed_at", "last_error", "claimed_at",
@@ -401,6 +402,8 @@ class Intent(Record):
         """Return an intent as published now, with goal, payload and any of PUBLISH_DEFAULTS in fields."""
         fields = {**PUBLISH_DEFAULTS, **fields}
         delay, run_at = fields.pop("delay"), fields["run_at"]
+        fields["unique_value"] = fields.pop("unique")     # a column cannot have the name of a word of SQL
+        del fields["replace"]
         run_at = now + delay if run_at is None else run_at
         expires_at = max(run_at, now) + fields["ttl"]
         ready = run_at <= now
@@ -479,6 +482,14 @@ class Intent(Record):
         """A dead letter starts again, with all its attempts."""
         return self._open("retried", now, now, claim_attempts=0, last_error=None, result=None, result_type=None,
                           result_size=0, completed_at=None, claim_token_hash=None, expires_at=now + self.ttl)
+
+    def replaced(self, by):
+        """It waits, and a new intent takes its place: only the id stays."""
+        return Change("replaced", {column: by[column] for column in COLUMNS if column != "id"})
+
+    def superseded(self, now, by, **columns):
+        """A newer intent of its unique value waits, so it ends where it would wait, with these columns."""
+        return self._dead(now, f"Superseded by {by}", **columns)
 
     def _open(self, event, now, run_at, **columns):
         """It can be claimed from run_at on; or it is dead, if that is after its expiry."""
@@ -582,7 +593,14 @@ SIZES = """
     GROUP BY owner;
     DELETE FROM memos WHERE kind = 'goal'     -- by owner from now on
 """
-MIGRATIONS = (SCHEMA, MORE_INDEXES, HISTORY, PLACES, SIZES)     # the n-th leads to schema version n; a released one never changes
+RELATIONS = """
+    ALTER TABLE intents ADD COLUMN unique_value TEXT;
+    CREATE UNIQUE INDEX intents_unique ON intents (owner, namespace, goal, unique_value)
+    WHERE unique_value IS NOT NULL AND status = 'open';
+    CREATE INDEX intents_unique_claimed ON intents (owner, namespace, goal, unique_value, created_at, id)
+    WHERE unique_value IS NOT NULL AND status = 'claimed'
+"""
+MIGRATIONS = (SCHEMA, MORE_INDEXES, HISTORY, PLACES, SIZES, RELATIONS)     # the n-th leads to schema version n; a released one never changes
 APPLICATION_ID = 0x1B05     # in the header of the file: it is a database of intentbus
 
 
@@ -887,6 +905,18 @@ CLAIMED_BY_KEY = f"""
     AND    status = 'claimed'
     LIMIT  :rows
 """
+TWIN = {status: f"""
+    SELECT   {ALL}
+    FROM     intents
+    WHERE    owner = :owner
+    AND      namespace = :namespace
+    AND      goal = :goal
+    AND      unique_value = :unique_value
+    AND      status = '{status}'
+    AND      id <> :id
+    ORDER BY created_at DESC, id DESC
+    LIMIT    1
+""" for status in ("open", "claimed")}     # literals, as for ANY
 HEAD_OF_NEXT_LANE = f"""
     SELECT   {ALL}
     FROM     intents
@@ -1229,6 +1259,10 @@ class Transaction(Reads):
         while start < end and (head := self._intent(HEAD_OF_NEXT_LANE, start=start, end=end)):
             yield head
             start = lane_end(head.lane)
+
+    def twin(self, intent, statuses=tuple(TWIN)):
+        """Return the newest other intent of a unique value, of the first of these statuses that there is; or None."""
+        return next(filter(None, (self._intent(TWIN[status], **intent) for status in statuses)), None)
 
     def claimed_by_key(self, key_id, rows):
         """Return intents that a key holds under a lease, at most that many."""
@@ -1932,35 +1966,62 @@ class Bus:
         idempotency_key with the same intent returns the first answer; with another intent it raises IdempotencyConflict.
         listening is the number of workers seen lately that may claim it. If it is 0 and no worker has ever claimed an intent
         of the caller's owner with this goal, nor one of that owner's workers any, never_claimed is true.
+        While another intent of that owner, namespace, goal and unique is unfinished, that is "kept"; with replace, an open one
+        is "replaced". Both are a status, with the id of that intent.
         """
         wanted = dict(fields, goal=goal, payload=payload)
         namespace = fields.get("namespace", "default")
-        answer = self._publish([wanted], idempotency_key, caller, lambda ids: Record(
-            id=ids[0], status="published", namespace=namespace))
+        answer = self._publish([wanted], idempotency_key, caller, lambda stored: Record(
+            id=stored[0][0], status=stored[0][1], namespace=namespace))
         return Record(answer, **self._audience({**PUBLISH_DEFAULTS, **wanted}, caller))
 
     def publish_many(self, intents, *, idempotency_key=None, caller=OWNER):
-        """Store intents, each a dict of arguments of publish, all or none, and return {"ids"}."""
-        return self._publish(intents, idempotency_key, caller, lambda ids: Record(ids=ids))
+        """Store intents, each a dict of arguments of publish, all or none; return {"ids"}, and "statuses" if any is unique."""
+        def answer_with(stored):
+            statuses = dict(statuses=[status for _, status in stored]) if any(wanted.get("unique") for wanted in intents) else {}
+            return Record(ids=[intent_id for intent_id, _ in stored], **statuses)
+        return self._publish(intents, idempotency_key, caller, answer_with)
 
     def _publish(self, wanted, idempotency_key, caller, answer_with):
         with self.store.transaction() as tx:
             intents = [Intent.new(self._ids.new(tx.now), tx.now, caller.owner, caller.key_id,
                                   dict(fields, idempotency_key=idempotency_key)) for fields in wanted]
-            answer = answer_with([intent.id for intent in intents])
+            expected = [(intent.id, "published") for intent in intents]
+            answer, memo = answer_with(expected), ("idempotency", caller.key_id, idempotency_key)
             if idempotency_key:
-                asked = json.dumps([list(answer), wanted], sort_keys=True)     # a bulk of one is another request
+                told = [{field: value for field, value in fields.items() if value or field not in LATER_FIELDS} for fields in wanted]
+                asked = json.dumps([list(answer), told], sort_keys=True)     # a bulk of one is another request
                 digest = hashlib.sha256(asked.encode()).hexdigest()
-                memo = "idempotency", caller.key_id, idempotency_key
                 if not tx.remember_first(*memo, digest + to_json(answer), tx.now + IDEMPOTENCY_SECONDS):
                     known = tx.recall(*memo, tx.now)
                     if not known.startswith(digest):
                         raise IdempotencyConflict("Key reused with different payload: an Idempotency-Key stands for one request.")
                     return Record(json.loads(known[len(digest):]))
-            for intent in intents:
-                tx.insert(intent)
-            self._require_room(tx, caller)
+            stored = [self._insert(tx, intent, fields.get("replace")) for intent, fields in zip(intents, wanted)]
+            if stored != expected:
+                answer = answer_with(stored)
+                if idempotency_key:
+                    tx.remember(*memo, digest + to_json(answer), tx.now + IDEMPOTENCY_SECONDS)
+            if any(status != "kept" for _, status in stored):
+                self._require_room(tx, caller)
         return answer
+
+    def _insert(self, tx, intent, replace):
+        """Store a new intent, unless the twin of its unique value is kept or, if it waits, replaced; return (id, status)."""
+        twin = self._twin(tx, intent)
+        if twin and not replace:
+            return twin.id, "kept"
+        if twin and twin.status == "open":
+            return self._change(tx, twin, twin.replaced(intent)).id, "replaced"
+        tx.insert(intent)
+        return intent.id, "published"
+
+    def _twin(self, tx, intent, *statuses):
+        """Return the twin of an intent that has a unique value, as it is now; or None."""
+        while intent.unique_value is not None and (twin := tx.twin(intent, *statuses)):
+            if twin.due_at > tx.now:
+                return twin
+            self._change(tx, twin, twin.advance(tx.now))
 
     def _require_room(self, tx, caller):
         """Raise RateLimited if an issued key has more now than it may have: unfinished intents, namespaces, values, bytes."""
@@ -2016,6 +2077,8 @@ class Bus:
             intent = self._published_by(tx, intent_id, caller)
             if intent.status != "dead":
                 raise Conflict(f"This intent is {intent.status}; only a dead one can be retried.")
+            if twin := self._twin(tx, intent):
+                raise Conflict(f"Its unique value is taken by {twin.id}, which is {twin.status}.")
             intent = self._change(tx, intent, intent.retried(tx.now))
             if self._room(tx, intent.publisher, caller) < 0:
                 raise RateLimited("The key that published this intent has too many unfinished ones; wait until some are done.",
@@ -2026,7 +2089,7 @@ class Bus:
     def retry_many(self, goal=None, namespace=None, limit=1000, *, caller=OWNER):
         """Open up to limit dead intents of a goal and namespace again, the oldest first, and return {"retried": N}.
 
-        For an issued key, it leaves out those whose publisher would have too many unfinished intents.
+        It leaves out those whose unique value is taken or, for an issued key, whose publisher would have too many unfinished.
         """
         owner, retried = None if caller.admin else caller.owner, 0
         for dead in self._dead_ranges(None, dict(owner=owner, goal=goal, namespace=namespace, until=FOREVER), SLICE_ROWS):
@@ -2267,9 +2330,9 @@ class Bus:
         """Return everything about an intent but its claim token."""
         intent = self.store.get(intent_id).at(self.clock.now())
         hidden = ("claim_token_hash", "claim_key", "claim_outcome", "idempotency_key", "lease", "size", "result_size", "place",
-                  "lane", "ready", "due_at")
+                  "lane", "ready", "due_at", "unique_value")
         return Record({column: value for column, value in intent.items() if column not in hidden},
-                      payload=json.loads(intent.payload), result=stored_result(intent))
+                      payload=json.loads(intent.payload), result=stored_result(intent), unique=intent.unique_value)
 
     def dead_letter(self, intent_id, *, caller=OWNER):
         """Return everything about a dead intent."""
@@ -2314,7 +2377,7 @@ class Bus:
             for intent in tx.dead(**dead):
                 if intent.publisher not in room:
                     room[intent.publisher] = self._room(tx, intent.publisher, caller)
-                if retried < most and room[intent.publisher] > 0:
+                if retried < most and room[intent.publisher] > 0 and not self._twin(tx, intent):
                     self._change(tx, intent, intent.retried(tx.now))
                     retried += 1
                     room[intent.publisher] -= 1
@@ -2386,6 +2449,8 @@ class Bus:
 
     def _change(self, tx, intent, change):
         """Carry out a transition, announce a death if that is wanted, and return the intent as it is then."""
+        if intent.unique_value is not None and intent.status != "open" and change.columns.get("status") == "open":
+            change = self._only_one_open(tx, intent, change)
         after = tx.update(intent, change)
         if change.event == "dead" and self._announce_dead and intent.goal != DEATHS:
             payload = dict(id=after.id, goal=after.goal, namespace=after.namespace, reason=after.last_error,
@@ -2393,6 +2458,15 @@ class Bus:
             tx.insert(Intent.new(self._ids.new(tx.now), tx.now, after.owner, OWNER.key_id,
                                  dict(goal=DEATHS, namespace=after.namespace, payload=payload)))
         return after
+
+    def _only_one_open(self, tx, intent, change):
+        """Return the change that opens an intent, or that ends it if a newer twin is open; an older one ends."""
+        twin = self._twin(tx, intent, ("open",))
+        if twin and (twin.created_at, twin.id) > (intent.created_at, intent.id):
+            return intent.superseded(tx.now, twin.id, **change.columns)
+        if twin:
+            self._change(tx, twin, twin.superseded(tx.now, intent.id))
+        return change
 
     def _current(self, tx, intent_id):
         """Return an intent, after the transition that is due, if any."""
@@ -3109,7 +3183,7 @@ REQUIRED = object()
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 BAD_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2})")
 DIGITS = re.compile(r"[0-9]{1,15}(\.[0-9]{1,20})?", re.ASCII)
-TRUTHS = {"true": True, "1": True, "false": False, "0": False}     # in a query
+TRUTHS = {"true": True, "false": False, "1": True, "0": False}     # in a query
 JSON_STRINGS = re.compile(rb'"(?:[^"\\]+|\\.)*"?', re.DOTALL)     # to the end, closed or not
 BRACKETS, NO_BRACKETS = bytes.maketrans(b"{}", b"[]"), bytes(set(range(256)) - set(b"[]{}"))
 
@@ -3184,16 +3258,11 @@ def list_of(validator):
 def from_query(validator):
     """Accept the text of a query for a value that a validator accepts: a string, a number in digits, or true, false, 1, 0."""
     if validator is boolean:
-        accept = must_be("true, false, 1 or 0", TRUTHS.__contains__)
-        return lambda value: TRUTHS[accept(value)]
-
+        return lambda value: TRUTHS[choice(*TRUTHS)(value)]
     def read(value):
-        try:
+        with contextlib.suppress(ValueError):
             return validator(value)
-        except ValueError:
-            if not DIGITS.fullmatch(value):
-                raise
-        return validator(float(value) if "." in value else int(value))
+        return validator(value if not DIGITS.fullmatch(value) else float(value) if "." in value else int(value))
     return read
 
 
@@ -3262,6 +3331,8 @@ LIMITS = {     # of a publish
     "backoff_base": number_from(1, 3600),
     "target_worker": token_word,
     "required_capability": token_word,
+    "unique": text_of(1, 128),
+    "replace": boolean,
 }
 GOAL = (text_of(1, 256), None)
 TOKEN = (string, None)
@@ -3810,6 +3881,8 @@ def publishable(api, body, fields=PUBLISH):
     del fields["reward"]
     if fields["run_at"] is not None and (fields["delay"] or fields["run_at"] > api.bus.clock.now() + YEAR_SECONDS):
         raise Invalid("run_at must be Unix seconds within 366 days, and without a delay.", code="invalid_run_at")
+    if fields["replace"] and fields["unique"] is None:
+        raise Invalid("replace needs unique, which says what to replace.", code="invalid_replace")
     return fields
 
 
@@ -3828,7 +3901,7 @@ def publish_one(api, request, body):
     fields = publishable(api, body)
     fields["idempotency_key"] = request.idempotency_key(fields["idempotency_key"])
     answer = api.bus.publish(**fields, caller=request.caller)
-    return 201, answer.id if request.wants_text else answer
+    return 201 if answer.status == "published" else 200, answer.id if request.wants_text else answer
 
 
 def payload_in(request):
@@ -3934,13 +4007,12 @@ def nothing_to_claim(api, request, wanted):
 def result_endpoint(api, request, intent_id):
     plain = request.wants_text     # while it is held, it has no headers
     def current():
-        return answer_with(api.bus.get_result(intent_id, caller=request.caller))
-    def ended():
         found = api.bus.get_result(intent_id, caller=request.caller)
-        return answer_with(found) if found.status in ("fulfilled", "dead") else None
-    def answer_with(found):
-        return 200, as_text(found.result) if plain else found
-    return api.hold(request, (intent_id,), request.parameters(RESULT)["wait"], ended, current)
+        return found.status, (200, as_text(found.result) if plain else found)
+    def ended():
+        status, answer = current()
+        return answer if status in ("fulfilled", "dead") else None
+    return api.hold(request, (intent_id,), request.parameters(RESULT)["wait"], ended, lambda: current()[1])
 
 
 def events_endpoint(api, request):
@@ -6054,7 +6126,7 @@ LISTED_KEY = answer_of(key_id=TEXT, owner=TEXT, role=TEXT, total_requests=COUNT,
 API_KEY = (must_be("a key", lambda value: isinstance(value, str) and re.fullmatch("[!-~]+", value)), REQUIRED)
 ANSWERS = {     # of a bus, to a method and path: an answer without these fields comes from another server
     "POST /intent": answer_of(id=ANSWER_ID, status=UNSURE, namespace=UNSURE, listening=UNSURE, never_claimed=UNSURE),
-    "POST /intents": answer_of(ids=(array_of(ANSWER_ID[0]), REQUIRED)),
+    "POST /intents": answer_of(ids=(array_of(ANSWER_ID[0]), REQUIRED), statuses=(array_of(string), ())),
     "POST /claim": CLAIMED,
     "POST /extend_claim/*": REPORTED,
     "POST /fulfill/*": ENDED,
@@ -6369,6 +6441,12 @@ class Spooler:
         self.spool.remove(number)
 
 
+IGNORED = {     # by an Intent Bus 7, with what it would do
+    "run_at": "ignore run_at; pass a delay",
+    "unique": "store it beside others of its unique value",
+}
+
+
 def process_name(program=None):
     """Return how people know this process: its host, program and number; in ASCII, for a header."""
     number = f" {os.getpid()}"
@@ -6450,8 +6528,9 @@ class IntentClient:
         """Send a publish, with its idempotency key where the signature covers it, and in the header that older buses read."""
         if path == "/intents":
             return self.request("POST", path, body, query=dict(idempotency_key=idempotency_key), retries=retries)
-        if body.get("run_at") is not None:
-            self._require_newer("ignore run_at; pass a delay")
+        for field, consequence in IGNORED.items():
+            if body.get(field) is not None:
+                self._require_newer(consequence)
         return self.request("POST", path, dict(body, idempotency_key=idempotency_key), retries=retries,
                             headers={"Idempotency-Key": idempotency_key})
 
@@ -7638,7 +7717,11 @@ ID = flag("id", help="the id that publish printed")
 JSON = flag("--json", action="store_true", help="print JSON")
 STORED_KEY = flag("key", help="the key of the value")
 PUBLISH_FIELDS = ("priority", "delay", "run_at", "ttl", "max_attempts", "backoff_base", "target_worker", "required_capability",
-                  "visibility", "idempotency_key")
+                  "visibility", "unique", "replace", "idempotency_key")
+STORED_OTHERWISE = {     # by the status of a publish
+    "kept": "an unfinished intent has this unique value, and was kept; nothing new is stored",
+    "replaced": "an intent with this unique value was waiting, and was replaced",
+}
 NEW_KEY = (
     flag("name", help="a name for the key, such as that of its machine"),
     flag("--owner", default="owner", help="the owner whose intents it shares"),
@@ -7748,6 +7831,8 @@ def log_startup(options, url, database, key_source):
          flag("--worker", dest="target_worker", help="the id of the only worker that may claim it"),
          flag("--capability", dest="required_capability", help="a capability that its worker must have"),
          flag("--public", dest="visibility", action="store_const", const="public", help="let workers of any owner claim it"),
+         flag("--unique", metavar="VALUE", help="while an intent of this goal and VALUE is unfinished, store nothing and print its id"),
+         flag("--replace", action="store_const", const=True, help="with --unique: take the place of one that waits"),
          flag("--idempotency-key", help="within a day, publishing again with this key stores nothing new"),
          flag("--spool", action="store_const", const=SPOOL_FILE, help="if the bus cannot take it now, store it for later"),
          flag("--lines", action="store_true", help="publish an intent for each line of stdin, with its text as payload"),
@@ -7757,14 +7842,14 @@ def publish_command(options):
     fields = {name: value for name, value in vars(options).items() if name in PUBLISH_FIELDS and value is not None}
     if options.spool and options.wait is not None:
         raise Invalid("--spool and --wait exclude each other: a stored intent may be sent much later.")
-    if options.delay and options.run_at:
-        raise Invalid("--delay and --at exclude each other.")
     bus = open_client(options, spool=options.spool)
     if options.lines or options.jsonl:
         return publish_lines(bus, options, fields)
     answer = bus.publish(options.goal, read_payload(options.payload, options.text), **fields)
     if answer.get("status") == "spooled":
         log(f"{answer.reason} The intent is stored; the next publish --spool, flush or work sends it.")
+    elif answer.get("status") in STORED_OTHERWISE:
+        log(f"{STORED_OTHERWISE[answer.status]}: {answer.id}")
     elif answer.get("never_claimed"):
         log(f"no worker has ever claimed {options.goal!r}; check the spelling (workers lists who is there)")
     elif (options.target_worker or options.required_capability) and answer.get("listening") == 0:
@@ -7780,7 +7865,7 @@ def publish_lines(bus, options, fields):
     if options.payload or options.wait is not None or options.text:
         raise Invalid("--lines and --jsonl read payloads from stdin only, and exclude --wait and --text.")
     key = fields.pop("idempotency_key", None)
-    parse = parse_json if options.jsonl else decode_line
+    parse = parse_json if options.jsonl else plain_text
     intents = (dict(fields, goal=options.goal, payload=parse(line)) for line in binary_stdin() if line.strip())
     published = 0
     seconds = float("inf") if key else STREAM_SECONDS     # with a key, the same lines must make the same batches again
@@ -7790,6 +7875,8 @@ def publish_lines(bus, options, fields):
             log(f"{answer.reason} {len(batch)} intents are stored; the next publish --spool, flush or work sends them.")
             continue
         print_result("\n".join(to_json({"id": intent_id}) if options.json else intent_id for intent_id in answer.ids))
+        for status in STORED_OTHERWISE.keys() & set(answer.statuses):
+            log(f"{answer.statuses.count(status)} times, {STORED_OTHERWISE[status]}")
         published += len(answer.ids)
         if sys.stderr.isatty():
             sys.stderr.write(f"\rintentbus: {published} published")
@@ -7847,14 +7934,6 @@ def binary_stdin():
     if sys.stdin is None:
         raise Invalid("There is no input, since stdin is closed: redirect it, or give the payload as JSON, text, pairs or @FILE.")
     return open(sys.stdin.fileno(), "rb", closefd=False)     # Python's own is locked by its reader at the exit
-
-
-def decode_line(line):
-    """Decode a line of stdin, without its line break; raises Invalid."""
-    try:
-        return without_mark(line.rstrip(b"\r\n")).decode()
-    except UnicodeDecodeError as error:
-        raise Invalid("A line of stdin is not UTF-8.") from error
 
 
 def parse_json(source):

@@ -2273,6 +2273,9 @@ def test_the_cost_of_a_verb_does_not_grow_with_the_table(sqlite_work, bus, clock
             intent = bus.claim(goal, lease=3600)
             assert goal == "held" or bus.fulfill(intent.id)
         bus.publish_many([dict(goal="later", payload=1, delay=1000)] * number)
+        for unique in [*map(str, range(number)), *"u" * number]:
+            bus.cancel(bus.publish("unique", 1, unique=unique).id)
+        bus.publish_many([dict(goal="unique", payload=1, priority=1, unique=f"waits {index}") for index in range(number)])
         bus.publish_many([dict(goal=goal, payload=1, priority=900) for goal in ("g", "open")] * number)
         bus.publish_many([dict(goal=f"lane {index}", payload=1, visibility="public") for index in range(number)], caller=ALICE)
 
@@ -2285,6 +2288,11 @@ def test_the_cost_of_a_verb_does_not_grow_with_the_table(sqlite_work, bus, clock
             return result
         intent_id = do("publish", bus.publish, "mine", 1).id
         do("claim", bus.claim, "mine")
+        do("unique publish", bus.publish, "unique", 1, unique="u")
+        do("kept publish", bus.publish, "unique", 1, unique="u")
+        do("replacing publish", bus.publish, "unique", 1, unique="u", replace=True)
+        do("failed unique", bus.fail, bus.claim("unique").id)
+        do("cancelled unique", bus.cancel, bus.publish("unique", 1, unique="u").id)
         do("status", bus.get_status, intent_id)
         do("extend", bus.extend_claim, intent_id)
         do("fail", bus.fail, intent_id)
@@ -3777,6 +3785,191 @@ def test_a_page_of_a_list_reads_a_bounded_number_of_intents(bus, clock, monkeypa
     assert [intent.id for intent in bus.list(status="dead", before=dead.next).intents] == [ids[0]]
 
 
+# -- Unique intents --
+
+def unique(bus, payload=1, goal="g", **fields):
+    """Publish an intent of a unique value; return its id and what was done."""
+    answer = bus.publish(goal, payload, **dict(dict(unique="u"), **fields))
+    return answer.id, answer.status
+
+
+def states(bus, *ids):
+    """Return the status of each intent, and why it is dead."""
+    found = [bus.get_status(intent_id) for intent_id in ids]
+    return [intent.status if intent.status != "dead" else intent.last_error for intent in found]
+
+
+@pytest.mark.parametrize("delay", [0, 90])
+def test_a_unique_intent_is_kept_until_it_has_ended(bus, clock, delay):
+    first, status = unique(bus, delay=delay, max_attempts=1)
+    assert status == "published" and unique(bus, 2) == unique(bus, 3, delay=5) == (first, "kept")
+    clock.pass_(delay)
+    bus.claim("g")
+    assert unique(bus, 2) == (first, "kept")
+    bus.fulfill(first)
+    second, status = unique(bus, 2, max_attempts=1)
+    assert status == "published" and second != first
+    bus.claim("g")
+    clock.pass_(61)     # and its last lease is lost
+    third, status = unique(bus, 3, ttl=60)
+    assert status == "published" and unique(bus, 4) == (third, "kept")
+    clock.pass_(61)     # and it has expired
+    assert unique(bus, 5)[1] == "published"
+    assert states(bus, first, third) == ["fulfilled", "expired"]
+
+
+@pytest.mark.parametrize("fields, caller", [(dict(unique="v"), ALICE), (dict(unique=None), ALICE), (dict(namespace="n"), ALICE), (dict(goal="h"), ALICE), ({}, BOB)],
+                         ids=repr)
+def test_a_value_is_unique_within_owner_namespace_and_goal(bus, fields, caller):
+    unique(bus, caller=ALICE)
+    assert unique(bus, caller=caller, **fields)[1] == "published"
+    assert unique(bus, caller=ALICE._replace(key_id="another"))[1] == "kept"
+
+
+def test_a_replaced_intent_is_as_if_published_now(bus, store, clock):
+    fields = dict(priority=7, delay=30, ttl=60, max_attempts=5, backoff_base=9, target_worker="w", required_capability="c", visibility="public")
+    first, _ = unique(bus, "x" * 5000, caller=LIMITED, idempotency_key="k", **fields)
+    clock.pass_(5)
+    another = LIMITED._replace(key_id="k3")
+    assert unique(bus, 2, replace=True, caller=another) == (first, "replaced")
+    plain = bus.publish("g", 2, caller=another).id
+    one, other = (dict(bus.inspect(intent_id), id=None, unique=None) for intent_id in (first, plain))
+    assert one == other and bus.inspect(first).unique == "u"
+    counted = {row[1]: row[3:] for row in store.tallies()}
+    assert counted == {"k3": (2, 2 * bus.store.get(plain).size)}
+    assert [bus.claim("g", caller=another).id for _ in "12"] == [first, plain]
+
+
+def test_a_late_report_does_not_end_the_intent_that_replaced_its_own(bus, clock):
+    first, _ = unique(bus)
+    late = bus.claim("g")
+    clock.pass_(61)
+    assert unique(bus, 2, replace=True) == (first, "replaced")
+    for report in (bus.fulfill, bus.fail, bus.release):
+        with pytest.raises(intentbus.NotFound):
+            report(first, late.claim_token)
+        with pytest.raises(intentbus.NotFound):
+            report(first)
+    found = bus.inspect(first)
+    assert (found.status, found.payload, found.claim_attempts, found.worker) == ("open", 2, 0, None)
+
+
+END = dict(
+    fail=lambda bus, claim, clock: bus.fail(claim.id, claim.claim_token), release=lambda bus, claim, clock: bus.release(claim.id, claim.claim_token),
+    late=lambda bus, claim, clock: bus.release(claim.id, claim.claim_token, delay=9), lost=lambda bus, claim, clock: (clock.pass_(61), tend(bus)),
+    revoked=lambda bus, claim, clock: bus.end_leases(ALICE.key_id))
+
+
+@pytest.mark.parametrize("end", END)
+def test_what_would_wait_again_beside_a_newer_one_is_dead(bus, clock, end):
+    old, _ = unique(bus, caller=ALICE)
+    claim = bus.claim("g", caller=ALICE)
+    new, status = unique(bus, 2, replace=True, caller=ALICE)
+    assert status == "published" and new != old
+    assert unique(bus, 3, caller=ALICE) == (new, "kept") and unique(bus, 4, replace=True, caller=ALICE) == (new, "replaced")
+    if end == "late":     # the newer one waits for later
+        assert unique(bus, 5, replace=True, delay=99, caller=ALICE) == (new, "replaced")
+    END[end](bus, claim, clock)
+    assert states(bus, old, new) == [f"Superseded by {new}", "open"]
+    if end == "fail":     # the report is repeated
+        assert bus.fail(old, claim.claim_token).status == "dead"
+    assert bus.inspect(new).payload == (5 if end == "late" else 4)
+
+
+def test_of_two_that_run_the_newer_one_waits_in_the_end(bus, clock):
+    def two_claimed(goal):
+        """Return the claims of an older and of a newer intent of one value."""
+        claims = []
+        for payload in "12":
+            unique(bus, payload, goal, replace=True)
+            claims.append(bus.claim(goal))
+        return claims
+    old, new = two_claimed("a")
+    bus.fail(old.id, old.claim_token)
+    assert states(bus, old.id, new.id) == ["open", "claimed"], "the newer one does not wait"
+    bus.fail(new.id, new.claim_token)
+    assert states(bus, old.id, new.id) == [f"Superseded by {new.id}", "open"]
+    old, new = two_claimed("b")
+    clock.pass_(61)     # both leases end at the same moment
+    assert unique(bus, 3, "b") == (new.id, "kept")
+    tend(bus)
+    assert states(bus, old.id, new.id) == [f"Superseded by {new.id}", "open"]
+    old, new = two_claimed("c")
+    bus.fail(old.id, old.claim_token)
+    clock.pass_(1)
+    assert unique(bus, "3", "c", replace=True) == (old.id, "replaced")     # it is the newest from now on
+    bus.fail(new.id, new.claim_token)
+    assert states(bus, old.id, new.id) == ["open", f"Superseded by {old.id}"]
+
+
+def test_a_retry_is_refused_while_its_value_is_taken(bus):
+    dead = []
+    for number in range(3):
+        intent_id, _ = unique(bus, number)
+        bus.cancel(intent_id)
+        dead.append(intent_id)
+    taken, _ = unique(bus)
+    with pytest.raises(intentbus.Conflict, match=f"taken by {taken}, which is open"):
+        bus.retry(dead[0])
+    bus.claim("g")
+    with pytest.raises(intentbus.Conflict, match=f"taken by {taken}, which is claimed"):
+        bus.retry(dead[0])
+    assert bus.retry_many(goal="g") == {"retried": 0} and bus.sweep_dead("retry").number == 0
+    bus.fulfill(taken)
+    assert bus.retry_many(goal="g") == {"retried": 1}
+    assert states(bus, *dead) == ["open", "Cancelled", "Cancelled"]
+    bus.cancel(dead[0])
+    assert bus.retry(dead[2]).status == "open"
+
+
+def test_a_bulk_takes_each_unique_intent_in_its_turn(bus):
+    def sent(*intents, **options):
+        return bus.publish_many([dict(goal="g", payload=number, **fields) for number, fields in enumerate(intents)], **options)
+    u, v, plain = dict(unique="u"), dict(unique="v"), {}
+    made = sent(u, plain, u, dict(u, replace=True), v, idempotency_key="k")
+    assert made.statuses == ["published", "published", "kept", "replaced", "published"]
+    assert made.ids[0] == made.ids[2] == made.ids[3] and len(set(made.ids)) == 3
+    assert [bus.inspect(intent_id).payload for intent_id in made.ids] == [3, 1, 3, 3, 4]
+    again = sent(v, u, plain)
+    assert (again.statuses, again.ids[:2]) == (["kept", "kept", "published"], [made.ids[4], made.ids[0]])
+    bus.cancel(made.ids[0])
+    assert sent(u, plain, u, dict(u, replace=True), v, idempotency_key="k") == made
+    assert set(sent(plain, plain)) == {"ids"}
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_repeated_unique_publish_gets_its_first_answer(bus, replace):
+    first, _ = unique(bus)
+    expected = first, "replaced" if replace else "kept"
+    for number in range(3):
+        assert unique(bus, 2, idempotency_key="k", replace=replace) == expected
+        if number:
+            bus.cancel(unique(bus, 3, replace=True)[0])     # later ones have other values of it, or end
+    with pytest.raises(intentbus.IdempotencyConflict):
+        unique(bus, 2, idempotency_key="k", replace=replace, unique="v")
+
+
+def test_a_unique_publish_at_the_cap_is_refused_only_if_stored(bus):
+    for number in range(4):
+        unique(bus, number, unique=str(number), caller=LIMITED)
+    assert unique(bus, 5, unique="1", caller=LIMITED)[1] == "kept"
+    assert unique(bus, 5, unique="1", replace=True, caller=LIMITED)[1] == "replaced"
+    limited(bus.publish, "g", 5, unique="4")
+    limited(bus.publish, "g", "x" * 10 ** 6, unique="1", replace=True)
+    assert [bus.inspect(intent.id).payload for intent in bus.list().intents] == [3, 2, 5, 0]
+    unique(bus, 6, unique="shared", caller=LIMITED._replace(key_id="k3"))
+    limited(bus.publish, "g", 7, unique="shared", replace=True)     # it would be this key's from now on
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_of_simultaneous_unique_publishes_one_is_stored(served, replace):
+    body = a_publish(unique="u", replace=replace)
+    answers = at_once(16, lambda index: served.ask("POST", "/intent", dict(body, payload=index)))
+    assert sorted(answer.status for answer in answers) == [200] * 15 + [201]
+    assert len({answer.json["id"] for answer in answers}) == 1 and served.statuses() == ["open"]
+    assert {answer.json["status"] for answer in answers} == {"published", "replaced" if replace else "kept"}
+
+
 # ---- 10. Keys ----
 
 @pytest.mark.parametrize("headers, key", [
@@ -5021,6 +5214,10 @@ BAD_PUBLISHES = (
     case("target_worker with a tab", a_publish(target_worker="a\tb"), "invalid_target_worker", "64"),
     case("capability with a comma", a_publish(required_capability="a,b"), "invalid_required_capability", "64"),
     case("capability of 65", a_publish(required_capability="c" * 65), "invalid_required_capability", "64"),
+    case("unique a number", a_publish(unique=5), "invalid_unique", "128"),
+    case("unique empty, as of an unset variable", a_publish(unique=""), "invalid_unique", "1 to 128"),
+    case("unique of 129", a_publish(unique="u" * 129), "invalid_unique", "128"),
+    case("replace a word", a_publish(unique="u", replace="yes"), "invalid_replace", "true or false"),
     case("a mistyped field", a_publish(priorty=5), "invalid_request", "'priorty'", "priority"),
     case("two unknown fields", a_publish(zzz=1, aaa=2), "invalid_request", "'aaa'"),
     case("a long unknown field", a_publish(**{"u" * 9999: 1}), "invalid_request", "u" * 60),
@@ -5144,6 +5341,8 @@ BAD_REQUESTS = (
     case("publish, a mistyped field", ("POST /intent", a_publish(priorty=5)), "invalid_request", "'priorty'", "priority"),
     case("publish, too late", ("POST /intent", a_publish(run_at=2 ** 40)), "invalid_run_at", "366 days"),
     case("publish, a year and two days on", ("POST /intent", a_publish(run_at=time.time() + 368 * 86400)), "invalid_run_at"),
+    case("publish, replace of nothing", ("POST /intent", a_publish(replace=True)), "invalid_replace", "unique"),
+    case("publish, replace of nothing in a query", ("POST /publish/g?replace=1", b"x"), "invalid_replace", "unique"),
     case("publish, run_at and a delay", ("POST /intent", a_publish(run_at=1, delay=1)), "invalid_run_at", "delay"),
     case("publish, NaN", ("POST /intent", raw(b"NaN")), "invalid_json", "NaN"),
     case("admin's publish", ("POST /admin/intents", a_publish(goal="")), "invalid_goal", "1", "256"),
@@ -5777,20 +5976,29 @@ def test_a_body_that_is_no_payload_is_refused(strict, kind, body, code):
 
 
 IN_A_QUERY = dict(namespace="home", visibility="public", priority=7, delay=90.5, run_at=4, ttl=60, max_attempts=1, backoff_base=2.5,
-                  target_worker="5", required_capability="1.5", reward="x", idempotency_key="7")
+                  target_worker="5", required_capability="1.5", reward="x", idempotency_key="7", unique="8", replace=False)
 
 
-@pytest.mark.parametrize("field", intentbus.PUBLISH_QUERY)
+@pytest.mark.parametrize("field", [field for field in intentbus.PUBLISH_QUERY if field != "idempotency_key"])
 def test_each_other_field_may_stand_in_the_query(served, field):
-    assert served.ask("POST", f"/publish/g?{field}={IN_A_QUERY[field]}", b"x").status == 201
-    assert served.ask("POST", "/intent", a_publish(goal="h", payload="x", **{field: IN_A_QUERY[field]}),
-                      **({"Idempotency_Key": "7"} if field == "idempotency" else {})).status == (422 if field == "idempotency_key" else 201)
+    value = IN_A_QUERY[field]
+    assert served.ask("POST", f"/publish/g?{field}={value if isinstance(value, str) else json.dumps(value)}", b"x").status == 201
+    assert served.ask("POST", "/intent", a_publish(goal="h", payload="x", **{field: value})).status == 201
     changing = ("id", "goal", "created_at", "run_at", "expires_at")
-    one, *others = [{name: value for name, value in served.ask("GET", f"/admin/intents/{intent['id']}").json.items() if name not in changing}
-                    for intent in served.ask("GET", "/admin/intents").json["intents"]]
-    assert others == ([] if field == "idempotency_key" else [one])
-    if field in one:
-        assert one[field] == IN_A_QUERY[field]
+    one, other = ({name: found for name, found in served.ask("GET", f"/admin/intents/{intent['id']}").json.items() if name not in changing}
+                  for intent in served.ask("GET", "/admin/intents").json["intents"])
+    assert one == other and one.get(field, value) == value
+
+
+@pytest.mark.parametrize("word, status", [("true", 200), ("1", 200), ("false", 200), ("0", 200), ("yes", 400), ("True", 400), ("", 400)])
+def test_a_boolean_in_a_query_is_true_false_1_or_0(served, word, status):
+    first = served.publish(unique="u")
+    answer = served.ask("PUT", f"/publish/g?unique=u&replace={word}", b"new")
+    assert answer.status == status and served.payloads() == ["new" if word in ("true", "1") else 1]
+    if status == 200:
+        assert (answer.json["id"], answer.json["status"]) == (first, "replaced" if word in ("true", "1") else "kept")
+    else:
+        assert_refusal(answer, 400, "invalid_replace", '"true" or "false" or "1" or "0"')
 
 
 @pytest.mark.parametrize("query, code", [
@@ -5816,9 +6024,10 @@ def test_a_path_without_a_goal_publishes_nothing(strict, path, status, code):
     assert_refusal(strict.ask("POST", path, b"x"), status, code)
 
 
-def test_an_idempotency_key_covers_goal_query_and_body(served):
+@pytest.mark.parametrize("query, headers", [("&idempotency_key=k", {}), ("", {"Idempotency_Key": "k"})])
+def test_an_idempotency_key_covers_goal_query_and_body(served, query, headers):
     def sent(path, body):
-        return served.ask("POST", path, body, Idempotency_Key="k")
+        return served.ask("POST", path + query, body, **headers)
     first, same = sent("/publish/g?priority=5&delay=0", b'{"a": 1, "b": 2}'), sent("/publish/g?delay=0&priority=5", b'{"b":2,"a":1}')
     assert (first.status, first.json["id"]) == (same.status, same.json["id"])
     for path, body in (("/publish/h?priority=5", b'{"a":1,"b":2}'), ("/publish/g?priority=6", b'{"a":1,"b":2}'), ("/publish/g?priority=5", b"{}")):
@@ -7754,7 +7963,7 @@ def test_a_damaged_file_is_reported_and_accepts_nothing(started):
         bus.publish(payload="x" * 1000)
     bus.stop()
     with open(bus.db, "r+b") as file:
-        file.seek(8 * 4096)
+        file.seek(24 * 4096)     # behind the schema
         file.write(os.urandom(100 * 4096))
     with contextlib.suppress(intentbus.Unavailable):     # the start may fail
         bus = Served(Path(bus.db).parent)
@@ -9646,7 +9855,7 @@ BAD_COMMANDS = (
     case("publish two texts", "publish g --text a=1 b=2", 2, "one text"),
     case("publish at no time", "publish g 1 --at 25:00", 2, "--at", "'25:00'", "07:00"),
     case("publish at a time that is over", "publish g 1 --at 2020-01-01T00:00", 2, "--at", "over"),
-    case("publish at a time after a delay", "publish g 1 --at 07:00 --delay 1h", 2, "--at", "--delay"),
+    case("publish at a time after a delay", "publish g 1 --at 07:00 --delay 1h", 2, "run_at", "delay"),
     case("publish a pair of bad JSON", "publish g a:=b", 2, "'b'"),
     case("publish a missing file", "publish g @{dir}/missing", 2, "{dir}/missing"),
     case("publish a folder", "publish g @{dir}/folder", 2, "{dir}/folder"),
@@ -9908,6 +10117,24 @@ def test_values_and_locks_from_the_command_line(served):
     assert at(served, "del", "lock")[:2] == (0, "")
     assert at(served, "del", "lock")[0] == 3
     assert_complaint(at(served, "get", "lock"), 3, "lock")
+
+
+def test_a_kept_and_a_replaced_intent_are_reported(served, home, monkeypatch, capsys):
+    monkeypatch.setenv("INTENT_BUS_URL", served.url)
+    monkeypatch.setenv("INTENT_API_KEY", KEY)
+    first = served.publish(unique="nas", priority=1)
+    for words, payload, said in ((["--unique", "nas"], 1, "was kept; nothing new is stored: " + first),
+                                 (["--unique", "nas", "--replace"], "new", "was waiting, and was replaced: " + first)):
+        assert intentbus.main(["publish", "g", "new", *words]) == 0
+        out, err = capsys.readouterr()
+        assert out == first + "\n" and said in err and served.payloads() == [payload]
+    assert intentbus.main(["publish", "g", "new", "--replace"]) == 2
+    with open(os.devnull) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        monkeypatch.setattr(intentbus, "binary_stdin", lambda: io.BytesIO(b"a\nb\n"))
+        assert intentbus.main(["publish", "g", "--lines", "--unique", "nas", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert out == f'{{"id":"{first}"}}\n' * 2 and "2 times, an unfinished intent has this unique value" in err
 
 
 @pytest.mark.parametrize("flag, payload", [("--lines", str), ("--jsonl", int)])
@@ -10302,7 +10529,7 @@ def test_the_readme_on_bulk_and_the_key_value_store(serve):
     block = next(block for block in blocks("sh") if "--lines" in block)
     found = shell(serve, block)
     assert found.returncode == 0, found.stderr
-    assert re.fullmatch(r"(?:[0-9a-f]{32}\n){4}\{\"celsius\":19\.5\}\n", found.stdout)
+    assert re.fullmatch(r"(?:[0-9a-f]{32}\n){5}\{\"celsius\":19\.5\}\n", found.stdout)
     assert shell(serve, block.splitlines()[-1]).returncode == 1
     listed = [json.loads(line) for line in serve.run("list", "--goal", "resize", "--json").stdout.splitlines()]
     assert [intent["priority"] for intent in listed] == [500, 500, 100, 100]
@@ -10325,7 +10552,7 @@ def test_the_readme_names_every_environment_variable():
     used = set(re.findall(r"\"(BUS_[A-Z_]+|INTENT_BUS_[A-Z_]+|INTENT_API_KEY|DASHBOARD_PASSWORD)\"", (HERE / "intentbus.py").read_text()))
     readme = (HERE / "README.md").read_text()
     assert not [name for name in used if f"`{name}`" not in readme]
-    assert readme.count("\n") <= 540
+    assert readme.count("\n") <= 560
 
 
 @pytest.fixture
@@ -10580,6 +10807,39 @@ def test_an_idempotency_key_stores_one_intent_across_buses(buses):
     answers = of_both(one, other, 10, "POST", "/intent", a_publish(), Idempotency_Key="k")
     assert len({response.json["id"] for response in answers}) == 1 and len(one.statuses()) == 1
     assert_refusal(other.ask("POST", "/intent", a_publish(payload=2), Idempotency_Key="k"), 422, "idempotency_conflict")
+
+
+@ON_POSTGRES
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_unique_intent_is_stored_once_across_buses(buses, replace):
+    one, other = buses(), buses()
+    body = a_publish(unique="u", replace=replace)
+    for _ in range(5):
+        answers = of_both(one, other, 12, "POST", "/intent", body)
+        assert sorted(answer.status for answer in answers) == [200] * 11 + [201], [answer.body for answer in answers]
+        assert len({answer.json["id"] for answer in answers}) == 1
+        one.client.cancel(answers[0].json["id"])
+
+
+@ON_POSTGRES
+def test_one_of_a_value_waits_whatever_two_buses_do(buses):
+    one, other = buses(), buses()
+
+    def work(index):
+        """Publish, claim and report intents of two values at a bus; return the statuses of all answers."""
+        bus, chance, statuses = (one, other)[index % 2], random.Random(index), set()
+        for _ in range(40):
+            intents = [a_publish(unique=value, replace=chance.random() < 0.7) for value in chance.sample("uv", 2)]
+            claim = bus.ask("POST", "/claim?goal=g")
+            report = claim.status == 200 and bus.ask("POST", f"/{chance.choice(['fail', 'release', 'fulfill'])}/{claim.json['id']}", {})
+            statuses |= {bus.ask("POST", "/intents", intents).status, claim.status, report and report.status}
+        return statuses
+    assert set().union(*at_once(6, work)) <= {200, 201, 204, 503, False}
+    waiting = postgres(f"SELECT unique_value, COUNT(*) FROM {schema_of(one.db)}.intents WHERE status = 'open' GROUP BY unique_value")
+    assert {number for _, number in waiting} <= {1}
+    assert postgres(f"SELECT COUNT(*) FROM {schema_of(one.db)}.intents WHERE last_error LIKE 'Superseded%%'") != [(0,)]
+    counted = {row[2]: row[3] for row in one.store.tallies() if row[0]}
+    assert counted == dict(postgres(f"SELECT status, COUNT(*) FROM {schema_of(one.db)}.intents GROUP BY status"))
 
 
 @ON_POSTGRES
@@ -11353,9 +11613,10 @@ def test_what_an_original_bus_has_not_is_refused_in_words(original):
 @pytest.mark.parametrize("ask, words", [
     (lambda bus: bus.set("k", "ours", if_absent=True), "would store it though the key may be taken"),
     (lambda bus: bus.publish("g", 1, run_at=2 ** 32), "would ignore run_at; pass a delay"),
+    (lambda bus: bus.publish("g", 1, unique="u"), "would store it beside others of its unique value"),
     (lambda bus: bus.claim(["g", "h"]), "would serve one of several goals only; start a worker for each"),
     (lambda bus: Worker(bus, ["g", "h"], print, drain=True).run(), "start a worker for each"),
-], ids=range(4))
+], ids=range(5))
 def test_what_an_original_bus_would_ignore_is_not_sent(original, ask, words):
     original.values["k"] = "theirs"
     with pytest.raises(intentbus.OlderBus, match=words):
