@@ -275,13 +275,14 @@ COLUMNS = (
     "backoff_base", "target_worker", "required_capability", "created_at", "status", "run_at", "expires_at",
     "completed_at", "last_error", "result", "result_type", "claim_attempts", "claim_token_hash", "claim_expires_at", "lease",
     "claim_owner", "claim_key", "claim_outcome", "worker_id", "worker", "claimed_at", "idempotency_key", "size", "result_size",
-    "place", "lane", "ready", "due_at", "unique_value",
+    "place", "lane", "ready", "due_at", "unique_value", "on_success", "on_failure", "caused_by",
 )
 PUBLISH_DEFAULTS = dict(
     namespace="default", visibility="private", priority=100, delay=0, run_at=None, ttl=TTL_SECONDS, max_attempts=3,
     backoff_base=5, target_worker=None, required_capability=None, unique=None, replace=False,
+    on_success=None, on_failure=None,
 )
-LATER_FIELDS = ("unique", "replace")     # buses of earlier versions have stored digests of a publish without them
+LATER_FIELDS = ("unique", "replace", "on_success", "on_failure")     # no stored digest of an earlier version has these
 STATUS_FIELDS = (
     "id", "namespace", "goal", "status", "priority", "visibility", "claim_attempts", "max_attempts", "run_at",
     "claim_expires_at", "target_worker", "required_capability", "created_at", "completed_at", "last_error", "claimed_at",
@@ -293,9 +294,10 @@ CLAIM_FIELDS = (
 )
 UNCLAIMED = dict.fromkeys(("completed_at", "last_error", "result", "result_type", "claim_token_hash", "claim_expires_at",
                            "lease", "claim_owner", "claim_key", "claim_outcome", "worker_id", "worker", "claimed_at",
-                           "idempotency_key"))
+                           "idempotency_key", "caused_by"))
 
-Change = collections.namedtuple("Change", "event columns")     # event: a word for people, or None
+# event: a word for people, or None; callback: the field with the goal of the intent that this end publishes, or None
+Change = collections.namedtuple("Change", "event columns callback", defaults=(None,))
 
 to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode     # compact text
 
@@ -460,7 +462,7 @@ class Intent(Record):
         text = result if result_type == "text" else to_json(result)
         return Change("fulfilled", dict(
             status="fulfilled", ready=0, completed_at=now, claim_expires_at=None, due_at=None, claim_outcome="fulfilled",
-            result=text, result_type=result_type, result_size=bytes_of(text), claim_key=key_id))
+            result=text, result_type=result_type, result_size=bytes_of(text), claim_key=key_id), "on_success")
 
     def failed(self, now, error, retry, jitter):
         """The attempt failed: open again after a backoff, or dead if no attempt is left or retry is false."""
@@ -476,7 +478,7 @@ class Intent(Record):
 
     def cancelled(self, now):
         """It is no longer wanted; its worker, if any, loses the lease."""
-        return self._dead(now, "Cancelled", claim_token_hash=None)
+        return self._dead(now, "Cancelled", None, claim_token_hash=None)
 
     def retried(self, now):
         """A dead letter starts again, with all its attempts."""
@@ -489,7 +491,7 @@ class Intent(Record):
 
     def superseded(self, now, by, **columns):
         """A newer intent of its unique value waits, so it ends where it would wait, with these columns."""
-        return self._dead(now, f"Superseded by {by}", **columns)
+        return self._dead(now, f"Superseded by {by}", None, **columns)
 
     def _open(self, event, now, run_at, **columns):
         """It can be claimed from run_at on; or it is dead, if that is after its expiry."""
@@ -501,10 +503,11 @@ class Intent(Record):
             columns, status="open", ready=int(ready), run_at=run_at, claim_expires_at=None,
             due_at=expires_at if ready else min(run_at, expires_at)))
 
-    def _dead(self, now, reason, **columns):
+    def _dead(self, now, reason, callback="on_failure", **columns):
         """It is a dead letter, or stays one."""
-        return Change("dead" if self.status != "dead" else None, dict(
-            columns, status="dead", ready=0, completed_at=now, last_error=reason, claim_expires_at=None, due_at=None))
+        event, callback = ("dead", callback) if self.status != "dead" else (None, None)
+        return Change(event, dict(columns, status="dead", ready=0, completed_at=now, last_error=reason, claim_expires_at=None,
+                                  due_at=None), callback)
 
 
 for attribute in COLUMNS:     # attributes as a Record has them, but ten times as fast
@@ -594,13 +597,16 @@ SIZES = """
     DELETE FROM memos WHERE kind = 'goal'     -- by owner from now on
 """
 RELATIONS = """
+    ALTER TABLE intents ADD COLUMN on_success TEXT;
+    ALTER TABLE intents ADD COLUMN on_failure TEXT;
+    ALTER TABLE intents ADD COLUMN caused_by TEXT;     -- the id of the intent whose end published it
     ALTER TABLE intents ADD COLUMN unique_value TEXT;
     CREATE UNIQUE INDEX intents_unique ON intents (owner, namespace, goal, unique_value)
     WHERE unique_value IS NOT NULL AND status = 'open';
     CREATE INDEX intents_unique_claimed ON intents (owner, namespace, goal, unique_value, created_at, id)
     WHERE unique_value IS NOT NULL AND status = 'claimed'
 """
-MIGRATIONS = (SCHEMA, MORE_INDEXES, HISTORY, PLACES, SIZES, RELATIONS)     # the n-th leads to schema version n; a released one never changes
+MIGRATIONS = (SCHEMA, MORE_INDEXES, HISTORY, PLACES, SIZES, RELATIONS)     # the n-th leads to version n; a released one never changes
 APPLICATION_ID = 0x1B05     # in the header of the file: it is a database of intentbus
 
 
@@ -1209,11 +1215,11 @@ class Transaction(Reads):
 
     # -- Intents --
 
-    def insert(self, intent):
+    def insert(self, intent, event="published"):
         """Store a new intent."""
         self._db.execute(INSERT, intent)
         self._count(intent, 1)
-        self.moves.append(Move(intent, "published"))
+        self.moves.append(Move(intent, event))
 
     def update(self, intent, change):
         """Carry out a transition; return the intent as it is then."""
@@ -1694,7 +1700,7 @@ EVENT_FIELDS = (
     "id", "namespace", "goal", "status", "claim_attempts", "worker_id", "worker", "last_error", "owner", "claim_owner",
 )
 EVENT_VALUES = operator.itemgetter(*EVENT_FIELDS)
-COUNTED = {"published": "published", "fulfilled": "fulfilled", "failed": "failed", "lost": "failed", "dead": "failed"}
+COUNTED = dict(published="published", chained="published", fulfilled="fulfilled", failed="failed", lost="failed", dead="failed")
 
 
 class WorkerRegistry:
@@ -2448,16 +2454,24 @@ class Bus:
     # -- Rules shared by several verbs --
 
     def _change(self, tx, intent, change):
-        """Carry out a transition, announce a death if that is wanted, and return the intent as it is then."""
+        """Carry out a transition, publish what is wanted at such an end, and return the intent as it is then."""
         if intent.unique_value is not None and intent.status != "open" and change.columns.get("status") == "open":
             change = self._only_one_open(tx, intent, change)
         after = tx.update(intent, change)
         if change.event == "dead" and self._announce_dead and intent.goal != DEATHS:
             payload = dict(id=after.id, goal=after.goal, namespace=after.namespace, reason=after.last_error,
                            attempts=after.claim_attempts, worker_id=after.worker_id, worker=after.worker, created_at=after.created_at)
-            tx.insert(Intent.new(self._ids.new(tx.now), tx.now, after.owner, OWNER.key_id,
-                                 dict(goal=DEATHS, namespace=after.namespace, payload=payload)))
+            tx.insert(self._follow_up(tx, after, DEATHS, payload, OWNER.key_id))
+        if change.callback and after[change.callback]:
+            payload = dict(after.pick(("id", "goal", "status")), result=stored_result(after), result_type=after.result_type or "json",
+                           error=after.last_error if after.status == "dead" else None, claim_attempts=after.claim_attempts)
+            tx.insert(self._follow_up(tx, after, after[change.callback], payload, after.publisher, caused_by=after.id), "chained")
         return after
+
+    def _follow_up(self, tx, intent, goal, payload, publisher, **columns):
+        """Return a new intent in the namespace of another one, for its owner."""
+        fields = dict(goal=goal, payload=payload, namespace=intent.namespace)
+        return Intent.new(self._ids.new(tx.now), tx.now, intent.owner, publisher, dict(fields, **columns))
 
     def _only_one_open(self, tx, intent, change):
         """Return the change that opens an intent, or that ends it if a newer twin is open; an older one ends."""
@@ -3183,7 +3197,6 @@ REQUIRED = object()
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 BAD_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2})")
 DIGITS = re.compile(r"[0-9]{1,15}(\.[0-9]{1,20})?", re.ASCII)
-TRUTHS = {"true": True, "false": False, "1": True, "0": False}     # in a query
 JSON_STRINGS = re.compile(rb'"(?:[^"\\]+|\\.)*"?', re.DOTALL)     # to the end, closed or not
 BRACKETS, NO_BRACKETS = bytes.maketrans(b"{}", b"[]"), bytes(set(range(256)) - set(b"[]{}"))
 
@@ -3258,7 +3271,7 @@ def list_of(validator):
 def from_query(validator):
     """Accept the text of a query for a value that a validator accepts: a string, a number in digits, or true, false, 1, 0."""
     if validator is boolean:
-        return lambda value: TRUTHS[choice(*TRUTHS)(value)]
+        return lambda value: choice("true", "false", "1", "0")(value) in ("true", "1")
     def read(value):
         with contextlib.suppress(ValueError):
             return validator(value)
@@ -3333,6 +3346,8 @@ LIMITS = {     # of a publish
     "required_capability": token_word,
     "unique": text_of(1, 128),
     "replace": boolean,
+    "on_success": text_of(1, 256),
+    "on_failure": text_of(1, 256),
 }
 GOAL = (text_of(1, 256), None)
 TOKEN = (string, None)
@@ -6444,6 +6459,8 @@ class Spooler:
 IGNORED = {     # by an Intent Bus 7, with what it would do
     "run_at": "ignore run_at; pass a delay",
     "unique": "store it beside others of its unique value",
+    "on_success": "publish nothing at its end",
+    "on_failure": "publish nothing at its end",
 }
 
 
@@ -7717,7 +7734,7 @@ ID = flag("id", help="the id that publish printed")
 JSON = flag("--json", action="store_true", help="print JSON")
 STORED_KEY = flag("key", help="the key of the value")
 PUBLISH_FIELDS = ("priority", "delay", "run_at", "ttl", "max_attempts", "backoff_base", "target_worker", "required_capability",
-                  "visibility", "unique", "replace", "idempotency_key")
+                  "visibility", "unique", "replace", "on_success", "on_failure", "idempotency_key")
 STORED_OTHERWISE = {     # by the status of a publish
     "kept": "an unfinished intent has this unique value, and was kept; nothing new is stored",
     "replaced": "an intent with this unique value was waiting, and was replaced",
@@ -7814,7 +7831,7 @@ def log_startup(options, url, database, key_source):
 @command("publish", ['publish send_notification title=nas message="the backup is done"',
                      'publish say "good morning" --at 07:00',
                      """publish resize '{"file": "a.jpg"}' --wait""",
-                     "publish backup host=nas full:=true --delay 1h --spool",
+                     "publish backup host=nas full:=true --delay 1h --spool --on-failure send_notification",
                      "publish resize --lines < files.txt"],
          *CONNECTION,
          flag("goal", help="the name of the work, which workers ask for"),
@@ -7833,6 +7850,8 @@ def log_startup(options, url, database, key_source):
          flag("--public", dest="visibility", action="store_const", const="public", help="let workers of any owner claim it"),
          flag("--unique", metavar="VALUE", help="while an intent of this goal and VALUE is unfinished, store nothing and print its id"),
          flag("--replace", action="store_const", const=True, help="with --unique: take the place of one that waits"),
+         flag("--on-success", metavar="GOAL", help="when it is fulfilled, publish an intent of this goal with its result"),
+         flag("--on-failure", metavar="GOAL", help="when it is dead, but not cancelled, publish an intent of this goal with its error"),
          flag("--idempotency-key", help="within a day, publishing again with this key stores nothing new"),
          flag("--spool", action="store_const", const=SPOOL_FILE, help="if the bus cannot take it now, store it for later"),
          flag("--lines", action="store_true", help="publish an intent for each line of stdin, with its text as payload"),

@@ -3970,6 +3970,127 @@ def test_of_simultaneous_unique_publishes_one_is_stored(served, replace):
     assert {answer.json["status"] for answer in answers} == {"published", "replaced" if replace else "kept"}
 
 
+# -- Chains --
+
+def claimed_chain(bus, **fields):
+    """Publish an intent with both callbacks, and return its claim."""
+    bus.publish("g", {"n": 1}, **dict(dict(on_success="good", on_failure="bad", namespace="n", caller=ALICE), **fields))
+    return bus.claim("g", namespace="n", caller=ALICE)
+
+
+def chained(bus):
+    """Return the goals of all intents that ends have published, the oldest first."""
+    return [intent.goal for intent in reversed(bus.list(limit=500).intents) if bus.inspect(intent.id).caused_by]
+
+
+ENDS = (     # of an intent with one attempt; the goals that it publishes
+    case("fulfilled", dict(fulfill={}), ["good"]), case("fulfilled, twice", dict(fulfill={}, again={}), ["good"]),
+    case("failed", dict(fail={}), ["bad"]), case("failed, twice", dict(fail={}, again={}), ["bad"]),
+    case("failed for good", dict(fail=dict(retry=False)), ["bad"], 3), case("failed, to be retried", dict(fail={}), [], 2),
+    case("released", dict(release={}), []), case("lost", dict(wait=61), ["bad"]), case("lost, to be retried", dict(wait=61), [], 2),
+    case("lost, then fulfilled", dict(wait=61, fulfill={}), ["bad", "good"]), case("lost, then failed", dict(wait=61, fail={}), ["bad"]),
+    case("lost for now, then fulfilled", dict(wait=61, fulfill={}), ["good"], 2),
+    case("expired at work", dict(wait=601), ["bad"], 20), case("expired while it waited", dict(release={}, wait=601), ["bad"], 2),
+    case("revoked", dict(end_leases={}), ["bad"]), case("revoked, to be retried", dict(end_leases={}), [], 2),
+    case("cancelled", dict(cancel={}), []), case("cancelled while it waited", dict(release={}, cancel={}), []), case("purged", dict(purge={}), []),
+    case("failed, retried, failed", dict(fail={}, retry={}, claim={}, fail_again={}), ["bad", "bad"]),
+    case("failed, retried, fulfilled", dict(fail={}, retry={}, claim={}, fulfill={}), ["bad", "good"]),
+)
+
+
+@pytest.mark.parametrize("steps, expected", ENDS)
+def test_each_end_publishes_its_callback_and_no_other(bus, clock, steps, expected):
+    goals, attempts = (*expected, 1)[:2]
+    claim, lease = claimed_chain(bus, ttl=600, max_attempts=attempts), {}
+    for step, fields in steps.items():
+        verb = last if step == "again" else step.replace("_again", "")
+        if verb == "wait":
+            clock.pass_(fields)
+            tend(bus)
+        elif verb == "purge":
+            bus.purge(confirm=True)
+        elif verb == "end_leases":
+            bus.end_leases(ALICE.key_id)
+        elif verb == "claim":
+            claim = bus.claim("g", namespace="n", caller=ALICE)
+        elif verb in ("cancel", "retry"):
+            getattr(bus, verb)(claim.id)
+        else:
+            with contextlib.suppress(intentbus.NotFound):
+                getattr(bus, verb)(claim.id, claim.claim_token, **fields, caller=ALICE)
+        last = verb
+    assert chained(bus) == goals
+
+
+def test_a_superseded_intent_publishes_nothing(bus, clock):
+    for end in END.values():
+        bus.publish("g", 1, unique="u", on_failure="bad", caller=ALICE)
+        claim = bus.claim("g", caller=ALICE)
+        newer = bus.publish("g", 2, unique="u", replace=True, caller=ALICE).id
+        end(bus, claim, clock)
+        assert bus.get_status(claim.id).last_error == f"Superseded by {newer}"
+        bus.cancel(newer)
+    assert chained(bus) == []
+
+
+@pytest.mark.parametrize("verb, report, told", [
+    ("fulfill", dict(result={"files": [31]}), dict(status="fulfilled", result={"files": [31]}, result_type="json", error=None)),
+    ("fulfill", dict(result="31 files", result_type="text"), dict(status="fulfilled", result="31 files", result_type="text", error=None)),
+    ("fulfill", {}, dict(status="fulfilled", result=None, result_type="json", error=None)),
+    ("fail", dict(error="no disk", retry=False), dict(status="dead", result=None, result_type="json", error="no disk")),
+])
+def test_a_callback_tells_how_the_intent_has_ended(bus, verb, report, told):
+    claim = claimed_chain(bus, visibility="public", priority=900, unique="u")
+    bus.fail(claim.id, claim.claim_token, "at first", caller=ALICE)
+    bus.cancel(claim.id)
+    bus.retry(claim.id)
+    claim = bus.claim("g", namespace="n", caller=ALICE)
+    start = bus.events().next
+    getattr(bus, verb)(claim.id, claim.claim_token, **report, caller=BOB)
+    found = bus.claim(["good", "bad"], namespace="n", caller=ALICE)
+    assert found.payload == dict(told, id=claim.id, goal="g", claim_attempts=1)
+    assert [(event.event, event.goal) for event in bus.events(start).events][:2] == [("dead" if verb == "fail" else "fulfilled", "g"), ("chained", found.goal)]
+    made, cause = bus.inspect(found.id), bus.inspect(claim.id)
+    assert (made.owner, made.publisher, made.caused_by, made.visibility, made.priority) == ("alice", "k1", claim.id, "private", 100)
+    assert (cause.on_success, cause.on_failure, cause.caused_by) == ("good", "bad", None)
+    assert (made.on_success, made.on_failure, made.unique) == (None, None, None)
+    bus.fulfill(found.id, found.claim_token, caller=ALICE)
+    assert len(chained(bus)) == 1
+
+
+def test_the_cap_counts_callbacks_and_refuses_none(bus):
+    for _ in range(4):
+        bus.publish("g", 1, on_success="good", on_failure="bad", caller=LIMITED)
+    for number in range(4):
+        claim = bus.claim("g", caller=LIMITED)
+        bus.fulfill(claim.id, claim.claim_token, caller=LIMITED) if number % 2 else bus.fail(claim.id, claim.claim_token, retry=False, caller=LIMITED)
+        limited(bus.publish, "g", 1)     # a callback has taken the place
+    assert sorted(chained(bus)) == ["bad", "bad", "good", "good"]
+    bus.fulfill(bus.claim("good", caller=LIMITED).id, caller=LIMITED)
+    bus.publish("g", 1, caller=LIMITED)
+
+
+def test_an_end_is_stored_with_its_callback_or_not_at_all(started):
+    bus = started()
+    forbid(bus, "forbidden")
+    bus.publish(on_success="forbidden", on_failure="good")
+    claim = bus.client.claim("g")
+    assert bus.ask("POST", f"/fulfill/{claim.id}", {}).status == 500
+    assert bus.statuses() == ["claimed"]
+    assert bus.ask("POST", f"/fail/{claim.id}", {"retry": False}).json["status"] == "dead"
+    assert bus.statuses() == ["open", "dead"]
+
+
+def test_a_callback_wakes_the_worker_that_waits_for_it(served):
+    first = served.ask("POST", "/intents", [a_publish(on_success="good")]).json["ids"][0]
+    waiting = served.hold("POST", "/claim?goal=good&wait=60")
+    claim = served.client.claim("g")
+    served.client.fulfill(claim.id, claim.claim_token, "done")
+    assert claimed_by(waiting).payload["id"] == first
+    served.ask("PUT", "/publish/g?on_failure=good&ttl=1", b"text")     # time alone ends it
+    assert claimed_by(served.begin("POST", "/claim?goal=good&wait=60")).payload["error"] == "expired"
+
+
 # ---- 10. Keys ----
 
 @pytest.mark.parametrize("headers, key", [
@@ -5217,6 +5338,9 @@ BAD_PUBLISHES = (
     case("unique a number", a_publish(unique=5), "invalid_unique", "128"),
     case("unique empty, as of an unset variable", a_publish(unique=""), "invalid_unique", "1 to 128"),
     case("unique of 129", a_publish(unique="u" * 129), "invalid_unique", "128"),
+    case("on_success blank", a_publish(on_success=" "), "invalid_on_success", "1", "256"),
+    case("on_failure of 257", a_publish(on_failure="g" * 257), "invalid_on_failure", "256"),
+    case("on_failure a list", a_publish(on_failure=["g"]), "invalid_on_failure", "string"),
     case("replace a word", a_publish(unique="u", replace="yes"), "invalid_replace", "true or false"),
     case("a mistyped field", a_publish(priorty=5), "invalid_request", "'priorty'", "priority"),
     case("two unknown fields", a_publish(zzz=1, aaa=2), "invalid_request", "'aaa'"),
@@ -5976,7 +6100,7 @@ def test_a_body_that_is_no_payload_is_refused(strict, kind, body, code):
 
 
 IN_A_QUERY = dict(namespace="home", visibility="public", priority=7, delay=90.5, run_at=4, ttl=60, max_attempts=1, backoff_base=2.5,
-                  target_worker="5", required_capability="1.5", reward="x", idempotency_key="7", unique="8", replace=False)
+                  target_worker="5", required_capability="1.5", reward="x", idempotency_key="7", unique="8", replace=False, on_success="9", on_failure="good")
 
 
 @pytest.mark.parametrize("field", [field for field in intentbus.PUBLISH_QUERY if field != "idempotency_key"])
@@ -6127,6 +6251,15 @@ def test_a_repeated_bulk_publish_stores_nothing_more(served):
     assert (first.status, first.body) == (same.status, same.body)
     assert_refusal(other, 422, "idempotency_conflict", "Key reused with different payload")
     assert served.statuses() == ["open", "open"]
+
+
+def test_a_publish_repeated_after_an_upgrade_is_known(served):
+    fields = dict(goal="g", payload=1, namespace="default", visibility="private", priority=100, delay=0, run_at=None, ttl=604800, max_attempts=3,
+                  backoff_base=5, target_worker=None, required_capability=None)     # of version 1.0.0, with its defaults
+    for kind, path, body in ((["id", "status", "namespace"], "/intent", a_publish()), (["ids"], "/intents", [a_publish()])):
+        assert served.ask("POST", path, body, Idempotency_Key=path).status == 201
+        asked = json.dumps([kind, [fields]], sort_keys=True)
+        assert hashlib.sha256(asked.encode()).hexdigest() in tables_of(served)["memos"][1]
 
 
 def test_a_bulk_publish_of_one_is_another_request_than_a_publish(served):
@@ -10119,6 +10252,14 @@ def test_values_and_locks_from_the_command_line(served):
     assert_complaint(at(served, "get", "lock"), 3, "lock")
 
 
+def test_callbacks_of_a_publish_are_flags(served, home, monkeypatch):
+    monkeypatch.setenv("INTENT_BUS_URL", served.url)
+    monkeypatch.setenv("INTENT_API_KEY", KEY)
+    assert intentbus.main(["publish", "g", "new", "--on-success", "good", "--on-failure", "bad"]) == 0
+    found = served.ask("GET", f"/admin/intents/{served.client.list().intents[0].id}").json
+    assert (found["on_success"], found["on_failure"]) == ("good", "bad")
+
+
 def test_a_kept_and_a_replaced_intent_are_reported(served, home, monkeypatch, capsys):
     monkeypatch.setenv("INTENT_BUS_URL", served.url)
     monkeypatch.setenv("INTENT_API_KEY", KEY)
@@ -10331,6 +10472,20 @@ def test_every_shell_example_shows_its_use_and_parses(path):
     assert path.read_text().startswith("#!/bin/sh\n# ") and path.name in path.read_text()[:500]
     assert os.access(path, os.X_OK)
     subprocess.run([shutil.which("dash") or "sh", "-n", path], check=True)
+
+
+@SLOW
+@POSIX
+def test_the_readme_on_being_told_when_it_is_done(serve):
+    lines = blocks("console")[1].splitlines()
+    bare = dict(PATH=f"{os.path.dirname(sys.executable)}:/usr/bin:/bin", HOME=str(serve.home), INTENTBUS_NOTIFY_FILE=str(serve.home / "notifications.log"))
+    said = [shell(serve, line[2:], **bare) for line in lines if line[:2] == "$ "]
+    assert [one.returncode for one in said] == [0] * 4, said
+    assert said[-1].stdout[19:] == lines[-1][19:] + "\n"
+    failing = "python3 intentbus.py publish backup x --on-failure send_notification; python3 intentbus.py work --goal backup --once -- sh -c 'echo no disk >&2; exit 100'"
+    for command in (failing, *(line[2:] for line in lines[3:] if line[:2] == "$ ")):
+        said = shell(serve, command, **bare)
+    assert said.stdout[19:] == "  backup: dead: no disk\n"
 
 
 @SLOW
@@ -10596,7 +10751,7 @@ def on_the_phone(session):
 @POSIX
 def test_the_walk_through_on_a_phone_matches_the_readme(serve, termux):
     house, start = termux
-    _, invite, phone, publish = blocks("console")[:4]
+    _, _, invite, phone, publish = blocks("console")[:5]
     assert publish.startswith("$ ") and "keys invite" in invite
     code = serve.run("keys", "invite", "phone", "--role", "work").stdout.strip()
     shape = lambda text: re.sub(r"127\.0\.0\.1:\d+", "BUS", re.sub(r"[0-9.]+, SQLite [0-9.]+|\b[0-9a-f]{16}\b", "X", text))
@@ -10807,6 +10962,19 @@ def test_an_idempotency_key_stores_one_intent_across_buses(buses):
     answers = of_both(one, other, 10, "POST", "/intent", a_publish(), Idempotency_Key="k")
     assert len({response.json["id"] for response in answers}) == 1 and len(one.statuses()) == 1
     assert_refusal(other.ask("POST", "/intent", a_publish(payload=2), Idempotency_Key="k"), 422, "idempotency_conflict")
+
+
+@ON_POSTGRES
+def test_an_end_publishes_its_callback_once_across_buses(buses):
+    one, other = buses(), buses()
+    one.publish(on_success="good")
+    claim = other.client.claim("g")
+    reports = of_both(one, other, 8, "POST", f"/fulfill/{claim.id}", {"claim_token": claim.claim_token})
+    assert [report.status for report in reports] == [200] * 8
+    ids = one.ask("POST", "/intents", [a_publish(ttl=1, on_failure="bad") for _ in range(50)]).json["ids"]     # both buses expire them
+    ended = f"SELECT COUNT(*) FILTER (WHERE status = 'dead'), COUNT(*) FILTER (WHERE goal = 'bad') FROM {schema_of(one.db)}.intents"
+    wait_until(lambda: postgres(ended)[0][0] == len(ids))
+    assert postgres(ended) == [(50, 50)] and one.client.list(goal="good").intents[0].status == "open"
 
 
 @ON_POSTGRES
@@ -11614,9 +11782,11 @@ def test_what_an_original_bus_has_not_is_refused_in_words(original):
     (lambda bus: bus.set("k", "ours", if_absent=True), "would store it though the key may be taken"),
     (lambda bus: bus.publish("g", 1, run_at=2 ** 32), "would ignore run_at; pass a delay"),
     (lambda bus: bus.publish("g", 1, unique="u"), "would store it beside others of its unique value"),
+    (lambda bus: bus.publish("g", 1, on_success="h"), "would publish nothing at its end"),
+    (lambda bus: bus.publish("g", 1, on_failure="h"), "would publish nothing at its end"),
     (lambda bus: bus.claim(["g", "h"]), "would serve one of several goals only; start a worker for each"),
     (lambda bus: Worker(bus, ["g", "h"], print, drain=True).run(), "start a worker for each"),
-], ids=range(5))
+], ids=range(7))
 def test_what_an_original_bus_would_ignore_is_not_sent(original, ask, words):
     original.values["k"] = "theirs"
     with pytest.raises(intentbus.OlderBus, match=words):
