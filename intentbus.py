@@ -278,12 +278,14 @@ COLUMNS = (
     "backoff_base", "target_worker", "required_capability", "created_at", "status", "run_at", "expires_at",
     "completed_at", "last_error", "result", "result_type", "claim_attempts", "claim_token_hash", "claim_expires_at", "lease",
     "claim_owner", "claim_key", "claim_outcome", "worker_id", "worker", "claimed_at", "idempotency_key", "size", "result_size",
-    "place", "lane", "ready", "due_at", "history",
+    "place", "lane", "ready", "due_at", "history", "unique_value", "on_success", "on_failure", "caused_by",
 )
 PUBLISH_DEFAULTS = dict(
     namespace="default", visibility="private", priority=100, delay=0, run_at=None, ttl=TTL_SECONDS, max_attempts=3,
-    backoff_base=5, target_worker=None, required_capability=None,
+    backoff_base=5, target_worker=None, required_capability=None, unique=None, replace=False,
+    on_success=None, on_failure=None,
 )
+LATER_FIELDS = ("unique", "replace", "on_success", "on_failure")     # no stored digest of an earlier version has these
 STATUS_FIELDS = (
     "id", "namespace", "goal", "status", "priority", "visibility", "claim_attempts", "max_attempts", "run_at",
     "claim_expires_at", "target_worker", "required_capability", "created_at", "completed_at", "last_error", "claimed_at",
@@ -295,9 +297,10 @@ CLAIM_FIELDS = (
 )
 UNCLAIMED = dict.fromkeys(("completed_at", "last_error", "result", "result_type", "claim_token_hash", "claim_expires_at",
                            "lease", "claim_owner", "claim_key", "claim_outcome", "worker_id", "worker", "claimed_at",
-                           "idempotency_key", "history"))
+                           "idempotency_key", "history", "caused_by"))
 
-Change = collections.namedtuple("Change", "event columns")     # event: a word for people, or None
+# event: a word for people, or None; callback: the field with the goal of the intent that this end publishes, or None
+Change = collections.namedtuple("Change", "event columns callback", defaults=(None,))
 
 to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode     # compact text
 
@@ -407,6 +410,8 @@ class Intent(Record):
         """Return an intent as published now, with goal, payload and any of PUBLISH_DEFAULTS in fields."""
         fields = {**PUBLISH_DEFAULTS, **fields}
         delay, run_at = fields.pop("delay"), fields["run_at"]
+        fields["unique_value"] = fields.pop("unique")     # a column cannot have the name of a word of SQL
+        del fields["replace"]
         run_at = now + delay if run_at is None else run_at
         expires_at = max(run_at, now) + fields["ttl"]
         ready = run_at <= now
@@ -469,8 +474,9 @@ class Intent(Record):
         text = result if result_type == "text" else to_json(result)
         late = self.status != "claimed" and self.history     # which has its attempt as lost
         return Change("fulfilled", dict(
-            self._with_history(self.attempts[:-1]) if late else {}, status="fulfilled", ready=0, completed_at=now, claim_expires_at=None, due_at=None, claim_outcome="fulfilled",
-            result=text, result_type=result_type, result_size=bytes_of(text), claim_key=key_id))
+            self._with_history(self.attempts[:-1]) if late else {}, status="fulfilled", ready=0, completed_at=now,
+            claim_expires_at=None, due_at=None, claim_outcome="fulfilled", result=text, result_type=result_type,
+            result_size=bytes_of(text), claim_key=key_id), "on_success")
 
     def failed(self, now, error, retry, jitter):
         """The attempt failed: open again after a backoff, or dead if no attempt is left or retry is false."""
@@ -487,12 +493,20 @@ class Intent(Record):
 
     def cancelled(self, now):
         """It is no longer wanted; its worker, if any, loses the lease."""
-        return self._dead(now, "Cancelled", claim_token_hash=None, **self._attempt(now, "lost", "Cancelled"))
+        return self._dead(now, "Cancelled", None, claim_token_hash=None, **self._attempt(now, "lost", "Cancelled"))
 
     def retried(self, now):
         """A dead letter starts again, with all its attempts."""
         return self._open("retried", now, now, claim_attempts=0, last_error=None, result=None, result_type=None,
                           result_size=0, completed_at=None, claim_token_hash=None, expires_at=now + self.ttl)
+
+    def replaced(self, by):
+        """It waits, and a new intent takes its place: only the id stays."""
+        return Change("replaced", {column: by[column] for column in COLUMNS if column != "id"})
+
+    def superseded(self, now, by, **columns):
+        """A newer intent of its unique value waits, so it ends where it would wait, with these columns."""
+        return self._dead(now, f"Superseded by {by}", None, **columns)
 
     def _open(self, event, now, run_at, **columns):
         """It can be claimed from run_at on; or it is dead, if that is after its expiry."""
@@ -504,10 +518,11 @@ class Intent(Record):
             columns, status="open", ready=int(ready), run_at=run_at, claim_expires_at=None,
             due_at=expires_at if ready else min(run_at, expires_at)))
 
-    def _dead(self, now, reason, **columns):
+    def _dead(self, now, reason, callback="on_failure", **columns):
         """It is a dead letter, or stays one."""
-        return Change("dead" if self.status != "dead" else None, dict(
-            columns, status="dead", ready=0, completed_at=now, last_error=reason, claim_expires_at=None, due_at=None))
+        event, callback = ("dead", callback) if self.status != "dead" else (None, None)
+        return Change(event, dict(columns, status="dead", ready=0, completed_at=now, last_error=reason, claim_expires_at=None,
+                                  due_at=None), callback)
 
     def _attempt(self, now, outcome, error=None):
         """Return the columns to set once its attempt has not succeeded; a late report takes the place of a lost lease."""
@@ -610,11 +625,18 @@ SIZES = """
     GROUP BY owner;
     DELETE FROM memos WHERE kind = 'goal'     -- by owner from now on
 """
-ATTEMPTS = """
-    -- JSON: the last attempts that did not succeed
-    ALTER TABLE intents ADD COLUMN history TEXT
+FEATURES = """
+    ALTER TABLE intents ADD COLUMN history TEXT;     -- JSON: the last attempts that did not succeed
+    ALTER TABLE intents ADD COLUMN on_success TEXT;
+    ALTER TABLE intents ADD COLUMN on_failure TEXT;
+    ALTER TABLE intents ADD COLUMN caused_by TEXT;     -- the id of the intent whose end published it
+    ALTER TABLE intents ADD COLUMN unique_value TEXT;
+    CREATE UNIQUE INDEX intents_unique ON intents (owner, namespace, goal, unique_value)
+    WHERE unique_value IS NOT NULL AND status = 'open';
+    CREATE INDEX intents_unique_claimed ON intents (owner, namespace, goal, unique_value, created_at, id)
+    WHERE unique_value IS NOT NULL AND status = 'claimed'
 """
-MIGRATIONS = (SCHEMA, MORE_INDEXES, HISTORY, PLACES, SIZES, ATTEMPTS)     # the n-th leads to schema version n; a released one never changes
+MIGRATIONS = (SCHEMA, MORE_INDEXES, HISTORY, PLACES, SIZES, FEATURES)     # the n-th leads to version n; a released one never changes
 APPLICATION_ID = 0x1B05     # in the header of the file: it is a database of intentbus
 
 
@@ -919,6 +941,18 @@ CLAIMED_BY_KEY = f"""
     AND    status = 'claimed'
     LIMIT  :rows
 """
+TWIN = {status: f"""
+    SELECT   {ALL}
+    FROM     intents
+    WHERE    owner = :owner
+    AND      namespace = :namespace
+    AND      goal = :goal
+    AND      unique_value = :unique_value
+    AND      status = '{status}'
+    AND      id <> :id
+    ORDER BY created_at DESC, id DESC
+    LIMIT    1
+""" for status in ("open", "claimed")}     # literals, as for ANY
 HEAD_OF_NEXT_LANE = f"""
     SELECT   {ALL}
     FROM     intents
@@ -1234,11 +1268,11 @@ class Transaction(Reads):
 
     # -- Intents --
 
-    def insert(self, intent):
+    def insert(self, intent, event="published"):
         """Store a new intent."""
         self._db.execute(INSERT, intent)
         self._count(intent, 1)
-        self.moves.append(Move(intent, "published"))
+        self.moves.append(Move(intent, event))
 
     def update(self, intent, change):
         """Carry out a transition; return the intent as it is then."""
@@ -1284,6 +1318,10 @@ class Transaction(Reads):
         while start < end and (head := self._intent(HEAD_OF_NEXT_LANE, start=start, end=end)):
             yield head
             start = lane_end(head.lane)
+
+    def twin(self, intent, statuses=tuple(TWIN)):
+        """Return the newest other intent of a unique value, of the first of these statuses that there is; or None."""
+        return next(filter(None, (self._intent(TWIN[status], **intent) for status in statuses)), None)
 
     def claimed_by_key(self, key_id, rows):
         """Return intents that a key holds under a lease, at most that many."""
@@ -1732,7 +1770,7 @@ EVENT_FIELDS = (
     "id", "namespace", "goal", "status", "claim_attempts", "worker_id", "worker", "last_error", "owner", "claim_owner",
 )
 EVENT_VALUES = operator.itemgetter(*EVENT_FIELDS)
-COUNTED = {"published": "published", "fulfilled": "fulfilled", "failed": "failed", "lost": "failed", "dead": "failed"}
+COUNTED = dict(published="published", chained="published", fulfilled="fulfilled", failed="failed", lost="failed", dead="failed")
 
 
 class WorkerRegistry:
@@ -2009,35 +2047,62 @@ class Bus:
         idempotency_key with the same intent returns the first answer; with another intent it raises IdempotencyConflict.
         listening is the number of workers seen lately that may claim it. If it is 0 and no worker has ever claimed an intent
         of the caller's owner with this goal, nor one of that owner's workers any, never_claimed is true.
+        While another intent of that owner, namespace, goal and unique is unfinished, that is "kept"; with replace, an open one
+        is "replaced". Both are a status, with the id of that intent.
         """
         wanted = dict(fields, goal=goal, payload=payload)
         namespace = fields.get("namespace", "default")
-        answer = self._publish([wanted], idempotency_key, caller, lambda ids: Record(
-            id=ids[0], status="published", namespace=namespace))
+        answer = self._publish([wanted], idempotency_key, caller, lambda stored: Record(
+            id=stored[0][0], status=stored[0][1], namespace=namespace))
         return Record(answer, **self._audience({**PUBLISH_DEFAULTS, **wanted}, caller))
 
     def publish_many(self, intents, *, idempotency_key=None, caller=OWNER):
-        """Store intents, each a dict of arguments of publish, all or none, and return {"ids"}."""
-        return self._publish(intents, idempotency_key, caller, lambda ids: Record(ids=ids))
+        """Store intents, each a dict of arguments of publish, all or none; return {"ids"}, and "statuses" if any is unique."""
+        def answer_with(stored):
+            statuses = dict(statuses=[status for _, status in stored]) if any(wanted.get("unique") for wanted in intents) else {}
+            return Record(ids=[intent_id for intent_id, _ in stored], **statuses)
+        return self._publish(intents, idempotency_key, caller, answer_with)
 
     def _publish(self, wanted, idempotency_key, caller, answer_with):
         with self.store.transaction() as tx:
             intents = [Intent.new(self._ids.new(tx.now), tx.now, caller.owner, caller.key_id,
                                   dict(fields, idempotency_key=idempotency_key)) for fields in wanted]
-            answer = answer_with([intent.id for intent in intents])
+            expected = [(intent.id, "published") for intent in intents]
+            answer, memo = answer_with(expected), ("idempotency", caller.key_id, idempotency_key)
             if idempotency_key:
-                asked = json.dumps([list(answer), wanted], sort_keys=True)     # a bulk of one is another request
+                told = [{field: value for field, value in fields.items() if value or field not in LATER_FIELDS} for fields in wanted]
+                asked = json.dumps([list(answer), told], sort_keys=True)     # a bulk of one is another request
                 digest = hashlib.sha256(asked.encode()).hexdigest()
-                memo = "idempotency", caller.key_id, idempotency_key
                 if not tx.remember_first(*memo, digest + to_json(answer), tx.now + IDEMPOTENCY_SECONDS):
                     known = tx.recall(*memo, tx.now)
                     if not known.startswith(digest):
                         raise IdempotencyConflict("Key reused with different payload: an Idempotency-Key stands for one request.")
                     return Record(json.loads(known[len(digest):]))
-            for intent in intents:
-                tx.insert(intent)
-            self._require_room(tx, caller)
+            stored = [self._insert(tx, intent, fields.get("replace")) for intent, fields in zip(intents, wanted)]
+            if stored != expected:
+                answer = answer_with(stored)
+                if idempotency_key:
+                    tx.remember(*memo, digest + to_json(answer), tx.now + IDEMPOTENCY_SECONDS)
+            if any(status != "kept" for _, status in stored):
+                self._require_room(tx, caller)
         return answer
+
+    def _insert(self, tx, intent, replace):
+        """Store a new intent, unless the twin of its unique value is kept or, if it waits, replaced; return (id, status)."""
+        twin = self._twin(tx, intent)
+        if twin and not replace:
+            return twin.id, "kept"
+        if twin and twin.status == "open":
+            return self._change(tx, twin, twin.replaced(intent)).id, "replaced"
+        tx.insert(intent)
+        return intent.id, "published"
+
+    def _twin(self, tx, intent, *statuses):
+        """Return the twin of an intent that has a unique value, as it is now; or None."""
+        while intent.unique_value is not None and (twin := tx.twin(intent, *statuses)):
+            if twin.due_at > tx.now:
+                return twin
+            self._change(tx, twin, twin.advance(tx.now))
 
     def _require_room(self, tx, caller):
         """Raise RateLimited if an issued key has more now than it may have: unfinished intents, namespaces, values, bytes."""
@@ -2101,6 +2166,8 @@ class Bus:
             intent = self._published_by(tx, intent_id, caller)
             if intent.status != "dead":
                 raise Conflict(f"This intent is {intent.status}; only a dead one can be retried.")
+            if twin := self._twin(tx, intent):
+                raise Conflict(f"Its unique value is taken by {twin.id}, which is {twin.status}.")
             intent = self._change(tx, intent, intent.retried(tx.now))
             if self._room(tx, intent.publisher, caller) < 0:
                 raise RateLimited("The key that published this intent has too many unfinished ones; wait until some are done.",
@@ -2111,7 +2178,7 @@ class Bus:
     def retry_many(self, goal=None, namespace=None, limit=1000, *, caller=OWNER):
         """Open up to limit dead intents of a goal and namespace again, the oldest first, and return {"retried": N}.
 
-        For an issued key, it leaves out those whose publisher would have too many unfinished intents.
+        It leaves out those whose unique value is taken or, for an issued key, whose publisher would have too many unfinished.
         """
         owner, retried = None if caller.admin else caller.owner, 0
         for dead in self._dead_ranges(None, dict(owner=owner, goal=goal, namespace=namespace, until=FOREVER), SLICE_ROWS):
@@ -2368,9 +2435,10 @@ class Bus:
         """Return everything about an intent but its claim token."""
         intent = self.store.get(intent_id).at(self.clock.now())
         hidden = ("claim_token_hash", "claim_key", "claim_outcome", "idempotency_key", "lease", "size", "result_size", "place",
-                  "lane", "ready", "due_at")
+                  "lane", "ready", "due_at", "unique_value")
         return Record({column: value for column, value in intent.items() if column not in hidden},
-                      payload=json.loads(intent.payload), result=stored_result(intent), history=intent.attempts)
+                      payload=json.loads(intent.payload), result=stored_result(intent), history=intent.attempts,
+                      unique=intent.unique_value)
 
     def dead_letter(self, intent_id, *, caller=OWNER):
         """Return everything about a dead intent."""
@@ -2415,7 +2483,7 @@ class Bus:
             for intent in tx.dead(**dead):
                 if intent.publisher not in room:
                     room[intent.publisher] = self._room(tx, intent.publisher, caller)
-                if retried < most and room[intent.publisher] > 0:
+                if retried < most and room[intent.publisher] > 0 and not self._twin(tx, intent):
                     self._change(tx, intent, intent.retried(tx.now))
                     retried += 1
                     room[intent.publisher] -= 1
@@ -2486,14 +2554,33 @@ class Bus:
     # -- Rules shared by several verbs --
 
     def _change(self, tx, intent, change):
-        """Carry out a transition, announce a death if that is wanted, and return the intent as it is then."""
+        """Carry out a transition, publish what is wanted at such an end, and return the intent as it is then."""
+        if intent.unique_value is not None and intent.status != "open" and change.columns.get("status") == "open":
+            change = self._only_one_open(tx, intent, change)
         after = tx.update(intent, change)
         if change.event == "dead" and self._announce_dead and intent.goal != DEATHS:
             payload = dict(id=after.id, goal=after.goal, namespace=after.namespace, reason=after.last_error,
                            attempts=after.claim_attempts, worker_id=after.worker_id, worker=after.worker, created_at=after.created_at)
-            tx.insert(Intent.new(self._ids.new(tx.now), tx.now, after.owner, OWNER.key_id,
-                                 dict(goal=DEATHS, namespace=after.namespace, payload=payload)))
+            tx.insert(self._follow_up(tx, after, DEATHS, payload, OWNER.key_id))
+        if change.callback and after[change.callback]:
+            payload = dict(after.pick(("id", "goal", "status")), result=stored_result(after), result_type=after.result_type or "json",
+                           error=after.last_error if after.status == "dead" else None, claim_attempts=after.claim_attempts)
+            tx.insert(self._follow_up(tx, after, after[change.callback], payload, after.publisher, caused_by=after.id), "chained")
         return after
+
+    def _follow_up(self, tx, intent, goal, payload, publisher, **columns):
+        """Return a new intent in the namespace of another one, for its owner."""
+        fields = dict(goal=goal, payload=payload, namespace=intent.namespace)
+        return Intent.new(self._ids.new(tx.now), tx.now, intent.owner, publisher, dict(fields, **columns))
+
+    def _only_one_open(self, tx, intent, change):
+        """Return the change that opens an intent, or that ends it if a newer twin is open; an older one ends."""
+        twin = self._twin(tx, intent, ("open",))
+        if twin and (twin.created_at, twin.id) > (intent.created_at, intent.id):
+            return intent.superseded(tx.now, twin.id, **change.columns)
+        if twin:
+            self._change(tx, twin, twin.superseded(tx.now, intent.id))
+        return change
 
     def _current(self, tx, intent_id):
         """Return an intent, after the transition that is due, if any."""
@@ -3282,11 +3369,13 @@ def list_of(validator):
 
 
 def from_query(validator):
-    """Accept decimal digits, in a query, of a number that a validator accepts."""
+    """Accept the text of a query for a value that a validator accepts: a string, a number in digits, or true, false, 1, 0."""
+    if validator is boolean:
+        return lambda value: choice("true", "false", "1", "0")(value) in ("true", "1")
     def read(value):
-        if not DIGITS.fullmatch(value):
+        with contextlib.suppress(ValueError):
             return validator(value)
-        return validator(float(value) if "." in value else int(value))
+        return validator(value if not DIGITS.fullmatch(value) else float(value) if "." in value else int(value))
     return read
 
 
@@ -3355,6 +3444,10 @@ LIMITS = {     # of a publish
     "backoff_base": number_from(1, 3600),
     "target_worker": token_word,
     "required_capability": token_word,
+    "unique": text_of(1, 128),
+    "replace": boolean,
+    "on_success": text_of(1, 256),
+    "on_failure": text_of(1, 256),
 }
 GOAL = (text_of(1, 256), None)
 TOKEN = (string, None)
@@ -3370,6 +3463,8 @@ OPTIONAL = ("target_worker", "required_capability", "idempotency_key")
 IDEMPOTENCY = Fields({"idempotency_key": (text_of(1, 255), None)}, optional=OPTIONAL)
 PUBLISH = Fields({**INTENT, "idempotency_key": (text_of(1, 255), None)}, optional=OPTIONAL)
 PUBLISH_OF_MANY = Fields(INTENT, optional=OPTIONAL)     # one of several, which share an idempotency key
+PUBLISH_QUERY = Fields({field: (from_query(PUBLISH[field]), PUBLISH.defaults.get(field))     # the path has the goal
+                        for field in PUBLISH if field not in ("goal", "payload")}, optional=OPTIONAL)
 CLAIM_QUERY = {
     "goal": (list_of(text_of(1, 256)), None),
     "namespace": (namespace_word, "default"),
@@ -3414,7 +3509,7 @@ SET = Fields({"value": (anything, REQUIRED), "ttl": (number_from(1, 86400), VALU
 SET_QUERY = Fields({
     "value": (string, REQUIRED),
     "ttl": (from_query(number_from(1, 86400)), VALUE_TTL_SECONDS),
-    "if_absent": (lambda value: choice("true", "false")(value) == "true", False),
+    "if_absent": (from_query(boolean), False),
 })
 VALUE_KEY = Fields({"key": (must_be(f"at most {VALUE_KEY_CHARACTERS} characters",
                                     lambda key: len(key) <= VALUE_KEY_CHARACTERS), REQUIRED)})
@@ -3427,6 +3522,10 @@ JOIN = Fields({"code": (string, REQUIRED)})
 REVOKE_KEY = Fields({"api_key": (string, None), "key_id": (string, None)})
 PURGE = Fields({"confirm": (boolean, False), "namespace": (namespace_word, None)})
 NOTHING, ANYTHING = Fields({}), Fields({}, strict=False)
+
+
+class NotJson(Invalid):
+    """A text that is not JSON at all."""
 
 
 def refuse_number(digits):
@@ -3456,7 +3555,7 @@ def from_json(body, depth=JSON_DEPTH):
         raise Invalid("The JSON is not valid Unicode: UTF-8, with no lone surrogates.", code="invalid_json") from error
     except ValueError as error:
         reason = "a number has too many digits" if "int_max_str_digits" in str(error) else error
-        raise Invalid(f"This is not valid JSON: {reason}.", code="invalid_json") from error
+        raise NotJson(f"This is not valid JSON: {reason}.", code="invalid_json") from error
     return value
 
 
@@ -3471,6 +3570,19 @@ def from_json_or_text(data):
     return value
 
 
+def decoded_text(data):
+    """Return text in bytes as a string, without a byte order mark; raises Invalid unless it is UTF-8."""
+    try:
+        return without_mark(data).decode()
+    except UnicodeDecodeError as error:
+        raise Invalid("This text is not UTF-8.", code="invalid_payload") from error
+
+
+def as_text(value):
+    """Return a JSON value as text: a string as it is, null as an empty text, anything else as JSON."""
+    return value if isinstance(value, str) else "" if value is None else to_json(value)
+
+
 def nesting(body, limit):
     """Return how deep the brackets of a JSON text are nested, or a number over the limit; 0 if they are too few to exceed it."""
     if body.count(b"[") + body.count(b"{") <= limit:
@@ -3480,8 +3592,10 @@ def nesting(body, limit):
         if not brackets:
             return depth
         before, brackets = brackets, brackets.replace(b"[]", b"")
-        if brackets == before:     # it is no JSON
-            return len(brackets) if brackets.count(b"[") > limit else 0
+        if brackets == before:     # it is no JSON; the parser takes stack for each bracket until it finds out
+            if brackets.count(b"[") > limit:
+                raise NotJson(f"The JSON is nested deeper than {limit} levels, and not closed.", code="invalid_json")
+            return 0
     return limit + 1
 
 
@@ -3834,6 +3948,17 @@ class Request:
         """Whether it changes nothing."""
         return self.method in ("GET", "HEAD")
 
+    @property
+    def media_type(self):
+        """The Content-Type, in lower case and without parameters; empty if there is none."""
+        return self.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+    @property
+    def wants_text(self):
+        """Whether the client accepts text/plain, and not JSON by name."""
+        accepted = [part.partition(";")[0].strip().lower() for part in self.headers.get("accept", "").split(",")]
+        return "text/plain" in accepted and "application/json" not in accepted
+
     def json(self):
         """Return the value of the body; an empty one counts as {}."""
         return from_json(self.body) if self.body.strip() else {}
@@ -3871,19 +3996,46 @@ def publishable(api, body, fields=PUBLISH):
     del fields["reward"]
     if fields["run_at"] is not None and (fields["delay"] or fields["run_at"] > api.bus.clock.now() + YEAR_SECONDS):
         raise Invalid("run_at must be Unix seconds within 366 days, and without a delay.", code="invalid_run_at")
+    if fields["replace"] and fields["unique"] is None:
+        raise Invalid("replace needs unique, which says what to replace.", code="invalid_replace")
     return fields
 
 
 def publish_endpoint(api, request):
     request.parameters(NOTHING)
-    fields = publishable(api, request.json())
+    return publish_one(api, request, request.json())
+
+
+def publish_payload_endpoint(api, request, goal):
+    """Publish the body as a payload; the path has the goal, the query the other fields."""
+    fields = dict(request.parameters(PUBLISH_QUERY), payload=payload_in(request))
+    return publish_one(api, request, dict(fields, goal=goal[:-1] if goal.endswith("/") else goal))
+
+
+def publish_one(api, request, body):
+    fields = publishable(api, body)
     fields["idempotency_key"] = request.idempotency_key(fields["idempotency_key"])
-    return 201, api.bus.publish(**fields, caller=request.caller)
+    answer = api.bus.publish(**fields, caller=request.caller)
+    return 201 if answer.status == "published" else 200, answer.id if request.wants_text else answer
+
+
+def payload_in(request):
+    """Return the payload that a body is: JSON if it is said to be, or is an object or array not said to be text; else text."""
+    kind = request.media_type
+    if kind.startswith("multipart/"):
+        raise Invalid("A multipart body is no payload; send JSON or text.", code="invalid_payload")
+    if kind == "application/json" or kind.endswith("+json"):
+        return request.json()
+    text = decoded_text(request.body)
+    with contextlib.suppress(NotJson):
+        if kind != "text/plain" and text.lstrip()[:1] in ("{", "["):
+            return from_json(request.body)
+    return text or {}
 
 
 def publish_many_endpoint(api, request):
     key = request.idempotency_key(request.parameters(IDEMPOTENCY)["idempotency_key"])
-    lines = request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/x-ndjson"
+    lines = request.media_type == "application/x-ndjson"
     bodies = [line for line in without_mark(request.body).splitlines() if line.strip()] if lines else request.json()
     if not isinstance(bodies, list) or len(bodies) > BULK_INTENTS:
         raise Invalid(f"The body must be a JSON array of at most {BULK_INTENTS} intents, or as many lines of NDJSON.")
@@ -3968,12 +4120,14 @@ def nothing_to_claim(api, request, wanted):
 
 
 def result_endpoint(api, request, intent_id):
+    plain = request.wants_text     # while it is held, it has no headers
     def current():
-        return 200, api.bus.get_result(intent_id, caller=request.caller)
+        found = api.bus.get_result(intent_id, caller=request.caller)
+        return found.status, (200, as_text(found.result) if plain else found)
     def ended():
-        status, found = current()
-        return (status, found) if found.status in ("fulfilled", "dead") else None
-    return api.hold(request, (intent_id,), request.parameters(RESULT)["wait"], ended, current)
+        status, answer = current()
+        return answer if status in ("fulfilled", "dead") else None
+    return api.hold(request, (intent_id,), request.parameters(RESULT)["wait"], ended, lambda: current()[1])
 
 
 def events_endpoint(api, request):
@@ -4076,6 +4230,8 @@ ROUTES = (
     ("GET",  "/",                       None,      lambda api, request: (200, HOME)),
     ("GET",  "/health",                 None,      health_endpoint),
     ("POST", "/intent",                 "publish", publish_endpoint),
+    ("POST", "/publish/*",              "publish", publish_payload_endpoint),
+    ("PUT",  "/publish/*",              "publish", publish_payload_endpoint),
     ("POST", "/intents",                "publish", publish_many_endpoint),
     ("POST", "/claim",                  "work",    claim_endpoint),
     ("POST", "/extend_claim/*",         "work",    with_body("extend_claim", EXTEND)),
@@ -6092,7 +6248,7 @@ LISTED_KEY = answer_of(key_id=TEXT, owner=TEXT, role=TEXT, total_requests=COUNT,
 API_KEY = (must_be("a key", lambda value: isinstance(value, str) and re.fullmatch("[!-~]+", value)), REQUIRED)
 ANSWERS = {     # of a bus, to a method and path: an answer without these fields comes from another server
     "POST /intent": answer_of(id=ANSWER_ID, status=UNSURE, namespace=UNSURE, listening=UNSURE, never_claimed=UNSURE),
-    "POST /intents": answer_of(ids=(array_of(ANSWER_ID[0]), REQUIRED)),
+    "POST /intents": answer_of(ids=(array_of(ANSWER_ID[0]), REQUIRED), statuses=(array_of(string), ())),
     "POST /claim": CLAIMED,
     "POST /extend_claim/*": REPORTED,
     "POST /fulfill/*": ENDED,
@@ -6408,6 +6564,14 @@ class Spooler:
         self.spool.remove(number)
 
 
+IGNORED = {     # by an Intent Bus 7, with what it would do
+    "run_at": "ignore run_at; pass a delay",
+    "unique": "store it beside others of its unique value",
+    "on_success": "publish nothing at its end",
+    "on_failure": "publish nothing at its end",
+}
+
+
 def process_name(program=None):
     """Return how people know this process: its host, program and number; in ASCII, for a header."""
     number = f" {os.getpid()}"
@@ -6489,8 +6653,9 @@ class IntentClient:
         """Send a publish, with its idempotency key where the signature covers it, and in the header that older buses read."""
         if path == "/intents":
             return self.request("POST", path, body, query=dict(idempotency_key=idempotency_key), retries=retries)
-        if body.get("run_at") is not None:
-            self._require_newer("ignore run_at; pass a delay")
+        for field, consequence in IGNORED.items():
+            if body.get(field) is not None:
+                self._require_newer(consequence)
         return self.request("POST", path, dict(body, idempotency_key=idempotency_key), retries=retries,
                             headers={"Idempotency-Key": idempotency_key})
 
@@ -7039,11 +7204,6 @@ CTRL_BREAK_EVENT = 1     # the SIGTERM of Windows; the module signal has it only
 NOT_EXECUTABLE = (errno.ENOENT, errno.EACCES, errno.ENOEXEC)
 CUT_MARK = "\n[The output was longer: it is cut here.]"
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}|\{([A-Za-z_]\w*)\}", re.ASCII)
-
-
-def as_text(value):
-    """Return a JSON value as text: a string as it is, null as an empty text, anything else as JSON."""
-    return value if isinstance(value, str) else "" if value is None else to_json(value)
 
 
 def fill_placeholders(argument, intent):
@@ -7639,6 +7799,20 @@ def format_duration(seconds):
     return f"{max(0, seconds) // UNIT_SECONDS[unit]:.0f}{unit}"
 
 
+def local_time(text):
+    """Parse a local time such as 07:00, the next one, or 2026-12-24T18:00; return Unix seconds."""
+    import datetime     # 2 ms, which other commands need not pay
+    now = datetime.datetime.now()
+    dates = [""] if "-" in text else [f"{now.date() + datetime.timedelta(days)} " for days in (0, 1)]
+    try:
+        times = [datetime.datetime.fromisoformat(date + text).timestamp() for date in dates]
+    except (ValueError, OverflowError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a local time such as 07:00 or 2026-12-24T18:00") from error
+    if times[-1] <= now.timestamp():
+        raise argparse.ArgumentTypeError(f"{text} is over")
+    return next(moment for moment in times if moment > now.timestamp())
+
+
 def positive_int(text):
     """Parse a whole number from 1 up."""
     if not re.fullmatch(r"[1-9][0-9]{0,8}", text, re.ASCII):
@@ -7674,8 +7848,12 @@ DB = flag("--db", help="the database file (BUS_DB_PATH; default intentbus.db)")
 ID = flag("id", help=f"the id that publish printed, or its first {SHORT_ID_DIGITS} or more digits")
 JSON = flag("--json", action="store_true", help="print JSON")
 STORED_KEY = flag("key", help="the key of the value")
-PUBLISH_FIELDS = ("priority", "delay", "ttl", "max_attempts", "backoff_base", "target_worker", "required_capability",
-                  "visibility", "idempotency_key")
+PUBLISH_FIELDS = ("priority", "delay", "run_at", "ttl", "max_attempts", "backoff_base", "target_worker", "required_capability",
+                  "visibility", "unique", "replace", "on_success", "on_failure", "idempotency_key")
+STORED_OTHERWISE = {     # by the status of a publish
+    "kept": "an unfinished intent has this unique value, and was kept; nothing new is stored",
+    "replaced": "an intent with this unique value was waiting, and was replaced",
+}
 SHOWN_FIELDS = ("id", "goal", "namespace", "status", "schedule", "caused_by", "on_success", "on_failure", "owner", "publisher",
                 "visibility", "priority", "max_attempts", "target_worker", "required_capability")
 NEW_KEY = (
@@ -7783,21 +7961,29 @@ def log_startup(options, url, database, key_source):
 
 
 @command("publish", ['publish send_notification title=nas message="the backup is done"',
+                     'publish say "good morning" --at 07:00',
                      """publish resize '{"file": "a.jpg"}' --wait""",
-                     "publish backup host=nas full:=true --delay 1h --spool",
+                     "publish backup host=nas full:=true --delay 1h --spool --on-failure send_notification",
                      "publish resize --lines < files.txt"],
          *CONNECTION,
          flag("goal", help="the name of the work, which workers ask for"),
-         flag("payload", nargs="*", help="JSON, name=text and name:=json pairs, @FILE, or - or nothing for stdin"),
+         flag("payload", nargs="*", help="JSON, text, @FILE, - or nothing for stdin, or pairs: name=text, name=@FILE, name:=json"),
+         flag("--text", action="store_true", help="the payload is text, even if it could be JSON, a pair or @FILE"),
          WAIT, JSON,
          flag("--priority", type=int, help="0 to 1000; higher is claimed first (default 100)"),
          flag("--delay", type=duration, help="the time until it can be claimed"),
+         flag("--at", dest="run_at", metavar="TIME", type=local_time, help="when it can be claimed, in local time: 07:00, the next "
+                                                                           "one, or 2026-12-24T18:00"),
          flag("--ttl", type=duration, help="how long it may stay unfinished after the delay (default 7d)"),
          flag("--max-attempts", type=int, help="attempts before it is dead, 1 to 20 (default 3)"),
          flag("--backoff", dest="backoff_base", type=duration, help="half the first pause; pauses double (default 5s)"),
          flag("--worker", dest="target_worker", help="the id of the only worker that may claim it"),
          flag("--capability", dest="required_capability", help="a capability that its worker must have"),
          flag("--public", dest="visibility", action="store_const", const="public", help="let workers of any owner claim it"),
+         flag("--unique", metavar="VALUE", help="while an intent of this goal and VALUE is unfinished, store nothing and print its id"),
+         flag("--replace", action="store_const", const=True, help="with --unique: take the place of one that waits"),
+         flag("--on-success", metavar="GOAL", help="when it is fulfilled, publish an intent of this goal with its result"),
+         flag("--on-failure", metavar="GOAL", help="when it is dead, but not cancelled, publish an intent of this goal with its error"),
          flag("--idempotency-key", help="within a day, publishing again with this key stores nothing new"),
          flag("--spool", action="store_const", const=SPOOL_FILE, help="if the bus cannot take it now, store it for later"),
          flag("--lines", action="store_true", help="publish an intent for each line of stdin, with its text as payload"),
@@ -7810,9 +7996,11 @@ def publish_command(options):
     bus = open_client(options, spool=options.spool)
     if options.lines or options.jsonl:
         return publish_lines(bus, options, fields)
-    answer = bus.publish(options.goal, read_payload(options.payload), **fields)
+    answer = bus.publish(options.goal, read_payload(options.payload, options.text), **fields)
     if answer.get("status") == "spooled":
         log(f"{answer.reason} The intent is stored; the next publish --spool, flush or work sends it.")
+    elif answer.get("status") in STORED_OTHERWISE:
+        log(f"{STORED_OTHERWISE[answer.status]}: {answer.id}")
     elif answer.get("never_claimed"):
         log(f"no worker has ever claimed {options.goal!r}; check the spelling (workers lists who is there)")
     elif (options.target_worker or options.required_capability) and answer.get("listening") == 0:
@@ -7825,10 +8013,10 @@ def publish_command(options):
 
 def publish_lines(bus, options, fields):
     """Publish an intent for each line of stdin and print the ids; on a terminal, show the progress."""
-    if options.payload or options.wait is not None:
-        raise Invalid("--lines and --jsonl read payloads from stdin only, and exclude --wait.")
+    if options.payload or options.wait is not None or options.text:
+        raise Invalid("--lines and --jsonl read payloads from stdin only, and exclude --wait and --text.")
     key = fields.pop("idempotency_key", None)
-    parse = parse_json if options.jsonl else decode_line
+    parse = parse_json if options.jsonl else plain_text
     intents = (dict(fields, goal=options.goal, payload=parse(line)) for line in binary_stdin() if line.strip())
     published = 0
     seconds = float("inf") if key else STREAM_SECONDS     # with a key, the same lines must make the same batches again
@@ -7838,6 +8026,8 @@ def publish_lines(bus, options, fields):
             log(f"{answer.reason} {len(batch)} intents are stored; the next publish --spool, flush or work sends them.")
             continue
         print_result("\n".join(to_json({"id": intent_id}) if options.json else intent_id for intent_id in answer.ids))
+        for status in STORED_OTHERWISE.keys() & set(answer.statuses):
+            log(f"{answer.statuses.count(status)} times, {STORED_OTHERWISE[status]}")
         published += len(answer.ids)
         if sys.stderr.isatty():
             sys.stderr.write(f"\rintentbus: {published} published")
@@ -7893,16 +8083,8 @@ def batches(intents, seconds):
 def binary_stdin():
     """Return stdin as a file of bytes, which a thread may read until the program ends; raises Invalid if it is closed."""
     if sys.stdin is None:
-        raise Invalid("There is no input, since stdin is closed: redirect it, or give the payload as JSON, name=text pairs or @FILE.")
+        raise Invalid("There is no input, since stdin is closed: redirect it, or give the payload as JSON, text, pairs or @FILE.")
     return open(sys.stdin.fileno(), "rb", closefd=False)     # Python's own is locked by its reader at the exit
-
-
-def decode_line(line):
-    """Decode a line of stdin, without its line break; raises Invalid."""
-    try:
-        return without_mark(line.rstrip(b"\r\n")).decode()
-    except UnicodeDecodeError as error:
-        raise Invalid("A line of stdin is not UTF-8.") from error
 
 
 def parse_json(source):
@@ -7916,25 +8098,62 @@ def parse_json(source):
         raise Invalid(f"{error} The input was {shown!r}; plain text needs quotes: '\"text\"'.") from error
 
 
-def read_payload(words):
-    """Return the payload for words of a command line: pairs, JSON, @FILE, or - or nothing for stdin."""
-    pairs = [re.fullmatch(r"(\w+)(:?=)(.*)", word, re.ASCII | re.DOTALL) for word in words]
-    if words and all(pairs):
-        return {name: parse_json(value) if equals == ":=" else value for name, equals, value in map(re.Match.groups, pairs)}
+def read_payload(words, is_text=False):
+    """Return the payload for words of a command line: pairs, JSON, text, @FILE, or - or nothing for stdin.
+
+    With is_text, the word or stdin is text. No payload at all is {}.
+    """
+    read = plain_text if is_text else json_or_text
+    pairs = [re.fullmatch(r"([\w.-]+)(:?=)(.*)", word, re.ASCII | re.DOTALL) for word in words]
+    if words and all(pairs) and not is_text:
+        return read_pairs(map(re.Match.groups, pairs))
     if len(words) > 1:
-        raise Invalid("The payload is one JSON value (quote it for the shell), or name=text pairs.")
-    word = words[0] if words else "-"
-    if word.startswith("@"):
-        try:
-            with open(word[1:], "rb") as file:
-                return parse_json(file.read())
-        except OSError as error:
-            raise SetupError(f"The payload file {word[1:]} cannot be read: {error.strerror}.") from error
-    if word != "-":
-        return parse_json(word)
-    if not words and sys.stdin and sys.stdin.isatty():
-        raise Invalid("There is no payload: give JSON, name=text pairs, @FILE, or redirect stdin.")
-    return parse_json(binary_stdin().read())
+        raise Invalid("The payload is one JSON value, one text (quote them for the shell), or name=text pairs.")
+    if words and (is_text or not re.match("-$|@", words[0])):
+        return read(words[0])
+    if words and words[0] != "-":
+        return read(read_file(words[0][1:]))
+    if not words and (sys.stdin is None or sys.stdin.isatty()):
+        return {}
+    content = binary_stdin().read()
+    return read(content) if content or is_text else {}
+
+
+def read_pairs(pairs):
+    """Return the payload for (name, "=" or ":=", value) of each pair; a value may be @FILE."""
+    payload = {}
+    for name, equals, value in pairs:
+        if name in payload:
+            raise Invalid(f"The payload has {name} twice.")
+        value = read_file(value[1:]) if value.startswith("@") else value
+        payload[name] = parse_json(value) if equals == ":=" else plain_text(value)
+    return payload
+
+
+def json_or_text(content):
+    """Return the value of JSON that a person gave, or else the text that it is; raises Invalid."""
+    data = content if isinstance(content, bytes) else content.encode(errors="surrogatepass")
+    try:
+        return from_json(data)
+    except NotJson as error:
+        if data.lstrip()[:1] in (b"{", b"["):
+            log(f"{error} It is published as text.")
+        return plain_text(content)
+
+
+def plain_text(content):
+    """Return text that a person gave, as it is; that of a file or stdin, in bytes, without the line end at its end."""
+    return content if isinstance(content, str) else decoded_text(content).rstrip("\r\n")
+
+
+def read_file(path):
+    """Return the bytes of a file with a payload; raises SetupError."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise SetupError(f"The payload file {path} cannot be read: {error.strerror}. For a text that begins with @, use --text or "
+                         f"name:='\"@text\"'.") from error
 
 
 def wait_for_result(bus, intent_id, options):

@@ -2273,6 +2273,9 @@ def test_the_cost_of_a_verb_does_not_grow_with_the_table(sqlite_work, bus, clock
             intent = bus.claim(goal, lease=3600)
             assert goal == "held" or bus.fulfill(intent.id)
         bus.publish_many([dict(goal="later", payload=1, delay=1000)] * number)
+        for unique in [*map(str, range(number)), *"u" * number]:
+            bus.cancel(bus.publish("unique", 1, unique=unique).id)
+        bus.publish_many([dict(goal="unique", payload=1, priority=1, unique=f"waits {index}") for index in range(number)])
         bus.publish_many([dict(goal=goal, payload=1, priority=900) for goal in ("g", "open")] * number)
         bus.publish_many([dict(goal=f"lane {index}", payload=1, visibility="public") for index in range(number)], caller=ALICE)
 
@@ -2289,6 +2292,11 @@ def test_the_cost_of_a_verb_does_not_grow_with_the_table(sqlite_work, bus, clock
             return result
         intent_id = do("publish", bus.publish, "mine", 1).id
         do("claim", bus.claim, "mine")
+        do("unique publish", bus.publish, "unique", 1, unique="u")
+        do("kept publish", bus.publish, "unique", 1, unique="u")
+        do("replacing publish", bus.publish, "unique", 1, unique="u", replace=True)
+        do("failed unique", bus.fail, bus.claim("unique").id)
+        do("cancelled unique", bus.cancel, bus.publish("unique", 1, unique="u").id)
         do("status", bus.get_status, intent_id)
         do("extend", bus.extend_claim, intent_id)
         do("fail", bus.fail, intent_id)
@@ -3866,6 +3874,312 @@ def test_a_page_of_a_list_reads_a_bounded_number_of_intents(bus, clock, monkeypa
     assert [intent.id for intent in bus.list(status="dead", before=dead.next).intents] == [ids[0]]
 
 
+# -- Unique intents --
+
+def unique(bus, payload=1, goal="g", **fields):
+    """Publish an intent of a unique value; return its id and what was done."""
+    answer = bus.publish(goal, payload, **dict(dict(unique="u"), **fields))
+    return answer.id, answer.status
+
+
+def states(bus, *ids):
+    """Return the status of each intent, and why it is dead."""
+    found = [bus.get_status(intent_id) for intent_id in ids]
+    return [intent.status if intent.status != "dead" else intent.last_error for intent in found]
+
+
+@pytest.mark.parametrize("delay", [0, 90])
+def test_a_unique_intent_is_kept_until_it_has_ended(bus, clock, delay):
+    first, status = unique(bus, delay=delay, max_attempts=1)
+    assert status == "published" and unique(bus, 2) == unique(bus, 3, delay=5) == (first, "kept")
+    clock.pass_(delay)
+    bus.claim("g")
+    assert unique(bus, 2) == (first, "kept")
+    bus.fulfill(first)
+    second, status = unique(bus, 2, max_attempts=1)
+    assert status == "published" and second != first
+    bus.claim("g")
+    clock.pass_(61)     # and its last lease is lost
+    third, status = unique(bus, 3, ttl=60)
+    assert status == "published" and unique(bus, 4) == (third, "kept")
+    clock.pass_(61)     # and it has expired
+    assert unique(bus, 5)[1] == "published"
+    assert states(bus, first, third) == ["fulfilled", "expired"]
+
+
+@pytest.mark.parametrize("fields, caller", [(dict(unique="v"), ALICE), (dict(unique=None), ALICE), (dict(namespace="n"), ALICE), (dict(goal="h"), ALICE), ({}, BOB)],
+                         ids=repr)
+def test_a_value_is_unique_within_owner_namespace_and_goal(bus, fields, caller):
+    unique(bus, caller=ALICE)
+    assert unique(bus, caller=caller, **fields)[1] == "published"
+    assert unique(bus, caller=ALICE._replace(key_id="another"))[1] == "kept"
+
+
+def test_a_replaced_intent_is_as_if_published_now(bus, store, clock):
+    fields = dict(priority=7, delay=30, ttl=60, max_attempts=5, backoff_base=9, target_worker="w", required_capability="c", visibility="public")
+    first, _ = unique(bus, "x" * 5000, caller=LIMITED, idempotency_key="k", **fields)
+    clock.pass_(5)
+    another = LIMITED._replace(key_id="k3")
+    assert unique(bus, 2, replace=True, caller=another) == (first, "replaced")
+    plain = bus.publish("g", 2, caller=another).id
+    one, other = (dict(bus.inspect(intent_id), id=None, unique=None) for intent_id in (first, plain))
+    assert one == other and bus.inspect(first).unique == "u"
+    counted = {row[1]: row[3:] for row in store.tallies()}
+    assert counted == {"k3": (2, 2 * bus.store.get(plain).size)}
+    assert [bus.claim("g", caller=another).id for _ in "12"] == [first, plain]
+
+
+def test_a_late_report_does_not_end_the_intent_that_replaced_its_own(bus, clock):
+    first, _ = unique(bus)
+    late = bus.claim("g")
+    clock.pass_(61)
+    assert unique(bus, 2, replace=True) == (first, "replaced")
+    for report in (bus.fulfill, bus.fail, bus.release):
+        with pytest.raises(intentbus.NotFound):
+            report(first, late.claim_token)
+        with pytest.raises(intentbus.NotFound):
+            report(first)
+    found = bus.inspect(first)
+    assert (found.status, found.payload, found.claim_attempts, found.worker) == ("open", 2, 0, None)
+
+
+END = dict(
+    fail=lambda bus, claim, clock: bus.fail(claim.id, claim.claim_token), release=lambda bus, claim, clock: bus.release(claim.id, claim.claim_token),
+    late=lambda bus, claim, clock: bus.release(claim.id, claim.claim_token, delay=9), lost=lambda bus, claim, clock: (clock.pass_(61), tend(bus)),
+    revoked=lambda bus, claim, clock: bus.end_leases(ALICE.key_id))
+
+
+@pytest.mark.parametrize("end", END)
+def test_what_would_wait_again_beside_a_newer_one_is_dead(bus, clock, end):
+    old, _ = unique(bus, caller=ALICE)
+    claim = bus.claim("g", caller=ALICE)
+    new, status = unique(bus, 2, replace=True, caller=ALICE)
+    assert status == "published" and new != old
+    assert unique(bus, 3, caller=ALICE) == (new, "kept") and unique(bus, 4, replace=True, caller=ALICE) == (new, "replaced")
+    if end == "late":     # the newer one waits for later
+        assert unique(bus, 5, replace=True, delay=99, caller=ALICE) == (new, "replaced")
+    END[end](bus, claim, clock)
+    assert states(bus, old, new) == [f"Superseded by {new}", "open"]
+    if end == "fail":     # the report is repeated
+        assert bus.fail(old, claim.claim_token).status == "dead"
+    assert bus.inspect(new).payload == (5 if end == "late" else 4)
+
+
+def test_of_two_that_run_the_newer_one_waits_in_the_end(bus, clock):
+    def two_claimed(goal):
+        """Return the claims of an older and of a newer intent of one value."""
+        claims = []
+        for payload in "12":
+            unique(bus, payload, goal, replace=True)
+            claims.append(bus.claim(goal))
+        return claims
+    old, new = two_claimed("a")
+    bus.fail(old.id, old.claim_token)
+    assert states(bus, old.id, new.id) == ["open", "claimed"], "the newer one does not wait"
+    bus.fail(new.id, new.claim_token)
+    assert states(bus, old.id, new.id) == [f"Superseded by {new.id}", "open"]
+    old, new = two_claimed("b")
+    clock.pass_(61)     # both leases end at the same moment
+    assert unique(bus, 3, "b") == (new.id, "kept")
+    tend(bus)
+    assert states(bus, old.id, new.id) == [f"Superseded by {new.id}", "open"]
+    old, new = two_claimed("c")
+    bus.fail(old.id, old.claim_token)
+    clock.pass_(1)
+    assert unique(bus, "3", "c", replace=True) == (old.id, "replaced")     # it is the newest from now on
+    bus.fail(new.id, new.claim_token)
+    assert states(bus, old.id, new.id) == ["open", f"Superseded by {old.id}"]
+
+
+def test_a_retry_is_refused_while_its_value_is_taken(bus):
+    dead = []
+    for number in range(3):
+        intent_id, _ = unique(bus, number)
+        bus.cancel(intent_id)
+        dead.append(intent_id)
+    taken, _ = unique(bus)
+    with pytest.raises(intentbus.Conflict, match=f"taken by {taken}, which is open"):
+        bus.retry(dead[0])
+    bus.claim("g")
+    with pytest.raises(intentbus.Conflict, match=f"taken by {taken}, which is claimed"):
+        bus.retry(dead[0])
+    assert bus.retry_many(goal="g") == {"retried": 0} and bus.sweep_dead("retry").number == 0
+    bus.fulfill(taken)
+    assert bus.retry_many(goal="g") == {"retried": 1}
+    assert states(bus, *dead) == ["open", "Cancelled", "Cancelled"]
+    bus.cancel(dead[0])
+    assert bus.retry(dead[2]).status == "open"
+
+
+def test_a_bulk_takes_each_unique_intent_in_its_turn(bus):
+    def sent(*intents, **options):
+        return bus.publish_many([dict(goal="g", payload=number, **fields) for number, fields in enumerate(intents)], **options)
+    u, v, plain = dict(unique="u"), dict(unique="v"), {}
+    made = sent(u, plain, u, dict(u, replace=True), v, idempotency_key="k")
+    assert made.statuses == ["published", "published", "kept", "replaced", "published"]
+    assert made.ids[0] == made.ids[2] == made.ids[3] and len(set(made.ids)) == 3
+    assert [bus.inspect(intent_id).payload for intent_id in made.ids] == [3, 1, 3, 3, 4]
+    again = sent(v, u, plain)
+    assert (again.statuses, again.ids[:2]) == (["kept", "kept", "published"], [made.ids[4], made.ids[0]])
+    bus.cancel(made.ids[0])
+    assert sent(u, plain, u, dict(u, replace=True), v, idempotency_key="k") == made
+    assert set(sent(plain, plain)) == {"ids"}
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_repeated_unique_publish_gets_its_first_answer(bus, replace):
+    first, _ = unique(bus)
+    expected = first, "replaced" if replace else "kept"
+    for number in range(3):
+        assert unique(bus, 2, idempotency_key="k", replace=replace) == expected
+        if number:
+            bus.cancel(unique(bus, 3, replace=True)[0])     # later ones have other values of it, or end
+    with pytest.raises(intentbus.IdempotencyConflict):
+        unique(bus, 2, idempotency_key="k", replace=replace, unique="v")
+
+
+def test_a_unique_publish_at_the_cap_is_refused_only_if_stored(bus):
+    for number in range(4):
+        unique(bus, number, unique=str(number), caller=LIMITED)
+    assert unique(bus, 5, unique="1", caller=LIMITED)[1] == "kept"
+    assert unique(bus, 5, unique="1", replace=True, caller=LIMITED)[1] == "replaced"
+    limited(bus.publish, "g", 5, unique="4")
+    limited(bus.publish, "g", "x" * 10 ** 6, unique="1", replace=True)
+    assert [bus.inspect(intent.id).payload for intent in bus.list().intents] == [3, 2, 5, 0]
+    unique(bus, 6, unique="shared", caller=LIMITED._replace(key_id="k3"))
+    limited(bus.publish, "g", 7, unique="shared", replace=True)     # it would be this key's from now on
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_of_simultaneous_unique_publishes_one_is_stored(served, replace):
+    body = a_publish(unique="u", replace=replace)
+    answers = at_once(16, lambda index: served.ask("POST", "/intent", dict(body, payload=index)))
+    assert sorted(answer.status for answer in answers) == [200] * 15 + [201]
+    assert len({answer.json["id"] for answer in answers}) == 1 and served.statuses() == ["open"]
+    assert {answer.json["status"] for answer in answers} == {"published", "replaced" if replace else "kept"}
+
+
+# -- Chains --
+
+def claimed_chain(bus, **fields):
+    """Publish an intent with both callbacks, and return its claim."""
+    bus.publish("g", {"n": 1}, **dict(dict(on_success="good", on_failure="bad", namespace="n", caller=ALICE), **fields))
+    return bus.claim("g", namespace="n", caller=ALICE)
+
+
+def chained(bus):
+    """Return the goals of all intents that ends have published, the oldest first."""
+    return [intent.goal for intent in reversed(bus.list(limit=500).intents) if bus.inspect(intent.id).caused_by]
+
+
+ENDS = (     # of an intent with one attempt; the goals that it publishes
+    case("fulfilled", dict(fulfill={}), ["good"]), case("fulfilled, twice", dict(fulfill={}, again={}), ["good"]),
+    case("failed", dict(fail={}), ["bad"]), case("failed, twice", dict(fail={}, again={}), ["bad"]),
+    case("failed for good", dict(fail=dict(retry=False)), ["bad"], 3), case("failed, to be retried", dict(fail={}), [], 2),
+    case("released", dict(release={}), []), case("lost", dict(wait=61), ["bad"]), case("lost, to be retried", dict(wait=61), [], 2),
+    case("lost, then fulfilled", dict(wait=61, fulfill={}), ["bad", "good"]), case("lost, then failed", dict(wait=61, fail={}), ["bad"]),
+    case("lost for now, then fulfilled", dict(wait=61, fulfill={}), ["good"], 2),
+    case("expired at work", dict(wait=601), ["bad"], 20), case("expired while it waited", dict(release={}, wait=601), ["bad"], 2),
+    case("revoked", dict(end_leases={}), ["bad"]), case("revoked, to be retried", dict(end_leases={}), [], 2),
+    case("cancelled", dict(cancel={}), []), case("cancelled while it waited", dict(release={}, cancel={}), []), case("purged", dict(purge={}), []),
+    case("failed, retried, failed", dict(fail={}, retry={}, claim={}, fail_again={}), ["bad", "bad"]),
+    case("failed, retried, fulfilled", dict(fail={}, retry={}, claim={}, fulfill={}), ["bad", "good"]),
+)
+
+
+@pytest.mark.parametrize("steps, expected", ENDS)
+def test_each_end_publishes_its_callback_and_no_other(bus, clock, steps, expected):
+    goals, attempts = (*expected, 1)[:2]
+    claim, lease = claimed_chain(bus, ttl=600, max_attempts=attempts), {}
+    for step, fields in steps.items():
+        verb = last if step == "again" else step.replace("_again", "")
+        if verb == "wait":
+            clock.pass_(fields)
+            tend(bus)
+        elif verb == "purge":
+            bus.purge(confirm=True)
+        elif verb == "end_leases":
+            bus.end_leases(ALICE.key_id)
+        elif verb == "claim":
+            claim = bus.claim("g", namespace="n", caller=ALICE)
+        elif verb in ("cancel", "retry"):
+            getattr(bus, verb)(claim.id)
+        else:
+            with contextlib.suppress(intentbus.NotFound):
+                getattr(bus, verb)(claim.id, claim.claim_token, **fields, caller=ALICE)
+        last = verb
+    assert chained(bus) == goals
+
+
+def test_a_superseded_intent_publishes_nothing(bus, clock):
+    for end in END.values():
+        bus.publish("g", 1, unique="u", on_failure="bad", caller=ALICE)
+        claim = bus.claim("g", caller=ALICE)
+        newer = bus.publish("g", 2, unique="u", replace=True, caller=ALICE).id
+        end(bus, claim, clock)
+        assert bus.get_status(claim.id).last_error == f"Superseded by {newer}"
+        bus.cancel(newer)
+    assert chained(bus) == []
+
+
+@pytest.mark.parametrize("verb, report, told", [
+    ("fulfill", dict(result={"files": [31]}), dict(status="fulfilled", result={"files": [31]}, result_type="json", error=None)),
+    ("fulfill", dict(result="31 files", result_type="text"), dict(status="fulfilled", result="31 files", result_type="text", error=None)),
+    ("fulfill", {}, dict(status="fulfilled", result=None, result_type="json", error=None)),
+    ("fail", dict(error="no disk", retry=False), dict(status="dead", result=None, result_type="json", error="no disk")),
+])
+def test_a_callback_tells_how_the_intent_has_ended(bus, verb, report, told):
+    claim = claimed_chain(bus, visibility="public", priority=900, unique="u")
+    bus.fail(claim.id, claim.claim_token, "at first", caller=ALICE)
+    bus.cancel(claim.id)
+    bus.retry(claim.id)
+    claim = bus.claim("g", namespace="n", caller=ALICE)
+    start = bus.events().next
+    getattr(bus, verb)(claim.id, claim.claim_token, **report, caller=BOB)
+    found = bus.claim(["good", "bad"], namespace="n", caller=ALICE)
+    assert found.payload == dict(told, id=claim.id, goal="g", claim_attempts=1)
+    assert [(event.event, event.goal) for event in bus.events(start).events][:2] == [("dead" if verb == "fail" else "fulfilled", "g"), ("chained", found.goal)]
+    made, cause = bus.inspect(found.id), bus.inspect(claim.id)
+    assert (made.owner, made.publisher, made.caused_by, made.visibility, made.priority) == ("alice", "k1", claim.id, "private", 100)
+    assert (cause.on_success, cause.on_failure, cause.caused_by) == ("good", "bad", None)
+    assert (made.on_success, made.on_failure, made.unique) == (None, None, None)
+    bus.fulfill(found.id, found.claim_token, caller=ALICE)
+    assert len(chained(bus)) == 1
+
+
+def test_the_cap_counts_callbacks_and_refuses_none(bus):
+    for _ in range(4):
+        bus.publish("g", 1, on_success="good", on_failure="bad", caller=LIMITED)
+    for number in range(4):
+        claim = bus.claim("g", caller=LIMITED)
+        bus.fulfill(claim.id, claim.claim_token, caller=LIMITED) if number % 2 else bus.fail(claim.id, claim.claim_token, retry=False, caller=LIMITED)
+        limited(bus.publish, "g", 1)     # a callback has taken the place
+    assert sorted(chained(bus)) == ["bad", "bad", "good", "good"]
+    bus.fulfill(bus.claim("good", caller=LIMITED).id, caller=LIMITED)
+    bus.publish("g", 1, caller=LIMITED)
+
+
+def test_an_end_is_stored_with_its_callback_or_not_at_all(started):
+    bus = started()
+    forbid(bus, "forbidden")
+    bus.publish(on_success="forbidden", on_failure="good")
+    claim = bus.client.claim("g")
+    assert bus.ask("POST", f"/fulfill/{claim.id}", {}).status == 500
+    assert bus.statuses() == ["claimed"]
+    assert bus.ask("POST", f"/fail/{claim.id}", {"retry": False}).json["status"] == "dead"
+    assert bus.statuses() == ["open", "dead"]
+
+
+def test_a_callback_wakes_the_worker_that_waits_for_it(served):
+    first = served.ask("POST", "/intents", [a_publish(on_success="good")]).json["ids"][0]
+    waiting = served.hold("POST", "/claim?goal=good&wait=60")
+    claim = served.client.claim("g")
+    served.client.fulfill(claim.id, claim.claim_token, "done")
+    assert claimed_by(waiting).payload["id"] == first
+    served.ask("PUT", "/publish/g?on_failure=good&ttl=1", b"text")     # time alone ends it
+    assert claimed_by(served.begin("POST", "/claim?goal=good&wait=60")).payload["error"] == "expired"
+
+
 # ---- 10. Keys ----
 
 @pytest.mark.parametrize("headers, key", [
@@ -4012,6 +4326,8 @@ MATRIX = """
     GET  /                             200  200  200  200  200  200  200  200  200  200  200  200
     GET  /health                       200  200  200  200  200  200  200  200  200  200  200  200
     POST /intent                       401  401  401  201  403  201  201  201  401  201  403  403
+    POST /publish/new                  401  401  401  201  403  201  201  201  401  201  403  403
+    PUT  /publish/new                  401  401  401  201  403  201  201  201  401  201  403  403
     POST /intents                      401  401  401  201  403  201  201  201  401  201  403  403
     POST /claim                        401  401  401  403  200  200  204  204  401  200  403  403
     POST /extend_claim/{claimed}       401  401  401  403  200  200  404  404  401  200  403  403
@@ -4611,7 +4927,7 @@ def test_keys_of_one_owner_share_their_private_intents(started):
 
 @pytest.mark.parametrize("state", ["open", "claimed", "dead"])
 @pytest.mark.parametrize("method, path", [route[:2] for route in intentbus.ROUTES if route[1].endswith("/*")
-                                          and not route[1].startswith(("/admin", "/set", "/get", "/delete"))])
+                                          and not route[1].startswith(("/admin", "/publish", "/set", "/get", "/delete"))])
 def test_anothers_intent_is_answered_like_an_unknown_id(guarded, method, path, state):
     intent_id, key = prepared(guarded, state), guarded.issued["other"]
     for body in (b"", {"claim_token": "wrong"} if path.startswith(intentbus.REPORTS) else {}):
@@ -4621,7 +4937,7 @@ def test_anothers_intent_is_answered_like_an_unknown_id(guarded, method, path, s
 
 
 ODD_IDS = ("x", "0", NOBODY[1:], NOBODY + "0", "A" * 32, "%00", "..%2f..", "'%20OR%201=1--", "%1b%5b2J", "%F0%9F%98%80", "x" * 300)
-WITH_AN_ID = [route[:2] for route in intentbus.ROUTES if "*" in route[1] and not route[1].startswith(("/set", "/get", "/delete"))]
+WITH_AN_ID = [route[:2] for route in intentbus.ROUTES if "*" in route[1] and not route[1].startswith(("/publish", "/set", "/get", "/delete"))]
 
 
 def facts(response):
@@ -5108,6 +5424,13 @@ BAD_PUBLISHES = (
     case("target_worker with a tab", a_publish(target_worker="a\tb"), "invalid_target_worker", "64"),
     case("capability with a comma", a_publish(required_capability="a,b"), "invalid_required_capability", "64"),
     case("capability of 65", a_publish(required_capability="c" * 65), "invalid_required_capability", "64"),
+    case("unique a number", a_publish(unique=5), "invalid_unique", "128"),
+    case("unique empty, as of an unset variable", a_publish(unique=""), "invalid_unique", "1 to 128"),
+    case("unique of 129", a_publish(unique="u" * 129), "invalid_unique", "128"),
+    case("on_success blank", a_publish(on_success=" "), "invalid_on_success", "1", "256"),
+    case("on_failure of 257", a_publish(on_failure="g" * 257), "invalid_on_failure", "256"),
+    case("on_failure a list", a_publish(on_failure=["g"]), "invalid_on_failure", "string"),
+    case("replace a word", a_publish(unique="u", replace="yes"), "invalid_replace", "true or false"),
     case("a mistyped field", a_publish(priorty=5), "invalid_request", "'priorty'", "priority"),
     case("two unknown fields", a_publish(zzz=1, aaa=2), "invalid_request", "'aaa'"),
     case("a long unknown field", a_publish(**{"u" * 9999: 1}), "invalid_request", "u" * 60),
@@ -5218,7 +5541,7 @@ def test_a_bad_field_is_refused_and_named(sent, expected):
 
 
 @pytest.mark.parametrize("path", [path.replace("*", NOBODY) for method, path, _, _ in intentbus.ROUTES
-                                  if method == "POST" and path != "/claim"])
+                                  if method == "POST" and path not in ("/claim", "/publish/*")])     # it takes text
 def test_every_endpoint_refuses_a_body_that_is_not_json(strict, path):
     for body, *expected in ((b'{"claim_token": ', "invalid_json"), (b"[" * 1000, "invalid_json", "64 levels"),
                             (b"7", "invalid_request", "JSON")):
@@ -5231,6 +5554,8 @@ BAD_REQUESTS = (
     case("publish, a mistyped field", ("POST /intent", a_publish(priorty=5)), "invalid_request", "'priorty'", "priority"),
     case("publish, too late", ("POST /intent", a_publish(run_at=2 ** 40)), "invalid_run_at", "366 days"),
     case("publish, a year and two days on", ("POST /intent", a_publish(run_at=time.time() + 368 * 86400)), "invalid_run_at"),
+    case("publish, replace of nothing", ("POST /intent", a_publish(replace=True)), "invalid_replace", "unique"),
+    case("publish, replace of nothing in a query", ("POST /publish/g?replace=1", b"x"), "invalid_replace", "unique"),
     case("publish, run_at and a delay", ("POST /intent", a_publish(run_at=1, delay=1)), "invalid_run_at", "delay"),
     case("publish, NaN", ("POST /intent", raw(b"NaN")), "invalid_json", "NaN"),
     case("admin's publish", ("POST /admin/intents", a_publish(goal="")), "invalid_goal", "1", "256"),
@@ -5836,6 +6161,121 @@ def test_a_wrong_claim_of_the_next_intent_refuses_the_report(served, query, head
     assert plain.json == {"ok": True, "id": claim["id"]}, "without next=1, the query is ignored"
 
 
+# -- The simplest publish --
+
+@pytest.mark.parametrize("kind, body, payload", [
+    (None, b'{"a": [1]}', {"a": [1]}), (None, b'\xef\xbb\xbf [1]\n', [1]), (None, b"", {}), (None, b"\xef\xbb\xbf", {}),
+    (None, b"5", "5"), (None, b'"a"', '"a"'), (None, b" the backup\n", " the backup\n"), (None, b"[12:00] done", "[12:00] done"),
+    (None, b'{"a": 1', '{"a": 1'), (None, b"[x " * 70, "[x " * 70), ("application/x-www-form-urlencoded", b"a=1&b=%20", "a=1&b=%20"),
+    ("application/x-www-form-urlencoded", b'{"a": 1}', {"a": 1}), ("text/plain; charset=utf-8", b'{"a": 1}', '{"a": 1}'),
+    ("application/json", b"5", 5), ("Application/JSON; charset=utf-8", b'"a"', "a"), ("application/json", b"null", None),
+    ("application/vnd.github+json", b"[]", []), ("application/json", b"", {}), ("text/plain", b"", {}),
+], ids=ascii)
+def test_a_body_sent_to_a_goal_is_its_payload(served, kind, body, payload):
+    for method in ("POST", "PUT"):
+        answer = served.ask(method, "/publish/resize", body, Content_Type=kind)
+        assert (answer.status, answer.json["status"], answer.json["never_claimed"]) == (201, "published", True)
+    assert served.payloads(goal="resize") == [payload] * 2
+
+
+@pytest.mark.parametrize("kind, body, code", [
+    ("multipart/form-data; boundary=x", b"--x\r\n\r\na\r\n--x--", "invalid_payload"), (None, b"caf\xe9", "invalid_payload"),
+    ("text/plain", b"\xed\xa0\x80", "invalid_payload"), (None, "text".encode("utf-16"), "invalid_json"),
+    ("application/json", b"text", "invalid_json"), ("application/json", b"NaN", "invalid_json"),
+    (None, b"[" * 65 + b"]" * 65, "invalid_json"), (None, b'{"a": "\\ud800"}', "invalid_json"),
+], ids=ascii)
+def test_a_body_that_is_no_payload_is_refused(strict, kind, body, code):
+    assert_refusal(strict.ask("POST", "/publish/g", body, Content_Type=kind), 400, code)
+
+
+IN_A_QUERY = dict(namespace="home", visibility="public", priority=7, delay=90.5, run_at=4, ttl=60, max_attempts=1, backoff_base=2.5,
+                  target_worker="5", required_capability="1.5", reward="x", idempotency_key="7", unique="8", replace=False, on_success="9", on_failure="good")
+
+
+@pytest.mark.parametrize("field", [field for field in intentbus.PUBLISH_QUERY if field != "idempotency_key"])
+def test_each_other_field_may_stand_in_the_query(served, field):
+    value = IN_A_QUERY[field]
+    assert served.ask("POST", f"/publish/g?{field}={value if isinstance(value, str) else json.dumps(value)}", b"x").status == 201
+    assert served.ask("POST", "/intent", a_publish(goal="h", payload="x", **{field: value})).status == 201
+    changing = ("id", "goal", "created_at", "run_at", "expires_at")
+    one, other = ({name: found for name, found in served.ask("GET", f"/admin/intents/{intent['id']}").json.items() if name not in changing}
+                  for intent in served.ask("GET", "/admin/intents").json["intents"])
+    assert one == other and one.get(field, value) == value
+
+
+@pytest.mark.parametrize("word, status", [("true", 200), ("1", 200), ("false", 200), ("0", 200), ("yes", 400), ("True", 400), ("", 400)])
+def test_a_boolean_in_a_query_is_true_false_1_or_0(served, word, status):
+    first = served.publish(unique="u")
+    answer = served.ask("PUT", f"/publish/g?unique=u&replace={word}", b"new")
+    assert answer.status == status and served.payloads() == ["new" if word in ("true", "1") else 1]
+    if status == 200:
+        assert (answer.json["id"], answer.json["status"]) == (first, "replaced" if word in ("true", "1") else "kept")
+    else:
+        assert_refusal(answer, 400, "invalid_replace", '"true" or "false" or "1" or "0"')
+
+
+@pytest.mark.parametrize("query, code", [
+    ("goal=x", "invalid_request"), ("payload=1", "invalid_request"), ("priorty=5", "invalid_request"), ("priority=high", "invalid_priority"),
+    ("priority=5.5", "invalid_priority"), ("priority=-5", "invalid_priority"), ("priority=1e2", "invalid_priority"), ("delay=", "invalid_delay"),
+    ("ttl=0", "invalid_ttl"), ("namespace=", "invalid_namespace"), ("priority=5&priority=6", "invalid_priority"), ("visibility=all", "invalid_visibility"),
+])
+def test_a_wrong_field_in_the_query_of_a_publish_is_named(strict, query, code):
+    refused = strict.ask("POST", f"/publish/g?{query}", b"x")
+    assert_refusal(refused, 400, code, query.partition("=")[0])
+
+
+@pytest.mark.parametrize("path, goal", [("a", "a"), ("a/", "a"), ("a//", "a/"), ("a%2Fb", "a/b"), ("a/b", "a/b"), ("%20a%C3%A9", "a\xe9"),
+                                        ("a%3Fpriority=1", "a?priority=1"), ("g" * 256, "g" * 256)])
+def test_the_path_of_a_publish_is_the_goal(served, path, goal):
+    assert served.ask("POST", f"/publish/{path}", b"x").status == 201
+    assert served.client.list().intents[0].goal == goal
+
+
+@pytest.mark.parametrize("path, status, code", [("/publish", 404, "not_found"), ("/publish/", 404, "not_found"), ("/publish//", 400, "invalid_goal"),
+                                                ("/publish/" + "g" * 257, 400, "invalid_goal"), ("/publish/a%0Ab", 400, "invalid_goal")])
+def test_a_path_without_a_goal_publishes_nothing(strict, path, status, code):
+    assert_refusal(strict.ask("POST", path, b"x"), status, code)
+
+
+@pytest.mark.parametrize("query, headers", [("&idempotency_key=k", {}), ("", {"Idempotency_Key": "k"})])
+def test_an_idempotency_key_covers_goal_query_and_body(served, query, headers):
+    def sent(path, body):
+        return served.ask("POST", path + query, body, **headers)
+    first, same = sent("/publish/g?priority=5&delay=0", b'{"a": 1, "b": 2}'), sent("/publish/g?delay=0&priority=5", b'{"b":2,"a":1}')
+    assert (first.status, first.json["id"]) == (same.status, same.json["id"])
+    for path, body in (("/publish/h?priority=5", b'{"a":1,"b":2}'), ("/publish/g?priority=6", b'{"a":1,"b":2}'), ("/publish/g?priority=5", b"{}")):
+        assert_refusal(sent(path, body), 422, "idempotency_conflict")
+    assert served.statuses() == ["open"]
+
+
+def test_a_key_in_the_url_publishes_unless_signatures_are_required(started):
+    bus = started()
+    assert bus.ask("POST", "/publish/g", b"x", key=None, Authorization=basic("x", KEY)).status == 201
+    assert bus.ask("PUT", "/publish/g", b"x", key=None, Authorization=basic("x", "wrong")).status == 401
+    bus.restart(keys=dict(require_signatures=True))
+    assert_signature_refused(bus.ask("POST", "/publish/g", b"x", key=None, Authorization=basic("x", KEY)), "Missing required signature headers.")
+    assert bus.ask("PUT", "/publish/g%20h?ttl=60", b"x", **signed("PUT", "/publish/g h?ttl=60", b"x")).status == 201
+
+
+@pytest.mark.parametrize("accept, plain", [
+    ("text/plain", True), ("Text/Plain; charset=utf-8", True), ("text/plain, */*; q=0.01", True), (None, False), ("*/*", False),
+    ("application/json, text/plain, */*", False), ("text/html,application/xhtml+xml,*/*;q=0.8", False)])
+def test_accept_text_plain_answers_the_bare_id_or_result(served, accept, plain):
+    for path in ("/intent", "/publish/g"):
+        published = served.ask("POST", path, a_publish(), Accept=accept)
+        assert (published.headers["content-type"] == "text/plain; charset=utf-8") == plain
+        id = published.body.decode() if plain else published.json["id"]
+        asked = served.hold("GET", f"/result/{id}?wait=60", Accept=accept)
+        claim = served.client.claim()
+        served.client.fulfill(id, claim.claim_token, "two\nlines" if path == "/intent" else {"a": None})
+        with asked:
+            found = response_on(asked)
+        if plain:
+            assert found.body.decode() == ("two\nlines" if path == "/intent" else '{"a":null}')
+        assert plain or found.json["status"] == "fulfilled"
+    assert_refusal(served.ask("GET", f"/result/{NOBODY}", Accept=accept), 404, "not_found")
+
+
 # -- Bulk --
 
 def ndjson(bus, *lines, **headers):
@@ -5900,6 +6340,15 @@ def test_a_repeated_bulk_publish_stores_nothing_more(served):
     assert (first.status, first.body) == (same.status, same.body)
     assert_refusal(other, 422, "idempotency_conflict", "Key reused with different payload")
     assert served.statuses() == ["open", "open"]
+
+
+def test_a_publish_repeated_after_an_upgrade_is_known(served):
+    fields = dict(goal="g", payload=1, namespace="default", visibility="private", priority=100, delay=0, run_at=None, ttl=604800, max_attempts=3,
+                  backoff_base=5, target_worker=None, required_capability=None)     # of version 1.0.0, with its defaults
+    for kind, path, body in ((["id", "status", "namespace"], "/intent", a_publish()), (["ids"], "/intents", [a_publish()])):
+        assert served.ask("POST", path, body, Idempotency_Key=path).status == 201
+        asked = json.dumps([kind, [fields]], sort_keys=True)
+        assert hashlib.sha256(asked.encode()).hexdigest() in tables_of(served)["memos"][1]
 
 
 def test_a_bulk_publish_of_one_is_another_request_than_a_publish(served):
@@ -6017,7 +6466,7 @@ def test_the_first_digits_are_an_id_in_a_get_alone(served):
     ids = served.ask("POST", "/intents", [a_publish(goal=str(number)) for number in range(2)]).json["ids"]     # of one millisecond
     assert served.ask("POST", f"/cancel/{ids[0]}").status == 200
     for method, path, *_ in intentbus.ROUTES:
-        if "*" in path and not re.match("/(set|get|delete)/", path):
+        if "*" in path and not re.match("/(set|get|delete|publish|limit|schedule|unschedule|run)/", path):
             short, none, few, several = (served.ask(method, path.replace("*", digits)) for digits in (
                 ids[0][:16], "f" * 16, ids[0][:7], ids[0][:8]))
             assert_refusal(none, 404, "not_found")
@@ -7585,7 +8034,7 @@ def test_a_mistyped_name_is_refused_and_named(strict, method, path):
         refused = strict.ask(method, target.replace("*", NOBODY), data)
         if data or "?" in target:
             assert_refusal(refused, 400, "invalid_request", f"Unknown {'parameter' if '?' in target else 'field'} '{name}'", "there are:")
-        if path == "/claim":     # a claim takes no fields in its body
+        if path in ("/claim", "/publish/*"):     # the body has no fields
             break
 
 
@@ -7763,7 +8212,7 @@ def test_a_damaged_file_is_reported_and_accepts_nothing(started):
         bus.publish(payload="x" * 1000)
     bus.stop()
     with open(bus.db, "r+b") as file:
-        file.seek(8 * 4096)
+        file.seek(24 * 4096)     # behind the schema
         file.write(os.urandom(100 * 4096))
     with contextlib.suppress(intentbus.Unavailable):     # the start may fail
         bus = Served(Path(bus.db).parent)
@@ -9234,21 +9683,51 @@ def test_publish_wait_is_a_remote_command(serve):
 
 
 @pytest.mark.parametrize("words, stdin, payload", [
-    (['{"a": [1, null]}'], None, {"a": [1, None]}),
-    (['"text"'], None, "text"),
-    (["5"], None, 5),
-    (["-"], "[1]", [1]),
-    ([], '{"b": 2}\n', {"b": 2}),
-    (["@file.json"], None, {"from": "file"}),
-    (["name=a=b", "n:=1", "empty=", 'list:=["x"]'], None, {"name": "a=b", "n": 1, "empty": "", "list": ["x"]}),
-])
-def test_the_ways_to_say_a_payload(serve, words, stdin, payload):
-    (serve.home / "file.json").write_text('{"from": "file"}')
-    options = {"input": stdin} if stdin else {}
-    id = serve.run("publish", "ways", *words, "--priority", "9", "--delay", "2h", "--capability", "x", **options).stdout.strip()
-    intent = serve.client.list(goal="ways", payload=True).intents[0]
-    assert (intent.id, intent.payload, intent.priority, intent.required_capability) == (id, payload, 9, "x")
+    (['{"a": [1, null]}'], "", {"a": [1, None]}), (['"text"'], "", "text"), (["5"], "", 5), (["-"], "[1]", [1]), ([], '{"b": 2}\n', {"b": 2}),
+    (["@file.json"], "", {"from": "file"}), (["the backup is done"], "", "the backup is done"), (["a b=1"], "", "a b=1"), (["[12:00] x\n"], "", "[12:00] x\n"),
+    (["NaN"], "", "NaN"), (["{bad"], "", "{bad"), ([""], "", ""), ([], "", {}), (["-"], "", {}), ([], None, {}), ([], "two\nlines\r\n", "two\nlines"),
+    ([], "a=1\n", "a=1"), (["--text", "5"], "", "5"), (["--text", "a=1"], "", "a=1"), (["--text", "-"], "5", "-"), (["--text", "@file.json"], "", "@file.json"),
+    (["--text"], '{"b": 2}\n', '{"b": 2}'), (["--text"], "", ""), (["name=a=b", "n:=1", "empty=", 'list:=["x"]'], "", {"name": "a=b", "n": 1, "empty": "", "list": ["x"]}),
+    (["x-y.z=1", "a=@text.txt", "b:=@file.json", 'c:="@"'], "", {"x-y.z": "1", "a": "caf\xe9", "b": {"from": "file"}, "c": "@"}),
+], ids=ascii)
+def test_the_ways_to_say_a_payload(served, home, monkeypatch, capsys, words, stdin, payload):
+    monkeypatch.setenv("INTENT_BUS_URL", served.url)
+    monkeypatch.setenv("INTENT_API_KEY", KEY)
+    monkeypatch.chdir(home)
+    Path("file.json").write_text('{"from": "file"}')
+    Path("text.txt").write_text("\ufeffcaf\xe9\n", encoding="utf-8")
+    Path("stdin").write_text(stdin or "", newline="")
+    with open("stdin") as file:
+        monkeypatch.setattr(sys, "stdin", file if stdin is not None else None)
+        assert intentbus.main(["publish", "ways", *words, "--priority", "9", "--delay", "2h", "--capability", "x"]) == 0
+    said, intent = capsys.readouterr(), served.client.list(goal="ways", payload=True).intents[0]
+    assert (intent.id + "\n", intent.payload, intent.priority, intent.required_capability) == (said.out, payload, 9, "x")
+    assert ("published as text" in said.err) == (str(payload)[:1] in ("{", "[") and isinstance(payload, str) and "--text" not in words)
     assert round(intent.run_at - intent.created_at) == 7200
+
+
+@POSIX
+@pytest.mark.parametrize("now, text, expected", [     # in New York
+    ("2026-11-26 06:59:59", "07:00", "2026-11-26 07:00"), ("2026-11-26 07:00:00", "07:00", "2026-11-27 07:00"),
+    ("2026-12-31 23:00:00", "07:00:30", "2027-01-01 07:00:30"), ("2026-11-26 07:00:00", "2026-12-24T18:00", "2026-12-24 18:00"),
+    ("2026-11-26 07:00:00", "2026-12-24 18:00:01", "2026-12-24 18:00:01"), ("2026-03-07 12:00:00", "07:00", "2026-03-08 07:00"),     # 23 hours long
+    ("2026-10-31 12:00:00", "07:00", "2026-11-01 07:00"), ("2026-03-08 00:00:00", "02:30", "2026-03-08 03:30"),
+])
+def test_a_time_of_day_is_the_next_one_of_this_machine(monkeypatch, now, text, expected):
+    import datetime
+    def unix(moment):
+        return time.mktime(time.strptime(f"{moment}:00"[:19], "%Y-%m-%d %H:%M:%S"))
+    monkeypatch.setenv("TZ", "EST5EDT,M3.2.0,M11.1.0")
+    time.tzset()
+    try:
+        class At(datetime.datetime):
+            now = classmethod(lambda kind: kind.fromisoformat(at))
+        at = now
+        monkeypatch.setattr(datetime, "datetime", At)
+        assert intentbus.local_time(text) == unix(expected)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_work_without_a_program_prints_the_payloads(serve):
@@ -9684,12 +10163,14 @@ BAD_COMMANDS = (
     case("serve: retention bad", "serve --retention soon", 2, "--retention", "7d"),
     case("serve: argument unknown", "serve --nonsense", 2, "--nonsense"),
     case("publish nothing", "publish", 2, "goal"),
-    case("publish bad JSON", "publish g {{", 2, "{{", "JSON"),
-    case("publish a bare word", "publish g hello", 2, "hello", "quotes"),
-    case("publish NaN", "publish g NaN", 2, "NaN"),
     case("publish two values", "publish g 1 2", 2, "one JSON value"),
+    case("publish a pair twice", "publish g a=1 b=2 a:=1", 2, "a twice"),
+    case("publish a pair of a missing file", "publish g a=@{dir}/missing", 2, "{dir}/missing", "--text"),
+    case("publish two texts", "publish g --text a=1 b=2", 2, "one text"),
+    case("publish at no time", "publish g 1 --at 25:00", 2, "--at", "'25:00'", "07:00"),
+    case("publish at a time that is over", "publish g 1 --at 2020-01-01T00:00", 2, "--at", "over"),
+    case("publish at a time after a delay", "publish g 1 --at 07:00 --delay 1h", 2, "run_at", "delay"),
     case("publish a pair of bad JSON", "publish g a:=b", 2, "'b'"),
-    case("publish nothing on stdin", "publish g", 2, "JSON"),
     case("publish a missing file", "publish g @{dir}/missing", 2, "{dir}/missing"),
     case("publish a folder", "publish g @{dir}/folder", 2, "{dir}/folder"),
     case("publish Latin-1", "publish g @{dir}/latin1.json", 2, "UTF-8"),
@@ -9779,7 +10260,7 @@ def without(streams, words, bus, **options):
 
 
 @POSIX
-@pytest.mark.parametrize("words", [[], ["-"], ["--lines"]], ids=str)
+@pytest.mark.parametrize("words", [["-"], ["--lines"]], ids=str)
 def test_a_publish_that_needs_a_closed_stdin_is_refused(serve, words):
     assert_complaint(without("0", ["publish", "no stdin", *words], serve), 2, "stdin is closed", "payload")
 
@@ -9953,6 +10434,32 @@ def test_values_and_locks_from_the_command_line(served):
     assert_complaint(at(served, "get", "lock"), 3, "lock")
 
 
+def test_callbacks_of_a_publish_are_flags(served, home, monkeypatch):
+    monkeypatch.setenv("INTENT_BUS_URL", served.url)
+    monkeypatch.setenv("INTENT_API_KEY", KEY)
+    assert intentbus.main(["publish", "g", "new", "--on-success", "good", "--on-failure", "bad"]) == 0
+    found = served.ask("GET", f"/admin/intents/{served.client.list().intents[0].id}").json
+    assert (found["on_success"], found["on_failure"]) == ("good", "bad")
+
+
+def test_a_kept_and_a_replaced_intent_are_reported(served, home, monkeypatch, capsys):
+    monkeypatch.setenv("INTENT_BUS_URL", served.url)
+    monkeypatch.setenv("INTENT_API_KEY", KEY)
+    first = served.publish(unique="nas", priority=1)
+    for words, payload, said in ((["--unique", "nas"], 1, "was kept; nothing new is stored: " + first),
+                                 (["--unique", "nas", "--replace"], "new", "was waiting, and was replaced: " + first)):
+        assert intentbus.main(["publish", "g", "new", *words]) == 0
+        out, err = capsys.readouterr()
+        assert out == first + "\n" and said in err and served.payloads() == [payload]
+    assert intentbus.main(["publish", "g", "new", "--replace"]) == 2
+    with open(os.devnull) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        monkeypatch.setattr(intentbus, "binary_stdin", lambda: io.BytesIO(b"a\nb\n"))
+        assert intentbus.main(["publish", "g", "--lines", "--unique", "nas", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert out == f'{{"id":"{first}"}}\n' * 2 and "2 times, an unfinished intent has this unique value" in err
+
+
 @pytest.mark.parametrize("flag, payload", [("--lines", str), ("--jsonl", int)])
 def test_a_line_of_stdin_is_an_intent(served, flag, payload):
     lines = "\n".join(map(str, range(2500)))
@@ -10026,7 +10533,7 @@ def test_published_lines_fit_the_body_limit(served):
 
 
 @pytest.mark.parametrize("words, stdin", [(["--lines"], b"\xff\n"), (["--jsonl"], b"1\n{\n"), (["--lines", "1"], b""),
-                                          (["--lines", "--wait"], b"x\n")])
+                                          (["--lines", "--wait"], b"x\n"), (["--jsonl", "--text"], b"1\n")])
 def test_lines_that_cannot_be_published_publish_nothing(strict, words, stdin):
     assert_complaint(at(strict, "publish", "g", *words, stdin=stdin), 2)
 
@@ -10136,7 +10643,7 @@ def test_the_readme_starts_bus_and_tests_with_one_line_each():
 
 def test_the_readme_names_every_route_and_field():
     readme = README.read_text()
-    paths = {path.replace("*", "KEY" if who == "keep" else "ID") for _, path, who, _ in intentbus.ROUTES}
+    paths = {path.replace("*", "KEY" if who == "keep" else "GOAL" if who == "publish" else "ID") for _, path, who, _ in intentbus.ROUTES}
     assert not [path for path in paths if f"`{path}`" not in readme]
     assert not [name for name in intentbus.PUBLISH if name != "reward" and f"`{name}`" not in readme]
 
@@ -10147,6 +10654,20 @@ def test_every_shell_example_shows_its_use_and_parses(path):
     assert path.read_text().startswith("#!/bin/sh\n# ") and path.name in path.read_text()[:500]
     assert os.access(path, os.X_OK)
     subprocess.run([shutil.which("dash") or "sh", "-n", path], check=True)
+
+
+@SLOW
+@POSIX
+def test_the_readme_on_being_told_when_it_is_done(serve):
+    lines = blocks("console")[1].splitlines()
+    bare = dict(PATH=f"{os.path.dirname(sys.executable)}:/usr/bin:/bin", HOME=str(serve.home), INTENTBUS_NOTIFY_FILE=str(serve.home / "notifications.log"))
+    said = [shell(serve, line[2:], **bare) for line in lines if line[:2] == "$ "]
+    assert [one.returncode for one in said] == [0] * 4, said
+    assert said[-1].stdout[19:] == lines[-1][19:] + "\n"
+    failing = "python3 intentbus.py publish backup x --on-failure send_notification; python3 intentbus.py work --goal backup --once -- sh -c 'echo no disk >&2; exit 100'"
+    for command in (failing, *(line[2:] for line in lines[3:] if line[:2] == "$ ")):
+        said = shell(serve, command, **bare)
+    assert said.stdout[19:] == "  backup: dead: no disk\n"
 
 
 @SLOW
@@ -10345,7 +10866,7 @@ def test_the_readme_on_bulk_and_the_key_value_store(serve):
     block = next(block for block in blocks("sh") if "--lines" in block)
     found = shell(serve, block)
     assert found.returncode == 0, found.stderr
-    assert re.fullmatch(r"(?:[0-9a-f]{32}\n){4}\{\"celsius\":19\.5\}\n", found.stdout)
+    assert re.fullmatch(r"(?:[0-9a-f]{32}\n){5}\{\"celsius\":19\.5\}\n", found.stdout)
     assert shell(serve, block.splitlines()[-1]).returncode == 1
     listed = [json.loads(line) for line in serve.run("list", "--goal", "resize", "--json").stdout.splitlines()]
     assert [intent["priority"] for intent in listed] == [500, 500, 100, 100]
@@ -10368,7 +10889,7 @@ def test_the_readme_names_every_environment_variable():
     used = set(re.findall(r"\"(BUS_[A-Z_]+|INTENT_BUS_[A-Z_]+|INTENT_API_KEY|DASHBOARD_PASSWORD)\"", (HERE / "intentbus.py").read_text()))
     readme = (HERE / "README.md").read_text()
     assert not [name for name in used if f"`{name}`" not in readme]
-    assert readme.count("\n") <= 540
+    assert readme.count("\n") <= 600
 
 
 @pytest.fixture
@@ -10412,7 +10933,7 @@ def on_the_phone(session):
 @POSIX
 def test_the_walk_through_on_a_phone_matches_the_readme(serve, termux):
     house, start = termux
-    _, invite, phone, publish = blocks("console")[:4]
+    _, _, invite, phone, publish = blocks("console")[:5]
     assert publish.startswith("$ ") and "keys invite" in invite
     code = serve.run("keys", "invite", "phone", "--role", "work").stdout.strip()
     shape = lambda text: re.sub(r"127\.0\.0\.1:\d+", "BUS", re.sub(r"[0-9.]+, SQLite [0-9.]+|\b[0-9a-f]{16}\b", "X", text))
@@ -10623,6 +11144,52 @@ def test_an_idempotency_key_stores_one_intent_across_buses(buses):
     answers = of_both(one, other, 10, "POST", "/intent", a_publish(), Idempotency_Key="k")
     assert len({response.json["id"] for response in answers}) == 1 and len(one.statuses()) == 1
     assert_refusal(other.ask("POST", "/intent", a_publish(payload=2), Idempotency_Key="k"), 422, "idempotency_conflict")
+
+
+@ON_POSTGRES
+def test_an_end_publishes_its_callback_once_across_buses(buses):
+    one, other = buses(), buses()
+    one.publish(on_success="good")
+    claim = other.client.claim("g")
+    reports = of_both(one, other, 8, "POST", f"/fulfill/{claim.id}", {"claim_token": claim.claim_token})
+    assert [report.status for report in reports] == [200] * 8
+    ids = one.ask("POST", "/intents", [a_publish(ttl=1, on_failure="bad") for _ in range(50)]).json["ids"]     # both buses expire them
+    ended = f"SELECT COUNT(*) FILTER (WHERE status = 'dead'), COUNT(*) FILTER (WHERE goal = 'bad') FROM {schema_of(one.db)}.intents"
+    wait_until(lambda: postgres(ended)[0][0] == len(ids))
+    assert postgres(ended) == [(50, 50)] and one.client.list(goal="good").intents[0].status == "open"
+
+
+@ON_POSTGRES
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_unique_intent_is_stored_once_across_buses(buses, replace):
+    one, other = buses(), buses()
+    body = a_publish(unique="u", replace=replace)
+    for _ in range(5):
+        answers = of_both(one, other, 12, "POST", "/intent", body)
+        assert sorted(answer.status for answer in answers) == [200] * 11 + [201], [answer.body for answer in answers]
+        assert len({answer.json["id"] for answer in answers}) == 1
+        one.client.cancel(answers[0].json["id"])
+
+
+@ON_POSTGRES
+def test_one_of_a_value_waits_whatever_two_buses_do(buses):
+    one, other = buses(), buses()
+
+    def work(index):
+        """Publish, claim and report intents of two values at a bus; return the statuses of all answers."""
+        bus, chance, statuses = (one, other)[index % 2], random.Random(index), set()
+        for _ in range(40):
+            intents = [a_publish(unique=value, replace=chance.random() < 0.7) for value in chance.sample("uv", 2)]
+            claim = bus.ask("POST", "/claim?goal=g")
+            report = claim.status == 200 and bus.ask("POST", f"/{chance.choice(['fail', 'release', 'fulfill'])}/{claim.json['id']}", {})
+            statuses |= {bus.ask("POST", "/intents", intents).status, claim.status, report and report.status}
+        return statuses
+    assert set().union(*at_once(6, work)) <= {200, 201, 204, 503, False}
+    waiting = postgres(f"SELECT unique_value, COUNT(*) FROM {schema_of(one.db)}.intents WHERE status = 'open' GROUP BY unique_value")
+    assert {number for _, number in waiting} <= {1}
+    assert postgres(f"SELECT COUNT(*) FROM {schema_of(one.db)}.intents WHERE last_error LIKE 'Superseded%%'") != [(0,)]
+    counted = {row[2]: row[3] for row in one.store.tallies() if row[0]}
+    assert counted == dict(postgres(f"SELECT status, COUNT(*) FROM {schema_of(one.db)}.intents GROUP BY status"))
 
 
 @ON_POSTGRES
@@ -11396,9 +11963,12 @@ def test_what_an_original_bus_has_not_is_refused_in_words(original):
 @pytest.mark.parametrize("ask, words", [
     (lambda bus: bus.set("k", "ours", if_absent=True), "would store it though the key may be taken"),
     (lambda bus: bus.publish("g", 1, run_at=2 ** 32), "would ignore run_at; pass a delay"),
+    (lambda bus: bus.publish("g", 1, unique="u"), "would store it beside others of its unique value"),
+    (lambda bus: bus.publish("g", 1, on_success="h"), "would publish nothing at its end"),
+    (lambda bus: bus.publish("g", 1, on_failure="h"), "would publish nothing at its end"),
     (lambda bus: bus.claim(["g", "h"]), "would serve one of several goals only; start a worker for each"),
     (lambda bus: Worker(bus, ["g", "h"], print, drain=True).run(), "start a worker for each"),
-], ids=range(4))
+], ids=range(7))
 def test_what_an_original_bus_would_ignore_is_not_sent(original, ask, words):
     original.values["k"] = "theirs"
     with pytest.raises(intentbus.OlderBus, match=words):

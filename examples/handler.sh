@@ -3,11 +3,13 @@
 #
 #   python intentbus.py work --goal send_notification -- ./examples/handler.sh
 #
-# The payload is {"message": "The backup is done.", "title": "nas"}; the title is optional. The file is
-# INTENTBUS_NOTIFY_FILE, or ~/notifications.log. A phone needs pkg install termux-api and the app Termux:API.
+# The payload is {"message": "The backup is done.", "title": "nas"}; the title is optional. Or it is that of an intent which
+# publish --on-success or --on-failure has made. The file is INTENTBUS_NOTIFY_FILE, or ~/notifications.log. A phone needs
+# pkg install termux-api and the app Termux:API.
 
-title=${INTENT_PAYLOAD_title:-intentbus}
-message=${INTENT_PAYLOAD_message:-}
+title=${INTENT_PAYLOAD_title:-${INTENT_PAYLOAD_goal:-intentbus}}
+outcome=${INTENT_PAYLOAD_error:-${INTENT_PAYLOAD_result:-}}
+message=${INTENT_PAYLOAD_message:-${INTENT_PAYLOAD_status:-}${outcome:+: $outcome}}
 file=${INTENTBUS_NOTIFY_FILE:-$HOME/notifications.log}
 
 phone() {

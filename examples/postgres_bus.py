@@ -36,7 +36,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))     # wh
 
 import intentbus
 from intentbus import (ALL, CLAIMED_BY_KEY, CLAIMED_WITH, COLUMNS, DEAD_RANGE, DELETE, DUE, MIGRATIONS, OF_NAMESPACE, OLD, ONE, ORDER,
-                       RECHECK_SECONDS, TALLY, Held, Intent, Move, SetupError)
+                       RECHECK_SECONDS, TALLY, TWIN, Held, Intent, Move, SetupError)
 
 THREADS = 10                # of one bus, each with a connection; PostgreSQL allows 100 connections by default
 CONNECT_SECONDS = 5         # how long to wait for a server to answer
@@ -69,6 +69,7 @@ INSTEAD = {     # of a statement of the Store, because other buses change rows a
     DUE: DUE + " FOR UPDATE SKIP LOCKED",
     CLAIMED_WITH: CLAIMED_WITH + " FOR UPDATE",
     CLAIMED_BY_KEY: CLAIMED_BY_KEY + " FOR UPDATE",
+    TWIN["open"]: TWIN["open"] + " FOR UPDATE",
     DEAD_INTENTS: DEAD_INTENTS + " FOR UPDATE",
     DELETE.format(which=DEAD_IDS): DELETE.format(which=DEAD_IDS + " FOR UPDATE"),
     DELETE.format(which=OF_NAMESPACE): DELETE.format(which=OF_NAMESPACE + " FOR UPDATE"),
@@ -189,6 +190,16 @@ class PostgresTransaction(intentbus.Transaction):
             if columns[0]:
                 return Intent(zip(COLUMNS, columns))
         self._store.database.passed_over.add(best)
+
+    def twin(self, intent, statuses=tuple(TWIN)):
+        """Do as in Transaction; a publish waits for others of unique values.
+
+        A report does not, since it holds the row of its intent, for which a publish may wait; the index keeps it from opening a
+        second one.
+        """
+        if "claimed" in statuses:
+            self._db.keep(LOCK, dict(name=f"{self._store.database.channel} unique"))
+        return super().twin(intent, statuses)
 
     def next_due(self):
         """Return when to look for due intents next: soon, since other transactions may be adding some."""
@@ -466,6 +477,8 @@ class PostgresDatabase:
 
     def _translated(self, error):
         """Return the error of the bus for an error of psycopg; a bug stays as it is."""
+        if isinstance(error, psycopg.errors.UniqueViolation) and error.diag.constraint_name == "intents_unique":
+            return intentbus.Unavailable("Another request has just opened an intent of the same unique value; try again.")
         if isinstance(error, (psycopg.IntegrityError, psycopg.ProgrammingError)):
             return error
         if isinstance(error, psycopg.errors.DiskFull):
