@@ -123,6 +123,7 @@ FAILURE_SECONDS = 1                 # the delay: slows down guessing, hardly hur
 INVITATION_SECONDS = 600            # time to read a code aloud and type it
 INVITATION_TRIES = 5                # wrong codes per invitation; there are 32 ** 4
 USAGE_SECONDS = 10                  # between two writes of the keys' request counts
+KEY_GOALS = 64                      # of a limited key: a claim without a goal asks for all of them
 
 # Activity and housekeeping
 EVENTS = 1000                       # events kept in memory for watchers
@@ -215,6 +216,7 @@ STREAM_SECONDS = 1                  # publish --lines sends the lines of a strea
 READ_AHEAD_LINES = 100              # of stdin, at most 25 MB
 JOBS = 256                          # of one worker; each is a thread and a program
 DOCTOR_SECONDS = 10                 # for the bus to answer a doctor
+KEY_ENDS_SECONDS = 7 * 86400        # a doctor warns that long before a key ends: time to bring a new one to a machine
 TERMUX_SECONDS = 10                 # for Termux:API to answer; without its app it never does
 HANDLER_SECONDS = 300               # a handler that runs for longer has hung
 KILL_AFTER_SECONDS = 5              # between TERM and KILL
@@ -452,17 +454,18 @@ class Intent(Record):
             return self._dead(now, f"The lease was lost on attempt {self.claim_attempts} of {self.max_attempts}.", **attempt)
         return self._open("lost", now, self.run_at, **attempt)
 
-    def claimed(self, now, token_hash, lease, owner, key_id, worker_id, worker):
-        """A worker, known by its id and by a name, takes it under a lease in seconds; a repeated claim is no new attempt."""
-        new = self.status != "claimed"
+    def claimed(self, now, token_hash, lease, owner, key_id, worker_id, worker, until=FOREVER):
+        """A worker, known by its id and a name, takes it for `lease` seconds, until its key ends; a repeated claim is no new attempt."""
+        new, end = self.status != "claimed", min(now + lease, until)
         return Change("claimed" if new else None, dict(
             status="claimed", ready=0, claim_attempts=self.claim_attempts + new, claim_token_hash=token_hash, claim_owner=owner,
             claim_key=key_id, worker_id=worker_id, worker=worker, claimed_at=now if new else self.claimed_at, claim_outcome=None,
-            claim_expires_at=now + lease, lease=lease, due_at=min(now + lease, self.expires_at)))
+            claim_expires_at=end, lease=lease, due_at=min(end, self.expires_at)))
 
-    def extended(self, now, seconds):
-        """Its lease ends that many seconds from now."""
-        return Change(None, dict(claim_expires_at=now + seconds, lease=seconds, due_at=min(now + seconds, self.expires_at)))
+    def extended(self, now, seconds, until=FOREVER):
+        """Its lease ends that many seconds from now, or with the worker's key, at `until`."""
+        end = min(now + seconds, until)
+        return Change(None, dict(claim_expires_at=end, lease=seconds, due_at=min(end, self.expires_at)))
 
     def spared(self, now):
         """Its lease ran out while the bus was away: its worker may still extend it, or report."""
@@ -626,6 +629,9 @@ SIZES = """
     DELETE FROM memos WHERE kind = 'goal'     -- by owner from now on
 """
 FEATURES = """
+    ALTER TABLE keys ADD COLUMN goals TEXT;     -- a JSON array of the only goals it may use
+    ALTER TABLE keys ADD COLUMN payloads INTEGER NOT NULL DEFAULT 0;     -- whether a viewer sees payloads and results
+    ALTER TABLE keys ADD COLUMN expires_at DOUBLE PRECISION;
     ALTER TABLE intents ADD COLUMN history TEXT;     -- JSON: the last attempts that did not succeed
     ALTER TABLE intents ADD COLUMN on_success TEXT;
     ALTER TABLE intents ADD COLUMN on_failure TEXT;
@@ -989,6 +995,7 @@ HEAD_OF_NEXT_PRIORITY = f"""
     ORDER BY {ORDER}
     LIMIT    1
 """
+OF_GOALS = "(:goals IS NULL OR REPLACE(:goals, '\t' || goal || '\t', '') <> :goals)"     # :goals is what among() returns
 PAGE = f"""
     SELECT   {ALL}
     FROM     intents
@@ -998,7 +1005,7 @@ PAGE = f"""
     AND      (:status IS NULL OR status = :status)
     AND      (:ready IS NULL OR ready = :ready)
     AND      (:owner IS NULL OR owner = :owner)
-    AND      (:goal IS NULL OR goal = :goal)
+    AND      {OF_GOALS}
     AND      (:namespace IS NULL OR namespace = :namespace)
     ORDER BY id DESC
     LIMIT    :limit
@@ -1022,15 +1029,15 @@ STEP = """
     LIMIT    1
     OFFSET   :rows
 """
-DEAD_RANGE = """
-    SELECT {columns}
+DEAD_RANGE = f"""
+    SELECT {{columns}}
     FROM   intents
     WHERE  status = 'dead'
     AND    id >= :start
     AND    id < :end
     AND    +completed_at <= :until     -- the plus sign keeps SQLite to the index of dead intents
     AND    (:owner IS NULL OR owner = :owner)
-    AND    (:goal IS NULL OR goal = :goal)
+    AND    {OF_GOALS}
     AND    (:namespace IS NULL OR namespace = :namespace)
 """
 GONE = ("id", "namespace", "publisher", "status", "size", "claim_key", "result_size", "idempotency_key")
@@ -1099,7 +1106,7 @@ FORGET = """
     AND         key = :key
 """
 
-KEY_FIELDS = ("key_id", "name", "owner", "role", "created_at", "last_used_at", "total_requests")
+KEY_FIELDS = ("key_id", "name", "owner", "role", "goals", "expires_at", "payloads", "created_at", "last_used_at", "total_requests")
 Move = collections.namedtuple("Move", "intent event")     # an intent as a block left it
 
 
@@ -1157,6 +1164,17 @@ def values_of(owner):
     return f"values of {owner}"
 
 
+def among(goals):
+    """Return goals, or None for any, as statements take them; no goal can hold a tab."""
+    return goals and "\t".join(("", *goals, ""))
+
+
+def key_of(row):
+    """Return an issued key, given its row."""
+    key = Record(zip(KEY_FIELDS, row))
+    return Record(key, goals=key.goals and json.loads(key.goals), payloads=bool(key.payloads))
+
+
 def claim_order(intent):
     """Return the sort key of claims: highest priority, then longest due, then fewest attempts, then oldest."""
     return -intent.priority, intent.run_at, intent.claim_attempts, intent.created_at, intent.id
@@ -1212,11 +1230,11 @@ class Reads:
             WHERE  key_id = :key_id
             AND    revoked_at IS NULL
         """, key_id=key_id)
-        return row and Record(zip(KEY_FIELDS, row))
+        return row and key_of(row)
 
     def keys(self):
         """Return the issued keys that are not revoked, oldest first."""
-        return [Record(zip(KEY_FIELDS, row)) for row in self._rows(f"""
+        return [key_of(row) for row in self._rows(f"""
             SELECT   {", ".join(KEY_FIELDS)}
             FROM     keys
             WHERE    revoked_at IS NULL
@@ -1393,12 +1411,12 @@ class Transaction(Reads):
 
     # -- Keys --
 
-    def add_key(self, key_id, name, owner, role):
+    def add_key(self, key):
         """Store an issued key."""
         self._db.execute("""
-            INSERT INTO keys (key_id, name, owner, role, created_at, total_requests)
-            VALUES      (:key_id, :name, :owner, :role, :now, 0)
-        """, dict(key_id=key_id, name=name, owner=owner, role=role, now=self.now))
+            INSERT INTO keys (key_id, name, owner, role, goals, expires_at, payloads, created_at, total_requests)
+            VALUES      (:key_id, :name, :owner, :role, :goals, :expires_at, :payloads, :now, 0)
+        """, dict(key, goals=key.goals and to_json(key.goals), payloads=int(key.payloads), now=self.now))
 
     def revoke_key(self, key_id):
         """Mark an issued key as revoked; return whether there was one."""
@@ -1545,14 +1563,14 @@ class Store(Reads):
 
     # -- Lists and counts --
 
-    def page(self, limit, owner=None, status=None, goal=None, namespace=None, before=None):
+    def page(self, limit, owner=None, status=None, goals=None, namespace=None, before=None):
         """Return an iterable of up to limit intents, newest first, before an id; and the id it looked down to, or None.
 
         It looks at LIST_ROWS at most: of all intents or, if the status is "dead", of the dead ones. The status "delayed" is
         for open ones that cannot be claimed yet.
         """
         delayed = status == "delayed"
-        values = dict(owner=owner, status="open" if delayed else status, ready=0 if delayed else None, goal=goal,
+        values = dict(owner=owner, status="open" if delayed else status, ready=0 if delayed else None, goals=goals,
                       namespace=namespace, before=before or "g", limit=limit, rows=LIST_ROWS)     # "g" is after every id
         kind = DEAD if status == "dead" else ANY
         floor = self._first(PAGE_FLOOR.format(kind=kind), **values)
@@ -1560,24 +1578,26 @@ class Store(Reads):
         return (Intent(zip(COLUMNS, row)) for row in rows), floor and floor[0]
 
     def beginning_with(self, digits, rows):
-        """Return (id, owner, claim_owner) of the intents whose ids begin with these digits, at most that many."""
+        """Return (id, goal, owner, claim_owner) of the intents whose ids begin with these digits, at most that many."""
         return list(self._rows("""
-            SELECT id, owner, claim_owner
+            SELECT id, goal, owner, claim_owner
             FROM   intents
             WHERE  id >= :digits
             AND    id < :end
             LIMIT  :rows
         """, dict(digits=digits, end=digits + "g", rows=rows)))     # "g" is after every digit
 
-    def tallies(self):
-        """Yield (namespace, publisher, status, number, bytes) of each kind of intents or values that there is."""
+    def tallies(self, owner=None):
+        """Yield (namespace, publisher, status, number, bytes) of each kind of intents or values; of an owner, of its intents only."""
         return self._rows("""
             SELECT   namespace, publisher, status, SUM(intents), SUM(bytes)
             FROM     tallies
+            WHERE    (:owner IS NULL OR publisher = :owner AND publisher = 'owner'
+                      OR publisher IN (SELECT key_id FROM keys WHERE owner = :owner))
             GROUP BY namespace, publisher, status
             HAVING   SUM(intents) > 0
             ORDER BY namespace, publisher, status
-        """, {})
+        """, dict(owner=owner))
 
     def history(self, since):
         """Yield (minute of Unix time, event, times) from a minute on."""
@@ -1812,7 +1832,7 @@ class WorkerRegistry:
         if worker is not self._holders.get(intent.id):
             self.free(intent.id)
             if worker and len(worker.running) < JOBS:
-                worker.running[intent.id] = None
+                worker.running[intent.id] = intent.goal
                 self._holders[intent.id] = worker
 
     def free(self, intent_id):
@@ -1848,11 +1868,15 @@ class WorkerRegistry:
         for name in list(self._of_key.get(key_id, ())):
             self._forget(self._workers[key_id, name])
 
-    def seen(self, owner=None, most=None):
-        """Return the workers of an owner, or of all, the latest seen first."""
-        there = [worker for worker in reversed(list(self._workers.values())) if owner in (None, worker.owner)]
-        return [Record(name=worker.key[1], id=worker.id, owner=worker.owner, namespace=worker.namespace, goals=list(worker.goals),
-                       last_seen=worker.last_seen, version=worker.version, running=list(worker.running)) for worker in there[:most]]
+    def seen(self, owner=None, goals=None, most=None):
+        """Return the workers of an owner, or of all, the latest seen first; with goals, as far as they have to do with these."""
+        there = [worker for worker in reversed(list(self._workers.values())) if owner in (None, worker.owner)
+                 and (goals is None or not worker.goals or not worker.goals.keys().isdisjoint(goals))]
+        return [Record(name=worker.key[1], id=worker.id, owner=worker.owner, namespace=worker.namespace,
+                       goals=[goal for goal in list(worker.goals) if goals is None or goal in goals],
+                       last_seen=worker.last_seen, version=worker.version,
+                       running=[intent_id for intent_id, goal in list(worker.running.items()) if goals is None or goal in goals])
+                for worker in there[:most]]
 
     def listening(self, lane):
         """Return how many workers ask for the intents of a lane."""
@@ -1908,7 +1932,7 @@ class EventLog:
 
     def __init__(self, now):
         self._events = collections.deque(maxlen=EVENTS)
-        self._pages = {}                         # (newest, number, owner): the answer of after()
+        self._pages = {}                         # (newest, number, owner, goals): the answer of after()
         self.newest = int(now * 1000)            # number of the newest event; it grows over restarts
         self.minutes = collections.Counter()     # (minute of Unix time, kind): times, until they are stored
 
@@ -1926,22 +1950,23 @@ class EventLog:
         """Drop counts that are stored."""
         self.minutes -= counted
 
-    def after(self, number, owner=None):
-        """Return up to EVENTS_PAGE events after a number, of an owner's intents or of all; and how many are dropped since then.
+    def after(self, number, owner=None, goals=None):
+        """Return up to EVENTS_PAGE events after a number, and how many are dropped since then.
 
-        Many watchers ask for the same ones.
+        They are those of an owner's intents or of all, and of some goals or of any. Many watchers ask for the same ones.
         """
-        asked = self.newest, number, owner
-        found = self._pages.get(asked) or self._after(number, owner)
+        asked = self.newest, number, owner, goals
+        found = self._pages.get(asked) or self._after(number, owner, goals)
         if len(self._pages) < EVENTS:
             self._pages[asked] = found
         return found
 
-    def _after(self, number, owner):
+    def _after(self, number, owner, goals):
         oldest = self._events[0][0] if self._events else self.newest + 1
         newer = itertools.takewhile(lambda entry: entry[0] > number, reversed(list(self._events)))
         found = [Record(zip(EVENT_FIELDS, values), number=at, time=when, event=event) for at, when, event, values in newer]
-        visible = [event for event in reversed(found) if owner is None or owner in (event.owner, event.claim_owner)]
+        visible = [event for event in reversed(found) if (owner is None or owner in (event.owner, event.claim_owner))
+                   and (goals is None or event.goal in goals)]
         return visible[:EVENTS_PAGE], max(0, oldest - 1 - number)
 
 
@@ -1949,11 +1974,51 @@ class EventLog:
 # The rules. Each verb of IntentClient is one here, with the same arguments and errors, and `caller`: who asks. A verb that
 # changes something is one block of the round; a verb that looks reads committed state, and changes nothing.
 
-Caller = collections.namedtuple("Caller", "key_id owner role admin limits")     # limits: the Limits of an issued key, or None
 Limits = collections.namedtuple("Limits", "unfinished stored_bytes")
-OWNER = Caller(key_id="owner", owner="owner", role="both", admin=True, limits=None)
 Claim = collections.namedtuple("Claim", "lanes namespace goals worker_id lease token repeatable worker_name version")
 DEATHS = "intent.dead"     # the goal of the intents that announce deaths
+EVERYONE = "*"             # the owner of a viewer's key that sees the intents of all owners
+
+
+class Caller(collections.namedtuple("Caller", "key_id owner role admin limits goals expires_at payloads",
+                                    defaults=(None, FOREVER, True))):
+    """Who asks.
+
+    limits are the Limits of an issued key, or None; goals are the only ones that the key may use, or None; it ends at
+    expires_at; payloads tells whether it sees payloads and results.
+    """
+
+    __slots__ = ()
+
+    @property
+    def sees(self):
+        """The owner whose intents it sees; None for everyone's."""
+        return None if self.admin or self.role == "viewer" and self.owner == EVERYONE else self.owner
+
+    def may_use(self, goal):
+        """Return whether it may have to do with a goal."""
+        return self.goals is None or goal in self.goals
+
+    def may_see(self, goal, *owners):
+        """Return whether it may look at an intent of a goal that belongs to these owners."""
+        return self.sees in (None, *owners) and self.may_use(goal)
+
+    def oversees(self, key):
+        """Return whether it may look at an issued key, which is for nothing that it may not look at."""
+        return self.sees in (None, key.owner) and (self.goals is None or set(key.goals or [None]) <= set(self.goals))
+
+    def narrowed(self, goals, refusal=Forbidden):
+        """Return the goals that a request for these means: if it names none, those of the key; raises refusal for others.
+
+        Each verb that takes a goal asks this. None stands for any goal.
+        """
+        for goal in goals or ():
+            if not self.may_use(goal):
+                raise refusal(f"This key is not for the goal {goal}.")
+        return goals or self.goals
+
+
+OWNER = Caller(key_id="owner", owner="owner", role="both", admin=True, limits=None)
 
 
 def hash_token(token):
@@ -1982,11 +2047,6 @@ def require_at_most(most, number, words):
     """Raise RateLimited, with words for the thing counted and the cure, if an issued key has more than it may have."""
     if number > most:
         raise RateLimited(f"This key may have {most} {words}.", "limit_exceeded")
-
-
-def sees(caller, owner, claim_owner):
-    """Return whether a caller sees an intent: an admin, and the owners that published and claimed it."""
-    return caller.admin or caller.owner in (owner, claim_owner)
 
 
 def stored_result(intent):
@@ -2064,6 +2124,7 @@ class Bus:
         return self._publish(intents, idempotency_key, caller, answer_with)
 
     def _publish(self, wanted, idempotency_key, caller, answer_with):
+        caller.narrowed([goal for fields in wanted for goal in map(fields.get, ("goal", "on_success", "on_failure")) if goal])
         with self.store.transaction() as tx:
             intents = [Intent.new(self._ids.new(tx.now), tx.now, caller.owner, caller.key_id,
                                   dict(fields, idempotency_key=idempotency_key)) for fields in wanted]
@@ -2180,8 +2241,9 @@ class Bus:
 
         It leaves out those whose unique value is taken or, for an issued key, whose publisher would have too many unfinished.
         """
-        owner, retried = None if caller.admin else caller.owner, 0
-        for dead in self._dead_ranges(None, dict(owner=owner, goal=goal, namespace=namespace, until=FOREVER), SLICE_ROWS):
+        goals, retried = caller.narrowed(goal and (goal,)), 0
+        which = dict(owner=caller.sees, goals=among(goals), namespace=namespace, until=FOREVER)
+        for dead in self._dead_ranges(None, which, SLICE_ROWS):
             retried += self._retry_dead(dead, caller, limit - retried)
             if retried == limit:
                 break
@@ -2205,7 +2267,7 @@ class Bus:
         """Return the Claim that these fields describe; lease is seconds, worker_name and version are for people to read."""
         if publisher not in (None, caller.owner) and not caller.admin:
             raise Forbidden("A claim by publisher may name the caller only; the owner key may name anyone.")
-        goals = (goal,) if isinstance(goal, str) else tuple(goal or ())
+        goals = caller.narrowed((goal,) if isinstance(goal, str) else tuple(goal or ())) or ()
         if max(len(goals), 1) * (1 + len(capabilities)) > CLAIM_COMBINATIONS:
             raise Invalid(f"A claim may name at most {CLAIM_COMBINATIONS} goals times capabilities.")
         lanes = claimed_lanes(namespace, caller.owner, goals, publisher, worker_id, tuple(capabilities))
@@ -2228,7 +2290,7 @@ class Bus:
         for owner in sorted({caller.owner, intent.owner}):
             self._note_goal(tx, owner, intent.namespace, intent.goal)
         return self._change(tx, intent, intent.claimed(
-            tx.now, token_hash, claim.lease, caller.owner, caller.key_id, claim.worker_id, claim.worker_name))
+            tx.now, token_hash, claim.lease, caller.owner, caller.key_id, claim.worker_id, claim.worker_name, caller.expires_at))
 
     def _note_goal(self, tx, *served):
         """Put on record that an owner, or an intent of it, has had a worker for a goal: owner, namespace, goal."""
@@ -2278,7 +2340,7 @@ class Bus:
             intent = self._claimed_by(tx, intent_id, claim_token, caller)
             if intent.status != "claimed":
                 raise lease_lost(intent_id)
-            intent = self._change(tx, intent, intent.extended(tx.now, seconds))
+            intent = self._change(tx, intent, intent.extended(tx.now, seconds, caller.expires_at))
         return Record(ok=True, id=intent_id, extended_by=seconds, claim_expires_at=intent.claim_expires_at)
 
     # With next_claim, a Claim, a report claims the next intent in its transaction: the answer has what take() returns as next.
@@ -2331,7 +2393,7 @@ class Bus:
         if not SHORT_ID.fullmatch(digits):
             return digits
         rows = self.store.beginning_with(digits, LIST_ROWS + 1)
-        seen = [intent_id for intent_id, *owners in rows if sees(caller, *owners)]
+        seen = [intent_id for intent_id, goal, *owners in rows if caller.may_see(goal, *owners)]
         number = "too many" if len(rows) > LIST_ROWS else len(seen)
         if number not in (0, 1):
             raise Conflict(f"{digits} fits {number} intents; give more digits of the id.", "ambiguous")
@@ -2344,8 +2406,9 @@ class Bus:
     def get_result(self, intent_id, *, caller=OWNER):
         """Return the state of an intent with its result, and with its history: the attempts that did not succeed."""
         intent = self._visible(intent_id, caller)
-        found = Record(intent.pick(STATUS_FIELDS), result=stored_result(intent), result_type=intent.result_type or "json",
-                       history=intent.attempts)
+        found = Record(intent.pick(STATUS_FIELDS), result_type=intent.result_type or "json", history=intent.attempts)
+        if caller.payloads:
+            found["result"] = stored_result(intent)
         if intent.last_error:
             found["error"] = intent.last_error
         return found
@@ -2355,8 +2418,10 @@ class Bus:
 
         A page may be short and still have a next one: it looks at LIST_ROWS intents, and holds PAGE_BYTES of payloads.
         """
-        owner, now = None if caller.admin else caller.owner, self.clock.now()
-        rows, floor = self.store.page(limit + 1, owner, status, goal, namespace, before)
+        goals, now = caller.narrowed(goal and (goal,), NotFound), self.clock.now()
+        if payload and not caller.payloads:
+            raise Forbidden("This key may not see payloads.")
+        rows, floor = self.store.page(limit + 1, caller.sees, status, among(goals), namespace, before)
         intents, room = [], PAGE_BYTES
         for row in rows:
             if len(intents) == limit or room <= 0:
@@ -2369,7 +2434,7 @@ class Bus:
 
     def workers(self, *, caller=OWNER):
         """Return {"workers"}: who has asked for work lately, or holds a lease, the latest seen first."""
-        return Record(workers=self.registry.seen(None if caller.admin else caller.owner))
+        return Record(workers=self.registry.seen(caller.sees, caller.goals))
 
     def events(self, after=None, *, caller=OWNER):
         """Return {"events": those after a number, "next": the number to go on from, "missed"}.
@@ -2378,7 +2443,7 @@ class Bus:
         EVENTS_PAGE.
         """
         after = self.log.newest if after is None or after > self.log.newest else after
-        found, missed = self.log.after(after, None if caller.admin else caller.owner)
+        found, missed = self.log.after(after, caller.sees, caller.goals)
         return Record(events=found, next=found[-1].number if found else after + missed, missed=missed)
 
     # -- Keys and values --
@@ -2404,7 +2469,7 @@ class Bus:
             value, _ = tx.take_memo("store", caller.owner, key)
         return Record(ok=True, deleted=value is not None)
 
-    # -- Administration: the caller is known to be an admin --
+    # -- Administration: the caller is known to be an admin or, for what only looks, a viewer --
 
     @sliced
     def purge(self, confirm=False, namespace=None, *, caller=OWNER):
@@ -2433,16 +2498,16 @@ class Bus:
 
     def inspect(self, intent_id, *, caller=OWNER):
         """Return everything about an intent but its claim token."""
-        intent = self.store.get(intent_id).at(self.clock.now())
+        intent = self._visible(intent_id, caller)
         hidden = ("claim_token_hash", "claim_key", "claim_outcome", "idempotency_key", "lease", "size", "result_size", "place",
-                  "lane", "ready", "due_at", "unique_value")
-        return Record({column: value for column, value in intent.items() if column not in hidden},
-                      payload=json.loads(intent.payload), result=stored_result(intent), history=intent.attempts,
-                      unique=intent.unique_value)
+                  "lane", "ready", "due_at", "payload", "result", "unique_value")
+        shown = dict(payload=json.loads(intent.payload), result=stored_result(intent)) if caller.payloads else {}
+        return Record({column: value for column, value in intent.items() if column not in hidden}, **shown,
+                      history=intent.attempts, unique=intent.unique_value)
 
     def dead_letter(self, intent_id, *, caller=OWNER):
         """Return everything about a dead intent."""
-        intent = self.inspect(intent_id)
+        intent = self.inspect(intent_id, caller=caller)
         if intent.status != "dead":
             raise NotFound(f"There is no dead intent {intent_id}.")
         return Record(intent, intent_id=intent.id, attempts=intent.claim_attempts, reason=intent.last_error)
@@ -2456,7 +2521,7 @@ class Bus:
         """
         now = self.clock.now()
         until, number = now if until is None else min(until, now), 0
-        which = dict(owner=None, goal=goal, namespace=namespace, until=until)
+        which = dict(owner=None, goals=among(goal and (goal,)), namespace=namespace, until=until)
         for dead in self._dead_ranges(ids, which, LIST_ROWS if action == "count" else SLICE_ROWS):
             if action == "count":
                 number += self.store.count_dead(**dead)
@@ -2499,29 +2564,32 @@ class Bus:
         """Return the newest dead letters."""
         return [Record(intent_id=intent.id, namespace=intent.namespace, goal=intent.goal, attempts=intent.claim_attempts,
                        reason=intent.last_error, created_at=intent.created_at)
-                for intent in self.store.page(limit, status="dead")[0]]
+                for intent in self.store.page(limit, caller.sees, "dead", among(caller.goals))[0]]
 
     def summary(self, minutes=60, *, caller=OWNER):
         """Return counts, workers, sizes, and the history of the last minutes, in steps of ten above 60.
 
         Intents by namespace and status; for each waiting goal, since when (run_at) and how many workers listen; workers;
-        history as [[minute of Unix time, event, times]]; sizes in bytes; the number of issued keys.
+        history as [[minute of Unix time, event, times]]; sizes in bytes; the number of issued keys. A viewer's is about what
+        it sees: the history, which is not kept for each owner, is empty then, and the counts, which are not kept for each goal.
         """
-        now, intents = self.clock.now(), {}
-        for namespace, _, status, number, _ in self.store.tallies():
-            if namespace:     # else these are values or results
+        now, intents, whole = self.clock.now(), {}, caller.sees is None and caller.goals is None
+        for namespace, _, status, number, _ in self.store.tallies(caller.sees):
+            if namespace and caller.goals is None:     # else these are values or results
                 states = intents.setdefault(namespace, {})
                 states[status] = states.get(status, 0) + number
         database_bytes, wal_bytes = self.store.database.sizes()
-        return Record(version=__version__, now=now, intents=intents, keys=len(self.store.keys()), database_bytes=database_bytes,
-                      wal_bytes=wal_bytes, waiting=self._longest_waiting(), workers=self.registry.seen(most=WAITING_LANES),
-                      history=self._past(int(now // 60) - minutes + 1, 1 if minutes <= 60 else 10))
+        return Record(version=__version__, now=now, intents=intents, keys=sum(map(caller.oversees, self.store.keys())),
+                      database_bytes=database_bytes, wal_bytes=wal_bytes, waiting=self._longest_waiting(caller),
+                      workers=self.registry.seen(caller.sees, caller.goals, WAITING_LANES),
+                      history=self._past(int(now // 60) - minutes + 1, 1 if minutes <= 60 else 10) if whole else [])
 
-    def _longest_waiting(self):
+    def _longest_waiting(self, caller):
         """Return {"namespace", "goal", "run_at", "listening"} of each goal that waits, as of its longest waiting intent."""
         waiting = {}
         for intent in sorted(self.store.longest_ready(WAITING_LANES), key=operator.attrgetter("run_at")):
-            waiting.setdefault((intent.namespace, intent.goal), intent)
+            if caller.may_see(intent.goal, intent.owner):
+                waiting.setdefault((intent.namespace, intent.goal), intent)
         return [Record(namespace=namespace, goal=goal, run_at=intent.run_at,
                        listening=self.registry.listening(intent.lane)) for (namespace, goal), intent in waiting.items()]
 
@@ -2592,7 +2660,7 @@ class Bus:
     def _published_by(self, tx, intent_id, caller):
         """Return an intent of the caller's owner, or of anyone for an admin; raises NotFound."""
         intent = self._current(tx, intent_id)
-        if not caller.admin and caller.owner != intent.owner:
+        if not caller.may_see(intent.goal, intent.owner):
             raise no_such(intent_id)
         return intent
 
@@ -2612,7 +2680,7 @@ class Bus:
             allowed = intent.claim_token_hash and intent.claim_outcome is None and intent.claim_owner == caller.owner
         else:
             allowed = hmac.compare_digest(hash_token(claim_token), intent.claim_token_hash or "")
-        if not allowed or intent.claim_outcome not in (None, outcome):
+        if not allowed or intent.claim_outcome not in (None, outcome) or not caller.may_use(intent.goal):
             raise lease_lost(intent_id)
         tx.after_commit(self.registry.hear, tx.now, caller, intent)
         return intent
@@ -2620,7 +2688,7 @@ class Bus:
     def _visible(self, intent_id, caller):
         """Return an intent as it is now; raises NotFound unless the caller's owner published or claimed it."""
         intent = self.store.get(intent_id).at(self.clock.now())
-        if not sees(caller, intent.owner, intent.claim_owner):
+        if not caller.may_see(intent.goal, intent.owner, intent.claim_owner):
             raise no_such(intent_id)
         return intent
 
@@ -2946,7 +3014,7 @@ class Keys:
         """Read the issued keys, at the start and once another program has changed the file."""
         if not self._store.database.shared:
             before, self._callers = self._callers, {key.key_id: self._caller_of(key) for key in self._store.keys()}
-            for key_id in before.keys() - self._callers.keys():
+            for key_id, _ in before.items() - self._callers.items():     # it was revoked, or may do less
                 self.on_revoked(key_id)
 
     # -- Requests --
@@ -2972,13 +3040,12 @@ class Keys:
         """Check the admin's credentials in the head of a request; raises Unauthorized, Forbidden."""
         if self._has_admin_secret(request):
             return self._admit_unsigned(request)
-        if self._owner.admin:
+        if self._owner.admin or request.who == "view":
             with contextlib.suppress(Unauthorized):
                 self.identify(request)
-                if request.key_id == "owner":
+                if request.key_id == "owner" or request.who == "view":     # confirm() refuses all but viewers
                     return
-        raise self._failed(request, Unauthorized("Authentication required.",
-                                                 headers=[("WWW-Authenticate", 'Basic realm="Intent Bus"')]))
+        raise self._no_admin(request)
 
     def _has_admin_secret(self, request):
         """Return whether a request presents an admin secret; as the password of a browser, the owner key may be one."""
@@ -3027,6 +3094,8 @@ class Keys:
         A request counts once its signature is right, and its nonce is stored last: a refusal writes nothing.
         """
         caller = request.caller or self._caller(request.key_id)
+        if request.who == "view" and not (caller and (caller.admin or caller.role == "viewer")):
+            raise self._no_admin(request)
         if caller is None:
             raise self._failed(request, Unauthorized("Invalid API key."))
         limited = caller.limits is not None
@@ -3045,7 +3114,7 @@ class Keys:
         request.caller, request.proven = caller, True
 
     def current(self, caller):
-        """Return the Caller that the key of an earlier request stands for now, or None if it was revoked."""
+        """Return the Caller that the key of an earlier request stands for now, or None if it has ended."""
         return self._caller(caller.key_id) if caller.limits else caller
 
     def owner_of(self, publisher):
@@ -3066,42 +3135,39 @@ class Keys:
 
     # -- Issuing --
 
-    def generate(self, owner, name, role):
-        """Issue a key; return it, this once, with its description."""
-        key_id = os.urandom(8).hex()
-        with self._store.transaction() as tx:
-            self._add(tx, key_id, name, owner, role)
-        return Record(api_key=self._key(key_id), key_id=key_id, name=name, owner=owner, role=role)
+    # A grant says what a key is to be: the fields of GENERATE_KEY.
 
-    def invite(self, owner, name, role):
+    def generate(self, **grant):
+        """Issue a key; return it, this once, with its description."""
+        with self._store.transaction() as tx:
+            return self._add(tx, grant)
+
+    def invite(self, **grant):
         """Return a code that join() exchanges for a key like this, once, within INVITATION_SECONDS.
 
         The first half of the code names the invitation; the second is secret, and the database has a MAC of it.
         """
         with self._store.transaction() as tx:
-            expires_at, made = tx.now + INVITATION_SECONDS, False
+            expires_at, made = min(tx.now + INVITATION_SECONDS, grant["expires_at"] or FOREVER), False
             while not made:     # the first half may be taken
                 handle, secret = ("".join(random.SystemRandom().choices(CODE_LETTERS, k=4)) for _ in range(2))
-                invitation = dict(mac=self._mac("invited", handle + secret), tries=0, owner=owner, name=name, role=role)
+                invitation = dict(grant, mac=self._mac("invited", handle + secret), tries=0)
                 made = tx.remember_first("invitation", "", handle, to_json(invitation), expires_at)
-        return Record(code=f"{handle}-{secret}", expires_at=expires_at, name=name, owner=owner, role=role)
+        return Record(code=f"{handle}-{secret}", expires_at=expires_at, **Record(grant).pick(("name", "owner", "role")))
 
     def join(self, request, code):
         """Return the key that an invitation is for; raises Unauthorized. INVITATION_TRIES wrong codes end it."""
         letters = re.sub(r"[-\s]", "", code).upper().translate(CODE_MISREADINGS)
-        handle, mac, key_id = letters[:4], self._mac("invited", letters), os.urandom(8).hex()
+        handle, mac = letters[:4], self._mac("invited", letters)
         with self._store.transaction() as tx:
             found, expires_at = tx.take_memo("invitation", "", handle)
             invitation = Record(json.loads(found)) if found else None
             right = invitation is not None and secrets_equal(invitation.mac, mac)
             if right:
-                self._add(tx, key_id, invitation.name, invitation.owner, invitation.role)
-            elif invitation is not None and invitation.tries + 1 < INVITATION_TRIES:
+                return self._add(tx, invitation)
+            if invitation is not None and invitation.tries + 1 < INVITATION_TRIES:
                 tx.remember("invitation", "", handle, to_json(dict(invitation, tries=invitation.tries + 1)), expires_at)
-        if not right:
-            raise self._failed(request, Unauthorized("This code is wrong, used, or too old; ask for a new one."))
-        return Record(api_key=self._key(key_id), key_id=key_id, name=invitation.name, owner=invitation.owner,
-                      role=invitation.role)
+        raise self._failed(request, Unauthorized("This code is wrong, used, or too old; ask for a new one."))
 
     def revoke(self, api_key=None, key_id=None):
         """End an issued key, given itself or its id; return its id; raises NotFound."""
@@ -3114,11 +3180,11 @@ class Keys:
             tx.after_commit(self.on_revoked, key_id)
         return key_id
 
-    def list(self):
-        """Return the description of each issued key, with its use up to now."""
+    def list(self, caller=OWNER):
+        """Return the description of each issued key that a caller may look at, with its use up to now."""
         requests, last = self._usage()
         return [Record(key, total_requests=key.total_requests + requests[key.key_id],
-                       last_used_at=last.get(key.key_id, key.last_used_at)) for key in self._store.keys()]
+                       last_used_at=last.get(key.key_id, key.last_used_at)) for key in self._store.keys() if caller.oversees(key)]
 
     def write_usage(self, at_once=False):
         """Store how often keys were used, every USAGE_SECONDS or at once."""
@@ -3140,9 +3206,12 @@ class Keys:
         used = list(self._used)
         return collections.Counter(key_id for key_id, _ in used), dict(used)
 
-    def _add(self, tx, key_id, name, owner, role):
-        tx.add_key(key_id, name, owner, role)
-        tx.after_commit(self._callers.__setitem__, key_id, self._caller_of(Record(key_id=key_id, owner=owner, role=role)))
+    def _add(self, tx, grant):
+        """Issue a key; return it with its description. An invitation of an earlier version limits nothing."""
+        key = Record(dict(goals=None, expires_at=None, payloads=False), **grant, key_id=os.urandom(8).hex())
+        tx.add_key(key)
+        tx.after_commit(self._callers.__setitem__, key.key_id, self._caller_of(key))
+        return Record(api_key=self._key(key.key_id), **key.pick(("key_id", "name", "owner", "role")))
 
     def _key(self, key_id):
         if key_id == "owner":
@@ -3153,16 +3222,19 @@ class Keys:
         return hmac.digest(self._owner_key.encode(), f"{purpose} {words}".encode(), "sha256").hex()
 
     def _caller(self, key_id):
-        """Return the Caller of a key that is not revoked, or None."""
+        """Return the Caller of a key that has not ended, or None."""
         if key_id == "owner":
             return self._owner
         if self._store.database.shared:
             key = self._store.key(key_id)
-            return key and self._caller_of(key)
-        return self._callers.get(key_id)
+            caller = key and self._caller_of(key)
+        else:
+            caller = self._callers.get(key_id)
+        return caller if caller and self._store.now() < caller.expires_at else None
 
     def _caller_of(self, key):
-        return Caller(key.key_id, key.owner, key.role, False, self._limits)
+        return Caller(key.key_id, key.owner, key.role, False, self._limits, key.goals and tuple(key.goals),
+                      key.expires_at or FOREVER, key.payloads or key.role != "viewer")
 
     def _check_signature(self, request):
         timestamp, nonce, signature = (request.headers.get(f"x-{part}") for part in ("timestamp", "nonce", "signature"))
@@ -3200,6 +3272,11 @@ class Keys:
             return True
         with self._store.transaction() as tx:
             return tx.remember_first("nonces", request.key_id, nonce, "", now + seconds)
+
+    def _no_admin(self, request):
+        """Return the error for credentials that are not an admin's."""
+        return self._failed(request, Unauthorized("Authentication required.",
+                                                  headers=[("WWW-Authenticate", 'Basic realm="Intent Bus"')]))
 
     def _failed(self, request, error):
         """Return the error, delayed after repeated failures from one network."""
@@ -3368,6 +3445,12 @@ def list_of(validator):
     return lambda value: [validator(item) for item in (value if isinstance(value, list) else [value])]
 
 
+def goal_names(value):
+    """Accept a list of 1 to KEY_GOALS goals; an empty one must not stand for any goal."""
+    must_be(f"a list of 1 to {KEY_GOALS} goals", lambda value: isinstance(value, list) and 0 < len(value) <= KEY_GOALS)(value)
+    return list(dict.fromkeys(map(text_of(1, 256), value)))
+
+
 def from_query(validator):
     """Accept the text of a query for a value that a validator accepts: a string, a number in digits, or true, false, 1, 0."""
     if validator is boolean:
@@ -3516,7 +3599,10 @@ VALUE_KEY = Fields({"key": (must_be(f"at most {VALUE_KEY_CHARACTERS} characters"
 GENERATE_KEY = Fields({
     "owner": (text_of(1, 64), "anonymous"),
     "name": (text_of(1, 64), ""),
-    "role": (choice("publish", "work", "both"), "both"),
+    "role": (choice("publish", "work", "both", "viewer"), "both"),
+    "goals": (goal_names, None),
+    "expires_at": (number_from(0, 2 ** 40), None),
+    "payloads": (boolean, False),
 }, optional=("owner",))
 JOIN = Fields({"code": (string, REQUIRED)})
 REVOKE_KEY = Fields({"api_key": (string, None), "key_id": (string, None)})
@@ -3783,7 +3869,7 @@ const views = {
   async intents(query) { return list(query, query.get("status") || "open"); },
   async dead(query) { return list(query, "dead"); },
   async intent(query, id) {
-    const [intent, { payload, result }] = await ask("/admin/intents/" + encodeURIComponent(id), undefined, text => [JSON.parse(text), exactly(text)]);
+    const [intent, { payload = "This key sees no payloads.", result = payload }] = await ask("/admin/intents/" + encodeURIComponent(id), undefined, text => [JSON.parse(text), exactly(text)]);
     const quote = text => "'" + text.replaceAll("'", "'\\''") + "'";
     const flags = [["namespace", "default"], ["priority", 100], ["max_attempts", 3], ["target_worker", null], ["required_capability", null]].filter(
       ([name, usual]) => intent[name] !== usual).map(([name]) => " --" + ({ target_worker: "worker", required_capability: "capability" }[name] || name.replace("_", "-")) + " " + quote(String(intent[name])));
@@ -3795,7 +3881,7 @@ const views = {
         button("Copy as command", () => navigator.clipboard ? navigator.clipboard.writeText(line).then(() => say("Copied.")) : say("Copy it from below.")))),
       intent.last_error ? box("Last error", make("pre.bad", {}, intent.last_error)) : null,
       box("Payload", make("pre", { id: "payload" }, JSON.stringify(payload, null, 2)),
-        intent.status === "fulfilled" ? [make("h2", {}, "Result"), make("pre", { id: "result" }, intent.result_type === "text" ? intent.result : JSON.stringify(result, null, 2))] : null,
+        intent.status === "fulfilled" ? [make("h2", {}, "Result"), make("pre", { id: "result" }, intent.result_type === "text" && "result" in intent ? intent.result : JSON.stringify(result, null, 2))] : null,
         make("h2", {}, "Command"), make("pre", { id: "command" }, line)),
       box("Details", make("dl", {}, [["namespace", intent.namespace], ["owner", intent.owner + ", " + intent.visibility], ["priority", intent.priority],
         ["attempts", intent.claim_attempts + " of " + intent.max_attempts], ["worker", intent.worker || "none yet"], ["claimed", when(intent.claimed_at)], ["created", when(intent.created_at)],
@@ -3924,7 +4010,7 @@ class Request:
         self.method, self.headers, self.body = method, headers or {}, body
         self.peer, self.secure, self.local, self.may_wait = peer, secure, local, may_wait
         self.id = request_id_of(self.headers)
-        self.endpoint = self.caller = self.key_id = self.signing_key = None     # until API.admit() and Keys know them
+        self.who = self.endpoint = self.caller = self.key_id = self.signing_key = None     # until API.admit() and Keys know them
         self.proven = False         # whether its head, or its signature, has shown a right key
         self.connection = None      # where the answer goes, on a Server
         self.raw_path, _, self.query = target.partition("?")
@@ -4133,7 +4219,7 @@ def result_endpoint(api, request, intent_id):
 def events_endpoint(api, request):
     fields = request.parameters(EVENTS_QUERY)
     after = api.bus.log.newest if fields["after"] is None else fields["after"]
-    watched = event_key(None if request.caller.admin else request.caller.owner)
+    watched = event_key(request.caller.sees)
     def page():
         return 200, api.bus.events(after, caller=request.caller)
     def news():
@@ -4144,7 +4230,9 @@ def events_endpoint(api, request):
 
 def who_am_i_endpoint(api, request):
     caller = request.caller
-    return 200, dict(key_id=caller.key_id, owner=caller.owner, role=caller.role, admin=caller.admin, now=api.bus.clock.now())
+    return 200, dict(key_id=caller.key_id, owner=caller.owner, role=caller.role, goals=caller.goals, payloads=caller.payloads,
+                     expires_at=caller.expires_at if caller.expires_at < FOREVER else None, admin=caller.admin,
+                     now=api.bus.clock.now())
 
 
 def get_endpoint(api, request, key):
@@ -4203,9 +4291,17 @@ def calling(read, verb, fields=NOTHING):
     return endpoint
 
 
-def of_keys(verb, fields, status):
-    """Return the endpoint that calls a method of Keys with the fields of the body."""
-    return lambda api, request: (status, getattr(api.keys, verb)(**request.fields(fields)))
+def issuing(verb):
+    """Return the endpoint that calls a method of Keys with what a key is to be."""
+    def endpoint(api, request):
+        grant = request.fields(GENERATE_KEY)
+        if grant["expires_at"] is not None and grant["expires_at"] <= api.bus.clock.now():
+            raise Invalid("expires_at must be Unix seconds to come.", code="invalid_expires_at")
+        for field, widens in (("owner", EVERYONE), ("payloads", True)):
+            if grant[field] == widens and grant["role"] != "viewer":
+                raise Invalid(f"{field} may be {to_json(widens)} only for a viewer.", code=f"invalid_{field}")
+        return 201, getattr(api.keys, verb)(**grant)
+    return endpoint
 
 
 def advancing(verb, fields=NOTHING):
@@ -4250,30 +4346,32 @@ ROUTES = (
     ("POST", "/set/*",                  "keep",    set_endpoint),
     ("GET",  "/get/*",                  "keep",    get_endpoint),
     ("POST", "/delete/*",               "keep",    with_body("delete")),
-    ("POST", "/admin/generate_key",     "admin",   of_keys("generate", GENERATE_KEY, 201)),
-    ("POST", "/admin/invite",           "admin",   of_keys("invite", GENERATE_KEY, 201)),
+    ("POST", "/admin/generate_key",     "admin",   issuing("generate")),
+    ("POST", "/admin/invite",           "admin",   issuing("invite")),
     ("POST", "/join",                   None,      join_endpoint),
     ("POST", "/admin/revoke_key",       "admin",   revoke_endpoint),
-    ("GET",  "/admin/keys",             "admin",   of_keys("list", NOTHING, 200)),
+    ("GET",  "/admin/keys",             "view",    lambda api, request: (200, api.keys.list(request.caller, **request.parameters(NOTHING)))),
     ("POST", "/admin/purge",            "admin",   advancing("purge", PURGE)),
     ("POST", "/admin/cleanup",          "admin",   advancing("cleanup")),
-    ("GET",  "/admin/dashboard",        "admin",   lambda api, request: (200, DASHBOARD)),
-    ("GET",  "/admin/intents",          "admin",   with_query("list", LIST)),
+    ("GET",  "/admin/dashboard",        "view",    lambda api, request: (200, DASHBOARD)),
+    ("GET",  "/admin/intents",          "view",    with_query("list", LIST)),
     ("POST", "/admin/intents",          "admin",   publish_endpoint),
-    ("GET",  "/admin/intents/*",        "admin",   of_intent(with_query("inspect"))),
+    ("GET",  "/admin/intents/*",        "view",    of_intent(with_query("inspect"))),
     ("POST", "/admin/intents/*/cancel", "admin",   with_body("cancel")),
     ("POST", "/admin/intents/*/retry",  "admin",   with_body("retry")),
-    ("GET",  "/admin/dead",             "admin",   with_query("dead")),
+    ("GET",  "/admin/dead",             "view",    with_query("dead")),
     ("POST", "/admin/dead",             "admin",   advancing("sweep_dead", SWEEP)),
-    ("GET",  "/admin/dead/*",           "admin",   of_intent(with_query("dead_letter"))),
-    ("GET",  "/admin/summary",          "admin",   lambda api, request: (200, api.summary(**request.parameters(SUMMARY)))),
+    ("GET",  "/admin/dead/*",           "view",    of_intent(with_query("dead_letter"))),
+    ("GET",  "/admin/summary",          "view",    lambda api, request: (200, api.summary(request.caller, **request.parameters(SUMMARY)))),
     ("GET",  "/metrics",                "metrics", metrics_endpoint),
 )
 ROLES = {
     "publish": ("publish", "look", "manage", "keep"),
     "work": ("work", "look", "keep"),
     "both": ("publish", "work", "look", "manage", "keep"),
+    "viewer": ("look", "view"),
 }
+ROLE_WORDS = {"both": "publish and work", "viewer": "look"}     # what a role may do, unless its name says it
 REPORTS = ("/extend_claim/", "/fulfill/", "/fail/", "/release/")     # answered before the claims of their round
 OPEN_OVER_HTTP = ("/", "/health")                                    # where https is enforced
 OPEN_IN_MAINTENANCE = (*OPEN_OVER_HTTP, "/metrics")                  # to everybody; admins are let in everywhere
@@ -4372,7 +4470,7 @@ class API:
     def _identify(self, request):
         if request.who == "metrics":
             self.keys.identify_scraper(request)
-        elif request.who == "admin" or request.who in ("look", "manage") and self.keys.presents_admin(request):
+        elif request.who in ("admin", "view") or request.who in ("look", "manage") and self.keys.presents_admin(request):
             self.keys.identify_admin(request)
         else:
             self.keys.identify(request)
@@ -4407,8 +4505,10 @@ class API:
             return found
         if not seconds or not request.may_wait:
             return otherwise()
-        if request.caller.limits:
-            held, lanes = self.waiting.counts_of(request.caller.key_id)
+        caller = request.caller
+        if caller.limits:
+            seconds = min(seconds, caller.expires_at - self.bus.clock.now())     # its key ends then
+            held, lanes = self.waiting.counts_of(caller.key_id)
             if held >= KEY_HELD or lanes + len(keys) > KEY_HELD_LANES:
                 raise RateLimited(f"This key may have {KEY_HELD} requests that wait; stop some.", "limit_exceeded")
         return Held(request, keys, seconds, attempt, otherwise)
@@ -4429,9 +4529,9 @@ class API:
         """Return whether an admitted request needs a round, since it may change something."""
         return not request.reads or request.endpoint is health_endpoint
 
-    def summary(self, minutes=60):
+    def summary(self, caller=OWNER, minutes=60):
         """Return the summary of the bus, with the number of held requests."""
-        return Record(self.bus.summary(minutes), held_requests=len(self.waiting))
+        return Record(self.bus.summary(minutes, caller=caller), held_requests=len(self.waiting))
 
     def housekeeping(self):
         """Do the work that is due besides requests."""
@@ -4451,13 +4551,16 @@ class API:
             self.admit(request)
         if request.who:
             self.keys.confirm(request)
-            if request.who not in ("admin", "metrics", *ROLES[request.caller.role]):
-                raise Forbidden(f"This key may {request.caller.role} only.")
+            caller = request.caller
+            if not caller.admin and request.who not in ROLES[caller.role]:
+                raise Forbidden(f"This key may {ROLE_WORDS.get(caller.role, caller.role)} only.")
+            if caller.goals and request.who == "keep":
+                raise Forbidden("A key for some goals has no key-value store.")
         return self._response(request, request.endpoint(self, request, *request.place))
 
     def _ask_again(self, waiting, answer):
         caller = waiting.request.caller
-        if caller and self.keys.current(caller) != caller:     # it was revoked, or may do less
+        if caller and self.keys.current(caller) != caller:     # it has ended, or may do less
             raise Unauthorized("Invalid API key.")
         found = answer()
         return found if found is None or isinstance(found, Response) else self._response(waiting.request, found)
@@ -5669,7 +5772,7 @@ class Loop:
         elif not self.awaits_answer(request):
             return
         elif isinstance(outcome, Held):
-            request.connection.held, outcome.until = outcome, self.now + outcome.seconds
+            request.connection.held, outcome.until = outcome, time.monotonic() + outcome.seconds
             if not outcome.keys:     # the answer to a wrong key
                 self.may_evict(request.connection, first=True)
             self._wait(outcome)
@@ -6243,8 +6346,9 @@ LISTED_WORKER = answer_of(owner=TEXT, last_seen=MOMENT, goals=(array_of(string),
                           running=(array_of(string), ()))
 LISTED_EVENT = answer_of(event=TEXT, time=MOMENT, id=UNSURE, goal=UNSURE, worker_id=UNSURE, worker=UNSURE,
                          last_error=UNSURE)
-LISTED_KEY = answer_of(key_id=TEXT, owner=TEXT, role=TEXT, total_requests=COUNT, name=UNSURE,
-                       last_used_at=PERHAPS_A_MOMENT)
+PERHAPS_GOALS = (array_of(string), None)
+LISTED_KEY = answer_of(key_id=TEXT, owner=TEXT, role=TEXT, total_requests=COUNT, name=UNSURE, goals=PERHAPS_GOALS,
+                       expires_at=PERHAPS_A_MOMENT, last_used_at=PERHAPS_A_MOMENT)
 API_KEY = (must_be("a key", lambda value: isinstance(value, str) and re.fullmatch("[!-~]+", value)), REQUIRED)
 ANSWERS = {     # of a bus, to a method and path: an answer without these fields comes from another server
     "POST /intent": answer_of(id=ANSWER_ID, status=UNSURE, namespace=UNSURE, listening=UNSURE, never_claimed=UNSURE),
@@ -6259,7 +6363,7 @@ ANSWERS = {     # of a bus, to a method and path: an answer without these fields
     "GET /intents": answer_of(intents=(array_of(LISTED_INTENT), REQUIRED), next=(ANSWER_ID[0], None)),
     "GET /workers": answer_of(workers=(array_of(LISTED_WORKER), REQUIRED)),
     "GET /events": answer_of(events=(array_of(LISTED_EVENT), REQUIRED), next=COUNT, missed=(COUNT[0], 0)),
-    "GET /whoami": answer_of(key_id=TEXT, owner=TEXT, role=TEXT, now=MOMENT),
+    "GET /whoami": answer_of(key_id=TEXT, owner=TEXT, role=TEXT, goals=PERHAPS_GOALS, expires_at=PERHAPS_A_MOMENT, now=MOMENT),
     "POST /join": answer_of(api_key=API_KEY, name=TEXT, role=TEXT),
     "POST /cancel/*": CHANGED,
     "POST /retry/*": CHANGED,
@@ -6753,7 +6857,7 @@ class IntentClient:
         return self.request("GET", "/events", query=dict(after=after), wait=wait)
 
     def who_am_i(self):
-        """Return {"key_id", "owner", "role", "admin", "now"} of the key of this client."""
+        """Return {"key_id", "owner", "role", "goals", "expires_at", "payloads", "admin", "now"} of the key of this client."""
         return self.request("GET", "/whoami", retries=0)
 
     def join(self, code):
@@ -6794,6 +6898,8 @@ class IntentClient:
             secret = {"Authorization": "Basic " + base64.b64encode(f"admin:{password}".encode()).decode()}
         if secret and not self.secure:
             raise SetupError("The admin secret is sent only over https or to this machine.")
+        if body.get("role") == "viewer" or not body.keys().isdisjoint(("goals", "expires_at")):
+            self._require_newer("make a key that may do everything, for ever")
         return self.request("POST" if body else "GET", f"/admin/{verb}", body or None, headers=secret, retries=0)
 
     def _require_newer(self, consequence):
@@ -7566,8 +7672,11 @@ def check_bus(options):
         yield bad("bus", f"{bus.base_url} is in trouble: {error}")
     else:
         yield ok("bus", f"{bus.base_url} answers.")
-        may = {"both": "publish and work"}.get(me.role, me.role)
-        yield ok("key", f"It is {me.key_id}, of the owner {me.owner}, and may {may}.")
+        only = f", for {', '.join(me.goals)} only" if me.goals else ""
+        yield ok("key", f"It is {me.key_id}, of the owner {me.owner}, and may {ROLE_WORDS.get(me.role, me.role)}{only}.")
+        if me.expires_at is not None and me.expires_at < me.now + KEY_ENDS_SECONDS:
+            end = time.strftime("%Y-%m-%d %H:%M", time.localtime(me.expires_at))
+            yield note("key", f"It ends at {end}; join the bus again before, with a new code from keys invite.")
         yield from check_clock(me.now - time.time())
 
 
@@ -7859,7 +7968,10 @@ SHOWN_FIELDS = ("id", "goal", "namespace", "status", "schedule", "caused_by", "o
 NEW_KEY = (
     flag("name", help="a name for the key, such as that of its machine"),
     flag("--owner", default="owner", help="the owner whose intents it shares"),
-    flag("--role", choices=("publish", "work", "both"), default="both", help="what the key may do"),
+    flag("--role", choices=("publish", "work", "both", "viewer"), default="both", help="what the key may do; a viewer looks only"),
+    flag("--goal", action="append", help="the only goal that the key may use; may be repeated"),
+    flag("--expires", type=duration, metavar="DURATION", help="how long the key is valid"),
+    flag("--payloads", action="store_true", help="let a viewer see payloads and results"),
 )
 WAIT = flag("--wait", type=lambda text: duration(text) if text else PUBLISH_WAIT_SECONDS, metavar="=DURATION",
             help="wait until it has ended (5m if no DURATION is given) and print its result; exit 1 if it is dead")
@@ -8433,10 +8545,18 @@ def delete_command(bus, options):
     return 0 if bus.delete(options.key).deleted else 3
 
 
-@bus_command("keys add", ["keys add phone --role work"], *NEW_KEY)
+def grant_in(options):
+    """Return the fields of the key that the flags of NEW_KEY describe; an older bus knows the first three."""
+    limits = dict(goals=options.goal, expires_at=options.expires and time.time() + options.expires, payloads=options.payloads)
+    return dict(name=options.name, owner=options.owner, role=options.role,
+                **{field: value for field, value in limits.items() if value})
+
+
+@bus_command("keys add", ["keys add phone --role work --goal send_notification --expires 90d", "keys add wall --role viewer"],
+             *NEW_KEY)
 def keys_add_command(bus, options):
-    """Issue a key and print it; it cannot be shown again."""
-    made = bus.admin("generate_key", name=options.name, owner=options.owner, role=options.role)
+    """Issue a key and print it; it cannot be shown again. A viewer of all owners has the owner '*'."""
+    made = bus.admin("generate_key", **grant_in(options))
     about = f"id {made.key_id}, owner {made.owner}, role {made.role}"
     if made.role is None:
         about = "this is an older bus, whose keys have no role: it may publish and work"
@@ -8447,7 +8567,7 @@ def keys_add_command(bus, options):
 @bus_command("keys invite", ["keys invite phone --role work"], *NEW_KEY)
 def keys_invite_command(bus, options):
     """Print a code with which another machine can join the bus: once, within ten minutes."""
-    made = bus.admin("invite", name=options.name, owner=options.owner, role=options.role)
+    made = bus.admin("invite", **grant_in(options))
     expiry = time.strftime("%H:%M", time.localtime(made.expires_at))
     log(f"for {made.name}, role {made.role}: valid until {expiry}, once. On the other machine: join URL CODE")
     print_result(made.code)
@@ -8455,10 +8575,13 @@ def keys_invite_command(bus, options):
 
 @bus_command("keys list", ["keys list"], JSON)
 def keys_list_command(bus, options):
-    """List the issued keys: id, role, owner, requests, last use, name."""
+    """List the issued keys: id, role, owner, requests, last use, name, goals, end."""
     print_rows(options, bus.admin("keys"), lambda key: (
         key.key_id, f"{key.role:7}", key.owner, key.total_requests,
-        format_duration(time.time() - key.last_used_at) if key.last_used_at else "never", key.name))
+        format_duration(time.time() - key.last_used_at) if key.last_used_at else "never", key.name,
+        key.goals and f"for {', '.join(key.goals)}",
+        key.expires_at and ("has ended" if key.expires_at <= time.time() else
+                            f"ends in {format_duration(key.expires_at - time.time())}")))
 
 
 @bus_command("keys revoke", ["keys revoke 267ecfd48ae038ad"], flag("key_id", help="the id that keys list prints"))

@@ -362,9 +362,9 @@ class Reachable:
         """Return the payload of each intent, the oldest first."""
         return [intent.payload for intent in reversed(self.client.list(limit=500, payload=True, **which).intents)]
 
-    def issue(self, owner="ann", role="both", name=None, **headers):
-        """Issue a key, and return the answer."""
-        made = self.ask("POST", "/admin/generate_key", dict(owner=owner, role=role, name=name), **headers)
+    def issue(self, owner="ann", role="both", name=None, grant=(), **headers):
+        """Issue a key, with further fields in grant, and return the answer."""
+        made = self.ask("POST", "/admin/generate_key", dict(grant, owner=owner, role=role, name=name), **headers)
         assert made.status == 201, made.body
         return Record(made.json)
 
@@ -2781,9 +2781,11 @@ def test_a_claim_of_a_lost_round_is_held_once(no_rechecks, served):
 
 def held_by(bus, key):
     """Return connections with a held request of each kind."""
-    intent_id = bus.ask("POST", "/intent", a_publish(goal="held"), key).json["id"]
-    return [bus.hold(method, path, key=key) for method, path in (
+    intent_id, before = bus.ask("POST", "/intent", a_publish(goal="held"), key).json["id"], bus.held()
+    held = [bus.begin(method, path, key=key) for method, path in (
         ("POST", "/claim?goal=g&wait=60"), ("GET", f"/result/{intent_id}?wait=60"), ("GET", "/events?wait=60"))]
+    wait_until(lambda: bus.held() == before + 3 or bus.ask("GET", "/whoami", key=key).status == 401)
+    return held
 
 
 def test_a_revoked_key_loses_its_held_requests_at_once(no_rechecks, served):
@@ -2797,13 +2799,47 @@ def test_a_revoked_key_loses_its_held_requests_at_once(no_rechecks, served):
 
 
 @ON_A_FILE
-def test_a_key_revoked_by_another_program_is_noticed(quick_rechecks, started):
+@pytest.mark.parametrize("change", ["revoked_at = 1", "expires_at = 1", """goals = '["g"]'""", "role = 'viewer'"])
+def test_a_key_ended_or_narrowed_by_another_program_is_noticed(quick_rechecks, started, change):
     bus = started()
     key = bus.issue("ann")
     held = held_by(bus, key.api_key)
     with contextlib.closing(sqlite3.connect(bus.db, timeout=30)) as db, db:
-        db.execute("UPDATE keys SET revoked_at = 1")
+        db.execute(f"UPDATE keys SET {change}")
     assert [response_on(sock).status for sock in held] == [401] * 3
+
+
+def test_a_held_request_under_wsgi_ends_with_its_key(wsgi):
+    body = json.dumps(dict(owner="ann", role="viewer", expires_at=time.time() + 0.1)).encode()
+    key = json.loads(wsgi("POST", "/admin/generate_key", body).body)["api_key"]
+    answer = wsgi("GET", "/events?wait=60", HTTP_X_API_KEY=key, **{"wsgi.multithread": True})
+    assert_refusal(answer, 401, "unauthorized", "Invalid API key.")
+
+
+def test_a_key_that_ends_loses_its_held_requests_at_once(no_rechecks, served):
+    ends_at = time.time() + 0.3
+    key = served.issue("ann", grant=dict(expires_at=ends_at)).api_key
+    for sock in held_by(served, key):
+        assert_refusal(response_on(sock), 401, "unauthorized", "Invalid API key.")
+    assert time.time() >= ends_at
+    served.publish(visibility="public")
+    assert served.statuses()[0] == "open"
+
+
+def test_the_leases_of_a_key_end_with_it(started, clock):
+    bus = started(clock=clock)
+    key = bus.issue("ann", grant=dict(expires_at=clock.wall + 100)).api_key
+    ids = [bus.publish(visibility="public") for _ in range(2)]
+    claims = [bus.ask("POST", f"/claim?lease={lease}", key=key).json for lease in (60, 3600)]
+    assert [claim["claim_expires_at"] - clock.wall for claim in claims] == [60, 100]
+    extended = bus.ask("POST", f"/extend_claim/{ids[0]}", {"seconds": 600}, key).json
+    assert extended["claim_expires_at"] == clock.wall + 100
+    clock.pass_(99.5)
+    assert bus.ask("POST", f"/extend_claim/{ids[1]}", {}, key).status == 200 and bus.ask("POST", "/claim").status == 204
+    clock.pass_(0.5)
+    for path in ("extend_claim", "fulfill", "fail", "release"):
+        assert_refusal(bus.ask("POST", f"/{path}/{ids[0]}", {}, key), 401, "unauthorized", "Invalid API key.")
+    assert [bus.ask("POST", "/claim").json["id"] for _ in ids] == ids
 
 
 def test_the_leases_of_a_revoked_key_end_with_it(served, monkeypatch):
@@ -4319,51 +4355,52 @@ def test_a_line_end_is_no_part_of_a_setting(home, monkeypatch, served, end):
 
 # The status of each request by caller, on a bus with an admin secret. publish, work, both: roles of ann's keys; the intents
 # and the value are hers; other: a key of bob; owner: the owner key; admin: X-Admin-Token alone; signed, forged, replayed: a
-# key of ann with both roles. {open}, {claimed} and {dead} stand for an intent of ann in that state, claimed by a key of hers.
-CALLERS = "none unknown revoked publish work both other owner admin signed forged replayed".split()
+# key of ann with both roles; viewer, limited, expired: keys of ann that may look, are for another goal, have ended. {open},
+# {claimed} and {dead} stand for an intent of ann in that state, claimed by a key of hers.
+CALLERS = "none unknown revoked publish work both other owner admin signed forged replayed viewer limited expired".split()
 MATRIX = """
-                                      none unkn revo publ work both othe owne admi sign forg repl
-    GET  /                             200  200  200  200  200  200  200  200  200  200  200  200
-    GET  /health                       200  200  200  200  200  200  200  200  200  200  200  200
-    POST /intent                       401  401  401  201  403  201  201  201  401  201  403  403
-    POST /publish/new                  401  401  401  201  403  201  201  201  401  201  403  403
-    PUT  /publish/new                  401  401  401  201  403  201  201  201  401  201  403  403
-    POST /intents                      401  401  401  201  403  201  201  201  401  201  403  403
-    POST /claim                        401  401  401  403  200  200  204  204  401  200  403  403
-    POST /extend_claim/{claimed}       401  401  401  403  200  200  404  404  401  200  403  403
-    POST /fulfill/{claimed}            401  401  401  403  200  200  404  404  401  200  403  403
-    POST /fail/{claimed}               401  401  401  403  200  200  404  404  401  200  403  403
-    POST /release/{claimed}            401  401  401  403  200  200  404  404  401  200  403  403
-    GET  /status/{open}                401  401  401  200  200  200  404  404  200  200  403  403
-    GET  /result/{open}                401  401  401  200  200  200  404  404  200  200  403  403
-    GET  /intents                      401  401  401  200  200  200  200  200  200  200  403  403
-    GET  /workers                      401  401  401  200  200  200  200  200  200  200  403  403
-    GET  /events                       401  401  401  200  200  200  200  200  200  200  403  403
-    GET  /whoami                       401  401  401  200  200  200  200  200  200  200  403  403
-    POST /cancel/{open}                401  401  401  200  403  200  404  404  200  200  403  403
-    POST /retry/{dead}                 401  401  401  200  403  200  404  404  200  200  403  403
-    POST /retry                        401  401  401  200  403  200  200  200  200  200  403  403
-    POST /set/new                      401  401  401  200  200  200  200  200  401  200  403  403
-    GET  /get/k                        401  401  401  200  200  200  404  404  401  200  403  403
-    POST /delete/k                     401  401  401  200  200  200  200  200  401  200  403  403
-    POST /admin/generate_key           401  401  401  401  401  401  401  401  201  401  401  401
-    POST /admin/invite                 401  401  401  401  401  401  401  401  201  401  401  401
-    POST /join                         400  400  400  400  400  400  400  400  400  400  400  400
-    POST /admin/revoke_key             401  401  401  401  401  401  401  401  404  401  401  401
-    GET  /admin/keys                   401  401  401  401  401  401  401  401  200  401  401  401
-    POST /admin/purge                  401  401  401  401  401  401  401  401  400  401  401  401
-    POST /admin/cleanup                401  401  401  401  401  401  401  401  200  401  401  401
-    GET  /admin/dashboard              401  401  401  401  401  401  401  401  200  401  401  401
-    GET  /admin/intents                401  401  401  401  401  401  401  401  200  401  401  401
-    POST /admin/intents                401  401  401  401  401  401  401  401  201  401  401  401
-    GET  /admin/intents/{open}         401  401  401  401  401  401  401  401  200  401  401  401
-    POST /admin/intents/{open}/cancel  401  401  401  401  401  401  401  401  200  401  401  401
-    POST /admin/intents/{dead}/retry   401  401  401  401  401  401  401  401  200  401  401  401
-    GET  /admin/dead                   401  401  401  401  401  401  401  401  200  401  401  401
-    POST /admin/dead                   401  401  401  401  401  401  401  401  200  401  401  401
-    GET  /admin/dead/{dead}            401  401  401  401  401  401  401  401  200  401  401  401
-    GET  /admin/summary                401  401  401  401  401  401  401  401  200  401  401  401
-    GET  /metrics                      401  401  401  401  401  401  401  401  200  401  401  401
+                                      none unkn revo publ work both othe owne admi sign forg repl view limi expi
+    GET  /                             200  200  200  200  200  200  200  200  200  200  200  200  200  200  200
+    GET  /health                       200  200  200  200  200  200  200  200  200  200  200  200  200  200  200
+    POST /intent                       401  401  401  201  403  201  201  201  401  201  403  403  403  403  401
+    POST /publish/new                  401  401  401  201  403  201  201  201  401  201  403  403  403  403  401
+    PUT  /publish/new                  401  401  401  201  403  201  201  201  401  201  403  403  403  403  401
+    POST /intents                      401  401  401  201  403  201  201  201  401  201  403  403  403  403  401
+    POST /claim                        401  401  401  403  200  200  204  204  401  200  403  403  403  204  401
+    POST /extend_claim/{claimed}       401  401  401  403  200  200  404  404  401  200  403  403  403  404  401
+    POST /fulfill/{claimed}            401  401  401  403  200  200  404  404  401  200  403  403  403  404  401
+    POST /fail/{claimed}               401  401  401  403  200  200  404  404  401  200  403  403  403  404  401
+    POST /release/{claimed}            401  401  401  403  200  200  404  404  401  200  403  403  403  404  401
+    GET  /status/{open}                401  401  401  200  200  200  404  404  200  200  403  403  200  404  401
+    GET  /result/{open}                401  401  401  200  200  200  404  404  200  200  403  403  200  404  401
+    GET  /intents                      401  401  401  200  200  200  200  200  200  200  403  403  200  200  401
+    GET  /workers                      401  401  401  200  200  200  200  200  200  200  403  403  200  200  401
+    GET  /events                       401  401  401  200  200  200  200  200  200  200  403  403  200  200  401
+    GET  /whoami                       401  401  401  200  200  200  200  200  200  200  403  403  200  200  401
+    POST /cancel/{open}                401  401  401  200  403  200  404  404  200  200  403  403  403  404  401
+    POST /retry/{dead}                 401  401  401  200  403  200  404  404  200  200  403  403  403  404  401
+    POST /retry                        401  401  401  200  403  200  200  200  200  200  403  403  403  200  401
+    POST /set/new                      401  401  401  200  200  200  200  200  401  200  403  403  403  403  401
+    GET  /get/k                        401  401  401  200  200  200  404  404  401  200  403  403  403  403  401
+    POST /delete/k                     401  401  401  200  200  200  200  200  401  200  403  403  403  403  401
+    POST /admin/generate_key           401  401  401  401  401  401  401  401  201  401  401  401  401  401  401
+    POST /admin/invite                 401  401  401  401  401  401  401  401  201  401  401  401  401  401  401
+    POST /join                         400  400  400  400  400  400  400  400  400  400  400  400  400  400  400
+    POST /admin/revoke_key             401  401  401  401  401  401  401  401  404  401  401  401  401  401  401
+    GET  /admin/keys                   401  401  401  401  401  401  401  401  200  401  401  401  200  401  401
+    POST /admin/purge                  401  401  401  401  401  401  401  401  400  401  401  401  401  401  401
+    POST /admin/cleanup                401  401  401  401  401  401  401  401  200  401  401  401  401  401  401
+    GET  /admin/dashboard              401  401  401  401  401  401  401  401  200  401  401  401  200  401  401
+    GET  /admin/intents                401  401  401  401  401  401  401  401  200  401  401  401  200  401  401
+    POST /admin/intents                401  401  401  401  401  401  401  401  201  401  401  401  401  401  401
+    GET  /admin/intents/{open}         401  401  401  401  401  401  401  401  200  401  401  401  200  401  401
+    POST /admin/intents/{open}/cancel  401  401  401  401  401  401  401  401  200  401  401  401  401  401  401
+    POST /admin/intents/{dead}/retry   401  401  401  401  401  401  401  401  200  401  401  401  401  401  401
+    GET  /admin/dead                   401  401  401  401  401  401  401  401  200  401  401  401  200  401  401
+    POST /admin/dead                   401  401  401  401  401  401  401  401  200  401  401  401  401  401  401
+    GET  /admin/dead/{dead}            401  401  401  401  401  401  401  401  200  401  401  401  200  401  401
+    GET  /admin/summary                401  401  401  401  401  401  401  401  200  401  401  401  200  401  401
+    GET  /metrics                      401  401  401  401  401  401  401  401  200  401  401  401  401  401  401
 """
 MATRIX = [line.split() for line in MATRIX.strip().splitlines()[1:]]
 BODIES = {"/intent": a_publish(goal="new"), "/intents": [a_publish(goal="new")], "/set/new": {"value": 1},
@@ -4378,7 +4415,10 @@ def guarded(tmp_path_factory):
     admin = bus.admin = dict(key=None, X_Admin_Token=ADMIN_SECRET)
     bus.issued = {name: bus.issue(owner, role, **admin).api_key for name, owner, role in (
         ("publish", "ann", "publish"), ("work", "ann", "work"), ("both", "ann", "both"), ("other", "bob", "both"),
-        ("revoked", "ann", "both"))}
+        ("revoked", "ann", "both"), ("viewer", "ann", "viewer"))}
+    for name, grant in (("limited", dict(goals=["else"])), ("expired", dict(expires_at=time.time() + 0.05))):
+        bus.issued[name] = bus.issue("ann", "both", name, grant, **admin).api_key
+    wait_until(lambda: bus.ask("GET", "/whoami", key=bus.issued["expired"]).status == 401)
     assert bus.ask("POST", "/admin/revoke_key", {"api_key": bus.issued["revoked"]}, **admin).status == 200
     yield bus
     bus.stop()
@@ -4887,8 +4927,8 @@ def test_an_issued_key_is_shown_once_used_listed_and_revoked(started, clock):
     bus = started(clock=clock)
     made = bus.issue("ann", "work", "laptop")
     assert set(made) == {"api_key", "owner", "name", "role", "key_id"} and re.fullmatch(r"tk_[0-9a-zA-Z_-]{32,}", made.api_key)
-    listed = {"key_id": made.key_id, "name": "laptop", "owner": "ann", "role": "work", "created_at": clock.wall,
-              "last_used_at": None, "total_requests": 0}
+    listed = {"key_id": made.key_id, "name": "laptop", "owner": "ann", "role": "work", "goals": None, "expires_at": None,
+              "payloads": False, "created_at": clock.wall, "last_used_at": None, "total_requests": 0}
     assert bus.ask("GET", "/admin/keys").json == [listed]
     assert [bus.ask("GET", "/intents", key=made.api_key).status for _ in range(3)] == [200] * 3
     assert bus.ask("GET", "/admin/keys").json == [dict(listed, last_used_at=clock.wall, total_requests=3)]
@@ -4898,13 +4938,44 @@ def test_an_issued_key_is_shown_once_used_listed_and_revoked(started, clock):
     assert bus.ask("GET", "/admin/keys").json == []
 
 
+@pytest.mark.parametrize("way", ["generated", "invited"])
+def test_a_key_is_as_it_was_asked_for_over_a_restart(started, clock, way):
+    bus = started(clock=clock)
+    grant = dict(owner="ann", name="wall", role="viewer", goals=["a", "b"], expires_at=clock.wall + 300, payloads=True)
+    if way == "invited":
+        invited = bus.ask("POST", "/admin/invite", grant)
+        assert invited.status == 201 and invited.json["expires_at"] == clock.wall + 300, "the code ends with the key"
+        made = bus.ask("POST", "/join", {"code": invited.json["code"]}, key=None)
+    else:
+        made = bus.ask("POST", "/admin/generate_key", dict(grant, goals=[" a", "b", "a "]))
+    assert made.status == 201 and set(made.json) == {"api_key", "owner", "name", "role", "key_id"}
+    who = dict(grant, key_id=made.json["key_id"], admin=False, now=clock.wall)
+    del who["name"]
+    for _ in range(2):
+        assert bus.ask("GET", "/whoami", key=made.json["api_key"]).json == who
+        listed, = bus.ask("GET", "/admin/keys").json
+        assert {field: listed[field] for field in grant} == grant
+        bus.restart()
+    clock.pass_(300)
+    for _ in range(2):
+        assert_refusal(bus.ask("GET", "/whoami", key=made.json["api_key"]), 401, "unauthorized", "Invalid API key.")
+        bus.restart()
+    assert len(bus.ask("GET", "/admin/keys").json) == 1
+
+
 @pytest.mark.parametrize("body, code", [
     ({"owner": 1}, "invalid_owner"), ({"owner": "a\tb"}, "invalid_owner"),
     ({"owner": "ann", "role": "admin"}, "invalid_role"), ({"owner": "ann", "role": 1}, "invalid_role"),
     ({"owner": "ann", "name": []}, "invalid_name"), ([], "invalid_request"),
+    ({"goals": []}, "invalid_goals"), ({"goals": "g"}, "invalid_goals"), ({"goals": [""]}, "invalid_goals"),
+    ({"goals": [1]}, "invalid_goals"), ({"goals": ["a\tb"]}, "invalid_goals"), ({"goals": [f"{n}" for n in range(65)]}, "invalid_goals"),
+    ({"expires_at": "soon"}, "invalid_expires_at"), ({"expires_at": 0}, "invalid_expires_at"), ({"expires_at": 1e9}, "invalid_expires_at"),
+    ({"payloads": 1}, "invalid_payloads"), ({"payloads": True}, "invalid_payloads"), ({"owner": "*"}, "invalid_owner"),
+    ({"owner": "*", "role": "work"}, "invalid_owner"), ({"goal": "g"}, "invalid_request"),
 ], ids=repr)
-def test_a_key_needs_a_valid_owner_name_and_role(strict, body, code):
-    assert_refusal(strict.ask("POST", "/admin/generate_key", body), 400, code)
+def test_a_key_needs_valid_fields(strict, body, code):
+    for path in ("generate_key", "invite"):
+        assert_refusal(strict.ask("POST", f"/admin/{path}", body), 400, code)
     assert strict.ask("GET", "/admin/keys").json == []
 
 
@@ -4913,6 +4984,126 @@ def test_a_key_needs_a_valid_owner_name_and_role(strict, body, code):
 def test_only_issued_keys_can_be_revoked(strict, body):
     assert_refusal(strict.ask("POST", "/admin/revoke_key", body), 404, "not_found")
     assert strict.ask("GET", "/intents").status == 200
+
+
+def of_each_state(bus, goal, key=KEY):
+    """Publish an intent of a goal for each state, with the goal in all its texts; return their ids by state."""
+    ids = Record()
+    for state in ("fulfilled", "dead", "claimed", "open"):
+        ids[state] = id = bus.ask("POST", "/intent", a_publish(goal=goal, payload=f"{goal}!"), key).json["id"]
+        if state != "open":
+            assert bus.ask("POST", f"/claim?goal={goal}&worker_id={goal}w", key=key).json["id"] == id
+        if state == "fulfilled":
+            bus.ask("POST", f"/fulfill/{id}", {"result": f"{goal}?"}, key)
+        if state == "dead":
+            bus.ask("POST", f"/fail/{id}", {"retry": False, "error": f"{goal}#"}, key)
+    return ids
+
+
+def every_request(ids, goal):
+    """Yield a request for each route that needs a key, with ids in its path, and one for each way to name a goal."""
+    for method, path, who, _ in intentbus.ROUTES:
+        if who and "*" in path:
+            yield from ((method, path.replace("*", id), {"retry": False} if "/fail/" in path else {}) for id in ids.values())
+        elif who:
+            yield method, path, {"action": "retry"} if path == "/admin/dead" else {}
+    yield from (("POST", path, body) for path, body in (
+        ("/intent", a_publish(goal=goal)), ("/intents", [a_publish(goal="mine"), a_publish(goal=goal)]),
+        (f"/claim?goal={goal}", {}), (f"/claim?goal=mine&goal={goal}", {}), (f"/claim?goal={goal}&publisher=owner", {}),
+        ("/claim?publisher=owner", {}), ("/claim?capabilities=a", {}), ("/retry", {"goal": goal})))
+    yield from (("GET", f"{path}?{query}", {}) for path in ("/intents", "/admin/intents") for query in (
+        f"goal={goal}", "payload=1", "status=dead", f"before={'f' * 32}"))
+    yield from (("GET", "/events?after=0", {}), ("GET", "/admin/summary?minutes=5", {}))
+
+
+@pytest.mark.parametrize("role", ["publish", "work", "both", "viewer"])
+def test_a_limited_key_comes_upon_no_other_goal(served, role):
+    ids, own = of_each_state(served, "theirs"), of_each_state(served, "mine")
+    key = served.issue("owner", role, "k", dict(goals=["mine", "mi"])).api_key
+    before, asked = served.ask("GET", "/admin/intents?goal=theirs&payload=1").body, 0
+    for method, path, body in every_request(ids, "theirs"):
+        for ask in [method] if method == "POST" else ["GET", "HEAD"]:
+            answer = served.talk(asking(ask, path, body, key)).decode()
+            status, asked = int(answer.split()[1]), asked + 1
+            found = answer.replace("not for the goal theirs", "").replace(path.split("/")[-1], "")
+            assert "theirs" not in found and not any(id in found for id in ids.values()), (ask, path, answer)
+            assert status < 500 and (status >= 401 or not any(id in path for id in ids.values())), (ask, path, answer)
+    assert asked > 100 and served.ask("GET", "/admin/intents?goal=theirs&payload=1").body == before
+    statuses = {path: served.ask("GET", path, key=key).status for path in (
+        "/intents?goal=theirs", f"/status/{ids.open}", f"/result/{ids.fulfilled}", "/intents", f"/status/{own.open}", "/get/k")}
+    assert list(statuses.values()) == [404, 404, 404, 200, 200, 403]
+
+
+def test_a_limited_key_without_a_goal_means_its_own(served):
+    ids, own = of_each_state(served, "theirs"), of_each_state(served, "mine")
+    key = served.issue("owner", grant=dict(goals=["mine", "mi%", "m_ne"])).api_key
+    ask = functools.partial(served.ask, key=key)
+    assert [intent["id"] for intent in ask("GET", "/intents").json["intents"]] == list(own.values())[::-1]
+    events = ask("GET", "/events?after=0").json["events"]
+    assert {event["goal"] for event in events} == {"mine"} and len(events) == 9
+    assert ask("GET", "/events?after=0", key=served.issue("owner", grant=dict(goals=["theirs"])).api_key).json["events"][0]["id"] == ids.fulfilled
+    for path, fields in itertools.product(("/intent", "/intents"), ({"goal": "theirs"}, {"goal": "mine", "on_failure": "theirs"})):
+        body = a_publish(**fields)
+        assert_refusal(ask("POST", path, body if path == "/intent" else [body]), 403, "forbidden", "not for the goal theirs")
+    assert_refusal(ask("POST", "/publish/theirs", {}), 403, "forbidden", "not for the goal theirs")
+    assert_refusal(ask("POST", "/claim?goal=theirs"), 403, "forbidden", "not for the goal theirs")
+    assert_refusal(ask("POST", "/retry", {"goal": "theirs"}), 403, "forbidden", "not for the goal theirs")
+    assert ask("POST", "/retry", {}).json == {"retried": 1}
+    claim = ask("POST", "/claim").json
+    next_claim = f"/fulfill/{claim['id']}?next=1&goal=theirs"
+    assert claim["id"] == own.open and ask("POST", next_claim, {}).status == 403
+    assert ask("GET", f"/status/{claim['id']}").json["status"] == "claimed"
+    assert ask("POST", next_claim.replace("&goal=theirs", ""), {}).json["next"]["goal"] == "mine"
+    workers = {tuple(worker["goals"]): len(worker["running"]) for worker in ask("GET", "/workers").json["workers"]}
+    assert workers == {("mine",): 1, ("mine", "mi%", "m_ne"): 1}
+    held = served.hold("POST", "/claim?wait=60", key=key)
+    _, intent_id = (served.publish(goal=goal) for goal in ("theirs", "mine"))
+    assert claimed_by(held).id == intent_id
+
+
+def test_a_viewer_looks_and_changes_nothing(served):
+    ids = of_each_state(served, "g", served.issue("ann").api_key)
+    viewer, before = served.issue("ann", "viewer").api_key, tables_of(served)["intents"]
+    for method, path, body in every_request(ids, "g"):
+        answer = served.ask(method, path, body, viewer)
+        if method in ("POST", "PUT"):
+            assert answer.status == (401 if path.startswith("/admin/") else 403), path
+        else:
+            assert answer.status in (200, 404) or path.startswith(("/get/", "/metrics")) or "payload=1" in path, path
+            assert not {b"g!", b"g?"} & set(re.findall(rb"g[!?]", answer.body)), path
+    assert tables_of(served)["intents"] == before
+    assert_refusal(served.ask("POST", "/intent", a_publish(), viewer), 403, "forbidden", "This key may look only.")
+
+
+@pytest.mark.parametrize("settings", [{}, dict(dashboard_password="pw")], ids=repr)
+def test_a_viewer_sees_what_its_owner_may_see(started, settings):
+    bus = started()
+    ids = {owner: of_each_state(bus, owner, bus.issue(owner, name=owner).api_key) for owner in ("ann", "bob")}
+    bus.client.publish("o", 1, namespace="o")
+    keys = {"ann": bus.issue("ann", "viewer", "ann").api_key, "*": bus.issue("*", "viewer").api_key,
+            "bob": bus.issue("bob", "viewer", "bob", dict(payloads=True)).api_key,
+            "some": bus.issue("*", "viewer", "some", dict(goals=["ann"])).api_key}
+    bus.restart(keys=settings)
+    for who, seen, hidden, counted, listed in (
+            ("ann", "ann", "bob", 4, ["ann", "ann"]), ("bob", "bob", "ann", 4, ["bob", "bob"]),
+            ("*", "bob", None, 9, ["ann", "bob", "ann", "", "bob", "some"]), ("some", "ann", "bob", 0, ["some"])):
+        look = lambda path: bus.ask("GET", path, key=None, Authorization=basic("admin" if "/admin/" in path else "", keys[who]))
+        assert look("/admin/dashboard").status == look("/admin/intents").status == 200
+        assert look(f"/admin/intents/{ids[seen].open}").json["goal"] == seen and look(f"/admin/dead/{ids[seen].dead}").status == 200
+        assert [key["name"] for key in look("/admin/keys").json] == listed
+        summary = look("/admin/summary").json
+        assert sum(sum(states.values()) for states in summary["intents"].values()) == counted
+        assert summary["keys"] == len(listed) and bool(summary["history"]) == (who == "*")
+        assert seen in {waiting["goal"] for waiting in summary["waiting"]} and len(summary["workers"]) <= 2
+        for path in ("/admin/intents?", "/admin/dead", "/admin/summary", "/intents?", "/events?after=0", "/workers", "/admin/keys"):
+            assert hidden is None or hidden not in look(path).body.decode(), path
+        for id in ids[hidden].values() if hidden else ():
+            for path in ("/admin/intents/", "/admin/dead/", "/status/", "/result/"):
+                assert look(path + id).status == 404
+        shown = [look(path + ids[seen].fulfilled).json.get("result") for path in ("/admin/intents/", "/result/")]
+        assert shown == ["bob?"] * 2 if who == "bob" else shown == [None] * 2
+        assert look("/admin/intents?payload=1").status == (200 if who == "bob" else 403)
+        assert look(f"/admin/intents/{ids[seen].open}").json.get("payload") == ("bob!" if who == "bob" else None)
 
 
 def test_keys_of_one_owner_share_their_private_intents(started):
@@ -9568,6 +9759,16 @@ def test_the_doctor_checks_the_key_and_its_role(home, served):
         assert "chmod 600" in examine(home, "--url", served.url)[1]["key", "bad"]
 
 
+@pytest.mark.parametrize("days, warned", [(6, True), (8, False)])
+def test_the_doctor_warns_a_week_before_a_key_ends(home, served, monkeypatch, days, warned):
+    key = served.issue("ann", "viewer", grant=dict(goals=["g", "h"], expires_at=time.time() + days * 86400)).api_key
+    monkeypatch.setenv("INTENT_API_KEY", key)
+    options = argparse.Namespace(url=served.url, key_file=None, namespace=None, ca=None, send_key=False)
+    found = {(finding.about, finding.level): finding.words for finding in intentbus.check_bus(options)}
+    assert found["key", "ok"].endswith("may look, for g, h only.") and (("key", "note") in found) == warned
+    assert not warned or re.match(r"It ends at \d{4}-\d\d-\d\d \d\d:\d\d; join the bus again", found["key", "note"])
+
+
 @pytest.mark.parametrize("offset, level", [(0, "ok"), (-9, "note"), (4000, "bad"), (-4000, "bad")])
 def test_the_doctor_compares_the_clocks(offset, level):
     finding, = intentbus.check_clock(offset)
@@ -10414,6 +10615,20 @@ def test_keys_are_added_listed_and_revoked(served):
     assert served.ask("POST", "/claim", key=key).status == 401 and served.ask("GET", "/admin/keys").json == []
 
 
+def test_a_key_for_one_thing_from_the_command_line(served):
+    limits = "--role", "work", "--goal", "g", "--goal", "h", "--expires", "90d"
+    assert at(served, "keys", "add", "phone", *limits)[0] == 0
+    code = at(served, "keys", "invite", "pad", *limits)[1].strip()
+    assert served.ask("POST", "/join", {"code": code}, key=None).status == 201
+    viewer = at(served, "keys", "add", "wall", "--role", "viewer", "--owner", "*", "--payloads")[1].strip()
+    ended = served.issue(grant=dict(expires_at=time.time() + 0.05)).api_key
+    wait_until(lambda: served.ask("GET", "/whoami", key=ended).status == 401)
+    lines = [line[18:] for line in at(served, "keys", "list", INTENT_API_KEY=viewer)[1].splitlines()]
+    assert lines[:2] == [f"work     owner  0  never  {name}  for g, h  ends in 89d" for name in ("phone", "pad")]
+    assert lines[2] == "viewer   *  1  0s  wall" and re.fullmatch(r"both     ann  \d+  \w+  has ended", lines[3])
+    assert [key["payloads"] for key in served.ask("GET", "/admin/keys").json] == [False, False, True, False]
+
+
 def test_keys_need_an_admin(started):
     bus = started(keys=dict(admin_secret=ADMIN_SECRET))
     assert_complaint(at(bus, "keys", "add", "x"), 4, "Authentication required")
@@ -11223,6 +11438,23 @@ def test_keys_and_their_limits_are_shared_by_all_buses(buses, monkeypatch):
     assert len(limited) >= 9 and all(1 <= int(response.headers["retry-after"]) <= 3 for response in limited)
     one.ask("POST", "/admin/revoke_key", {"key_id": key.key_id})
     assert_refusal(other.ask("GET", "/whoami", b"", key.api_key), 401, "unauthorized")
+
+
+@ON_POSTGRES
+@pytest.mark.parametrize("end", ["expired", "revoked"])
+def test_a_key_ends_at_all_buses(buses, end):
+    one, other = buses(), buses()
+    ends_at = time.time() + (2 if end == "expired" else 60)
+    key = one.issue("ann", grant=dict(goals=["g", "held"], expires_at=ends_at))
+    assert_refusal(other.ask("POST", "/claim?goal=h", b"", key.api_key), 403, "forbidden", "not for the goal h")
+    ids = [one.publish(goal="g", visibility="public") for _ in range(2)]
+    assert [bus.ask("POST", "/claim?lease=600", b"", key.api_key).json["id"] for bus in (one, other)] == ids
+    held = held_by(other, key.api_key)
+    if end == "revoked":
+        assert one.ask("POST", "/admin/revoke_key", {"key_id": key.key_id}).status == 200
+    assert [response_on(sock).status for sock in held] == [401] * 3
+    assert [bus.ask("GET", "/whoami", b"", key.api_key).status for bus in (one, other)] == [401] * 2
+    assert sorted(other.client.claim("g", wait=20).id for _ in ids) == ids
 
 
 @ON_POSTGRES
@@ -12084,6 +12316,9 @@ def test_the_commands_work_with_an_original_bus(original, home):
     assert "would store it though the key may be taken" in do("set k mine --if-absent", code=2)[1] and do("get k") == ("v", "")
     for words in ("list", "workers", "watch", f"cancel {id}", f"retry {id}", "del k", "keys list", "stats", "publish g --lines"):
         assert "is an older bus, which has no " in do(words, code=2, stdin=b"x\n")[1]
+    for words in ("--goal g", "--expires 1d", "--role viewer"):
+        for verb in ("add", "invite"):
+            assert "an older bus, which would make a key that may do everything" in do(f"keys {verb} phone {words}", code=2)[1]
     assert do("keys add phone") == ("tk_" + "f" * 32, "this is an older bus, whose keys have no role: it may publish and work; "
                                     "the key is not shown again")
 

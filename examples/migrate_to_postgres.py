@@ -24,7 +24,8 @@ from postgres_bus import Connection, PostgresDatabase, storable
 BATCH_ROWS = 1000
 TABLES = {     # the columns by which rows are ordered, and the others
     "intents": (("id",), intentbus.COLUMNS[1:]),
-    "keys": (("key_id",), ("name", "owner", "role", "created_at", "last_used_at", "total_requests", "revoked_at")),
+    "keys": (("key_id",), ("name", "owner", "role", "goals", "expires_at", "payloads", "created_at", "last_used_at", "total_requests",
+                          "revoked_at")),
     "memos": (("kind", "owner", "key"), ("value", "expires_at", "size")),
     "history": (("minute", "event"), ("times",)),
     "tallies": (("namespace", "publisher", "status"), ("intents", "bytes")),
