@@ -515,8 +515,7 @@ CRON_FIELDS = (     # name, lowest and highest number, names of the numbers from
 CRON_NICKNAMES = {"@hourly": "0 * * * *", "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@weekly": "0 0 * * 0",
                   "@monthly": "0 0 1 * *", "@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *"}
 MONTH_DAYS = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
-# either: whether one of both day fields is enough; follows: whether runs follow the clock when that changes
-Cron = collections.namedtuple("Cron", "minutes hours days months weekdays either follows")
+Cron = collections.namedtuple("Cron", "minutes hours days months weekdays either follows")     # see read_cron()
 
 
 def cron_numbers(text, name, low, high, words):
@@ -535,7 +534,10 @@ def cron_numbers(text, name, low, high, words):
 
 @functools.lru_cache(maxsize=CACHED_QUERIES)
 def read_cron(expression):
-    """Return the Cron that an expression means; raises ValueError with the rest of a sentence that begins with its name."""
+    """Return the Cron that an expression means; raises ValueError with the rest of a sentence that begins with "cron".
+
+    either tells whether one matching day field is enough, follows whether runs follow the clock when that changes.
+    """
     texts = CRON_NICKNAMES.get(expression.strip().lower(), expression).split()
     if len(texts) != len(CRON_FIELDS) or len(expression) > 256:
         raise ValueError(f"must have five fields, {', '.join(name for name, *_ in CRON_FIELDS)}, or be @hourly, @daily, @weekly, "
@@ -550,10 +552,7 @@ def read_cron(expression):
 
 @functools.lru_cache(maxsize=CACHED_QUERIES)
 def clock_of(zone):
-    """Return a function of a time: by how many seconds the clocks of a zone are ahead of UTC; None is the C library's local time.
-
-    Raises ValueError, as read_cron() does.
-    """
+    """Return a function of a time: how far the clocks of a zone, or for None of the C library, are ahead of UTC; raises ValueError."""
     if zone in (None, "UTC"):
         return (lambda at: 0) if zone else lambda at: time.localtime(at).tm_gmtoff
     import datetime
@@ -573,25 +572,24 @@ def times_on(day, cron, ahead):
     if date.tm_mon not in cron.months or not (by_month or by_week if cron.either else by_month and by_week):
         return ()
     shown = (day * 86400 + 3600 * hour + 60 * minute for hour in cron.hours for minute in cron.minutes)
-    before, end = (day - 1) * 86400, (day + 2) * 86400
-    offsets = ahead(before), ahead(end)
+    before, change = (day - 1) * 86400, (day + 2) * 86400
+    offsets = ahead(before), ahead(change)
     if offsets[0] == offsets[1]:
         return (wall - offsets[0] for wall in shown)
-    while end - before > 1:     # end becomes the first second after the clocks have changed
-        middle = (before + end) // 2
-        before, end = (middle, end) if ahead(middle) == offsets[0] else (before, middle)
+    while change - before > 1:     # the second at which the clocks change, by bisection
+        middle = (before + change) // 2
+        before, change = (middle, change) if ahead(middle) == offsets[0] else (before, middle)
     found = set()
     for wall in shown:
         times = sorted(wall - offset for offset in offsets if ahead(wall - offset) == offset)     # none, one or two
-        found.update(times if cron.follows else times[:1] or [end])
+        found.update(times if cron.follows else times[:1] or [change])
     return sorted(found)
 
 
 def next_time(expression, zone, after):
-    """Return the first time after another at which a cron expression runs, by the clocks of a zone as clock_of() takes it.
+    """Return the first time after another, in Unix seconds, at which a cron expression runs by the clocks of a zone.
 
-    When clocks change, a run whose time is skipped comes right after, and one whose time is repeated comes once; but if minute
-    or hour starts with *, runs follow the clock.
+    A run whose time clocks skip comes right after, one whose time they repeat comes once; unless minute or hour starts with *.
     """
     cron, ahead = read_cron(expression), clock_of(zone)
     today = int((after + ahead(after)) // 86400)
@@ -1236,10 +1234,8 @@ class Reads:
 
     def next_due(self):
         """Return when time changes an intent next, or a schedule runs, in Unix seconds, or None."""
-        return min(filter(None, self._first("""
-            SELECT (SELECT MIN(due_at) FROM intents WHERE due_at IS NOT NULL),
-                   (SELECT MIN(next_run_at) FROM schedules WHERE next_run_at IS NOT NULL)
-        """)), default=None)
+        found = self._rows("SELECT MIN(due_at) FROM intents WHERE due_at IS NOT NULL UNION ALL SELECT MIN(next_run_at) FROM schedules", {})
+        return min((at for at, in found if at is not None), default=None)
 
     def schedules(self, statement=SCHEDULES_OF, **values):
         """Return the schedules that a statement finds: ONE_SCHEDULE, DUE_SCHEDULES, or SCHEDULES_OF an owner or, for None, all."""
@@ -2200,7 +2196,7 @@ class Bus:
                  caller=OWNER, **fields):
         """Publish an intent every so many seconds, or at the times of a cron expression; return {"name", "next_run_at", "status"}.
 
-        The status says whether it replaces a schedule of that name and owner. fields are those of publish, but delay, run_at and
+        The status is "replaced" if the owner had a schedule of that name. fields are those of publish, but delay, run_at and
         idempotency_key. With overlap "skip", a run is left out while the intent of the run before is unfinished.
         """
         owner = self._owner_for(owner, caller)
@@ -2209,10 +2205,11 @@ class Bus:
             made = Record(known[0] if known else dict(last_run_at=None, last_id=None), owner=owner, name=name, publisher=caller.key_id,
                           goal=goal, payload=to_json(payload), fields=to_json(fields), every=every, cron=cron, timezone=timezone,
                           overlap=overlap, made_at=tx.now)
-            next_run_at = next_run(made, tx.now)
+            made["next_run_at"] = next_run(made, tx.now)
             if cron and timezone is None and self.store.database.shared:
                 raise Invalid("timezone is required: buses on this database may have other local times.", code="invalid_timezone")
-            made["next_run_at"] = None if paused else next_run_at
+            if paused:
+                made["next_run_at"] = None
             tx.set_schedule(made)
             tx.after_commit(setattr, self, "next_due", 0)
             if caller.limits is not None:
@@ -2238,9 +2235,8 @@ class Bus:
         """Publish the intent of a schedule now, besides its runs, and return {"id", "status", "namespace"}; raises NotFound."""
         with self.store.transaction() as tx:
             for schedule in tx.schedules(ONE_SCHEDULE, owner=self._owner_for(owner, caller), name=name):
-                intent, publisher = self._intent_of(tx, schedule)
-                self._publish_run(tx, schedule, intent)
-                self._require_room(tx, publisher)
+                intent = self._publish_run(tx, schedule, self._intent_of(tx, schedule))
+                self._require_room(tx, self._publisher_of(schedule))
                 return Record(id=intent.id, status="published", namespace=intent.namespace)
         raise NotFound(f"There is no schedule {name}.")
 
@@ -2249,22 +2245,25 @@ class Bus:
             raise Forbidden("Only an admin may name another owner.")
         return owner or caller.owner
 
-    def _intent_of(self, tx, schedule):
-        """Return the intent of a run now, and its publisher, whose key may be revoked by now."""
+    def _publisher_of(self, schedule):
+        """Return the key that made a schedule, with its limits; it may be revoked by now."""
         limits = None if schedule.publisher == OWNER.key_id else self.issued_limits
-        return Intent.new(self._ids.new(tx.now), tx.now, schedule.owner, schedule.publisher, dict(
-            json.loads(schedule.fields), goal=schedule.goal, payload=json.loads(schedule.payload), schedule=schedule.name)), Caller(
-                schedule.publisher, schedule.owner, "publish", False, limits)
+        return Caller(schedule.publisher, schedule.owner, "publish", False, limits)
+
+    def _intent_of(self, tx, schedule):
+        fields = dict(json.loads(schedule.fields), goal=schedule.goal, payload=json.loads(schedule.payload), schedule=schedule.name)
+        return Intent.new(self._ids.new(tx.now), tx.now, schedule.owner, schedule.publisher, fields)
 
     def _publish_run(self, tx, schedule, intent):
         tx.insert(intent, "scheduled")
         tx.set_schedule(schedule, last_run_at=tx.now, last_id=intent.id)
+        return intent
 
     def _run_due(self, tx, schedule):
         """Publish the intent of a run that is due, or leave it out, in the transaction that sets the next run."""
-        intent, publisher = self._intent_of(tx, schedule)
+        intent = self._intent_of(tx, schedule)
         try:
-            next_run_at, reason = next_run(schedule, tx.now), self._reason_to_skip(tx, schedule, intent, publisher)
+            next_run_at, reason = next_run(schedule, tx.now), self._reason_to_skip(tx, schedule, intent)
         except ValueError as error:     # the database has come from a machine that knows more time zones
             next_run_at, reason = tx.now + BACKOFF_MAX_SECONDS, f"timezone {error}"
         schedule["next_run_at"] = next_run_at
@@ -2273,9 +2272,9 @@ class Bus:
         tx.set_schedule(schedule)
         tx.moves.append(Move(Intent(intent, id=None, status="skipped", ready=0, due_at=None, last_error=reason), "skipped"))
 
-    def _reason_to_skip(self, tx, schedule, intent, publisher):
+    def _reason_to_skip(self, tx, schedule, intent):
         """Return why a run that is due is left out, or None."""
-        over = tx.now - intent.ttl     # an intent that was published by then is dead by now
+        over = tx.now - intent.ttl     # the intent of a run that was due by then would be dead
         if schedule.next_run_at <= over and next_run(schedule, over) > tx.now:
             return "The bus was away at the time of the run, for longer than its ttl."
         with contextlib.suppress(NotFound):
@@ -2283,7 +2282,7 @@ class Bus:
                 return f"The run before is unfinished: {schedule.last_id}."
         tx.count(intent, 1)
         try:
-            self._require_room(tx, publisher)
+            self._require_room(tx, self._publisher_of(schedule))
         except RateLimited as error:
             return str(error)
         finally:
@@ -8345,22 +8344,23 @@ def retry_command(bus, options):
     print_answer(options, answer, "status" if options.id else "retried")
 
 
-@bus_command("schedule", ["schedule nightly backup host=nas --every 1d --ttl 6h",
-                          """schedule report report '{}' --cron "0 7 * * mon-fri" --timezone Europe/Berlin --dry-run"""],
-             flag("name", help="a name of your own; the schedule that has it already is replaced"),
-             flag("goal", help="the goal of the intents"), PAYLOAD, JSON,
-             flag("--every", type=duration, help="the time from one run to the next, 10s or more"),
-             flag("--cron", metavar='"M H D M W"', help="run at these minutes, hours, days of month, months, days of week"),
-             flag("--timezone", metavar="ZONE", help="the time zone of --cron, such as Europe/Berlin or UTC (default that of the bus)"),
-             flag("--overlap", choices=("skip", "allow"), help="allow: run even if the run before is unfinished (default skip)"),
-             flag("--paused", action="store_true", help="store it without runs, for the command run"),
-             flag("--dry-run", action="store_true", help="print the next five runs and store nothing"), OF_OWNER_FLAG, *INTENT_FLAGS)
-def schedule_command(bus, options):
+@command("schedule", ["schedule nightly backup host=nas --every 1d --ttl 6h",
+                      """schedule report report '{}' --cron "0 7 * * mon-fri" --timezone Europe/Berlin --dry-run"""],
+         *CONNECTION,
+         flag("name", help="a name of your own; the schedule that has it already is replaced"),
+         flag("goal", help="the goal of the intents"), PAYLOAD, JSON,
+         flag("--every", type=duration, help="the time from one run to the next, 10s or more"),
+         flag("--cron", metavar='"M H D M W"', help="run at these minutes, hours, days of month, months, days of week"),
+         flag("--timezone", metavar="ZONE", help="the time zone of --cron, such as Europe/Berlin or UTC (default that of the bus)"),
+         flag("--overlap", choices=("skip", "allow"), help="allow: run even if the run before is unfinished (default skip)"),
+         flag("--paused", action="store_true", help="store it without runs, for the command run"),
+         flag("--dry-run", action="store_true", help="print the next five runs and store nothing"), OF_OWNER_FLAG, *INTENT_FLAGS)
+def schedule_command(options):
     """Publish an intent again and again; prints the time of the next run. To change or resume a schedule, give it again."""
     fields = {name: value for name, value in vars(options).items() if value is not None and name in SCHEDULE}
     fields["payload"] = read_payload(options.payload)
     if not options.dry_run:
-        answer = bus.schedule(**dict(fields, namespace=options.namespace or bus.namespace, name=options.name))
+        answer = open_client(options).schedule(options.name, **fields)
         log(f"{options.name} is {answer.status}")
         return print_result(to_json(answer) if options.json else moment(answer.next_run_at) or "paused")
     at = time.time()

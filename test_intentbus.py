@@ -4940,7 +4940,7 @@ def test_an_issued_key_is_shown_once_used_listed_and_revoked(started, clock):
     assert bus.ask("GET", "/admin/keys").json == [listed]
     assert [bus.ask("GET", "/intents", key=made.api_key).status for _ in range(3)] == [200] * 3
     assert bus.ask("GET", "/admin/keys").json == [dict(listed, last_used_at=clock.wall, total_requests=3)]
-    assert bus.ask("POST", "/admin/revoke_key", {"key_id": made.key_id}).json == {"ok": True}
+    assert bus.ask("POST", "/admin/revoke_key", {"key_id": made.key_id}).json == {"ok": True, "schedules": 0}
     assert_refusal(bus.ask("GET", "/intents", key=made.api_key), 401, "unauthorized", "Invalid API key.")
     assert_refusal(bus.ask("POST", "/admin/revoke_key", {"api_key": made.api_key}), 404, "not_found")
     assert bus.ask("GET", "/admin/keys").json == []
@@ -8118,7 +8118,7 @@ def test_a_damaged_file_is_reported_and_accepts_nothing(started):
         bus.publish(payload="x" * 1000)
     bus.stop()
     with open(bus.db, "r+b") as file:
-        file.seek(8 * 4096)
+        file.seek(40 * 4096)     # behind the pages of the schema
         file.write(os.urandom(100 * 4096))
     with contextlib.suppress(intentbus.Unavailable):     # the start may fail
         bus = Served(Path(bus.db).parent)
