@@ -1986,11 +1986,11 @@ def test_an_unknown_time_zone_is_refused_with_its_cure(zone):
 
 @LINUX
 def test_without_a_zone_a_run_is_by_the_local_time_of_the_machine():
-    after = [unix("2026-03-28 12:00"), unix("2026-03-29 12:00")]
-    code = f"import intentbus; print([intentbus.next_time('30 2 * * *', None, at) for at in {after}])"
-    for zone, runs in (("CET-1CEST,M3.5.0,M10.5.0/3", ["2026-03-29 03:00+02", "2026-03-30 02:30+02"]),
-                       ("EST5", ["2026-03-29 02:30-05", "2026-03-30 02:30-05"])):
-        assert json.loads(run_python("-c", code, env=dict(os.environ, TZ=zone)).stdout) == [unix(run) for run in runs]
+    zones, after = ("CET-1CEST,M3.5.0,M10.5.0/3", "EST5"), [unix("2026-03-28 12:00"), unix("2026-03-29 12:00")]
+    code = (f"import intentbus, os, time\nfor os.environ['TZ'] in {zones}:\n"
+            f"    time.tzset()\n    print([intentbus.next_time('30 2 * * *', None, at) for at in {after}])")
+    found = [json.loads(line) for line in run_python("-c", code).stdout.splitlines()]
+    assert found == [[unix("2026-03-29 03:00+02"), unix("2026-03-30 02:30+02")], [unix("2026-03-29 02:30-05"), unix("2026-03-30 02:30-05")]]
 
 
 @pytest.mark.parametrize("every", [10, 0.1 + 10, 1 / 3 + 11, 3600, 86400 * 365])
@@ -4145,21 +4145,19 @@ def test_the_schedules_of_a_key_are_limited_and_outlive_it(started, clock, monke
 
 @ON_A_FILE     # several buses use the clock of their database
 @over_clock_steps
-@pytest.mark.parametrize("down", [False, True], ids=["while it runs", "while it is down"])
-def test_an_every_schedule_keeps_steady_time_over_clock_steps(store, clock, steps, down):
+def test_an_every_schedule_keeps_steady_time_over_clock_steps(store, clock, steps):
     bus = started_bus(store, clock)
     bus.schedule("s", "g", 1, every=100)
     for step in steps:
         clock.set(step)
         clock.pass_(10 / len(steps))
-        bus = started_bus(store, clock) if down else bus
+        bus = started_bus(store, clock) if step < 0 else bus     # it was set while the bus was down
         tend(bus)
-    for seconds in (90, 100, 100):
-        clock.pass_(seconds - 1)
+    for seconds in (89, 99, 99):
+        clock.pass_(seconds)
         assert bus.claim("g") is None
-        clock.pass_(1.01)
+        clock.pass_(1)
         assert bus.fulfill(bus.claim("g").id).ok
-        clock.pass_(-0.01)
 
 
 @ON_A_FILE
@@ -4179,12 +4177,11 @@ def test_a_cron_schedule_follows_a_clock_that_is_set(store, clock, steps, runs):
         clock.set(step)
         tend(bus)
     found = []
-    for _ in range(6 * 12):
-        tend(bus)
+    for _ in range(18):     # three hours
         if intent := bus.claim("g"):
             bus.fulfill(intent.id)
             found.append(time.strftime("%H:%M", time.gmtime(clock.wall)))
-        clock.pass_(300)
+        clock.pass_(600)
     assert found == runs
 
 
@@ -10010,9 +10007,7 @@ BAD_COMMANDS = (
     case("work for no goal, as of an unset variable", "work --drain --goal=", 2, "goal"),
     case("schedule at no time", "schedule s g 1", 2, "either every, in seconds, or cron"),
     case("schedule in a wrong way", 'schedule s g 1 --cron "* L * * *"', 2, "wrong hour 'l'"),
-    case("schedule in an unknown zone", "schedule s g 1 --cron @daily --timezone Mars/Base", 2, "pip install tzdata"),
     case("schedule in an unknown zone, dry", "schedule s g 1 --cron @daily --timezone Mars/Base --dry-run", 2, "pip install tzdata"),
-    case("schedule at no time, dry", "schedule s g 1 --dry-run", 2, "either every, in seconds, or cron"),
     case("schedule over a limit, dry", "schedule s g 1 --every 1h --ttl 0s --dry-run", 2, "ttl", "31622400"),
     case("unschedule nothing", "unschedule s", 3, "no schedule s"), case("run nothing", "run s", 3, "no schedule s"),
     case("status of nothing", "status", 2, "id"),
@@ -10693,6 +10688,7 @@ def test_the_readme_on_bulk_and_the_key_value_store(serve):
     assert [intent["priority"] for intent in listed] == [500, 500, 100, 100]
 
 
+@SLOW
 @POSIX
 def test_the_readme_on_schedules(serve):
     need_zone("Europe/Berlin")
