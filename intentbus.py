@@ -525,9 +525,9 @@ def cron_numbers(text, name, low, high, words):
         found = re.fullmatch(r"(?:\*|(\w+)-(\w+))(?:/(\d{1,2}))?|(\w+)", part, re.ASCII)
         first, last, step, only = found.groups() if found else (None, None, None, "?")
         start, end = (names.get(word, word) for word in (only or first or str(low), only or last or str(high)))
-        if not (start.isdigit() and end.isdigit() and low <= int(start) <= int(end) <= high and 0 < int(step or 1) <= high - low + 1):
-            raise ValueError(f"has a wrong {name} {part[:32]!r}: it takes {', '.join([*names, ''])}numbers from {low} to {high}, ranges "
-                             f"that go up (1-5), steps of all or of a range (*/5, 1-{high}/5), and lists of these (1,3)")
+        if not (start.isdigit() and end.isdigit() and low <= int(start) <= int(end) <= high and 1 <= int(step or 1) <= high + 1 - low):
+            raise ValueError(f"has a wrong {name} {part[:32]!r}: it takes {', '.join([*names, ''])}numbers from {low} to {high}, "
+                             f"ranges that go up (1-5), steps of all or of a range (*/5, 1-{high}/5), and lists of these (1,3)")
         numbers.update(range(int(start), int(end) + 1, int(step or 1)))
     return numbers
 
@@ -1234,8 +1234,11 @@ class Reads:
 
     def next_due(self):
         """Return when time changes an intent next, or a schedule runs, in Unix seconds, or None."""
-        found = self._rows("SELECT MIN(due_at) FROM intents WHERE due_at IS NOT NULL UNION ALL SELECT MIN(next_run_at) FROM schedules", {})
-        return min((at for at, in found if at is not None), default=None)
+        found = self._first("""
+            SELECT (SELECT MIN(due_at) FROM intents WHERE due_at IS NOT NULL),
+                   (SELECT MIN(next_run_at) FROM schedules WHERE next_run_at IS NOT NULL)
+        """)
+        return min((at for at in found if at is not None), default=None)
 
     def schedules(self, statement=SCHEDULES_OF, **values):
         """Return the schedules that a statement finds: ONE_SCHEDULE, DUE_SCHEDULES, or SCHEDULES_OF an owner or, for None, all."""
@@ -1813,7 +1816,8 @@ EVENT_FIELDS = (
     "id", "namespace", "goal", "status", "claim_attempts", "worker_id", "worker", "last_error", "owner", "claim_owner", "schedule",
 )
 EVENT_VALUES = operator.itemgetter(*EVENT_FIELDS)
-COUNTED = {"published": "published", "scheduled": "published", "fulfilled": "fulfilled", "failed": "failed", "lost": "failed", "dead": "failed"}
+COUNTED = {"published": "published", "scheduled": "published", "fulfilled": "fulfilled", "failed": "failed", "lost": "failed",
+           "dead": "failed"}
 
 
 class WorkerRegistry:
@@ -3539,7 +3543,7 @@ PUBLISH = Fields({**INTENT, "idempotency_key": (text_of(1, 255), None)}, optiona
 PUBLISH_OF_MANY = Fields(INTENT, optional=OPTIONAL)     # one of several, which share an idempotency key
 OF_OWNER = Fields({"owner": (text_of(1, 64), None)})     # an admin may name another one
 SCHEDULE = Fields({
-    **{field: given for field, given in INTENT.items() if field not in ("delay", "run_at", "reward")},
+    **{field: given for field, given in INTENT.items() if field not in ("delay", "run_at", "unique", "replace", "reward")},
     "every": (number_from(*EVERY_RANGE_SECONDS), None),
     "cron": (lambda value: read_cron(string(value)) and value, None),
     "timezone": (lambda value: clock_of(string(value)) and value, None),
@@ -6270,8 +6274,8 @@ LISTED_WORKER = answer_of(owner=TEXT, last_seen=MOMENT, goals=(array_of(string),
                           running=(array_of(string), ()))
 LISTED_EVENT = answer_of(event=TEXT, time=MOMENT, id=UNSURE, goal=UNSURE, worker_id=UNSURE, worker=UNSURE,
                          last_error=UNSURE)
-LISTED_SCHEDULE = answer_of(name=TEXT, owner=TEXT, goal=TEXT, every=PERHAPS_A_MOMENT, cron=(string, None), timezone=(string, None),
-                            next_run_at=PERHAPS_A_MOMENT, last_run_at=PERHAPS_A_MOMENT, last_id=(ANSWER_ID[0], None))
+LISTED_SCHEDULE = answer_of(name=TEXT, owner=TEXT, goal=TEXT, every=(number_from(1, 2 ** 40), None), cron=(string, None),
+                            timezone=(string, None), next_run_at=PERHAPS_A_MOMENT, last_run_at=PERHAPS_A_MOMENT, last_id=UNSURE)
 LISTED_KEY = answer_of(key_id=TEXT, owner=TEXT, role=TEXT, total_requests=COUNT, name=UNSURE,
                        last_used_at=PERHAPS_A_MOMENT)
 API_KEY = (must_be("a key", lambda value: isinstance(value, str) and re.fullmatch("[!-~]+", value)), REQUIRED)
