@@ -26,22 +26,23 @@ The parts, top to bottom; each uses only the parts above it:
      1. Settings      every number one may want to change
      2. Errors        one class for each HTTP status, raised on both sides of the wire
      3. Intent        the record, and its transitions as pure functions of the time
-     4. Database      the SQLite file: connections, the transaction of a round, migrations
-     5. Store         all other SQL, on the open transaction
-     6. Clock         Unix seconds that run evenly, even when the machine's clock is set
-     7. Waiting       held requests, by what they wait for
-     8. Activity      workers, events and history: in memory, for display
-     9. Bus           the rules: who may do what, leases, retries
-    10. Keys          who is asking
-    11. Fields        what a body or query may hold, as data
-    12. Page          the dashboard
-    13. API           the endpoints as a table; handle(request) -> Response, Held or Unfinished
-    14. Server        the loop, sockets and strict HTTP/1.1; and the WSGI application
-    15. Local state   what a machine keeps for itself: the bus joined, the spool
-    16. Client        IntentClient: the verbs of Bus over HTTP
-    17. Worker        claim, run, keep the lease, report; a program as the handler
-    18. Doctor        what goes wrong in practice, and the cure
-    19. Commands      the command line
+     4. Schedule      when a schedule runs: a grid of seconds, or a cron expression in a time zone
+     5. Database      the SQLite file: connections, the transaction of a round, migrations
+     6. Store         all other SQL, on the open transaction
+     7. Clock         Unix seconds that run evenly, even when the machine's clock is set
+     8. Waiting       held requests, by what they wait for
+     9. Activity      workers, events and history: in memory, for display
+    10. Bus           the rules: who may do what, leases, retries
+    11. Keys          who is asking
+    12. Fields        what a body or query may hold, as data
+    13. Page          the dashboard
+    14. API           the endpoints as a table; handle(request) -> Response, Held or Unfinished
+    15. Server        the loop, sockets and strict HTTP/1.1; and the WSGI application
+    16. Local state   what a machine keeps for itself: the bus joined, the spool
+    17. Client        IntentClient: the verbs of Bus over HTTP
+    18. Worker        claim, run, keep the lease, report; a program as the handler
+    19. Doctor        what goes wrong in practice, and the cure
+    20. Commands      the command line
 """
 
 import argparse
@@ -88,6 +89,9 @@ CLAIM_COMBINATIONS = 64             # goals times capabilities of one claim: eac
 WAIT_MAX_SECONDS = 60               # proxies cut connections that are idle for longer
 TTL_SECONDS = 7 * 86400             # a notification of last week is of no use
 YEAR_SECONDS = 366 * 86400          # the longest delay and the longest ttl
+EVERY_RANGE_SECONDS = (10, YEAR_SECONDS)     # a job that runs more often should be one worker with a loop
+CRON_DAYS = 41 * 366                # February 29th falls on each weekday at least once in 40 years
+CLOCK_BACK_SECONDS = 3 * 3600       # a clock set back by less repeats no run of a schedule; cron(8) of Vixie has this limit
 RETENTION_SECONDS = 7 * 86400       # how long ended intents are kept
 BACKOFF_MAX_SECONDS = 3600          # a failing intent is retried at least once an hour
 BACKOFF_JITTER_SECONDS = 2          # spreads out retries
@@ -112,6 +116,7 @@ STORED_BYTES = 256 * 2 ** 20        # of an issued key's intents and of its owne
 ROW_BYTES = 1000                    # counted for each intent or value, besides payload, result or value
 KEY_NAMESPACES = 100                # with intents of an issued key: the summary counts each
 KEY_VALUES = 10_000                 # of an issued key's owner
+KEY_SCHEDULES = 100                 # of an issued key, with a payload each
 KEY_WORKERS = 100                   # names of an issued key's workers
 KEY_LANES = 4000                    # that all these workers together ask for: four for a goal, or two without a worker id
 KEY_HELD = 1000                     # held requests of an issued key, each with a connection
@@ -280,7 +285,7 @@ COLUMNS = (
     "backoff_base", "target_worker", "required_capability", "created_at", "status", "run_at", "expires_at",
     "completed_at", "last_error", "result", "result_type", "claim_attempts", "claim_token_hash", "claim_expires_at", "lease",
     "claim_owner", "claim_key", "claim_outcome", "worker_id", "worker", "claimed_at", "idempotency_key", "size", "result_size",
-    "place", "lane", "ready", "due_at", "history", "unique_value", "on_success", "on_failure", "caused_by",
+    "place", "lane", "ready", "due_at", "history", "unique_value", "on_success", "on_failure", "caused_by", "schedule",
 )
 PUBLISH_DEFAULTS = dict(
     namespace="default", visibility="private", priority=100, delay=0, run_at=None, ttl=TTL_SECONDS, max_attempts=3,
@@ -291,7 +296,7 @@ LATER_FIELDS = ("unique", "replace", "on_success", "on_failure")     # no stored
 STATUS_FIELDS = (
     "id", "namespace", "goal", "status", "priority", "visibility", "claim_attempts", "max_attempts", "run_at",
     "claim_expires_at", "target_worker", "required_capability", "created_at", "completed_at", "last_error", "claimed_at",
-    "worker",
+    "worker", "schedule",
 )
 NAMING_FIELDS = ("id", "namespace", "goal")
 CLAIM_FIELDS = (
@@ -299,7 +304,7 @@ CLAIM_FIELDS = (
 )
 UNCLAIMED = dict.fromkeys(("completed_at", "last_error", "result", "result_type", "claim_token_hash", "claim_expires_at",
                            "lease", "claim_owner", "claim_key", "claim_outcome", "worker_id", "worker", "claimed_at",
-                           "idempotency_key", "history", "caused_by"))
+                           "idempotency_key", "history", "caused_by", "schedule"))
 
 # event: a word for people, or None; callback: the field with the goal of the intent that this end publishes, or None
 Change = collections.namedtuple("Change", "event columns callback", defaults=(None,))
@@ -546,7 +551,108 @@ for attribute in COLUMNS:     # attributes as a Record has them, but ten times a
     setattr(Intent, attribute, property(operator.itemgetter(attribute)))
 
 
-# ---- 4. Database ----
+# ---- 4. Schedule ----
+# When a schedule runs: pure functions of its row and a time. A cron expression means what it does in crontab(5) of Vixie cron.
+
+CRON_FIELDS = (     # name, lowest and highest number, names of the numbers from the lowest on
+    ("minute", 0, 59, ""), ("hour", 0, 23, ""), ("day of month", 1, 31, ""),
+    ("month", 1, 12, "jan feb mar apr may jun jul aug sep oct nov dec"), ("day of week", 0, 7, "sun mon tue wed thu fri sat"),
+)
+CRON_NICKNAMES = {"@hourly": "0 * * * *", "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@weekly": "0 0 * * 0",
+                  "@monthly": "0 0 1 * *", "@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *"}
+MONTH_DAYS = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
+Cron = collections.namedtuple("Cron", "minutes hours days months weekdays either follows")     # see read_cron()
+
+
+def cron_numbers(text, name, low, high, words):
+    """Return the numbers that a field of a cron expression means; raises ValueError."""
+    names, numbers = {word: str(number) for number, word in enumerate(words.split(), low)}, set()
+    for part in text.lower().split(","):
+        found = re.fullmatch(r"(?:\*|(\w+)-(\w+))(?:/(\d{1,2}))?|(\w+)", part, re.ASCII)
+        first, last, step, only = found.groups() if found else (None, None, None, "?")
+        start, end = (names.get(word, word) for word in (only or first or str(low), only or last or str(high)))
+        if not (start.isdigit() and end.isdigit() and low <= int(start) <= int(end) <= high and 1 <= int(step or 1) <= high + 1 - low):
+            raise ValueError(f"has a wrong {name} {part[:32]!r}: it takes {', '.join([*names, ''])}numbers from {low} to {high}, "
+                             f"ranges that go up (1-5), steps of all or of a range (*/5, 1-{high}/5), and lists of these (1,3)")
+        numbers.update(range(int(start), int(end) + 1, int(step or 1)))
+    return numbers
+
+
+@functools.lru_cache(maxsize=CACHED_QUERIES)
+def read_cron(expression):
+    """Return the Cron that an expression means; raises ValueError with the rest of a sentence that begins with "cron".
+
+    either tells whether one matching day field is enough, follows whether runs follow the clock when that changes.
+    """
+    texts = CRON_NICKNAMES.get(expression.strip().lower(), expression).split()
+    if len(texts) != len(CRON_FIELDS) or len(expression) > 256:
+        raise ValueError(f"must have five fields, {', '.join(name for name, *_ in CRON_FIELDS)}, or be @hourly, @daily, @weekly, "
+                         f"@monthly or @yearly; not {expression[:64]!r}")
+    minutes, hours, days, months, weekdays = (cron_numbers(text, *field) for text, field in zip(texts, CRON_FIELDS))
+    either = not (texts[2].startswith("*") or texts[4].startswith("*"))
+    if not either and min(days) > max(MONTH_DAYS[month - 1] for month in months):
+        raise ValueError(f"has a wrong day of month {texts[2]!r}: it never comes in month {texts[3]}")
+    return Cron(sorted(minutes), sorted(hours), days, months, {day % 7 for day in weekdays}, either,
+                texts[0].startswith("*") or texts[1].startswith("*"))
+
+
+@functools.lru_cache(maxsize=CACHED_QUERIES)
+def clock_of(zone):
+    """Return a function of a time: how far the clocks of a zone, or for None of the C library, are ahead of UTC; raises ValueError."""
+    if zone in (None, "UTC"):
+        return (lambda at: 0) if zone else lambda at: time.localtime(at).tm_gmtoff
+    import datetime
+    import zoneinfo
+    try:
+        known = zoneinfo.ZoneInfo(zone)
+    except (KeyError, ValueError, OSError) as error:     # the last two for a path
+        raise ValueError("must be UTC or a time zone that the machine of the bus knows, such as Europe/Berlin; if it knows none: "
+                         "pip install tzdata") from error
+    return lambda at: datetime.datetime.fromtimestamp(at, known).utcoffset().total_seconds()
+
+
+def times_on(day, cron, ahead):
+    """Return the times of the runs on a day of Unix time, in order; ahead is a function that clock_of() returns."""
+    date = time.gmtime(day * 86400)
+    by_month, by_week = date.tm_mday in cron.days, (date.tm_wday + 1) % 7 in cron.weekdays
+    if date.tm_mon not in cron.months or not (by_month or by_week if cron.either else by_month and by_week):
+        return ()
+    shown = (day * 86400 + 3600 * hour + 60 * minute for hour in cron.hours for minute in cron.minutes)
+    before, change = (day - 1) * 86400, (day + 2) * 86400
+    offsets = ahead(before), ahead(change)
+    if offsets[0] == offsets[1]:
+        return (wall - offsets[0] for wall in shown)
+    while change - before > 1:     # the second at which the clocks change, by bisection
+        middle = (before + change) // 2
+        before, change = (middle, change) if ahead(middle) == offsets[0] else (before, middle)
+    found = set()
+    for wall in shown:
+        times = sorted(wall - offset for offset in offsets if ahead(wall - offset) == offset)     # none, one or two
+        found.update(times if cron.follows else times[:1] or [change])
+    return sorted(found)
+
+
+def next_time(expression, zone, after):
+    """Return the first time after another, in Unix seconds, at which a cron expression runs by the clocks of a zone.
+
+    A run whose time clocks skip comes right after, one whose time they repeat comes once; unless minute or hour starts with *.
+    """
+    cron, ahead = read_cron(expression), clock_of(zone)
+    today = int((after + ahead(after)) // 86400)
+    return next(at for day in range(today, today + CRON_DAYS) for at in times_on(day, cron, ahead) if at > after)
+
+
+def next_run(schedule, after):
+    """Return when a schedule runs next after a time; raises Invalid if it has not one of both ways to say so."""
+    if (schedule.every is None) == (schedule.cron is None) or schedule.every and schedule.timezone:
+        raise Invalid("A schedule needs either every, in seconds, or cron, which may have a timezone.", code="invalid_every")
+    if schedule.cron:
+        return next_time(schedule.cron, schedule.timezone, after)
+    number = max(1, (after - schedule.made_at) // schedule.every)     # of the run, or one or two too low
+    return next(at for at in (schedule.made_at + schedule.every * (number + more) for more in range(3)) if at > after)
+
+
+# ---- 5. Database ----
 # The SQLite file. One connection writes, and its transaction is that of a round; another one reads committed state.
 # A database server takes the place of this class with the same public methods: see examples/postgres_bus.py.
 
@@ -640,7 +746,17 @@ FEATURES = """
     CREATE UNIQUE INDEX intents_unique ON intents (owner, namespace, goal, unique_value)
     WHERE unique_value IS NOT NULL AND status = 'open';
     CREATE INDEX intents_unique_claimed ON intents (owner, namespace, goal, unique_value, created_at, id)
-    WHERE unique_value IS NOT NULL AND status = 'claimed'
+    WHERE unique_value IS NOT NULL AND status = 'claimed';
+    ALTER TABLE intents ADD COLUMN schedule TEXT;     -- the name of the schedule that published it
+    CREATE TABLE schedules (
+        owner TEXT, name TEXT, publisher TEXT NOT NULL, goal TEXT NOT NULL,
+        fields TEXT NOT NULL,     -- of its intents, besides goal and payload, as JSON
+        every DOUBLE PRECISION, cron TEXT, timezone TEXT, overlap TEXT NOT NULL,
+        made_at DOUBLE PRECISION NOT NULL, next_run_at DOUBLE PRECISION,     -- NULL while it is paused
+        last_run_at DOUBLE PRECISION, last_id TEXT, payload TEXT NOT NULL,
+        PRIMARY KEY (owner, name)
+    );
+    CREATE INDEX schedules_next ON schedules (next_run_at) WHERE next_run_at IS NOT NULL
 """
 MIGRATIONS = (SCHEMA, MORE_INDEXES, HISTORY, PLACES, SIZES, FEATURES)     # the n-th leads to version n; a released one never changes
 APPLICATION_ID = 0x1B05     # in the header of the file: it is a database of intentbus
@@ -909,7 +1025,7 @@ class Database:
         self._version, = self._db.execute("PRAGMA data_version").fetchone()
 
 
-# ---- 5. Store ----
+# ---- 6. Store ----
 # All other SQL: one method, one statement or few. Reads are shared by Store, which sees committed state, and Transaction,
 # which sees its own block as well and makes the changes.
 
@@ -1106,6 +1222,21 @@ FORGET = """
     AND         key = :key
 """
 
+SCHEDULE_COLUMNS = (
+    "owner", "name", "publisher", "goal", "fields", "every", "cron", "timezone", "overlap", "made_at", "next_run_at", "last_run_at",
+    "last_id", "payload",
+)
+ALL_SCHEDULES = f"SELECT {', '.join(SCHEDULE_COLUMNS)} FROM schedules"
+ONE_SCHEDULE = ALL_SCHEDULES + " WHERE owner = :owner AND name = :name"
+DUE_SCHEDULES = ALL_SCHEDULES + " WHERE next_run_at <= :now ORDER BY next_run_at LIMIT :rows"
+SCHEDULES_OF = ALL_SCHEDULES + " WHERE :owner IS NULL OR owner = :owner ORDER BY owner, name"
+SET_SCHEDULE = f"""
+    INSERT INTO schedules ({", ".join(SCHEDULE_COLUMNS)})
+    VALUES      (:{", :".join(SCHEDULE_COLUMNS)})
+    ON CONFLICT (owner, name) DO UPDATE
+    SET         {", ".join(f"{column} = excluded.{column}" for column in SCHEDULE_COLUMNS)}
+"""
+
 KEY_FIELDS = ("key_id", "name", "owner", "role", "goals", "expires_at", "payloads", "created_at", "last_used_at", "total_requests")
 Move = collections.namedtuple("Move", "intent event")     # an intent as a block left it
 
@@ -1201,8 +1332,20 @@ class Reads:
         return intent
 
     def next_due(self):
-        """Return when time changes an intent next, in Unix seconds, or None."""
-        return self._first("SELECT MIN(due_at) FROM intents WHERE due_at IS NOT NULL")[0]
+        """Return when time changes an intent next, or a schedule runs, in Unix seconds, or None."""
+        found = self._first("""
+            SELECT (SELECT MIN(due_at) FROM intents WHERE due_at IS NOT NULL),
+                   (SELECT MIN(next_run_at) FROM schedules WHERE next_run_at IS NOT NULL)
+        """)
+        return min((at for at in found if at is not None), default=None)
+
+    def schedules(self, statement=SCHEDULES_OF, **values):
+        """Return the schedules that a statement finds: ONE_SCHEDULE, DUE_SCHEDULES, or SCHEDULES_OF an owner or, for None, all."""
+        return [Record(zip(SCHEDULE_COLUMNS, row)) for row in self._rows(statement, values)]
+
+    def number_of_schedules(self, key_id):
+        """Return how many schedules a key has made."""
+        return self._first("SELECT COUNT(*) FROM schedules WHERE publisher = :key_id", key_id=key_id)[0]
 
     def id_ranges(self, rows, kind=ANY):
         """Yield ranges of ids, as (start, end before which it ends), that hold at most that many intents of a kind each."""
@@ -1289,7 +1432,7 @@ class Transaction(Reads):
     def insert(self, intent, event="published"):
         """Store a new intent."""
         self._db.execute(INSERT, intent)
-        self._count(intent, 1)
+        self.count(intent, 1)
         self.moves.append(Move(intent, event))
 
     def update(self, intent, change):
@@ -1297,12 +1440,12 @@ class Transaction(Reads):
         after = Intent(intent, **change.columns)
         self._db.execute(update_of(tuple(change.columns)), after)
         if "status" in change.columns:
-            self._count(intent, -1)
-            self._count(after, 1)
+            self.count(intent, -1)
+            self.count(after, 1)
         self.moves.append(Move(after, change.event))
         return after
 
-    def _count(self, intent, sign):
+    def count(self, intent, sign):
         """Add an intent to the tally of its publisher, and its result to that of the key that reported it; or take them off."""
         self.counted.append((intent.publisher, intent.namespace, intent.status, sign, sign * intent.size))
         if intent.result_size:
@@ -1365,7 +1508,7 @@ class Transaction(Reads):
         """Delete intents and, if it is for good, the memory of their idempotency keys; return their statuses."""
         gone = [Record(zip(GONE, row)) for row in self._rows(DELETE.format(which=which), values)]
         for intent in gone:
-            self._count(intent, -1)
+            self.count(intent, -1)
             if intent.status == "claimed":
                 self.deleted.append(intent.id)
         if for_good:
@@ -1408,6 +1551,16 @@ class Transaction(Reads):
             SET    completed_at = :now
             WHERE  id IN (SELECT id FROM intents WHERE completed_at > :now LIMIT :rows)
         """, dict(now=now, rows=rows))
+
+    # -- Schedules --
+
+    def set_schedule(self, schedule, **columns):
+        """Store a schedule with some columns changed, in place of the owner's one of that name."""
+        self._db.execute(SET_SCHEDULE, dict(schedule, **columns))
+
+    def delete_schedule(self, schedule):
+        """Delete a schedule."""
+        self._db.execute("DELETE FROM schedules WHERE owner = :owner AND name = :name", schedule.pick(("owner", "name")))
 
     # -- Keys --
 
@@ -1618,7 +1771,7 @@ class Store(Reads):
         return self._first("SELECT MAX(id) FROM intents")[0]
 
 
-# ---- 6. Clock ----
+# ---- 7. Clock ----
 # Unix seconds for all that is stored. They run evenly, even when the clock of the machine is set.
 
 STEADY = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC if sys.platform == "darwin" else None)
@@ -1686,7 +1839,7 @@ class Clock:
         self._offset = (at if wall - at > YEAR_SECONDS else max(at, wall)) - self._steady()
 
 
-# ---- 7. Waiting ----
+# ---- 8. Waiting ----
 # Held requests, each under the keys that it waits for: a lane, the id of an intent, or the events of an owner.
 
 
@@ -1782,15 +1935,16 @@ class Waiting:
         return list(max(self._of_caller.values(), default=(), key=len))
 
 
-# ---- 8. Activity ----
+# ---- 9. Activity ----
 # Workers, events and history: in memory, for display. No rule depends on it. The loop changes it; threads of a
 # shared database read it too, so a reader copies a collection before it iterates over it.
 
 EVENT_FIELDS = (
-    "id", "namespace", "goal", "status", "claim_attempts", "worker_id", "worker", "last_error", "owner", "claim_owner",
+    "id", "namespace", "goal", "status", "claim_attempts", "worker_id", "worker", "last_error", "owner", "claim_owner", "schedule",
 )
 EVENT_VALUES = operator.itemgetter(*EVENT_FIELDS)
-COUNTED = dict(published="published", chained="published", fulfilled="fulfilled", failed="failed", lost="failed", dead="failed")
+COUNTED = dict(published="published", chained="published", scheduled="published", fulfilled="fulfilled", failed="failed", lost="failed",
+               dead="failed")
 
 
 class WorkerRegistry:
@@ -1970,7 +2124,7 @@ class EventLog:
         return visible[:EVENTS_PAGE], max(0, oldest - 1 - number)
 
 
-# ---- 9. Bus ----
+# ---- 10. Bus ----
 # The rules. Each verb of IntentClient is one here, with the same arguments and errors, and `caller`: who asks. A verb that
 # changes something is one block of the round; a verb that looks reads committed state, and changes nothing.
 
@@ -2049,6 +2203,11 @@ def require_at_most(most, number, words):
         raise RateLimited(f"This key may have {most} {words}.", "limit_exceeded")
 
 
+def goals_of(fields):
+    """Return the goals that a publish with these fields may publish to: its own, and those of its callbacks."""
+    return [goal for goal in map(fields.get, ("goal", "on_success", "on_failure")) if goal]
+
+
 def stored_result(intent):
     """Return the result of an intent as a value."""
     return json.loads(intent.result) if intent.result_type == "json" else intent.result
@@ -2082,7 +2241,8 @@ class Bus:
         self._retention, self._announce_dead, self._jitter = retention, announce_dead, jitter
         self._ids = Ids(store.newest_id())
         self.registry, self.log = WorkerRegistry(), EventLog(self.clock.now())
-        self.next_due = 0             # Unix seconds; no intent is due earlier
+        self.next_due = 0             # Unix seconds; no intent and no schedule is due earlier
+        self.issued_limits = None     # the Limits of issued keys, which the API sets
         self._known_goals = set()     # (owner, namespace, goal) of goals that are on record as having had a worker
         self._tallies = {}            # publisher: Tally, of issued keys that have published
         self._kept = [0, 0]           # ended intents are kept that many seconds longer, until a time
@@ -2124,7 +2284,7 @@ class Bus:
         return self._publish(intents, idempotency_key, caller, answer_with)
 
     def _publish(self, wanted, idempotency_key, caller, answer_with):
-        caller.narrowed([goal for fields in wanted for goal in map(fields.get, ("goal", "on_success", "on_failure")) if goal])
+        caller.narrowed([goal for fields in wanted for goal in goals_of(fields)])
         with self.store.transaction() as tx:
             intents = [Intent.new(self._ids.new(tx.now), tx.now, caller.owner, caller.key_id,
                                   dict(fields, idempotency_key=idempotency_key)) for fields in wanted]
@@ -2249,6 +2409,111 @@ class Bus:
                 break
             yield
         return Record(retried=retried)
+
+    # -- Schedules --
+
+    def schedule(self, name, goal, payload, *, every=None, cron=None, timezone=None, overlap="skip", paused=False, owner=None,
+                 caller=OWNER, **fields):
+        """Publish an intent every so many seconds, or at the times of a cron expression; return {"name", "next_run_at", "status"}.
+
+        The status is "replaced" if the owner had a schedule of that name. fields are those of publish, but delay, run_at and
+        idempotency_key. With overlap "skip", a run is left out while the intent of the run before is unfinished.
+        """
+        owner = self._owner_for(owner, caller)
+        caller.narrowed(goals_of(dict(fields, goal=goal)))
+        with self.store.transaction() as tx:
+            known = tx.schedules(ONE_SCHEDULE, owner=owner, name=name)
+            made = Record(known[0] if known else dict(last_run_at=None, last_id=None), owner=owner, name=name, publisher=caller.key_id,
+                          goal=goal, payload=to_json(payload), fields=to_json(fields), every=every, cron=cron, timezone=timezone,
+                          overlap=overlap, made_at=tx.now)
+            made["next_run_at"] = next_run(made, tx.now)
+            if cron and timezone is None and self.store.database.shared:
+                raise Invalid("timezone is required: buses on this database may have other local times.", code="invalid_timezone")
+            if paused:
+                made["next_run_at"] = None
+            tx.set_schedule(made)
+            tx.after_commit(setattr, self, "next_due", 0)
+            if caller.limits is not None:
+                require_at_most(KEY_SCHEDULES, tx.number_of_schedules(caller.key_id), "schedules; unschedule some")
+        return Record(name=name, next_run_at=made.next_run_at, status="replaced" if known else "scheduled")
+
+    def schedules(self, owner=None, *, caller=OWNER):
+        """Return {"schedules"} of the caller's owner or, for who sees everyone's, of any or all; without payloads."""
+        found = [schedule for schedule in self.store.schedules(owner=owner if caller.sees is None else self._owner_for(owner, caller))
+                 if caller.may_use(schedule.goal)]
+        for schedule in found:
+            del schedule["payload"]
+            schedule.update(json.loads(schedule.pop("fields")), paused=schedule.next_run_at is None)
+        return Record(schedules=found)
+
+    def unschedule(self, name, owner=None, *, caller=OWNER):
+        """Delete a schedule; raises NotFound. Its intents stay."""
+        with self.store.transaction() as tx:
+            tx.delete_schedule(self._scheduled(tx, name, owner, caller))
+        return Record(ok=True, name=name)
+
+    def run(self, name, owner=None, *, caller=OWNER):
+        """Publish the intent of a schedule now, besides its runs, and return {"id", "status", "namespace"}; raises NotFound."""
+        with self.store.transaction() as tx:
+            schedule = self._scheduled(tx, name, owner, caller)
+            intent = self._publish_run(tx, schedule, self._intent_of(tx, schedule))
+            self._require_room(tx, self._publisher_of(schedule))
+        return Record(id=intent.id, status="published", namespace=intent.namespace)
+
+    def _scheduled(self, tx, name, owner, caller):
+        """Return a schedule of an owner by its name; raises NotFound."""
+        for schedule in tx.schedules(ONE_SCHEDULE, owner=self._owner_for(owner, caller), name=name):
+            if caller.may_use(schedule.goal):
+                return schedule
+        raise NotFound(f"There is no schedule {name}.")
+
+    def _owner_for(self, owner, caller):
+        if owner not in (None, caller.owner) and not caller.admin:
+            raise Forbidden("Only an admin may name another owner.")
+        return owner or caller.owner
+
+    def _publisher_of(self, schedule):
+        """Return the key that made a schedule, with its limits; it may be revoked by now."""
+        limits = None if schedule.publisher == OWNER.key_id else self.issued_limits
+        return Caller(schedule.publisher, schedule.owner, "publish", False, limits)
+
+    def _intent_of(self, tx, schedule):
+        fields = dict(json.loads(schedule.fields), goal=schedule.goal, payload=json.loads(schedule.payload), schedule=schedule.name)
+        return Intent.new(self._ids.new(tx.now), tx.now, schedule.owner, schedule.publisher, fields)
+
+    def _publish_run(self, tx, schedule, intent):
+        tx.insert(intent, "scheduled")
+        tx.set_schedule(schedule, last_run_at=tx.now, last_id=intent.id)
+        return intent
+
+    def _run_due(self, tx, schedule):
+        """Publish the intent of a run that is due, or leave it out, in the transaction that sets the next run."""
+        intent = self._intent_of(tx, schedule)
+        try:
+            next_run_at, reason = next_run(schedule, tx.now), self._reason_to_skip(tx, schedule, intent)
+        except ValueError as error:     # the database has come from a machine that knows more time zones
+            next_run_at, reason = tx.now + BACKOFF_MAX_SECONDS, f"timezone {error}"
+        schedule["next_run_at"] = next_run_at
+        if reason is None:
+            return self._publish_run(tx, schedule, intent)
+        tx.set_schedule(schedule)
+        tx.moves.append(Move(Intent(intent, id=None, status="skipped", ready=0, due_at=None, last_error=reason), "skipped"))
+
+    def _reason_to_skip(self, tx, schedule, intent):
+        """Return why a run that is due is left out, or None."""
+        over = tx.now - intent.ttl     # the intent of a run that was due by then would be dead
+        if schedule.next_run_at <= over and next_run(schedule, over) > tx.now:
+            return "The bus was away at the time of the run, for longer than its ttl."
+        with contextlib.suppress(NotFound):
+            if schedule.overlap == "skip" and schedule.last_id and not self._current(tx, schedule.last_id).ended:
+                return f"The run before is unfinished: {schedule.last_id}."
+        tx.count(intent, 1)
+        try:
+            self._require_room(tx, self._publisher_of(schedule))
+        except RateLimited as error:
+            return str(error)
+        finally:
+            tx.count(intent, -1)
 
     # -- Working --
 
@@ -2733,14 +2998,17 @@ class Bus:
     # -- Time --
 
     def apply_due(self, tx):
-        """Apply due transitions, DUE_ROWS at most; return counts of them, and of the deaths by kind."""
+        """Apply due transitions, DUE_ROWS at most, and run due schedules; return counts of transitions, and of deaths by kind."""
         counts = Record(applied=0, expired_open_dead=0, expired_claims_dead=0)
         for intent in tx.due(tx.now, DUE_ROWS):
             after = self._change(tx, intent, intent.advance(tx.now))
             counts["applied"] += 1
             if after.ended:
                 counts["expired_claims_dead" if intent.status == "claimed" else "expired_open_dead"] += 1
-        if counts.applied < DUE_ROWS:
+        due = tx.schedules(DUE_SCHEDULES, now=tx.now, rows=SLICE_ROWS)
+        for schedule in due:
+            self._run_due(tx, schedule)
+        if counts.applied < DUE_ROWS and len(due) < SLICE_ROWS:
             tx.after_commit(setattr, self, "next_due", tx.next_due() or FOREVER)
         return counts
 
@@ -2750,10 +3018,23 @@ class Bus:
         if step:
             with self.store.transaction() as tx:
                 tx.shift(step)
+                self._shift_schedules(tx, step)
                 self._kept = [max(0, self._kept[0] + step), tx.now + step + self._retention]
                 self._note_time(tx, step)
             self.clock.adopt(step)
             self.distrust_memory()
+
+    def _shift_schedules(self, tx, step):
+        """Move schedules along; of cron ones, a step ahead leaves no run out, and one back repeats none unless it is large."""
+        for schedule in (schedule for schedule in tx.schedules(owner=None) if schedule.next_run_at is not None):
+            with contextlib.suppress(ValueError):     # an unknown time zone, see _run_due()
+                if schedule.cron is None:
+                    tx.set_schedule(schedule, made_at=schedule.made_at + step, next_run_at=schedule.next_run_at + step)
+                elif step <= -CLOCK_BACK_SECONDS:
+                    tx.set_schedule(schedule, next_run_at=next_run(schedule, tx.now + step))
+                else:
+                    since_last = next_run(schedule, schedule.last_run_at or schedule.made_at)
+                    tx.set_schedule(schedule, next_run_at=max(schedule.next_run_at, since_last))
 
     def housekeeping_delay(self):
         """Return in how many seconds housekeeping() has something to do; 0 or less: now."""
@@ -2809,7 +3090,7 @@ class Bus:
         tx.remember("clock", "", "", to_json(dict(self.clock.note(step), kept=self._kept)), FOREVER)
 
 
-# ---- 10. Keys ----
+# ---- 11. Keys ----
 # Who is asking: the credentials of a request become a Caller, or an error. And where this machine keeps its key.
 
 ISSUED = re.compile(r"tk_([0-9a-f]{16})[0-9a-f]{40}")
@@ -2999,7 +3280,7 @@ class Keys:
         self._metrics_token, self._require_signatures = metrics_token, require_signatures
         self._rate = (store.database.token_bucket or TokenBucket)(rate)
         self._failures = TokenBucket(FAILURES_PER_MINUTE)
-        self._limits = limits or Limits(UNFINISHED, STORED_BYTES)
+        self.limits = limits or Limits(UNFINISHED, STORED_BYTES)
         self._owner = OWNER._replace(admin=not (admin_secret or dashboard_password))
         lost = not (store.database.new or store.database.shared)     # the nonces of GETs that an earlier bus has known
         floor = store.now() - TIMESTAMP_SECONDS if lost else 0
@@ -3233,7 +3514,7 @@ class Keys:
         return caller if caller and self._store.now() < caller.expires_at else None
 
     def _caller_of(self, key):
-        return Caller(key.key_id, key.owner, key.role, False, self._limits, key.goals and tuple(key.goals),
+        return Caller(key.key_id, key.owner, key.role, False, self.limits, key.goals and tuple(key.goals),
                       key.expires_at or FOREVER, key.payloads or key.role != "viewer")
 
     def _check_signature(self, request):
@@ -3366,7 +3647,7 @@ def make_key(path=KEY_FILE):
     return key
 
 
-# ---- 11. Fields ----
+# ---- 12. Fields ----
 # The fields of bodies and queries, as data: name, validator, default. A validator returns the value, or raises ValueError
 # with the rest of the sentence that begins with the field's name.
 
@@ -3548,6 +3829,16 @@ PUBLISH = Fields({**INTENT, "idempotency_key": (text_of(1, 255), None)}, optiona
 PUBLISH_OF_MANY = Fields(INTENT, optional=OPTIONAL)     # one of several, which share an idempotency key
 PUBLISH_QUERY = Fields({field: (from_query(PUBLISH[field]), PUBLISH.defaults.get(field))     # the path has the goal
                         for field in PUBLISH if field not in ("goal", "payload")}, optional=OPTIONAL)
+OF_OWNER = Fields({"owner": (text_of(1, 64), None)})     # an admin may name another one
+SCHEDULE = Fields({
+    **{field: given for field, given in INTENT.items() if field not in ("delay", "run_at", "unique", "replace", "reward")},
+    "every": (number_from(*EVERY_RANGE_SECONDS), None),
+    "cron": (lambda value: read_cron(string(value)) and value, None),
+    "timezone": (lambda value: clock_of(string(value)) and value, None),
+    "overlap": (choice("skip", "allow"), "skip"),
+    "paused": (boolean, False),
+    "owner": (text_of(1, 64), None),
+}, optional=OPTIONAL)
 CLAIM_QUERY = {
     "goal": (list_of(text_of(1, 256)), None),
     "namespace": (namespace_word, "default"),
@@ -3594,6 +3885,8 @@ SET_QUERY = Fields({
     "ttl": (from_query(number_from(1, 86400)), VALUE_TTL_SECONDS),
     "if_absent": (from_query(boolean), False),
 })
+SCHEDULE_NAME = Fields({"name": (must_be("1 to 128 characters, no control characters", lambda name: len(name) <= 128
+                                         and not CONTROL.search(name)), REQUIRED)})
 VALUE_KEY = Fields({"key": (must_be(f"at most {VALUE_KEY_CHARACTERS} characters",
                                     lambda key: len(key) <= VALUE_KEY_CHARACTERS), REQUIRED)})
 GENERATE_KEY = Fields({
@@ -3685,7 +3978,7 @@ def nesting(body, limit):
     return limit + 1
 
 
-# ---- 12. Page ----
+# ---- 13. Page ----
 # The dashboard. The page holds no data: its script asks the API, and writes the answers as text only. The content policy
 # lets nothing else run or load: it names script and style by their hashes.
 
@@ -3959,7 +4252,7 @@ draw();
 """)
 
 
-# ---- 13. API ----
+# ---- 14. API ----
 # The endpoints, then ROUTES, the table of all: method, path, who may, endpoint. An endpoint returns (status, value) or a
 # Held. An endpoint that is a generator is a long operation: the loop advances it in slices.
 
@@ -4205,6 +4498,12 @@ def nothing_to_claim(api, request, wanted):
     return 204, None
 
 
+def schedule_endpoint(api, request, name):
+    validate(SCHEDULE_NAME, {"name": name})
+    answer = api.bus.schedule(name, **request.fields(SCHEDULE), caller=request.caller)
+    return 200 if answer.status == "replaced" else 201, answer
+
+
 def result_endpoint(api, request, intent_id):
     plain = request.wants_text     # while it is held, it has no headers
     def current():
@@ -4247,11 +4546,11 @@ def set_endpoint(api, request, key):
 
 
 def revoke_endpoint(api, request):
-    """End a key at once: its held requests and its leases end with it."""
+    """End a key at once: its held requests and its leases end with it; its schedules go on, and are counted."""
     key_id = api.keys.revoke(**request.fields(REVOKE_KEY))
     yield
     yield from Bus.end_leases.steps(api.bus, key_id)
-    return 200, {"ok": True}
+    return 200, {"ok": True, "schedules": api.bus.store.number_of_schedules(key_id)}
 
 
 def join_endpoint(api, request):
@@ -4284,10 +4583,10 @@ def exposition(*families):
     return "\n".join(lines) + "\n"
 
 
-def calling(read, verb, fields=NOTHING):
+def calling(read, verb, fields=NOTHING, status=200):
     """Return the endpoint that calls a verb of the Bus with the fields that read(request, fields) finds."""
     def endpoint(api, request, *place):
-        return 200, getattr(api.bus, verb)(*place, **read(request, fields), caller=request.caller)
+        return status, getattr(api.bus, verb)(*place, **read(request, fields), caller=request.caller)
     return endpoint
 
 
@@ -4343,6 +4642,10 @@ ROUTES = (
     ("POST", "/cancel/*",               "manage",  with_body("cancel")),
     ("POST", "/retry/*",                "manage",  with_body("retry")),
     ("POST", "/retry",                  "manage",  advancing("retry_many", RETRY)),
+    ("POST", "/schedule/*",             "manage",  schedule_endpoint),
+    ("GET",  "/schedules",              "look",    with_query("schedules", OF_OWNER)),
+    ("POST", "/unschedule/*",           "manage",  with_body("unschedule", OF_OWNER)),
+    ("POST", "/run/*",                  "manage",  with_body("run", OF_OWNER, 201)),
     ("POST", "/set/*",                  "keep",    set_endpoint),
     ("GET",  "/get/*",                  "keep",    get_endpoint),
     ("POST", "/delete/*",               "keep",    with_body("delete")),
@@ -4425,6 +4728,7 @@ class API:
         self.bus, self.keys, self.max_body = bus, keys, max_body
         self._enforce_https, self._maintenance = enforce_https, maintenance
         self.waiting = Waiting()     # the held requests, of a server that holds them
+        bus.issued_limits = keys.limits
         self._routes = {}     # path: {method: (who may, endpoint)}
         for method, path, who, endpoint in ROUTES:
             self._routes.setdefault(path, {})[method] = who, endpoint
@@ -4594,7 +4898,7 @@ class API:
             return self.refuse(request, error)
 
 
-# ---- 14. Server ----
+# ---- 15. Server ----
 # The loop, and strict HTTP/1.1 (RFC 9112): bytes that two programs could read in two ways are refused and the connection
 # closed, so that nothing behind them is taken for a request.
 
@@ -6001,7 +6305,7 @@ def sqlite_store(path=None):
 application = WsgiApplication(sqlite_store)
 
 
-# ---- 15. Local state ----
+# ---- 16. Local state ----
 # The files of this machine in ~/.intentbus: the bus that it has joined, and the spool of requests that no bus has answered.
 
 SPOOL_SCHEMA = """
@@ -6215,7 +6519,7 @@ class Spool:
             raise SetupError(f"The spool {self._path} cannot be used: {error}.") from error
 
 
-# ---- 16. Client ----
+# ---- 17. Client ----
 # The verbs of the Bus over HTTP, with the same errors. A request that is safe to repeat is repeated when the network fails.
 
 def parse_bus_url(url):
@@ -6346,6 +6650,8 @@ LISTED_WORKER = answer_of(owner=TEXT, last_seen=MOMENT, goals=(array_of(string),
                           running=(array_of(string), ()))
 LISTED_EVENT = answer_of(event=TEXT, time=MOMENT, id=UNSURE, goal=UNSURE, worker_id=UNSURE, worker=UNSURE,
                          last_error=UNSURE)
+LISTED_SCHEDULE = answer_of(name=TEXT, owner=TEXT, goal=TEXT, every=(number_from(1, 2 ** 40), None), cron=(string, None),
+                            timezone=(string, None), next_run_at=PERHAPS_A_MOMENT, last_run_at=PERHAPS_A_MOMENT, last_id=UNSURE)
 PERHAPS_GOALS = (array_of(string), None)
 LISTED_KEY = answer_of(key_id=TEXT, owner=TEXT, role=TEXT, total_requests=COUNT, name=UNSURE, goals=PERHAPS_GOALS,
                        expires_at=PERHAPS_A_MOMENT, last_used_at=PERHAPS_A_MOMENT)
@@ -6368,12 +6674,16 @@ ANSWERS = {     # of a bus, to a method and path: an answer without these fields
     "POST /cancel/*": CHANGED,
     "POST /retry/*": CHANGED,
     "POST /retry": answer_of(retried=COUNT),
+    "POST /schedule/*": answer_of(name=TEXT, next_run_at=PERHAPS_A_MOMENT, status=TEXT),
+    "GET /schedules": answer_of(schedules=(array_of(LISTED_SCHEDULE), REQUIRED)),
+    "POST /unschedule/*": answer_of(ok=DONE, name=TEXT),
+    "POST /run/*": answer_of(id=ANSWER_ID, status=TEXT, namespace=TEXT),
     "POST /set/*": answer_of(ok=DONE),
     "GET /get/*": answer_of(value=(anything, REQUIRED)),
     "POST /delete/*": answer_of(deleted=TRUTH),
     "POST /admin/generate_key": answer_of(api_key=API_KEY, key_id=(string, None), owner=(string, None), role=(string, None)),
     "POST /admin/invite": answer_of(code=TEXT, expires_at=MOMENT, name=TEXT, role=TEXT),
-    "POST /admin/revoke_key": answer_of(ok=DONE),
+    "POST /admin/revoke_key": answer_of(ok=DONE, schedules=(COUNT[0], 0)),
     "GET /admin/keys": array_of(LISTED_KEY),
     "GET /admin/intents/*": answer_of(**RESULT_STATE, payload=(any_payload, REQUIRED), owner=TEXT, publisher=TEXT),
     "GET /admin/dead": array_of(answer_of(intent_id=TEXT)),
@@ -6874,6 +7184,22 @@ class IntentClient:
             return self.request("POST", f"/retry/{intent_id}", retries=0)
         return self.request("POST", "/retry", dict(goal=goal, namespace=namespace, limit=limit), retries=0)
 
+    def schedule(self, name, goal, payload, **fields):
+        """Publish an intent again and again, with the fields of Bus.schedule; return {"name", "next_run_at", "status"}."""
+        return self.request("POST", f"/schedule/{name}", dict(dict(goal=goal, payload=payload, namespace=self.namespace), **fields))
+
+    def schedules(self, owner=None):
+        """Return {"schedules"}, each with next_run_at, last_run_at and the last_id that it published."""
+        return self.request("GET", "/schedules", query=dict(owner=owner))
+
+    def unschedule(self, name, owner=None):
+        """Delete a schedule; raises NotFound."""
+        return self.request("POST", f"/unschedule/{name}", dict(owner=owner), retries=0)
+
+    def run(self, name, owner=None):
+        """Publish the intent of a schedule now, besides its runs, and return {"id", "status", "namespace"}."""
+        return self.request("POST", f"/run/{name}", dict(owner=owner), retries=0)
+
     def set(self, key, value, ttl=VALUE_TTL_SECONDS, if_absent=False):
         """Store a JSON value for ttl seconds; with if_absent, raises Conflict if the key is taken, so it serves as a lock."""
         if if_absent:
@@ -7012,7 +7338,7 @@ class IntentClient:
         raise raised
 
 
-# ---- 17. Worker ----
+# ---- 18. Worker ----
 # Claim, run, extend the lease, report. A handler is called with (intent, lease) and returns (result, result_type).
 
 HANGUP = getattr(signal, "SIGHUP", None)     # Windows has none
@@ -7593,7 +7919,7 @@ class Program:
         return decoded + CUT_MARK * is_cut, "text"
 
 
-# ---- 18. Doctor ----
+# ---- 19. Doctor ----
 # What goes wrong in practice, and its cure. Each check yields findings.
 
 Finding = collections.namedtuple("Finding", "level about words")     # level: ok, note or bad; words: one or two sentences
@@ -7759,7 +8085,7 @@ def check_termux(options):
 CHECKS = (check_versions, check_bus, check_database, check_spool, check_termux)
 
 
-# ---- 19. Commands ----
+# ---- 20. Commands ----
 # The command line. Examples and flags stand on a command's function, its docstring is the help; messages go to stderr.
 
 INTRODUCTION = """intentbus: say "do this" here, have it done there.
@@ -7776,6 +8102,7 @@ exit codes: 0 success; 1 the intent is dead, or a conflict; 2 wrong usage or set
 GROUPS = (
     ("run", ("serve", "publish", "work", "flush")),
     ("inspect", ("status", "result", "show", "list", "workers", "watch", "stats")),
+    ("schedule", ("schedule", "schedules", "unschedule", "run")),
     ("repair", ("cancel", "retry", "purge", "doctor", "backup")),
     ("keys and machines", ("keys add", "keys invite", "keys list", "keys revoke", "join")),
     ("store values", ("set", "get", "del")),
@@ -7922,6 +8249,11 @@ def local_time(text):
     return next(moment for moment in times if moment > now.timestamp())
 
 
+def moment(at, zone=None):
+    """Format Unix seconds as clocks of a time zone, or of this machine, show them; None as None."""
+    return at and time.strftime("%a %Y-%m-%d %H:%M:%S", time.gmtime(at + clock_of(zone)(at)))
+
+
 def positive_int(text):
     """Parse a whole number from 1 up."""
     if not re.fullmatch(r"[1-9][0-9]{0,8}", text, re.ASCII):
@@ -7972,6 +8304,19 @@ NEW_KEY = (
     flag("--goal", action="append", help="the only goal that the key may use; may be repeated"),
     flag("--expires", type=duration, metavar="DURATION", help="how long the key is valid"),
     flag("--payloads", action="store_true", help="let a viewer see payloads and results"),
+)
+PAYLOAD = flag("payload", nargs="*", help="JSON, text, @FILE, - or nothing for stdin, or pairs: name=text, name=@FILE, name:=json")
+OF_OWNER_FLAG = flag("--owner", help="the owner of the schedule, if you are an admin (default the key's)")
+INTENT_FLAGS = (
+    flag("--priority", type=int, help="0 to 1000; higher is claimed first (default 100)"),
+    flag("--ttl", type=duration, help="how long it may stay unfinished once it can be claimed (default 7d)"),
+    flag("--max-attempts", type=int, help="attempts before it is dead, 1 to 20 (default 3)"),
+    flag("--backoff", dest="backoff_base", type=duration, help="half the first pause; pauses double (default 5s)"),
+    flag("--worker", dest="target_worker", help="the id of the only worker that may claim it"),
+    flag("--capability", dest="required_capability", help="a capability that its worker must have"),
+    flag("--public", dest="visibility", action="store_const", const="public", help="let workers of any owner claim it"),
+    flag("--on-success", metavar="GOAL", help="when it is fulfilled, publish an intent of this goal with its result"),
+    flag("--on-failure", metavar="GOAL", help="when it is dead, but not cancelled, publish an intent of this goal with its error"),
 )
 WAIT = flag("--wait", type=lambda text: duration(text) if text else PUBLISH_WAIT_SECONDS, metavar="=DURATION",
             help="wait until it has ended (5m if no DURATION is given) and print its result; exit 1 if it is dead")
@@ -8079,23 +8424,15 @@ def log_startup(options, url, database, key_source):
                      "publish resize --lines < files.txt"],
          *CONNECTION,
          flag("goal", help="the name of the work, which workers ask for"),
-         flag("payload", nargs="*", help="JSON, text, @FILE, - or nothing for stdin, or pairs: name=text, name=@FILE, name:=json"),
+         PAYLOAD,
          flag("--text", action="store_true", help="the payload is text, even if it could be JSON, a pair or @FILE"),
          WAIT, JSON,
-         flag("--priority", type=int, help="0 to 1000; higher is claimed first (default 100)"),
+         *INTENT_FLAGS,
          flag("--delay", type=duration, help="the time until it can be claimed"),
          flag("--at", dest="run_at", metavar="TIME", type=local_time, help="when it can be claimed, in local time: 07:00, the next "
                                                                            "one, or 2026-12-24T18:00"),
-         flag("--ttl", type=duration, help="how long it may stay unfinished after the delay (default 7d)"),
-         flag("--max-attempts", type=int, help="attempts before it is dead, 1 to 20 (default 3)"),
-         flag("--backoff", dest="backoff_base", type=duration, help="half the first pause; pauses double (default 5s)"),
-         flag("--worker", dest="target_worker", help="the id of the only worker that may claim it"),
-         flag("--capability", dest="required_capability", help="a capability that its worker must have"),
-         flag("--public", dest="visibility", action="store_const", const="public", help="let workers of any owner claim it"),
          flag("--unique", metavar="VALUE", help="while an intent of this goal and VALUE is unfinished, store nothing and print its id"),
          flag("--replace", action="store_const", const=True, help="with --unique: take the place of one that waits"),
-         flag("--on-success", metavar="GOAL", help="when it is fulfilled, publish an intent of this goal with its result"),
-         flag("--on-failure", metavar="GOAL", help="when it is dead, but not cancelled, publish an intent of this goal with its error"),
          flag("--idempotency-key", help="within a day, publishing again with this key stores nothing new"),
          flag("--spool", action="store_const", const=SPOOL_FILE, help="if the bus cannot take it now, store it for later"),
          flag("--lines", action="store_true", help="publish an intent for each line of stdin, with its text as payload"),
@@ -8495,7 +8832,7 @@ def watch_command(bus, options):
         print_rows(options, page.events, lambda entry: (
             time.strftime("%H:%M:%S", time.localtime(entry.time)), f"{entry.event:9}", (entry.id or "")[:SHOWN_ID_DIGITS], entry.goal,
             entry.worker or entry.worker_id,
-            entry.last_error if entry.event in ("failed", "dead", "lost") else None))
+            entry.last_error if entry.event in ("failed", "dead", "lost", "skipped") else None))
         if after and not page.events and time.monotonic() - asked < RECHECK_SECONDS:     # this bus does not hold requests
             time.sleep(RECHECK_SECONDS)
         after = page.next
@@ -8518,6 +8855,54 @@ def retry_command(bus, options):
         raise Invalid("retry needs one of these: an id, --goal GOAL, --all.")
     answer = bus.retry(options.id, goal=options.goal, namespace=options.namespace, limit=options.limit)
     print_answer(options, answer, "status" if options.id else "retried")
+
+
+@command("schedule", ["schedule nightly backup host=nas --every 1d --ttl 6h",
+                      """schedule report report '{}' --cron "0 7 * * mon-fri" --timezone Europe/Berlin --dry-run"""],
+         *CONNECTION,
+         flag("name", help="a name of your own; the schedule that has it already is replaced"),
+         flag("goal", help="the goal of the intents"), PAYLOAD, JSON,
+         flag("--every", type=duration, help="the time from one run to the next, 10s or more"),
+         flag("--cron", metavar='"M H D M W"', help="run at these minutes, hours, days of month, months, days of week"),
+         flag("--timezone", metavar="ZONE", help="the time zone of --cron, such as Europe/Berlin or UTC (default that of the bus)"),
+         flag("--overlap", choices=("skip", "allow"), help="allow: run even if the run before is unfinished (default skip)"),
+         flag("--paused", action="store_true", help="store it without runs, for the command run"),
+         flag("--dry-run", action="store_true", help="print the next five runs and store nothing"), OF_OWNER_FLAG, *INTENT_FLAGS)
+def schedule_command(options):
+    """Publish an intent again and again; prints the time of the next run. To change or resume a schedule, give it again."""
+    fields = {name: value for name, value in vars(options).items() if value is not None and name in SCHEDULE}
+    fields["payload"] = read_payload(options.payload)
+    if not options.dry_run:
+        answer = open_client(options).schedule(options.name, **fields)
+        log(f"{options.name} is {answer.status}")
+        return print_result(to_json(answer) if options.json else moment(answer.next_run_at) or "paused")
+    at = time.time()
+    schedule = Record(validate(SCHEDULE, fields), made_at=at)
+    if options.cron and not options.timezone:
+        log("this is the local time of this machine; the bus takes its own, unless you pass --timezone")
+    for _ in range(5):
+        at = next_run(schedule, at)
+        print_result(moment(at, options.timezone))
+
+
+@bus_command("schedules", ["schedules"], OF_OWNER_FLAG, JSON)
+def schedules_command(bus, options):
+    """List the schedules: name, goal, every or cron, next run, last run and its id. Times are those of this machine."""
+    print_rows(options, bus.schedules(options.owner).schedules, lambda schedule: (
+        schedule.name, schedule.goal, schedule.cron or f"every {format_duration(schedule.every or 0)}", schedule.timezone,
+        f"next {moment(schedule.next_run_at) or 'paused'}", f"last {moment(schedule.last_run_at) or 'never'}", schedule.last_id))
+
+
+@bus_command("unschedule", ["unschedule nightly"], flag("name", help="the name of the schedule"), OF_OWNER_FLAG)
+def unschedule_command(bus, options):
+    """Delete a schedule; exit 3 if there is none. Its intents stay."""
+    bus.unschedule(options.name, options.owner)
+
+
+@bus_command("run", ["run nightly"], flag("name", help="the name of the schedule"), OF_OWNER_FLAG, JSON)
+def run_schedule_command(bus, options):
+    """Publish the intent of a schedule now, besides its runs; prints the id."""
+    print_answer(options, bus.run(options.name, options.owner), "id")
 
 
 @bus_command("set", ["""set thermostat '{"celsius": 19.5}' --ttl 1h""", 'set "nightly backup" mine --ttl 1h --if-absent'],
@@ -8587,7 +8972,8 @@ def keys_list_command(bus, options):
 @bus_command("keys revoke", ["keys revoke 267ecfd48ae038ad"], flag("key_id", help="the id that keys list prints"))
 def keys_revoke_command(bus, options):
     """Revoke an issued key."""
-    bus.admin("revoke_key", key_id=options.key_id)
+    if made := bus.admin("revoke_key", key_id=options.key_id).schedules:
+        log(f"{made} schedules that it made go on; unschedule ends one")
 
 
 @command("join", ["join https://bus.example.com K7Q2-9MXW", "join http://100.101.102.103:8787 K7Q2-9MXW --plain"],

@@ -14,6 +14,7 @@ import bisect
 import collections
 import concurrent.futures
 import contextlib
+import datetime
 import errno
 import functools
 import hashlib
@@ -52,6 +53,7 @@ import urllib.request
 import wsgiref.simple_server
 import wsgiref.util
 import wsgiref.validate
+import zoneinfo
 from pathlib import Path
 
 import pytest
@@ -1677,7 +1679,7 @@ def parts():
 def test_the_map_in_the_docstring_is_the_outline_of_the_module():
     in_docstring = re.findall(r"^ +(\d+)\. (\w+(?: \w+)*)", intentbus.__doc__, re.M)
     assert [(int(number), name) for number, name in in_docstring] == [part[:2] for part in parts()]
-    assert [number for number, _, _ in parts()] == list(range(1, 20))
+    assert [number for number, _, _ in parts()] == list(range(1, 21))
 
 
 def test_each_part_uses_only_the_parts_above_it():
@@ -1695,7 +1697,7 @@ def test_each_part_uses_only_the_parts_above_it():
         part = bisect.bisect(lines, scope.get_lineno())
         low += [f"{scope.get_name()} (line {scope.get_lineno()}) uses {symbol.get_name()}" for symbol in scope.get_symbols()
                 if symbol.is_global() and symbol.is_referenced() and defined.get(symbol.get_name(), 0) > part]
-    assert defined["IntentClient"] == 16 and not low
+    assert defined["IntentClient"] == 17 and not low
 
 
 def test_only_the_standard_library_is_imported():
@@ -1846,7 +1848,160 @@ def test_the_end_of_a_lane_sorts_before_the_next_lane(seed):
         assert lane < intentbus.lane_end(lane.decode()).encode() < following
 
 
-# ---- 4. Database ----
+# ---- 4. Schedule ----
+
+# expression, the time before, the runs after it; times are UTC, or in a zone that the table names
+CRON = {"UTC": [
+    ("* * * * *", "2026-01-01 00:00", "2026-01-01 00:01", "2026-01-01 00:02"),
+    ("*/15 * * * *", "2026-01-01 00:00", "2026-01-01 00:15", "2026-01-01 00:30"),
+    ("*/7 * * * *", "2026-01-01 00:50", "2026-01-01 00:56", "2026-01-01 01:00"),
+    ("*/60 * * * *", "2026-01-01 00:50", "2026-01-01 01:00", "2026-01-01 02:00"),
+    ("1-5/2 * * * *", "2026-01-01 00:01", "2026-01-01 00:03", "2026-01-01 00:05", "2026-01-01 01:01"),
+    ("5,10-12 0 * * *", "2026-01-01 00:05", "2026-01-01 00:10", "2026-01-01 00:11", "2026-01-01 00:12", "2026-01-02 00:05"),
+    ("7 * * * *", "2026-01-01 00:07", "2026-01-01 01:07"),
+    ("0 */6 * * *", "2026-01-01 00:00", "2026-01-01 06:00", "2026-01-01 12:00"),
+    ("0 8-18/5 * * *", "2026-01-01 00:00", "2026-01-01 08:00", "2026-01-01 13:00", "2026-01-01 18:00", "2026-01-02 08:00"),
+    ("0 22-23,0-1 * * *", "2026-01-01 00:30", "2026-01-01 01:00", "2026-01-01 22:00"),
+    ("0,30 9 * * *", "2026-01-01 09:00", "2026-01-01 09:30", "2026-01-02 09:00"),
+    ("  0\t7  *  *  * ", "2026-01-01 07:00", "2026-01-02 07:00"),
+    ("59 23 31 12 *", "2026-01-01 00:00", "2026-12-31 23:59", "2027-12-31 23:59"),
+    ("0 7 * * 1-5", "2026-01-02 07:00", "2026-01-05 07:00"),     # from a Friday to a Monday
+    ("0 7 * * Mon-Fri", "2026-01-02 07:00", "2026-01-05 07:00"),
+    ("0 7 * * 0", "2026-01-01 00:00", "2026-01-04 07:00", "2026-01-11 07:00"),
+    ("0 7 * * 7", "2026-01-01 00:00", "2026-01-04 07:00", "2026-01-11 07:00"),
+    ("0 7 * * SUN", "2026-01-01 00:00", "2026-01-04 07:00", "2026-01-11 07:00"),
+    ("0 7 * * 6-7", "2026-01-01 00:00", "2026-01-03 07:00", "2026-01-04 07:00", "2026-01-10 07:00"),
+    ("0 7 * * sat,sun", "2026-01-01 00:00", "2026-01-03 07:00", "2026-01-04 07:00", "2026-01-10 07:00"),
+    ("0 7 * * 1-7/3", "2026-01-01 00:00", "2026-01-01 07:00", "2026-01-04 07:00", "2026-01-05 07:00"),
+    ("0 0 * * */2", "2026-01-01 00:00", "2026-01-03 00:00", "2026-01-04 00:00", "2026-01-06 00:00"),
+    ("0 0 1 * *", "2026-01-01 00:00", "2026-02-01 00:00", "2026-03-01 00:00"),
+    ("0 0 31 * *", "2026-01-31 00:00", "2026-03-31 00:00", "2026-05-31 00:00"),
+    ("0 0 30 2,4 *", "2026-01-01 00:00", "2026-04-30 00:00", "2027-04-30 00:00"),
+    ("0 12 1 jul-SEP *", "2026-01-01 00:00", "2026-07-01 12:00", "2026-08-01 12:00", "2026-09-01 12:00", "2027-07-01 12:00"),
+    ("0 0 1 */5 *", "2026-01-01 00:00", "2026-06-01 00:00", "2026-11-01 00:00", "2027-01-01 00:00"),
+    ("0 0 29 2 *", "2026-01-01 00:00", "2028-02-29 00:00", "2032-02-29 00:00"),
+    ("0 0 29 feb *", "2096-03-01 00:00", "2104-02-29 00:00"),     # 2100 has no such day
+    ("0 0 29 2 */7", "2026-01-01 00:00", "2032-02-29 00:00", "2060-02-29 00:00"),     # on a Sunday
+    ("0 0 29 2 */7", "2088-03-01 00:00", "2128-02-29 00:00"),     # the longest pause there is
+    ("0 0 13 * 5", "2026-01-01 00:00", "2026-01-02 00:00", "2026-01-09 00:00", "2026-01-13 00:00"),     # the 13th or a Friday
+    ("0 0 13 * */5", "2026-01-01 00:00", "2026-02-13 00:00", "2026-03-13 00:00", "2026-09-13 00:00"),     # both, Sunday too
+    ("0 0 */13 * 5", "2026-01-01 00:00", "2026-02-27 00:00", "2026-03-27 00:00"),     # both
+    ("0 0 30 2 1", "2026-01-01 00:00", "2026-02-02 00:00"),     # a Monday in February
+    ("@hourly", "2026-01-01 00:00", "2026-01-01 01:00", "2026-01-01 02:00"),
+    ("@daily", "2026-01-01 00:00", "2026-01-02 00:00"),
+    ("@midnight", "2026-01-01 00:00", "2026-01-02 00:00"),
+    ("@Weekly", "2026-01-01 00:00", "2026-01-04 00:00"),
+    ("@monthly", "2026-01-01 00:00", "2026-02-01 00:00"),
+    ("@yearly", "2026-01-01 00:00", "2027-01-01 00:00"),
+    ("@annually", "2026-01-01 00:00", "2027-01-01 00:00"),
+], "Europe/Berlin": [     # 2026-03-29: 02:00 becomes 03:00; 2026-10-25: 03:00 becomes 02:00
+    ("0 7 * * *", "2026-03-28 07:00+01", "2026-03-29 07:00+02", "2026-03-30 07:00+02"),
+    ("30 2 * * *", "2026-03-28 12:00+01", "2026-03-29 03:00+02", "2026-03-30 02:30+02"),
+    ("0,30 2 * * *", "2026-03-28 12:00+01", "2026-03-29 03:00+02", "2026-03-30 02:00+02"),
+    ("0 2,3 * * *", "2026-03-28 12:00+01", "2026-03-29 03:00+02", "2026-03-30 02:00+02", "2026-03-30 03:00+02"),
+    ("30 2,3 * * *", "2026-03-28 12:00+01", "2026-03-29 03:00+02", "2026-03-29 03:30+02", "2026-03-30 02:30+02"),
+    ("30 2 29 3 *", "2026-03-28 12:00+01", "2026-03-29 03:00+02", "2027-03-29 02:30+02"),
+    ("30 * * * *", "2026-03-29 01:00+01", "2026-03-29 01:30+01", "2026-03-29 03:30+02", "2026-03-29 04:30+02"),
+    ("*/30 2 * * *", "2026-03-28 12:00+01", "2026-03-30 02:00+02", "2026-03-30 02:30+02"),
+    ("0 */2 * * *", "2026-03-29 00:00+01", "2026-03-29 04:00+02"),
+    ("0 7 * * *", "2026-10-24 07:00+02", "2026-10-25 07:00+01"),
+    ("30 2 * * *", "2026-10-25 00:00+02", "2026-10-25 02:30+02", "2026-10-26 02:30+01"),
+    ("30 2 * * *", "2026-10-25 02:10+01", "2026-10-26 02:30+01"),
+    ("0 2,3 * * *", "2026-10-25 00:00+02", "2026-10-25 02:00+02", "2026-10-25 03:00+01", "2026-10-26 02:00+01"),
+    ("30 * * * *", "2026-10-25 01:00+02", "2026-10-25 01:30+02", "2026-10-25 02:30+02", "2026-10-25 02:30+01", "2026-10-25 03:30+01"),
+    ("*/30 2 * * *", "2026-10-25 00:00+02", "2026-10-25 02:00+02", "2026-10-25 02:30+02", "2026-10-25 02:00+01", "2026-10-25 02:30+01",
+     "2026-10-26 02:00+01"),
+], "America/New_York": [     # 2026-03-08: 02:00 becomes 03:00; 2026-11-01: 02:00 becomes 01:00
+    ("30 2 * * *", "2026-03-07 12:00-05", "2026-03-08 03:00-04", "2026-03-09 02:30-04"),
+    ("0 * * * *", "2026-03-08 00:30-05", "2026-03-08 01:00-05", "2026-03-08 03:00-04"),
+    ("30 1 * * *", "2026-11-01 00:00-04", "2026-11-01 01:30-04", "2026-11-02 01:30-05"),
+    ("15 * * * *", "2026-11-01 01:00-04", "2026-11-01 01:15-04", "2026-11-01 01:15-05", "2026-11-01 02:15-05"),
+    ("0 2 * * *", "2026-10-31 12:00-04", "2026-11-01 02:00-05", "2026-11-02 02:00-05"),
+], "Australia/Lord_Howe": [     # 2026-04-05: 02:00 becomes 01:30; 2026-10-04: 02:00 becomes 02:30
+    ("45 1 * * *", "2026-04-04 12:00+11", "2026-04-05 01:45+11", "2026-04-06 01:45+1030"),
+    ("*/15 1 * * *", "2026-04-05 01:20+11", "2026-04-05 01:30+11", "2026-04-05 01:45+11", "2026-04-05 01:30+1030",
+     "2026-04-05 01:45+1030", "2026-04-06 01:00+1030"),
+    ("15,45 2 * * *", "2026-10-03 12:00+1030", "2026-10-04 02:30+11", "2026-10-04 02:45+11", "2026-10-05 02:15+11"),
+    ("*/15 2 * * *", "2026-10-03 12:00+1030", "2026-10-04 02:30+11", "2026-10-04 02:45+11", "2026-10-05 02:00+11"),
+], "America/Havana": [("0 0 * * *", "2026-03-07 12:00-05", "2026-03-08 01:00-04", "2026-03-09 00:00-04")],     # without that midnight
+    "Pacific/Apia": [("0 12 30 12 *", "2011-12-29 13:00-10", "2011-12-31 00:00+14")],     # without that day
+    "Asia/Kolkata": [("0 7 * * *", "2026-01-01 07:00+0530", "2026-01-02 07:00+0530")],
+}
+
+
+def unix(text):
+    """Return the Unix seconds of a time such as 2026-03-29 03:00+0200; without an offset, of UTC."""
+    text, offset = (text if len(text) > 16 else text + "+0000")[:16], (text[16:] or "+0000").ljust(5, "0")
+    return datetime.datetime.strptime(text + offset, "%Y-%m-%d %H:%M%z").timestamp()
+
+
+def need_zone(name):
+    """Skip a test on a machine that does not know a time zone."""
+    try:
+        zoneinfo.ZoneInfo(name)
+    except zoneinfo.ZoneInfoNotFoundError:
+        pytest.skip("this machine has no data of time zones")
+
+
+@pytest.mark.parametrize("zone, expression, after, runs", [(zone, *case[:2], case[2:]) for zone, cases in CRON.items() for case in cases])
+def test_a_cron_expression_has_its_next_times(zone, expression, after, runs):
+    need_zone(zone)
+    at, found = unix(after), []
+    for _ in runs:
+        at = intentbus.next_time(expression, zone, at)
+        found.append(at)
+    assert found == [unix(run) for run in runs]
+
+
+def test_a_run_is_after_its_time_however_little():
+    assert intentbus.next_time("* * * * *", "UTC", 59.9999) == 60 and intentbus.next_time("* * * * *", "UTC", 60.0) == 120
+
+
+@pytest.mark.parametrize("expression, name, part", [
+    ("5/15 * * * *", "minute", "5/15"), ("60 * * * *", "minute", "60"), ("-1 * * * *", "minute", "-1"), ("1,,2 * * * *", "minute", ""),
+    ("*/0 * * * *", "minute", "*/0"), ("*/61 * * * *", "minute", "*/61"), ("1-2-3 * * * *", "minute", "1-2-3"), ("² * * * *", "minute", "²"),
+    ("? * * * *", "minute", "?"), ("*-5 * * * *", "minute", "*-5"), ("** * * * *", "minute", "**"), ("1-3,9-8 * * * *", "minute", "9-8"),
+    ("* 24 * * *", "hour", "24"), ("* 22-6 * * *", "hour", "22-6"), ("* jan * * *", "hour", "jan"), ("* * 0 * *", "day of month", "0"),
+    ("* * 32 * *", "day of month", "32"), ("* * L * *", "day of month", "l"), ("* * 15W * *", "day of month", "15w"),
+    ("* * * 13 *", "month", "13"), ("* * * foo *", "month", "foo"), ("* * * dec-jan *", "month", "dec-jan"), ("* * * * 8", "day of week", "8"),
+    ("* * * * 5#2", "day of week", "5#2"), ("* * * * 5L", "day of week", "5l"), ("* * * * fri-mon", "day of week", "fri-mon"),
+    ("0 0 30 2 *", "day of month", "30"), ("0 0 31 2,4,jun *", "day of month", "31"), ("0 0 30-31 feb */2", "day of month", "30-31"),
+])
+def test_a_wrong_cron_expression_is_refused_with_its_field(expression, name, part):
+    with pytest.raises(ValueError, match=re.escape(f"has a wrong {name} {part!r}: ")):
+        intentbus.next_time(expression, "UTC", 0)
+
+
+@pytest.mark.parametrize("expression", ["", "@reboot", "@every 5m", "* * * *", "* * * * * *", "H 7 * * * x", "1," * 200 + "1 * * * *"])
+def test_an_expression_that_is_not_five_fields_is_refused(expression):
+    with pytest.raises(ValueError, match="must have five fields, minute, hour, day of month, month, day of week, or be @hourly"):
+        intentbus.next_time(expression, "UTC", 0)
+
+
+@pytest.mark.parametrize("zone", ["Europe/Nowhere", "../etc/passwd", "/etc/passwd", "America", "", "\0", "x" * 300])
+def test_an_unknown_time_zone_is_refused_with_its_cure(zone):
+    with pytest.raises(ValueError, match="UTC or a time zone that the machine of the bus knows.*pip install tzdata"):
+        intentbus.next_time("* * * * *", zone, 0)
+
+
+@LINUX
+def test_without_a_zone_a_run_is_by_the_local_time_of_the_machine():
+    zones, after = ("CET-1CEST,M3.5.0,M10.5.0/3", "EST5"), [unix("2026-03-28 12:00"), unix("2026-03-29 12:00")]
+    code = (f"import intentbus, os, time\nfor os.environ['TZ'] in {zones}:\n"
+            f"    time.tzset()\n    print([intentbus.next_time('30 2 * * *', None, at) for at in {after}])")
+    found = [json.loads(line) for line in run_python("-c", code).stdout.splitlines()]
+    assert found == [[unix("2026-03-29 03:00+02"), unix("2026-03-30 02:30+02")], [unix("2026-03-29 02:30-05"), unix("2026-03-30 02:30-05")]]
+
+
+@pytest.mark.parametrize("every", [10, 0.1 + 10, 1 / 3 + 11, 3600, 86400 * 365])
+def test_the_runs_of_a_schedule_are_a_grid_without_drift(every):
+    schedule, at = Record(every=every, cron=None, timezone=None, made_at=1_800_000_000.1), 1_800_000_000.1
+    for number in range(1, 200):
+        at = intentbus.next_run(schedule, at)
+        assert at == schedule.made_at + number * every == intentbus.next_run(schedule, at - 0.001)
+
+
+# ---- 5. Database ----
 
 @ON_A_FILE
 def test_the_file_is_private_and_readable_with_any_sql_tool(served):
@@ -2256,7 +2411,7 @@ def test_no_shared_memory_works_with_a_warning(tmp_path):
     assert code == 0 and "without shared memory: the bus works, but slower" in said
 
 
-# ---- 5. Store ----
+# ---- 6. Store ----
 
 @ON_A_FILE
 def test_the_cost_of_a_verb_does_not_grow_with_the_table(sqlite_work, bus, clock, monkeypatch):
@@ -2371,7 +2526,7 @@ def test_an_ended_intent_is_deleted_after_its_retention(store, clock):
     assert bus.cleanup().fulfilled_deleted == 1 and [intent.id for intent in bus.list().intents] == ids[1:]
 
 
-# ---- 6. Clock ----
+# ---- 7. Clock ----
 
 @pytest.mark.parametrize("jump", [3600, -3600, 10 * 366 * 86400, -50 * 366 * 86400])
 def test_a_clock_jump_expires_nothing_and_stalls_nothing(bus, clock, jump):
@@ -2694,7 +2849,7 @@ def test_random_clock_settings_change_no_lease_delay_or_expiry(tmp_path, seed):
     assert assert_trial(tmp_path, seed, 120)
 
 
-# ---- 7. Waiting ----
+# ---- 8. Waiting ----
 
 # -- Waiting --
 
@@ -3118,7 +3273,7 @@ def test_no_wake_up_of_a_held_claim_is_lost(no_rechecks, served):
     assert {status for status, _ in [done.get() for _ in range(done.qsize())]} <= {200}
 
 
-# ---- 8. Activity ----
+# ---- 9. Activity ----
 
 def test_a_publish_reports_how_many_workers_listen(bus, clock):
     assert bus.publish("g", 1).pick(("listening", "never_claimed")) == {"listening": 0, "never_claimed": True}
@@ -3462,7 +3617,7 @@ def test_the_summary_lists_waiting_goals_longest_first(bus, clock):
     assert [(row.goal, clock.wall - row.run_at, row.listening) for row in bus.summary().waiting] == [("old", 40, 0), ("new", 10, 1)]
 
 
-# ---- 9. Bus ----
+# ---- 10. Bus ----
 
 ALICE = Caller("k1", "alice", "both", False, None)
 BOB = Caller("k2", "bob", "both", False, None)
@@ -4218,6 +4373,299 @@ def test_a_callback_wakes_the_worker_that_waits_for_it(served):
 
 # ---- 10. Keys ----
 
+
+# -- Schedules --
+
+def news(bus, start):
+    """Return the events after a number: event, goal, and last_error of those that were skipped."""
+    return [(event.event, event.schedule, *([event.last_error] if event.event == "skipped" else [])) for event in bus.events(start).events]
+
+
+def test_a_schedule_publishes_its_intent_each_time(bus, clock):
+    start, now = bus.events().next, clock.wall
+    answer = bus.schedule("nightly", "backup", {"host": "nas"}, every=60, priority=7, namespace="home", visibility="public")
+    assert answer == dict(name="nightly", next_run_at=now + 60, status="scheduled")
+    clock.pass_(59.5)
+    assert bus.claim("backup", namespace="home") is None
+    for seconds, next_run_at in ((0.5, 120), (60, 180), (75, 240)):     # the last one is late, and the grid stays
+        clock.pass_(seconds)
+        intent = bus.claim("backup", namespace="home")
+        assert (intent.payload, intent.priority) == ({"host": "nas"}, 7) and bus.claim("backup", namespace="home") is None
+        schedule, = bus.schedules().schedules
+        assert (schedule.next_run_at, schedule.last_run_at, schedule.last_id) == (now + next_run_at, clock.wall, intent.id)
+        assert bus.get_status(intent.id).schedule == "nightly" and bus.list().intents[0].schedule == "nightly"
+        assert bus.inspect(intent.id).visibility == "public"
+        bus.fulfill(intent.id)
+    assert news(bus, start) == [("scheduled", "nightly"), ("claimed", "nightly"), ("fulfilled", "nightly")] * 3
+    assert bus.get_status(bus.publish("g", 1).id).schedule is None
+    assert bus.unschedule("nightly").ok and bus.schedules().schedules == []
+    clock.pass_(3600)
+    assert bus.claim("backup", namespace="home") is None
+    with pytest.raises(intentbus.NotFound):
+        bus.unschedule("nightly")
+
+
+def test_a_cron_schedule_runs_by_its_time_zone(bus, clock):
+    need_zone("Europe/Berlin")
+    clock.wall = unix("2027-03-27 12:00")
+    tend(bus)
+    runs = ["2027-03-28 03:00+02", "2027-03-29 02:30+02"]     # the clocks skip 02:30 on the first day
+    assert bus.schedule("s", "g", 1, cron="30 2 * * *", timezone="Europe/Berlin").next_run_at == unix(runs[0])
+    for run in runs:
+        clock.pass_(unix(run) - clock.wall - 0.5)
+        assert bus.claim("g") is None
+        clock.pass_(0.5)
+        assert bus.fulfill(bus.claim("g").id).ok
+
+
+def test_a_schedule_is_replaced_and_paused_by_its_name(bus, clock):
+    bus.schedule("s", "g", 1, every=60)
+    clock.pass_(60)
+    last = bus.claim("g")
+    clock.pass_(30)
+    answer = bus.schedule("s", "g2", 2, every=100, overlap="allow")
+    assert answer == dict(name="s", next_run_at=clock.wall + 100, status="replaced")
+    schedule, = bus.schedules().schedules
+    assert (schedule.goal, schedule.last_id, schedule.every, schedule.paused) == ("g2", last.id, 100, False)
+    assert bus.schedule("s", "g2", 2, every=100, paused=True).next_run_at is None
+    clock.pass_(1000)
+    assert bus.claim("g2") is None and bus.schedules().schedules[0].paused
+    assert bus.schedule("s", "g2", 3, every=100).next_run_at == clock.wall + 100
+    clock.pass_(100)
+    assert bus.claim("g2") is None, "the run before is unfinished, though it was of another goal"
+    bus.cancel(last.id)
+    clock.pass_(100)
+    assert bus.claim("g2").payload == 3
+
+
+def test_a_run_is_skipped_while_the_one_before_is_unfinished(bus, clock):
+    bus.schedule("s", "g", 1, every=60, backoff_base=50, max_attempts=2)
+    start = bus.events().next
+    clock.pass_(60)
+    first = bus.claim("g").id
+    clock.pass_(59)
+    bus.fail(first)     # it waits for its retry now
+    clock.pass_(1)
+    assert bus.claim("g") is None and len(bus.list().intents) == 1
+    reason = f"The run before is unfinished: {first}."
+    assert news(bus, start)[-1] == ("skipped", "s", reason) and bus.schedules().schedules[0].next_run_at == clock.wall + 60
+    assert bus.events(start).events[-1].goal == "g" and bus.events(start).events[-1].owner == "owner"
+    clock.pass_(60)
+    assert bus.claim("g") is None
+    clock.pass_(50)
+    assert bus.claim("g").id == first
+    bus.fail(first, retry=False)
+    clock.pass_(10)
+    assert bus.claim("g").id != first
+    assert [event for event, *_ in news(bus, start)] == ["scheduled", "claimed", "failed", "skipped", "skipped", "claimed", "dead",
+                                                         "scheduled", "claimed"]
+
+
+def test_a_run_may_overlap_the_one_before_if_that_is_allowed(bus, clock):
+    bus.schedule("s", "g", 1, every=60, overlap="allow")
+    for _ in range(3):
+        clock.pass_(60)
+        assert bus.claim("g", lease=3600)
+    assert [intent.status for intent in bus.list().intents] == ["claimed"] * 3
+
+
+@pytest.mark.parametrize("limits, words", [
+    (dict(unfinished=2), "may have 2 unfinished intents"), (dict(stored_bytes=2500), "may have 2500 bytes stored"),
+])
+def test_a_run_is_skipped_while_its_publisher_is_at_its_cap(store, clock, limits, words):
+    limits = intentbus.Limits(**dict(dict(unfinished=10, stored_bytes=10 ** 6), **limits))
+    bus = assembled(store, clock=clock, keys=dict(limits=limits)).bus
+    caller = ALICE._replace(limits=limits)
+    bus.schedule("s", "g", 1, every=60, overlap="allow", caller=caller)
+    bus.publish("other", 1, caller=caller)
+    bus.publish("other", 1, caller=BOB)
+    start = bus.events().next
+    for _ in range(3):
+        clock.pass_(60)
+        tend(bus)
+    (run, *_), (skipped, _, reason), _ = news(bus, start)
+    assert (run, skipped) == ("scheduled", "skipped") and words in reason
+    with pytest.raises(intentbus.RateLimited, match=words):
+        bus.run("s", caller=caller)
+    assert len(bus.list(caller=ALICE).intents) == 2
+    bus.purge(confirm=True)
+    clock.pass_(60)
+    tend(bus)
+    assert news(bus, start)[-1][0] == "scheduled"
+
+
+@pytest.mark.parametrize("spec, ttl, off, runs", [
+    (dict(every=86400), 7200, 86400 + 7000, 1),        # the run is made up for
+    (dict(every=86400), 7200, 86400 + 7300, 0),        # its intent would be dead by now
+    (dict(every=86400), 7200, 9 * 86400 + 7000, 1),    # the last one of nine counts
+    (dict(every=60), 30, 86400 + 20, 1), (dict(every=60), 30, 86400 + 40, 0),
+    (dict(cron="0 7 * * *", timezone="UTC"), 7200, 86400 + 7000, 1),
+    (dict(cron="0 7 * * *", timezone="UTC"), 7200, 86400 + 7300, 0),
+    (dict(cron="0 7 * * *", timezone="UTC"), 7200, 9 * 86400 + 7000, 1),
+])
+def test_a_bus_that_was_off_makes_up_for_one_run_within_its_ttl(store, clock, spec, ttl, off, runs):
+    clock.wall = unix("2027-03-01 07:00")
+    bus = started_bus(store, clock)
+    bus.schedule("s", "g", 1, ttl=ttl, **spec)
+    clock.pass_(off)
+    bus = started_bus(store, clock)
+    assert len(bus.list().intents) == runs
+    schedule, = bus.schedules().schedules
+    assert schedule.next_run_at == intentbus.next_run(schedule, clock.wall) and schedule.last_run_at == (clock.wall if runs else None)
+    tend(bus)
+    assert len(bus.list().intents) == runs
+
+
+@ON_A_FILE
+def test_a_run_that_cannot_be_stored_is_neither_lost_nor_doubled(started, clock):
+    bus = started(clock=clock)
+    bus.client.schedule("s", "g", 1, every=60)
+    forbid(bus, "g")
+    clock.pass_(60)
+    assert bus.ask("POST", "/admin/cleanup").status == 500
+    assert bus.statuses() == [] and bus.client.schedules().schedules[0].last_id is None
+    with contextlib.closing(sqlite3.connect(bus.db)) as db:
+        db.execute("DROP TRIGGER forbidden")
+    assert [bus.ask("POST", "/admin/cleanup").status for _ in range(2)] == [200, 200] and bus.statuses() == ["open"]
+
+
+def test_a_run_is_on_time_and_wakes_a_held_claim(no_rechecks, served, monkeypatch):
+    monkeypatch.setitem(intentbus.SCHEDULE, "every", intentbus.number_from(0.1, 1))
+    claim = served.hold("POST", "/claim?goal=g&wait=60")
+    served.client.schedule("s", "g", {"n": 1}, every=0.2)
+    assert claimed_by(claim).payload == {"n": 1}
+
+
+def test_a_run_may_be_asked_for_besides(bus, clock):
+    bus.schedule("s", "g", {"n": 1}, every=60, paused=True)
+    answer = bus.run("s")
+    assert answer == dict(id=answer.id, status="published", namespace="default")
+    assert bus.claim("g").id == answer.id == bus.schedules().schedules[0].last_id and bus.schedules().schedules[0].paused
+    next_run_at = bus.schedule("s", "g", 1, every=60).next_run_at
+    clock.pass_(30)
+    assert bus.run("s").id and bus.schedules().schedules[0].next_run_at == next_run_at
+    with pytest.raises(intentbus.NotFound, match="no schedule other"):
+        bus.run("other")
+
+
+def test_a_schedule_belongs_to_an_owner(bus):
+    other_key = ALICE._replace(key_id="k3")
+    bus.schedule("s", "g", 1, every=60, caller=ALICE)
+    bus.schedule("s", "g", 2, every=60, caller=BOB)
+    bus.schedule("s", "g", 3, every=60, owner="carol")
+    assert [schedule.name for schedule in bus.schedules(caller=BOB).schedules] == ["s"]
+    assert [schedule.owner for schedule in bus.schedules().schedules] == ["alice", "bob", "carol"]
+    assert [schedule.owner for schedule in bus.schedules("carol").schedules] == ["carol"]
+    for verb in (bus.unschedule, bus.run):
+        with pytest.raises(intentbus.NotFound):
+            verb("s")
+        with pytest.raises(intentbus.Forbidden, match="Only an admin may name another owner"):
+            verb("s", "alice", caller=BOB)
+    with pytest.raises(intentbus.Forbidden):
+        bus.schedule("s", "g", 4, every=60, owner="alice", caller=BOB)
+    with pytest.raises(intentbus.Forbidden):
+        bus.schedules("alice", caller=BOB)
+    assert bus.inspect(bus.run("s", "alice").id).owner == "alice" and bus.claim("g", caller=ALICE).payload == 1
+    assert bus.schedule("s", "g", 5, every=60, caller=other_key).status == "replaced"
+    assert bus.unschedule("s", caller=ALICE).ok and bus.unschedule("s", "carol").ok
+    assert [schedule.owner for schedule in bus.schedules().schedules] == ["bob"]
+
+
+def test_the_schedules_of_a_key_are_limited_and_outlive_it(started, clock, monkeypatch):
+    monkeypatch.setattr(intentbus, "KEY_SCHEDULES", 2)
+    bus = started(clock=clock)
+    made = bus.issue("ann")
+    statuses = [bus.ask("POST", f"/schedule/{name}", a_publish(every=60), key=made.api_key).status for name in ("a", "b", "a", "c")]
+    assert statuses == [201, 201, 200, 429] and len(bus.client.schedules().schedules) == 2
+    assert bus.ask("POST", "/admin/revoke_key", {"key_id": made.key_id}).json == {"ok": True, "schedules": 2}
+    clock.pass_(60)
+    assert bus.ask("POST", "/admin/cleanup").status == 200
+    heir = bus.issue("ann").api_key
+    assert [intent["schedule"] for intent in bus.ask("GET", "/intents", key=heir).json["intents"]] == ["b", "a"]
+    assert bus.ask("POST", "/unschedule/a", key=heir).json == {"ok": True, "name": "a"}
+
+
+@ON_A_FILE     # several buses use the clock of their database
+@over_clock_steps
+def test_an_every_schedule_keeps_steady_time_over_clock_steps(store, clock, steps):
+    bus = started_bus(store, clock)
+    bus.schedule("s", "g", 1, every=100)
+    for step in steps:
+        clock.set(step)
+        clock.pass_(10 / len(steps))
+        bus = started_bus(store, clock) if step < 0 else bus     # it was set while the bus was down
+        tend(bus)
+    for seconds in (89, 99, 99):
+        clock.pass_(seconds)
+        assert bus.claim("g") is None
+        clock.pass_(1)
+        assert bus.fulfill(bus.claim("g").id).ok
+
+
+@ON_A_FILE
+@pytest.mark.parametrize("steps, runs", [
+    ([], ["07:00"]),
+    ([-1800], ["07:00"]),                          # 06:40 becomes 06:10
+    ([1800], ["07:10"]),                           # 06:40 becomes 07:10: what was missed is made up for at once
+    ([4 * HOUR], ["10:40"]),
+    ([-4 * HOUR, 4 * HOUR], ["07:00"]),
+    ([TO_1970, -TO_1970], ["07:00"]),
+], ids=str)
+def test_a_cron_schedule_follows_a_clock_that_is_set(store, clock, steps, runs):
+    clock.wall = unix("2027-03-01 06:40")
+    bus = started_bus(store, clock)
+    bus.schedule("s", "g", 1, cron="0 7 * * *", timezone="UTC", ttl=86000)
+    for step in steps:
+        clock.set(step)
+        tend(bus)
+    found = []
+    for _ in range(18):     # three hours
+        if intent := bus.claim("g"):
+            bus.fulfill(intent.id)
+            found.append(time.strftime("%H:%M", time.gmtime(clock.wall)))
+        clock.pass_(600)
+    assert found == runs
+
+
+@ON_A_FILE
+@pytest.mark.parametrize("steps, next_run", [
+    ([-HOUR], "2027-03-02 07:00"), ([-2 * HOUR], "2027-03-02 07:00"), ([HOUR, -HOUR], "2027-03-02 07:00"),
+    ([-4 * HOUR], "2027-03-01 07:00"),             # from the new time on
+    ([-4 * HOUR, 4 * HOUR], "2027-03-02 07:00"), ([TO_1970, -TO_1970], "2027-03-02 07:00"), ([YEARS, -YEARS], "2027-03-02 07:00"),
+], ids=str)
+def test_a_clock_set_back_for_a_short_time_repeats_no_run(store, clock, steps, next_run):
+    clock.wall = unix("2027-03-01 06:59")
+    bus = started_bus(store, clock)
+    bus.schedule("s", "g", 1, cron="0 7 * * *", timezone="UTC", overlap="allow", ttl=604800)
+    clock.pass_(90)
+    tend(bus)
+    for step in steps:
+        clock.set(step)
+        tend(bus)
+    assert bus.schedules().schedules[0].next_run_at == unix(next_run)
+    assert len(bus.list().intents) == (2 if YEARS in steps else 1)
+
+
+def test_a_zone_that_a_new_machine_lacks_stops_no_other_work(store, clock, monkeypatch):
+    need_zone("Europe/Berlin")
+    bus = started_bus(store, clock)
+    bus.schedule("s", "g", 1, cron="* * * * *", timezone="Europe/Berlin")
+    bus.publish("other", 1, delay=60)
+    start = bus.events().next
+    monkeypatch.setattr(zoneinfo, "ZoneInfo", lambda name: {}[name])     # a KeyError is what it raises
+    intentbus.clock_of.cache_clear()
+    clock.pass_(60)
+    assert bus.claim().goal == "other"
+    (event, name, reason), *_ = news(bus, start)
+    assert (event, name) == ("skipped", "s") and "pip install tzdata" in reason
+    assert bus.schedules().schedules[0].next_run_at == clock.wall + 3600
+    clock.set(HOUR)
+    tend(bus)
+    assert bus.publish("other", 2).id
+
+
+# ---- 11. Keys ----
+
 @pytest.mark.parametrize("headers, key", [
     ({"x-api-key": "a b"}, "a b"),
     ({"authorization": "Bearer abc"}, "abc"),
@@ -4380,6 +4828,10 @@ MATRIX = """
     POST /cancel/{open}                401  401  401  200  403  200  404  404  200  200  403  403  403  404  401
     POST /retry/{dead}                 401  401  401  200  403  200  404  404  200  200  403  403  403  404  401
     POST /retry                        401  401  401  200  403  200  200  200  200  200  403  403  403  200  401
+    POST /schedule/new                 401  401  401  201  403  200  201  201  200  200  403  403  403  403  401
+    GET  /schedules                    401  401  401  200  200  200  200  200  200  200  403  403  200  200  401
+    POST /unschedule/{open}            401  401  401  404  403  404  404  404  404  404  403  403  403  404  401
+    POST /run/{open}                   401  401  401  404  403  404  404  404  404  404  403  403  403  404  401
     POST /set/new                      401  401  401  200  200  200  200  200  401  200  403  403  403  403  401
     GET  /get/k                        401  401  401  200  200  200  404  404  401  200  403  403  403  403  401
     POST /delete/k                     401  401  401  200  200  200  200  200  401  200  403  403  403  403  401
@@ -4404,6 +4856,7 @@ MATRIX = """
 """
 MATRIX = [line.split() for line in MATRIX.strip().splitlines()[1:]]
 BODIES = {"/intent": a_publish(goal="new"), "/intents": [a_publish(goal="new")], "/set/new": {"value": 1},
+          "/schedule/new": a_publish(goal="new", every=3600),
           "/admin/generate_key": {"owner": "new"}, "/admin/invite": {"owner": "new"},
           "/admin/intents": a_publish(goal="new"), "/admin/dead": {"action": "count"}}
 
@@ -4932,7 +5385,7 @@ def test_an_issued_key_is_shown_once_used_listed_and_revoked(started, clock):
     assert bus.ask("GET", "/admin/keys").json == [listed]
     assert [bus.ask("GET", "/intents", key=made.api_key).status for _ in range(3)] == [200] * 3
     assert bus.ask("GET", "/admin/keys").json == [dict(listed, last_used_at=clock.wall, total_requests=3)]
-    assert bus.ask("POST", "/admin/revoke_key", {"key_id": made.key_id}).json == {"ok": True}
+    assert bus.ask("POST", "/admin/revoke_key", {"key_id": made.key_id}).json == {"ok": True, "schedules": 0}
     assert_refusal(bus.ask("GET", "/intents", key=made.api_key), 401, "unauthorized", "Invalid API key.")
     assert_refusal(bus.ask("POST", "/admin/revoke_key", {"api_key": made.api_key}), 404, "not_found")
     assert bus.ask("GET", "/admin/keys").json == []
@@ -5004,7 +5457,8 @@ def every_request(ids, goal):
     """Yield a request for each route that needs a key, with ids in its path, and one for each way to name a goal."""
     for method, path, who, _ in intentbus.ROUTES:
         if who and "*" in path:
-            yield from ((method, path.replace("*", id), {"retry": False} if "/fail/" in path else {}) for id in ids.values())
+            body = {"/fail/*": {"retry": False}, "/schedule/*": a_publish(goal=goal, every=60)}.get(path, {})
+            yield from ((method, path.replace("*", id), body) for id in ids.values())
         elif who:
             yield method, path, {"action": "retry"} if path == "/admin/dead" else {}
     yield from (("POST", path, body) for path, body in (
@@ -5118,7 +5572,7 @@ def test_keys_of_one_owner_share_their_private_intents(started):
 
 @pytest.mark.parametrize("state", ["open", "claimed", "dead"])
 @pytest.mark.parametrize("method, path", [route[:2] for route in intentbus.ROUTES if route[1].endswith("/*")
-                                          and not route[1].startswith(("/admin", "/publish", "/set", "/get", "/delete"))])
+                                          and not route[1].startswith(("/admin", "/set", "/get", "/delete", "/schedule", "/publish"))])
 def test_anothers_intent_is_answered_like_an_unknown_id(guarded, method, path, state):
     intent_id, key = prepared(guarded, state), guarded.issued["other"]
     for body in (b"", {"claim_token": "wrong"} if path.startswith(intentbus.REPORTS) else {}):
@@ -5128,7 +5582,7 @@ def test_anothers_intent_is_answered_like_an_unknown_id(guarded, method, path, s
 
 
 ODD_IDS = ("x", "0", NOBODY[1:], NOBODY + "0", "A" * 32, "%00", "..%2f..", "'%20OR%201=1--", "%1b%5b2J", "%F0%9F%98%80", "x" * 300)
-WITH_AN_ID = [route[:2] for route in intentbus.ROUTES if "*" in route[1] and not route[1].startswith(("/publish", "/set", "/get", "/delete"))]
+WITH_AN_ID = [route[:2] for route in intentbus.ROUTES if "*" in route[1] and not route[1].startswith(("/set", "/get", "/delete", "/schedule", "/publish"))]
 
 
 def facts(response):
@@ -5550,7 +6004,7 @@ def test_of_many_simultaneous_uses_of_a_code_one_gets_a_key(served):
     assert sorted(answers) == [201] + [401] * 7
 
 
-# ---- 11. Fields ----
+# ---- 12. Fields ----
 
 def assert_invalid(check, code, *words):
     """Check that Invalid is raised with this code, and that its message has these words."""
@@ -5742,6 +6196,20 @@ def test_every_endpoint_refuses_a_body_that_is_not_json(strict, path):
 BAD_REQUESTS = (
     case("publish, without a body", ("POST /intent", b""), "invalid_goal", "goal is required"),
     case("publish", ("POST /intent", a_publish(priority=1001)), "invalid_priority", "priority", "0", "1000"),
+    case("a schedule of no time", ("POST /schedule/s", a_publish()), "invalid_every", "either every, in seconds, or cron"),
+    case("a schedule of two times", ("POST /schedule/s", a_publish(every=60, cron="@daily")), "invalid_every", "either every"),
+    case("a grid with a time zone", ("POST /schedule/s", a_publish(every=60, timezone="UTC")), "invalid_every", "cron, which may have"),
+    case("a schedule, too often", ("POST /schedule/s", a_publish(every=5)), "invalid_every", "from 10 to 31622400"),
+    case("a wrong cron", ("POST /schedule/s", a_publish(cron="5/15 * * * *")), "invalid_cron", "cron has a wrong minute '5/15'"),
+    case("a cron of nothing", ("POST /schedule/s", a_publish(cron=" ")), "invalid_cron", "must have five fields"),
+    case("a cron that is a number", ("POST /schedule/s", a_publish(cron=5)), "invalid_cron", "must be a string"),
+    case("a wrong zone", ("POST /schedule/s", a_publish(cron="@daily", timezone="Mars/Base")), "invalid_timezone", "pip install tzdata"),
+    case("a schedule, too many", ("POST /schedule/s", a_publish(every=60, overlap="both")), "invalid_overlap", '"skip" or "allow"'),
+    case("a schedule with a delay", ("POST /schedule/s", a_publish(every=60, delay=1)), "invalid_request", "Unknown field 'delay'"),
+    case("a schedule, a bad intent", ("POST /schedule/s", a_publish(every=60, ttl=0)), "invalid_ttl"),
+    case("a schedule of a long name", ("POST /schedule/" + "s" * 129, a_publish(every=60)), "invalid_name", "128"),
+    case("a schedule of no name for people", ("POST /schedule/%0a", a_publish(every=60)), "invalid_name", "control"),
+    case("schedules of a mistyped owner", ("GET /schedules?ower=x", b""), "invalid_request", "'ower'"),
     case("publish, a mistyped field", ("POST /intent", a_publish(priorty=5)), "invalid_request", "'priorty'", "priority"),
     case("publish, too late", ("POST /intent", a_publish(run_at=2 ** 40)), "invalid_run_at", "366 days"),
     case("publish, a year and two days on", ("POST /intent", a_publish(run_at=time.time() + 368 * 86400)), "invalid_run_at"),
@@ -5960,7 +6428,7 @@ def test_any_other_number_stays_text(text):
         intentbus.from_json_or_text(text.encode())
 
 
-# ---- 12. Page ----
+# ---- 13. Page ----
 
 
 def test_the_page_is_small_self_contained_and_writes_text():
@@ -6196,7 +6664,7 @@ def test_a_failed_refresh_keeps_the_last_figures_and_says_so(page, served):
     page.complaints()
 
 
-# ---- 13. API ----
+# ---- 14. API ----
 
 ROUTES = (
     ("GET", "/", None), ("GET", "/health", None), ("POST", "/intent", "key"), ("POST", "/claim", "key"),
@@ -6938,7 +7406,7 @@ def test_a_path_may_begin_with_several_slashes(served):
     assert served.ask("GET", "/%2Fhealth", key=None).status == 404
 
 
-# ---- 14. Server ----
+# ---- 15. Server ----
 
 BODY = b'{"goal":"g","payload":1}'
 SMUGGLED = (b"POST /intent HTTP/1.1\r\nHost: x\r\nX-API-KEY: %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s"
@@ -8248,7 +8716,7 @@ CORPUS = ("\x1b[2J\x1b]0;owned\x07", "a\r\nX-Evil: 1", "x\0y", "'; DROP TABLE in
           "`touch evil`", "; touch evil", "| touch evil", "-rf", "--help", "%0d%0aX-Evil:1", "{payload}", "{{goal}}", "\u202egnp", "\x9b31m",
           "<script>alert(1)</script>", "a\tb", "%s%n", "\u2028", "😀" * 20, "NULL", "\\", "*", "tk_" + "0" * 56)
 PLACES = ("goal", "payload", "namespace", "target_worker", "required_capability", "idempotency_key", "worker_id", "error", "result",
-          "key", "value", "owner", "name", "request_id", "list")
+          "key", "value", "owner", "name", "request_id", "list", "schedule")
 
 
 def inject(bus, place, text):
@@ -8273,6 +8741,10 @@ def inject(bus, place, text):
     elif place in ("key", "value"):
         answer = bus.ask("POST", f"/set/{word if place == 'key' else 'k'}", {"value": text})
         found = answer.status == 200 and bus.ask("GET", f"/get/{word if place == 'key' else 'k'}").json["value"]
+    elif place == "schedule":
+        answer = bus.ask("POST", f"/schedule/{word}", a_publish(every=3600))
+        found = answer.status == 201 and bus.client.schedules().schedules[0].name
+        bus.ask("POST", f"/unschedule/{word}")
     elif place in ("owner", "name"):
         answer = bus.ask("POST", "/admin/generate_key", dict({"owner": "o", "name": "n"}, **{place: text}))
         found = answer.status == 201 and answer.json[place]
@@ -8403,7 +8875,7 @@ def test_a_damaged_file_is_reported_and_accepts_nothing(started):
         bus.publish(payload="x" * 1000)
     bus.stop()
     with open(bus.db, "r+b") as file:
-        file.seek(24 * 4096)     # behind the schema
+        file.seek(40 * 4096)     # behind the pages of the schema
         file.write(os.urandom(100 * 4096))
     with contextlib.suppress(intentbus.Unavailable):     # the start may fail
         bus = Served(Path(bus.db).parent)
@@ -8414,7 +8886,7 @@ def test_a_damaged_file_is_reported_and_accepts_nothing(started):
         bus.stop()
 
 
-# ---- 15. Local state ----
+# ---- 16. Local state ----
 
 
 @POSIX
@@ -8513,7 +8985,7 @@ def test_one_program_sends_from_a_spool_at_a_time(tmp_path):
         pass
 
 
-# ---- 16. Client ----
+# ---- 17. Client ----
 
 
 def spooling(served, tmp_path):
@@ -8706,7 +9178,7 @@ def test_the_client_has_the_verbs_and_answers_of_the_bus(served):
 
 def test_the_verbs_of_bus_and_client_take_the_same_arguments():
     verbs = ("publish", "claim", "extend_claim", "fulfill", "fail", "release", "get_status", "get_result", "inspect", "list", "cancel",
-             "retry", "workers", "events")
+             "retry", "workers", "events", "schedules", "unschedule", "run")
     for verb in verbs:
         ours, theirs = (inspect.signature(getattr(kind, verb)).parameters for kind in (Bus, IntentClient))
         ours = {**ours, **(inspect.signature(Bus.wanted).parameters if verb == "claim" else {})}
@@ -8838,6 +9310,8 @@ VERBS = {     # of the client; each takes an answer that only a bus gives
     "get_result": lambda bus: bus.get_result("x"), "list": lambda bus: bus.list(), "workers": lambda bus: bus.workers(),
     "events": lambda bus: bus.events(), "who_am_i": lambda bus: bus.who_am_i(), "join": lambda bus: bus.join("x"),
     "cancel": lambda bus: bus.cancel("x"), "retry": lambda bus: bus.retry("x"), "retry many": lambda bus: bus.retry(goal="g"),
+    "schedule": lambda bus: bus.schedule("s", "g", 1, every=60), "schedules": lambda bus: bus.schedules(),
+    "unschedule": lambda bus: bus.unschedule("s"), "run": lambda bus: bus.run("s"),
     "set": lambda bus: bus.set("k", 1), "get": lambda bus: bus.get("k"), "delete": lambda bus: bus.delete("k"),
     "generate_key": lambda bus: bus.admin("generate_key", owner="x"), "invite": lambda bus: bus.admin("invite", owner="x"),
     "revoke_key": lambda bus: bus.admin("revoke_key", key_id="x"), "keys": lambda bus: bus.admin("keys"),
@@ -8845,7 +9319,7 @@ VERBS = {     # of the client; each takes an answer that only a bus gives
     "purge": lambda bus: bus.admin("purge", confirm=True), "summary": lambda bus: bus.admin("summary"),
 }
 ANSWERED = ("id", "ids", "status", "intents", "workers", "events", "next", "value", "deleted", "api_key", "key_id", "code", "owner",
-            "role", "name", "expires_at", "retried", "now", "ok", "goal")
+            "role", "name", "expires_at", "retried", "now", "ok", "goal", "schedules")
 
 
 @SLOW
@@ -9106,7 +9580,7 @@ def test_a_client_corrects_its_clock(tmp_path, monkeypatch):
     assert re.findall(r'"status": (\d+)', serve.stop()[2]) == ["403", "201", "201"]
 
 
-# ---- 17. Worker ----
+# ---- 18. Worker ----
 
 def test_a_worker_pauses_at_a_bus_that_holds_no_claims():
     poll = 0.1
@@ -9656,7 +10130,7 @@ def test_the_steady_clock_includes_sleep_where_it_can(monkeypatch):
     assert abs(intentbus.steady_clock() - time.monotonic()) < 60
 
 
-# ---- 18. Doctor ----
+# ---- 19. Doctor ----
 
 def examine(home, *arguments, **environment):
     """Run the doctor; return its exit code and its findings, by subject and level."""
@@ -9835,7 +10309,7 @@ def test_the_doctor_reports_the_spool(home):
     assert [finding.level for finding in intentbus.check_spool(options)] == ["bad"]
 
 
-# ---- 19. Commands ----
+# ---- 20. Commands ----
 
 
 @POSIX
@@ -10398,6 +10872,11 @@ BAD_COMMANDS = (
     case("work with an unknown key", "work --goal g --drain --key-file {dir}/wrong.key", 4, "this is not the key owner of the bus."),
     case("work with a bad goal", "work --drain --goal " + "g" * 257, 2, "goal", "256"),
     case("work for no goal, as of an unset variable", "work --drain --goal=", 2, "goal"),
+    case("schedule at no time", "schedule s g 1", 2, "either every, in seconds, or cron"),
+    case("schedule in a wrong way", "schedule s g 1 --cron @reboot", 2, "@reboot"),
+    case("schedule in an unknown zone, dry", "schedule s g 1 --cron @daily --timezone Mars/Base --dry-run", 2, "pip install tzdata"),
+    case("schedule over a limit, dry", "schedule s g 1 --every 1h --ttl 0s --dry-run", 2, "ttl", "31622400"),
+    case("unschedule nothing", "unschedule s", 3, "no schedule s"), case("run nothing", "run s", 3, "no schedule s"),
     case("status of nothing", "status", 2, "id"),
     case("status of an unknown id", "status {nobody}", 3, "{nobody}"),
     case("status with an unknown key", "status {nobody} --key-file {dir}/wrong.key", 4, "this is not the key owner of the bus."),
@@ -10675,6 +11154,50 @@ def test_a_kept_and_a_replaced_intent_are_reported(served, home, monkeypatch, ca
     assert out == f'{{"id":"{first}"}}\n' * 2 and "2 times, an unfinished intent has this unique value" in err
 
 
+def test_schedules_from_the_command_line(served):
+    code, out, said = at(served, "schedule", "nightly", "backup", "host=nas", "--every", "1d", "--ttl", "6h", "--public")
+    schedule, = served.client.schedules().schedules
+    shown = time.strftime("%a %Y-%m-%d %H:%M:%S", time.localtime(schedule.next_run_at))
+    assert (code, out) == (0, shown + "\n") and "nightly is scheduled" in said
+    assert (schedule.every, schedule.ttl, schedule.visibility) == (86400, 21600, "public")
+    code, out, said = at(served, "schedule", "nightly", "backup", "host=nas", "--cron", "0 7 * * mon-fri", "--timezone", "UTC")
+    assert code == 0 and "nightly is replaced" in said
+    code, id, _ = at(served, "run", "nightly")
+    assert code == 0 and served.payloads() == [{"host": "nas"}] and served.client.get_status(id.strip()).schedule == "nightly"
+    code, out, _ = at(served, "schedules")
+    assert re.fullmatch(r"nightly  backup  0 7 \* \* mon-fri  UTC  next \w{3} [\d-]{10} [\d:]{8}  last \w{3} [\d-]{10} [\d:]{8}  " + id, out)
+    assert json.loads(at(served, "schedules", "--json")[1])["last_id"] == id.strip()
+    assert at(served, "schedule", "idle", "g", "1", "--every", "1h", "--paused")[1] == "paused\n"
+    assert "idle  g  every 1h  next paused  last never\n" in at(served, "schedules")[1]
+    assert [at(served, "unschedule", name)[0] for name in ("nightly", "idle", "nightly")] == [0, 0, 3]
+    assert at(served, "schedules")[:2] == (0, "")
+
+
+@pytest.mark.parametrize("words, runs", [
+    (["--cron", "0 0 29 2 *", "--timezone", "UTC"], r"(\w{3} 20\d\d-02-29 00:00:00\n){5}"),
+    (["--cron", "30 6 * * fri"], r"(Fri [\d-]{10} 06:30:00\n){5}"), (["--every", "1h"], r"(\w{3} [\d-]{10} [\d:]{8}\n){5}"),
+])
+def test_a_dry_run_prints_five_times_and_stores_nothing(strict, words, runs):
+    code, out, said = at(strict, "schedule", "s", "g", "1", *words, "--dry-run")
+    assert code == 0 and re.fullmatch(runs, out), out
+    assert ("local time of this machine" in said) == (words == ["--cron", "30 6 * * fri"])
+    assert strict.client.schedules().schedules == []
+
+
+def test_the_runs_of_a_schedule_are_events_and_counted(started, clock):
+    bus = started(clock=clock)
+    bus.client.schedule("nightly", "backup", 1, every=60)
+    start = bus.client.events().next
+    for _ in range(2):
+        clock.pass_(60)
+        assert bus.ask("POST", "/admin/cleanup").status == 200
+    run, skipped = bus.client.events(start).events
+    assert (run.event, run.schedule, skipped.event, skipped.last_error) == (
+        "scheduled", "nightly", "skipped", f"The run before is unfinished: {run.id}.")
+    minutes = {event: times for _, event, times in bus.ask("GET", "/admin/summary").json["history"]}
+    assert minutes == {"published": 1}
+
+
 @pytest.mark.parametrize("flag, payload", [("--lines", str), ("--jsonl", int)])
 def test_a_line_of_stdin_is_an_intent(served, flag, payload):
     lines = "\n".join(map(str, range(2500)))
@@ -10858,9 +11381,10 @@ def test_the_readme_starts_bus_and_tests_with_one_line_each():
 
 def test_the_readme_names_every_route_and_field():
     readme = README.read_text()
-    paths = {path.replace("*", "KEY" if who == "keep" else "GOAL" if who == "publish" else "ID") for _, path, who, _ in intentbus.ROUTES}
+    words = {"keep": "KEY", "publish": "GOAL"}     # in place of the star
+    paths = {path.replace("*", "NAME" if re.search("schedule|run", path) else words.get(who, "ID")) for _, path, who, _ in intentbus.ROUTES}
     assert not [path for path in paths if f"`{path}`" not in readme]
-    assert not [name for name in intentbus.PUBLISH if name != "reward" and f"`{name}`" not in readme]
+    assert not [name for name in (*intentbus.PUBLISH, *intentbus.SCHEDULE) if name != "reward" and f"`{name}`" not in readme]
 
 
 @POSIX
@@ -11085,6 +11609,18 @@ def test_the_readme_on_bulk_and_the_key_value_store(serve):
     assert shell(serve, block.splitlines()[-1]).returncode == 1
     listed = [json.loads(line) for line in serve.run("list", "--goal", "resize", "--json").stdout.splitlines()]
     assert [intent["priority"] for intent in listed] == [500, 500, 100, 100]
+
+
+@SLOW
+@POSIX
+def test_the_readme_on_schedules(serve):
+    need_zone("Europe/Berlin")
+    block = next(block for block in blocks("sh") if "schedule nightly" in block)
+    if not any("--on-failure" in names for names, _ in intentbus.COMMANDS["schedule"][2]):
+        block = block.replace(" --on-failure send_notification", "")
+    found = shell(serve, block)
+    assert found.returncode == 0 and re.fullmatch(r"\w{3} .* 0[123]:00:00\nnightly  backup  0 2 .*\n[0-9a-f]{32}\n", found.stdout), found
+    assert serve.run("unschedule", "nightly").returncode == 0
 
 
 @POSIX
@@ -11465,6 +12001,31 @@ def test_an_empty_claim_is_free_once_a_second_at_each_bus(buses, clock):
 
 
 @ON_POSTGRES
+def test_a_schedule_runs_once_each_time_over_two_buses(buses, clock):
+    one, other = buses(clock=clock), buses(clock=clock)
+    assert_refusal(one.ask("POST", "/schedule/s", a_publish(cron="@daily")), 400, "invalid_timezone", "timezone is required")
+    names = [f"s{number}" for number in range(5)]
+    for name in names:
+        assert one.ask("POST", f"/schedule/{name}", a_publish(goal=name, cron="* * * * *", timezone="UTC", overlap="allow")).status == 201
+    for number in range(1, 4):
+        clock.pass_(60)
+        assert {response.status for response in of_both(one, other, 8, "POST", "/admin/cleanup")} == {200}
+        listed = collections.Counter(intent.schedule for intent in other.client.list(limit=500).intents)
+        assert listed == dict.fromkeys(names, number)
+    at_once(2, lambda index: (one, other)[index].ask("POST", "/run/s0"))
+    assert other.ask("POST", "/unschedule/s0").status == 200 and one.ask("POST", "/unschedule/s0").status == 404
+
+
+@ON_POSTGRES
+def test_a_schedule_made_at_one_bus_runs_at_another(buses, monkeypatch):
+    one, other = buses(), buses()
+    monkeypatch.setitem(intentbus.SCHEDULE, "every", intentbus.number_from(0.1, 1))
+    one.client.schedule("s", "g", 1, every=0.5)
+    one.stop()
+    assert claimed_by(other.begin("POST", "/claim?goal=g&wait=60")).payload == 1
+
+
+@ON_POSTGRES
 def test_a_bus_recovers_from_the_loss_of_its_database(tmp_path):
     direct = dsn(tmp_path / "bus.db")
     way = Forwarder(port_of(direct))
@@ -11515,7 +12076,7 @@ def test_a_newer_bus_may_add_columns_while_older_ones_run(buses):
     bus.ask("POST", f"/fulfill/{bus.ask('POST', '/claim?goal=g').json['id']}")
     for _ in range(3):
         look(204)
-    for table in ("intents", "keys", "memos", "tallies", "history"):
+    for table in ("intents", "schedules", "keys", "memos", "tallies", "history"):
         postgres(f"ALTER TABLE {schema_of(bus.db)}.{table} ADD COLUMN more TEXT")
     bus.publish()
     look(200)
@@ -11868,7 +12429,7 @@ def dumped(path):
     """Return all rows of a file that a bus of another kind wants, by table."""
     with contextlib.closing(sqlite3.connect(path)) as db:
         return {table: sorted(db.execute(f"SELECT * FROM {table} WHERE {which}").fetchall(), key=repr)
-                for table, which in (("intents", "1"), ("keys", "1"), ("history", "1"), ("tallies", "intents > 0"),
+                for table, which in (("intents", "1"), ("keys", "1"), ("schedules", "1"), ("history", "1"), ("tallies", "intents > 0"),
                                      ("memos", "kind NOT IN ('clock', 'probe')"))}
 
 
@@ -11891,6 +12452,8 @@ def test_a_bus_moves_to_postgresql_and_back_with_everything(tmp_path, clock):
                            target_worker="w",
                            visibility="public", backoff_base=1.5) for n in range(900)])
     bus.publish("g", 1, idempotency_key="known")
+    bus.schedule("nightly", "backup", {"text": "é\0"}, every=3600.5, ttl=60)
+    bus.schedule("weekly", "backup", None, cron="@weekly", timezone="UTC", paused=True)
     bus.set("value", {"a": 1})
     started.issue()
     bus.fail(bus.claim("many").id, error="no", retry=False)

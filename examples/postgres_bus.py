@@ -35,8 +35,8 @@ except ImportError as missing:
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))     # where intentbus.py is
 
 import intentbus
-from intentbus import (ALL, CLAIMED_BY_KEY, CLAIMED_WITH, COLUMNS, DEAD_RANGE, DELETE, DUE, MIGRATIONS, OF_NAMESPACE, OLD, ONE, ORDER,
-                       RECHECK_SECONDS, TALLY, TWIN, Held, Intent, Move, SetupError)
+from intentbus import (ALL, CLAIMED_BY_KEY, CLAIMED_WITH, COLUMNS, DEAD_RANGE, DELETE, DUE, DUE_SCHEDULES, MIGRATIONS, OF_NAMESPACE, OLD,
+                       ONE, ONE_SCHEDULE, ORDER, RECHECK_SECONDS, TALLY, TWIN, Held, Intent, Move, SetupError)
 
 THREADS = 10                # of one bus, each with a connection; PostgreSQL allows 100 connections by default
 CONNECT_SECONDS = 5         # how long to wait for a server to answer
@@ -67,6 +67,8 @@ DEAD_INTENTS, DEAD_IDS = DEAD_RANGE.format(columns=ALL), DEAD_RANGE.format(colum
 INSTEAD = {     # of a statement of the Store, because other buses change rows at the same time
     ONE: ONE + " FOR UPDATE",
     DUE: DUE + " FOR UPDATE SKIP LOCKED",
+    ONE_SCHEDULE: ONE_SCHEDULE + " FOR UPDATE",
+    DUE_SCHEDULES: DUE_SCHEDULES + " FOR UPDATE SKIP LOCKED",
     CLAIMED_WITH: CLAIMED_WITH + " FOR UPDATE",
     CLAIMED_BY_KEY: CLAIMED_BY_KEY + " FOR UPDATE",
     TWIN["open"]: TWIN["open"] + " FOR UPDATE",
