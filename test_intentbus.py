@@ -10873,7 +10873,7 @@ BAD_COMMANDS = (
     case("work with a bad goal", "work --drain --goal " + "g" * 257, 2, "goal", "256"),
     case("work for no goal, as of an unset variable", "work --drain --goal=", 2, "goal"),
     case("schedule at no time", "schedule s g 1", 2, "either every, in seconds, or cron"),
-    case("schedule in a wrong way", "schedule s g 1 --cron @reboot", 2, "@reboot"),
+    case("schedule at no time of cron", "schedule s g 1 --cron @reboot", 2, "must have five fields", "not '@reboot'"),
     case("schedule in an unknown zone, dry", "schedule s g 1 --cron @daily --timezone Mars/Base --dry-run", 2, "pip install tzdata"),
     case("schedule over a limit, dry", "schedule s g 1 --every 1h --ttl 0s --dry-run", 2, "ttl", "31622400"),
     case("unschedule nothing", "unschedule s", 3, "no schedule s"), case("run nothing", "run s", 3, "no schedule s"),
