@@ -2008,7 +2008,7 @@ class Bus:
                 answer = answer_with(stored)
                 if idempotency_key:
                     tx.remember(*memo, digest + to_json(answer), tx.now + IDEMPOTENCY_SECONDS)
-            if any(status != "kept" for _, status in stored):
+            if stored == expected or any(status != "kept" for _, status in stored):
                 self._require_room(tx, caller)
         return answer
 
@@ -3856,7 +3856,7 @@ class Request:
     @property
     def wants_text(self):
         """Whether the client accepts text/plain, and not JSON by name."""
-        accepted = [part.partition(";")[0].strip().lower() for part in self.headers.get("accept", "").split(",")]
+        accepted = self.headers.get("accept", "").lower()
         return "text/plain" in accepted and "application/json" not in accepted
 
     def json(self):
@@ -3916,7 +3916,7 @@ def publish_one(api, request, body):
     fields = publishable(api, body)
     fields["idempotency_key"] = request.idempotency_key(fields["idempotency_key"])
     answer = api.bus.publish(**fields, caller=request.caller)
-    return 201 if answer.status == "published" else 200, answer.id if request.wants_text else answer
+    return 201 if answer["status"] == "published" else 200, answer.id if request.wants_text else answer
 
 
 def payload_in(request):
