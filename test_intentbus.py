@@ -9583,7 +9583,7 @@ def test_the_ways_to_say_a_payload(served, home, monkeypatch, capsys, words, std
     monkeypatch.chdir(home)
     Path("file.json").write_text('{"from": "file"}')
     Path("text.txt").write_text("\ufeffcaf\xe9\n", encoding="utf-8")
-    Path("stdin").write_text(stdin or "", newline="")
+    Path("stdin").write_bytes((stdin or "").encode())
     with open("stdin") as file:
         monkeypatch.setattr(sys, "stdin", file if stdin is not None else None)
         assert intentbus.main(["publish", "ways", *words, "--priority", "9", "--delay", "2h", "--capability", "x"]) == 0
