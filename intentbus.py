@@ -1972,8 +1972,7 @@ class Bus:
         idempotency_key with the same intent returns the first answer; with another intent it raises IdempotencyConflict.
         listening is the number of workers seen lately that may claim it. If it is 0 and no worker has ever claimed an intent
         of the caller's owner with this goal, nor one of that owner's workers any, never_claimed is true.
-        While another intent of that owner, namespace, goal and unique is unfinished, that is "kept"; with replace, an open one
-        is "replaced". Both are a status, with the id of that intent.
+        status is "kept" or, with replace, "replaced" if the id is that of an unfinished intent with the same unique value.
         """
         wanted = dict(fields, goal=goal, payload=payload)
         namespace = fields.get("namespace", "default")
@@ -3685,7 +3684,7 @@ const views = {
   async intent(query, id) {
     const [intent, { payload, result }] = await ask("/admin/intents/" + encodeURIComponent(id), undefined, text => [JSON.parse(text), exactly(text)]);
     const quote = text => "'" + text.replaceAll("'", "'\\''") + "'";
-    const flags = [["namespace", "default"], ["priority", 100], ["max_attempts", 3], ["target_worker", null], ["required_capability", null]].filter(
+    const flags = [["namespace", "default"], ["priority", 100], ["max_attempts", 3], ["target_worker", null], ["required_capability", null], ["unique", null], ["on_success", null], ["on_failure", null]].filter(
       ([name, usual]) => intent[name] !== usual).map(([name]) => " --" + ({ target_worker: "worker", required_capability: "capability" }[name] || name.replace("_", "-")) + " " + quote(String(intent[name])));
     const line = "python3 intentbus.py publish" + flags.join("") + (intent.visibility === "public" ? " --public" : "") + " -- " + quote(intent.goal) + " " + quote(JSON.stringify(payload));
     return [make("section", {}, make("h1", {}, intent.goal), make("p", {}, badge(intent.status), make("small", {}, " " + intent.id)),
@@ -3700,6 +3699,7 @@ const views = {
       box("Details", make("dl", {}, [["namespace", intent.namespace], ["owner", intent.owner + ", " + intent.visibility], ["priority", intent.priority],
         ["attempts", intent.claim_attempts + " of " + intent.max_attempts], ["worker", intent.worker || "none yet"], ["claimed", when(intent.claimed_at)], ["created", when(intent.created_at)],
         ["due", when(intent.run_at)], ["lease ends", intent.claim_expires_at ? when(intent.claim_expires_at) : "no lease"], ["expires", when(intent.expires_at)],
+        ["unique", intent.unique ?? "no"], ["published by", intent.caused_by ? make("a", { href: "#intent/" + intent.caused_by }, "the end of " + intent.caused_by.slice(0, 16)) : "a client"],
         ["ended", when(intent.completed_at)]].map(([name, value]) => [make("dt", {}, name), make("dd", {}, value instanceof Node ? value : String(value))])))];
   },
   async keys() {

@@ -5786,7 +5786,10 @@ def test_a_dead_intent_is_retried_by_clicking(page, served):
 @in_a_browser
 def test_the_copied_command_publishes_the_same_intent(page, served):
     payload = {"it's": ["$HOME", "`x`", "\n", "ü"]}
-    intent_id = served.publish(goal="a 'goal'", payload=payload, priority=7, visibility="public")
+    intent_id = served.publish(goal="a 'goal'", payload=payload, priority=7, visibility="public", unique="u 1", on_success="good", on_failure="bad")
+    served.ask("POST", f"/fail/{served.client.claim().id}", {"retry": False})
+    page.open(served.page + "#intent/" + served.client.list(goal="bad").intents[0].id)
+    page.sees("the end of " + intent_id[:16])
     page.open(served.page + "#intent/" + intent_id)
     page.sees("python3 intentbus.py publish")
     words = shlex.split(page.run("return document.getElementById('command').textContent"))[2:]
@@ -5794,6 +5797,7 @@ def test_the_copied_command_publishes_the_same_intent(page, served):
     assert code == 0
     again = served.ask("GET", f"/admin/intents/{made.strip()}").json
     assert (again["goal"], again["payload"], again["priority"], again["visibility"]) == ("a 'goal'", payload, 7, "public")
+    assert (again["unique"], again["on_success"], again["on_failure"]) == ("u 1", "good", "bad")
 
 
 @in_a_browser
