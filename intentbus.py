@@ -2267,8 +2267,7 @@ class Bus:
         idempotency_key with the same intent returns the first answer; with another intent it raises IdempotencyConflict.
         listening is the number of workers seen lately that may claim it. If it is 0 and no worker has ever claimed an intent
         of the caller's owner with this goal, nor one of that owner's workers any, never_claimed is true.
-        While another intent of that owner, namespace, goal and unique is unfinished, that is "kept"; with replace, an open one
-        is "replaced". Both are a status, with the id of that intent.
+        status is "kept" or, with replace, "replaced" if the id is that of an unfinished intent with the same unique value.
         """
         wanted = dict(fields, goal=goal, payload=payload)
         namespace = fields.get("namespace", "default")
@@ -2304,7 +2303,7 @@ class Bus:
                 answer = answer_with(stored)
                 if idempotency_key:
                     tx.remember(*memo, digest + to_json(answer), tx.now + IDEMPOTENCY_SECONDS)
-            if any(status != "kept" for _, status in stored):
+            if stored == expected or any(status != "kept" for _, status in stored):
                 self._require_room(tx, caller)
         return answer
 
@@ -4164,7 +4163,7 @@ const views = {
   async intent(query, id) {
     const [intent, { payload = "This key sees no payloads.", result = payload }] = await ask("/admin/intents/" + encodeURIComponent(id), undefined, text => [JSON.parse(text), exactly(text)]);
     const quote = text => "'" + text.replaceAll("'", "'\\''") + "'";
-    const flags = [["namespace", "default"], ["priority", 100], ["max_attempts", 3], ["target_worker", null], ["required_capability", null]].filter(
+    const flags = [["namespace", "default"], ["priority", 100], ["max_attempts", 3], ["target_worker", null], ["required_capability", null], ["unique", null], ["on_success", null], ["on_failure", null]].filter(
       ([name, usual]) => intent[name] !== usual).map(([name]) => " --" + ({ target_worker: "worker", required_capability: "capability" }[name] || name.replace("_", "-")) + " " + quote(String(intent[name])));
     const line = "python3 intentbus.py publish" + flags.join("") + (intent.visibility === "public" ? " --public" : "") + " -- " + quote(intent.goal) + " " + quote(JSON.stringify(payload));
     return [make("section", {}, make("h1", {}, intent.goal), make("p", {}, badge(intent.status), make("small", {}, " " + intent.id)),
@@ -4179,6 +4178,7 @@ const views = {
       box("Details", make("dl", {}, [["namespace", intent.namespace], ["owner", intent.owner + ", " + intent.visibility], ["priority", intent.priority],
         ["attempts", intent.claim_attempts + " of " + intent.max_attempts], ["worker", intent.worker || "none yet"], ["claimed", when(intent.claimed_at)], ["created", when(intent.created_at)],
         ["due", when(intent.run_at)], ["lease ends", intent.claim_expires_at ? when(intent.claim_expires_at) : "no lease"], ["expires", when(intent.expires_at)],
+        ["unique", intent.unique ?? "no"], ["published by", intent.caused_by ? make("a", { href: "#intent/" + intent.caused_by }, "the end of " + intent.caused_by.slice(0, 16)) : "a client"],
         ["ended", when(intent.completed_at)]].map(([name, value]) => [make("dt", {}, name), make("dd", {}, value instanceof Node ? value : String(value))])))];
   },
   async keys() {
@@ -4335,7 +4335,7 @@ class Request:
     @property
     def wants_text(self):
         """Whether the client accepts text/plain, and not JSON by name."""
-        accepted = [part.partition(";")[0].strip().lower() for part in self.headers.get("accept", "").split(",")]
+        accepted = self.headers.get("accept", "").lower()
         return "text/plain" in accepted and "application/json" not in accepted
 
     def json(self):
@@ -4395,7 +4395,7 @@ def publish_one(api, request, body):
     fields = publishable(api, body)
     fields["idempotency_key"] = request.idempotency_key(fields["idempotency_key"])
     answer = api.bus.publish(**fields, caller=request.caller)
-    return 201 if answer.status == "published" else 200, answer.id if request.wants_text else answer
+    return 201 if answer["status"] == "published" else 200, answer.id if request.wants_text else answer
 
 
 def payload_in(request):
