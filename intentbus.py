@@ -275,7 +275,7 @@ COLUMNS = (
     "backoff_base", "target_worker", "required_capability", "created_at", "status", "run_at", "expires_at",
     "completed_at", "last_error", "result", "result_type", "claim_attempts", "claim_token_hash", "claim_expires_at", "lease",
     "claim_owner", "claim_key", "claim_outcome", "worker_id", "worker", "claimed_at", "idempotency_key", "size", "result_size",
-    "place", "lane", "ready", "due_at",
+    "place", "lane", "ready", "due_at", "limited",
 )
 PUBLISH_DEFAULTS = dict(
     namespace="default", visibility="private", priority=100, delay=0, run_at=None, ttl=TTL_SECONDS, max_attempts=3,
@@ -292,7 +292,7 @@ CLAIM_FIELDS = (
 )
 UNCLAIMED = dict.fromkeys(("completed_at", "last_error", "result", "result_type", "claim_token_hash", "claim_expires_at",
                            "lease", "claim_owner", "claim_key", "claim_outcome", "worker_id", "worker", "claimed_at",
-                           "idempotency_key"))
+                           "idempotency_key", "limited"))
 
 Change = collections.namedtuple("Change", "event columns")     # event: a word for people, or None
 
@@ -353,7 +353,12 @@ def lane_end(lane):
 def lane_range(lane):
     """Return (start, end) of the keys among which are all lanes that a lane with a goal covers."""
     goal, publisher = lane.rsplit("\t", 1)
-    return (lane, lane_end(lane)) if publisher else (goal + "\t", goal + "\n")     # "\n" is the character after "\t"
+    return (lane, lane_end(lane)) if publisher else range_under(goal)
+
+
+def range_under(start):
+    """Return (start, end) of the keys that go on, after a tab, where this one ends: of a namespace, a place or a goal in it."""
+    return start + "\t", start + "\n"     # the character after "\t"
 
 
 def bytes_of(text):
@@ -441,7 +446,7 @@ class Intent(Record):
         return Change("claimed" if new else None, dict(
             status="claimed", ready=0, claim_attempts=self.claim_attempts + new, claim_token_hash=token_hash, claim_owner=owner,
             claim_key=key_id, worker_id=worker_id, worker=worker, claimed_at=now if new else self.claimed_at, claim_outcome=None,
-            claim_expires_at=now + lease, lease=lease, due_at=min(now + lease, self.expires_at)))
+            claim_expires_at=now + lease, lease=lease, due_at=min(now + lease, self.expires_at), limited=self.limited))
 
     def extended(self, now, seconds):
         """Its lease ends that many seconds from now."""
@@ -582,7 +587,15 @@ SIZES = """
     GROUP BY owner;
     DELETE FROM memos WHERE kind = 'goal'     -- by owner from now on
 """
-MIGRATIONS = (SCHEMA, MORE_INDEXES, HISTORY, PLACES, SIZES)     # the n-th leads to schema version n; a released one never changes
+GOAL_LIMITS = """
+    CREATE TABLE limits (     -- how many intents of a goal may be claimed at once (NULL: any number), and whether it is paused
+        namespace TEXT, goal TEXT, running INTEGER, paused INTEGER NOT NULL,
+        PRIMARY KEY (namespace, goal)
+    );
+    ALTER TABLE intents ADD COLUMN limited INTEGER;     -- 1 if a limit of its goal counts the latest claim
+    CREATE INDEX intents_limited ON intents (namespace, goal) WHERE limited = 1 AND status = 'claimed'
+"""
+MIGRATIONS = (SCHEMA, MORE_INDEXES, HISTORY, PLACES, SIZES, GOAL_LIMITS)     # the n-th leads to schema version n; a released one never changes
 APPLICATION_ID = 0x1B05     # in the header of the file: it is a database of intentbus
 
 
@@ -967,7 +980,7 @@ DEAD_RANGE = """
     AND    (:goal IS NULL OR goal = :goal)
     AND    (:namespace IS NULL OR namespace = :namespace)
 """
-GONE = ("id", "namespace", "publisher", "status", "size", "claim_key", "result_size", "idempotency_key")
+GONE = ("id", "namespace", "goal", "publisher", "status", "size", "claim_key", "result_size", "idempotency_key", "limited")
 DELETE = f"""
     DELETE FROM intents
     WHERE       id IN ({{which}})
@@ -1030,6 +1043,7 @@ FORGET = """
 
 KEY_FIELDS = ("key_id", "name", "owner", "role", "created_at", "last_used_at", "total_requests")
 Move = collections.namedtuple("Move", "intent event")     # an intent as a block left it
+GoalLimit = collections.namedtuple("GoalLimit", "namespace goal running paused")     # running: how many may, None for any number
 
 
 @functools.lru_cache(maxsize=None)
@@ -1067,6 +1081,11 @@ def tally_rows(blocks):
             tallies.setdefault(publisher, Tally()).add(*counted)
     return [dict(namespace=namespace, publisher=publisher, status=status, intents=number, bytes=size)
             for publisher, tally in tallies.items() for (namespace, status), (number, size) in tally.items() if number or size]
+
+
+def makes_room(move):
+    """Return whether, after a move, another intent of its goal may be claimed, which a limit or pause kept waiting."""
+    return move.event == "limited" or bool(move.intent.get("limited")) and move.intent.status != "claimed"
 
 
 def values_of(owner):
@@ -1120,6 +1139,16 @@ class Reads:
         """Return the text that is remembered under kind, owner and key, or None."""
         found = self._first(RECALL, kind=kind, owner=owner, key=key, now=now)
         return found and found[0]
+
+    def goal_limits(self):
+        """Return {(namespace, goal): GoalLimit} of all goals that are limited or paused."""
+        return {tuple(row[:2]): GoalLimit(*row) for row in self._rows(
+            "SELECT namespace, goal, running, paused FROM limits ORDER BY namespace, goal", {})}
+
+    def claimed_of(self, namespace, goal):
+        """Return how many intents of a limited goal are claimed."""
+        return self._first("SELECT COUNT(*) FROM intents WHERE limited = 1 AND status = 'claimed' AND namespace = :namespace "
+                           "AND goal = :goal", namespace=namespace, goal=goal)[0]
 
     def key(self, key_id):
         """Return an issued key that is not revoked, or None."""
@@ -1210,25 +1239,73 @@ class Transaction(Reads):
         return self._intents(LOST, now=now, rows=rows)
 
     def claimable(self, lanes, key_id, token_hash=None):
-        """Return the first intent that is ready in these lanes, or in lanes that they cover; None if there is none.
+        """Return the first intent that is ready in these lanes, or in lanes that they cover, and whose goal has room; or None.
 
         An intent that the key holds under a claim token comes before all.
         """
-        return token_hash and self._intent(CLAIMED_WITH, token_hash=token_hash, key_id=key_id) or min(
-            (head for lane in lanes for head in self._heads(lane)), default=None, key=claim_order)
+        held = token_hash and self._intent(CLAIMED_WITH, token_hash=token_hash, key_id=key_id)
+        first = held or min((head for lane in lanes for head in self._heads(lane)), default=None, key=claim_order)
+        if first and not held:
+            first["limited"] = 1 if self._limit_of(first) else None
+        return first
 
     def _heads(self, lane):
-        """Yield the first ready intent of each lane that a lane covers, or of its place; each is one index lookup."""
+        """Yield the first ready intent of each lane that a lane covers, or of its place; each is one index lookup.
+
+        Goals without room are left out. If the first intent of a place is of such a goal, the lanes are looked at one by one.
+        """
         place, goal, publisher = lane.rsplit("\t", 2)
+        start, end = lane_range(lane) if goal else (lane, lane)
         if not goal:
             head = self._intent(PUBLIC_HEAD_OF_PLACE if publisher else HEAD_OF_PLACE, place=place, owner=publisher)
-            if head:
+            if head and self._has_room(head):
                 yield head
-            return
-        start, end = lane_range(lane)
+            elif head:
+                start, end = range_under(place)
         while start < end and (head := self._intent(HEAD_OF_NEXT_LANE, start=start, end=end)):
-            yield head
             start = lane_end(head.lane)
+            if not self._has_room(head):
+                start = range_under(f"{place}\t{head.goal}")[1]
+            elif publisher in ("", head.owner):
+                yield head
+
+    def _limit_of(self, intent):
+        if self._store.limits is None:
+            self._store.limits = self.goal_limits()
+        return self._store.limits.get((intent.namespace, intent.goal))
+
+    def _has_room(self, intent):
+        limit = self._limit_of(intent)
+        return limit is None or not limit.paused and (
+            limit.running is None or self.claimed_of(intent.namespace, intent.goal) < limit.running)
+
+    def ready_lanes(self, namespace, goal):
+        """Return the lanes of a goal in which intents are ready, if it has room, the one with the first intent first."""
+        found, (start, end) = [], range_under(namespace)
+        while head := self._intent(HEAD_OF_NEXT_LANE, start=start, end=end):     # one lookup for each place
+            found += self._heads(f"{head.place}\t{goal}\t")
+            start = range_under(head.place)[1]
+        return [head.lane for head in sorted(found, key=claim_order)]
+
+    def limit(self, namespace, goal):
+        """Return the GoalLimit of a goal, to be changed in this block."""
+        return self.goal_limits().get((namespace, goal)) or GoalLimit(namespace, goal, None, 0)
+
+    def set_limit(self, limit):
+        """Store the GoalLimit of a goal; without a number and a pause, it has none."""
+        self._store.limits = None
+        self._db.execute("DELETE FROM limits WHERE namespace = :namespace AND goal = :goal", limit._asdict())
+        if limit.running is not None or limit.paused:
+            self._db.execute("INSERT INTO limits VALUES (:namespace, :goal, :running, :paused)", limit._asdict())
+        status = "paused" if limit.paused else "free" if limit.running is None else f"limited to {limit.running}"
+        shown = Intent(dict.fromkeys(COLUMNS), namespace=limit.namespace, goal=limit.goal, status=status)
+        self.moves.append(Move(shown, "limited"))
+
+    def count_claimed(self, namespace, goal):
+        """Have the limit of a goal count the intents that were claimed before it was set; return how many are claimed."""
+        self._db.execute("UPDATE intents SET limited = 1 WHERE status = 'claimed' AND namespace = :namespace AND goal = :goal",
+                         dict(namespace=namespace, goal=goal))
+        return self.claimed_of(namespace, goal)
 
     def claimed_by_key(self, key_id, rows):
         """Return intents that a key holds under a lease, at most that many."""
@@ -1257,6 +1334,8 @@ class Transaction(Reads):
             self._count(intent, -1)
             if intent.status == "claimed":
                 self.deleted.append(intent.id)
+                if intent.limited:
+                    self.moves.append(Move(Intent(dict.fromkeys(COLUMNS), intent.pick(("namespace", "goal", "limited"))), None))
         if for_good:
             self._db.executemany(FORGET, [dict(kind="idempotency", owner=publisher, key=key) for publisher, key in {
                 (intent.publisher, intent.idempotency_key) for intent in gone} if key is not None])
@@ -1408,6 +1487,7 @@ class Store(Reads):
         self.round = []           # the blocks of the round so far
         self.failed = False       # whether the last round was lost
         self.obstacle = None      # the error with which the last round could not begin
+        self.limits = None        # GoalLimit by (namespace, goal), as the round sees them; None: to be read
         self.busy_since = None    # by time.monotonic(), while a commit or a shift of the clock runs in another thread
         self.on_commit = lambda blocks: None
 
@@ -1437,7 +1517,7 @@ class Store(Reads):
 
     def abandon(self):
         """Undo the round, after an error."""
-        self.round, self.failed = [], True
+        self.round, self.failed, self.limits = [], True, None
         self.database.rollback()
 
     def _rows(self, statement, values):
@@ -1841,6 +1921,7 @@ class EventLog:
 
 Caller = collections.namedtuple("Caller", "key_id owner role admin limits")     # limits: the Limits of an issued key, or None
 Limits = collections.namedtuple("Limits", "unfinished stored_bytes")
+UNCHANGED = object()     # the default of an argument that can be None
 OWNER = Caller(key_id="owner", owner="owner", role="both", admin=True, limits=None)
 Claim = collections.namedtuple("Claim", "lanes namespace goals worker_id lease token repeatable worker_name version")
 DEATHS = "intent.dead"     # the goal of the intents that announce deaths
@@ -2137,10 +2218,13 @@ class Bus:
             raise Invalid('result must be a string when result_type is "text".', code="invalid_result")
         with self.store.transaction() as tx:
             intent = self._claimed_by(tx, intent_id, claim_token, caller, "fulfilled")
-            if intent.claim_outcome is None:
+            new = intent.claim_outcome is None
+            if new:
                 self._change(tx, intent, intent.fulfilled(tx.now, result, result_type, caller.key_id))
+            answer = self._with_next(tx, Record(ok=True, id=intent_id), next_claim, caller)
+            if new:     # after the claim, in whose order a shared database is locked
                 self._require_bytes(tx, caller, of_a_report=True)
-            return self._with_next(tx, Record(ok=True, id=intent_id), next_claim, caller)
+            return answer
 
     def fail(self, intent_id, claim_token=None, error=None, retry=True, *, next_claim=None, caller=OWNER):
         """Report the work failed: it is tried again after a backoff, or dead if no attempt is left or retry is false."""
@@ -2238,6 +2322,33 @@ class Bus:
 
     # -- Administration: the caller is known to be an admin --
 
+    def limit(self, goal, running=UNCHANGED, paused=None, namespace="default", *, caller=OWNER):
+        """Let at most `running` intents of a goal be claimed at once, None for any number; or pause it, or end its pause.
+
+        Each stays as it was if it is not given. Return the limit, and how many intents are claimed under it.
+        """
+        with self.store.transaction() as tx:
+            before = tx.limit(namespace, goal)
+            after = before._replace(running=before.running if running is UNCHANGED else running,
+                                    paused=before.paused if paused is None else int(paused))
+            if after != before:
+                tx.set_limit(after)
+        with self.store.transaction() as tx:     # of its own: on a shared database, all claims know of the limit from here on
+            return self._shown(after, tx.count_claimed(namespace, goal))
+
+    def limits(self, *, caller=OWNER):
+        """Return {"limits"}: of each goal that is limited or paused, with the number of its claimed intents."""
+        limits = self.store.goal_limits()
+        return Record(limits=[self._shown(limit, self.store.claimed_of(*goal)) for goal, limit in limits.items()])
+
+    def _shown(self, limit, claimed):
+        return Record(limit._asdict(), paused=bool(limit.paused), claimed=claimed)
+
+    def ready_lanes(self, namespace, goal):
+        """Return the lanes in which intents of a goal are ready, of which some may be claimed now."""
+        with self.store.transaction() as tx:
+            return tx.ready_lanes(namespace, goal)
+
     @sliced
     def purge(self, confirm=False, namespace=None, *, caller=OWNER):
         """Delete all intents of a namespace, or of every one, if confirm is true."""
@@ -2267,7 +2378,7 @@ class Bus:
         """Return everything about an intent but its claim token."""
         intent = self.store.get(intent_id).at(self.clock.now())
         hidden = ("claim_token_hash", "claim_key", "claim_outcome", "idempotency_key", "lease", "size", "result_size", "place",
-                  "lane", "ready", "due_at")
+                  "lane", "ready", "due_at", "limited")
         return Record({column: value for column, value in intent.items() if column not in hidden},
                       payload=json.loads(intent.payload), result=stored_result(intent))
 
@@ -2346,7 +2457,7 @@ class Bus:
         database_bytes, wal_bytes = self.store.database.sizes()
         return Record(version=__version__, now=now, intents=intents, keys=len(self.store.keys()), database_bytes=database_bytes,
                       wal_bytes=wal_bytes, waiting=self._longest_waiting(), workers=self.registry.seen(most=WAITING_LANES),
-                      history=self._past(int(now // 60) - minutes + 1, 1 if minutes <= 60 else 10))
+                      limits=self.limits().limits, history=self._past(int(now // 60) - minutes + 1, 1 if minutes <= 60 else 10))
 
     def _longest_waiting(self):
         """Return {"namespace", "goal", "run_at", "listening"} of each goal that waits, as of its longest waiting intent."""
@@ -2470,7 +2581,7 @@ class Bus:
 
     def distrust_memory(self):
         """Drop what is remembered of the database: another program has changed it."""
-        self.next_due = 0
+        self.next_due, self.store.limits = 0, None
         self._tallies.clear()
         self.registry.free_all()
 
@@ -3153,7 +3264,10 @@ def word_of(characters):
 
 
 anything = must_be("any JSON value", lambda value: True)
-any_payload = must_be("any JSON value", lambda value: True)     # null too, which elsewhere counts as absent
+any_payload = must_be("any JSON value", lambda value: True)
+running_limit = must_be("a whole number from 1 to 1000, or null",
+                        lambda value: value is None or type(value) is int and 1 <= value <= 1000)
+TAKE_NULL = (any_payload, running_limit)     # elsewhere, null counts as absent
 boolean = must_be("true or false", lambda value: isinstance(value, bool))
 string = must_be("a string", lambda value: isinstance(value, str))
 namespace_word = word_of("A-Z a-z 0-9 . _ -")
@@ -3197,7 +3311,7 @@ def validate(fields, values, kind="field"):
         raise Invalid(f"Unknown {kind} {min(unknown)[:64]!r}; there are: {', '.join(fields) or 'none'}.")
     found = fields.defaults.copy()
     for field, value in values.items():
-        if field not in fields or value is None and fields[field] is not any_payload or is_blank(value) and field in fields.optional:
+        if field not in fields or value is None and fields[field] not in TAKE_NULL or is_blank(value) and field in fields.optional:
             continue
         try:
             found[field] = fields[field](value)
@@ -3324,6 +3438,12 @@ GENERATE_KEY = Fields({
 }, optional=("owner",))
 JOIN = Fields({"code": (string, REQUIRED)})
 REVOKE_KEY = Fields({"api_key": (string, None), "key_id": (string, None)})
+LIMITED_GOAL = Fields({"goal": (text_of(1, 256), REQUIRED)})
+LIMIT = Fields({
+    "running": (running_limit, UNCHANGED),
+    "paused": (boolean, None),
+    "namespace": (namespace_word, "default"),
+})
 PURGE = Fields({"confirm": (boolean, False), "namespace": (namespace_word, None)})
 NOTHING, ANYTHING = Fields({}), Fields({}, strict=False)
 
@@ -3903,6 +4023,10 @@ def set_endpoint(api, request, key):
     return 200, api.bus.set(key, **fields, caller=request.caller)
 
 
+def limit_endpoint(api, request, goal):
+    return 200, api.bus.limit(**validate(LIMITED_GOAL, {"goal": goal}), **request.fields(LIMIT), caller=request.caller)
+
+
 def revoke_endpoint(api, request):
     """End a key at once: its held requests and its leases end with it."""
     key_id = api.keys.revoke(**request.fields(REVOKE_KEY))
@@ -3985,6 +4109,8 @@ ROUTES = (
     ("POST", "/cancel/*",               "manage",  with_body("cancel")),
     ("POST", "/retry/*",                "manage",  with_body("retry")),
     ("POST", "/retry",                  "manage",  advancing("retry_many", RETRY)),
+    ("POST", "/limit/*",                "admin",   limit_endpoint),
+    ("GET",  "/limits",                 "admin",   with_query("limits")),
     ("POST", "/set/*",                  "keep",    set_endpoint),
     ("GET",  "/get/*",                  "keep",    get_endpoint),
     ("POST", "/delete/*",               "keep",    with_body("delete")),
@@ -4955,6 +5081,8 @@ class Rounds:
         self._blocks_seen = len(self._store.round)
         if self._loop.waiting:
             self._lanes += [(move.intent.lane, False) for move in moves if move.intent.ready]
+            for goal in {(move.intent.namespace, move.intent.goal) for move in moves if makes_room(move)}:
+                self._lanes += [(lane, True) for lane in self._api.bus.ready_lanes(*goal)]
         return {move.intent.lane for move in moves if move.event == "claimed"}
 
     def _commit(self):
@@ -5977,8 +6105,9 @@ LISTED_INTENT = answer_of(id=ANSWER_ID, status=TEXT, goal=TEXT, claim_attempts=C
                           last_error=UNSURE, worker=UNSURE)
 LISTED_WORKER = answer_of(owner=TEXT, last_seen=MOMENT, goals=(array_of(string), REQUIRED), name=UNSURE, id=UNSURE, version=UNSURE,
                           running=(array_of(string), ()))
-LISTED_EVENT = answer_of(event=TEXT, time=MOMENT, id=UNSURE, goal=UNSURE, worker_id=UNSURE, worker=UNSURE,
+LISTED_EVENT = answer_of(event=TEXT, time=MOMENT, id=UNSURE, goal=UNSURE, status=UNSURE, worker_id=UNSURE, worker=UNSURE,
                          last_error=UNSURE)
+GOAL_LIMIT = answer_of(namespace=TEXT, goal=TEXT, running=UNSURE, paused=TRUTH, claimed=COUNT)
 LISTED_KEY = answer_of(key_id=TEXT, owner=TEXT, role=TEXT, total_requests=COUNT, name=UNSURE,
                        last_used_at=PERHAPS_A_MOMENT)
 API_KEY = (must_be("a key", lambda value: isinstance(value, str) and re.fullmatch("[!-~]+", value)), REQUIRED)
@@ -6000,6 +6129,8 @@ ANSWERS = {     # of a bus, to a method and path: an answer without these fields
     "POST /cancel/*": CHANGED,
     "POST /retry/*": CHANGED,
     "POST /retry": answer_of(retried=COUNT),
+    "POST /limit/*": GOAL_LIMIT,
+    "GET /limits": answer_of(limits=(array_of(GOAL_LIMIT), REQUIRED)),
     "POST /set/*": answer_of(ok=DONE),
     "GET /get/*": answer_of(value=(anything, REQUIRED)),
     "POST /delete/*": answer_of(deleted=TRUTH),
@@ -6504,8 +6635,21 @@ class IntentClient:
         """Delete a key; return {"deleted"}, whether it had a value."""
         return self.request("POST", f"/delete/{key}", retries=0)
 
+    def limit(self, goal, running=UNCHANGED, paused=None, namespace=None):
+        """Let at most `running` intents of a goal be claimed at once, None for any number; or pause it, or end its pause."""
+        changes = {} if running is UNCHANGED else dict(running=running)
+        return self._as_admin("POST", f"/limit/{goal}", dict(changes, paused=paused, namespace=namespace or self.namespace))
+
+    def limits(self):
+        """Return {"limits"}: of each goal that is limited or paused, in any namespace, with the number of claimed intents."""
+        return self._as_admin("GET", "/limits")
+
     def admin(self, verb, **body):
-        """Call /admin/VERB with BUS_ADMIN_SECRET or DASHBOARD_PASSWORD, if set; by GET if there is no body."""
+        """Call /admin/VERB; by GET if there is no body."""
+        return self._as_admin("POST" if body else "GET", f"/admin/{verb}", body or None)
+
+    def _as_admin(self, method, path, body=None):
+        """Send a request with BUS_ADMIN_SECRET or DASHBOARD_PASSWORD, if set."""
         secret = {}
         if token := secret_in("BUS_ADMIN_SECRET"):
             secret = {"X-Admin-Token": token}
@@ -6513,7 +6657,7 @@ class IntentClient:
             secret = {"Authorization": "Basic " + base64.b64encode(f"admin:{password}".encode()).decode()}
         if secret and not self.secure:
             raise SetupError("The admin secret is sent only over https or to this machine.")
-        return self.request("POST" if body else "GET", f"/admin/{verb}", body or None, headers=secret, retries=0)
+        return self.request(method, path, body, headers=secret, retries=0)
 
     def _require_newer(self, consequence):
         """Raise OlderBus at a bus that would silently ignore part of a request, with this consequence."""
@@ -7391,6 +7535,7 @@ exit codes: 0 success; 1 the intent is dead, or a conflict; 2 wrong usage or set
 GROUPS = (
     ("run", ("serve", "publish", "work", "flush")),
     ("inspect", ("status", "result", "list", "workers", "watch", "stats")),
+    ("limit", ("limit", "pause", "resume", "limits")),
     ("repair", ("cancel", "retry", "purge", "doctor", "backup")),
     ("keys and machines", ("keys add", "keys invite", "keys list", "keys revoke", "join")),
     ("store values", ("set", "get", "del")),
@@ -7996,7 +8141,8 @@ def watch_command(bus, options):
         print_rows(options, page.events, lambda entry: (
             time.strftime("%H:%M:%S", time.localtime(entry.time)), f"{entry.event:9}", entry.id, entry.goal,
             entry.worker or entry.worker_id,
-            entry.last_error if entry.event in ("failed", "dead", "lost") else None))
+            entry.last_error if entry.event in ("failed", "dead", "lost") else None,
+            entry.status if entry.event == "limited" else None))
         if after and not page.events and time.monotonic() - asked < RECHECK_SECONDS:     # this bus does not hold requests
             time.sleep(RECHECK_SECONDS)
         after = page.next
@@ -8019,6 +8165,41 @@ def retry_command(bus, options):
         raise Invalid("retry needs one of these: an id, --goal GOAL, --all.")
     answer = bus.retry(options.id, goal=options.goal, namespace=options.namespace, limit=options.limit)
     print_answer(options, answer, "status" if options.id else "retried")
+
+
+LIMITED_GOAL_FLAG = flag("goal", help="the goal of the intents")
+
+
+def print_limits(options, *limits):
+    """Print limits: namespace, goal, how many intents are claimed of how many that may be, paused or not."""
+    print_rows(options, limits, lambda limit: (limit.namespace, limit.goal, f"{limit.claimed} of {limit.running or 'any number'}",
+                                               "paused" if limit.paused else None))
+
+
+@bus_command("limit", ["limit backup 1", "limit backup none"], LIMITED_GOAL_FLAG,
+             flag("running", type=lambda text: None if text == "none" else positive_int(text), metavar="N",
+                  help="how many may run at once, over all workers; none for any number"), JSON)
+def limit_command(bus, options):
+    """Limit how many intents of a goal run at once; a limit outlives a pause."""
+    print_limits(options, bus.limit(options.goal, running=options.running))
+
+
+@bus_command("pause", ["pause backup"], LIMITED_GOAL_FLAG, JSON)
+def pause_command(bus, options):
+    """Pause a goal: its intents wait until resume; those that run go on."""
+    print_limits(options, bus.limit(options.goal, paused=True))
+
+
+@bus_command("resume", ["resume backup"], LIMITED_GOAL_FLAG, JSON)
+def resume_command(bus, options):
+    """End the pause of a goal."""
+    print_limits(options, bus.limit(options.goal, paused=False))
+
+
+@bus_command("limits", ["limits"], JSON)
+def limits_command(bus, options):
+    """List the goals that are limited or paused: namespace, goal, how many run, paused."""
+    print_limits(options, *bus.limits().limits)
 
 
 @bus_command("set", ["""set thermostat '{"celsius": 19.5}' --ttl 1h""", 'set "nightly backup" mine --ttl 1h --if-absent'],

@@ -1013,7 +1013,7 @@ FUZZED_BODIES = {"/intent": dict(intentbus.PUBLISH_DEFAULTS, goal="g", payload={
           "/fulfill/*": {"claim_token": "x", "result": [1], "result_type": "text"}, "/fail/*": {"error": "e", "retry": False},
           "/release/*": {"delay": 1}, "/extend_claim/*": {"seconds": 60}, "/retry": {"goal": "g", "limit": 3},
           "/admin/purge": {"confirm": True, "namespace": "x"}, "/admin/generate_key": {"owner": "o", "name": "n", "role": "work"},
-          "/admin/revoke_key": {"key_id": "0" * 16, "api_key": "tk_"}}
+          "/admin/revoke_key": {"key_id": "0" * 16, "api_key": "tk_"}, "/limit/*": {"running": 3, "paused": False, "namespace": "x"}}
 FUZZED_HEADERS = ("X-Worker-ID", "X-Worker-Capabilities", "Idempotency-Key", "X-Request-ID", "X-Key-ID", "X-Timestamp", "X-Nonce",
                   "X-Signature", "X-Admin-Token", "Authorization", "X-Forwarded-Proto", "Content-Type", "Expect", "Connection", "Cookie",
                   "X-Claim-Token", "Transfer-Encoding", "Host", "Content-Length", "Upgrade", "Range", "Accept-Encoding")
@@ -2275,6 +2275,10 @@ def test_the_cost_of_a_verb_does_not_grow_with_the_table(sqlite_work, bus, clock
         bus.publish_many([dict(goal="later", payload=1, delay=1000)] * number)
         bus.publish_many([dict(goal=goal, payload=1, priority=900) for goal in ("g", "open")] * number)
         bus.publish_many([dict(goal=f"lane {index}", payload=1, visibility="public") for index in range(number)], caller=ALICE)
+        bus.publish_many([dict(goal=goal, payload=1, priority=950, namespace="n") for goal in ("paused", "limited")] * number)
+
+    bus.limit("paused", paused=True, namespace="n")
+    bus.limit("limited", running=1, namespace="n")
 
     def costs():
         """Return the work of each verb, by name."""
@@ -2290,6 +2294,12 @@ def test_the_cost_of_a_verb_does_not_grow_with_the_table(sqlite_work, bus, clock
         do("fail", bus.fail, intent_id)
         do("claim of any goal", bus.claim)
         do("claim in vain", bus.claim, "none")
+        bus.publish("mine", 1, namespace="n")
+        limited = bus.claim("limited", namespace="n", lease=3600)
+        assert do("claim beside limited goals", bus.claim, namespace="n").goal == "mine"
+        do("claim of limited goals in vain", bus.claim, ["paused", "limited"], namespace="n")
+        do("report that makes room", bus.fulfill, limited.id)
+        assert do("lanes that have room", bus.ready_lanes, "n", "limited")
         do("claim of any goal by a publisher", bus.claim, publisher="owner")
         do("claim with a token", bus.claim, "g", claim_token="t" * 32)
         do("repeated claim", bus.claim, "g", claim_token="t" * 32)
@@ -2852,6 +2862,48 @@ def test_a_held_claim_is_answered_after(started, clock, quick_rechecks, wake):
     held = bus.hold("POST", "/claim?goal=g&goal=dead&goal=taken&wait=60")
     wake(bus, clock, claims)
     assert claimed_by(held).goal in ("g", "dead", "taken") and bus.holds(0)
+
+
+@pytest.mark.parametrize("query", ["?goal=g&wait=60", "?wait=60"])
+@pytest.mark.parametrize("room", [
+    lambda bus, claim: bus.client.fulfill(claim.id, claim.claim_token),
+    lambda bus, claim: bus.client.fail(claim.id, claim.claim_token),
+    lambda bus, claim: bus.client.release(claim.id, claim.claim_token, delay=3600),
+    lambda bus, claim: bus.client.cancel(claim.id),
+    lambda bus, claim: bus.client.limit("g", running=2),
+    lambda bus, claim: bus.client.limit("g", running=None),
+], ids=["fulfilled", "failed", "released", "cancelled", "larger limit", "no limit"])
+def test_a_claim_held_by_a_limit_is_answered_when_there_is_room(no_rechecks, served, query, room):
+    served.publish()
+    claim = served.client.claim("g")
+    served.client.limit("g", running=1)
+    held = [served.hold("POST", "/claim" + query) for _ in range(2)]
+    served.publish(payload="next", visibility="public")
+    assert served.holds(len(held))
+    room(served, claim)
+    assert served.holds(1) and "next" in served.payloads(status="claimed")
+
+
+def test_a_lost_lease_makes_room_for_a_held_claim(started, clock, quick_rechecks):
+    bus = started(clock=clock)
+    bus.client.limit("g", running=1)
+    lost, other = bus.publish(max_attempts=1), bus.publish()
+    assert bus.client.claim("g", lease=10).id == lost
+    held = bus.hold("POST", "/claim?wait=60")
+    clock.pass_(11)
+    assert claimed_by(held).id == other
+
+
+@pytest.mark.parametrize("query", ["?goal=g&wait=60", "?wait=60"])
+def test_the_end_of_a_pause_answers_all_held_claims(no_rechecks, served, query):
+    served.client.limit("g", paused=True)
+    held = [served.hold("POST", "/claim" + query) for _ in range(4)]
+    ids = {served.publish(goal="g") for _ in range(3)}
+    assert served.holds(4)
+    served.client.limit("g", paused=False)
+    assert served.holds(1) and served.statuses() == ["claimed"] * 3
+    served.publish(goal="g")
+    assert {claimed_by(sock).id for sock in held} > ids
 
 
 def test_a_held_claim_waits_while_a_lease_is_extended(started, clock, quick_rechecks):
@@ -3664,6 +3716,76 @@ def test_a_claim_without_a_goal_takes_the_first_of_any_goal(bus, clock):
     assert bus.claim(["y", "z"], namespace="other").payload == "elsewhere"
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_limit_holds_and_hides_no_other_intent(bus, clock, seed):
+    chance, running, limits, most = random.Random(seed), {}, {}, 0
+    goals, claimants = ("a", "b", "c"), (ALICE, BOB)
+    for _ in range(300):
+        clock.pass_(0.01)
+        goal, caller = chance.choice(goals), chance.choice(claimants)
+        act = chance.choice(("publish", "publish", "claim", "claim", "claim", "end", "limit"))
+        if act == "publish":
+            bus.publish(goal, 1, visibility=chance.choice(("public", "private")), priority=chance.choice((1, 2)), caller=caller)
+        elif act == "limit":
+            change = chance.choice((dict(running=1), dict(running=3), dict(running=None), dict(paused=True), dict(paused=False)))
+            limits[goal] = bus.limit(goal, **change)
+            assert limits[goal].claimed == list(running.values()).count(goal)
+        elif act == "end" and running:
+            intent_id = chance.choice(list(running))
+            worker = intentbus.OWNER._replace(owner=bus.inspect(intent_id).claim_owner)
+            assert chance.choice((bus.fulfill, bus.cancel, bus.release, bus.fail))(intent_id, caller=worker)
+            del running[intent_id]
+        elif act == "claim":
+            full = {goal for goal, limit in limits.items() if limit.paused
+                    or limit.running and list(running.values()).count(goal) >= limit.running}
+            wanted, publisher = chance.choice((None, None, ["a"], ["b", "c"])), chance.choice((None, caller.owner))
+            may = [intent for intent in bus.store.page(500, status="open")[0] if intent.run_at <= clock.wall
+                   and intent.goal not in full and intent.goal in (wanted or goals) and publisher in (None, intent.owner)
+                   and (intent.visibility == "public" or intent.owner == caller.owner)]
+            claimed = bus.claim(wanted, publisher=publisher, lease=3600, caller=caller)
+            assert (claimed and claimed.id) == (may and min(may, key=intentbus.claim_order).id or None), (wanted, publisher, full)
+            if claimed:
+                running[claimed.id] = claimed.goal
+                most = max(most, len(running))
+    assert most > 3 and len(limits) == 3
+
+
+def test_a_limit_outlives_a_pause_and_a_restart(store):
+    bus = assembled(store).bus
+    bus.publish_many([dict(goal="g", payload=n) for n in range(9)])
+    bus.limit("g", running=2)
+    bus.limit("g", paused=True)
+    assert bus.claim("g") is None and bus.claim() is None
+    bus = assembled(store).bus
+    assert bus.limits().limits == [dict(namespace="default", goal="g", running=2, paused=True, claimed=0)]
+    assert bus.limit("g", paused=False).running == 2
+    assert [bool(bus.claim("g")) for _ in range(3)] == [True, True, False]
+    assert bus.limit("g", running=None) == dict(namespace="default", goal="g", running=None, paused=False, claimed=2)
+    assert bus.claim("g") and bus.limits().limits == []
+
+
+def test_a_limit_counts_the_intents_that_are_claimed_already(bus, clock):
+    bus.publish_many([dict(goal="g", payload=n) for n in range(4)])
+    bus.publish("g", 1, namespace="other")
+    first, second = bus.claim("g", lease=10), bus.claim("g")
+    assert bus.limit("g", running=2).claimed == 2 and bus.claim("g") is None
+    assert bus.claim("g", namespace="other")
+    clock.pass_(11)
+    assert bus.claim("g") and bus.claim("g") is None     # the lease of the first is over
+    assert bus.fulfill(first.id, first.claim_token) and bus.claim("g") is None     # a late report, which does not count
+    bus.fail(second.id, second.claim_token)
+    assert bus.claim("g", claim_token="t" * 32).id == bus.claim("g", claim_token="t" * 32).id
+    assert bus.claim("g") is None
+
+
+def test_a_report_of_a_limited_goal_claims_the_next_one(bus):
+    bus.publish_many([dict(goal="g", payload=n) for n in range(2)])
+    bus.limit("g", running=1)
+    first, wanted = bus.claim("g"), bus.wanted("g")
+    assert bus.fulfill(first.id, first.claim_token, next_claim=wanted).next.payload == "1"
+    assert bus.claim("g") is None
+
+
 @pytest.mark.parametrize("fields, claim, taken", [
     ({}, {}, True),
     ({}, {"namespace": "other"}, False),
@@ -3938,6 +4060,8 @@ MATRIX = """
     POST /cancel/{open}                401  401  401  200  403  200  404  404  200  200  403  403
     POST /retry/{dead}                 401  401  401  200  403  200  404  404  200  200  403  403
     POST /retry                        401  401  401  200  403  200  200  200  200  200  403  403
+    POST /limit/k                      401  401  401  401  401  401  401  401  200  401  401  401
+    GET  /limits                       401  401  401  401  401  401  401  401  200  401  401  401
     POST /set/new                      401  401  401  200  200  200  200  200  401  200  403  403
     GET  /get/k                        401  401  401  200  200  200  404  404  401  200  403  403
     POST /delete/k                     401  401  401  200  200  200  200  200  401  200  403  403
@@ -4522,7 +4646,7 @@ def test_keys_of_one_owner_share_their_private_intents(started):
 
 @pytest.mark.parametrize("state", ["open", "claimed", "dead"])
 @pytest.mark.parametrize("method, path", [route[:2] for route in intentbus.ROUTES if route[1].endswith("/*")
-                                          and not route[1].startswith(("/admin", "/set", "/get", "/delete"))])
+                                          and not route[1].startswith(("/admin", "/set", "/get", "/delete", "/limit"))])
 def test_anothers_intent_is_answered_like_an_unknown_id(guarded, method, path, state):
     intent_id, key = prepared(guarded, state), guarded.issued["other"]
     for body in (b"", {"claim_token": "wrong"} if path.startswith(intentbus.REPORTS) else {}):
@@ -5155,6 +5279,11 @@ BAD_REQUESTS = (
     case("fail", (f"POST /fail/{NOBODY}", {"retry": 5}), "invalid_retry", "retry", "true or false"),
     case("release", (f"POST /release/{NOBODY}", {"delay": -1}), "invalid_delay", "delay", "0"),
     case("retry", ("POST /retry", {"limit": 0}), "invalid_limit", "limit", "1", "1000"),
+    *(case(f"limit: {fields}", ("POST /limit/g", fields), *expected) for fields, *expected in (
+        ({"running": 0}, "invalid_running", "1", "1000"), ({"running": 1001}, "invalid_running", "1000"),
+        ({"running": "none"}, "invalid_running", "whole number"), ({"paused": 1}, "invalid_paused", "true or false"),
+        ({"namespace": "a b"}, "invalid_namespace"), ({"limit": 1}, "invalid_request", "'limit'", "running"))),
+    case("limit of a bad goal", (f"POST /limit/{'g' * 257}", {}), "invalid_goal", "256"),
     case("purge", ("POST /admin/purge", {"confirm": 1}), "invalid_confirm", "true or false"),
     case("the dead", ("POST /admin/dead", {"action": "burn"}), "invalid_action", '"count"'),
     case("join", ("POST /join", {"code": 7}), "invalid_code", "string"),
@@ -5898,7 +6027,7 @@ def test_a_value_is_forgotten_in_time_and_its_lock_is_free(started, clock, targe
 
 @pytest.mark.parametrize("verb, fields", [
     ("extend_claim", intentbus.EXTEND), ("fulfill", intentbus.FULFILL), ("fail", intentbus.FAIL), ("release", intentbus.RELEASE),
-    ("list", intentbus.LIST), ("set", intentbus.SET), ("purge", intentbus.PURGE), ("retry_many", intentbus.RETRY),
+    ("list", intentbus.LIST), ("limit", intentbus.LIMIT), ("set", intentbus.SET), ("purge", intentbus.PURGE), ("retry_many", intentbus.RETRY),
     ("sweep_dead", intentbus.SWEEP),
 ])
 def test_the_defaults_of_a_request_are_those_of_the_bus(verb, fields):
@@ -7647,7 +7776,7 @@ def test_a_damaged_file_is_reported_and_accepts_nothing(started):
         bus.publish(payload="x" * 1000)
     bus.stop()
     with open(bus.db, "r+b") as file:
-        file.seek(8 * 4096)
+        file.seek(40 * 4096)
         file.write(os.urandom(100 * 4096))
     with contextlib.suppress(intentbus.Unavailable):     # the start may fail
         bus = Served(Path(bus.db).parent)
@@ -9862,6 +9991,28 @@ def test_a_worker_of_two_goals_does_both_and_no_other(served):
     assert sorted(served.statuses()) == ["fulfilled", "fulfilled", "open"]
 
 
+def test_goals_are_limited_paused_and_resumed(served):
+    for command, line in ((("limit", "backup", "2"), "0 of 2"), (("pause", "backup"), "0 of 2  paused"),
+                          (("resume", "backup"), "0 of 2"), (("limit", "backup", "none"), "0 of any number")):
+        assert at(served, *command) == (0, f"default  backup  {line}\n", "")
+    assert at(served, "limits") == (0, "", "")
+    assert json.loads(at(served, "limit", "a/b c", "1", "--json", "--namespace", "n")[1])["goal"] == "a/b c"
+    served.publish(goal="a/b c", namespace="n")
+    served.client.claim("a/b c", namespace="n")
+    assert at(served, "limits")[1] == "n  a/b c  1 of 1\n"
+    assert served.ask("GET", "/admin/summary").json["limits"][0]["claimed"] == 1
+    for words, complaint in ((("limit", "g", "0"), "whole number"), (("limit", "g"), "N"), (("pause",), "goal")):
+        assert_complaint(at(served, *words), 2, complaint)
+
+
+def test_a_watch_shows_that_a_goal_is_limited(served):
+    before = served.client.events().next
+    for change in (dict(running=2), dict(paused=True), dict(paused=True), dict(running=None, paused=False)):
+        served.client.limit("g", **change)
+    shown = [(event.event, event.goal, event.status) for event in served.client.events(before).events]
+    assert shown == [("limited", "g", status) for status in ("limited to 2", "paused", "free")]
+
+
 def test_stats_and_purge(served):
     served.publish()
     served.publish(namespace="n1")
@@ -9954,7 +10105,7 @@ def test_the_readme_starts_bus_and_tests_with_one_line_each():
 
 def test_the_readme_names_every_route_and_field():
     readme = README.read_text()
-    paths = {path.replace("*", "KEY" if who == "keep" else "ID") for _, path, who, _ in intentbus.ROUTES}
+    paths = {path.replace("*", "KEY" if who == "keep" else "GOAL" if path == "/limit/*" else "ID") for _, path, who, _ in intentbus.ROUTES}
     assert not [path for path in paths if f"`{path}`" not in readme]
     assert not [name for name in intentbus.PUBLISH if name != "reward" and f"`{name}`" not in readme]
 
@@ -10676,6 +10827,51 @@ def test_a_claim_gets_past_more_locked_intents_than_it_looks_at(buses):
         assert claimed_by(claim).id == first
         claims = [bus.hold("POST", "/claim?goal=g&wait=60") for bus in (one, other)]
     assert {claimed_by(claim).id for claim in claims} <= set(locked)
+
+
+@ON_POSTGRES
+def test_a_limit_holds_over_several_buses(buses):
+    several, number, seen = [buses() for _ in range(4)], 300, []
+    several[0].ask("POST", "/intents", [a_publish(payload=n) for n in range(number)])
+    working = threading.Event()
+
+    def work(index):
+        bus, done = several[index % 4].client, 0
+        while claim := bus.claim("g", wait=1):
+            done += 1
+            working.set()
+            bus.fulfill(claim.id, claim.claim_token)
+        return done
+
+    def watch():
+        """Set the limit while claims are under way; once no more are claimed, there are never more again."""
+        working.wait()
+        bus = several[1].client
+        bus.limit("g", running=3)
+        while (stats := several[2].ask("GET", "/admin/summary").json)["intents"]["default"].get("fulfilled", 0) < number:
+            seen.append(stats["limits"][0]["claimed"])
+    watcher = in_thread(watch)
+    assert sum(at_once(32, work)) == number
+    watcher()
+    within = list(itertools.dropwhile(lambda claimed: claimed > 3, seen))
+    assert len(within) > 5 and max(within) == 3
+
+
+@ON_POSTGRES
+@pytest.mark.parametrize("room", [
+    lambda bus, claim: bus.fulfill(claim.id, claim.claim_token),
+    lambda bus, claim: bus.limit("g", running=2),
+    lambda bus, claim: bus.limit("g", running=None),
+], ids=["fulfilled", "larger limit", "no limit"])
+def test_room_at_one_bus_answers_a_claim_held_at_another(no_rechecks, buses, room):
+    one, other = buses(), buses()
+    one.publish()
+    one.client.limit("g", running=1)
+    claim = one.client.claim("g")
+    one.publish(payload="next")
+    held = other.hold("POST", "/claim?wait=60")
+    room(one.client, claim)
+    assert claimed_by(held).payload == "next"
 
 
 @ON_POSTGRES

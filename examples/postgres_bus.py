@@ -44,7 +44,7 @@ SILENT_SECONDS = 8          # how long to wait for a server that has vanished
 CANDIDATES = 16             # of a claim; other claims may hold the first ones
 LOOKS = 4                   # of a claim that finds all candidates locked; each sees what was published meanwhile
 ERROR_CHARACTERS = 500      # of an error in a notice; PostgreSQL takes 7,999 bytes
-NOTICE_FIELDS = (*intentbus.EVENT_FIELDS, "lane", "ready", "due_at")
+NOTICE_FIELDS = (*intentbus.EVENT_FIELDS, "lane", "ready", "due_at", "limited")
 LOOK_AGAIN = "[]"           # the notice to buses that may have missed others
 CLOCK_SLACK_SECONDS = 0.05  # smaller differences come from the network
 
@@ -92,30 +92,52 @@ READY = f"""
     LIMIT    {CANDIDATES}
 """
 OF_PUBLISHER = " AND visibility = 'public' AND owner = wanted.publisher"
+CLAIMED = """
+    SELECT COUNT(*)
+    FROM   intents
+    WHERE  limited = 1
+    AND    status = 'claimed'
+    AND    namespace = limits.namespace
+    AND    goal = limits.goal
+"""
 FIRST_FREE = f"""
-    WITH RECURSIVE wanted (lane, stop) AS (     -- one step in the index for each lane
-        SELECT start COLLATE "C", stop
+    WITH RECURSIVE full_goals (goal) AS MATERIALIZED (
+        SELECT goal
+        FROM   limits
+        WHERE  namespace = :namespace
+        AND    (paused = 1 OR running <= ({CLAIMED}))
+    ), wanted (lane, stop, publisher) AS (     -- one step in the index for each lane
+        SELECT start COLLATE "C", stop, NULL
         FROM   unnest(:starts::TEXT[], :stops::TEXT[]) AS ranges (start, stop)
+        UNION ALL     -- beside full goals, places are looked through lane by lane
+        SELECT place || chr(9), place || chr(10), NULLIF(publisher, '')
+        FROM   unnest(:places::TEXT[] || :public_places::TEXT[],
+                      array_fill(''::TEXT, ARRAY[cardinality(:places::TEXT[])]) || :publishers::TEXT[]) AS ranges (place, publisher)
+        WHERE  EXISTS (SELECT FROM full_goals)
         UNION ALL
-        SELECT (SELECT MIN(lane) FROM intents WHERE ready = 1 AND lane > wanted.lane AND lane < stop), stop
+        SELECT (SELECT MIN(lane) FROM intents WHERE ready = 1 AND lane > wanted.lane AND lane < stop), stop, publisher
         FROM   wanted
         WHERE  lane IS NOT NULL
     ), candidates AS (
         SELECT     ready.*
         FROM       wanted
         CROSS JOIN LATERAL ({READY.format(column="lane", more="")}) AS ready
+        WHERE      split_part(wanted.lane, chr(9), 5) NOT IN (SELECT goal FROM full_goals)
+        AND        COALESCE(wanted.publisher, split_part(wanted.lane, chr(9), 6)) = split_part(wanted.lane, chr(9), 6)
         UNION ALL
         SELECT     ready.*
         FROM       unnest(:places::TEXT[]) AS wanted (place)
         CROSS JOIN LATERAL ({READY.format(column="place", more="")}) AS ready
+        WHERE      NOT EXISTS (SELECT FROM full_goals)
         UNION ALL
         SELECT     ready.*
         FROM       unnest(:public_places::TEXT[], :publishers::TEXT[]) AS wanted (place, publisher)
         CROSS JOIN LATERAL ({READY.format(column="place", more=OF_PUBLISHER)}) AS ready
+        WHERE      NOT EXISTS (SELECT FROM full_goals)
         ORDER BY   {ORDER}
         LIMIT      {CANDIDATES}
     )
-    SELECT    best.lane AS best, free.*
+    SELECT    best.lane AS best, EXISTS (SELECT FROM limits WHERE namespace = free.namespace AND goal = free.goal), free.*
     FROM      (SELECT lane FROM candidates LIMIT 1) AS best
     LEFT JOIN (     -- the first candidate that no other transaction holds
         SELECT     free.*
@@ -125,6 +147,14 @@ FIRST_FREE = f"""
         ) AS free
         LIMIT      1
     ) AS free ON TRUE
+"""
+ROOM = f"""
+    SELECT goal
+    FROM   limits
+    WHERE  namespace = :namespace
+    AND    goal = :goal
+    AND    paused = 0
+    AND    COALESCE(running, 1001) > ({CLAIMED})
 """
 TAKE = """
     INSERT INTO memos (kind, owner, key, value, expires_at)
@@ -144,6 +174,7 @@ TIME_AND_BUSES = """
     )
 """
 LOCK = "SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))"     # until the transaction has ended
+LOCK_SHARED = LOCK.replace("_lock(", "_lock_shared(")
 NOTIFY = "SELECT pg_notify(:channel, notice) FROM unnest(:notices::TEXT[]) AS notice"
 
 
@@ -151,6 +182,7 @@ NOTIFY = "SELECT pg_notify(:channel, notice) FROM unnest(:notices::TEXT[]) AS no
 def wanted_values(lanes):
     """Return the values of FIRST_FREE for the lanes of a claim."""
     wanted = {name: [] for name in ("starts", "stops", "places", "public_places", "publishers")}
+    wanted["namespace"] = lanes[0].partition("\t")[0]
     for lane in lanes:
         place, goal, publisher = lane.rsplit("\t", 2)
         if goal:
@@ -174,21 +206,43 @@ class PostgresTransaction(intentbus.Transaction):
             self._store.database.tell(self.moves)
 
     def claimable(self, lanes, key_id, token_hash=None):
-        """Do as in Transaction, in one round trip. Intents that other transactions hold are passed over, and offered later."""
+        """Do as in Transaction, in one round trip. Intents that other transactions hold are passed over, and offered later.
+
+        An intent of a limited goal takes two: other buses may have claimed others meanwhile, and one counts at a time.
+        """
         asked = [(FIRST_FREE, wanted_values(tuple(lanes)))]
         if token_hash:
             self._db.keep(LOCK, dict(name=token_hash))     # the same claim may be under way at another bus
             asked.insert(0, (CLAIMED_WITH, dict(token_hash=token_hash, key_id=key_id)))
+        self._db.keep(LOCK_SHARED, dict(name=self._of_limits()))     # no limit changes before this block has ended
         for _ in range(LOOKS):
             *claimed, found = self._db.each(*asked)
             if claimed and claimed[0]:
                 return Intent(zip(COLUMNS, claimed[0][0]))
             if not found:
                 return None
-            best, *columns = found[0]
-            if columns[0]:
-                return Intent(zip(COLUMNS, columns))
+            best, limited, *columns = found[0]
+            intent = Intent(zip(COLUMNS, columns), limited=1 if limited else None)
+            if intent.id and (not limited or self._is_within(intent.namespace, intent.goal)):
+                return intent
         self._store.database.passed_over.add(best)
+
+    def _has_room(self, intent):
+        return True     # claimable() finds out
+
+    def _is_within(self, namespace, goal):
+        """Return whether an intent of a limited goal may be claimed; no other block counts before this one has ended."""
+        self._db.keep(LOCK, dict(name=self._of_limits(namespace, goal)))
+        return bool(self._db.execute(ROOM, dict(namespace=namespace, goal=goal)))
+
+    def _of_limits(self, *goal):
+        """Return the name of the lock of all limits, or of that of a goal."""
+        return "\t".join((self._store.database.channel, "limits", *goal))
+
+    def limit(self, namespace, goal):
+        """Do as in Transaction, once all claims have ended that do not know of the change."""
+        self._db.keep(LOCK, dict(name=self._of_limits()))
+        return super().limit(namespace, goal)
 
     def next_due(self):
         """Return when to look for due intents next: soon, since other transactions may be adding some."""
@@ -518,7 +572,8 @@ class PostgresDatabase:
     def tell(self, moves):
         """Tell the other buses what this one has done."""
         if moves and self.others:
-            self._outbox.put([self._notice(move) for move in moves if move.intent.ready or move.event])
+            self._outbox.put([self._notice(move) for move in moves
+                              if move.intent.ready or move.event or intentbus.makes_room(move)])
 
     def tell_revoked(self, key_id):
         """Tell the other buses that a key was revoked."""
@@ -631,6 +686,9 @@ class Threads:
                 self._offer(move.intent.lane)
             elif move.intent.ended:
                 self.attempt_all(move.intent.id)
+        if self._loop.waiting and (changed := {(move.intent.namespace, move.intent.goal): move.event == "limited"
+                                               for move in moves if intentbus.makes_room(move)}):
+            self._jobs.put((None, None, functools.partial(self._look_for_room, changed)))
         owners = {owner for move in moves if move.event for owner in (move.intent.owner, move.intent.claim_owner, None)}
         self.attempt_all(*map(intentbus.event_key, owners))
 
@@ -651,6 +709,17 @@ class Threads:
         lanes, waiting = intentbus.covering_lanes(lane), self._loop.waiting
         if held := waiting.first(lanes, self._busy) or waiting.first(lanes):
             self._run(held, self._api.attempt, lane)
+
+    def _look_for_room(self, changed):
+        """Have the loop offer the intents of goals that have room, in a thread: to one claim, or to all if a limit has changed."""
+        with contextlib.suppress(intentbus.Error):     # as soon as PostgreSQL can be used, claims look again
+            for goal, of_limit in changed.items():
+                for lane in self._api.bus.ready_lanes(*goal):
+                    self._loop.hand_over(self._offer_to_all if of_limit else self._offer, lane)
+
+    def _offer_to_all(self, lane):
+        """Attempt all claims that are held for a lane."""
+        self.attempt_all(*intentbus.covering_lanes(lane))
 
     def _run(self, held, function, *lanes):
         """Call a function of the API for a held request, after the job that it may have, which may have looked too early."""
