@@ -208,6 +208,7 @@ CLAIM_WAIT_SECONDS = 20             # below the idle limit of mobile carriers' N
 LEASE_CHECK_SECONDS = 1             # a worker whose phone slept notices a lost lease this soon
 POLL_SECONDS = 5                    # between two claims at a server that does not hold them
 PUBLISH_WAIT_SECONDS = 300          # default of publish --wait
+SWEEP_SECONDS = 3600                # for the bus to delete or cancel intents: a million take some minutes
 STREAM_SECONDS = 1                  # publish --lines sends the lines of a stream that soon
 READ_AHEAD_LINES = 100              # of stdin, at most 25 MB
 JOBS = 256                          # of one worker; each is a thread and a program
@@ -959,7 +960,8 @@ PAGE_FLOOR = """
     LIMIT    1
     OFFSET   :rows
 """
-ANY, DEAD = "1 = 1", "status = 'dead'"     # kinds of intents: literals, since a partial index serves no parameter
+# kinds of intents: literals, since a partial index serves no parameter
+KINDS = ANY, DEAD, NOT_ENDED = "1 = 1", "status = 'dead'", "status IN ('open', 'claimed')"
 STEP = """
     SELECT   id
     FROM     intents
@@ -969,13 +971,15 @@ STEP = """
     LIMIT    1
     OFFSET   :rows
 """
-DEAD_RANGE = """
+IN_RANGE = """
     SELECT {columns}
     FROM   intents
-    WHERE  status = 'dead'
+    WHERE  {kind}
     AND    id >= :start
     AND    id < :end
-    AND    +completed_at <= :until     -- the plus sign keeps SQLite to the index of dead intents
+    AND    created_at <= :until
+    AND    (completed_at IS NULL OR completed_at <= :until)
+    AND    (:status IS NULL OR status = :status)
     AND    (:owner IS NULL OR owner = :owner)
     AND    (:goal IS NULL OR goal = :goal)
     AND    (:namespace IS NULL OR namespace = :namespace)
@@ -992,13 +996,6 @@ OLD = """
     WHERE    completed_at <= :until
     ORDER BY completed_at
     LIMIT    :rows
-"""
-OF_NAMESPACE = """
-    SELECT id
-    FROM   intents
-    WHERE  id >= :start
-    AND    id < :end
-    AND    (:namespace IS NULL OR namespace = :namespace)
 """
 TALLY = """
     INSERT INTO tallies (namespace, publisher, status, intents, bytes)
@@ -1130,10 +1127,6 @@ class Reads:
             end = found and found[0]
             yield start, end or "g"     # "g" is after every id
             start = end
-
-    def count_dead(self, **which):
-        """Return how many intents are dead in a range of ids, as DEAD_RANGE describes them."""
-        return self._first(DEAD_RANGE.format(columns="COUNT(*)"), **which)[0]
 
     def recall(self, kind, owner, key, now):
         """Return the text that is remembered under kind, owner and key, or None."""
@@ -1311,21 +1304,21 @@ class Transaction(Reads):
         """Return intents that a key holds under a lease, at most that many."""
         return self._intents(CLAIMED_BY_KEY, key_id=key_id, rows=rows)
 
-    def dead(self, **which):
-        """Return the dead intents in a range of ids, as DEAD_RANGE describes them."""
-        return self._intents(DEAD_RANGE.format(columns=ALL), **which)
+    def count(self, kind, **which):
+        """Return how many intents of a kind are in a range of ids, as IN_RANGE describes them."""
+        return self._first(IN_RANGE.format(columns="COUNT(*)", kind=kind), **which)[0]
 
-    def delete_dead(self, **which):
-        """Delete the dead intents in a range of ids, as DEAD_RANGE describes them, for good; return how many."""
-        return len(self._delete(DEAD_RANGE.format(columns="id"), True, **which))
+    def select(self, kind, **which):
+        """Return these intents."""
+        return self._intents(IN_RANGE.format(columns=ALL, kind=kind), **which)
+
+    def delete(self, kind, **which):
+        """Delete these intents for good; return how many."""
+        return len(self._delete(IN_RANGE.format(columns="id", kind=kind), True, **which))
 
     def delete_old(self, until, rows):
         """Delete intents that ended by a time, the oldest first, at most that many; return their statuses."""
         return self._delete(OLD, False, until=until, rows=rows)
-
-    def delete_namespace(self, namespace, start, end):
-        """Delete the intents of a namespace, or of all, in a range of ids, for good; return how many."""
-        return len(self._delete(OF_NAMESPACE, True, namespace=namespace, start=start, end=end))
 
     def _delete(self, which, for_good, **values):
         """Delete intents and, if it is for good, the memory of their idempotency keys; return their statuses."""
@@ -1335,7 +1328,7 @@ class Transaction(Reads):
             if intent.status == "claimed":
                 self.deleted.append(intent.id)
                 if intent.limited:
-                    self.moves.append(Move(Intent(dict.fromkeys(COLUMNS), intent.pick(("namespace", "goal", "limited"))), None))
+                    self.moves.append(Move(Intent(dict.fromkeys(COLUMNS), namespace=intent.namespace, goal=intent.goal, limited=1), None))
         if for_good:
             self._db.executemany(FORGET, [dict(kind="idempotency", owner=publisher, key=key) for publisher, key in {
                 (intent.publisher, intent.idempotency_key) for intent in gone} if key is not None])
@@ -2089,10 +2082,10 @@ class Bus:
                 raise Conflict(f"This intent is {intent.status}; only an unfinished one can be cancelled.")
             return self._outcome(self._change(tx, intent, intent.cancelled(tx.now)))
 
-    def retry(self, intent_id=None, *, goal=None, namespace=None, limit=1000, caller=OWNER):
-        """Open a dead intent again, or up to limit of them by goal and namespace (then return {"retried": N})."""
+    def retry(self, intent_id=None, *, caller=OWNER, **which):
+        """Open a dead intent again, or as many as retry_many() does."""
         if intent_id is None:
-            return self.retry_many(goal=goal, namespace=namespace, limit=limit, caller=caller)
+            return self.retry_many(**which, caller=caller)
         with self.store.transaction() as tx:
             intent = self._published_by(tx, intent_id, caller)
             if intent.status != "dead":
@@ -2104,18 +2097,16 @@ class Bus:
             return self._outcome(intent)
 
     @sliced
-    def retry_many(self, goal=None, namespace=None, limit=1000, *, caller=OWNER):
+    def retry_many(self, goal=None, namespace=None, limit=1000, count=False, until=None, *, caller=OWNER):
         """Open up to limit dead intents of a goal and namespace again, the oldest first, and return {"retried": N}.
 
-        For an issued key, it leaves out those whose publisher would have too many unfinished intents.
+        For an issued key, it leaves out those whose publisher would have too many unfinished intents. count and until are
+        those of purge().
         """
-        owner, retried = None if caller.admin else caller.owner, 0
-        for dead in self._dead_ranges(None, dict(owner=owner, goal=goal, namespace=namespace, until=FOREVER), SLICE_ROWS):
-            retried += self._retry_dead(dead, caller, limit - retried)
-            if retried == limit:
-                break
-            yield
-        return Record(retried=retried)
+        retry, until = functools.partial(self._retry_dead, caller), FOREVER if until is None and not count else until
+        number, until = yield from self._sweep(None if count else retry, DEAD, until, limit, goal=goal, namespace=namespace,
+                                               owner=None if caller.admin else caller.owner)
+        return Record(number=number, until=until) if count else Record(retried=number)
 
     # -- Working --
 
@@ -2350,16 +2341,27 @@ class Bus:
             return tx.ready_lanes(namespace, goal)
 
     @sliced
-    def purge(self, confirm=False, namespace=None, *, caller=OWNER):
-        """Delete all intents of a namespace, or of every one, if confirm is true."""
-        if not confirm:
-            raise Invalid('This deletes intents for good: say {"confirm": true}.', code="confirmation_required")
-        deleted = 0
-        for start, end in self.store.id_ranges(SLICE_ROWS):
-            with self.store.transaction() as tx:
-                deleted += tx.delete_namespace(namespace, start, end)
-            yield
-        return Record(ok=True, deleted=deleted)
+    def purge(self, confirm=False, namespace=None, goal=None, status=None, count=False, until=None, *, caller=OWNER):
+        """Delete all intents of a namespace, goal and status, or of every one, if confirm is true.
+
+        With count, return {"number", "until"} instead. To delete no others than those that were counted, pass that until:
+        later ones, and those that have ended since then, are left.
+        """
+        return (yield from self._confirmed("deleted", self._delete_all, confirm, count, until, DEAD if status == "dead" else ANY,
+                                           namespace=namespace, goal=goal, status=status))
+
+    @sliced
+    def cancel_many(self, goal, confirm=False, namespace=None, count=False, until=None, *, caller=OWNER):
+        """Cancel all unfinished intents of a goal, as purge() deletes them."""
+        return (yield from self._confirmed("cancelled", self._cancel_all, confirm, count, until, NOT_ENDED,
+                                           namespace=namespace, goal=goal))
+
+    def _confirmed(self, done, change, confirm, count, until, kind, **which):
+        if not (confirm or count):
+            raise Invalid('This changes many intents for good: say {"confirm": true}.', code="confirmation_required")
+        until = FOREVER if until is None and not count else until
+        number, until = yield from self._sweep(None if count else change, kind, until, **which)
+        return Record(number=number, until=until) if count else Record({"ok": True, done: number})
 
     @sliced
     def cleanup(self, *, caller=OWNER):
@@ -2396,39 +2398,42 @@ class Bus:
         Only intents that were dead by until, in Unix seconds, are touched; its default is now. To touch those that were
         counted, pass the until of the count.
         """
-        now = self.clock.now()
-        until, number = now if until is None else min(until, now), 0
-        which = dict(owner=None, goal=goal, namespace=namespace, until=until)
-        for dead in self._dead_ranges(ids, which, LIST_ROWS if action == "count" else SLICE_ROWS):
-            if action == "count":
-                number += self.store.count_dead(**dead)
-            elif action == "retry":
-                number += self._retry_dead(dead, caller)
-            else:
-                with self.store.transaction() as tx:
-                    number += tx.delete_dead(**dead)
-            yield
+        change = {"count": None, "retry": functools.partial(self._retry_dead, caller), "delete": self._delete_all}[action]
+        number, until = yield from self._sweep(change, DEAD, until, ids=ids, goal=goal, namespace=namespace)
         return Record(number=number, until=until)
 
-    def _dead_ranges(self, ids, which, rows):
-        """Yield the values of DEAD_RANGE for ranges of that many dead intents each, or for each of these ids."""
-        if ids is not None:
-            yield from (dict(which, start=intent_id, end=intent_id + " ") for intent_id in ids)
-            return
-        for start, end in self.store.id_ranges(rows, DEAD):
-            yield dict(which, start=start, end=end)
+    def _sweep(self, change, kind, until, most=sys.maxsize, ids=None, **which):
+        """Change up to that many intents of a kind in slices, or count them if change is None; return their number, and until.
 
-    def _retry_dead(self, dead, caller, most=sys.maxsize):
+        change takes a transaction, a number and values of IN_RANGE, and returns how many intents it has changed.
+        """
+        number, now = 0, self.clock.now()
+        which = dict(dict(kind=kind, owner=None, status=None, until=now if until is None else until), **which)
+        for start, end in self.store.id_ranges(SLICE_ROWS, kind) if ids is None else ((one, one + " ") for one in ids):
+            some = dict(which, start=start, end=end)
+            with self.store.transaction() as tx:
+                number += change(tx, most - number, **some) if change else tx.count(**some)
+            if number >= most:
+                break
+            yield
+        return number, min(which["until"], now)
+
+    def _delete_all(self, tx, most, **which):
+        return tx.delete(**which)
+
+    def _cancel_all(self, tx, most, **which):
+        return len([self._change(tx, intent, intent.cancelled(tx.now)) for intent in tx.select(**which)])
+
+    def _retry_dead(self, caller, tx, most, **which):
         """Retry the dead intents of a range that have room, at most that many; return how many."""
         retried, room = 0, {}     # by publisher
-        with self.store.transaction() as tx:
-            for intent in tx.dead(**dead):
-                if intent.publisher not in room:
-                    room[intent.publisher] = self._room(tx, intent.publisher, caller)
-                if retried < most and room[intent.publisher] > 0:
-                    self._change(tx, intent, intent.retried(tx.now))
-                    retried += 1
-                    room[intent.publisher] -= 1
+        for intent in tx.select(**which):
+            if intent.publisher not in room:
+                room[intent.publisher] = self._room(tx, intent.publisher, caller)
+            if retried < most and room[intent.publisher] > 0:
+                self._change(tx, intent, intent.retried(tx.now))
+                retried += 1
+                room[intent.publisher] -= 1
         return retried
 
     def _room(self, tx, publisher, caller):
@@ -3414,14 +3419,12 @@ LIST = Fields({
     "before": (must_be("the id of an intent", lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{1,32}", value)), None),
     "payload": (from_query(integer_from(0, 1)), 0),
 })
-RETRY = Fields({"goal": GOAL, "namespace": (namespace_word, None), "limit": (integer_from(1, 1000), 1000)})
-SWEEP = Fields({
-    "action": (choice("count", "retry", "delete"), REQUIRED),
-    "goal": GOAL,
-    "namespace": (namespace_word, None),
-    "ids": (list_of(string), None),
-    "until": (number_from(0, 2 ** 40), None),
-})
+STATUSES = ("open", "claimed", "fulfilled", "dead")
+WHICH = {"goal": GOAL, "namespace": (namespace_word, None), "until": (number_from(0, 2 ** 40), None)}
+RETRY = Fields({**WHICH, "count": (boolean, False), "limit": (integer_from(1, 1000), 1000)})
+SWEEP = Fields({**WHICH, "action": (choice("count", "retry", "delete"), REQUIRED), "ids": (list_of(string), None)})
+PURGE = Fields({**WHICH, "count": (boolean, False), "confirm": (boolean, False), "status": (choice(*STATUSES), None)})
+CANCEL = Fields({**WHICH, "count": (boolean, False), "confirm": (boolean, False), "goal": (text_of(1, 256), REQUIRED)})
 SUMMARY = Fields({"minutes": (from_query(integer_from(1, HISTORY_MINUTES)), 60)})
 SET = Fields({"value": (anything, REQUIRED), "ttl": (number_from(1, 86400), VALUE_TTL_SECONDS), "if_absent": (boolean, False)})
 SET_QUERY = Fields({
@@ -3444,7 +3447,6 @@ LIMIT = Fields({
     "paused": (boolean, None),
     "namespace": (namespace_word, "default"),
 })
-PURGE = Fields({"confirm": (boolean, False), "namespace": (namespace_word, None)})
 NOTHING, ANYTHING = Fields({}), Fields({}, strict=False)
 
 
@@ -4120,6 +4122,7 @@ ROUTES = (
     ("POST", "/admin/revoke_key",       "admin",   revoke_endpoint),
     ("GET",  "/admin/keys",             "admin",   of_keys("list", NOTHING, 200)),
     ("POST", "/admin/purge",            "admin",   advancing("purge", PURGE)),
+    ("POST", "/admin/cancel",           "admin",   advancing("cancel_many", CANCEL)),
     ("POST", "/admin/cleanup",          "admin",   advancing("cleanup")),
     ("GET",  "/admin/dashboard",        "admin",   lambda api, request: (200, DASHBOARD)),
     ("GET",  "/admin/intents",          "admin",   with_query("list", LIST)),
@@ -6089,6 +6092,12 @@ def array_of(validator):
     return read
 
 
+def counted_or(**fields):
+    """Accept {"number", "until"}, the answer to a request to count, or an object with these fields."""
+    counted, done = answer_of(number=COUNT, until=MOMENT), answer_of(**fields)
+    return lambda value: (counted if isinstance(value, dict) and "number" in value else done)(value)
+
+
 TEXT, TRUTH, COUNT = (string, REQUIRED), (boolean, REQUIRED), (integer_from(0, 2 ** 63), REQUIRED)
 MOMENT = (number_from(0, 2 ** 40), REQUIRED)     # Unix seconds, within the range of dates
 PERHAPS_A_MOMENT = (MOMENT[0], None)
@@ -6128,7 +6137,7 @@ ANSWERS = {     # of a bus, to a method and path: an answer without these fields
     "POST /join": answer_of(api_key=API_KEY, name=TEXT, role=TEXT),
     "POST /cancel/*": CHANGED,
     "POST /retry/*": CHANGED,
-    "POST /retry": answer_of(retried=COUNT),
+    "POST /retry": counted_or(retried=COUNT),
     "POST /limit/*": GOAL_LIMIT,
     "GET /limits": answer_of(limits=(array_of(GOAL_LIMIT), REQUIRED)),
     "POST /set/*": answer_of(ok=DONE),
@@ -6139,7 +6148,8 @@ ANSWERS = {     # of a bus, to a method and path: an answer without these fields
     "POST /admin/revoke_key": answer_of(ok=DONE),
     "GET /admin/keys": array_of(LISTED_KEY),
     "GET /admin/dead": array_of(answer_of(intent_id=TEXT)),
-    "POST /admin/purge": answer_of(deleted=COUNT),
+    "POST /admin/purge": counted_or(deleted=COUNT),
+    "POST /admin/cancel": counted_or(cancelled=COUNT),
     "GET /admin/summary": answer_of(intents=(must_be("an object", lambda value: isinstance(value, dict)), REQUIRED)),
 }
 ANY_ANSWER = answer_of()     # to other requests
@@ -6614,11 +6624,10 @@ class IntentClient:
         """Cancel an unfinished intent; raises Conflict if it has ended."""
         return self.request("POST", f"/cancel/{intent_id}", retries=0)
 
-    def retry(self, intent_id=None, *, goal=None, namespace=None, limit=1000):
-        """Reopen a dead intent, or up to limit dead intents of a goal or namespace."""
-        if intent_id is not None:
-            return self.request("POST", f"/retry/{intent_id}", retries=0)
-        return self.request("POST", "/retry", dict(goal=goal, namespace=namespace, limit=limit), retries=0)
+    def retry(self, intent_id=None, **which):
+        """Reopen a dead intent, or up to limit dead intents of a goal or namespace; which are arguments of Bus.retry_many."""
+        which = {field: value for field, value in which.items() if value is not None}     # older buses know fewer fields
+        return self.request("POST", "/retry" if intent_id is None else f"/retry/{intent_id}", which or None, retries=0)
 
     def set(self, key, value, ttl=VALUE_TTL_SECONDS, if_absent=False):
         """Store a JSON value for ttl seconds; with if_absent, raises Conflict if the key is taken, so it serves as a lock."""
@@ -6646,6 +6655,9 @@ class IntentClient:
 
     def admin(self, verb, **body):
         """Call /admin/VERB; by GET if there is no body."""
+        body = {field: value for field, value in body.items() if value is not None}
+        if verb == "purge" and body.keys() - {"confirm", "namespace"}:     # an older bus, which would ignore these, has no summary
+            self.admin("summary")
         return self._as_admin("POST" if body else "GET", f"/admin/{verb}", body or None)
 
     def _as_admin(self, method, path, body=None):
@@ -7702,6 +7714,7 @@ CONNECTION = (
 DB = flag("--db", help="the database file (BUS_DB_PATH; default intentbus.db)")
 ID = flag("id", help="the id that publish printed")
 JSON = flag("--json", action="store_true", help="print JSON")
+YES = flag("--yes", action="store_true", help="do not ask")
 STORED_KEY = flag("key", help="the key of the value")
 PUBLISH_FIELDS = ("priority", "delay", "ttl", "max_attempts", "backoff_base", "target_worker", "required_capability",
                   "visibility", "idempotency_key")
@@ -8090,7 +8103,7 @@ def result_command(bus, options):
 
 
 @bus_command("list", ["list --status dead", "list --goal resize --limit 500 --json"],
-             flag("--status", choices=("open", "claimed", "fulfilled", "dead"), help="only intents with this status"),
+             flag("--status", choices=STATUSES, help="only intents with this status"),
              flag("--goal", help="only intents with this goal"),
              flag("--limit", type=positive_int, default=50, metavar="N", help="at most N intents"), JSON)
 def list_command(bus, options):
@@ -8148,23 +8161,53 @@ def watch_command(bus, options):
         after = page.next
 
 
-@bus_command("cancel", ["cancel 01a20a3bf4423c55cce77efa455c0ada"], ID, JSON)
+def agreed(options, question, counted):
+    """Ask whether to do something to the intents that were counted, unless --yes was given; return until of the count."""
+    question = f"{question} {counted.number} intent{'s' if counted.number != 1 else ''}?"
+    if not options.yes and not (sys.stdin and sys.stdin.isatty()):
+        raise Invalid(f"{question} There is no terminal to ask at; confirm it with --yes.")
+    if not options.yes:
+        print(question, "[y/N] ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            raise Conflict("Nothing was changed.")
+    return counted.until
+
+
+def sweep(bus, options, verb, question, **which):
+    """Have a verb of an admin change many intents; without --yes, these are counted first."""
+    bus.timeout = SWEEP_SECONDS
+    until = None if options.yes else agreed(options, question, bus.admin(verb, count=True, **which))
+    return bus.admin(verb, confirm=True, until=until, **which)
+
+
+@bus_command("cancel", ["cancel 01a20a3bf4423c55cce77efa455c0ada", "cancel --goal resize"],
+             flag("id", nargs="?", help="the id that publish printed"),
+             flag("--goal", help="all unfinished intents with this goal, as an admin"), YES, JSON)
 def cancel_command(bus, options):
-    """Cancel an unfinished intent; a worker that has claimed it stops."""
-    print_answer(options, bus.cancel(options.id), "status")
+    """Cancel an unfinished intent, or all of a goal; a worker that has claimed it stops."""
+    if bool(options.id) == bool(options.goal):
+        raise Invalid("cancel needs an id, or --goal GOAL.")
+    if options.id:
+        return print_answer(options, bus.cancel(options.id), "status")
+    print_answer(options, sweep(bus, options, "cancel", "Cancel", goal=options.goal, namespace=options.namespace), "cancelled")
 
 
 @bus_command("retry", ["retry 01a20a3bf4423c55cce77efa455c0ada", "retry --goal resize"],
              flag("id", nargs="?", help="the id that publish printed"),
-             flag("--goal", help="all dead intents with this goal, up to --limit"),
-             flag("--all", action="store_true", help="all dead intents, up to --limit"),
-             flag("--limit", type=positive_int, default=1000, metavar="N", help="at most N intents"), JSON)
+             flag("--goal", help="all dead intents with this goal"), flag("--all", action="store_true", help="all dead intents"),
+             flag("--limit", type=positive_int, default=None, metavar="N", help="at most N intents"), YES, JSON)
 def retry_command(bus, options):
     """Reopen a dead intent, or many; prints the new status, or the number of intents."""
     if bool(options.id) + bool(options.goal) + options.all != 1:
         raise Invalid("retry needs one of these: an id, --goal GOAL, --all.")
-    answer = bus.retry(options.id, goal=options.goal, namespace=options.namespace, limit=options.limit)
-    print_answer(options, answer, "status" if options.id else "retried")
+    if options.id:
+        return print_answer(options, bus.retry(options.id), "status")
+    which, slices, left = dict(goal=options.goal, namespace=options.namespace), [], options.limit or sys.maxsize
+    which["until"] = agreed(options, "Retry", bus.retry(count=True, **which))     # intents that die again meanwhile are left
+    while left > 0 and (not slices or slices[-1]):
+        slices.append(bus.retry(limit=min(left, 1000), **which).retried)
+        left -= slices[-1]
+    print_answer(options, Record(retried=sum(slices)), "retried")
 
 
 LIMITED_GOAL_FLAG = flag("goal", help="the goal of the intents")
@@ -8284,12 +8327,13 @@ def stats_command(bus, options):
     print_result(json.dumps(summary, indent=2))
 
 
-@bus_command("purge", ["purge --namespace test --yes"], flag("--yes", action="store_true", help="confirm"))
+@bus_command("purge", ["purge --goal resize --status open", "purge --namespace test --yes"],
+             flag("--goal", help="only intents with this goal"),
+             flag("--status", choices=STATUSES, help="only intents with this status"), YES)
 def purge_command(bus, options):
-    """Delete all intents, or the intents of a --namespace, for good; prints their number."""
-    if not options.yes:
-        raise Invalid("This deletes intents of every status, for good; confirm it with --yes.")
-    print_result(bus.admin("purge", confirm=True, namespace=options.namespace).deleted)
+    """Delete all intents, or those of a --namespace, goal and status, for good; prints their number."""
+    print_result(sweep(bus, options, "purge", "Delete for good", goal=options.goal, status=options.status,
+                       namespace=options.namespace).deleted)
 
 
 @command("doctor", ["doctor"], *CONNECTION, DB, JSON)

@@ -1012,7 +1012,8 @@ FUZZED = ("--trust-proxy", "--rate-limit", "100000000", "--max-unfinished", "100
 FUZZED_BODIES = {"/intent": dict(intentbus.PUBLISH_DEFAULTS, goal="g", payload={"n": 1}), "/set/*": {"value": 1, "ttl": 60, "if_absent": True},
           "/fulfill/*": {"claim_token": "x", "result": [1], "result_type": "text"}, "/fail/*": {"error": "e", "retry": False},
           "/release/*": {"delay": 1}, "/extend_claim/*": {"seconds": 60}, "/retry": {"goal": "g", "limit": 3},
-          "/admin/purge": {"confirm": True, "namespace": "x"}, "/admin/generate_key": {"owner": "o", "name": "n", "role": "work"},
+          "/admin/purge": {"confirm": True, "namespace": "x", "goal": "x", "status": "open", "count": False, "until": 1},
+          "/admin/cancel": {"confirm": True, "goal": "x", "namespace": "x", "count": False, "until": 1}, "/admin/generate_key": {"owner": "o", "name": "n", "role": "work"},
           "/admin/revoke_key": {"key_id": "0" * 16, "api_key": "tk_"}, "/limit/*": {"running": 3, "paused": False, "namespace": "x"}}
 FUZZED_HEADERS = ("X-Worker-ID", "X-Worker-Capabilities", "Idempotency-Key", "X-Request-ID", "X-Key-ID", "X-Timestamp", "X-Nonce",
                   "X-Signature", "X-Admin-Token", "Authorization", "X-Forwarded-Proto", "Content-Type", "Expect", "Connection", "Cookie",
@@ -2870,9 +2871,10 @@ def test_a_held_claim_is_answered_after(started, clock, quick_rechecks, wake):
     lambda bus, claim: bus.client.fail(claim.id, claim.claim_token),
     lambda bus, claim: bus.client.release(claim.id, claim.claim_token, delay=3600),
     lambda bus, claim: bus.client.cancel(claim.id),
+    lambda bus, claim: bus.client.admin("purge", confirm=True, status="claimed"),
     lambda bus, claim: bus.client.limit("g", running=2),
     lambda bus, claim: bus.client.limit("g", running=None),
-], ids=["fulfilled", "failed", "released", "cancelled", "larger limit", "no limit"])
+], ids=["fulfilled", "failed", "released", "cancelled", "purged", "larger limit", "no limit"])
 def test_a_claim_held_by_a_limit_is_answered_when_there_is_room(no_rechecks, served, query, room):
     served.publish()
     claim = served.client.claim("g")
@@ -3636,6 +3638,55 @@ def test_a_retry_goes_on_until_its_limit(bus, monkeypatch):
     assert bus.retry(goal="g").retried == 3
 
 
+def varied(bus, clock):
+    """Publish an intent of each state, goal and namespace; return (status, goal, namespace) of all."""
+    kinds = list(itertools.product(("dead", "fulfilled", "claimed", "open"), ("a", "b"), ("default", "n")))
+    for status, goal, namespace in kinds:
+        intent_id = bus.publish(goal, 1, namespace=namespace).id
+        if status != "open":
+            bus.claim(goal, namespace=namespace, lease=3600)
+        if status in ("fulfilled", "dead"):
+            (bus.fulfill if status == "fulfilled" else bus.cancel)(intent_id)
+        clock.pass_(1)
+    return kinds
+
+
+@pytest.mark.parametrize("which", [dict(goal="a"), dict(goal="b", status="open"), dict(status="dead", namespace="n"),
+                                   dict(status="claimed"), dict(status="fulfilled", goal="a", namespace="default"), {}], ids=str)
+def test_a_purge_deletes_what_it_counted(bus, clock, which, monkeypatch):
+    monkeypatch.setattr(intentbus, "SLICE_ROWS", 3)
+    kinds = varied(bus, clock)
+    wanted = [kind for kind in kinds if all(which.get(field, value) == value for field, value in zip(("status", "goal", "namespace"), kind))]
+    counted = bus.purge(count=True, **which)
+    assert counted == dict(number=len(wanted), until=clock.wall)
+    clock.pass_(1)
+    late = bus.publish("a", 1)
+    assert bus.purge(confirm=True, until=counted.until, **which) == dict(ok=True, deleted=len(wanted))
+    left = [(intent.status, intent.goal, intent.namespace) for intent in bus.list(limit=500).intents if intent.id != late.id]
+    assert collections.Counter(left) == collections.Counter(kinds) - collections.Counter(wanted)
+    assert bus.get_status(late.id).status == "open" and bus.purge(confirm=True).deleted == len(left) + 1
+
+
+def test_a_purge_leaves_what_has_ended_since_it_was_counted(bus, clock):
+    bus.publish("g", 1)
+    counted = bus.purge(status="dead", count=True)
+    clock.pass_(1)
+    bus.cancel(bus.list().intents[0].id)
+    assert bus.purge(confirm=True, status="dead", until=counted.until).deleted == 0
+
+
+def test_all_unfinished_intents_of_a_goal_are_cancelled(bus, clock, monkeypatch):
+    monkeypatch.setattr(intentbus, "SLICE_ROWS", 3)
+    varied(bus, clock)
+    counted = bus.cancel_many("a", count=True)
+    assert (counted.number, bus.cancel_many("a", namespace="n", count=True).number) == (4, 2)
+    clock.pass_(1)
+    late = bus.publish("a", 1)
+    assert bus.cancel_many("a", confirm=True, until=counted.until) == dict(ok=True, cancelled=4)
+    unfinished = [intent for intent in bus.list().intents if intent.status in ("open", "claimed")]
+    assert sorted(intent.goal for intent in unfinished) == ["a", "b", "b", "b", "b"] and unfinished[0].id == late.id
+
+
 @ON_A_FILE
 def test_an_intent_that_ended_in_the_future_is_deleted_in_time(bus, clock):
     bus.cancel(bus.publish("g", 1).id)
@@ -4071,6 +4122,7 @@ MATRIX = """
     POST /admin/revoke_key             401  401  401  401  401  401  401  401  404  401  401  401
     GET  /admin/keys                   401  401  401  401  401  401  401  401  200  401  401  401
     POST /admin/purge                  401  401  401  401  401  401  401  401  400  401  401  401
+    POST /admin/cancel                 401  401  401  401  401  401  401  401  400  401  401  401
     POST /admin/cleanup                401  401  401  401  401  401  401  401  200  401  401  401
     GET  /admin/dashboard              401  401  401  401  401  401  401  401  200  401  401  401
     GET  /admin/intents                401  401  401  401  401  401  401  401  200  401  401  401
@@ -5285,6 +5337,9 @@ BAD_REQUESTS = (
         ({"namespace": "a b"}, "invalid_namespace"), ({"limit": 1}, "invalid_request", "'limit'", "running"))),
     case("limit of a bad goal", (f"POST /limit/{'g' * 257}", {}), "invalid_goal", "256"),
     case("purge", ("POST /admin/purge", {"confirm": 1}), "invalid_confirm", "true or false"),
+    case("purge of a status", ("POST /admin/purge", {"confirm": True, "status": "delayed"}), "invalid_status", "open", "dead"),
+    case("cancel of no goal", ("POST /admin/cancel", {"confirm": True}), "invalid_goal", "required"),
+    case("cancel unconfirmed", ("POST /admin/cancel", {"goal": "g"}), "confirmation_required", "confirm"),
     case("the dead", ("POST /admin/dead", {"action": "burn"}), "invalid_action", '"count"'),
     case("join", ("POST /join", {"code": 7}), "invalid_code", "string"),
     case("claim", ("POST /claim?wait=61", b""), "invalid_wait", "60"),
@@ -6027,7 +6082,7 @@ def test_a_value_is_forgotten_in_time_and_its_lock_is_free(started, clock, targe
 
 @pytest.mark.parametrize("verb, fields", [
     ("extend_claim", intentbus.EXTEND), ("fulfill", intentbus.FULFILL), ("fail", intentbus.FAIL), ("release", intentbus.RELEASE),
-    ("list", intentbus.LIST), ("limit", intentbus.LIMIT), ("set", intentbus.SET), ("purge", intentbus.PURGE), ("retry_many", intentbus.RETRY),
+    ("list", intentbus.LIST), ("limit", intentbus.LIMIT), ("set", intentbus.SET), ("purge", intentbus.PURGE), ("retry_many", intentbus.RETRY), ("cancel_many", intentbus.CANCEL),
     ("sweep_dead", intentbus.SWEEP),
 ])
 def test_the_defaults_of_a_request_are_those_of_the_bus(verb, fields):
@@ -9319,7 +9374,7 @@ def test_cancel_retry_and_list_from_the_command_line(serve):
     assert serve.run("cancel", id).returncode == 1
     assert "Cancelled" in serve.run("list", "--status", "dead", "--limit", "1").stdout
     assert serve.run("retry", id).stdout == "open\n"
-    assert serve.run("retry", "--goal", "c").stdout == "0\n"
+    assert serve.run("retry", "--goal", "c", "--yes").stdout == "0\n"
     assert serve.run("cancel", "0" * 32).returncode == 3
 
 
@@ -9679,7 +9734,7 @@ BAD_COMMANDS = (
     case("retry nothing", "retry", 2, "--goal", "--all"),
     case("retry one and all", "retry {nobody} --all", 2, "--goal", "--all"),
     case("retry an unknown id", "retry {nobody}", 3, "{nobody}"),
-    case("retry over the limit", "retry --all --limit 1001", 2, "limit", "1000"),
+    case("retry without asking", "retry --all", 2, "Retry 0 intents?", "--yes"),
 )
 if not os.environ.get("INTENTBUS_TEST_SLOW"):
     BAD_COMMANDS = BAD_COMMANDS[::3]     # each is a process; the slow run has all
@@ -9991,18 +10046,26 @@ def test_a_worker_of_two_goals_does_both_and_no_other(served):
     assert sorted(served.statuses()) == ["fulfilled", "fulfilled", "open"]
 
 
-def test_goals_are_limited_paused_and_resumed(served):
-    for command, line in ((("limit", "backup", "2"), "0 of 2"), (("pause", "backup"), "0 of 2  paused"),
+@pytest.fixture
+def command(served, monkeypatch, capsys):
+    """Run commands in this process against a bus; return the exit code, stdout and stderr."""
+    monkeypatch.setenv("INTENT_BUS_URL", served.url)
+    monkeypatch.setenv("INTENT_API_KEY", KEY)
+    return lambda *words: (intentbus.main(list(words)), *capsys.readouterr())
+
+
+def test_goals_are_limited_paused_and_resumed(served, command):
+    for words, line in ((("limit", "backup", "2"), "0 of 2"), (("pause", "backup"), "0 of 2  paused"),
                           (("resume", "backup"), "0 of 2"), (("limit", "backup", "none"), "0 of any number")):
-        assert at(served, *command) == (0, f"default  backup  {line}\n", "")
-    assert at(served, "limits") == (0, "", "")
-    assert json.loads(at(served, "limit", "a/b c", "1", "--json", "--namespace", "n")[1])["goal"] == "a/b c"
+        assert command(*words) == (0, f"default  backup  {line}\n", "")
+    assert command("limits") == (0, "", "")
+    assert json.loads(command("limit", "a/b c", "1", "--json", "--namespace", "n")[1])["goal"] == "a/b c"
     served.publish(goal="a/b c", namespace="n")
     served.client.claim("a/b c", namespace="n")
-    assert at(served, "limits")[1] == "n  a/b c  1 of 1\n"
+    assert command("limits")[1] == "n  a/b c  1 of 1\n"
     assert served.ask("GET", "/admin/summary").json["limits"][0]["claimed"] == 1
     for words, complaint in ((("limit", "g", "0"), "whole number"), (("limit", "g"), "N"), (("pause",), "goal")):
-        assert_complaint(at(served, *words), 2, complaint)
+        assert_complaint(command(*words), 2, complaint)
 
 
 def test_a_watch_shows_that_a_goal_is_limited(served):
@@ -10013,14 +10076,69 @@ def test_a_watch_shows_that_a_goal_is_limited(served):
     assert shown == [("limited", "g", status) for status in ("limited to 2", "paused", "free")]
 
 
-def test_stats_and_purge(served):
+def test_stats_and_purge(served, command):
     served.publish()
     served.publish(namespace="n1")
-    code, out, _ = at(served, "stats")
+    code, out, _ = command("stats")
     assert code == 0 and json.loads(out)["intents"] == {"default": {"open": 1}, "n1": {"open": 1}}
-    assert_complaint(at(served, "purge"), 2, "--yes")
-    assert at(served, "purge", "--yes", "--namespace", "n1")[:2] == (0, "1\n")
-    assert at(served, "purge", "--yes")[:2] == (0, "1\n") and served.statuses() == []
+    assert_complaint(command("purge"), 2, "Delete for good 2 intents?", "no terminal", "--yes")
+    assert command("purge", "--yes", "--namespace", "n1")[:2] == (0, "1\n")
+    assert command("purge", "--yes")[:2] == (0, "1\n") and served.statuses() == []
+
+
+MANY = (     # commands that change many intents: what they ask, what stays if the answer is yes, and what they print
+    ("cancel --goal a", "Cancel 1 intent?", ["dead", "open", "dead"]),
+    ("purge --goal a --status dead", "Delete for good 1 intent?", ["open", "open"]),
+    ("retry --goal a", "Retry 1 intent?", ["open", "open", "open"]),
+    ("retry --all", "Retry 1 intent?", ["open", "open", "open"]),
+)
+
+
+@POSIX
+@pytest.mark.parametrize("words, question, left", [(*line[:2], line[2]) for line in MANY], ids=[line[0] for line in MANY])
+@pytest.mark.parametrize("answer", ["y", "n", "--yes", None])
+def test_a_command_for_many_intents_counts_and_asks(served, command, monkeypatch, words, question, left, answer):
+    import pty
+    served.client.cancel(served.publish(goal="a"))
+    for goal in ("b", "a"):
+        served.publish(goal=goal)
+    before, (ours, theirs) = served.statuses(), pty.openpty()
+    with contextlib.ExitStack() as closing:
+        closing.callback(os.close, ours)
+        if answer in ("y", "n"):
+            monkeypatch.setattr(sys, "stdin", closing.enter_context(open(theirs)))
+            os.write(ours, f"{answer}\n".encode())
+        code, out, err = command(*words.split(), *(["--yes"] if answer == "--yes" else []))
+    number = re.search(r"\d+", question)[0]
+    if answer in ("y", "--yes"):
+        assert (code, out, served.statuses()) == (0, f"{number}\n", left)
+    else:
+        assert (code, out, served.statuses()) == (2 - (answer == "n"), "", before)
+    assert (question in err) == (answer != "--yes") and ("--yes" in err) == (answer is None)
+
+
+def test_all_dead_intents_are_retried_though_some_die_again(served, command):
+    ids = [served.client.publish_many([dict(goal="g", payload=1)] * 550).ids for _ in range(2)][0]
+    served.client.admin("cancel", goal="g", confirm=True)
+    retry = IntentClient.retry
+
+    def retry_and_die(bus, *args, **kwargs):
+        answer = retry(bus, *args, **kwargs)
+        if not kwargs.get("count") and served.client.get_status(ids[0]).status == "open":
+            served.client.cancel(ids[0])
+        return answer
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(IntentClient, "retry", retry_and_die)
+        assert command("retry", "--all", "--yes") == (0, "1100\n", "")
+    assert served.ask("GET", "/admin/summary").json["intents"]["default"] == dict(open=1099, dead=1)
+
+
+@pytest.mark.parametrize("which", [dict(goal="g"), dict(status="open"), dict(count=True), dict(until=1)], ids=str)
+def test_an_older_bus_is_not_asked_to_purge_some(which):
+    with Fake("404 Not Found", b"<h1>Not Found</h1>", "X-Intent-Version: 7.5") as older:
+        with pytest.raises(intentbus.OlderBus):
+            IntentClient(older.url, KEY).admin("purge", confirm=True, **which)
+    assert older.asked and not [request for request in older.asked if "purge" in request]
 
 
 def test_a_purge_keeps_to_the_namespace_of_the_environment(served):
@@ -10337,7 +10455,7 @@ def test_the_readme_names_every_environment_variable():
     used = set(re.findall(r"\"(BUS_[A-Z_]+|INTENT_BUS_[A-Z_]+|INTENT_API_KEY|DASHBOARD_PASSWORD)\"", (HERE / "intentbus.py").read_text()))
     readme = (HERE / "README.md").read_text()
     assert not [name for name in used if f"`{name}`" not in readme]
-    assert readme.count("\n") <= 540
+    assert readme.count("\n") <= 560
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ except ImportError as missing:
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))     # where intentbus.py is
 
 import intentbus
-from intentbus import (ALL, CLAIMED_BY_KEY, CLAIMED_WITH, COLUMNS, DEAD_RANGE, DELETE, DUE, MIGRATIONS, OF_NAMESPACE, OLD, ONE, ORDER,
+from intentbus import (ALL, CLAIMED_BY_KEY, CLAIMED_WITH, COLUMNS, DELETE, DUE, IN_RANGE, KINDS, MIGRATIONS, OLD, ONE, ORDER,
                        RECHECK_SECONDS, TALLY, Held, Intent, Move, SetupError)
 
 THREADS = 10                # of one bus, each with a connection; PostgreSQL allows 100 connections by default
@@ -63,15 +63,15 @@ TUNE = """
     ALTER TABLE intents SET (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 20000,
                              autovacuum_vacuum_cost_delay = 0)
 """
-DEAD_INTENTS, DEAD_IDS = DEAD_RANGE.format(columns=ALL), DEAD_RANGE.format(columns="id")
+SELECTIONS = [IN_RANGE.format(columns=ALL, kind=kind) for kind in KINDS]
+ID_SELECTIONS = [IN_RANGE.format(columns="id", kind=kind) for kind in KINDS]
 INSTEAD = {     # of a statement of the Store, because other buses change rows at the same time
     ONE: ONE + " FOR UPDATE",
     DUE: DUE + " FOR UPDATE SKIP LOCKED",
     CLAIMED_WITH: CLAIMED_WITH + " FOR UPDATE",
     CLAIMED_BY_KEY: CLAIMED_BY_KEY + " FOR UPDATE",
-    DEAD_INTENTS: DEAD_INTENTS + " FOR UPDATE",
-    DELETE.format(which=DEAD_IDS): DELETE.format(which=DEAD_IDS + " FOR UPDATE"),
-    DELETE.format(which=OF_NAMESPACE): DELETE.format(which=OF_NAMESPACE + " FOR UPDATE"),
+    **{selection: selection + " FOR UPDATE" for selection in SELECTIONS},
+    **{DELETE.format(which=ids): DELETE.format(which=ids + " FOR UPDATE") for ids in ID_SELECTIONS},
     DELETE.format(which=OLD): DELETE.format(which=OLD + " FOR UPDATE SKIP LOCKED"),
     TALLY: "INSERT INTO tallies VALUES (:namespace, :publisher, :status, :intents, :bytes)",
 }
