@@ -106,6 +106,8 @@ FIRST_FREE = f"""
         FROM   limits
         WHERE  namespace = :namespace
         AND    (paused = 1 OR running <= ({CLAIMED}))
+        UNION ALL
+        SELECT unnest(:without::TEXT[])
     ), wanted (lane, stop, publisher) AS (     -- one step in the index for each lane
         SELECT start COLLATE "C", stop, NULL
         FROM   unnest(:starts::TEXT[], :stops::TEXT[]) AS ranges (start, stop)
@@ -174,7 +176,7 @@ TIME_AND_BUSES = """
     )
 """
 LOCK = "SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))"     # until the transaction has ended
-LOCK_SHARED = LOCK.replace("_lock(", "_lock_shared(")
+LOCK_SHARED, TRY_LOCK = LOCK.replace("_xact_lock", "_xact_lock_shared"), LOCK.replace("pg_", "pg_try_")
 NOTIFY = "SELECT pg_notify(:channel, notice) FROM unnest(:notices::TEXT[]) AS notice"
 
 
@@ -210,7 +212,8 @@ class PostgresTransaction(intentbus.Transaction):
 
         An intent of a limited goal takes two: other buses may have claimed others meanwhile, and one counts at a time.
         """
-        asked = [(FIRST_FREE, wanted_values(tuple(lanes)))]
+        without = []     # goals
+        asked = [(FIRST_FREE, dict(wanted_values(tuple(lanes)), without=without))]
         if token_hash:
             self._db.keep(LOCK, dict(name=token_hash))     # the same claim may be under way at another bus
             asked.insert(0, (CLAIMED_WITH, dict(token_hash=token_hash, key_id=key_id)))
@@ -223,17 +226,25 @@ class PostgresTransaction(intentbus.Transaction):
                 return None
             best, limited, *columns = found[0]
             intent = Intent(zip(COLUMNS, columns), limited=1 if limited else None)
-            if intent.id and (not limited or self._is_within(intent.namespace, intent.goal)):
+            if intent.id and (not limited or self._is_within(intent, wait=not without)):
                 return intent
+            without += [intent.goal] if intent.id else []
         self._store.database.passed_over.add(best)
 
     def _has_room(self, intent):
         return True     # claimable() finds out
 
-    def _is_within(self, namespace, goal):
-        """Return whether an intent of a limited goal may be claimed; no other block counts before this one has ended."""
-        self._db.keep(LOCK, dict(name=self._of_limits(namespace, goal)))
-        return bool(self._db.execute(ROOM, dict(namespace=namespace, goal=goal)))
+    def _is_within(self, intent, wait):
+        """Return whether an intent of a limited goal may be claimed; no other block counts before this one has ended.
+
+        Only the first such lock of a block may be waited for: two blocks could wait for each other.
+        """
+        name = self._of_limits(intent.namespace, intent.goal)
+        (locked,), room = self._db.each((LOCK if wait else TRY_LOCK, dict(name=name)),
+                                        (ROOM, dict(namespace=intent.namespace, goal=intent.goal)))
+        if locked[0] is False:
+            self._store.database.passed_over.add(intent.lane)
+        return locked[0] is not False and bool(room)
 
     def _of_limits(self, *goal):
         """Return the name of the lock of all limits, or of that of a goal."""
