@@ -146,6 +146,8 @@ STALL_SECONDS = 3                   # a bus that did nothing for so long was awa
 STALLED_SECONDS = 10                # a commit that takes longer means that the disk hangs: /health says so
 LIST_ROWS = 10_000                  # rows looked at for one page of a list: about 20 ms
 PAGE_BYTES = 4 * 2 ** 20            # payloads in one page of a list
+SEARCH_ROWS = 10                    # intents that a search looks at in one step: payloads of 2.5 MB, in 5 ms
+SEARCH_BYTES = 64 * 2 ** 20         # payloads that one search looks through, in 0.2 s
 WAL_BYTES = 8 * 2 ** 20             # a longer log is truncated; README promises twice this
 FREE_BYTES = 50 * 2 ** 20           # below this, the doctor says that the database's disk is nearly full
 
@@ -1518,19 +1520,21 @@ class Store(Reads):
 
     # -- Lists and counts --
 
-    def page(self, limit, owner=None, status=None, goal=None, namespace=None, before=None):
+    def page(self, limit, owner=None, status=None, goal=None, namespace=None, before=None, floor=None):
         """Return an iterable of up to limit intents, newest first, before an id; and the id it looked down to, or None.
 
-        It looks at LIST_ROWS at most: of all intents or, if the status is "dead", of the dead ones. The status "delayed" is
-        for open ones that cannot be claimed yet.
+        It looks at LIST_ROWS at most, or down to that floor: of all intents or, if the status is "dead", of the dead ones. The
+        status "delayed" is for open ones that cannot be claimed yet.
         """
         delayed = status == "delayed"
         values = dict(owner=owner, status="open" if delayed else status, ready=0 if delayed else None, goal=goal,
                       namespace=namespace, before=before or "g", limit=limit, rows=LIST_ROWS)     # "g" is after every id
         kind = DEAD if status == "dead" else ANY
-        floor = self._first(PAGE_FLOOR.format(kind=kind), **values)
-        rows = self._rows(PAGE.format(kind=kind), dict(values, floor=floor[0] if floor else ""))
-        return (Intent(zip(COLUMNS, row)) for row in rows), floor and floor[0]
+        if floor is None:
+            found = self._first(PAGE_FLOOR.format(kind=kind), **values)
+            floor = found[0] if found else ""
+        rows = self._rows(PAGE.format(kind=kind), dict(values, floor=floor))
+        return (Intent(zip(COLUMNS, row)) for row in rows), floor or None
 
     def tallies(self):
         """Yield (namespace, publisher, status, number, bytes) of each kind of intents or values that there is."""
@@ -1953,6 +1957,12 @@ def stored_result(intent):
     return json.loads(intent.result) if intent.result_type == "json" else intent.result
 
 
+def found_in(intent, text):
+    """Return whether a text is in goal, id or payload of an intent, in any case; in the payload also as JSON writes it."""
+    text, payload = text.lower(), intent.payload.lower()
+    return text in intent.goal.lower() or text in intent.id or text in payload or to_json(text)[1:-1] in payload
+
+
 def sliced(steps):
     """Make a generator function a verb: it runs to its end. The loop advances verb.steps instead, a slice at a time."""
     @functools.wraps(steps)
@@ -2082,10 +2092,10 @@ class Bus:
                 raise Conflict(f"This intent is {intent.status}; only an unfinished one can be cancelled.")
             return self._outcome(self._change(tx, intent, intent.cancelled(tx.now)))
 
-    def retry(self, intent_id=None, *, caller=OWNER, **which):
+    def retry(self, intent_id=None, *, goal=None, namespace=None, limit=1000, count=False, until=None, caller=OWNER):
         """Open a dead intent again, or as many as retry_many() does."""
         if intent_id is None:
-            return self.retry_many(**which, caller=caller)
+            return self.retry_many(goal, namespace, limit, count, until, caller=caller)
         with self.store.transaction() as tx:
             intent = self._published_by(tx, intent_id, caller)
             if intent.status != "dead":
@@ -2103,9 +2113,9 @@ class Bus:
         For an issued key, it leaves out those whose publisher would have too many unfinished intents. count and until are
         those of purge().
         """
-        retry, until = functools.partial(self._retry_dead, caller), FOREVER if until is None and not count else until
-        number, until = yield from self._sweep(None if count else retry, DEAD, until, limit, goal=goal, namespace=namespace,
-                                               owner=None if caller.admin else caller.owner)
+        retry = None if count else functools.partial(self._retry_dead, caller)
+        number, until = yield from self._sweep(retry, DEAD, until, limit, owner=None if caller.admin else caller.owner, goal=goal,
+                                               namespace=namespace)
         return Record(number=number, until=until) if count else Record(retried=number)
 
     # -- Working --
@@ -2257,22 +2267,34 @@ class Bus:
             found["error"] = intent.last_error
         return found
 
-    def list(self, *, status=None, goal=None, namespace=None, limit=50, before=None, payload=False, caller=OWNER):
+    @sliced
+    def list(self, *, status=None, goal=None, namespace=None, limit=50, before=None, payload=False, search=None, caller=OWNER):
         """Return {"intents": newest first, "next": the value of before for the next page, or None}.
 
-        A page may be short and still have a next one: it looks at LIST_ROWS intents, and holds PAGE_BYTES of payloads.
+        A page may be short and still have a next one: it looks at LIST_ROWS intents, and holds PAGE_BYTES of payloads. Only
+        intents with the text of search in goal, id or payload are in it; then it looks through SEARCH_BYTES of payloads.
         """
-        owner, now = None if caller.admin else caller.owner, self.clock.now()
-        rows, floor = self.store.page(limit + 1, owner, status, goal, namespace, before)
-        intents, room = [], PAGE_BYTES
-        for row in rows:
-            if len(intents) == limit or room <= 0:
-                return Record(intents=intents, next=intents[-1].id)
-            intents.append(row.at(now).pick(STATUS_FIELDS))
-            if payload:
-                intents[-1]["payload"] = json.loads(row.payload)
-                room -= len(row.payload)
-        return Record(intents=intents, next=floor)
+        which, now = (None if caller.admin else caller.owner, status, goal, namespace), self.clock.now()
+        rows, floor = self.store.page(SEARCH_ROWS if search else limit + 1, *which, before)
+        intents, room, unread, looked = [], PAGE_BYTES, SEARCH_BYTES, before
+        while True:
+            for row in rows:
+                if len(intents) == limit or room <= 0:
+                    return Record(intents=intents, next=intents[-1].id)
+                looked, unread = row.id, unread - len(row.payload)
+                if search and not found_in(row, search):
+                    continue
+                intents.append(row.at(now).pick(STATUS_FIELDS))
+                if payload:
+                    intents[-1]["payload"] = json.loads(row.payload)
+                    room -= len(row.payload)
+            if not search or looked == before:
+                return Record(intents=intents, next=floor)
+            if unread <= 0:
+                return Record(intents=intents, next=looked)
+            yield
+            before = looked
+            rows, _ = self.store.page(SEARCH_ROWS, *which, before, floor or "")
 
     def workers(self, *, caller=OWNER):
         """Return {"workers"}: who has asked for work lately, or holds a lease, the latest seen first."""
@@ -2359,7 +2381,6 @@ class Bus:
     def _confirmed(self, done, change, confirm, count, until, kind, **which):
         if not (confirm or count):
             raise Invalid('This changes many intents for good: say {"confirm": true}.', code="confirmation_required")
-        until = FOREVER if until is None and not count else until
         number, until = yield from self._sweep(None if count else change, kind, until, **which)
         return Record(number=number, until=until) if count else Record({"ok": True, done: number})
 
@@ -2408,15 +2429,17 @@ class Bus:
         change takes a transaction, a number and values of IN_RANGE, and returns how many intents it has changed.
         """
         number, now = 0, self.clock.now()
-        which = dict(dict(kind=kind, owner=None, status=None, until=now if until is None else until), **which)
-        for start, end in self.store.id_ranges(SLICE_ROWS, kind) if ids is None else ((one, one + " ") for one in ids):
-            some = dict(which, start=start, end=end)
+        until = (FOREVER if change else now) if until is None else until
+        ranges = ((one, one + " ") for one in ids) if ids is not None else self.store.id_ranges(
+            SLICE_ROWS, DEAD if kind is DEAD else ANY)
+        for start, end in ranges:
+            some = dict(dict(kind=kind, owner=None, status=None), **which, until=until, start=start, end=end)
             with self.store.transaction() as tx:
                 number += change(tx, most - number, **some) if change else tx.count(**some)
             if number >= most:
                 break
             yield
-        return number, min(which["until"], now)
+        return number, min(until, now)
 
     def _delete_all(self, tx, most, **which):
         return tx.delete(**which)
@@ -3418,6 +3441,7 @@ LIST = Fields({
     "limit": (from_query(integer_from(1, 500)), 50),
     "before": (must_be("the id of an intent", lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{1,32}", value)), None),
     "payload": (from_query(integer_from(0, 1)), 0),
+    "search": (text_of(1, 256), None),
 })
 STATUSES = ("open", "claimed", "fulfilled", "dead")
 WHICH = {"goal": GOAL, "namespace": (namespace_word, None), "until": (number_from(0, 2 ** 40), None)}
@@ -4079,10 +4103,10 @@ def of_keys(verb, fields, status):
     return lambda api, request: (status, getattr(api.keys, verb)(**request.fields(fields)))
 
 
-def advancing(verb, fields=NOTHING):
-    """Return the endpoint that advances a long verb of the Bus with the fields of the body."""
+def advancing(verb, fields=NOTHING, read=Request.fields):
+    """Return the endpoint that advances a long verb of the Bus with the fields that read(request, fields) finds."""
     def endpoint(api, request):
-        found = yield from getattr(Bus, verb).steps(api.bus, **request.fields(fields), caller=request.caller)
+        found = yield from getattr(Bus, verb).steps(api.bus, **read(request, fields), caller=request.caller)
         return 200, found
     return endpoint
 
@@ -4104,7 +4128,7 @@ ROUTES = (
     ("POST", "/release/*",              "work",    reporting("release", RELEASE)),
     ("GET",  "/status/*",               "look",    with_query("get_status", ANYTHING)),
     ("GET",  "/result/*",               "look",    result_endpoint),
-    ("GET",  "/intents",                "look",    with_query("list", LIST)),
+    ("GET",  "/intents",                "look",    advancing("list", LIST, Request.parameters)),
     ("GET",  "/workers",                "look",    with_query("workers", ANYTHING)),
     ("GET",  "/events",                 "look",    events_endpoint),
     ("GET",  "/whoami",                 "look",    who_am_i_endpoint),
@@ -4125,7 +4149,7 @@ ROUTES = (
     ("POST", "/admin/cancel",           "admin",   advancing("cancel_many", CANCEL)),
     ("POST", "/admin/cleanup",          "admin",   advancing("cleanup")),
     ("GET",  "/admin/dashboard",        "admin",   lambda api, request: (200, DASHBOARD)),
-    ("GET",  "/admin/intents",          "admin",   with_query("list", LIST)),
+    ("GET",  "/admin/intents",          "admin",   advancing("list", LIST, Request.parameters)),
     ("POST", "/admin/intents",          "admin",   publish_endpoint),
     ("GET",  "/admin/intents/*",        "admin",   with_query("inspect")),
     ("POST", "/admin/intents/*/cancel", "admin",   with_body("cancel")),
@@ -4946,7 +4970,8 @@ class Rounds:
 
     def go_on(self, unfinished):
         """Take in the next slice of a long operation."""
-        self._writes.append(Job(unfinished.request, functools.partial(self._api.go_on, unfinished), self._loop.now))
+        jobs = self._reads if unfinished.request.reads else self._writes
+        jobs.append(Job(unfinished.request, functools.partial(self._api.go_on, unfinished), self._loop.now))
 
     def keep_house(self, housekeeping):
         """Take in a function that does due work, and returns whether it succeeded."""
@@ -6599,9 +6624,9 @@ class IntentClient:
         """Return the state of an intent with its result, as soon as it has ended or after wait seconds."""
         return self.request("GET", f"/result/{intent_id}", wait=wait)
 
-    def list(self, *, status=None, goal=None, namespace=None, limit=50, before=None, payload=False):
+    def list(self, *, status=None, goal=None, namespace=None, limit=50, before=None, payload=False, search=None):
         """Return {"intents", "next"}, newest first; next is the value of before for the next page, or None."""
-        return self.request("GET", "/intents", query=dict(status=status, goal=goal, namespace=namespace, limit=limit,
+        return self.request("GET", "/intents", query=dict(status=status, goal=goal, namespace=namespace, limit=limit, search=search,
                                                           before=before, payload="1" if payload else None))
 
     def workers(self):
@@ -6624,10 +6649,12 @@ class IntentClient:
         """Cancel an unfinished intent; raises Conflict if it has ended."""
         return self.request("POST", f"/cancel/{intent_id}", retries=0)
 
-    def retry(self, intent_id=None, **which):
-        """Reopen a dead intent, or up to limit dead intents of a goal or namespace; which are arguments of Bus.retry_many."""
-        which = {field: value for field, value in which.items() if value is not None}     # older buses know fewer fields
-        return self.request("POST", "/retry" if intent_id is None else f"/retry/{intent_id}", which or None, retries=0)
+    def retry(self, intent_id=None, *, goal=None, namespace=None, limit=1000, count=False, until=None):
+        """Reopen a dead intent, or up to limit dead intents of a goal or namespace; or count these, as Bus.retry_many does."""
+        if intent_id is not None:
+            return self.request("POST", f"/retry/{intent_id}", retries=0)
+        more = {} if not count and until is None else dict(count=count, until=until)     # unknown to older buses
+        return self.request("POST", "/retry", dict(more, goal=goal, namespace=namespace, limit=limit), retries=0)
 
     def set(self, key, value, ttl=VALUE_TTL_SECONDS, if_absent=False):
         """Store a JSON value for ttl seconds; with if_absent, raises Conflict if the key is taken, so it serves as a lock."""
@@ -8102,20 +8129,23 @@ def result_command(bus, options):
     return print_outcome(options, intent)
 
 
-@bus_command("list", ["list --status dead", "list --goal resize --limit 500 --json"],
-             flag("--status", choices=STATUSES, help="only intents with this status"),
+@bus_command("list", ["list --status dead", "list --search alice --payload", "list --goal resize --limit 500 --json"],
+             flag("--status", choices=(*STATUSES, "delayed"), help="only intents with this status; delayed ones are open, too"),
              flag("--goal", help="only intents with this goal"),
+             flag("--search", metavar="TEXT", help="only intents with this text in goal, id or payload"),
+             flag("--payload", action="store_true", help="print payloads, too"),
              flag("--limit", type=positive_int, default=50, metavar="N", help="at most N intents"), JSON)
 def list_command(bus, options):
-    """List intents, newest first: id, status, attempts, age, goal, worker, last error."""
+    """List intents, newest first: id, status, attempts, age, goal, worker, last error, payload."""
     left = options.limit
     before = None
     while left > 0:
         page = bus.list(status=options.status, goal=options.goal, namespace=options.namespace, limit=min(left, 500),
-                        before=before)
+                        before=before, payload=options.payload, search=options.search)
         print_rows(options, page.intents, lambda intent: (
             intent.id, f"{intent.status:9}", f"{intent.claim_attempts}/{intent.max_attempts}",
-            f"{format_duration(time.time() - intent.created_at):>4}", intent.goal, intent.worker, intent.last_error))
+            f"{format_duration(time.time() - intent.created_at):>4}", intent.goal, intent.worker, intent.last_error,
+            to_json(intent.payload) if options.payload else None))
         before = page.next
         left = left - len(page.intents) if before else 0
 
