@@ -155,6 +155,8 @@ STALL_SECONDS = 3                   # a bus that did nothing for so long was awa
 STALLED_SECONDS = 10                # a commit that takes longer means that the disk hangs: /health says so
 LIST_ROWS = 10_000                  # rows looked at for one page of a list: about 20 ms
 PAGE_BYTES = 4 * 2 ** 20            # payloads in one page of a list
+SEARCH_ROWS = 10                    # intents that a search looks at in one step: payloads of 2.5 MB, in 5 ms
+SEARCH_BYTES = 64 * 2 ** 20         # payloads that one search looks through, in 0.2 s
 WAL_BYTES = 8 * 2 ** 20             # a longer log is truncated; README promises twice this
 FREE_BYTES = 50 * 2 ** 20           # below this, the doctor says that the database's disk is nearly full
 
@@ -217,6 +219,7 @@ CLAIM_WAIT_SECONDS = 20             # below the idle limit of mobile carriers' N
 LEASE_CHECK_SECONDS = 1             # a worker whose phone slept notices a lost lease this soon
 POLL_SECONDS = 5                    # between two claims at a server that does not hold them
 PUBLISH_WAIT_SECONDS = 300          # default of publish --wait
+SWEEP_SECONDS = 3600                # for the bus to delete or cancel intents: a million take some minutes
 STREAM_SECONDS = 1                  # publish --lines sends the lines of a stream that soon
 READ_AHEAD_LINES = 100              # of stdin, at most 25 MB
 JOBS = 256                          # of one worker; each is a thread and a program
@@ -285,7 +288,7 @@ COLUMNS = (
     "backoff_base", "target_worker", "required_capability", "created_at", "status", "run_at", "expires_at",
     "completed_at", "last_error", "result", "result_type", "claim_attempts", "claim_token_hash", "claim_expires_at", "lease",
     "claim_owner", "claim_key", "claim_outcome", "worker_id", "worker", "claimed_at", "idempotency_key", "size", "result_size",
-    "place", "lane", "ready", "due_at", "history", "unique_value", "on_success", "on_failure", "caused_by", "schedule",
+    "place", "lane", "ready", "due_at", "history", "unique_value", "on_success", "on_failure", "caused_by", "schedule", "limited",
 )
 PUBLISH_DEFAULTS = dict(
     namespace="default", visibility="private", priority=100, delay=0, run_at=None, ttl=TTL_SECONDS, max_attempts=3,
@@ -304,7 +307,7 @@ CLAIM_FIELDS = (
 )
 UNCLAIMED = dict.fromkeys(("completed_at", "last_error", "result", "result_type", "claim_token_hash", "claim_expires_at",
                            "lease", "claim_owner", "claim_key", "claim_outcome", "worker_id", "worker", "claimed_at",
-                           "idempotency_key", "history", "caused_by", "schedule"))
+                           "idempotency_key", "history", "caused_by", "schedule", "limited"))
 
 # event: a word for people, or None; callback: the field with the goal of the intent that this end publishes, or None
 Change = collections.namedtuple("Change", "event columns callback", defaults=(None,))
@@ -369,7 +372,12 @@ def lane_end(lane):
 def lane_range(lane):
     """Return (start, end) of the keys among which are all lanes that a lane with a goal covers."""
     goal, publisher = lane.rsplit("\t", 1)
-    return (lane, lane_end(lane)) if publisher else (goal + "\t", goal + "\n")     # "\n" is the character after "\t"
+    return (lane, lane_end(lane)) if publisher else range_under(goal)
+
+
+def range_under(start):
+    """Return (start, end) of the keys that go on, after a tab, where this one ends: of a namespace, a place or a goal in it."""
+    return start + "\t", start + "\n"     # the character after "\t"
 
 
 def bytes_of(text):
@@ -465,7 +473,7 @@ class Intent(Record):
         return Change("claimed" if new else None, dict(
             status="claimed", ready=0, claim_attempts=self.claim_attempts + new, claim_token_hash=token_hash, claim_owner=owner,
             claim_key=key_id, worker_id=worker_id, worker=worker, claimed_at=now if new else self.claimed_at, claim_outcome=None,
-            claim_expires_at=end, lease=lease, due_at=min(end, self.expires_at)))
+            claim_expires_at=end, lease=lease, due_at=min(end, self.expires_at), limited=self.limited))
 
     def extended(self, now, seconds, until=FOREVER):
         """Its lease ends that many seconds from now, or with the worker's key, at `until`."""
@@ -756,7 +764,13 @@ FEATURES = """
         last_run_at DOUBLE PRECISION, last_id TEXT, payload TEXT NOT NULL,
         PRIMARY KEY (owner, name)
     );
-    CREATE INDEX schedules_next ON schedules (next_run_at) WHERE next_run_at IS NOT NULL
+    CREATE INDEX schedules_next ON schedules (next_run_at) WHERE next_run_at IS NOT NULL;
+    CREATE TABLE limits (     -- how many intents of a goal may be claimed at once (NULL: any number), and whether it is paused
+        namespace TEXT, goal TEXT, running INTEGER, paused INTEGER NOT NULL,
+        PRIMARY KEY (namespace, goal)
+    );
+    ALTER TABLE intents ADD COLUMN limited INTEGER;     -- 1 if a limit of its goal counts the latest claim
+    CREATE INDEX intents_limited ON intents (namespace, goal) WHERE limited = 1 AND status = 'claimed'
 """
 MIGRATIONS = (SCHEMA, MORE_INDEXES, HISTORY, PLACES, SIZES, FEATURES)     # the n-th leads to version n; a released one never changes
 APPLICATION_ID = 0x1B05     # in the header of the file: it is a database of intentbus
@@ -1135,7 +1149,8 @@ PAGE_FLOOR = """
     LIMIT    1
     OFFSET   :rows
 """
-ANY, DEAD = "1 = 1", "status = 'dead'"     # kinds of intents: literals, since a partial index serves no parameter
+# kinds of intents: literals, since a partial index serves no parameter
+KINDS = ANY, DEAD, NOT_ENDED = "1 = 1", "status = 'dead'", "status IN ('open', 'claimed')"
 STEP = """
     SELECT   id
     FROM     intents
@@ -1145,18 +1160,20 @@ STEP = """
     LIMIT    1
     OFFSET   :rows
 """
-DEAD_RANGE = f"""
+IN_RANGE = f"""
     SELECT {{columns}}
     FROM   intents
-    WHERE  status = 'dead'
+    WHERE  {{kind}}
     AND    id >= :start
     AND    id < :end
-    AND    +completed_at <= :until     -- the plus sign keeps SQLite to the index of dead intents
+    AND    created_at <= :until
+    AND    (completed_at IS NULL OR completed_at <= :until)
+    AND    (:status IS NULL OR status = :status)
     AND    (:owner IS NULL OR owner = :owner)
     AND    {OF_GOALS}
     AND    (:namespace IS NULL OR namespace = :namespace)
 """
-GONE = ("id", "namespace", "publisher", "status", "size", "claim_key", "result_size", "idempotency_key")
+GONE = ("id", "namespace", "goal", "publisher", "status", "size", "claim_key", "result_size", "idempotency_key", "limited")
 DELETE = f"""
     DELETE FROM intents
     WHERE       id IN ({{which}})
@@ -1168,13 +1185,6 @@ OLD = """
     WHERE    completed_at <= :until
     ORDER BY completed_at
     LIMIT    :rows
-"""
-OF_NAMESPACE = """
-    SELECT id
-    FROM   intents
-    WHERE  id >= :start
-    AND    id < :end
-    AND    (:namespace IS NULL OR namespace = :namespace)
 """
 TALLY = """
     INSERT INTO tallies (namespace, publisher, status, intents, bytes)
@@ -1239,6 +1249,7 @@ SET_SCHEDULE = f"""
 
 KEY_FIELDS = ("key_id", "name", "owner", "role", "goals", "expires_at", "payloads", "created_at", "last_used_at", "total_requests")
 Move = collections.namedtuple("Move", "intent event")     # an intent as a block left it
+GoalLimit = collections.namedtuple("GoalLimit", "namespace goal running paused")     # running: how many may, None for any number
 
 
 @functools.lru_cache(maxsize=None)
@@ -1288,6 +1299,11 @@ def tally_rows(tallies):
 
 
 NO_TALLY = Tally()
+
+
+def makes_room(move):
+    """Return whether, after a move, another intent of its goal may be claimed, which a limit or pause kept waiting."""
+    return move.event == "limited" or bool(move.intent.get("limited")) and move.intent.status != "claimed"
 
 
 def values_of(owner):
@@ -1356,14 +1372,20 @@ class Reads:
             yield start, end or "g"     # "g" is after every id
             start = end
 
-    def count_dead(self, **which):
-        """Return how many intents are dead in a range of ids, as DEAD_RANGE describes them."""
-        return self._first(DEAD_RANGE.format(columns="COUNT(*)"), **which)[0]
-
     def recall(self, kind, owner, key, now):
         """Return the text that is remembered under kind, owner and key, or None."""
         found = self._first(RECALL, kind=kind, owner=owner, key=key, now=now)
         return found and found[0]
+
+    def goal_limits(self):
+        """Return {(namespace, goal): GoalLimit} of all goals that are limited or paused."""
+        return {tuple(row[:2]): GoalLimit(*row) for row in self._rows(
+            "SELECT namespace, goal, running, paused FROM limits ORDER BY namespace, goal", {})}
+
+    def claimed_of(self, namespace, goal):
+        """Return how many intents of a limited goal are claimed."""
+        return self._first("SELECT COUNT(*) FROM intents WHERE limited = 1 AND status = 'claimed' AND namespace = :namespace "
+                           "AND goal = :goal", namespace=namespace, goal=goal)[0]
 
     def key(self, key_id):
         """Return an issued key that is not revoked, or None."""
@@ -1460,25 +1482,73 @@ class Transaction(Reads):
         return self._intents(LOST, now=now, rows=rows)
 
     def claimable(self, lanes, key_id, token_hash=None):
-        """Return the first intent that is ready in these lanes, or in lanes that they cover; None if there is none.
+        """Return the first intent that is ready in these lanes, or in lanes that they cover, and whose goal has room; or None.
 
         An intent that the key holds under a claim token comes before all.
         """
-        return token_hash and self._intent(CLAIMED_WITH, token_hash=token_hash, key_id=key_id) or min(
-            (head for lane in lanes for head in self._heads(lane)), default=None, key=claim_order)
+        held = token_hash and self._intent(CLAIMED_WITH, token_hash=token_hash, key_id=key_id)
+        first = held or min((head for lane in lanes for head in self._heads(lane)), default=None, key=claim_order)
+        if first and not held:
+            first["limited"] = 1 if self._limit_of(first) else None
+        return first
 
     def _heads(self, lane):
-        """Yield the first ready intent of each lane that a lane covers, or of its place; each is one index lookup."""
+        """Yield the first ready intent of each lane that a lane covers, or of its place; each is one index lookup.
+
+        Goals without room are left out. If the first intent of a place is of such a goal, the lanes are looked at one by one.
+        """
         place, goal, publisher = lane.rsplit("\t", 2)
+        start, end = lane_range(lane) if goal else (lane, lane)
         if not goal:
             head = self._intent(PUBLIC_HEAD_OF_PLACE if publisher else HEAD_OF_PLACE, place=place, owner=publisher)
-            if head:
+            if head and self._has_room(head):
                 yield head
-            return
-        start, end = lane_range(lane)
+            elif head:
+                start, end = range_under(place)
         while start < end and (head := self._intent(HEAD_OF_NEXT_LANE, start=start, end=end)):
-            yield head
             start = lane_end(head.lane)
+            if not self._has_room(head):
+                start = range_under(f"{place}\t{head.goal}")[1]
+            elif publisher in ("", head.owner):
+                yield head
+
+    def _limit_of(self, intent):
+        if self._store.limits is None:
+            self._store.limits = self.goal_limits()
+        return self._store.limits.get((intent.namespace, intent.goal))
+
+    def _has_room(self, intent):
+        limit = self._limit_of(intent)
+        return limit is None or not limit.paused and (
+            limit.running is None or self.claimed_of(intent.namespace, intent.goal) < limit.running)
+
+    def ready_lanes(self, namespace, goal):
+        """Return the lanes of a goal in which intents are ready, if it has room, the one with the first intent first."""
+        found, (start, end) = [], range_under(namespace)
+        while head := self._intent(HEAD_OF_NEXT_LANE, start=start, end=end):     # one lookup for each place
+            found += self._heads(f"{head.place}\t{goal}\t")
+            start = range_under(head.place)[1]
+        return [head.lane for head in sorted(found, key=claim_order)]
+
+    def limit(self, namespace, goal):
+        """Return the GoalLimit of a goal, to be changed in this block."""
+        return self.goal_limits().get((namespace, goal)) or GoalLimit(namespace, goal, None, 0)
+
+    def set_limit(self, limit):
+        """Store the GoalLimit of a goal; without a number and a pause, it has none."""
+        self._store.limits = None
+        self._db.execute("DELETE FROM limits WHERE namespace = :namespace AND goal = :goal", limit._asdict())
+        if limit.running is not None or limit.paused:
+            self._db.execute("INSERT INTO limits VALUES (:namespace, :goal, :running, :paused)", limit._asdict())
+        status = "paused" if limit.paused else "free" if limit.running is None else f"limited to {limit.running}"
+        shown = Intent(dict.fromkeys(COLUMNS), namespace=limit.namespace, goal=limit.goal, status=status)
+        self.moves.append(Move(shown, "limited"))
+
+    def count_claimed(self, namespace, goal):
+        """Have the limit of a goal count the intents that were claimed before it was set; return how many are claimed."""
+        self._db.execute("UPDATE intents SET limited = 1 WHERE status = 'claimed' AND namespace = :namespace AND goal = :goal",
+                         dict(namespace=namespace, goal=goal))
+        return self.claimed_of(namespace, goal)
 
     def twin(self, intent, statuses=tuple(TWIN)):
         """Return the newest other intent of a unique value, of the first of these statuses that there is; or None."""
@@ -1488,21 +1558,21 @@ class Transaction(Reads):
         """Return intents that a key holds under a lease, at most that many."""
         return self._intents(CLAIMED_BY_KEY, key_id=key_id, rows=rows)
 
-    def dead(self, **which):
-        """Return the dead intents in a range of ids, as DEAD_RANGE describes them."""
-        return self._intents(DEAD_RANGE.format(columns=ALL), **which)
+    def number_of(self, kind, **which):
+        """Return how many intents of a kind are in a range of ids, as IN_RANGE describes them."""
+        return self._first(IN_RANGE.format(columns="COUNT(*)", kind=kind), **which)[0]
 
-    def delete_dead(self, **which):
-        """Delete the dead intents in a range of ids, as DEAD_RANGE describes them, for good; return how many."""
-        return len(self._delete(DEAD_RANGE.format(columns="id"), True, **which))
+    def select(self, kind, **which):
+        """Return these intents."""
+        return self._intents(IN_RANGE.format(columns=ALL, kind=kind), **which)
+
+    def delete(self, kind, **which):
+        """Delete these intents for good; return how many."""
+        return len(self._delete(IN_RANGE.format(columns="id", kind=kind), True, **which))
 
     def delete_old(self, until, rows):
         """Delete intents that ended by a time, the oldest first, at most that many; return their statuses."""
         return self._delete(OLD, False, until=until, rows=rows)
-
-    def delete_namespace(self, namespace, start, end):
-        """Delete the intents of a namespace, or of all, in a range of ids, for good; return how many."""
-        return len(self._delete(OF_NAMESPACE, True, namespace=namespace, start=start, end=end))
 
     def _delete(self, which, for_good, **values):
         """Delete intents and, if it is for good, the memory of their idempotency keys; return their statuses."""
@@ -1511,6 +1581,8 @@ class Transaction(Reads):
             self.count(intent, -1)
             if intent.status == "claimed":
                 self.deleted.append(intent.id)
+                if intent.limited:
+                    self.moves.append(Move(Intent(dict.fromkeys(COLUMNS), namespace=intent.namespace, goal=intent.goal, limited=1), None))
         if for_good:
             self._db.executemany(FORGET, [dict(kind="idempotency", owner=publisher, key=key) for publisher, key in {
                 (intent.publisher, intent.idempotency_key) for intent in gone} if key is not None])
@@ -1678,6 +1750,7 @@ class Store(Reads):
         self.round, self.round_tallies = [], collections.defaultdict(Tally)     # the blocks of the round so far, and their counts
         self.failed = False       # whether the last round was lost
         self.obstacle = None      # the error with which the last round could not begin
+        self.limits = None        # GoalLimit by (namespace, goal), as the round sees them; None: to be read
         self.busy_since = None    # by time.monotonic(), while a commit or a shift of the clock runs in another thread
         self.on_commit = lambda blocks: None
 
@@ -1708,7 +1781,7 @@ class Store(Reads):
 
     def abandon(self):
         """Undo the round, after an error."""
-        self.round, self.round_tallies, self.failed = [], collections.defaultdict(Tally), True
+        self.round, self.round_tallies, self.failed, self.limits = [], collections.defaultdict(Tally), True, None
         self.database.rollback()
 
     def _rows(self, statement, values):
@@ -1716,19 +1789,21 @@ class Store(Reads):
 
     # -- Lists and counts --
 
-    def page(self, limit, owner=None, status=None, goals=None, namespace=None, before=None):
+    def page(self, limit, owner=None, status=None, goals=None, namespace=None, before=None, floor=None):
         """Return an iterable of up to limit intents, newest first, before an id; and the id it looked down to, or None.
 
-        It looks at LIST_ROWS at most: of all intents or, if the status is "dead", of the dead ones. The status "delayed" is
-        for open ones that cannot be claimed yet.
+        It looks at LIST_ROWS at most, or down to that floor: of all intents or, if the status is "dead", of the dead ones. The
+        status "delayed" is for open ones that cannot be claimed yet.
         """
         delayed = status == "delayed"
         values = dict(owner=owner, status="open" if delayed else status, ready=0 if delayed else None, goals=goals,
                       namespace=namespace, before=before or "g", limit=limit, rows=LIST_ROWS)     # "g" is after every id
         kind = DEAD if status == "dead" else ANY
-        floor = self._first(PAGE_FLOOR.format(kind=kind), **values)
-        rows = self._rows(PAGE.format(kind=kind), dict(values, floor=floor[0] if floor else ""))
-        return (Intent(zip(COLUMNS, row)) for row in rows), floor and floor[0]
+        if floor is None:
+            found = self._first(PAGE_FLOOR.format(kind=kind), **values)
+            floor = found[0] if found else ""
+        rows = self._rows(PAGE.format(kind=kind), dict(values, floor=floor))
+        return (Intent(zip(COLUMNS, row)) for row in rows), floor or None
 
     def beginning_with(self, digits, rows):
         """Return (id, goal, owner, claim_owner) of the intents whose ids begin with these digits, at most that many."""
@@ -2129,6 +2204,7 @@ class EventLog:
 # changes something is one block of the round; a verb that looks reads committed state, and changes nothing.
 
 Limits = collections.namedtuple("Limits", "unfinished stored_bytes")
+UNCHANGED = object()     # the default of an argument that can be None
 Claim = collections.namedtuple("Claim", "lanes namespace goals worker_id lease token repeatable worker_name version")
 DEATHS = "intent.dead"     # the goal of the intents that announce deaths
 EVERYONE = "*"             # the owner of a viewer's key that sees the intents of all owners
@@ -2211,6 +2287,12 @@ def goals_of(fields):
 def stored_result(intent):
     """Return the result of an intent as a value."""
     return json.loads(intent.result) if intent.result_type == "json" else intent.result
+
+
+def found_in(intent, text):
+    """Return whether a text is in goal, id or payload of an intent, in any case; in the payload also as JSON writes it."""
+    text, payload = text.lower(), intent.payload.lower()
+    return text in intent.goal.lower() or text in intent.id or text in payload or to_json(text)[1:-1] in payload
 
 
 def sliced(steps):
@@ -2378,10 +2460,10 @@ class Bus:
                 raise Conflict(f"This intent is {intent.status}; only an unfinished one can be cancelled.")
             return self._outcome(self._change(tx, intent, intent.cancelled(tx.now)))
 
-    def retry(self, intent_id=None, *, goal=None, namespace=None, limit=1000, caller=OWNER):
-        """Open a dead intent again, or up to limit of them by goal and namespace (then return {"retried": N})."""
+    def retry(self, intent_id=None, *, goal=None, namespace=None, limit=1000, count=False, until=None, caller=OWNER):
+        """Open a dead intent again, or as many as retry_many() does."""
         if intent_id is None:
-            return self.retry_many(goal=goal, namespace=namespace, limit=limit, caller=caller)
+            return self.retry_many(goal, namespace, limit, count, until, caller=caller)
         with self.store.transaction() as tx:
             intent = self._published_by(tx, intent_id, caller)
             if intent.status != "dead":
@@ -2395,19 +2477,16 @@ class Bus:
             return self._outcome(intent)
 
     @sliced
-    def retry_many(self, goal=None, namespace=None, limit=1000, *, caller=OWNER):
+    def retry_many(self, goal=None, namespace=None, limit=1000, count=False, until=None, *, caller=OWNER):
         """Open up to limit dead intents of a goal and namespace again, the oldest first, and return {"retried": N}.
 
         It leaves out those whose unique value is taken or, for an issued key, whose publisher would have too many unfinished.
+        count and until are those of purge().
         """
-        goals, retried = caller.narrowed(goal and (goal,)), 0
-        which = dict(owner=caller.sees, goals=among(goals), namespace=namespace, until=FOREVER)
-        for dead in self._dead_ranges(None, which, SLICE_ROWS):
-            retried += self._retry_dead(dead, caller, limit - retried)
-            if retried == limit:
-                break
-            yield
-        return Record(retried=retried)
+        retry = None if count else functools.partial(self._retry_dead, caller)
+        number, until = yield from self._sweep(retry, DEAD, until, limit, owner=caller.sees, namespace=namespace,
+                                               goals=among(caller.narrowed(goal and (goal,))))
+        return Record(number=number, until=until) if count else Record(retried=number)
 
     # -- Schedules --
 
@@ -2615,11 +2694,13 @@ class Bus:
             raise Invalid('result must be a string when result_type is "text".', code="invalid_result")
         with self.store.transaction() as tx:
             intent = self._claimed_by(tx, intent_id, claim_token, caller, "fulfilled")
-            if intent.claim_outcome is None:
+            new = intent.claim_outcome is None
+            if new:
                 self._change(tx, intent, intent.fulfilled(tx.now, result, result_type, caller.key_id))
-                if result is not None:
-                    self._require_bytes(tx, caller, of_a_report=True)
-            return self._with_next(tx, Record(ok=True, id=intent_id), next_claim, caller)
+            answer = self._with_next(tx, Record(ok=True, id=intent_id), next_claim, caller)
+            if new and result is not None:     # after the claim, in whose order a shared database is locked
+                self._require_bytes(tx, caller, of_a_report=True)
+            return answer
 
     def fail(self, intent_id, claim_token=None, error=None, retry=True, *, next_claim=None, caller=OWNER):
         """Report the work failed: it is tried again after a backoff, or dead if no attempt is left or retry is false."""
@@ -2677,24 +2758,37 @@ class Bus:
             found["error"] = intent.last_error
         return found
 
-    def list(self, *, status=None, goal=None, namespace=None, limit=50, before=None, payload=False, caller=OWNER):
+    @sliced
+    def list(self, *, status=None, goal=None, namespace=None, limit=50, before=None, payload=False, search=None, caller=OWNER):
         """Return {"intents": newest first, "next": the value of before for the next page, or None}.
 
-        A page may be short and still have a next one: it looks at LIST_ROWS intents, and holds PAGE_BYTES of payloads.
+        A page may be short and still have a next one: it looks at LIST_ROWS intents, and holds PAGE_BYTES of payloads. Only
+        intents with the text of search in goal, id or payload are in it; then it looks through SEARCH_BYTES of payloads.
         """
-        goals, now = caller.narrowed(goal and (goal,), NotFound), self.clock.now()
-        if payload and not caller.payloads:
+        if (payload or search) and not caller.payloads:
             raise Forbidden("This key may not see payloads.")
-        rows, floor = self.store.page(limit + 1, caller.sees, status, among(goals), namespace, before)
-        intents, room = [], PAGE_BYTES
-        for row in rows:
-            if len(intents) == limit or room <= 0:
-                return Record(intents=intents, next=intents[-1].id)
-            intents.append(row.at(now).pick(STATUS_FIELDS))
-            if payload:
-                intents[-1]["payload"] = json.loads(row.payload)
-                room -= len(row.payload)
-        return Record(intents=intents, next=floor)
+        goals, now = caller.narrowed(goal and (goal,), NotFound), self.clock.now()
+        which = caller.sees, status, among(goals), namespace
+        rows, floor = self.store.page(SEARCH_ROWS if search else limit + 1, *which, before)
+        intents, room, unread, looked = [], PAGE_BYTES, SEARCH_BYTES, before
+        while True:
+            for row in rows:
+                if len(intents) == limit or room <= 0:
+                    return Record(intents=intents, next=intents[-1].id)
+                looked, unread = row.id, unread - len(row.payload)
+                if search and not found_in(row, search):
+                    continue
+                intents.append(row.at(now).pick(STATUS_FIELDS))
+                if payload:
+                    intents[-1]["payload"] = json.loads(row.payload)
+                    room -= len(row.payload)
+            if not search or looked == before:
+                return Record(intents=intents, next=floor)
+            if unread <= 0:
+                return Record(intents=intents, next=looked)
+            yield
+            before = looked
+            rows, _ = self.store.page(SEARCH_ROWS, *which, before, floor or "")
 
     def workers(self, *, caller=OWNER):
         """Return {"workers"}: who has asked for work lately, or holds a lease, the latest seen first."""
@@ -2735,17 +2829,54 @@ class Bus:
 
     # -- Administration: the caller is known to be an admin or, for what only looks, a viewer --
 
+    def limit(self, goal, running=UNCHANGED, paused=None, namespace="default", *, caller=OWNER):
+        """Let at most `running` intents of a goal be claimed at once, None for any number; or pause it, or end its pause.
+
+        Each stays as it was if it is not given. Return the limit, and how many intents are claimed under it.
+        """
+        with self.store.transaction() as tx:
+            before = tx.limit(namespace, goal)
+            after = before._replace(running=before.running if running is UNCHANGED else running,
+                                    paused=before.paused if paused is None else int(paused))
+            if after != before:
+                tx.set_limit(after)
+        with self.store.transaction() as tx:     # of its own: on a shared database, all claims know of the limit from here on
+            return self._shown(after, tx.count_claimed(namespace, goal))
+
+    def limits(self, *, caller=OWNER):
+        """Return {"limits"}: of each goal that is limited or paused, with the number of its claimed intents."""
+        limits = self.store.goal_limits()
+        return Record(limits=[self._shown(limit, self.store.claimed_of(*goal)) for goal, limit in limits.items()])
+
+    def _shown(self, limit, claimed):
+        return Record(limit._asdict(), paused=bool(limit.paused), claimed=claimed)
+
+    def ready_lanes(self, namespace, goal):
+        """Return the lanes in which intents of a goal are ready, of which some may be claimed now."""
+        with self.store.transaction() as tx:
+            return tx.ready_lanes(namespace, goal)
+
     @sliced
-    def purge(self, confirm=False, namespace=None, *, caller=OWNER):
-        """Delete all intents of a namespace, or of every one, if confirm is true."""
-        if not confirm:
-            raise Invalid('This deletes intents for good: say {"confirm": true}.', code="confirmation_required")
-        deleted = 0
-        for start, end in self.store.id_ranges(SLICE_ROWS):
-            with self.store.transaction() as tx:
-                deleted += tx.delete_namespace(namespace, start, end)
-            yield
-        return Record(ok=True, deleted=deleted)
+    def purge(self, confirm=False, namespace=None, goal=None, status=None, count=False, until=None, *, caller=OWNER):
+        """Delete all intents of a namespace, goal and status, or of every one, if confirm is true.
+
+        With count, return {"number", "until"} instead. To delete no others than those that were counted, pass that until:
+        later ones, and those that have ended since then, are left.
+        """
+        return (yield from self._confirmed("deleted", self._delete_all, confirm, count, until, DEAD if status == "dead" else ANY,
+                                           namespace=namespace, goals=among(goal and (goal,)), status=status))
+
+    @sliced
+    def cancel_many(self, goal, confirm=False, namespace=None, count=False, until=None, *, caller=OWNER):
+        """Cancel all unfinished intents of a goal, as purge() deletes them."""
+        return (yield from self._confirmed("cancelled", self._cancel_all, confirm, count, until, NOT_ENDED,
+                                           namespace=namespace, goals=among((goal,))))
+
+    def _confirmed(self, done, change, confirm, count, until, kind, **which):
+        if not (confirm or count):
+            raise Invalid('This changes many intents for good: say {"confirm": true}.', code="confirmation_required")
+        number, until = yield from self._sweep(None if count else change, kind, until, **which)
+        return Record(number=number, until=until) if count else Record({"ok": True, done: number})
 
     @sliced
     def cleanup(self, *, caller=OWNER):
@@ -2764,7 +2895,7 @@ class Bus:
         """Return everything about an intent but its claim token."""
         intent = self._visible(intent_id, caller)
         hidden = ("claim_token_hash", "claim_key", "claim_outcome", "idempotency_key", "lease", "size", "result_size", "place",
-                  "lane", "ready", "due_at", "payload", "result", "unique_value")
+                  "lane", "ready", "due_at", "payload", "result", "unique_value", "limited")
         shown = dict(payload=json.loads(intent.payload), result=stored_result(intent)) if caller.payloads else {}
         return Record({column: value for column, value in intent.items() if column not in hidden}, **shown,
                       history=intent.attempts, unique=intent.unique_value)
@@ -2783,39 +2914,44 @@ class Bus:
         Only intents that were dead by until, in Unix seconds, are touched; its default is now. To touch those that were
         counted, pass the until of the count.
         """
-        now = self.clock.now()
-        until, number = now if until is None else min(until, now), 0
-        which = dict(owner=None, goals=among(goal and (goal,)), namespace=namespace, until=until)
-        for dead in self._dead_ranges(ids, which, LIST_ROWS if action == "count" else SLICE_ROWS):
-            if action == "count":
-                number += self.store.count_dead(**dead)
-            elif action == "retry":
-                number += self._retry_dead(dead, caller)
-            else:
-                with self.store.transaction() as tx:
-                    number += tx.delete_dead(**dead)
-            yield
+        change = {"count": None, "retry": functools.partial(self._retry_dead, caller), "delete": self._delete_all}[action]
+        number, until = yield from self._sweep(change, DEAD, until, ids=ids, goals=among(goal and (goal,)), namespace=namespace)
         return Record(number=number, until=until)
 
-    def _dead_ranges(self, ids, which, rows):
-        """Yield the values of DEAD_RANGE for ranges of that many dead intents each, or for each of these ids."""
-        if ids is not None:
-            yield from (dict(which, start=intent_id, end=intent_id + " ") for intent_id in ids)
-            return
-        for start, end in self.store.id_ranges(rows, DEAD):
-            yield dict(which, start=start, end=end)
+    def _sweep(self, change, kind, until, most=sys.maxsize, ids=None, **which):
+        """Change up to that many intents of a kind in slices, or count them if change is None; return their number, and until.
 
-    def _retry_dead(self, dead, caller, most=sys.maxsize):
+        change takes a transaction, a number and values of IN_RANGE, and returns how many intents it has changed.
+        """
+        number, now = 0, self.clock.now()
+        until = (FOREVER if change else now) if until is None else until
+        ranges = ((one, one + " ") for one in ids) if ids is not None else self.store.id_ranges(
+            SLICE_ROWS, DEAD if kind is DEAD else ANY)
+        for start, end in ranges:
+            some = dict(dict(kind=kind, owner=None, status=None), **which, until=until, start=start, end=end)
+            with self.store.transaction() as tx:
+                number += change(tx, most - number, **some) if change else tx.number_of(**some)
+            if number >= most:
+                break
+            yield
+        return number, min(until, now)
+
+    def _delete_all(self, tx, most, **which):
+        return tx.delete(**which)
+
+    def _cancel_all(self, tx, most, **which):
+        return len([self._change(tx, intent, intent.cancelled(tx.now)) for intent in tx.select(**which)])
+
+    def _retry_dead(self, caller, tx, most, **which):
         """Retry the dead intents of a range that have room, at most that many; return how many."""
         retried, room = 0, {}     # by publisher
-        with self.store.transaction() as tx:
-            for intent in tx.dead(**dead):
-                if intent.publisher not in room:
-                    room[intent.publisher] = self._room(tx, intent.publisher, caller)
-                if retried < most and room[intent.publisher] > 0 and not self._twin(tx, intent):
-                    self._change(tx, intent, intent.retried(tx.now))
-                    retried += 1
-                    room[intent.publisher] -= 1
+        for intent in tx.select(**which):
+            if intent.publisher not in room:
+                room[intent.publisher] = self._room(tx, intent.publisher, caller)
+            if retried < most and room[intent.publisher] > 0 and not self._twin(tx, intent):
+                self._change(tx, intent, intent.retried(tx.now))
+                retried += 1
+                room[intent.publisher] -= 1
         return retried
 
     def _room(self, tx, publisher, caller):
@@ -2843,10 +2979,11 @@ class Bus:
                 states = intents.setdefault(namespace, {})
                 states[status] = states.get(status, 0) + number
         database_bytes, wal_bytes = self.store.database.sizes()
+        limits = [limit for limit in self.limits().limits if caller.may_use(limit.goal)] if whole else []
         return Record(version=__version__, now=now, intents=intents, keys=sum(map(caller.oversees, self.store.keys())),
                       database_bytes=database_bytes, wal_bytes=wal_bytes, waiting=self._longest_waiting(caller),
                       workers=self.registry.seen(caller.sees, caller.goals, WAITING_LANES),
-                      history=self._past(int(now // 60) - minutes + 1, 1 if minutes <= 60 else 10) if whole else [])
+                      limits=limits, history=self._past(int(now // 60) - minutes + 1, 1 if minutes <= 60 else 10) if whole else [])
 
     def _longest_waiting(self, caller):
         """Return {"namespace", "goal", "run_at", "listening"} of each goal that waits, as of its longest waiting intent."""
@@ -2990,7 +3127,7 @@ class Bus:
 
     def distrust_memory(self):
         """Drop what is remembered of the database: another program has changed it."""
-        self.next_due = 0
+        self.next_due, self.store.limits = 0, None
         self._tallies.clear()
         self.registry.free_all()
 
@@ -3698,7 +3835,10 @@ def word_of(characters):
 
 
 anything = must_be("any JSON value", lambda value: True)
-any_payload = must_be("any JSON value", lambda value: True)     # null too, which elsewhere counts as absent
+any_payload = must_be("any JSON value", lambda value: True)
+running_limit = must_be("a whole number from 1 to 1000, or null",
+                        lambda value: value is None or type(value) is int and 1 <= value <= 1000)
+TAKE_NULL = (any_payload, running_limit)     # elsewhere, null counts as absent
 boolean = must_be("true or false", lambda value: isinstance(value, bool))
 string = must_be("a string", lambda value: isinstance(value, str))
 namespace_word = word_of("A-Z a-z 0-9 . _ -")
@@ -3750,7 +3890,7 @@ def validate(fields, values, kind="field"):
         raise Invalid(f"Unknown {kind} {min(unknown)[:64]!r}; there are: {', '.join(fields) or 'none'}.")
     found = fields.defaults.copy()
     for field, value in values.items():
-        if field not in fields or value is None and fields[field] is not any_payload or is_blank(value) and field in fields.optional:
+        if field not in fields or value is None and fields[field] not in TAKE_NULL or is_blank(value) and field in fields.optional:
             continue
         try:
             found[field] = fields[field](value)
@@ -3868,15 +4008,14 @@ LIST = Fields({
     "limit": (from_query(integer_from(1, 500)), 50),
     "before": (must_be("the id of an intent", lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{1,32}", value)), None),
     "payload": (from_query(integer_from(0, 1)), 0),
+    "search": (text_of(1, 256), None),
 })
-RETRY = Fields({"goal": GOAL, "namespace": (namespace_word, None), "limit": (integer_from(1, 1000), 1000)})
-SWEEP = Fields({
-    "action": (choice("count", "retry", "delete"), REQUIRED),
-    "goal": GOAL,
-    "namespace": (namespace_word, None),
-    "ids": (list_of(string), None),
-    "until": (number_from(0, 2 ** 40), None),
-})
+STATUSES = ("open", "claimed", "fulfilled", "dead")
+WHICH = {"goal": GOAL, "namespace": (namespace_word, None), "until": (number_from(0, 2 ** 40), None)}
+RETRY = Fields({**WHICH, "count": (boolean, False), "limit": (integer_from(1, 1000), 1000)})
+SWEEP = Fields({**WHICH, "action": (choice("count", "retry", "delete"), REQUIRED), "ids": (list_of(string), None)})
+PURGE = Fields({**WHICH, "count": (boolean, False), "confirm": (boolean, False), "status": (choice(*STATUSES), None)})
+CANCEL = Fields({**WHICH, "count": (boolean, False), "confirm": (boolean, False), "goal": (text_of(1, 256), REQUIRED)})
 SUMMARY = Fields({"minutes": (from_query(integer_from(1, HISTORY_MINUTES)), 60)})
 SET = Fields({"value": (anything, REQUIRED), "ttl": (number_from(1, 86400), VALUE_TTL_SECONDS), "if_absent": (boolean, False)})
 SET_QUERY = Fields({
@@ -3898,7 +4037,12 @@ GENERATE_KEY = Fields({
 }, optional=("owner",))
 JOIN = Fields({"code": (string, REQUIRED)})
 REVOKE_KEY = Fields({"api_key": (string, None), "key_id": (string, None)})
-PURGE = Fields({"confirm": (boolean, False), "namespace": (namespace_word, None)})
+LIMITED_GOAL = Fields({"goal": (text_of(1, 256), REQUIRED)})
+LIMIT = Fields({
+    "running": (running_limit, UNCHANGED),
+    "paused": (boolean, None),
+    "namespace": (namespace_word, "default"),
+})
 NOTHING, ANYTHING = Fields({}), Fields({}, strict=False)
 
 
@@ -4545,6 +4689,10 @@ def set_endpoint(api, request, key):
     return 200, api.bus.set(key, **fields, caller=request.caller)
 
 
+def limit_endpoint(api, request, goal):
+    return 200, api.bus.limit(**validate(LIMITED_GOAL, {"goal": goal}), **request.fields(LIMIT), caller=request.caller)
+
+
 def revoke_endpoint(api, request):
     """End a key at once: its held requests and its leases end with it; its schedules go on, and are counted."""
     key_id = api.keys.revoke(**request.fields(REVOKE_KEY))
@@ -4603,10 +4751,10 @@ def issuing(verb):
     return endpoint
 
 
-def advancing(verb, fields=NOTHING):
-    """Return the endpoint that advances a long verb of the Bus with the fields of the body."""
+def advancing(verb, fields=NOTHING, read=Request.fields):
+    """Return the endpoint that advances a long verb of the Bus with the fields that read(request, fields) finds."""
     def endpoint(api, request):
-        found = yield from getattr(Bus, verb).steps(api.bus, **request.fields(fields), caller=request.caller)
+        found = yield from getattr(Bus, verb).steps(api.bus, **read(request, fields), caller=request.caller)
         return 200, found
     return endpoint
 
@@ -4635,7 +4783,7 @@ ROUTES = (
     ("POST", "/release/*",              "work",    reporting("release", RELEASE)),
     ("GET",  "/status/*",               "look",    of_intent(with_query("get_status", ANYTHING))),
     ("GET",  "/result/*",               "look",    of_intent(result_endpoint)),
-    ("GET",  "/intents",                "look",    with_query("list", LIST)),
+    ("GET",  "/intents",                "look",    advancing("list", LIST, Request.parameters)),
     ("GET",  "/workers",                "look",    with_query("workers", ANYTHING)),
     ("GET",  "/events",                 "look",    events_endpoint),
     ("GET",  "/whoami",                 "look",    who_am_i_endpoint),
@@ -4646,6 +4794,8 @@ ROUTES = (
     ("GET",  "/schedules",              "look",    with_query("schedules", OF_OWNER)),
     ("POST", "/unschedule/*",           "manage",  with_body("unschedule", OF_OWNER)),
     ("POST", "/run/*",                  "manage",  with_body("run", OF_OWNER, 201)),
+    ("POST", "/limit/*",                "admin",   limit_endpoint),
+    ("GET",  "/limits",                 "admin",   with_query("limits")),
     ("POST", "/set/*",                  "keep",    set_endpoint),
     ("GET",  "/get/*",                  "keep",    get_endpoint),
     ("POST", "/delete/*",               "keep",    with_body("delete")),
@@ -4655,9 +4805,10 @@ ROUTES = (
     ("POST", "/admin/revoke_key",       "admin",   revoke_endpoint),
     ("GET",  "/admin/keys",             "view",    lambda api, request: (200, api.keys.list(request.caller, **request.parameters(NOTHING)))),
     ("POST", "/admin/purge",            "admin",   advancing("purge", PURGE)),
+    ("POST", "/admin/cancel",           "admin",   advancing("cancel_many", CANCEL)),
     ("POST", "/admin/cleanup",          "admin",   advancing("cleanup")),
     ("GET",  "/admin/dashboard",        "view",    lambda api, request: (200, DASHBOARD)),
-    ("GET",  "/admin/intents",          "view",    with_query("list", LIST)),
+    ("GET",  "/admin/intents",          "view",    advancing("list", LIST, Request.parameters)),
     ("POST", "/admin/intents",          "admin",   publish_endpoint),
     ("GET",  "/admin/intents/*",        "view",    of_intent(with_query("inspect"))),
     ("POST", "/admin/intents/*/cancel", "admin",   with_body("cancel")),
@@ -5486,7 +5637,8 @@ class Rounds:
 
     def go_on(self, unfinished):
         """Take in the next slice of a long operation."""
-        self._writes.append(Job(unfinished.request, functools.partial(self._api.go_on, unfinished), self._loop.now))
+        jobs = self._reads if unfinished.request.reads else self._writes
+        jobs.append(Job(unfinished.request, functools.partial(self._api.go_on, unfinished), self._loop.now))
 
     def keep_house(self, housekeeping):
         """Take in a function that does due work, and returns whether it succeeded."""
@@ -5624,6 +5776,8 @@ class Rounds:
         self._blocks_seen = len(self._store.round)
         if self._loop.waiting:
             self._lanes += [(move.intent.lane, False) for move in moves if move.intent.ready]
+            for goal in {(move.intent.namespace, move.intent.goal) for move in moves if makes_room(move)}:
+                self._lanes += [(lane, True) for lane in self._api.bus.ready_lanes(*goal)]
         return {move.intent.lane for move in moves if move.event == "claimed"}
 
     def _commit(self):
@@ -6630,6 +6784,12 @@ def array_of(validator):
     return read
 
 
+def counted_or(**fields):
+    """Accept {"number", "until"}, the answer to a request to count, or an object with these fields."""
+    counted, done = answer_of(number=COUNT, until=MOMENT), answer_of(**fields)
+    return lambda value: (counted if isinstance(value, dict) and "number" in value else done)(value)
+
+
 TEXT, TRUTH, COUNT = (string, REQUIRED), (boolean, REQUIRED), (integer_from(0, 2 ** 63), REQUIRED)
 MOMENT = (number_from(0, 2 ** 40), REQUIRED)     # Unix seconds, within the range of dates
 PERHAPS_A_MOMENT = (MOMENT[0], None)
@@ -6648,8 +6808,9 @@ LISTED_INTENT = answer_of(id=ANSWER_ID, status=TEXT, goal=TEXT, claim_attempts=C
                           last_error=UNSURE, worker=UNSURE)
 LISTED_WORKER = answer_of(owner=TEXT, last_seen=MOMENT, goals=(array_of(string), REQUIRED), name=UNSURE, id=UNSURE, version=UNSURE,
                           running=(array_of(string), ()))
-LISTED_EVENT = answer_of(event=TEXT, time=MOMENT, id=UNSURE, goal=UNSURE, worker_id=UNSURE, worker=UNSURE,
+LISTED_EVENT = answer_of(event=TEXT, time=MOMENT, id=UNSURE, goal=UNSURE, status=UNSURE, worker_id=UNSURE, worker=UNSURE,
                          last_error=UNSURE)
+GOAL_LIMIT = answer_of(namespace=TEXT, goal=TEXT, running=UNSURE, paused=TRUTH, claimed=COUNT)
 LISTED_SCHEDULE = answer_of(name=TEXT, owner=TEXT, goal=TEXT, every=(number_from(1, 2 ** 40), None), cron=(string, None),
                             timezone=(string, None), next_run_at=PERHAPS_A_MOMENT, last_run_at=PERHAPS_A_MOMENT, last_id=UNSURE)
 PERHAPS_GOALS = (array_of(string), None)
@@ -6673,11 +6834,13 @@ ANSWERS = {     # of a bus, to a method and path: an answer without these fields
     "POST /join": answer_of(api_key=API_KEY, name=TEXT, role=TEXT),
     "POST /cancel/*": CHANGED,
     "POST /retry/*": CHANGED,
-    "POST /retry": answer_of(retried=COUNT),
+    "POST /retry": counted_or(retried=COUNT),
     "POST /schedule/*": answer_of(name=TEXT, next_run_at=PERHAPS_A_MOMENT, status=TEXT),
     "GET /schedules": answer_of(schedules=(array_of(LISTED_SCHEDULE), REQUIRED)),
     "POST /unschedule/*": answer_of(ok=DONE, name=TEXT),
     "POST /run/*": answer_of(id=ANSWER_ID, status=TEXT, namespace=TEXT),
+    "POST /limit/*": GOAL_LIMIT,
+    "GET /limits": answer_of(limits=(array_of(GOAL_LIMIT), REQUIRED)),
     "POST /set/*": answer_of(ok=DONE),
     "GET /get/*": answer_of(value=(anything, REQUIRED)),
     "POST /delete/*": answer_of(deleted=TRUTH),
@@ -6687,7 +6850,8 @@ ANSWERS = {     # of a bus, to a method and path: an answer without these fields
     "GET /admin/keys": array_of(LISTED_KEY),
     "GET /admin/intents/*": answer_of(**RESULT_STATE, payload=(any_payload, REQUIRED), owner=TEXT, publisher=TEXT),
     "GET /admin/dead": array_of(answer_of(intent_id=TEXT)),
-    "POST /admin/purge": answer_of(deleted=COUNT),
+    "POST /admin/purge": counted_or(deleted=COUNT),
+    "POST /admin/cancel": counted_or(cancelled=COUNT),
     "GET /admin/summary": answer_of(intents=(must_be("an object", lambda value: isinstance(value, dict)), REQUIRED)),
 }
 ANY_ANSWER = answer_of()     # to other requests
@@ -7153,9 +7317,9 @@ class IntentClient:
                 return self.admin(f"intents/{intent_id}")
         return self.get_result(intent_id)
 
-    def list(self, *, status=None, goal=None, namespace=None, limit=50, before=None, payload=False):
+    def list(self, *, status=None, goal=None, namespace=None, limit=50, before=None, payload=False, search=None):
         """Return {"intents", "next"}, newest first; next is the value of before for the next page, or None."""
-        return self.request("GET", "/intents", query=dict(status=status, goal=goal, namespace=namespace, limit=limit,
+        return self.request("GET", "/intents", query=dict(status=status, goal=goal, namespace=namespace, limit=limit, search=search,
                                                           before=before, payload="1" if payload else None))
 
     def workers(self):
@@ -7178,11 +7342,12 @@ class IntentClient:
         """Cancel an unfinished intent; raises Conflict if it has ended."""
         return self.request("POST", f"/cancel/{intent_id}", retries=0)
 
-    def retry(self, intent_id=None, *, goal=None, namespace=None, limit=1000):
-        """Reopen a dead intent, or up to limit dead intents of a goal or namespace."""
+    def retry(self, intent_id=None, *, goal=None, namespace=None, limit=1000, count=False, until=None):
+        """Reopen a dead intent, or up to limit dead intents of a goal or namespace; or count these, as Bus.retry_many does."""
         if intent_id is not None:
             return self.request("POST", f"/retry/{intent_id}", retries=0)
-        return self.request("POST", "/retry", dict(goal=goal, namespace=namespace, limit=limit), retries=0)
+        more = {} if not count and until is None else dict(count=count, until=until)     # unknown to older buses
+        return self.request("POST", "/retry", dict(more, goal=goal, namespace=namespace, limit=limit), retries=0)
 
     def schedule(self, name, goal, payload, **fields):
         """Publish an intent again and again, with the fields of Bus.schedule; return {"name", "next_run_at", "status"}."""
@@ -7215,8 +7380,26 @@ class IntentClient:
         """Delete a key; return {"deleted"}, whether it had a value."""
         return self.request("POST", f"/delete/{key}", retries=0)
 
+    def limit(self, goal, running=UNCHANGED, paused=None, namespace=None):
+        """Let at most `running` intents of a goal be claimed at once, None for any number; or pause it, or end its pause."""
+        changes = {} if running is UNCHANGED else dict(running=running)
+        return self._as_admin("POST", f"/limit/{goal}", dict(changes, paused=paused, namespace=namespace or self.namespace))
+
+    def limits(self):
+        """Return {"limits"}: of each goal that is limited or paused, in any namespace, with the number of claimed intents."""
+        return self._as_admin("GET", "/limits")
+
     def admin(self, verb, **body):
-        """Call /admin/VERB with BUS_ADMIN_SECRET or DASHBOARD_PASSWORD, if set; by GET if there is no body."""
+        """Call /admin/VERB; by GET if there is no body."""
+        body = {field: value for field, value in body.items() if value is not None}
+        if verb == "purge" and body.keys() - {"confirm", "namespace"}:     # an older bus, which would ignore these, has no summary
+            self.admin("summary")
+        if body.get("role") == "viewer" or not body.keys().isdisjoint(("goals", "expires_at")):
+            self._require_newer("make a key that may do everything, for ever")
+        return self._as_admin("POST" if body else "GET", f"/admin/{verb}", body or None)
+
+    def _as_admin(self, method, path, body=None):
+        """Send a request with BUS_ADMIN_SECRET or DASHBOARD_PASSWORD, if set."""
         secret = {}
         if token := secret_in("BUS_ADMIN_SECRET"):
             secret = {"X-Admin-Token": token}
@@ -7224,9 +7407,7 @@ class IntentClient:
             secret = {"Authorization": "Basic " + base64.b64encode(f"admin:{password}".encode()).decode()}
         if secret and not self.secure:
             raise SetupError("The admin secret is sent only over https or to this machine.")
-        if body.get("role") == "viewer" or not body.keys().isdisjoint(("goals", "expires_at")):
-            self._require_newer("make a key that may do everything, for ever")
-        return self.request("POST" if body else "GET", f"/admin/{verb}", body or None, headers=secret, retries=0)
+        return self.request(method, path, body, headers=secret, retries=0)
 
     def _require_newer(self, consequence):
         """Raise OlderBus at a bus that would silently ignore part of a request, with this consequence."""
@@ -8103,6 +8284,7 @@ GROUPS = (
     ("run", ("serve", "publish", "work", "flush")),
     ("inspect", ("status", "result", "show", "list", "workers", "watch", "stats")),
     ("schedule", ("schedule", "schedules", "unschedule", "run")),
+    ("limit", ("limit", "pause", "resume", "limits")),
     ("repair", ("cancel", "retry", "purge", "doctor", "backup")),
     ("keys and machines", ("keys add", "keys invite", "keys list", "keys revoke", "join")),
     ("store values", ("set", "get", "del")),
@@ -8288,6 +8470,7 @@ CONNECTION = (
 DB = flag("--db", help="the database file (BUS_DB_PATH; default intentbus.db)")
 ID = flag("id", help=f"the id that publish printed, or its first {SHORT_ID_DIGITS} or more digits")
 JSON = flag("--json", action="store_true", help="print JSON")
+YES = flag("--yes", action="store_true", help="do not ask")
 STORED_KEY = flag("key", help="the key of the value")
 PUBLISH_FIELDS = ("priority", "delay", "run_at", "ttl", "max_attempts", "backoff_base", "target_worker", "required_capability",
                   "visibility", "unique", "replace", "on_success", "on_failure", "idempotency_key")
@@ -8780,20 +8963,23 @@ def described(intent, now):
         yield "result", as_text(intent.result)
 
 
-@bus_command("list", ["list --status dead", "list --goal resize --limit 500 --json"],
-             flag("--status", choices=("open", "claimed", "fulfilled", "dead"), help="only intents with this status"),
+@bus_command("list", ["list --status dead", "list --search alice --payload", "list --goal resize --limit 500 --json"],
+             flag("--status", choices=(*STATUSES, "delayed"), help="only intents with this status; delayed ones are open, too"),
              flag("--goal", help="only intents with this goal"),
+             flag("--search", metavar="TEXT", help="only intents with this text in goal, id or payload"),
+             flag("--payload", action="store_true", help="print payloads, too"),
              flag("--limit", type=positive_int, default=50, metavar="N", help="at most N intents"), JSON)
 def list_command(bus, options):
-    """List intents, newest first: id, status, attempts, age, goal, worker, last error."""
+    """List intents, newest first: id, status, attempts, age, goal, worker, last error, payload."""
     left = options.limit
     before = None
     while left > 0:
         page = bus.list(status=options.status, goal=options.goal, namespace=options.namespace, limit=min(left, 500),
-                        before=before)
+                        before=before, payload=options.payload, search=options.search)
         print_rows(options, page.intents, lambda intent: (
             intent.id[:SHOWN_ID_DIGITS], f"{intent.status:9}", f"{intent.claim_attempts}/{intent.max_attempts}",
-            f"{format_duration(time.time() - intent.created_at):>4}", intent.goal, intent.worker, intent.last_error))
+            f"{format_duration(time.time() - intent.created_at):>4}", intent.goal, intent.worker, intent.last_error,
+            to_json(intent.payload) if options.payload else None))
         before = page.next
         left = left - len(page.intents) if before else 0
 
@@ -8832,29 +9018,95 @@ def watch_command(bus, options):
         print_rows(options, page.events, lambda entry: (
             time.strftime("%H:%M:%S", time.localtime(entry.time)), f"{entry.event:9}", (entry.id or "")[:SHOWN_ID_DIGITS], entry.goal,
             entry.worker or entry.worker_id,
-            entry.last_error if entry.event in ("failed", "dead", "lost", "skipped") else None))
+            entry.last_error if entry.event in ("failed", "dead", "lost", "skipped") else None,
+            entry.status if entry.event == "limited" else None))
         if after and not page.events and time.monotonic() - asked < RECHECK_SECONDS:     # this bus does not hold requests
             time.sleep(RECHECK_SECONDS)
         after = page.next
 
 
-@bus_command("cancel", ["cancel 01a20a3bf4423c55cce77efa455c0ada"], ID, JSON)
+def agreed(options, question, counted):
+    """Ask whether to do something to the intents that were counted, unless --yes was given; return until of the count."""
+    question = f"{question} {counted.number} intent{'s' if counted.number != 1 else ''}?"
+    if not options.yes and not (sys.stdin and sys.stdin.isatty()):
+        raise Invalid(f"{question} There is no terminal to ask at; confirm it with --yes.")
+    if not options.yes:
+        print(question, "[y/N] ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            raise Conflict("Nothing was changed.")
+    return counted.until
+
+
+def sweep(bus, options, verb, question, **which):
+    """Have a verb of an admin change many intents; without --yes, these are counted first."""
+    bus.timeout = SWEEP_SECONDS
+    until = None if options.yes else agreed(options, question, bus.admin(verb, count=True, **which))
+    return bus.admin(verb, confirm=True, until=until, **which)
+
+
+@bus_command("cancel", ["cancel 01a20a3bf4423c55cce77efa455c0ada", "cancel --goal resize"],
+             flag("id", nargs="?", help="the id that publish printed"),
+             flag("--goal", help="all unfinished intents with this goal, as an admin"), YES, JSON)
 def cancel_command(bus, options):
-    """Cancel an unfinished intent; a worker that has claimed it stops."""
-    print_answer(options, bus.cancel(options.id), "status")
+    """Cancel an unfinished intent, or all of a goal; a worker that has claimed it stops."""
+    if bool(options.id) == bool(options.goal):
+        raise Invalid("cancel needs an id, or --goal GOAL.")
+    if options.id:
+        return print_answer(options, bus.cancel(options.id), "status")
+    print_answer(options, sweep(bus, options, "cancel", "Cancel", goal=options.goal, namespace=options.namespace), "cancelled")
 
 
 @bus_command("retry", ["retry 01a20a3bf4423c55cce77efa455c0ada", "retry --goal resize"],
              flag(*ID[0], **ID[1], nargs="?"),
-             flag("--goal", help="all dead intents with this goal, up to --limit"),
-             flag("--all", action="store_true", help="all dead intents, up to --limit"),
-             flag("--limit", type=positive_int, default=1000, metavar="N", help="at most N intents"), JSON)
+             flag("--goal", help="all dead intents with this goal"), flag("--all", action="store_true", help="all dead intents"),
+             flag("--limit", type=positive_int, default=None, metavar="N", help="at most N intents"), YES, JSON)
 def retry_command(bus, options):
     """Reopen a dead intent, or many; prints the new status, or the number of intents."""
     if bool(options.id) + bool(options.goal) + options.all != 1:
         raise Invalid("retry needs one of these: an id, --goal GOAL, --all.")
-    answer = bus.retry(options.id, goal=options.goal, namespace=options.namespace, limit=options.limit)
-    print_answer(options, answer, "status" if options.id else "retried")
+    if options.id:
+        return print_answer(options, bus.retry(options.id), "status")
+    which, slices, left = dict(goal=options.goal, namespace=options.namespace), [], options.limit or sys.maxsize
+    which["until"] = agreed(options, "Retry", bus.retry(count=True, **which))     # intents that die again meanwhile are left
+    while left > 0 and (not slices or slices[-1]):
+        slices.append(bus.retry(limit=min(left, 1000), **which).retried)
+        left -= slices[-1]
+    print_answer(options, Record(retried=sum(slices)), "retried")
+
+
+LIMITED_GOAL_FLAG = flag("goal", help="the goal of the intents")
+
+
+def print_limits(options, *limits):
+    """Print limits: namespace, goal, how many intents are claimed of how many that may be, paused or not."""
+    print_rows(options, limits, lambda limit: (limit.namespace, limit.goal, f"{limit.claimed} of {limit.running or 'any number'}",
+                                               "paused" if limit.paused else None))
+
+
+@bus_command("limit", ["limit backup 1", "limit backup none"], LIMITED_GOAL_FLAG,
+             flag("running", type=lambda text: None if text == "none" else positive_int(text), metavar="N",
+                  help="how many may run at once, over all workers; none for any number"), JSON)
+def limit_command(bus, options):
+    """Limit how many intents of a goal run at once; a limit outlives a pause."""
+    print_limits(options, bus.limit(options.goal, running=options.running))
+
+
+@bus_command("pause", ["pause backup"], LIMITED_GOAL_FLAG, JSON)
+def pause_command(bus, options):
+    """Pause a goal: its intents wait until resume; those that run go on."""
+    print_limits(options, bus.limit(options.goal, paused=True))
+
+
+@bus_command("resume", ["resume backup"], LIMITED_GOAL_FLAG, JSON)
+def resume_command(bus, options):
+    """End the pause of a goal."""
+    print_limits(options, bus.limit(options.goal, paused=False))
+
+
+@bus_command("limits", ["limits"], JSON)
+def limits_command(bus, options):
+    """List the goals that are limited or paused: namespace, goal, how many run, paused."""
+    print_limits(options, *bus.limits().limits)
 
 
 @command("schedule", ["schedule nightly backup host=nas --every 1d --ttl 6h",
@@ -8999,12 +9251,13 @@ def stats_command(bus, options):
     print_result(json.dumps(summary, indent=2))
 
 
-@bus_command("purge", ["purge --namespace test --yes"], flag("--yes", action="store_true", help="confirm"))
+@bus_command("purge", ["purge --goal resize --status open", "purge --namespace test --yes"],
+             flag("--goal", help="only intents with this goal"),
+             flag("--status", choices=STATUSES, help="only intents with this status"), YES)
 def purge_command(bus, options):
-    """Delete all intents, or the intents of a --namespace, for good; prints their number."""
-    if not options.yes:
-        raise Invalid("This deletes intents of every status, for good; confirm it with --yes.")
-    print_result(bus.admin("purge", confirm=True, namespace=options.namespace).deleted)
+    """Delete all intents, or those of a --namespace, goal and status, for good; prints their number."""
+    print_result(sweep(bus, options, "purge", "Delete for good", goal=options.goal, status=options.status,
+                       namespace=options.namespace).deleted)
 
 
 @command("doctor", ["doctor"], *CONNECTION, DB, JSON)

@@ -1014,8 +1014,9 @@ FUZZED = ("--trust-proxy", "--rate-limit", "100000000", "--max-unfinished", "100
 FUZZED_BODIES = {"/intent": dict(intentbus.PUBLISH_DEFAULTS, goal="g", payload={"n": 1}, on_failure="g"), "/set/*": {"value": 1, "ttl": 60, "if_absent": True},
           "/fulfill/*": {"claim_token": "x", "result": [1], "result_type": "text"}, "/fail/*": {"error": "e", "retry": False},
           "/release/*": {"delay": 1}, "/extend_claim/*": {"seconds": 60}, "/retry": {"goal": "g", "limit": 3},
-          "/admin/purge": {"confirm": True, "namespace": "x"}, "/admin/generate_key": {"owner": "o", "name": "n", "role": "work"},
-          "/admin/revoke_key": {"key_id": "0" * 16, "api_key": "tk_"}}
+          "/admin/purge": {"confirm": True, "namespace": "x", "goal": "x", "status": "open", "count": False, "until": 1},
+          "/admin/cancel": {"confirm": True, "goal": "x", "namespace": "x", "count": False, "until": 1}, "/admin/generate_key": {"owner": "o", "name": "n", "role": "work"},
+          "/admin/revoke_key": {"key_id": "0" * 16, "api_key": "tk_"}, "/limit/*": {"running": 3, "paused": False, "namespace": "x"}}
 FUZZED_HEADERS = ("X-Worker-ID", "X-Worker-Capabilities", "Idempotency-Key", "X-Request-ID", "X-Key-ID", "X-Timestamp", "X-Nonce",
                   "X-Signature", "X-Admin-Token", "Authorization", "X-Forwarded-Proto", "Content-Type", "Expect", "Connection", "Cookie",
                   "X-Claim-Token", "Transfer-Encoding", "Host", "Content-Length", "Upgrade", "Range", "Accept-Encoding")
@@ -2433,6 +2434,10 @@ def test_the_cost_of_a_verb_does_not_grow_with_the_table(sqlite_work, bus, clock
         bus.publish_many([dict(goal="unique", payload=1, priority=1, unique=f"waits {index}") for index in range(number)])
         bus.publish_many([dict(goal=goal, payload=1, priority=900) for goal in ("g", "open")] * number)
         bus.publish_many([dict(goal=f"lane {index}", payload=1, visibility="public") for index in range(number)], caller=ALICE)
+        bus.publish_many([dict(goal=goal, payload=1, priority=950, namespace="n") for goal in ("paused", "limited")] * number)
+
+    bus.limit("paused", paused=True, namespace="n")
+    bus.limit("limited", running=1, namespace="n")
 
     def of_a_minute(digits):
         with pytest.raises(intentbus.Conflict, match="too many"):
@@ -2457,6 +2462,12 @@ def test_the_cost_of_a_verb_does_not_grow_with_the_table(sqlite_work, bus, clock
         do("fail", bus.fail, intent_id)
         do("claim of any goal", bus.claim)
         do("claim in vain", bus.claim, "none")
+        bus.publish("mine", 1, namespace="n")
+        limited = bus.claim("limited", namespace="n", lease=3600)
+        assert do("claim beside limited goals", bus.claim, namespace="n").goal == "mine"
+        do("claim of limited goals in vain", bus.claim, ["paused", "limited"], namespace="n")
+        do("report that makes room", bus.fulfill, limited.id)
+        assert do("lanes that have room", bus.ready_lanes, "n", "limited")
         do("claim of any goal by a publisher", bus.claim, publisher="owner")
         do("claim with a token", bus.claim, "g", claim_token="t" * 32)
         do("repeated claim", bus.claim, "g", claim_token="t" * 32)
@@ -3056,6 +3067,49 @@ def test_a_held_claim_is_answered_after(started, clock, quick_rechecks, wake):
     held = bus.hold("POST", "/claim?goal=g&goal=dead&goal=taken&wait=60")
     wake(bus, clock, claims)
     assert claimed_by(held).goal in ("g", "dead", "taken") and bus.holds(0)
+
+
+@pytest.mark.parametrize("query", ["?goal=g&wait=60", "?wait=60"])
+@pytest.mark.parametrize("room", [
+    lambda bus, claim: bus.client.fulfill(claim.id, claim.claim_token),
+    lambda bus, claim: bus.client.fail(claim.id, claim.claim_token),
+    lambda bus, claim: bus.client.release(claim.id, claim.claim_token, delay=3600),
+    lambda bus, claim: bus.client.cancel(claim.id),
+    lambda bus, claim: bus.client.admin("purge", confirm=True, status="claimed"),
+    lambda bus, claim: bus.client.limit("g", running=2),
+    lambda bus, claim: bus.client.limit("g", running=None),
+], ids=["fulfilled", "failed", "released", "cancelled", "purged", "larger limit", "no limit"])
+def test_a_claim_held_by_a_limit_is_answered_when_there_is_room(no_rechecks, served, query, room):
+    served.publish()
+    claim = served.client.claim("g")
+    served.client.limit("g", running=1)
+    held = [served.hold("POST", "/claim" + query) for _ in range(2)]
+    served.publish(payload="next", visibility="public")
+    assert served.holds(len(held))
+    room(served, claim)
+    assert served.holds(1) and "next" in served.payloads(status="claimed")
+
+
+def test_a_lost_lease_makes_room_for_a_held_claim(started, clock, quick_rechecks):
+    bus = started(clock=clock)
+    bus.client.limit("g", running=1)
+    lost, other = bus.publish(max_attempts=1), bus.publish()
+    assert bus.client.claim("g", lease=10).id == lost
+    held = bus.hold("POST", "/claim?wait=60")
+    clock.pass_(11)
+    assert claimed_by(held).id == other
+
+
+@pytest.mark.parametrize("query", ["?goal=g&wait=60", "?wait=60"])
+def test_the_end_of_a_pause_answers_all_held_claims(no_rechecks, served, query):
+    served.client.limit("g", paused=True)
+    held = [served.hold("POST", "/claim" + query) for _ in range(4)]
+    ids = {served.publish(goal="g") for _ in range(3)}
+    assert served.holds(4)
+    served.client.limit("g", paused=False)
+    assert served.holds(1) and served.statuses() == ["claimed"] * 3
+    served.publish(goal="g")
+    assert {claimed_by(sock).id for sock in held} > ids
 
 
 def test_a_held_claim_waits_while_a_lease_is_extended(started, clock, quick_rechecks):
@@ -3843,6 +3897,56 @@ def test_a_retry_goes_on_until_its_limit(bus, monkeypatch):
     assert bus.retry(goal="g").retried == 3
 
 
+def varied(bus, clock):
+    """Publish an intent of each state, goal and namespace; return (status, goal, namespace) of all."""
+    kinds = list(itertools.product(("dead", "fulfilled", "claimed", "open"), ("a", "b"), ("default", "n")))
+    for status, goal, namespace in kinds:
+        intent_id = bus.publish(goal, 1, namespace=namespace).id
+        if status != "open":
+            bus.claim(goal, namespace=namespace, lease=3600)
+        if status in ("fulfilled", "dead"):
+            (bus.fulfill if status == "fulfilled" else bus.cancel)(intent_id)
+        clock.pass_(1)
+    return kinds
+
+
+@pytest.mark.parametrize("which", [dict(goal="a"), dict(goal="b", status="open"), dict(status="dead", namespace="n"),
+                                   dict(status="claimed"), dict(status="fulfilled", goal="a", namespace="default"), {}], ids=str)
+def test_a_purge_deletes_what_it_counted(bus, clock, which, monkeypatch):
+    monkeypatch.setattr(intentbus, "SLICE_ROWS", 3)
+    kinds = varied(bus, clock)
+    wanted = [kind for kind in kinds if all(which.get(field, value) == value for field, value in zip(("status", "goal", "namespace"), kind))]
+    counted = bus.purge(count=True, **which)
+    assert counted == dict(number=len(wanted), until=clock.wall)
+    clock.pass_(1)
+    late = bus.publish("a", 1)
+    assert bus.purge(confirm=True, until=counted.until, **which) == dict(ok=True, deleted=len(wanted))
+    left = [(intent.status, intent.goal, intent.namespace) for intent in bus.list(limit=500).intents if intent.id != late.id]
+    assert collections.Counter(left) == collections.Counter(kinds) - collections.Counter(wanted)
+    assert bus.get_status(late.id).status == "open" and bus.purge(confirm=True).deleted == len(left) + 1
+
+
+def test_a_purge_leaves_what_has_ended_since_it_was_counted(bus, clock):
+    bus.publish("g", 1)
+    counted = bus.purge(status="dead", count=True)
+    clock.pass_(1)
+    bus.cancel(bus.list().intents[0].id)
+    assert bus.purge(confirm=True, status="dead", until=counted.until).deleted == 0
+    assert bus.purge(confirm=True, until=0).deleted == 0
+
+
+def test_all_unfinished_intents_of_a_goal_are_cancelled(bus, clock, monkeypatch):
+    monkeypatch.setattr(intentbus, "SLICE_ROWS", 3)
+    varied(bus, clock)
+    counted = bus.cancel_many("a", count=True)
+    assert (counted.number, bus.cancel_many("a", namespace="n", count=True).number) == (4, 2)
+    clock.pass_(1)
+    late = bus.publish("a", 1)
+    assert bus.cancel_many("a", confirm=True, until=counted.until) == dict(ok=True, cancelled=4)
+    unfinished = [intent for intent in bus.list().intents if intent.status in ("open", "claimed")]
+    assert sorted(intent.goal for intent in unfinished) == ["a", "b", "b", "b", "b"] and unfinished[0].id == late.id
+
+
 @ON_A_FILE
 def test_an_intent_that_ended_in_the_future_is_deleted_in_time(bus, clock):
     bus.cancel(bus.publish("g", 1).id)
@@ -3921,6 +4025,76 @@ def test_a_claim_without_a_goal_takes_the_first_of_any_goal(bus, clock):
     assert [bus.claim().payload for _ in range(3)] == ["c", "b", "a"]
     assert bus.claim() is None
     assert bus.claim(["y", "z"], namespace="other").payload == "elsewhere"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_limit_holds_and_hides_no_other_intent(bus, clock, seed):
+    chance, running, limits, most = random.Random(seed), {}, {}, 0
+    goals, claimants = ("a", "b", "c"), (ALICE, BOB)
+    for _ in range(300):
+        clock.pass_(0.01)
+        goal, caller = chance.choice(goals), chance.choice(claimants)
+        act = chance.choice(("publish", "publish", "claim", "claim", "claim", "end", "limit"))
+        if act == "publish":
+            bus.publish(goal, 1, visibility=chance.choice(("public", "private")), priority=chance.choice((1, 2)), caller=caller)
+        elif act == "limit":
+            change = chance.choice((dict(running=1), dict(running=3), dict(running=None), dict(paused=True), dict(paused=False)))
+            limits[goal] = bus.limit(goal, **change)
+            assert limits[goal].claimed == list(running.values()).count(goal)
+        elif act == "end" and running:
+            intent_id = chance.choice(list(running))
+            worker = intentbus.OWNER._replace(owner=bus.inspect(intent_id).claim_owner)
+            assert chance.choice((bus.fulfill, bus.cancel, bus.release, bus.fail))(intent_id, caller=worker)
+            del running[intent_id]
+        elif act == "claim":
+            full = {goal for goal, limit in limits.items() if limit.paused
+                    or limit.running and list(running.values()).count(goal) >= limit.running}
+            wanted, publisher = chance.choice((None, None, ["a"], ["b", "c"])), chance.choice((None, caller.owner))
+            may = [intent for intent in bus.store.page(500, status="open")[0] if intent.run_at <= clock.wall
+                   and intent.goal not in full and intent.goal in (wanted or goals) and publisher in (None, intent.owner)
+                   and (intent.visibility == "public" or intent.owner == caller.owner)]
+            claimed = bus.claim(wanted, publisher=publisher, lease=3600, caller=caller)
+            assert (claimed and claimed.id) == (may and min(may, key=intentbus.claim_order).id or None), (wanted, publisher, full)
+            if claimed:
+                running[claimed.id] = claimed.goal
+                most = max(most, len(running))
+    assert most > 3 and len(limits) == 3
+
+
+def test_a_limit_outlives_a_pause_and_a_restart(store):
+    bus = assembled(store).bus
+    bus.publish_many([dict(goal="g", payload=n) for n in range(9)])
+    bus.limit("g", running=2)
+    bus.limit("g", paused=True)
+    assert bus.claim("g") is None and bus.claim() is None
+    bus = assembled(store).bus
+    assert bus.limits().limits == [dict(namespace="default", goal="g", running=2, paused=True, claimed=0)]
+    assert bus.limit("g", paused=False).running == 2
+    assert [bool(bus.claim("g")) for _ in range(3)] == [True, True, False]
+    assert bus.limit("g", running=None) == dict(namespace="default", goal="g", running=None, paused=False, claimed=2)
+    assert bus.claim("g") and bus.limits().limits == []
+
+
+def test_a_limit_counts_the_intents_that_are_claimed_already(bus, clock):
+    bus.publish_many([dict(goal="g", payload=n) for n in range(4)])
+    bus.publish("g", 1, namespace="other")
+    first, second = bus.claim("g", lease=10), bus.claim("g")
+    assert bus.limit("g", running=2).claimed == 2 and bus.claim("g") is None
+    assert bus.claim("g", namespace="other")
+    clock.pass_(11)
+    assert bus.claim("g") and bus.claim("g") is None     # the lease of the first is over
+    assert bus.fulfill(first.id, first.claim_token) and bus.claim("g") is None     # a late report, which does not count
+    bus.fail(second.id, second.claim_token)
+    assert bus.claim("g", claim_token="t" * 32).id == bus.claim("g", claim_token="t" * 32).id
+    assert bus.claim("g") is None
+
+
+def test_a_report_of_a_limited_goal_claims_the_next_one(bus):
+    bus.publish_many([dict(goal="g", payload=n) for n in range(2)])
+    bus.limit("g", running=1)
+    first, wanted = bus.claim("g"), bus.wanted("g")
+    assert bus.fulfill(first.id, first.claim_token, next_claim=wanted).next.payload == "1"
+    assert bus.claim("g") is None
 
 
 @pytest.mark.parametrize("fields, claim, taken", [
@@ -4373,6 +4547,62 @@ def test_a_callback_wakes_the_worker_that_waits_for_it(served):
     assert claimed_by(waiting).payload["id"] == first
     served.ask("PUT", "/publish/g?on_failure=good&ttl=1", b"text")     # time alone ends it
     assert claimed_by(served.begin("POST", "/claim?goal=good&wait=60")).payload["error"] == "expired"
+
+
+SEARCHED = [("Backup of NAS", {"path": "/srv/Ärger"}), ("resize", "line\nend"), ("resize", {"said": 'a "word"', "n": [12345]}), ("mail", None)]
+
+
+@pytest.mark.parametrize("text, found", [
+    ("nas", [0]), ("BACKUP of", [0]), ("ÄRGER", [0]), ("ärger", [0]), ("resize", [1, 2]), ("line\\nend", [1]), ('a "WORD"', [2]),
+    ('"n":[12345]', [2]), ("[123", [2]), ("null", [3]), ("S", [0, 1, 2]), ("nothing", []), ("%", []), ("_", []), ("priority", [])])
+def test_a_search_looks_in_goal_and_payload(bus, text, found):
+    ids = [bus.publish(goal, payload).id for goal, payload in SEARCHED]
+    assert [intent.id for intent in bus.list(search=text).intents] == [ids[number] for number in reversed(found)]
+
+
+def test_a_search_finds_an_id_and_keeps_to_the_filters(bus):
+    ids = [bus.publish("g", "text", namespace=namespace, caller=caller).id for caller in (ALICE, BOB) for namespace in ("n", "m")]
+    assert [intent.id for intent in bus.list(search=ids[1][:16].upper()).intents] == [ids[1]]
+    assert [intent.id for intent in bus.list(search="text", namespace="n", caller=BOB).intents] == [ids[2]]
+    assert bus.list(search="text", status="dead").intents == []
+
+
+@pytest.mark.parametrize("settings", [{}, dict(LIST_ROWS=5), dict(SEARCH_BYTES=30), dict(PAGE_BYTES=30), dict(SEARCH_ROWS=1)], ids=str)
+@pytest.mark.parametrize("limit", [1, 2, 500])
+def test_the_pages_of_a_search_hold_all_that_match_once(bus, monkeypatch, settings, limit):
+    for name, value in dict(dict(SEARCH_ROWS=3), **settings).items():
+        monkeypatch.setattr(intentbus, name, value)
+    ids = bus.publish_many([dict(goal="g", payload="odd" if number % 2 else "even") for number in range(20)]).ids
+    found, page = [], Record(next=None)
+    while page.next or not found:
+        page = bus.list(search="odd", limit=limit, before=page.next, payload=True)
+        found += [intent.id for intent in page.intents]
+        assert len(page.intents) <= min(limit, settings.get("LIST_ROWS", 500))
+    assert found == ids[1::2][::-1]
+
+
+def test_a_search_delays_no_other_request(served, monkeypatch):
+    monkeypatch.setattr(intentbus, "SEARCH_ROWS", 1)
+    monkeypatch.setattr(intentbus, "SLICE_SECONDS", 0)
+    served.client.publish_many([dict(goal="g", payload=1)] * 300)
+    others, answered, found_in = [], [], intentbus.found_in
+
+    def looking(*args):
+        if not others:
+            others.append(served.begin("GET", "/whoami"))
+        answered.append(bool(select.select(others, [], [], 0)[0]))
+        return found_in(*args)
+    monkeypatch.setattr(intentbus, "found_in", looking)
+    assert served.ask("GET", "/intents?search=none").json == {"intents": [], "next": None}
+    assert len(answered) == 300 and answered[-1] and response_on(others[0]).status == 200
+
+
+@ON_A_FILE
+def test_a_search_goes_on_while_another_program_holds_the_file(served, monkeypatch):
+    monkeypatch.setattr(intentbus, "SLICE_SECONDS", 0)
+    served.client.publish_many([dict(goal="g", payload=1)] * 30)
+    with occupied(served.db):
+        assert len(served.ask("GET", "/intents?search=g").json["intents"]) == 30
 
 
 # ---- 10. Keys ----
@@ -4836,6 +5066,8 @@ MATRIX = """
     GET  /schedules                    401  401  401  200  200  200  200  200  200  200  403  403  200  200  401
     POST /unschedule/{open}            401  401  401  404  403  404  404  404  404  404  403  403  403  404  401
     POST /run/{open}                   401  401  401  404  403  404  404  404  404  404  403  403  403  404  401
+    POST /limit/k                      401  401  401  401  401  401  401  401  200  401  401  401  401  401  401
+    GET  /limits                       401  401  401  401  401  401  401  401  200  401  401  401  401  401  401
     POST /set/new                      401  401  401  200  200  200  200  200  401  200  403  403  403  403  401
     GET  /get/k                        401  401  401  200  200  200  404  404  401  200  403  403  403  403  401
     POST /delete/k                     401  401  401  200  200  200  200  200  401  200  403  403  403  403  401
@@ -4845,6 +5077,7 @@ MATRIX = """
     POST /admin/revoke_key             401  401  401  401  401  401  401  401  404  401  401  401  401  401  401
     GET  /admin/keys                   401  401  401  401  401  401  401  401  200  401  401  401  200  401  401
     POST /admin/purge                  401  401  401  401  401  401  401  401  400  401  401  401  401  401  401
+    POST /admin/cancel                 401  401  401  401  401  401  401  401  400  401  401  401  401  401  401
     POST /admin/cleanup                401  401  401  401  401  401  401  401  200  401  401  401  401  401  401
     GET  /admin/dashboard              401  401  401  401  401  401  401  401  200  401  401  401  200  401  401
     GET  /admin/intents                401  401  401  401  401  401  401  401  200  401  401  401  200  401  401
@@ -5525,9 +5758,9 @@ def test_a_viewer_looks_and_changes_nothing(served):
     for method, path, body in every_request(ids, "g"):
         answer = served.ask(method, path, body, viewer)
         if method in ("POST", "PUT"):
-            assert answer.status == (401 if path.startswith("/admin/") else 403), path
+            assert answer.status == (401 if path.startswith(("/admin/", "/limit")) else 403), path
         else:
-            assert answer.status in (200, 404) or path.startswith(("/get/", "/metrics")) or "payload=1" in path, path
+            assert answer.status in (200, 404) or path.startswith(("/get/", "/metrics", "/limits")) or "payload=1" in path, path
             assert not {b"g!", b"g?"} & set(re.findall(rb"g[!?]", answer.body)), path
     assert tables_of(served)["intents"] == before
     assert_refusal(served.ask("POST", "/intent", a_publish(), viewer), 403, "forbidden", "This key may look only.")
@@ -5576,7 +5809,7 @@ def test_keys_of_one_owner_share_their_private_intents(started):
 
 @pytest.mark.parametrize("state", ["open", "claimed", "dead"])
 @pytest.mark.parametrize("method, path", [route[:2] for route in intentbus.ROUTES if route[1].endswith("/*")
-                                          and not route[1].startswith(("/admin", "/set", "/get", "/delete", "/schedule", "/publish"))])
+                                          and not route[1].startswith(("/admin", "/set", "/get", "/delete", "/schedule", "/publish", "/limit"))])
 def test_anothers_intent_is_answered_like_an_unknown_id(guarded, method, path, state):
     intent_id, key = prepared(guarded, state), guarded.issued["other"]
     for body in (b"", {"claim_token": "wrong"} if path.startswith(intentbus.REPORTS) else {}):
@@ -6232,7 +6465,15 @@ BAD_REQUESTS = (
     case("fail", (f"POST /fail/{NOBODY}", {"retry": 5}), "invalid_retry", "retry", "true or false"),
     case("release", (f"POST /release/{NOBODY}", {"delay": -1}), "invalid_delay", "delay", "0"),
     case("retry", ("POST /retry", {"limit": 0}), "invalid_limit", "limit", "1", "1000"),
+    *(case(f"limit: {fields}", ("POST /limit/g", fields), *expected) for fields, *expected in (
+        ({"running": 0}, "invalid_running", "1", "1000"), ({"running": 1001}, "invalid_running", "1000"),
+        ({"running": "none"}, "invalid_running", "whole number"), ({"paused": 1}, "invalid_paused", "true or false"),
+        ({"namespace": "a b"}, "invalid_namespace"), ({"limit": 1}, "invalid_request", "'limit'", "running"))),
+    case("limit of a bad goal", (f"POST /limit/{'g' * 257}", {}), "invalid_goal", "256"),
     case("purge", ("POST /admin/purge", {"confirm": 1}), "invalid_confirm", "true or false"),
+    case("purge of a status", ("POST /admin/purge", {"confirm": True, "status": "delayed"}), "invalid_status", "open", "dead"),
+    case("cancel of no goal", ("POST /admin/cancel", {"confirm": True}), "invalid_goal", "required"),
+    case("cancel unconfirmed", ("POST /admin/cancel", {"goal": "g"}), "confirmation_required", "confirm"),
     case("the dead", ("POST /admin/dead", {"action": "burn"}), "invalid_action", '"count"'),
     case("join", ("POST /join", {"code": 7}), "invalid_code", "string"),
     case("claim", ("POST /claim?wait=61", b""), "invalid_wait", "60"),
@@ -7103,7 +7344,7 @@ def test_a_value_is_forgotten_in_time_and_its_lock_is_free(started, clock, targe
 
 @pytest.mark.parametrize("verb, fields", [
     ("extend_claim", intentbus.EXTEND), ("fulfill", intentbus.FULFILL), ("fail", intentbus.FAIL), ("release", intentbus.RELEASE),
-    ("list", intentbus.LIST), ("set", intentbus.SET), ("purge", intentbus.PURGE), ("retry_many", intentbus.RETRY),
+    ("list", intentbus.LIST), ("limit", intentbus.LIMIT), ("set", intentbus.SET), ("purge", intentbus.PURGE), ("retry_many", intentbus.RETRY), ("cancel_many", intentbus.CANCEL),
     ("sweep_dead", intentbus.SWEEP),
 ])
 def test_the_defaults_of_a_request_are_those_of_the_bus(verb, fields):
@@ -9186,7 +9427,7 @@ def test_the_client_has_the_verbs_and_answers_of_the_bus(served):
 
 def test_the_verbs_of_bus_and_client_take_the_same_arguments():
     verbs = ("publish", "claim", "extend_claim", "fulfill", "fail", "release", "get_status", "get_result", "inspect", "list", "cancel",
-             "retry", "workers", "events", "schedules", "unschedule", "run")
+             "retry", "workers", "events", "schedules", "unschedule", "run", "limit", "limits")
     for verb in verbs:
         ours, theirs = (inspect.signature(getattr(kind, verb)).parameters for kind in (Bus, IntentClient))
         ours = {**ours, **(inspect.signature(Bus.wanted).parameters if verb == "claim" else {})}
@@ -10469,7 +10710,7 @@ def test_cancel_retry_and_list_from_the_command_line(serve):
     assert serve.run("cancel", id).returncode == 1
     assert "Cancelled" in serve.run("list", "--status", "dead", "--limit", "1").stdout
     assert serve.run("retry", id).stdout == "open\n"
-    assert serve.run("retry", "--goal", "c").stdout == "0\n"
+    assert serve.run("retry", "--goal", "c", "--yes").stdout == "0\n"
     assert serve.run("cancel", "0" * 32).returncode == 3
 
 
@@ -10900,7 +11141,7 @@ BAD_COMMANDS = (
     case("retry nothing", "retry", 2, "--goal", "--all"),
     case("retry one and all", "retry {nobody} --all", 2, "--goal", "--all"),
     case("retry an unknown id", "retry {nobody}", 3, "{nobody}"),
-    case("retry over the limit", "retry --all --limit 1001", 2, "limit", "1000"),
+    case("retry without asking", "retry --all", 2, "Retry 0 intents?", "--yes"),
 )
 if not os.environ.get("INTENTBUS_TEST_SLOW"):
     BAD_COMMANDS = BAD_COMMANDS[::3]     # each is a process; the slow run has all
@@ -11297,14 +11538,109 @@ def test_a_worker_of_two_goals_does_both_and_no_other(served):
     assert sorted(served.statuses()) == ["fulfilled", "fulfilled", "open"]
 
 
-def test_stats_and_purge(served):
+@pytest.fixture
+def command(served, monkeypatch, capsys):
+    """Run commands in this process against a bus; return the exit code, stdout and stderr."""
+    monkeypatch.setenv("INTENT_BUS_URL", served.url)
+    monkeypatch.setenv("INTENT_API_KEY", KEY)
+    return lambda *words: (intentbus.main(list(words)), *capsys.readouterr())
+
+
+def test_goals_are_limited_paused_and_resumed(served, command):
+    for words, line in ((("limit", "backup", "2"), "0 of 2"), (("pause", "backup"), "0 of 2  paused"),
+                          (("resume", "backup"), "0 of 2"), (("limit", "backup", "none"), "0 of any number")):
+        assert command(*words) == (0, f"default  backup  {line}\n", "")
+    assert command("limits") == (0, "", "")
+    assert json.loads(command("limit", "a/b c", "1", "--json", "--namespace", "n")[1])["goal"] == "a/b c"
+    served.publish(goal="a/b c", namespace="n")
+    served.client.claim("a/b c", namespace="n")
+    assert command("limits")[1] == "n  a/b c  1 of 1\n"
+    assert served.ask("GET", "/admin/summary").json["limits"][0]["claimed"] == 1
+    for words, complaint in ((("limit", "g", "0"), "whole number"), (("limit", "g"), "N"), (("pause",), "goal")):
+        assert_complaint(command(*words), 2, complaint)
+
+
+def test_a_watch_shows_that_a_goal_is_limited(served):
+    before = served.client.events().next
+    for change in (dict(running=2), dict(paused=True), dict(paused=True), dict(running=None, paused=False)):
+        served.client.limit("g", **change)
+    shown = [(event.event, event.goal, event.status) for event in served.client.events(before).events]
+    assert shown == [("limited", "g", status) for status in ("limited to 2", "paused", "free")]
+
+
+def test_stats_and_purge(served, command):
     served.publish()
     served.publish(namespace="n1")
-    code, out, _ = at(served, "stats")
+    code, out, _ = command("stats")
     assert code == 0 and json.loads(out)["intents"] == {"default": {"open": 1}, "n1": {"open": 1}}
-    assert_complaint(at(served, "purge"), 2, "--yes")
-    assert at(served, "purge", "--yes", "--namespace", "n1")[:2] == (0, "1\n")
-    assert at(served, "purge", "--yes")[:2] == (0, "1\n") and served.statuses() == []
+    assert_complaint(command("purge"), 2, "Delete for good 2 intents?", "no terminal", "--yes")
+    assert command("purge", "--yes", "--namespace", "n1")[:2] == (0, "1\n")
+    assert command("purge", "--yes")[:2] == (0, "1\n") and served.statuses() == []
+
+
+MANY = (     # commands that change many intents: what they ask, what stays if the answer is yes, and what they print
+    ("cancel --goal a", "Cancel 1 intent?", ["dead", "open", "dead"]),
+    ("purge --goal a --status dead", "Delete for good 1 intent?", ["open", "open"]),
+    ("retry --goal a", "Retry 1 intent?", ["open", "open", "open"]),
+    ("retry --all", "Retry 1 intent?", ["open", "open", "open"]),
+)
+
+
+@POSIX
+@pytest.mark.parametrize("words, question, left", [(*line[:2], line[2]) for line in MANY], ids=[line[0] for line in MANY])
+@pytest.mark.parametrize("answer", ["y", "n", "--yes", None])
+def test_a_command_for_many_intents_counts_and_asks(served, command, monkeypatch, words, question, left, answer):
+    import pty
+    served.client.cancel(served.publish(goal="a"))
+    for goal in ("b", "a"):
+        served.publish(goal=goal)
+    before, (ours, theirs) = served.statuses(), pty.openpty()
+    with contextlib.ExitStack() as closing:
+        closing.callback(os.close, ours)
+        if answer in ("y", "n"):
+            monkeypatch.setattr(sys, "stdin", closing.enter_context(open(theirs)))
+            os.write(ours, f"{answer}\n".encode())
+        code, out, err = command(*words.split(), *(["--yes"] if answer == "--yes" else []))
+    number = re.search(r"\d+", question)[0]
+    if answer in ("y", "--yes"):
+        assert (code, out, served.statuses()) == (0, f"{number}\n", left)
+    else:
+        assert (code, out, served.statuses()) == (2 - (answer == "n"), "", before)
+    assert (question in err) == (answer != "--yes") and ("--yes" in err) == (answer is None)
+
+
+def test_intents_are_searched_and_listed_with_payloads(served, command):
+    for fields in (dict(goal="a", payload={"to": "Ann"}), dict(goal="b", payload="x", delay=60)):
+        served.publish(**fields)
+    for words, goals in (("--search ann", "a"), ("--search b --status delayed", "b"), ("--status delayed", "b"), ("--search none", "")):
+        assert re.findall(r"\d[smh]  (\w)\n", command("list", *words.split())[1]) == list(goals)
+    assert command("list", "--search", "ANN", "--payload")[1].endswith('  a  {"to":"Ann"}\n')
+    assert json.loads(command("list", "--status", "delayed", "--payload", "--json")[1])["payload"] == "x"
+    assert_complaint(command("list", "--search", " "), 2, "search", "1 to 256")
+
+
+def test_all_dead_intents_are_retried_though_some_die_again(served, command):
+    ids = [served.client.publish_many([dict(goal="g", payload=1)] * 550).ids for _ in range(2)][0]
+    served.client.admin("cancel", goal="g", confirm=True)
+    retry = IntentClient.retry
+
+    def retry_and_die(bus, *args, **kwargs):
+        answer = retry(bus, *args, **kwargs)
+        if not kwargs.get("count") and served.client.get_status(ids[0]).status == "open":
+            served.client.cancel(ids[0])
+        return answer
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(IntentClient, "retry", retry_and_die)
+        assert command("retry", "--all", "--yes") == (0, "1100\n", "")
+    assert served.ask("GET", "/admin/summary").json["intents"]["default"] == dict(open=1099, dead=1)
+
+
+@pytest.mark.parametrize("which", [dict(goal="g"), dict(status="open"), dict(count=True), dict(until=1)], ids=str)
+def test_an_older_bus_is_not_asked_to_purge_some(which):
+    with Fake("404 Not Found", b"<h1>Not Found</h1>", "X-Intent-Version: 7.5") as older:
+        with pytest.raises(intentbus.OlderBus):
+            IntentClient(older.url, KEY).admin("purge", confirm=True, **which)
+    assert older.asked and not [request for request in older.asked if "purge" in request]
 
 
 def test_a_purge_keeps_to_the_namespace_of_the_environment(served):
@@ -11390,7 +11726,7 @@ def test_the_readme_starts_bus_and_tests_with_one_line_each():
 def test_the_readme_names_every_route_and_field():
     readme = README.read_text()
     words = {"keep": "KEY", "publish": "GOAL"}     # in place of the star
-    paths = {path.replace("*", "NAME" if re.search("schedule|run", path) else words.get(who, "ID")) for _, path, who, _ in intentbus.ROUTES}
+    paths = {path.replace("*", "NAME" if re.search("schedule|run", path) else "GOAL" if path == "/limit/*" else words.get(who, "ID")) for _, path, who, _ in intentbus.ROUTES}
     assert not [path for path in paths if f"`{path}`" not in readme]
     assert not [name for name in (*intentbus.PUBLISH, *intentbus.SCHEDULE) if name != "reward" and f"`{name}`" not in readme]
 
@@ -12226,6 +12562,51 @@ def test_a_claim_gets_past_more_locked_intents_than_it_looks_at(buses):
         assert claimed_by(claim).id == first
         claims = [bus.hold("POST", "/claim?goal=g&wait=60") for bus in (one, other)]
     assert {claimed_by(claim).id for claim in claims} <= set(locked)
+
+
+@ON_POSTGRES
+def test_limits_hold_over_several_buses(buses, capsys):
+    several, number, seen, working = [buses() for _ in range(4)], 300, [], threading.Event()
+    several[0].ask("POST", "/intents", [a_publish(goal="gh"[index % 2]) for index in range(number)])
+
+    def work(index):
+        bus, done = several[index % 4].client, 0
+        while claim := bus.claim(wait=1):
+            done += 1
+            working.set()
+            bus.fulfill(claim.id, claim.claim_token)
+        return done
+
+    def watch():
+        """Set limits while claims are under way; once no more are claimed, there are never more again."""
+        working.wait()
+        for bus, goal, running in ((several[1], "g", 3), (several[2], "h", 2)):
+            bus.client.limit(goal, running=running)
+        while (stats := several[3].ask("GET", "/admin/summary").json)["intents"]["default"].get("fulfilled", 0) < number:
+            seen.append([limit["claimed"] for limit in stats["limits"]])
+    watcher = in_thread(watch)
+    assert sum(at_once(32, work)) == number
+    watcher()
+    within = list(itertools.dropwhile(lambda claimed: claimed[0] > 3 or claimed[1] > 2, seen))
+    assert len(within) > 5 and [max(claimed) for claimed in zip(*within)] == [3, 2]
+    assert "deadlock" not in capsys.readouterr().err
+
+
+@ON_POSTGRES
+@pytest.mark.parametrize("room", [
+    lambda bus, claim: bus.fulfill(claim.id, claim.claim_token),
+    lambda bus, claim: bus.limit("g", running=2),
+    lambda bus, claim: bus.limit("g", running=None),
+], ids=["fulfilled", "larger limit", "no limit"])
+def test_room_at_one_bus_answers_a_claim_held_at_another(no_rechecks, buses, room):
+    one, other = buses(), buses()
+    one.publish()
+    one.client.limit("g", running=1)
+    claim = one.client.claim("g")
+    one.publish(payload="next")
+    held = other.hold("POST", "/claim?wait=60")
+    room(one.client, claim)
+    assert claimed_by(held).payload == "next"
 
 
 @ON_POSTGRES

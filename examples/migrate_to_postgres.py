@@ -29,6 +29,7 @@ TABLES = {     # the columns by which rows are ordered, and the others
                           "revoked_at")),
     "memos": (("kind", "owner", "key"), ("value", "expires_at", "size")),
     "history": (("minute", "event"), ("times",)),
+    "limits": (("namespace", "goal"), ("running", "paused")),
     "tallies": (("namespace", "publisher", "status"), ("intents", "bytes")),
 }
 OF_ONE_BUS = ("clock", "probe", "rate")     # kinds of memos that are of no use to the other kind of bus
@@ -63,14 +64,16 @@ def insert(db, table, rows):
 def counts(run):
     """Return the number of intents of each status, and of rows in each other table that is copied as it is."""
     found, kinds = dict(run("SELECT status, COUNT(*) FROM intents GROUP BY status")), "', '".join(OF_ONE_BUS)
-    for table, which in (("schedules", "1 = 1"), ("keys", "1 = 1"), ("memos", f"kind NOT IN ('{kinds}')"), ("history", "1 = 1")):
+    for table, which in (("schedules", "1 = 1"), ("keys", "1 = 1"), ("memos", f"kind NOT IN ('{kinds}')"), ("history", "1 = 1"),
+                         ("limits", "1 = 1")):
         (found[table],), = run(f"SELECT COUNT(*) FROM {table} WHERE {which}")
     return found
 
 
 def copy_all(source, target, db):
     """Copy all tables of a database into an empty one, in a transaction of it; return what counts() finds in both."""
-    for table, which in (("intents", "1 = 1"), ("schedules", "1 = 1"), ("keys", "1 = 1"), ("memos", "kind IN ('store', 'idempotency', 'invitation')")):
+    for table, which in (("intents", "1 = 1"), ("schedules", "1 = 1"), ("keys", "1 = 1"), ("limits", "1 = 1"),
+                         ("memos", "kind IN ('store', 'idempotency', 'invitation')")):
         if list(db.execute(f"SELECT 1 FROM {table} WHERE {which} LIMIT 1")):
             raise SetupError(f"{target.path} has intents, keys or values already; give this an empty database.")
     for table, column in (("memos", "kind"), ("history", "minute")):     # of a bus that was started there and did nothing

@@ -35,8 +35,8 @@ except ImportError as missing:
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))     # where intentbus.py is
 
 import intentbus
-from intentbus import (ALL, CLAIMED_BY_KEY, CLAIMED_WITH, COLUMNS, DEAD_RANGE, DELETE, DUE, DUE_SCHEDULES, MIGRATIONS, OF_NAMESPACE, OLD,
-                       ONE, ONE_SCHEDULE, ORDER, RECHECK_SECONDS, TALLY, TWIN, Held, Intent, Move, SetupError)
+from intentbus import (ALL, CLAIMED_BY_KEY, CLAIMED_WITH, COLUMNS, DELETE, DUE, DUE_SCHEDULES, IN_RANGE, KINDS, MIGRATIONS, OLD, ONE,
+                       ONE_SCHEDULE, ORDER, RECHECK_SECONDS, TALLY, TWIN, Held, Intent, Move, SetupError)
 
 THREADS = 10                # of one bus, each with a connection; PostgreSQL allows 100 connections by default
 CONNECT_SECONDS = 5         # how long to wait for a server to answer
@@ -44,7 +44,7 @@ SILENT_SECONDS = 8          # how long to wait for a server that has vanished
 CANDIDATES = 16             # of a claim; other claims may hold the first ones
 LOOKS = 4                   # of a claim that finds all candidates locked; each sees what was published meanwhile
 ERROR_CHARACTERS = 500      # of an error in a notice; PostgreSQL takes 7,999 bytes
-NOTICE_FIELDS = (*intentbus.EVENT_FIELDS, "lane", "ready", "due_at")
+NOTICE_FIELDS = (*intentbus.EVENT_FIELDS, "lane", "ready", "due_at", "limited")
 LOOK_AGAIN = "[]"           # the notice to buses that may have missed others
 CLOCK_SLACK_SECONDS = 0.05  # smaller differences come from the network
 
@@ -63,7 +63,8 @@ TUNE = """
     ALTER TABLE intents SET (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 20000,
                              autovacuum_vacuum_cost_delay = 0)
 """
-DEAD_INTENTS, DEAD_IDS = DEAD_RANGE.format(columns=ALL), DEAD_RANGE.format(columns="id")
+SELECTIONS = [IN_RANGE.format(columns=ALL, kind=kind) for kind in KINDS]
+ID_SELECTIONS = [IN_RANGE.format(columns="id", kind=kind) for kind in KINDS]
 INSTEAD = {     # of a statement of the Store, because other buses change rows at the same time
     ONE: ONE + " FOR UPDATE",
     DUE: DUE + " FOR UPDATE SKIP LOCKED",
@@ -72,9 +73,8 @@ INSTEAD = {     # of a statement of the Store, because other buses change rows a
     CLAIMED_WITH: CLAIMED_WITH + " FOR UPDATE",
     CLAIMED_BY_KEY: CLAIMED_BY_KEY + " FOR UPDATE",
     TWIN["open"]: TWIN["open"] + " FOR UPDATE",
-    DEAD_INTENTS: DEAD_INTENTS + " FOR UPDATE",
-    DELETE.format(which=DEAD_IDS): DELETE.format(which=DEAD_IDS + " FOR UPDATE"),
-    DELETE.format(which=OF_NAMESPACE): DELETE.format(which=OF_NAMESPACE + " FOR UPDATE"),
+    **{selection: selection + " FOR UPDATE" for selection in SELECTIONS},
+    **{DELETE.format(which=ids): DELETE.format(which=ids + " FOR UPDATE") for ids in ID_SELECTIONS},
     DELETE.format(which=OLD): DELETE.format(which=OLD + " FOR UPDATE SKIP LOCKED"),
     TALLY: "INSERT INTO tallies VALUES (:namespace, :publisher, :status, :intents, :bytes)",
 }
@@ -95,30 +95,54 @@ READY = f"""
     LIMIT    {CANDIDATES}
 """
 OF_PUBLISHER = " AND visibility = 'public' AND owner = wanted.publisher"
+CLAIMED = """
+    SELECT COUNT(*)
+    FROM   intents
+    WHERE  limited = 1
+    AND    status = 'claimed'
+    AND    namespace = limits.namespace
+    AND    goal = limits.goal
+"""
 FIRST_FREE = f"""
-    WITH RECURSIVE wanted (lane, stop) AS (     -- one step in the index for each lane
-        SELECT start COLLATE "C", stop
-        FROM   unnest(:starts::TEXT[], :stops::TEXT[]) AS ranges (start, stop)
+    WITH RECURSIVE full_goals (goal) AS MATERIALIZED (
+        SELECT goal
+        FROM   limits
+        WHERE  namespace = :namespace
+        AND    (paused = 1 OR running <= ({CLAIMED}))
         UNION ALL
-        SELECT (SELECT MIN(lane) FROM intents WHERE ready = 1 AND lane > wanted.lane AND lane < stop), stop
+        SELECT unnest(:without::TEXT[])
+    ), wanted (lane, stop, publisher) AS (     -- one step in the index for each lane
+        SELECT start COLLATE "C", stop, NULL
+        FROM   unnest(:starts::TEXT[], :stops::TEXT[]) AS ranges (start, stop)
+        UNION ALL     -- beside full goals, places are looked through lane by lane
+        SELECT place || chr(9), place || chr(10), NULLIF(publisher, '')
+        FROM   unnest(:places::TEXT[] || :public_places::TEXT[],
+                      array_fill(''::TEXT, ARRAY[cardinality(:places::TEXT[])]) || :publishers::TEXT[]) AS ranges (place, publisher)
+        WHERE  EXISTS (SELECT FROM full_goals)
+        UNION ALL
+        SELECT (SELECT MIN(lane) FROM intents WHERE ready = 1 AND lane > wanted.lane AND lane < stop), stop, publisher
         FROM   wanted
         WHERE  lane IS NOT NULL
     ), candidates AS (
         SELECT     ready.*
         FROM       wanted
         CROSS JOIN LATERAL ({READY.format(column="lane", more="")}) AS ready
+        WHERE      split_part(wanted.lane, chr(9), 5) NOT IN (SELECT goal FROM full_goals)
+        AND        COALESCE(wanted.publisher, split_part(wanted.lane, chr(9), 6)) = split_part(wanted.lane, chr(9), 6)
         UNION ALL
         SELECT     ready.*
         FROM       unnest(:places::TEXT[]) AS wanted (place)
         CROSS JOIN LATERAL ({READY.format(column="place", more="")}) AS ready
+        WHERE      NOT EXISTS (SELECT FROM full_goals)
         UNION ALL
         SELECT     ready.*
         FROM       unnest(:public_places::TEXT[], :publishers::TEXT[]) AS wanted (place, publisher)
         CROSS JOIN LATERAL ({READY.format(column="place", more=OF_PUBLISHER)}) AS ready
+        WHERE      NOT EXISTS (SELECT FROM full_goals)
         ORDER BY   {ORDER}
         LIMIT      {CANDIDATES}
     )
-    SELECT    best.lane AS best, free.*
+    SELECT    best.lane AS best, EXISTS (SELECT FROM limits WHERE namespace = free.namespace AND goal = free.goal), free.*
     FROM      (SELECT lane FROM candidates LIMIT 1) AS best
     LEFT JOIN (     -- the first candidate that no other transaction holds
         SELECT     free.*
@@ -128,6 +152,14 @@ FIRST_FREE = f"""
         ) AS free
         LIMIT      1
     ) AS free ON TRUE
+"""
+ROOM = f"""
+    SELECT goal
+    FROM   limits
+    WHERE  namespace = :namespace
+    AND    goal = :goal
+    AND    paused = 0
+    AND    COALESCE(running, 1001) > ({CLAIMED})
 """
 TAKE = """
     INSERT INTO memos (kind, owner, key, value, expires_at)
@@ -147,6 +179,7 @@ TIME_AND_BUSES = """
     )
 """
 LOCK = "SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))"     # until the transaction has ended
+LOCK_SHARED, TRY_LOCK = LOCK.replace("_xact_lock", "_xact_lock_shared"), LOCK.replace("pg_", "pg_try_")
 NOTIFY = "SELECT pg_notify(:channel, notice) FROM unnest(:notices::TEXT[]) AS notice"
 
 
@@ -154,6 +187,7 @@ NOTIFY = "SELECT pg_notify(:channel, notice) FROM unnest(:notices::TEXT[]) AS no
 def wanted_values(lanes):
     """Return the values of FIRST_FREE for the lanes of a claim."""
     wanted = {name: [] for name in ("starts", "stops", "places", "public_places", "publishers")}
+    wanted["namespace"] = lanes[0].partition("\t")[0]
     for lane in lanes:
         place, goal, publisher = lane.rsplit("\t", 2)
         if goal:
@@ -177,20 +211,27 @@ class PostgresTransaction(intentbus.Transaction):
             self._store.database.tell(self.moves)
 
     def claimable(self, lanes, key_id, token_hash=None):
-        """Do as in Transaction, in one round trip. Intents that other transactions hold are passed over, and offered later."""
-        asked = [(FIRST_FREE, wanted_values(tuple(lanes)))]
+        """Do as in Transaction, in one round trip. Intents that other transactions hold are passed over, and offered later.
+
+        An intent of a limited goal takes two: other buses may have claimed others meanwhile, and one counts at a time.
+        """
+        without = []     # goals
+        asked = [(FIRST_FREE, dict(wanted_values(tuple(lanes)), without=without))]
         if token_hash:
             self._db.keep(LOCK, dict(name=token_hash))     # the same claim may be under way at another bus
             asked.insert(0, (CLAIMED_WITH, dict(token_hash=token_hash, key_id=key_id)))
+        self._db.keep(LOCK_SHARED, dict(name=self._of_limits()))     # no limit changes before this block has ended
         for _ in range(LOOKS):
             *claimed, found = self._db.each(*asked)
             if claimed and claimed[0]:
                 return Intent(zip(COLUMNS, claimed[0][0]))
             if not found:
                 return None
-            best, *columns = found[0]
-            if columns[0]:
-                return Intent(zip(COLUMNS, columns))
+            best, limited, *columns = found[0]
+            intent = Intent(zip(COLUMNS, columns), limited=1 if limited else None)
+            if intent.id and (not limited or self._is_within(intent, wait=not without)):
+                return intent
+            without += [intent.goal] if intent.id else []
         self._store.database.passed_over.add(best)
 
     def twin(self, intent, statuses=tuple(TWIN)):
@@ -202,6 +243,30 @@ class PostgresTransaction(intentbus.Transaction):
         if "claimed" in statuses:
             self._db.keep(LOCK, dict(name=f"{self._store.database.channel} unique"))
         return super().twin(intent, statuses)
+
+    def _has_room(self, intent):
+        return True     # claimable() finds out
+
+    def _is_within(self, intent, wait):
+        """Return whether an intent of a limited goal may be claimed; no other block counts before this one has ended.
+
+        Only the first such lock of a block may be waited for: two blocks could wait for each other.
+        """
+        name = self._of_limits(intent.namespace, intent.goal)
+        (locked,), room = self._db.each((LOCK if wait else TRY_LOCK, dict(name=name)),
+                                        (ROOM, dict(namespace=intent.namespace, goal=intent.goal)))
+        if locked[0] is False:
+            self._store.database.passed_over.add(intent.lane)
+        return locked[0] is not False and bool(room)
+
+    def _of_limits(self, *goal):
+        """Return the name of the lock of all limits, or of that of a goal."""
+        return "\t".join((self._store.database.channel, "limits", *goal))
+
+    def limit(self, namespace, goal):
+        """Do as in Transaction, once all claims have ended that do not know of the change."""
+        self._db.keep(LOCK, dict(name=self._of_limits()))
+        return super().limit(namespace, goal)
 
     def next_due(self):
         """Return when to look for due intents next: soon, since other transactions may be adding some."""
@@ -533,7 +598,8 @@ class PostgresDatabase:
     def tell(self, moves):
         """Tell the other buses what this one has done."""
         if moves and self.others:
-            self._outbox.put([self._notice(move) for move in moves if move.intent.ready or move.event])
+            self._outbox.put([self._notice(move) for move in moves
+                              if move.intent.ready or move.event or intentbus.makes_room(move)])
 
     def tell_revoked(self, key_id):
         """Tell the other buses that a key was revoked."""
@@ -646,6 +712,9 @@ class Threads:
                 self._offer(move.intent.lane)
             elif move.intent.ended:
                 self.attempt_all(move.intent.id)
+        if self._loop.waiting and (changed := {(move.intent.namespace, move.intent.goal): move.event == "limited"
+                                               for move in moves if intentbus.makes_room(move)}):
+            self._jobs.put((None, None, functools.partial(self._look_for_room, changed)))
         owners = {owner for move in moves if move.event for owner in (move.intent.owner, move.intent.claim_owner, None)}
         self.attempt_all(*map(intentbus.event_key, owners))
 
@@ -666,6 +735,17 @@ class Threads:
         lanes, waiting = intentbus.covering_lanes(lane), self._loop.waiting
         if held := waiting.first(lanes, self._busy) or waiting.first(lanes):
             self._run(held, self._api.attempt, lane)
+
+    def _look_for_room(self, changed):
+        """Have the loop offer the intents of goals that have room, in a thread: to one claim, or to all if a limit has changed."""
+        with contextlib.suppress(intentbus.Error):     # as soon as PostgreSQL can be used, claims look again
+            for goal, of_limit in changed.items():
+                for lane in self._api.bus.ready_lanes(*goal):
+                    self._loop.hand_over(self._offer_to_all if of_limit else self._offer, lane)
+
+    def _offer_to_all(self, lane):
+        """Attempt all claims that are held for a lane."""
+        self.attempt_all(*intentbus.covering_lanes(lane))
 
     def _run(self, held, function, *lanes):
         """Call a function of the API for a held request, after the job that it may have, which may have looked too early."""
