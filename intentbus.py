@@ -473,7 +473,7 @@ class Intent(Record):
         return Change("claimed" if new else None, dict(
             status="claimed", ready=0, claim_attempts=self.claim_attempts + new, claim_token_hash=token_hash, claim_owner=owner,
             claim_key=key_id, worker_id=worker_id, worker=worker, claimed_at=now if new else self.claimed_at, claim_outcome=None,
-            claim_expires_at=end, lease=lease, due_at=min(end, self.expires_at), limited=self.limited))
+            claim_expires_at=end, lease=lease, due_at=min(end, self.expires_at), **{"limited": 1} if self.limited else {}))
 
     def extended(self, now, seconds, until=FOREVER):
         """Its lease ends that many seconds from now, or with the worker's key, at `until`."""
@@ -769,7 +769,7 @@ FEATURES = """
         namespace TEXT, goal TEXT, running INTEGER, paused INTEGER NOT NULL,
         PRIMARY KEY (namespace, goal)
     );
-    ALTER TABLE intents ADD COLUMN limited INTEGER;     -- 1 if a limit of its goal counts the latest claim
+    ALTER TABLE intents ADD COLUMN limited INTEGER;     -- 1 once a limit of its goal counts its claims
     CREATE INDEX intents_limited ON intents (namespace, goal) WHERE limited = 1 AND status = 'claimed'
 """
 MIGRATIONS = (SCHEMA, MORE_INDEXES, HISTORY, PLACES, SIZES, FEATURES)     # the n-th leads to version n; a released one never changes
@@ -1488,8 +1488,8 @@ class Transaction(Reads):
         """
         held = token_hash and self._intent(CLAIMED_WITH, token_hash=token_hash, key_id=key_id)
         first = held or min((head for lane in lanes for head in self._heads(lane)), default=None, key=claim_order)
-        if first and not held:
-            first["limited"] = 1 if self._limit_of(first) else None
+        if first and self._store.limits and self._limit_of(first):
+            first["limited"] = 1
         return first
 
     def _heads(self, lane):
@@ -1518,7 +1518,7 @@ class Transaction(Reads):
         return self._store.limits.get((intent.namespace, intent.goal))
 
     def _has_room(self, intent):
-        limit = self._limit_of(intent)
+        limit = None if self._store.limits == {} else self._limit_of(intent)
         return limit is None or not limit.paused and (
             limit.running is None or self.claimed_of(intent.namespace, intent.goal) < limit.running)
 

@@ -3090,6 +3090,16 @@ def test_a_claim_held_by_a_limit_is_answered_when_there_is_room(no_rechecks, ser
     assert served.holds(1) and "next" in served.payloads(status="claimed")
 
 
+@ON_A_FILE
+def test_a_pause_that_another_program_ends_is_over(quick_rechecks, served):
+    served.client.limit("g", paused=True)
+    intent_id = served.publish()
+    held = served.hold("POST", "/claim?wait=60")
+    with contextlib.closing(sqlite3.connect(served.db, isolation_level=None)) as db:
+        db.execute("DELETE FROM limits")
+    assert claimed_by(held).id == intent_id
+
+
 def test_a_lost_lease_makes_room_for_a_held_claim(started, clock, quick_rechecks):
     bus = started(clock=clock)
     bus.client.limit("g", running=1)

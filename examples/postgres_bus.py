@@ -228,7 +228,7 @@ class PostgresTransaction(intentbus.Transaction):
             if not found:
                 return None
             best, limited, *columns = found[0]
-            intent = Intent(zip(COLUMNS, columns), limited=1 if limited else None)
+            intent = Intent(zip(COLUMNS, columns), **{"limited": 1} if limited else {})
             if intent.id and (not limited or self._is_within(intent, wait=not without)):
                 return intent
             without += [intent.goal] if intent.id else []
