@@ -3431,7 +3431,7 @@ class Keys:
         """Read the issued keys, at the start and once another program has changed the file."""
         if not self._store.database.shared:
             before, self._callers = self._callers, {key.key_id: self._caller_of(key) for key in self._store.keys()}
-            for key_id, _ in before.items() - self._callers.items():     # it was revoked, or may do less
+            for key_id in before.keys() - self._callers.keys():
                 self.on_revoked(key_id)
 
     # -- Requests --
@@ -4960,10 +4960,9 @@ class API:
             return found
         if not seconds or not request.may_wait:
             return otherwise()
-        caller = request.caller
-        if caller.limits:
-            seconds = min(seconds, caller.expires_at - self.bus.clock.now())     # its key ends then
-            held, lanes = self.waiting.counts_of(caller.key_id)
+        if request.caller.limits:
+            seconds = min(seconds, request.caller.expires_at - self.bus.clock.now())     # its key ends then
+            held, lanes = self.waiting.counts_of(request.caller.key_id)
             if held >= KEY_HELD or lanes + len(keys) > KEY_HELD_LANES:
                 raise RateLimited(f"This key may have {KEY_HELD} requests that wait; stop some.", "limit_exceeded")
         return Held(request, keys, seconds, attempt, otherwise)
@@ -8182,8 +8181,8 @@ def check_bus(options):
         only = f", for {', '.join(me.goals)} only" if me.goals else ""
         yield ok("key", f"It is {me.key_id}, of the owner {me.owner}, and may {ROLE_WORDS.get(me.role, me.role)}{only}.")
         if me.expires_at is not None and me.expires_at < me.now + KEY_ENDS_SECONDS:
-            end = time.strftime("%Y-%m-%d %H:%M", time.localtime(me.expires_at))
-            yield note("key", f"It ends at {end}; join the bus again before, with a new code from keys invite.")
+            yield note("key", time.strftime("It ends at %Y-%m-%d %H:%M; join the bus again before, with a new code from keys invite.",
+                                            time.localtime(me.expires_at)))
         yield from check_clock(me.now - time.time())
 
 

@@ -2976,7 +2976,8 @@ def test_a_key_ended_or_narrowed_by_another_program_is_noticed(quick_rechecks, s
 
 
 def test_a_held_request_under_wsgi_ends_with_its_key(wsgi):
-    body = json.dumps(dict(owner="ann", role="viewer", expires_at=time.time() + 0.1)).encode()
+    assert wsgi("GET", "/health").status == 200     # it is open now
+    body = json.dumps(dict(owner="ann", role="viewer", expires_at=time.time() + 0.2)).encode()
     key = json.loads(wsgi("POST", "/admin/generate_key", body).body)["api_key"]
     answer = wsgi("GET", "/events?wait=60", HTTP_X_API_KEY=key, **{"wsgi.multithread": True})
     assert_refusal(answer, 401, "unauthorized", "Invalid API key.")
@@ -5692,7 +5693,7 @@ def of_each_state(bus, goal, key=KEY):
     for state in ("fulfilled", "dead", "claimed", "open"):
         ids[state] = id = bus.ask("POST", "/intent", a_publish(goal=goal, payload=f"{goal}!"), key).json["id"]
         if state != "open":
-            assert bus.ask("POST", f"/claim?goal={goal}&worker_id={goal}w", key=key).json["id"] == id
+            assert bus.ask("POST", f"/claim?goal={goal}&worker_id=w", key=key).json["id"] == id
         if state == "fulfilled":
             bus.ask("POST", f"/fulfill/{id}", {"result": f"{goal}?"}, key)
         if state == "dead":
@@ -5737,12 +5738,13 @@ def test_a_limited_key_comes_upon_no_other_goal(served, role):
 
 def test_a_limited_key_without_a_goal_means_its_own(served):
     ids, own = of_each_state(served, "theirs"), of_each_state(served, "mine")
-    key = served.issue("owner", grant=dict(goals=["mine", "mi%", "m_ne"])).api_key
+    goals = ["mine", "mi%", "m_ne", "not theirs"]
+    key, other = (served.issue("owner", grant=dict(goals=given)).api_key for given in (goals, ["theirs"]))
     ask = functools.partial(served.ask, key=key)
     assert [intent["id"] for intent in ask("GET", "/intents").json["intents"]] == list(own.values())[::-1]
     events = ask("GET", "/events?after=0").json["events"]
     assert {event["goal"] for event in events} == {"mine"} and len(events) == 9
-    assert ask("GET", "/events?after=0", key=served.issue("owner", grant=dict(goals=["theirs"])).api_key).json["events"][0]["id"] == ids.fulfilled
+    assert ask("GET", "/events?after=0", key=other).json["events"][0]["id"] == ids.fulfilled
     for path, fields in itertools.product(("/intent", "/intents"), ({"goal": "theirs"}, {"goal": "mine", "on_failure": "theirs"})):
         body = a_publish(**fields)
         assert_refusal(ask("POST", path, body if path == "/intent" else [body]), 403, "forbidden", "not for the goal theirs")
@@ -5756,7 +5758,7 @@ def test_a_limited_key_without_a_goal_means_its_own(served):
     assert ask("GET", f"/status/{claim['id']}").json["status"] == "claimed"
     assert ask("POST", next_claim.replace("&goal=theirs", ""), {}).json["next"]["goal"] == "mine"
     workers = {tuple(worker["goals"]): len(worker["running"]) for worker in ask("GET", "/workers").json["workers"]}
-    assert workers == {("mine",): 1, ("mine", "mi%", "m_ne"): 1}
+    assert workers == {("mine",): 1, tuple(goals): 1}
     held = served.hold("POST", "/claim?wait=60", key=key)
     _, intent_id = (served.publish(goal=goal) for goal in ("theirs", "mine"))
     assert claimed_by(held).id == intent_id
@@ -5805,6 +5807,12 @@ def test_a_viewer_sees_what_its_owner_may_see(started, settings):
         assert shown == ["bob?"] * 2 if who == "bob" else shown == [None] * 2
         assert look("/admin/intents?payload=1").status == (200 if who == "bob" else 403)
         assert look(f"/admin/intents/{ids[seen].open}").json.get("payload") == ("bob!" if who == "bob" else None)
+
+
+def test_a_viewer_of_all_owners_is_told_of_each_event_at_once(no_rechecks, served):
+    watching = served.hold("GET", "/events?wait=60", key=served.issue("*", "viewer").api_key)
+    published = served.ask("POST", "/intent", a_publish(), served.issue("ann").api_key).json["id"]
+    assert [event["id"] for event in response_on(watching).json["events"]] == [published]
 
 
 def test_keys_of_one_owner_share_their_private_intents(started):
@@ -6831,6 +6839,20 @@ def test_the_dead_are_retried_by_filter_deleted_by_selection(page, served):
     page.sees("1 intent deleted.")
     left = [served.ask("GET", f"/status/{id}").json.get("status") for id in ids["a"] + ids["b"]]
     assert sorted(map(str, left)) == ["None", "dead", "open", "open"]
+
+
+@in_a_browser
+def test_the_page_is_for_viewers_too(page, served):
+    ids, key = of_each_state(served, "g"), served.issue("owner", "viewer", "wall").api_key
+    place = served.url.replace("//", f"//admin:{key}@") + "/admin/dashboard"
+    page.open(place + "#intent/" + ids.fulfilled)
+    page.sees("g", "fulfilled", "Result", "This key sees no payloads.")
+    assert "g!" not in page.text() and "g?" not in page.text()
+    page.open(place + "#keys")
+    page.sees("wall", "viewer, owner owner, ")
+    page.open(place + "#overview")
+    page.sees("Waiting longest", "default, 1 worker")
+    assert {key.total_requests > 3 for key in served.client.admin("keys")} == {True}
 
 
 @in_a_browser
