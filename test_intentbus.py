@@ -2429,8 +2429,8 @@ def test_the_cost_of_a_verb_does_not_grow_with_the_table(sqlite_work, bus, clock
             intent = bus.claim(goal, lease=3600)
             assert goal == "held" or bus.fulfill(intent.id)
         bus.publish_many([dict(goal="later", payload=1, delay=1000)] * number)
-        for unique in [*map(str, range(number)), *"u" * number]:
-            bus.cancel(bus.publish("unique", 1, unique=unique).id)
+        for _ in range(number // 4):     # have ended
+            bus.cancel(bus.publish("unique", 1, unique="u").id)
         bus.publish_many([dict(goal="unique", payload=1, priority=1, unique=f"waits {index}") for index in range(number)])
         bus.publish_many([dict(goal=goal, payload=1, priority=900) for goal in ("g", "open")] * number)
         bus.publish_many([dict(goal=f"lane {index}", payload=1, visibility="public") for index in range(number)], caller=ALICE)
@@ -4556,8 +4556,6 @@ def test_a_callback_wakes_the_worker_that_waits_for_it(served):
     claim = served.client.claim("g")
     served.client.fulfill(claim.id, claim.claim_token, "done")
     assert claimed_by(waiting).payload["id"] == first
-    served.ask("PUT", "/publish/g?on_failure=good&ttl=1", b"text")     # time alone ends it
-    assert claimed_by(served.begin("POST", "/claim?goal=good&wait=60")).payload["error"] == "expired"
 
 
 SEARCHED = [("Backup of NAS", {"path": "/srv/Ärger"}), ("resize", "line\nend"), ("resize", {"said": 'a "word"', "n": [12345]}), ("mail", None)]
@@ -7103,19 +7101,22 @@ def test_a_wrong_claim_of_the_next_intent_refuses_the_report(served, query, head
 
 # -- The simplest publish --
 
-@pytest.mark.parametrize("kind, body, payload", [
+BODIES_AND_PAYLOADS = (
     (None, b'{"a": [1]}', {"a": [1]}), (None, b'\xef\xbb\xbf [1]\n', [1]), (None, b"", {}), (None, b"\xef\xbb\xbf", {}),
     (None, b"5", "5"), (None, b'"a"', '"a"'), (None, b" the backup\n", " the backup\n"), (None, b"[12:00] done", "[12:00] done"),
     (None, b'{"a": 1', '{"a": 1'), (None, b"[x " * 70, "[x " * 70), ("application/x-www-form-urlencoded", b"a=1&b=%20", "a=1&b=%20"),
     ("application/x-www-form-urlencoded", b'{"a": 1}', {"a": 1}), ("text/plain; charset=utf-8", b'{"a": 1}', '{"a": 1}'),
     ("application/json", b"5", 5), ("Application/JSON; charset=utf-8", b'"a"', "a"), ("application/json", b"null", None),
     ("application/vnd.github+json", b"5", 5), ("application/json", b"", {}), ("text/plain", b"", {}),
-], ids=ascii)
-def test_a_body_sent_to_a_goal_is_its_payload(served, kind, body, payload):
-    for method in ("POST", "PUT"):
+)
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT"])
+def test_a_body_sent_to_a_goal_is_its_payload(served, method):
+    for kind, body, _ in BODIES_AND_PAYLOADS:
         answer = served.ask(method, "/publish/resize", body, Content_Type=kind)
         assert (answer.status, answer.json["status"], answer.json["never_claimed"]) == (201, "published", True)
-    assert served.payloads(goal="resize") == [payload] * 2
+    assert served.payloads(goal="resize") == [payload for _, _, payload in BODIES_AND_PAYLOADS]
 
 
 @pytest.mark.parametrize("kind, body, code", [
@@ -7132,15 +7133,16 @@ IN_A_QUERY = dict(namespace="home", visibility="public", priority=7, delay=90.5,
                   target_worker="5", required_capability="1.5", reward="x", idempotency_key="7", unique="8", replace=False, on_success="9", on_failure="good")
 
 
-@pytest.mark.parametrize("field", [field for field in intentbus.PUBLISH_QUERY if field != "idempotency_key"])
-def test_each_other_field_may_stand_in_the_query(served, field):
-    value = IN_A_QUERY[field]
-    assert served.ask("POST", f"/publish/g?{field}={value if isinstance(value, str) else json.dumps(value)}", b"x").status == 201
-    assert served.ask("POST", "/intent", a_publish(goal="h", payload="x", **{field: value})).status == 201
-    changing = ("id", "goal", "created_at", "run_at", "expires_at")
-    one, other = ({name: found for name, found in served.ask("GET", f"/admin/intents/{intent['id']}").json.items() if name not in changing}
-                  for intent in served.ask("GET", "/admin/intents").json["intents"])
-    assert one == other and one.get(field, value) == value
+def test_each_other_field_may_stand_in_the_query(served):
+    assert set(IN_A_QUERY) == set(intentbus.PUBLISH_QUERY)
+    for field, value in IN_A_QUERY.items():
+        if field != "idempotency_key":
+            said = value if isinstance(value, str) else json.dumps(value)
+            ids = (served.ask("POST", f"/publish/g?{field}={said}", b"x").json["id"], served.publish(goal="h", payload="x", **{field: value}))
+            changing = ("id", "goal", "created_at", "run_at", "expires_at")
+            one, other = ({name: found for name, found in served.ask("GET", f"/admin/intents/{intent_id}").json.items()
+                           if name not in changing} for intent_id in ids)
+            assert one == other and one.get(field, value) == value, field
 
 
 @pytest.mark.parametrize("word, status", [("true", 200), ("1", 200), ("false", 200), ("0", 200), ("yes", 400), ("True", 400), ("", 400)])
@@ -7164,11 +7166,11 @@ def test_a_wrong_field_in_the_query_of_a_publish_is_named(strict, query, code):
     assert_refusal(refused, 400, code, query.partition("=")[0])
 
 
-@pytest.mark.parametrize("path, goal", [("a", "a"), ("a/", "a"), ("a//", "a/"), ("a%2Fb", "a/b"), ("a/b", "a/b"), ("%20a%C3%A9", "a\xe9"),
-                                        ("a%3Fpriority=1", "a?priority=1"), ("g" * 256, "g" * 256)])
-def test_the_path_of_a_publish_is_the_goal(served, path, goal):
-    assert served.ask("POST", f"/publish/{path}", b"x").status == 201
-    assert served.client.list().intents[0].goal == goal
+def test_the_path_of_a_publish_is_the_goal(served):
+    for path, goal in (("a", "a"), ("a/", "a"), ("a//", "a/"), ("a%2Fb", "a/b"), ("a/b", "a/b"), ("%20a%C3%A9", "a\xe9"),
+                       ("a%3Fpriority=1", "a?priority=1"), ("g" * 256, "g" * 256)):
+        assert served.ask("POST", f"/publish/{path}", b"x").status == 201
+        assert served.client.list().intents[0].goal == goal
 
 
 @pytest.mark.parametrize("path, status, code", [("/publish", 404, "not_found"), ("/publish/", 404, "not_found"), ("/publish//", 400, "invalid_goal"),
@@ -10638,28 +10640,31 @@ def test_publish_wait_is_a_remote_command(serve):
     worker.communicate()
 
 
-@pytest.mark.parametrize("words, stdin, payload", [
+WAYS_TO_SAY = (     # words, stdin or None, payload
     (['{"a": [1, null]}'], "", {"a": [1, None]}), (['"text"'], "", "text"), (["5"], "", 5), (["-"], "[1]", [1]), ([], '{"b": 2}\n', {"b": 2}),
     (["@file.json"], "", {"from": "file"}), (["the backup is done"], "", "the backup is done"), (["a b=1"], "", "a b=1"), (["[12:00] x\n"], "", "[12:00] x\n"),
     (["NaN"], "", "NaN"), (["{bad"], "", "{bad"), ([""], "", ""), ([], "", {}), (["-"], "", {}), ([], None, {}), ([], "two\nlines\r\n", "two\nlines"),
     ([], "a=1\n", "a=1"), (["--text", "5"], "", "5"), (["--text", "a=1"], "", "a=1"), (["--text", "-"], "5", "-"), (["--text", "@file.json"], "", "@file.json"),
     (["--text"], '{"b": 2}\n', '{"b": 2}'), (["--text"], "", ""), (["name=a=b", "n:=1", "empty=", 'list:=["x"]'], "", {"name": "a=b", "n": 1, "empty": "", "list": ["x"]}),
     (["x-y.z=1", "a=@text.txt", "b:=@file.json", 'c:="@"'], "", {"x-y.z": "1", "a": "caf\xe9", "b": {"from": "file"}, "c": "@"}),
-], ids=ascii)
-def test_the_ways_to_say_a_payload(served, home, monkeypatch, capsys, words, stdin, payload):
+)
+
+
+def test_the_ways_to_say_a_payload(served, home, monkeypatch, capsys):
     monkeypatch.setenv("INTENT_BUS_URL", served.url)
     monkeypatch.setenv("INTENT_API_KEY", KEY)
     monkeypatch.chdir(home)
     Path("file.json").write_text('{"from": "file"}')
     Path("text.txt").write_text("\ufeffcaf\xe9\n", encoding="utf-8")
-    Path("stdin").write_bytes((stdin or "").encode())
-    with open("stdin") as file:
-        monkeypatch.setattr(sys, "stdin", file if stdin is not None else None)
-        assert intentbus.main(["publish", "ways", *words, "--priority", "9", "--delay", "2h", "--capability", "x"]) == 0
-    said, intent = capsys.readouterr(), served.client.list(goal="ways", payload=True).intents[0]
-    assert (intent.id + "\n", intent.payload, intent.priority, intent.required_capability) == (said.out, payload, 9, "x")
-    assert ("published as text" in said.err) == (str(payload)[:1] in ("{", "[") and isinstance(payload, str) and "--text" not in words)
-    assert round(intent.run_at - intent.created_at) == 7200
+    for words, stdin, payload in WAYS_TO_SAY:
+        Path("stdin").write_bytes((stdin or "").encode())
+        with open("stdin") as file:
+            monkeypatch.setattr(sys, "stdin", file if stdin is not None else None)
+            assert intentbus.main(["publish", "ways", *words, "--priority", "9", "--delay", "2h", "--capability", "x"]) == 0
+        said, intent = capsys.readouterr(), served.client.list(goal="ways", payload=True, limit=1).intents[0]
+        assert (intent.id + "\n", intent.payload, intent.priority, intent.required_capability) == (said.out, payload, 9, "x"), words
+        assert ("published as text" in said.err) == (str(payload)[:1] in ("{", "[") and isinstance(payload, str) and "--text" not in words)
+        assert round(intent.run_at - intent.created_at) == 7200
 
 
 @POSIX
