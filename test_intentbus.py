@@ -2429,6 +2429,7 @@ def test_no_shared_memory_works_with_a_warning(tmp_path):
     assert code == 0 and "without shared memory: the bus works, but slower" in said
 
 
+@SLOW
 # ---- 6. Store ----
 
 @ON_A_FILE
@@ -4607,6 +4608,7 @@ def test_the_pages_of_a_search_hold_all_that_match_once(bus, monkeypatch, settin
     assert found == ids[1::2][::-1]
 
 
+@SLOW
 def test_a_search_delays_no_other_request(served, monkeypatch):
     monkeypatch.setattr(intentbus, "SEARCH_ROWS", 1)
     monkeypatch.setattr(intentbus, "SLICE_SECONDS", 0)
@@ -7872,6 +7874,7 @@ def test_bytes_that_cost_much_and_say_nothing_are_refused(strict, sent, words):
     assert_refusal(response, 400, "invalid_request", words)
 
 
+@SLOW
 @LINUX
 def test_a_client_that_pipelines_takes_no_more_memory_than_others(tmp_path):
     serve = Serve(tmp_path)
@@ -8143,6 +8146,7 @@ def test_bodies_of_known_callers_have_a_bound_in_memory(started, monkeypatch):
         assert [bus.ask("POST", "/intent", body, key).status for key in (one, other, KEY)] == [201] * 3
 
 
+@SLOW
 @LINUX
 def test_a_held_request_keeps_neither_headers_nor_body(tmp_path):
     serve = Serve(tmp_path)
@@ -9650,6 +9654,7 @@ def test_joining_a_server_that_is_no_bus_saves_nothing(home):
     assert not (home / ".intentbus").exists()
 
 
+@SLOW
 def test_the_timeout_bounds_an_answer_that_trickles(impatient):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         def trickle():
@@ -10092,6 +10097,7 @@ def test_a_payload_that_fits_no_argument_is_rejected_for_good(served, tmp_path, 
     assert (found.status, found.last_error) == ("dead", error)
 
 
+@SLOW
 @POSIX
 @pytest.mark.parametrize("text", ["exec sleep 60", "trap '' TERM; sleep 60 & wait; sleep 60"], ids=["ends", "ignores TERM"])
 def test_a_program_that_takes_too_long_is_ended(served, tmp_path, text):
@@ -11419,6 +11425,7 @@ def test_keys_need_an_admin(started):
     assert code == 0 and bus.ask("GET", "/intents", key=key.strip()).status == 200
 
 
+@SLOW
 def test_values_and_locks_from_the_command_line(served):
     assert at(served, "set", "my key/1", '{"a": [1]}')[:2] == (0, "")
     assert at(served, "get", "my key/1")[:2] == (0, '{"a":[1]}\n')
@@ -11871,6 +11878,7 @@ def test_the_benchmark_measures_and_names_missing_peers(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@SLOW
 @POSIX
 @CURL
 def test_a_worker_of_curl_and_a_shell(serve):
