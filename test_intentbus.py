@@ -302,6 +302,7 @@ class Work:
 @pytest.fixture
 def sqlite_work(monkeypatch):
     """The work of all connections to SQLite from now on."""
+    new_file()     # its connections are not counted
     work, connect = Work(), sqlite3.connect
 
     def counted(*args, **kwargs):
