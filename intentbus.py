@@ -1045,7 +1045,8 @@ class Database:
 
 ALL = ", ".join(COLUMNS)     # by name: a newer bus on the same database may have added columns
 ORDER = "priority DESC, run_at, claim_attempts, created_at, id"     # of claims, within a lane
-INSERT = f"INSERT INTO intents ({ALL}) VALUES (:{', :'.join(COLUMNS)})"
+INSERTED = [column for column in COLUMNS if column not in UNCLAIMED or column in ("idempotency_key", "caused_by", "schedule")]
+INSERT = f"INSERT INTO intents ({', '.join(INSERTED)}) VALUES (:{', :'.join(INSERTED)})"     # the others are NULL
 ONE = f"SELECT {ALL} FROM intents WHERE id = :id"
 DUE = f"""
     SELECT   {ALL}
