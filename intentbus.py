@@ -4653,7 +4653,7 @@ def result_endpoint(api, request, intent_id):
     plain = request.wants_text     # while it is held, it has no headers
     def current():
         found = api.bus.get_result(intent_id, caller=request.caller)
-        return found.status, (200, as_text(found.result) if plain else found)
+        return found.status, (200, as_text(found.get("result")) if plain else found)     # a viewer may not see it
     def ended():
         status, answer = current()
         return answer if status in ("fulfilled", "dead") else None

@@ -5782,6 +5782,26 @@ def test_a_limited_key_without_a_goal_means_its_own(served):
     assert claimed_by(held).id == intent_id
 
 
+def test_goals_and_viewers_bind_the_other_features(served):
+    key = served.issue("owner", "both", "k", dict(goals=["mine"])).api_key
+    viewer = served.issue("owner", "viewer").api_key
+    for fields in (dict(goal="theirs"), dict(goal="mine", on_success="theirs"), dict(goal="mine", on_failure="theirs")):
+        refused = served.ask("POST", "/schedule/s", a_publish(every=60, **fields), key)
+        assert_refusal(refused, 403, "forbidden", "not for the goal theirs")
+    for goal in ("mine", "theirs"):
+        assert served.ask("POST", f"/schedule/{goal}", a_publish(goal=goal, every=60)).status == 201
+    assert [schedule["goal"] for schedule in served.ask("GET", "/schedules", key=key).json["schedules"]] == ["mine"]
+    for verb in ("run", "unschedule"):
+        assert [served.ask("POST", f"/{verb}/{goal}", {}, key).status // 100 for goal in ("mine", "theirs")] == [2, 4]
+    theirs, mine = (served.publish(goal=goal, payload="secret") for goal in ("theirs", "mine"))
+    found = served.ask("GET", "/intents?search=secret", key=key).json["intents"]
+    assert [intent["id"] for intent in found] == [mine] and served.ask("GET", f"/status/{theirs[:16]}", key=key).status == 404
+    served.ask("POST", "/claim?goal=theirs")
+    served.ask("POST", f"/fulfill/{theirs}", {"result": "secret"})
+    assert served.ask("GET", f"/result/{theirs}", key=viewer, Accept="text/plain").body == b""
+    assert_refusal(served.ask("GET", "/intents?search=secret", key=viewer), 403, "forbidden", "payloads")
+
+
 def test_a_viewer_looks_and_changes_nothing(served):
     ids = of_each_state(served, "g", served.issue("ann").api_key)
     viewer, before = served.issue("ann", "viewer").api_key, tables_of(served)["intents"]
