@@ -7749,14 +7749,15 @@ class Worker:
             return None
         token = os.urandom(16).hex()
         answer = self._report(intent, lease, verb, **details, next_claim=dict(self._wanted, claim_token=token))
-        # an answer that was lost may have claimed an intent
-        following = self._claim_next(token) if isinstance(answer, TRANSIENT) else answer and answer.next
+        following = answer and answer.next
+        if not answer and not self._stopping.is_set():     # an answer that was lost may have claimed an intent
+            following = self._claim_next(token)
         if not following:
             self._jobs.release()
         return following
 
     def _report(self, intent, lease, verb, next_claim=None, **details):
-        """Report an outcome; return the answer, the transient error in its place, or None."""
+        """Report an outcome; return the answer, or None after an error."""
         try:
             answer = getattr(self._bus, verb)(intent.id, intent.claim_token, **details, next_claim=next_claim)
             self._log_outcome(intent, PAST_TENSES[verb], lease, consequence_of(answer, **details) if verb == "fail" else "")
@@ -7773,7 +7774,6 @@ class Worker:
             kept = verb != "release" and isinstance(error, TRANSIENT) and getattr(self._bus, "spool", None)
             consequence = "the spool keeps it and reports it later" if kept else "the intent will be done again"
             self._log(f"{intent.goal} {intent.id} {verb} could not be reported; {consequence}: {error}")
-            return error
         return None
 
     def _log_outcome(self, intent, outcome, lease, more):

@@ -10371,6 +10371,27 @@ def test_a_report_of_a_worker_claims_its_next_intent(served, options, asked):
     assert len(served.client.list(status="open").intents) == 3 - asked.count("fulfill") - asked.count("fail")
 
 
+class Losing(IntentClient):
+    """A client whose first report is carried out, loses its answer, and is refused when it is repeated."""
+
+    lost = False
+
+    def request(self, method, path, *arguments, **options):
+        answer = super().request(method, path, *arguments, **options)
+        if path.startswith("/fulfill/") and not self.lost:
+            self.lost = True
+            raise intentbus.NotFound("You no longer hold the lease.")
+        return answer
+
+
+def test_an_intent_claimed_by_a_lost_report_is_run(served):
+    ids = [served.client.publish("g", number, max_attempts=1).id for number in range(2)]
+    done = []
+    Losing(served.url, KEY).listen("g", done.append, drain=True)
+    assert done == [0, 1]
+    assert [served.client.get_status(id).status for id in ids] == ["fulfilled", "fulfilled"]
+
+
 def test_an_intent_claimed_by_a_report_is_released_at_the_end(served):
     for number in range(2):
         served.client.publish("g", number)
