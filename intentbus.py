@@ -132,9 +132,9 @@ KEY_GOALS = 64                      # of a limited key: a claim without a goal a
 
 # Activity and housekeeping
 EVENTS = 1000                       # events kept in memory for watchers
-WORKERS = 10_000                    # workers kept in memory: a name and what it asks for
+WORKERS = 10_000                    # workers kept in memory, each with its name and lanes
 WORKER_SECONDS = 300                # a worker unseen for this long is no longer listed, unless it holds a lease
-WORKER_LANES = 512                  # of one worker: twice those of the largest claim
+WORKER_LANES = 512                  # lanes of one worker: twice as many as the largest claim has
 GOAL_SECONDS = 366 * 86400          # how long the bus remembers that a goal has had a worker
 KNOWN_GOALS = 1000                  # such goals of an owner, the latest
 EVENTS_PAGE = 250                   # events of one answer: at most 2 MB
@@ -560,7 +560,7 @@ for attribute in COLUMNS:     # attributes as a Record has them, but ten times a
 
 
 # ---- 4. Schedule ----
-# When a schedule runs: pure functions of its row and a time. A cron expression means what it does in crontab(5) of Vixie cron.
+# When a schedule runs: pure functions of its row and a time. Cron expressions are those of crontab(5) of Vixie cron.
 
 CRON_FIELDS = (     # name, lowest and highest number, names of the numbers from the lowest on
     ("minute", 0, 59, ""), ("hour", 0, 23, ""), ("day of month", 1, 31, ""),
@@ -1260,7 +1260,7 @@ def update_of(columns):
 
 
 class Tally(dict):
-    """What a key has stored, or the values of an owner: (number, bytes) by (namespace, status); and `bytes` of all.
+    """Counts of one key, or of the values of an owner: (number, bytes) by (namespace, status); and `bytes` in all.
 
     Results have no namespace.
     """
@@ -1288,7 +1288,7 @@ class Tally(dict):
 
 
 def add_counted(tallies, counted):
-    """Add what a Transaction has counted to tallies, a defaultdict of Tally by publisher."""
+    """Add the counts of a Transaction to tallies, a defaultdict of Tally by publisher."""
     for publisher, *kind in counted:
         tallies[publisher].add(*kind)
 
@@ -1438,7 +1438,7 @@ class Transaction(Reads):
         self._store.ended(self, committed)
 
     def tallies(self):
-        """Return what this block has counted, as a defaultdict of Tally by publisher."""
+        """Return the counts of this block, as a defaultdict of Tally by publisher."""
         tallies = collections.defaultdict(Tally)
         add_counted(tallies, self.counted)
         return tallies
@@ -2072,7 +2072,7 @@ class WorkerRegistry:
             del worker.running[intent_id]
 
     def free_all(self):
-        """Forget who holds what: an extension tells it again."""
+        """Forget which worker holds which intent: an extension tells it again."""
         for intent_id in list(self._holders):
             self.free(intent_id)
 
@@ -2118,7 +2118,7 @@ class WorkerRegistry:
         self._of_key[worker.key[0]].move_to_end(worker.key[1])
 
     def _serve(self, worker, goals, lanes):
-        """Add lanes to those that a worker asks for; beyond WORKER_LANES, they take the place of the earlier ones."""
+        """Add lanes to a worker; beyond WORKER_LANES, they take the place of its earlier ones."""
         if len(worker.lanes) + len(lanes) > WORKER_LANES:
             self._stop_serving(worker)
         self._serving.update(lane for lane in lanes if lane not in worker.lanes)
@@ -2425,7 +2425,7 @@ class Bus:
                             "and values are deleted, or have the bus started with a larger --max-stored")
 
     def _stored_bytes(self, tx, *publishers):
-        """Return the bytes of a key and of its owner's values; on a shared database, without what other requests add now."""
+        """Return the bytes of a key and of its owner's values; on a shared database, without additions of other requests that run now."""
         if self.store.database.shared:
             return tx.bytes_of(*publishers) + sum(size for publisher, *_, size in tx.counted if publisher in publishers)
         return sum(part.bytes for publisher in publishers for part in self._parts(tx, publisher))
@@ -2435,7 +2435,7 @@ class Bus:
         return Tally(*self._parts(tx, publisher))
 
     def _parts(self, tx, publisher):
-        """Return the tallies of a publisher: what is committed, what this round adds, and what this block adds."""
+        """Return the tallies of a publisher: the committed one, that of this round, and that of this block."""
         committed = self._tallies.get(publisher)
         if committed is None:
             committed = tx.tally_of(publisher)
@@ -2687,7 +2687,7 @@ class Bus:
             intent = self._change(tx, intent, intent.extended(tx.now, seconds, caller.expires_at))
         return Record(ok=True, id=intent_id, extended_by=seconds, claim_expires_at=intent.claim_expires_at)
 
-    # With next_claim, a Claim, a report claims the next intent in its transaction: the answer has what take() returns as next.
+    # With next_claim, a Claim, a report claims the next intent in its transaction: the intent that take() returns is `next` of the answer.
 
     def fulfill(self, intent_id, claim_token=None, result=None, result_type="json", *, next_claim=None, caller=OWNER):
         """Report the work done, with its result: any JSON value, or a string with result_type "text"."""
@@ -2828,7 +2828,7 @@ class Bus:
             value, _ = tx.take_memo("store", caller.owner, key)
         return Record(ok=True, deleted=value is not None)
 
-    # -- Administration: the caller is known to be an admin or, for what only looks, a viewer --
+    # -- Administration: the caller is known to be an admin or, where nothing changes, a viewer --
 
     def limit(self, goal, running=UNCHANGED, paused=None, namespace="default", *, caller=OWNER):
         """Let at most `running` intents of a goal be claimed at once, None for any number; or pause it, or end its pause.
@@ -3024,7 +3024,7 @@ class Bus:
     # -- Rules shared by several verbs --
 
     def _change(self, tx, intent, change):
-        """Carry out a transition, publish what is wanted at such an end, and return the intent as it is then."""
+        """Carry out a transition, publish its callback and announcement, and return the intent as it is then."""
         if intent.unique_value is not None and intent.status != "open" and change.columns.get("status") == "open":
             change = self._only_one_open(tx, intent, change)
         after = tx.update(intent, change)
@@ -3127,7 +3127,7 @@ class Bus:
                 self.registry.hold(move.intent)
 
     def distrust_memory(self):
-        """Drop what is remembered of the database: another program has changed it."""
+        """Drop the cached state of the database: another program has changed it."""
         self.next_due, self.store.limits = 0, None
         self._tallies.clear()
         self.registry.free_all()
@@ -3553,7 +3553,7 @@ class Keys:
 
     # -- Issuing --
 
-    # A grant says what a key is to be: the fields of GENERATE_KEY.
+    # A grant describes a new key: the fields of GENERATE_KEY.
 
     def generate(self, **grant):
         """Issue a key; return it, this once, with its description."""
@@ -4740,7 +4740,7 @@ def calling(read, verb, fields=NOTHING, status=200):
 
 
 def issuing(verb):
-    """Return the endpoint that calls a method of Keys with what a key is to be."""
+    """Return the endpoint that calls a method of Keys with the grant in the body."""
     def endpoint(api, request):
         grant = request.fields(GENERATE_KEY)
         if grant["expires_at"] is not None and grant["expires_at"] <= api.bus.clock.now():
@@ -6522,7 +6522,7 @@ def is_damage(error):
 
 
 def key_name(key):
-    """Return the id of an issued key, or a short hash of another: what the spool keeps to tell keys apart."""
+    """Return the id of an issued key, or a short hash of another: the spool tells keys apart by it."""
     issued = ISSUED.fullmatch(key)
     return issued[1] if issued else hashlib.sha256(key.encode()).hexdigest()[:16]
 
@@ -7246,7 +7246,7 @@ class IntentClient:
         """Claim an intent; return None if there is none within wait seconds.
 
         A claim whose answer is lost is repeated; with a claim_token, 32 to 64 random characters, by the caller only.
-        worker_name is what people know this worker by, host, program and process id by default.
+        worker_name is shown to people; by default it is host, program and process id.
         """
         query = self._claim_query(goal, namespace, publisher, worker_id, capabilities, lease)
         def send():
@@ -7311,7 +7311,7 @@ class IntentClient:
         return self.request("GET", f"/result/{intent_id}", wait=wait)
 
     def inspect(self, intent_id):
-        """Return all that this key may see of an intent: what get_result does and, as an admin, everything."""
+        """Return all that this key may see of an intent: as an admin everything, otherwise the fields of get_result()."""
         with contextlib.suppress(NotFound, OlderBus):     # an older bus does not tell who is an admin
             if secret_in("BUS_ADMIN_SECRET") or secret_in("DASHBOARD_PASSWORD") or self.who_am_i().admin:
                 return self.admin(f"intents/{intent_id}")
@@ -8361,7 +8361,7 @@ class StderrRelay:
                 self._left_out += len(text)
 
     def _pass_on(self):
-        """Run in the thread: write what waits."""
+        """Run in the thread: write the waiting data."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting)
@@ -9391,7 +9391,7 @@ def start_child_of_init():
 
 
 def discard_unwritten(*streams):
-    """Discard what streams hold and cannot write, since Python would fail on it at its exit."""
+    """Discard the unwritten data of streams, since Python would fail on it at its exit."""
     for stream in streams:
         try:
             stream.flush()
