@@ -8093,6 +8093,7 @@ def test_a_bus_full_of_held_requests_makes_room(started, monkeypatch):
     few = bus.hold("POST", "/claim?wait=60&goal=few", key=other)
     path = "/claim?wait=60&goal=many"
     many = [bus.hold("POST", path, key=key) for _ in range(8)] + [bus.begin("POST", path, key=key)]
+    wait_until(lambda: len(bus.api.waiting) == 10)     # it is full: one more request that asks would be turned away
 
     def answered():
         """Return the status of a request, or None if it was turned away; the longest held one of the greediest key ends."""
