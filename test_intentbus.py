@@ -2356,7 +2356,7 @@ VERSION_1 = """
 """     # a database of schema version 1, as the first release wrote it: never to be edited
 
 
-@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("version", range(1, len(intentbus.MIGRATIONS)))
 def test_a_database_of_an_earlier_release_opens_and_works(tmp_path, clock, version):
     with contextlib.closing(sqlite3.connect(tmp_path / "bus.db")) as old:
         old.executescript(";".join([VERSION_1, *intentbus.MIGRATIONS[1:version], f"PRAGMA user_version = {version}"]))
@@ -2383,6 +2383,51 @@ def test_a_database_of_an_earlier_release_opens_and_works(tmp_path, clock, versi
     served.stop()
     with contextlib.closing(sqlite3.connect(tmp_path / "bus.db")) as db:
         assert db.execute("PRAGMA user_version").fetchone() == (len(intentbus.MIGRATIONS),)
+
+
+def stored(client, number):
+    """Publish a number once, if the bus is there; return whether it is."""
+    with contextlib.suppress(*intentbus.TRANSIENT):
+        return client.publish("g", number, idempotency_key=str(number))
+
+
+@SLOW
+@POSIX
+def test_a_database_of_the_version_before_migrates_under_load(tmp_path):
+    """Its workers and publishers are there before the bus, which is killed again and again as it starts."""
+    before, chance, now = len(intentbus.MIGRATIONS) - 1, random.Random(7), time.time()
+    ids, old, new = intentbus.Ids(), range(8000), range(8000, 8400)
+    intents = [intentbus.Intent.new(ids.new(now), now, "owner", "owner", dict(goal="g", payload=number)) for number in old]
+    with contextlib.closing(sqlite3.connect(tmp_path / "bus.db")) as db:
+        db.executescript(";".join([*intentbus.MIGRATIONS[:before], f"PRAGMA user_version = {before}",
+                                   f"PRAGMA application_id = {intentbus.APPLICATION_ID}"]))
+        columns = [name for _, name, *_ in db.execute("PRAGMA table_info(intents)") if name in intents[0]]
+        db.executemany(f"INSERT INTO intents ({', '.join(columns)}) VALUES (:{', :'.join(columns)})", intents)
+        db.execute("INSERT INTO tallies (namespace, publisher, status, intents) VALUES ('default', 'owner', 'open', ?)", [len(old)])
+        db.commit()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    client, done, handed_out = IntentClient(f"http://127.0.0.1:{port}", KEY), [], iter(new)
+    worker = Worker(client, "g", lambda intent, lease: (done.append(intent.payload), "json"), concurrency=4, poll=0.05,
+                    max_jobs=len(old) + len(new))
+    worked = in_thread(worker.run)
+
+    def publish(thread):
+        for number in handed_out:
+            wait_until(functools.partial(stored, client, number))
+    published = in_thread(at_once, 4, publish)
+    for _ in range(20):
+        starting = subprocess.Popen([*COMMAND, "serve", "--db", "bus.db", "--port", str(port)], cwd=tmp_path,
+                                    env=dict(os.environ, BUS_SECRET=KEY), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            starting.wait(chance.uniform(0.1, 0.5))
+        starting.kill()
+        starting.wait()
+    serve = Serve(tmp_path, "--db", "bus.db", "--port", str(port))
+    worked(), published()
+    assert sorted(done) == [*old, *new], "each once"
+    assert serve.client.admin("summary")["intents"]["default"] == {"fulfilled": len(old) + len(new)}
+    serve.kill()
 
 
 SLOW_MIGRATION = """
