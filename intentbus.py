@@ -8291,7 +8291,8 @@ GROUPS = (
 )
 EXIT_CODES = {400: 2, 401: 4, 403: 4, 404: 3, 409: 1, 413: 6, 422: 6, 429: 6}     # by the HTTP status of the error
 INVOCATION = f"{os.path.basename(sys.executable or 'python')} {os.path.basename(__file__)}"     # how a person starts it
-UNIT_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+UNIT_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+DURATION = r"\d{1,9}(\.\d{1,9})?|(\d{1,9}(\.\d{1,9})?[smhdw])+"
 UNPRINTABLE = r"[^\n\t\x20-\x7e\xa0-\U0010ffff]"     # characters that can control a terminal; compiled late, which takes 3 ms
 COMMANDS = {}     # name: (function, examples, flags)
 
@@ -8403,11 +8404,10 @@ def print_answer(options, answer, field):
 
 
 def duration(text):
-    """Parse a duration such as 90, 90s, 5m, 2h or 7d; return its seconds."""
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)", text, re.ASCII)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a duration such as 90, 90s, 5m, 2h or 7d")
-    seconds = float(match[1]) * UNIT_SECONDS[match[2]]
+    """Parse a duration such as 90, 90s, 5m, 1h30m, 7d or 1w; return its seconds."""
+    if not re.fullmatch(DURATION, text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a duration such as 90, 90s, 5m, 1h30m, 7d or 1w")
+    seconds = sum(float(number) * UNIT_SECONDS[unit] for number, unit in re.findall(r"([\d.]+)([smhdw]?)", text))
     return int(seconds) if seconds.is_integer() else seconds     # older buses take no 60.0
 
 
@@ -8638,7 +8638,11 @@ def publish_command(options):
     elif (options.target_worker or options.required_capability) and answer.get("listening") == 0:
         log("no worker that may claim it is there now; check its --worker and --capability (workers lists who is there)")
     if options.wait is not None:
-        return wait_for_result(bus, answer.id, options)
+        try:
+            return wait_for_result(bus, answer.id, options)
+        except KeyboardInterrupt:
+            log(f"{answer.id} goes on; ask again with: result {answer.id}")
+            raise
     if options.json or answer.id:
         print_answer(options, answer, "id")
 
@@ -8840,7 +8844,8 @@ def flush_command(options):
                   "work --goal resize -j 4 -- convert {file} -resize 50% {out}",
                   "work --goal backup --drain --timeout 1h -- ./backup.sh"],
          *CONNECTION,
-         flag("--goal", action="append", help="a goal to work on; may be repeated (default any goal)"),
+         flag("--goal", action="append", help="a goal to work on; may be repeated"),
+         flag("--any", action="store_true", help="work on any goal (default if there is a program)"),
          flag("-j", "--jobs", type=positive_int, default=1, metavar="N", help="how many handlers run at the same time"),
          flag("--once", dest="max_jobs", action="store_const", const=1, help="stop after one intent"),
          flag("--max-jobs", type=positive_int, metavar="N", help="stop after N intents"),
@@ -8864,6 +8869,9 @@ def work_command(options):
     fulfils the intent, 100 rejects it for good, 126 and 127 stop the worker, any other fails it for a retry. Without a
     program, work prints each payload.
     """
+    if not (options.goal or options.any or options.program) or options.goal and options.any:
+        raise Invalid("work needs either --goal GOAL or, for any goal, --any; and a program after --, or it prints each payload and "
+                      "fulfils the intent.")
     guardian = Guardian(options.kill_after)
     relay = StderrRelay(options.jobs > 1)
     handler = print_payload
@@ -9292,22 +9300,34 @@ def backup_command(options):
         raise SetupError(f"{source} cannot be copied to {options.file}: {reason}.") from error
 
 
+def suggestion(word, names):
+    """Return the end of a sentence about an unknown word: the names that it may stand for, if there are any."""
+    import difflib
+    near = [name for name in names if name.startswith(word + " ")] or difflib.get_close_matches(word, names, 1)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
 class Parser(argparse.ArgumentParser):
     """The argument parser of one command; its help starts with examples."""
 
     def __init__(self, name):
         function, self._examples, flags = COMMANDS[name]
         super().__init__(f"intentbus.py {name}", description=function.__doc__)
+        self._flags = [flag for names, _ in flags for flag in names]
         for names, settings in flags:
             self.add_argument(*names, **settings)
 
     def parse(self, words):
         """Return the options in a command line; flags may stand anywhere before "--"."""
+        self._words = itertools.takewhile("--".__ne__, words)
         return self.parse_args(words) if "--" in words else self.parse_intermixed_args(words)
 
     def error(self, message):
         """Raise Invalid, where argparse would print the usage and exit."""
-        raise Invalid(f"{message}; see {self.prog} --help.")
+        for word in (word.partition("=")[0] for word in self._words if word.startswith("--")):
+            if not any(flag.startswith(word) for flag in self._flags):
+                message = f"there is no flag {word}{suggestion(word, self._flags)}"
+        raise Invalid(f"{message.rstrip('?')}; see {self.prog} --help.")
 
     def format_help(self):
         """Return the examples, then the usual help."""
@@ -9315,25 +9335,56 @@ class Parser(argparse.ArgumentParser):
         return f"examples:\n{examples}\n{super().format_help()}"
 
 
+def summaries(names):
+    """Return a line about each of these commands."""
+    return ["  {:12} {}".format(name, re.split(r"[:;.](?:\s|$)", COMMANDS[name][0].__doc__)[0]) for name in names]
+
+
 def overview():
     """Return the help of the program: the introduction, and the commands in groups."""
     lines = [INTRODUCTION.format(INVOCATION)]
     for title, names in GROUPS:
-        clauses = (re.split(r"[:;.](?:\s|$)", COMMANDS[name][0].__doc__)[0] for name in names)
-        lines += [f"{title}:", *map("  {:12} {}".format, names, clauses), ""]
+        lines += [f"{title}:", *summaries(names), ""]
     return "\n".join(lines) + EPILOG
 
 
+def help_about(words):
+    """Return the help of the command in a command line, or of those that begin with its first word, or of the program."""
+    several = [name for name in COMMANDS if words and name.startswith(f"{words[0]} ")]
+    if several and " ".join(words[:2]) not in several:
+        return "\n".join(summaries(several))
+    return Parser(find_command(words)[0]).format_help() if words else overview()
+
+
+def join_wait(words):
+    """Return a command line where --wait has its value, or none, in the same word; and the value that stood apart, if any."""
+    joined, apart = [], None
+    for word in words:
+        if joined[-1:] == ["--wait="] and re.fullmatch(DURATION, word, re.ASCII) and not SHORT_ID.fullmatch(word):
+            joined[-1] += word
+            apart = word
+        else:
+            joined.append("--wait=" if word == "--wait" else word)
+    return joined, apart
+
+
 def find_command(words):
-    """Return the command at the start of a command line, and the remaining words; raises Invalid if there is none."""
+    """Return the command in a command line, and the other words; flags may stand before it. Raises Invalid if there is none."""
+    kinds = {name: settings for _, _, flags in COMMANDS.values() for names, settings in flags for name in names if name[0] == "-"}
+    place = 0
+    while place < len(words) and words[place].startswith("-"):
+        name, has_value, _ = words[place].partition("=")
+        if name not in kinds:
+            raise Invalid(f"There is no flag {name}{suggestion(name, kinds) or '; --help lists the commands.'}")
+        place += 1 if has_value or kinds[name].get("action", "append") != "append" else 2
+    before, words = words[:place], words[place:]
     for length in (2, 1):
         name = " ".join(words[:length])
         if name in COMMANDS:
-            return name, words[length:]
-    import difflib
-    near = [name for name in COMMANDS if name.startswith(words[0] + " ")] or difflib.get_close_matches(words[0], COMMANDS)
-    hint = f"; did you mean {' or '.join(near)}?" if near else "; --help lists the commands."
-    raise Invalid(f"There is no command {words[0]!r}{hint}")
+            return name, before + words[length:]
+    if not words:
+        raise Invalid("A COMMAND is missing; --help lists the commands.")
+    raise Invalid(f"There is no command {words[0]!r}{suggestion(words[0], COMMANDS) or '; --help lists the commands.'}")
 
 
 def run_command(words, open_store):
@@ -9341,14 +9392,20 @@ def run_command(words, open_store):
     if not words:
         print(overview(), file=sys.stderr)
         raise Invalid("A COMMAND is missing.")
-    if words[0] in ("-h", "--help", "help", "--version"):
-        print(f"intentbus {__version__}" if words[0] == "--version" else overview())
-        return 0
     end = words.index("--") if "--" in words else len(words)
-    # --wait may stand without a value
-    words = ["--wait=" if word == "--wait" else word for word in words[:end]] + words[end:]
+    words, program = words[:end], words[end:]
+    if words[:1] in (["version"], ["--version"]):
+        print(f"intentbus {__version__}")
+        return 0
+    asked = [word for word in words if word not in ("-h", "--help")]
+    if asked != words or words[:1] == ["help"]:
+        print(help_about(asked[asked[:1] == ["help"]:]))
+        return 0
+    words, apart = join_wait(words)
     name, words = find_command(words)
-    options = Parser(name).parse(words)
+    options = Parser(name).parse(words + program)
+    if apart and getattr(options, "payload", None) == []:
+        raise Invalid(f"{apart} may be the payload or the time to wait: write --wait={apart}, or put the payload first.")
     if getattr(options, "namespace", "") is None:
         options.namespace = os.environ.get("INTENT_BUS_NAMESPACE", "").strip() or None
     options.open_store = open_store

@@ -10707,6 +10707,34 @@ def test_publish_wait_is_a_remote_command(serve):
     worker.communicate()
 
 
+@pytest.mark.parametrize("words, wait", [
+    ("publish g 5 --wait 0.1s", True), ("publish g a=1 --wait 0.1s", True), ("publish g --wait 0.1s 5", True), ("result {id} --wait 0.1", True),
+    ("result --wait 0.1 {id}", True), ("result --wait=0.1 {id}", True), ("publish g --wait 50", False),
+    ("publish --wait 50 g", False), ("result {digits}", None), ("result --wait={digits}", None)])
+def test_wait_takes_the_next_word_if_it_can_be_nothing_else(served, command, words, wait):
+    id = served.publish(payload=1)
+    found = command(*words.format(id=id, digits="1" * 8).split())
+    if wait:
+        assert found[0] == 124 and "is still open; ask again with: result " in found[2]
+        assert set(map(str, served.payloads())) <= {"1", "5", "{'a': '1'}", "{}"}
+    elif wait is None:     # an id that looks like a duration
+        assert_complaint(found, 3 if "=" not in words else 2)
+    else:
+        assert_complaint(found, 2, "write --wait=50, or put the payload first")
+        assert served.payloads() == [1]
+
+
+@POSIX
+def test_a_wait_that_is_interrupted_tells_the_id(served, home):
+    waiting = subprocess.Popen([*COMMAND, "publish", "g", "1", "--wait"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, env=dict(os.environ, INTENT_BUS_URL=served.url, INTENT_API_KEY=KEY))
+    served.holds(1)
+    waiting.send_signal(signal.SIGINT)
+    out, err = waiting.communicate(timeout=20)
+    id = served.client.list().intents[0].id
+    assert (waiting.returncode, out) == (130, "") and err.endswith(f"{id} goes on; ask again with: result {id}\n")
+
+
 WAYS_TO_SAY = (     # words, stdin or None, payload
     (['{"a": [1, null]}'], "", {"a": [1, None]}), (['"text"'], "", "text"), (["5"], "", 5), (["-"], "[1]", [1]), ([], '{"b": 2}\n', {"b": 2}),
     (["@file.json"], "", {"from": "file"}), (["the backup is done"], "", "the backup is done"), (["a b=1"], "", "a b=1"), (["[12:00] x\n"], "", "[12:00] x\n"),
@@ -10763,6 +10791,14 @@ def test_work_without_a_program_prints_the_payloads(serve):
         serve.run("publish", "print", f"n:={number}")
     work = serve.run("work", "--goal", "print", "--max-jobs", "2")
     assert (work.returncode, work.stdout) == (0, '{"n":1}\n{"n":2}\n')
+
+
+def test_work_with_neither_goal_nor_program_only_says_how(served, command):
+    served.publish(goal="any")
+    for words in (["--drain"], ["--any", "--goal", "any", "--drain"]):
+        assert_complaint(command("work", *words), 2, "--goal GOAL", "--any", "prints each payload and fulfils the intent")
+    assert served.statuses() == ["open"]
+    assert command("work", "--any", "--drain")[:2] == (0, "1\n") and served.statuses() == ["fulfilled"]
 
 
 @LINUX
@@ -11030,6 +11066,31 @@ def test_a_mistyped_command_is_corrected():
     assert_complaint(run("frobnicate"), 2, "--help lists the commands")
 
 
+@pytest.mark.parametrize("words, flag, nearest", [
+    ("publish g 1 --priorty 5", "--priorty", "--priority"), ("list --statsu=open", "--statsu", "--status"), ("result --wiat", "--wiat", "--wait"),
+    ("--ulr http://x list", "--ulr", "--url"), ("work --gaol g -- true", "--gaol", "--goal"), ("list --qqq", "--qqq", None)])
+def test_a_mistyped_flag_is_corrected(command, words, flag, nearest):
+    assert_complaint(command(*words.split()), 2, f"no flag {flag}", f"did you mean {nearest}" if nearest else "list --help")
+
+
+def test_flags_may_stand_before_the_command(served, command):
+    served.publish(goal="a", namespace="n")
+    served.publish(goal="b")
+    found = command("--namespace", "n", "--json", "--url=" + served.url, "list", "--limit", "5")[1]
+    assert json.loads(found)["goal"] == "a"
+    assert_complaint(command("--namespace", "n"), 2, "A COMMAND is missing")
+
+
+@pytest.mark.parametrize("words, start", [
+    ("help", "intentbus: say"), ("--help", "intentbus: say"), ("help publish", "examples:"), ("publish --help", "examples:"),
+    ("--json publish g -h", "examples:"), ("help keys add", "examples:"), ("keys --help", "  keys add "), ("help keys", "  keys add "),
+    ("version", f"intentbus {intentbus.__version__}"), ("--version", f"intentbus {intentbus.__version__}")])
+def test_help_and_version_are_commands_and_flags(capsys, words, start):
+    assert intentbus.main(words.split()) == 0
+    assert capsys.readouterr().out.startswith(start)
+    assert_complaint((intentbus.main(["help", "publsh"]), *capsys.readouterr()), 2, "did you mean publish?")
+
+
 def test_every_command_and_flag_has_help_and_is_in_the_readme(serve):
     readme = (HERE / "README.md").read_text()
     for name, (function, _, flags) in intentbus.COMMANDS.items():
@@ -11040,9 +11101,16 @@ def test_every_command_and_flag_has_help_and_is_in_the_readme(serve):
     assert "(default 1m)" in serve.run("work", "--help").stdout
 
 
-@pytest.mark.parametrize("words, seconds", [("90", 90), ("90s", 90), ("1.5m", 90), ("2h", 7200), ("7d", 604800)])
+@pytest.mark.parametrize("words, seconds", [("90", 90), ("90s", 90), ("1.5m", 90), ("2h", 7200), ("7d", 604800), ("1h30m", 5400),
+                                            ("1w", 604800), ("1d1.5h10s", 91810)])
 def test_durations(words, seconds):
     assert intentbus.duration(words) == seconds
+
+
+@pytest.mark.parametrize("words", ["", "h", "1h30", "1 h", "-5", "1.h", "90\n", "\u0661", "9" * 10])
+def test_a_wrong_duration_is_refused_with_examples(words):
+    with pytest.raises(argparse.ArgumentTypeError, match="not a duration such as 90, 90s, 5m, 1h30m"):
+        intentbus.duration(words)
 
 
 def test_printed_text_cannot_control_the_terminal(serve):
@@ -11088,7 +11156,7 @@ EVIL_ANSWERS = {
 COMMAND_LINES = [line.split() for line in """
 publish g 1, publish g 1 --json, publish g --lines, publish g 1 --wait=0.1s, status x, status x --json, result x, result x --json,
 list, list --json, cancel x, cancel x --json, retry x, retry --all, get k, set k 1, del k, keys add n, keys list, keys list --json,
-keys revoke x, stats, purge --yes, work --once --drain, work --once --drain -- true, work --once --drain -- false
+keys revoke x, stats, purge --yes, work --any --once --drain, work --once --drain -- true, work --once --drain -- false
 """.split(",")]
 
 
@@ -11316,7 +11384,7 @@ def test_an_unreachable_bus_is_exit_5(monkeypatch, capsys, tmp_path):
     with socket.socket() as nobody:     # bound, but not listening: connections are refused
         nobody.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
-        for arguments in (["publish", "g", "1"], ["status", NOBODY], ["list"], ["work", "--drain"], ["cancel", NOBODY]):
+        for arguments in (["publish", "g", "1"], ["status", NOBODY], ["list"], ["work", "--any", "--drain"], ["cancel", NOBODY]):
             code = intentbus.main([*arguments, "--url", url])
             assert_complaint((code, *capsys.readouterr()), 5, url, "cannot be reached")
 
