@@ -223,6 +223,8 @@ SWEEP_SECONDS = 3600                # for the bus to delete or cancel intents: a
 STREAM_SECONDS = 1                  # publish --lines sends the lines of a stream that soon
 READ_AHEAD_LINES = 100              # of stdin, at most 25 MB
 JOBS = 256                          # of one worker; each is a thread and a program
+PROGRESS_SECONDS = 1                # long work shows its progress that late, and that often
+COLUMN_WIDTH = 10                   # of a table's column that gives way; narrower ones are left out
 DOCTOR_SECONDS = 10                 # for the bus to answer a doctor
 KEY_ENDS_SECONDS = 7 * 86400        # a doctor warns that long before a key ends: time to bring a new one to a machine
 TERMUX_SECONDS = 10                 # for Termux:API to answer; without its app it never does
@@ -6810,6 +6812,9 @@ LISTED_WORKER = answer_of(owner=TEXT, last_seen=MOMENT, goals=(array_of(string),
                           running=(array_of(string), ()))
 LISTED_EVENT = answer_of(event=TEXT, time=MOMENT, id=UNSURE, goal=UNSURE, status=UNSURE, worker_id=UNSURE, worker=UNSURE,
                          last_error=UNSURE)
+ONE_GOAL = dict(namespace=TEXT, goal=TEXT, run_at=PERHAPS_A_MOMENT)
+GOAL_FIGURES = answer_of(**ONE_GOAL, waiting=COUNT, running=COUNT, limit=UNSURE, paused=UNSURE, fulfilled=(array_of(COUNT[0]), ()),
+                         failed=(array_of(COUNT[0]), ()))
 GOAL_LIMIT = answer_of(namespace=TEXT, goal=TEXT, running=UNSURE, paused=TRUTH, claimed=COUNT)
 LISTED_SCHEDULE = answer_of(name=TEXT, owner=TEXT, goal=TEXT, every=(number_from(1, 2 ** 40), None), cron=(string, None),
                             timezone=(string, None), next_run_at=PERHAPS_A_MOMENT, last_run_at=PERHAPS_A_MOMENT, last_id=UNSURE)
@@ -6852,7 +6857,9 @@ ANSWERS = {     # of a bus, to a method and path: an answer without these fields
     "GET /admin/dead": array_of(answer_of(intent_id=TEXT)),
     "POST /admin/purge": counted_or(deleted=COUNT),
     "POST /admin/cancel": counted_or(cancelled=COUNT),
-    "GET /admin/summary": answer_of(intents=(must_be("an object", lambda value: isinstance(value, dict)), REQUIRED)),
+    "GET /admin/summary": answer_of(
+        intents=(must_be("objects", lambda value: isinstance(value, dict) and all(isinstance(of, dict) for of in value.values())), REQUIRED),
+        goals=(array_of(GOAL_FIGURES), ()), waiting=(array_of(answer_of(**ONE_GOAL)), ()), workers=(array_of(LISTED_WORKER), ())),
 }
 ANY_ANSWER = answer_of()     # to other requests
 MAY_BE_EMPTY = ("POST /claim",)     # 204
@@ -8294,6 +8301,7 @@ INVOCATION = f"{os.path.basename(sys.executable or 'python')} {os.path.basename(
 UNIT_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 DURATION = r"\d{1,9}(\.\d{1,9})?|(\d{1,9}(\.\d{1,9})?[smhdw])+"
 UNPRINTABLE = r"[^\n\t\x20-\x7e\xa0-\U0010ffff]"     # characters that can control a terminal; compiled late, which takes 3 ms
+STATE_COLORS = {"claimed": 33, "fulfilled": 32, "dead": 31, "failed": 31, "lost": 31, "skipped": 33, "paused": 33, "has ended": 31}     # ANSI
 COMMANDS = {}     # name: (function, examples, flags)
 
 
@@ -8381,7 +8389,11 @@ class StderrRelay:
 
 def print_result(value):
     """Write a value to stdout as it is, but on a terminal without control characters; raises SetupError."""
-    line = escape(str(value), UNPRINTABLE) if sys.stdout.isatty() else str(value)
+    print_line(escape(str(value), UNPRINTABLE) if sys.stdout.isatty() else str(value))
+
+
+def print_line(line):
+    """Write a line to stdout; raises SetupError."""
     try:
         sys.stdout.write(line + "\n")     # one write, so that the lines of threads do not mix
         sys.stdout.flush()
@@ -8391,11 +8403,123 @@ def print_result(value):
         raise SetupError(f"The output cannot be written: {error.strerror}.") from error
 
 
-def print_rows(options, records, cells):
-    """Print a line for each record: with --json its JSON, else the cells that cells(record) returns."""
-    for record in records:
-        line = to_json(record) if options.json else "  ".join(str(cell) for cell in cells(record) if cell not in (None, ""))
-        print_result(line if options.json else escape(line.replace("\n", " | ")))
+class Column(collections.namedtuple("Column", "header cell spec shown yields state", defaults=(None, "", None, 0, False))):
+    """A column of a Table: cell(record) is its text or None, by default the field of that name; shown(record) is it on a terminal.
+
+    spec pads or aligns it. In a narrow terminal, the column that yields most is cut and left out first; with 0, it stays
+    whole. A state is coloured.
+    """
+
+    def text(self, record, on_terminal):
+        """Return the text of its cell, on one line, without control characters."""
+        read = on_terminal and self.shown or self.cell
+        value = read(record) if read else record.get(self.header)
+        return "" if value in (None, "") else escape(str(value).replace("\n", " | "))
+
+
+class Table:
+    """Prints records in columns: on a terminal as a table that fits its width, otherwise the filled cells of each on a line.
+
+    With --json, it prints JSON. A later print() continues the table.
+    """
+
+    def __init__(self, options, columns):
+        self._json, self._columns, self._widths, self._headers = options.json, columns, collections.Counter(), []
+        self._terminal = sys.stdout.isatty()
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not (POSIX or "WT_SESSION" in os.environ)
+        self._colored = options.color == "always" or options.color == "auto" and self._terminal and not plain
+
+    def print(self, records):
+        """Print some records."""
+        if self._terminal and not self._json:
+            return self._print_fitted([[column.text(record, True) for column in self._columns] for record in records])
+        for record in records:
+            cells = [(column, column.text(record, False)) for column in self._columns]
+            line = "  ".join(self._painted(column, text, format(text, column.spec)) for column, text in cells if text)
+            print_result(to_json(record)) if self._json else print_line(line)
+
+    def _print_fitted(self, rows):
+        import shutil
+        encoding = sys.stdout.encoding or "ascii"     # a character that it lacks is printed as an escape sequence
+        rows = [[text.encode(encoding, "backslashreplace").decode(encoding) for text in row] for row in rows]
+        for column, texts in zip(self._columns, zip(*rows)):
+            if any(texts):
+                least = int(column.spec.strip(">") or 0)
+                self._widths[column] = max(self._widths[column], least, len(column.header), *map(text_width, texts))
+        widths = fitted([self._widths[column] for column in self._columns], [column.yields for column in self._columns],
+                        shutil.get_terminal_size().columns)
+        shown = [(column, width) for column, width in zip(self._columns, widths) if width]
+        headers = [column.header for column, _ in shown]
+        if headers != self._headers:
+            self._headers = headers
+            print_line("  ".join(padded(column.header, width, column.spec) for column, width in shown).rstrip())
+        for row in rows:
+            texts = [text for text, width in zip(row, widths) if width]
+            print_line("  ".join(self._painted(column, text, padded(text, width, column.spec))
+                                 for (column, width), text in zip(shown, texts)).rstrip())
+
+    def _painted(self, column, text, cell):
+        """Return a cell, with its text, in the colour of its state."""
+        color = column.state and self._colored and STATE_COLORS.get(text)
+        return f"\x1b[{color}m{cell}\x1b[0m" if color else cell
+
+
+def fitted(widths, yields, room):
+    """Return the widths of columns, two apart, fitted into a room: cut to COLUMN_WIDTH, then 0, in the order in which they yield."""
+    order = sorted(filter(yields.__getitem__, range(len(widths))), key=lambda place: -yields[place])
+    for last in [None, *order]:
+        if last is not None:
+            widths[last] = 0
+        found = list(widths)
+        over = sum(width + 2 for width in widths if width) - 2 - room
+        for place in order:
+            less = min(max(over, 0), max(found[place] - COLUMN_WIDTH, 0))
+            found[place] -= less
+            over -= less
+        if over <= 0:
+            break
+    return found
+
+
+def text_width(text):
+    """Return how many columns of a terminal a text takes (Unicode Standard Annex #11)."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+    return sum(0 if unicodedata.category(letter) in ("Mn", "Me", "Cf") else 1 + (unicodedata.east_asian_width(letter) in "WF")
+               for letter in text)
+
+
+def padded(text, width, spec):
+    """Return a text with spaces up to a width, at its start if the spec aligns it to the right; a longer text is cut."""
+    space = " " * (width - text_width(text))
+    if text_width(text) > width:
+        fits = itertools.takewhile(lambda used: used < width, itertools.accumulate(map(text_width, text)))
+        text = text[:sum(1 for _ in fits)] + ("\u2026" if (sys.stdout.encoding or "").lower().startswith("utf") else "~")
+        space = " " * (width - text_width(text))     # half of a wide character may be left
+    return space + text if spec.startswith(">") else text + space
+
+
+@contextlib.contextmanager
+def progress(words):
+    """While long work is done, show words(seconds so far) on a terminal, on a line that is erased at the end."""
+    done, begun = threading.Event(), time.monotonic()
+
+    def show():
+        line = ""
+        while not done.wait(PROGRESS_SECONDS):
+            line = f"intentbus: {words(time.monotonic() - begun)}".ljust(len(line))
+            print(line, end="\r", file=sys.stderr, flush=True)
+        print(" " * len(line), end="\r" if line else "", file=sys.stderr, flush=True)
+    thread = threading.Thread(target=show, daemon=True)
+    if sys.stderr.isatty():
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if thread.ident:
+            thread.join()
 
 
 def print_answer(options, answer, field):
@@ -8415,6 +8539,12 @@ def format_duration(seconds):
     """Format seconds in their largest unit, such as 5m."""
     unit = next((unit for unit in "dhm" if seconds >= UNIT_SECONDS[unit]), "s")
     return f"{max(0, seconds) // UNIT_SECONDS[unit]:.0f}{unit}"
+
+
+def relative_time(at):
+    """Format Unix seconds as the time since or until then, such as 5m ago or in 2h; None as None."""
+    seconds = at and time.time() - at
+    return at and (f"in {format_duration(-seconds)}" if seconds < 0 else f"{format_duration(seconds)} ago")
 
 
 def local_time(text):
@@ -8470,6 +8600,8 @@ CONNECTION = (
 DB = flag("--db", help="the database file (BUS_DB_PATH; default intentbus.db)")
 ID = flag("id", help=f"the id that publish printed, or its first {SHORT_ID_DIGITS} or more digits")
 JSON = flag("--json", action="store_true", help="print JSON")
+TABLE = (JSON, flag("--color", choices=("auto", "always", "never"), default="auto",
+                    help="colour states: auto is on a terminal, unless NO_COLOR is set"))
 YES = flag("--yes", action="store_true", help="do not ask")
 STORED_KEY = flag("key", help="the key of the value")
 PUBLISH_FIELDS = ("priority", "delay", "run_at", "ttl", "max_attempts", "backoff_base", "target_worker", "required_capability",
@@ -8648,7 +8780,7 @@ def publish_command(options):
 
 
 def publish_lines(bus, options, fields):
-    """Publish an intent for each line of stdin and print the ids; on a terminal, show the progress."""
+    """Publish an intent for each line of stdin and print the ids."""
     if options.payload or options.wait is not None or options.text:
         raise Invalid("--lines and --jsonl read payloads from stdin only, and exclude --wait and --text.")
     key = fields.pop("idempotency_key", None)
@@ -8656,19 +8788,16 @@ def publish_lines(bus, options, fields):
     intents = (dict(fields, goal=options.goal, payload=parse(line)) for line in binary_stdin() if line.strip())
     published = 0
     seconds = float("inf") if key else STREAM_SECONDS     # with a key, the same lines must make the same batches again
-    for number, batch in enumerate(batches(intents, seconds)):
-        answer = bus.publish_many(batch, idempotency_key=key and f"{key} {number}")
-        if answer.get("status") == "spooled":
-            log(f"{answer.reason} {len(batch)} intents are stored; the next publish --spool, flush or work sends them.")
-            continue
-        print_result("\n".join(to_json({"id": intent_id}) if options.json else intent_id for intent_id in answer.ids))
-        for status in STORED_OTHERWISE.keys() & set(answer.statuses):
-            log(f"{answer.statuses.count(status)} times, {STORED_OTHERWISE[status]}")
-        published += len(answer.ids)
-        if sys.stderr.isatty():
-            sys.stderr.write(f"\rintentbus: {published} published")
-    if sys.stderr.isatty():
-        sys.stderr.write("\n")
+    with progress(lambda _: f"{published} published"):
+        for number, batch in enumerate(batches(intents, seconds)):
+            answer = bus.publish_many(batch, idempotency_key=key and f"{key} {number}")
+            if answer.get("status") == "spooled":
+                log(f"{answer.reason} {len(batch)} intents are stored; the next publish --spool, flush or work sends them.")
+                continue
+            print_result("\n".join(to_json({"id": intent_id}) if options.json else intent_id for intent_id in answer.ids))
+            for status in STORED_OTHERWISE.keys() & set(answer.statuses):
+                log(f"{answer.statuses.count(status)} times, {STORED_OTHERWISE[status]}")
+            published += len(answer.ids)
 
 
 def as_they_come(items):
@@ -8971,42 +9100,78 @@ def described(intent, now):
         yield "result", as_text(intent.result)
 
 
+def due_or_age(intent):
+    """Return when an open intent is due, or for how long another has been there."""
+    waits = intent.status == "open" and (intent.get("run_at") or 0) > time.time()
+    return f"due {relative_time(intent.run_at)}" if waits else relative_time(intent.created_at)
+
+
+INTENT_TABLE = (
+    Column("id", lambda intent: intent.id[:SHOWN_ID_DIGITS]),
+    Column("status", spec="9", state=True),
+    Column("tries", lambda intent: f"{intent.claim_attempts}/{intent.max_attempts}", yields=5),
+    Column("age", lambda intent: format_duration(time.time() - intent.created_at), ">4", due_or_age, yields=4),
+    Column("goal", yields=1),
+    Column("worker", yields=6),
+    Column("error", lambda intent: intent.last_error, yields=3),
+    Column("payload", lambda intent: to_json(intent.payload) if "payload" in intent else None, yields=2),
+)
+
+
 @bus_command("list", ["list --status dead", "list --search alice --payload", "list --goal resize --limit 500 --json"],
              flag("--status", choices=(*STATUSES, "delayed"), help="only intents with this status; delayed ones are open, too"),
              flag("--goal", help="only intents with this goal"),
              flag("--search", metavar="TEXT", help="only intents with this text in goal, id or payload"),
              flag("--payload", action="store_true", help="print payloads, too"),
-             flag("--limit", type=positive_int, default=50, metavar="N", help="at most N intents"), JSON)
+             flag("--limit", type=positive_int, default=50, metavar="N", help="at most N intents"), *TABLE)
 def list_command(bus, options):
     """List intents, newest first: id, status, attempts, age, goal, worker, last error, payload."""
+    table = Table(options, INTENT_TABLE)
     left = options.limit
     before = None
     while left > 0:
         page = bus.list(status=options.status, goal=options.goal, namespace=options.namespace, limit=min(left, 500),
                         before=before, payload=options.payload, search=options.search)
-        print_rows(options, page.intents, lambda intent: (
-            intent.id[:SHOWN_ID_DIGITS], f"{intent.status:9}", f"{intent.claim_attempts}/{intent.max_attempts}",
-            f"{format_duration(time.time() - intent.created_at):>4}", intent.goal, intent.worker, intent.last_error,
-            to_json(intent.payload) if options.payload else None))
+        table.print(page.intents)
         before = page.next
         left = left - len(page.intents) if before else 0
 
 
-@bus_command("workers", ["workers"], JSON)
+WORKER_TABLE = (
+    Column("seen", lambda worker: format_duration(time.time() - worker.last_seen), ">4", lambda worker: relative_time(worker.last_seen)),
+    Column("owner", yields=5),
+    Column("worker", lambda worker: worker.name, yields=1),
+    Column("id", lambda worker: None if worker.id == worker.name else worker.id, yields=4),
+    Column("version", lambda worker: worker.version or "-", yields=6),
+    Column("goals", lambda worker: ", ".join(worker.goals) or "any goal", yields=2),
+    Column("runs", lambda worker: ", ".join(intent_id[:SHOWN_ID_DIGITS] for intent_id in worker.running), yields=3),
+)
+
+
+@bus_command("workers", ["workers"], *TABLE)
 def workers_command(bus, options):
     """List the workers that hold a lease or were there in the last five minutes, one for each process.
 
     The columns: last seen, owner, name (host, program and process id), id, version, goals, intents that it runs.
     """
-    print_rows(options, bus.workers().workers, lambda worker: (
-        f"{format_duration(time.time() - worker.last_seen):>4}", worker.owner, worker.name,
-        None if worker.id == worker.name else worker.id, worker.version or "-", ", ".join(worker.goals) or "any goal",
-        ", ".join(intent_id[:SHOWN_ID_DIGITS] for intent_id in worker.running)))
+    Table(options, WORKER_TABLE).print(bus.workers().workers)
 
 
-@bus_command("watch", ["watch", """watch --json | jq -c 'select(.event == "dead")'"""], JSON)
+EVENT_TABLE = (
+    Column("time", lambda entry: time.strftime("%H:%M:%S", time.localtime(entry.time))),
+    Column("event", spec="9", state=True),
+    Column("id", lambda entry: (entry.id or "")[:SHOWN_ID_DIGITS], yields=2),
+    Column("goal", yields=1),
+    Column("worker", lambda entry: entry.worker or entry.worker_id, yields=4),
+    Column("error", lambda entry: entry.last_error if entry.event in ("failed", "dead", "lost", "skipped") else
+           entry.status if entry.event == "limited" else None, yields=3),
+)
+
+
+@bus_command("watch", ["watch", """watch --json | jq -c 'select(.event == "dead")'"""], *TABLE)
 def watch_command(bus, options):
     """Print the events on the bus as they happen, until Ctrl-C: time, event, intent, goal, worker, error."""
+    table = Table(options, EVENT_TABLE)
     after = None
     away = False
     while True:
@@ -9023,11 +9188,8 @@ def watch_command(bus, options):
             log("The bus is back again.")
         if page.missed:
             log(f"{page.missed} events were missed")
-        print_rows(options, page.events, lambda entry: (
-            time.strftime("%H:%M:%S", time.localtime(entry.time)), f"{entry.event:9}", (entry.id or "")[:SHOWN_ID_DIGITS], entry.goal,
-            entry.worker or entry.worker_id,
-            entry.last_error if entry.event in ("failed", "dead", "lost", "skipped") else None,
-            entry.status if entry.event == "limited" else None))
+        if page.events:
+            table.print(page.events)
         if after and not page.events and time.monotonic() - asked < RECHECK_SECONDS:     # this bus does not hold requests
             time.sleep(RECHECK_SECONDS)
         after = page.next
@@ -9049,7 +9211,8 @@ def sweep(bus, options, verb, question, **which):
     """Have a verb of an admin change many intents; without --yes, these are counted first."""
     bus.timeout = SWEEP_SECONDS
     until = None if options.yes else agreed(options, question, bus.admin(verb, count=True, **which))
-    return bus.admin(verb, confirm=True, until=until, **which)
+    with progress(lambda seconds: f"{verb}: {seconds:.0f} s so far"):
+        return bus.admin(verb, confirm=True, until=until, **which)
 
 
 @bus_command("cancel", ["cancel 01a20a3bf4423c55cce77efa455c0ada", "cancel --goal resize"],
@@ -9075,46 +9238,48 @@ def retry_command(bus, options):
     if options.id:
         return print_answer(options, bus.retry(options.id), "status")
     which, slices, left = dict(goal=options.goal, namespace=options.namespace), [], options.limit or sys.maxsize
-    which["until"] = agreed(options, "Retry", bus.retry(count=True, **which))     # intents that die again meanwhile are left
-    while left > 0 and (not slices or slices[-1]):
-        slices.append(bus.retry(limit=min(left, 1000), **which).retried)
-        left -= slices[-1]
+    counted = bus.retry(count=True, **which)
+    which["until"] = agreed(options, "Retry", counted)     # intents that die again meanwhile are left
+    with progress(lambda _: f"{sum(slices)} of {counted.number} retried"):
+        while left > 0 and (not slices or slices[-1]):
+            slices.append(bus.retry(limit=min(left, 1000), **which).retried)
+            left -= slices[-1]
     print_answer(options, Record(retried=sum(slices)), "retried")
 
 
 LIMITED_GOAL_FLAG = flag("goal", help="the goal of the intents")
-
-
-def print_limits(options, *limits):
-    """Print limits: namespace, goal, how many intents are claimed of how many that may be, paused or not."""
-    print_rows(options, limits, lambda limit: (limit.namespace, limit.goal, f"{limit.claimed} of {limit.running or 'any number'}",
-                                               "paused" if limit.paused else None))
+LIMIT_TABLE = (
+    Column("namespace", yields=2),
+    Column("goal", yields=1),
+    Column("running", lambda limit: f"{limit.claimed} of {limit.running or 'any number'}"),
+    Column("paused", lambda limit: "paused" if limit.paused else None, state=True),
+)
 
 
 @bus_command("limit", ["limit backup 1", "limit backup none"], LIMITED_GOAL_FLAG,
              flag("running", type=lambda text: None if text == "none" else positive_int(text), metavar="N",
-                  help="how many may run at once, over all workers; none for any number"), JSON)
+                  help="how many may run at once, over all workers; none for any number"), *TABLE)
 def limit_command(bus, options):
     """Limit how many intents of a goal run at once; a limit outlives a pause."""
-    print_limits(options, bus.limit(options.goal, running=options.running))
+    Table(options, LIMIT_TABLE).print([bus.limit(options.goal, running=options.running)])
 
 
-@bus_command("pause", ["pause backup"], LIMITED_GOAL_FLAG, JSON)
+@bus_command("pause", ["pause backup"], LIMITED_GOAL_FLAG, *TABLE)
 def pause_command(bus, options):
     """Pause a goal: its intents wait until resume; those that run go on."""
-    print_limits(options, bus.limit(options.goal, paused=True))
+    Table(options, LIMIT_TABLE).print([bus.limit(options.goal, paused=True)])
 
 
-@bus_command("resume", ["resume backup"], LIMITED_GOAL_FLAG, JSON)
+@bus_command("resume", ["resume backup"], LIMITED_GOAL_FLAG, *TABLE)
 def resume_command(bus, options):
     """End the pause of a goal."""
-    print_limits(options, bus.limit(options.goal, paused=False))
+    Table(options, LIMIT_TABLE).print([bus.limit(options.goal, paused=False)])
 
 
-@bus_command("limits", ["limits"], JSON)
+@bus_command("limits", ["limits"], *TABLE)
 def limits_command(bus, options):
     """List the goals that are limited or paused: namespace, goal, how many run, paused."""
-    print_limits(options, *bus.limits().limits)
+    Table(options, LIMIT_TABLE).print(bus.limits().limits)
 
 
 @command("schedule", ["schedule nightly backup host=nas --every 1d --ttl 6h",
@@ -9145,12 +9310,23 @@ def schedule_command(options):
         print_result(moment(at, options.timezone))
 
 
-@bus_command("schedules", ["schedules"], OF_OWNER_FLAG, JSON)
+SCHEDULE_TABLE = (
+    Column("name", yields=2),
+    Column("goal", yields=3),
+    Column("times", lambda schedule: schedule.cron or f"every {format_duration(schedule.every or 0)}", yields=4),
+    Column("zone", lambda schedule: schedule.timezone, yields=6),
+    Column("next", lambda schedule: f"next {moment(schedule.next_run_at) or 'paused'}", "",
+           lambda schedule: relative_time(schedule.next_run_at) or "paused", state=True),
+    Column("last", lambda schedule: f"last {moment(schedule.last_run_at) or 'never'}", "",
+           lambda schedule: relative_time(schedule.last_run_at) or "never", yields=1),
+    Column("last id", lambda schedule: schedule.last_id, "", lambda schedule: (schedule.last_id or "")[:SHOWN_ID_DIGITS], yields=5),
+)
+
+
+@bus_command("schedules", ["schedules"], OF_OWNER_FLAG, *TABLE)
 def schedules_command(bus, options):
     """List the schedules: name, goal, every or cron, next run, last run and its id. Times are those of this machine."""
-    print_rows(options, bus.schedules(options.owner).schedules, lambda schedule: (
-        schedule.name, schedule.goal, schedule.cron or f"every {format_duration(schedule.every or 0)}", schedule.timezone,
-        f"next {moment(schedule.next_run_at) or 'paused'}", f"last {moment(schedule.last_run_at) or 'never'}", schedule.last_id))
+    Table(options, SCHEDULE_TABLE).print(bus.schedules(options.owner).schedules)
 
 
 @bus_command("unschedule", ["unschedule nightly"], flag("name", help="the name of the schedule"), OF_OWNER_FLAG)
@@ -9218,15 +9394,30 @@ def keys_invite_command(bus, options):
     print_result(made.code)
 
 
-@bus_command("keys list", ["keys list"], JSON)
+def end_of_key(key):
+    """Return when a key ends, in words; None for never."""
+    if key.expires_at is None:
+        return None
+    return "has ended" if key.expires_at <= time.time() else f"ends {relative_time(key.expires_at)}"
+
+
+KEY_TABLE = (
+    Column("id", lambda key: key.key_id),
+    Column("role", spec="7", yields=3),
+    Column("owner", yields=5),
+    Column("requests", lambda key: key.total_requests, ">", yields=7),
+    Column("used", lambda key: format_duration(time.time() - key.last_used_at) if key.last_used_at else "never", "",
+           lambda key: relative_time(key.last_used_at) or "never", yields=6),
+    Column("name", yields=1),
+    Column("goals", lambda key: key.goals and f"for {', '.join(key.goals)}", "", lambda key: key.goals and ", ".join(key.goals), yields=4),
+    Column("ends", end_of_key, yields=2, state=True),
+)
+
+
+@bus_command("keys list", ["keys list"], *TABLE)
 def keys_list_command(bus, options):
     """List the issued keys: id, role, owner, requests, last use, name, goals, end."""
-    print_rows(options, bus.admin("keys"), lambda key: (
-        key.key_id, f"{key.role:7}", key.owner, key.total_requests,
-        format_duration(time.time() - key.last_used_at) if key.last_used_at else "never", key.name,
-        key.goals and f"for {', '.join(key.goals)}",
-        key.expires_at and ("has ended" if key.expires_at <= time.time() else
-                            f"ends in {format_duration(key.expires_at - time.time())}")))
+    Table(options, KEY_TABLE).print(bus.admin("keys"))
 
 
 @bus_command("keys revoke", ["keys revoke 267ecfd48ae038ad"], flag("key_id", help="the id that keys list prints"))
@@ -9251,12 +9442,31 @@ def join_command(options):
     log(f"joined {bus.base_url} as {made.name}, role {made.role}; the key is in {CONFIG_FILE}")
 
 
-@bus_command("stats", ["stats"])
+GOAL_TABLE = (     # of a summary
+    Column("namespace", yields=5),
+    Column("goal", yields=1),
+    Column("waiting", spec=">"),
+    Column("running", spec=">"),
+    Column("limit", lambda goal: "paused" if goal.get("paused") else goal.get("limit"), ">", state=True),
+    Column("done 1h/1d", lambda goal: "/".join(map(str, goal.get("fulfilled", ()))), ">", yields=3),
+    Column("failed 1h/1d", lambda goal: "/".join(map(str, goal.get("failed", ()))), ">", yields=2),
+    Column("oldest due", lambda goal: relative_time(goal.run_at), ">", yields=4),
+)
+
+
+@bus_command("stats", ["stats", "stats --json"], *TABLE)
 def stats_command(bus, options):
-    """Print the state of the bus as JSON: intents by namespace and status, sizes, held requests."""
+    """Print the state of the bus: what waits, runs, was done and failed, by goal, and who works; down a pipe, all of it as JSON."""
     summary = bus.admin("summary")
-    summary.pop("history", None)     # the data of a chart
-    print_result(json.dumps(summary, indent=2))
+    if options.json or not sys.stdout.isatty():
+        summary.pop("history", None)     # the data of a chart
+        return print_result(json.dumps(summary, indent=2))
+    for columns, records in ((GOAL_TABLE, summary.goals or summary.waiting), (WORKER_TABLE, summary.workers)):
+        if records:
+            Table(options, columns).print(records)
+            print_line("")
+    for namespace, states in summary.intents.items():
+        print_result(f"{namespace}: {', '.join(f'{number} {status}' for status, number in states.items())}")
 
 
 @bus_command("purge", ["purge --goal resize --status open", "purge --namespace test --yes"],
@@ -9272,7 +9482,8 @@ def purge_command(bus, options):
 def doctor_command(options):
     """Look for common problems and print their cures; exit 1 if one is bad."""
     findings = [Record(finding._asdict()) for check in CHECKS for finding in check(options)]
-    print_rows(options, findings, lambda finding: (f"{finding.level:4}", f"{finding.about:8}", finding.words))
+    for finding in findings:
+        print_result(to_json(finding) if options.json else escape(f"{finding.level:4}  {finding.about:8}  {finding.words}"))
     return int(any(finding.level == "bad" for finding in findings))
 
 
@@ -9291,8 +9502,8 @@ def backup_command(options):
             os.close(os.open(options.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
             undo.callback(os.unlink, options.file)
             uri = f"file:{urllib.parse.quote(source)}?mode=ro"
-            with contextlib.closing(sqlite3.connect(uri, uri=True)) as here, \
-                    contextlib.closing(sqlite3.connect(options.file)) as there:
+            with contextlib.closing(sqlite3.connect(uri, uri=True)) as here, contextlib.closing(sqlite3.connect(options.file)) as there, \
+                    progress(lambda _: f"{os.path.getsize(options.file) >> 20} of {os.path.getsize(source) >> 20} MB copied"):
                 here.backup(there)
             undo.pop_all()
     except (OSError, sqlite3.Error) as error:

@@ -47,6 +47,7 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -744,6 +745,35 @@ def run(*arguments, stdin=b"", **environment):
 def at(bus, *arguments, stdin=b"", **environment):
     """Run a command against a bus; return its exit code, stdout and stderr."""
     return run(*arguments, stdin=stdin, INTENT_BUS_URL=bus.url, **dict(dict(INTENT_API_KEY=KEY), **environment))
+
+
+@contextlib.contextmanager
+def terminal(columns=80):
+    """Open a terminal of that width; yield its file, and shown(end), which waits until its screen ends so and returns it."""
+    import fcntl
+    import pty
+    import termios
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with open(ours, "rb", 0) as screen, open(theirs, "w", encoding="utf-8") as file:
+        def shown(end):
+            output = ""
+            while not output.endswith(end):
+                output += screen.read(65536).decode().replace("\r\n", "\n")
+            return output
+        yield file, shown
+
+
+def on_terminal(bus, columns, *commands, **environment):
+    """Run commands, in one process, on a terminal of that width; return what each printed there."""
+    code = "import sys, intentbus\nfor words in sys.argv[1:]:\n    intentbus.main(words.split())\n    print('end of it')"
+    env = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
+    with terminal(columns) as (file, shown):
+        done = subprocess.Popen([sys.executable, "-c", code, *commands, "version"], stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=dict(
+            env, TERM="xterm", INTENT_BUS_URL=bus.url, INTENT_API_KEY=KEY, PYTHONIOENCODING="utf-8", **environment))
+        output = shown(f"intentbus {intentbus.__version__}\nend of it\n")
+        assert done.wait(20) == 0
+    return output.split("end of it\n")[:len(commands)]
 
 
 def assert_complaint(outcome, code, *words):
@@ -11138,6 +11168,125 @@ def test_a_result_is_escaped_on_a_terminal_and_raw_in_a_pipe(serve):
     os.close(ours)
 
 
+SGR = re.compile("\x1b\\[[0-9]*m")     # the escape sequences that colour text
+
+
+def place_of(text, line):
+    """Return in which column of a terminal a text stands in a line."""
+    before = SGR.sub("", line).partition(text)[0]
+    return sum(1 + (unicodedata.east_asian_width(letter) in "WF") - bool(unicodedata.combining(letter)) for letter in before)
+
+
+@POSIX
+@pytest.mark.parametrize("columns", [80, 40])
+def test_tables_on_a_terminal_fit_its_width(served, columns):
+    for fields in (dict(goal="\u4f1a\u8b70\u306e\u901a\u77e5\u3092\u9001\u308b"), dict(goal="far " * 20), dict(goal="later", delay=310), dict(goal="broken")):
+        served.publish(payload="x" * 100, **fields)
+    claim = served.client.claim("broken", worker_name="a worker of a long name")
+    served.client.fail(claim.id, claim.claim_token, "\x1b[2Jno\nluck " + "e\u0301" * 50, retry=False)
+    served.client.schedule("nightly", "broken", 1, cron="0 2 * * *", timezone="UTC")
+    served.client.schedule("idle", "broken", 1, every=60, paused=True)
+    served.client.limit("broken", paused=True)
+    served.issue(name="phone", grant=dict(goals=["g" * 40], expires_at=time.time() + 90000))
+    found = on_terminal(served, columns, "list", "list --payload --status dead", "workers", "keys list", "schedules", "limits", "stats")
+    for output, header in zip(found, ("id ", "id ", "  seen", "id ", "name", "namespace" if columns == 80 else "goal", "namespace")):
+        assert output.startswith(header) and not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", SGR.sub("", output)), output
+        assert max(place_of("\0", line) for line in output.splitlines()) <= columns, output
+    intents, dead, workers, keys, schedules, limits, stats = (output.splitlines() for output in found)
+    assert len({place_of(text, line) for text, line in zip(("goal", "broken", "later", "far far", "\u4f1a\u8b70"), intents)}) == 1
+    assert "\x1b[31mdead" in intents[1] and "\u2026" in intents[3] and "\x1b[33mpaused" in limits[1]
+    assert "paused" in str(schedules) and " in " in str(schedules) and re.search("ends in 1d$", keys[1])
+    if columns == 80:
+        assert "due in 5m" in intents[2] and "\\x1b[2Jno" in intents[1] and dead[0].split()[-1] == "payload"
+        assert "a worker of a long name" in workers[1]
+    assert stats[-1] == "default: 1 dead, 3 open" and any(line.startswith("  seen") for line in stats)
+
+
+@POSIX
+def test_states_are_coloured_where_it_is_wanted(served, command, monkeypatch):
+    served.client.cancel(served.publish())
+    monkeypatch.setenv("TERM", "xterm")
+    for flag, no_color, on_a_terminal, colored in (("auto", "", True, True), ("auto", "1", True, False), ("never", "", True, False), ("always", "1", True, True),
+                                                   ("auto", "", False, False), ("always", "", False, True)):
+        monkeypatch.setenv("NO_COLOR", no_color)
+        with terminal() as (file, shown), monkeypatch.context() as screen:
+            if on_a_terminal:
+                screen.setattr(sys, "stdout", file)
+            _, out, _ = command("list", "--color", flag)
+            out = shown("Cancelled\n") if on_a_terminal else out
+        assert ("\x1b[31mdead     \x1b[0m  0/3" in out, "\x1b" in out) == (colored, colored), (flag, no_color, on_a_terminal)
+
+
+@pytest.mark.parametrize("room, expected", [(99, [16, 9, 40, 20]), (80, [16, 9, 29, 20]), (60, [16, 9, 10, 19]), (51, [16, 9, 10, 10]),
+                                            (50, [16, 9, 0, 20]), (40, [16, 9, 0, 11]), (38, [16, 9, 0, 0]), (9, [16, 9, 0, 0])])
+def test_the_columns_that_yield_most_are_cut_and_left_out_first(room, expected):
+    assert intentbus.fitted([16, 9, 40, 20], [0, 0, 2, 1], room) == expected
+
+
+@pytest.mark.parametrize("text, width, spec, expected", [
+    ("ab", 4, "", "ab  "), ("ab", 4, ">9", "  ab"), ("abcd", 4, "", "abcd"), ("abcde", 4, "", "abc\u2026"), ("\u6f22\u5b57", 5, "", "\u6f22\u5b57 "),
+    ("\u6f22\u5b57\u6f22", 4, "", "\u6f22\u2026 "), ("e\u0301te", 3, "", "e\u0301te"), ("e\u0301tes", 3, "", "e\u0301t\u2026"), ("", 2, "", "  ")], ids=ascii)
+def test_a_cell_is_as_wide_as_its_column(monkeypatch, text, width, spec, expected):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    assert intentbus.padded(text, width, spec) == expected
+    assert intentbus.text_width(expected) == width
+
+
+@POSIX
+def test_a_table_that_goes_on_keeps_its_header_and_columns(monkeypatch):
+    def event(**fields):
+        return Record(dict(time=0, event="published", id=NOBODY, goal="g", worker=None, worker_id=None, last_error=None, status="open"), **fields)
+    with terminal() as (file, shown):
+        monkeypatch.setattr(sys, "stdout", file)
+        table = intentbus.Table(argparse.Namespace(json=False, color="never"), intentbus.EVENT_TABLE)
+        for fields in ({}, dict(goal="a long goal"), {}, dict(event="claimed", worker="w")):
+            table.print([event(**fields)])
+        lines = shown("  w\n").splitlines()
+    assert [line.split()[0] for line in lines if not line[0].isdigit()] == ["time", "time"]     # the column of workers comes last
+    assert lines[0].split() == ["time", "event", "id", "goal"] and lines[4].split() == ["time", "event", "id", "goal", "worker"]
+    assert lines[5].index("w") == lines[4].index("worker") and lines[3].rstrip().endswith("  g")
+
+
+@POSIX
+def test_stats_on_a_terminal_show_the_figures_of_each_goal(monkeypatch, home):
+    goals = [dict(namespace="default", goal=goal, waiting=3, running=1, run_at=time.time() - 300, limit=limit, paused=paused, fulfilled=[2, 40],
+                  failed=[0, 1]) for goal, limit, paused in (("a", None, False), ("b", 2, False), ("c", 2, True))]
+    summary = dict(intents={"default": {"open": 9}}, goals=goals, workers=[], waiting=[])
+    with Fake("200 OK", json.dumps(summary).encode()) as fake:
+        output, = on_terminal(fake, 80, "stats")
+    lines = [SGR.sub("", line).split("  ") for line in output.splitlines()]
+    assert [[cell.strip() for cell in line if cell] for line in lines] == [
+        ["namespace", "goal", "waiting", "running", "limit", "done 1h/1d", "failed 1h/1d", "oldest due"],
+        *[["default", goal, "3", "1", *limit, "2/40", "0/1", "5m ago"] for goal, limit in (("a", []), ("b", ["2"]), ("c", ["paused"]))],
+        [], ["default: 9 open"]]
+
+
+@ON_A_FILE
+@POSIX
+@pytest.mark.parametrize("words, text", [("purge --yes", "purge: 0 s so far"), ("publish g --lines", "0 published"), ("retry --all --yes", "0 of 1 retried"),
+                                         ("backup {copy} --db {file}", "0 of 0 MB copied")])
+def test_long_work_shows_its_progress_on_a_terminal(served, command, monkeypatch, tmp_path, words, text):
+    served.client.cancel(served.publish())
+    with contextlib.closing(sqlite3.connect(tmp_path / "file.db")) as db:
+        db.execute("CREATE TABLE t (a)")
+    monkeypatch.setattr(intentbus, "PROGRESS_SECONDS", 0.005)
+    monkeypatch.setattr(intentbus, "binary_stdin", lambda: io.BytesIO(b"line\n"))
+    begun, retry = threading.Event(), IntentClient.retry
+    monkeypatch.setattr(IntentClient, "retry", lambda bus, **fields: retry(bus, **fields) if "count" in fields or begun.wait(20) else None)
+    held = [] if "retry" in words else [occupied(tmp_path / "file.db", "EXCLUSIVE") if "backup" in words else occupied(served.db)]
+    with terminal() as (file, shown):
+        monkeypatch.setattr(sys, "stderr", file)
+        with contextlib.ExitStack() as holding:
+            for holder in held:
+                holding.enter_context(holder)
+            running = in_thread(command, *words.format(copy=tmp_path / "copy.db", file=tmp_path / "file.db").split())
+            assert shown(f"intentbus: {text}\r")
+        begun.set()
+        assert running()[0] == 0
+        print("end", file=file, flush=True)
+        assert shown(" \rend\n")
+
+
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\x08\r\x7f"
 EVIL_INTENT = dict(
     dict.fromkeys(("id", "status", "goal", "namespace", "payload", "last_error", "result", "value", "api_key", "key_id", "owner",
@@ -11182,7 +11331,7 @@ def test_the_text_of_a_hostile_bus_cannot_control_the_terminal(monkeypatch, impa
             output = b""
             while not output.endswith(b"end\r\n"):
                 output += shown.read(65536)
-            assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n|intentbus: 1 published)", output.decode()), words
+            assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)", output.decode()), words
     for number, handler in keep:
         signal.signal(number, handler)
 
