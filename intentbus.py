@@ -3695,7 +3695,8 @@ class Keys:
 
     def _no_admin(self, request):
         """Return the error for credentials that are not an admin's."""
-        return self._failed(request, Unauthorized("Authentication required.",
+        needed = "the owner key" if self._owner.admin else "the bus's BUS_ADMIN_SECRET or DASHBOARD_PASSWORD"
+        return self._failed(request, Unauthorized(f"Authentication required: this needs {needed}.",
                                                   headers=[("WWW-Authenticate", 'Basic realm="Intent Bus"')]))
 
     def _failed(self, request, error):
@@ -4131,6 +4132,10 @@ def nesting(body, limit):
 HOME = f"intentbus {__version__}: a job published here is done by a worker elsewhere.\n"
 
 
+class Redirect(str):
+    """The path that a browser is sent to, relative to the one it asked for: the bus may be behind a proxy, below a path."""
+
+
 class Html(str):
     """A page, rather than plain text."""
 
@@ -4507,6 +4512,14 @@ class Request:
         return same_or_either("idempotency_key", given, validate(IDEMPOTENCY, {"idempotency_key": header})["idempotency_key"])
 
 
+def dashboard_redirect(api, request):
+    return 302, Redirect("admin/dashboard")
+
+
+def home_endpoint(api, request):
+    return dashboard_redirect(api, request) if "text/html" in request.headers.get("accept", "").lower() else (200, HOME)
+
+
 def health_endpoint(api, request):
     api.bus.probe()
     return 200, health_of(api)
@@ -4773,7 +4786,9 @@ def of_intent(endpoint):
 
 ROUTES = (
     # method, path                      who may     endpoint
-    ("GET",  "/",                       None,      lambda api, request: (200, HOME)),
+    ("GET",  "/",                       None,      home_endpoint),
+    ("GET",  "/dashboard",              None,      dashboard_redirect),
+    ("GET",  "/admin",                  None,      dashboard_redirect),
     ("GET",  "/health",                 None,      health_endpoint),
     ("POST", "/intent",                 "publish", publish_endpoint),
     ("POST", "/publish/*",              "publish", publish_payload_endpoint),
@@ -4851,8 +4866,13 @@ def respond(status, value, request_id, headers=()):
     if value is None:
         return Response(status, headers, b"", request_id)
     if not isinstance(value, str):
-        return Response(status, JSON_TYPE + tuple(headers), to_json(value).encode(), request_id)
-    kind = JSON_TYPE if isinstance(value, JsonText) else TEXT_TYPE
+        value = JsonText(to_json(value))
+    if isinstance(value, JsonText):
+        return Response(status, JSON_TYPE + tuple(headers), value.encode() + b"\n", request_id)     # a shell prompt comes after it
+    if isinstance(value, Redirect):
+        headers = (*headers, ("Location", value))
+        value = f"{value}\n"
+    kind = TEXT_TYPE
     if isinstance(value, Html):
         kind = (("Content-Type", "text/html; charset=utf-8"), ("Content-Security-Policy", content_policy(value)))
     return Response(status, kind + tuple(headers), value.encode(), request_id)
@@ -5010,7 +5030,8 @@ class API:
             self.keys.confirm(request)
             caller = request.caller
             if not caller.admin and request.who not in ROLES[caller.role]:
-                raise Forbidden(f"This key may {ROLE_WORDS.get(caller.role, caller.role)} only.")
+                able = " or ".join(role for role in ROLES if request.who in ROLES[role])
+                raise Forbidden(f"This key may {ROLE_WORDS.get(caller.role, caller.role)} only; this needs one of the role {able}.")
             if caller.goals and request.who == "keep":
                 raise Forbidden("A key for some goals has no key-value store.")
         return self._response(request, request.endpoint(self, request, *request.place))
@@ -5055,7 +5076,7 @@ class API:
 # The loop, and strict HTTP/1.1 (RFC 9112): bytes that two programs could read in two ways are refused and the connection
 # closed, so that nothing behind them is taken for a request.
 
-REASONS = {200: "OK", 201: "Created", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
+REASONS = {200: "OK", 201: "Created", 204: "No Content", 302: "Found", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
            404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 411: "Length Required",
            413: "Content Too Large", 422: "Unprocessable Content", 429: "Too Many Requests",
            431: "Request Header Fields Too Large", 500: "Internal Server Error", 503: "Service Unavailable",
@@ -6693,7 +6714,8 @@ def parse_bus_url(url):
                 and (":" in host or all(0 < len(label) < 64 for label in labels))):
             return parts
     shown = url.rpartition("@")[2]     # the part before the @ may hold a password
-    raise SetupError(f"The URL of a bus is http://HOST:PORT or https://HOST, without a user name; {shown!r} is not.")
+    cure = "" if "://" in url else f"; write http://{shown} or https://{shown}"
+    raise SetupError(f"The URL of a bus is http://HOST:PORT or https://HOST, without a user name; {shown!r} is not{cure}.")
 
 
 def client_tls_context(ca):
@@ -6711,7 +6733,7 @@ NO_HTTP = "If the bus serves https, its URL begins with https://; otherwise chec
 CURES = {     # by the class of an error, and for a certificate by its code in OpenSSL
     "ConnectionRefusedError": "Nothing listens there: start the bus with serve, or the tunnel that leads to it.",
     "gaierror": "That name is not known: check its spelling, and whether this machine is online.",
-    "SSLError": "That port does not speak https: check http:// or https://, and the port.",
+    "SSLError": "That port does not speak https: check the port or, for a bus without https, write http:// in its URL.",
     "timeout": "Nothing answers in time: a firewall is in the way, or that machine is off or slow.",
     "ConnectionResetError": NO_HTTP,
     "RemoteDisconnected": NO_HTTP,
@@ -8688,6 +8710,7 @@ def serve_command(options):
     if options.tls_key and not options.tls_cert:
         raise Invalid("--tls-key needs --tls-cert.")
     key, key_source = find_owner_key(options.key_file)
+    other = other_database(options)
     store = options.open_store(options.db)
     try:
         api = api_of(store, key, options.require_claim_token, options.retention, options.rate_limit,
@@ -8711,24 +8734,38 @@ def serve_command(options):
     if options.tls_cert and hasattr(signal, "SIGHUP"):     # without a certificate, it ends the bus
         signal.signal(signal.SIGHUP, lambda *_: server.renew_certificate())
     signal.set_wakeup_fd(server.wakeup.fileno(), warn_on_full_buffer=False)     # on Windows, a signal ends no wait
-    host = f"[{options.host}]" if ":" in options.host else options.host
-    url = f"http{'s' if options.tls_cert else ''}://{host}:{server.server_port}"
-    print(url, flush=True)
-    log_startup(options, url, store.database, key_source)
+    scheme, host = "https" if options.tls_cert else "http", f"[{options.host}]" if ":" in options.host else options.host
+    print(f"{scheme}://{host}:{server.server_port}", flush=True)
+    reachable = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
+    log_startup(options, f"{scheme}://{reachable}:{server.server_port}", store.database, key_source, other)
     server.serve_forever()
     server.close()
     store.close()
 
 
-def log_startup(options, url, database, key_source):
+def other_database(options):
+    """Return the database that an earlier serve made elsewhere by default, if this one will make a new one here; or None."""
+    if not (options.db or os.environ.get("BUS_DB_PATH") or os.path.exists("intentbus.db")):
+        places = (os.path.join(folder, "intentbus.db") for folder in (os.path.dirname(os.path.realpath(__file__)), os.path.expanduser("~")))
+        return next(filter(os.path.isfile, places), None)
+
+
+def log_startup(options, url, database, key_source, other):
     """Log the state of a bus that has just started, and the next commands to try."""
     log(f"{__version__}, database {database.path}, the key is {key_source}")
+    if other:
+        log(f"this database is new; another one is there, to be used with --db {other}")
     if database.warning:
         log(database.warning)
     if not options.tls_cert and options.host not in ("127.0.0.1", "::1", "localhost"):
         log("other machines can reach this bus over plain HTTP; put a TLS proxy or a tunnel in front of it")
+    secrets = [variable for variable in ("DASHBOARD_PASSWORD", "BUS_ADMIN_SECRET") if os.environ.get(variable)]
+    password = "DASHBOARD_PASSWORD" if "DASHBOARD_PASSWORD" in secrets else "a viewer's key" if secrets else "the key"
+    log(f"the dashboard: {url}/admin/dashboard, user admin, password: {password}")
     log("next, in two other terminals:")
-    where = "" if url == URL else f" --url {url}"
+    where = "" if url == URL and not os.path.exists(os.path.expanduser(CONFIG_FILE)) else f" --url {url}"
+    if options.key_file != KEY_FILE and not os.environ.get("BUS_SECRET"):
+        where += f" --key-file {options.key_file}"
     print(f"  {INVOCATION} work{where} --goal hello\n  {INVOCATION} publish{where} hello name=world", file=sys.stderr)
 
 

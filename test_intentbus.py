@@ -5102,6 +5102,8 @@ CALLERS = "none unknown revoked publish work both other owner admin signed forge
 MATRIX = """
                                       none unkn revo publ work both othe owne admi sign forg repl view limi expi
     GET  /                             200  200  200  200  200  200  200  200  200  200  200  200  200  200  200
+    GET  /dashboard                    302  302  302  302  302  302  302  302  302  302  302  302  302  302  302
+    GET  /admin                        302  302  302  302  302  302  302  302  302  302  302  302  302  302  302
     GET  /health                       200  200  200  200  200  200  200  200  200  200  200  200  200  200  200
     POST /intent                       401  401  401  201  403  201  201  201  401  201  403  403  403  403  401
     POST /publish/new                  401  401  401  201  403  201  201  201  401  201  403  403  403  403  401
@@ -5843,7 +5845,7 @@ def test_a_viewer_looks_and_changes_nothing(served):
             assert answer.status in (200, 404) or path.startswith(("/get/", "/metrics", "/limits")) or "payload=1" in path, path
             assert not {b"g!", b"g?"} & set(re.findall(rb"g[!?]", answer.body)), path
     assert tables_of(served)["intents"] == before
-    assert_refusal(served.ask("POST", "/intent", a_publish(), viewer), 403, "forbidden", "This key may look only.")
+    assert_refusal(served.ask("POST", "/intent", a_publish(), viewer), 403, "forbidden", "This key may look only", "one of the role publish or both.")
 
 
 @pytest.mark.parametrize("settings", [{}, dict(dashboard_password="pw")], ids=repr)
@@ -9144,7 +9146,7 @@ def test_a_full_disk_is_reported_and_loses_nothing(small_disk, monkeypatch):
     health = wait_until(lambda: (answer := bus.ask("GET", "/health", key=None)).status == 503 and answer)
     assert health.json["ok"] is False and clear(health.json["error"]) and "full" in health.json["error"]
     assert bus.ask("GET", f"/status/{claimed['id']}").json["status"] == "claimed"
-    reads = [path.replace("*", claimed["id"]) for method, path, _, _ in intentbus.ROUTES if method == "GET" and path != "/health"]
+    reads = [path.replace("*", claimed["id"]) for method, path, _, _ in intentbus.ROUTES if method == "GET" and path not in ("/health", "/dashboard", "/admin")]
     statuses = {path: bus.ask("GET", path, **signed("GET", path)).status for path in reads}
     assert {path: status for path, status in statuses.items() if status != 200} == {
         f"/get/{claimed['id']}": 404, f"/admin/dead/{claimed['id']}": 404}
@@ -10702,12 +10704,57 @@ def test_serve_makes_a_key_prints_its_url_and_exits_0(tmp_path):
     code, output, errors = serve.stop()
     assert (code, output) == (0, "") and "Traceback" not in errors
     assert "the key is new, in ~/.apikey" in errors and f"publish --url {serve.url} hello name=world" in errors
+    assert f"the dashboard: {serve.url}/admin/dashboard, user admin, password: the key" in errors
     assert sorted(path.name for path in tmp_path.iterdir()) == [".apikey", ".intentbus", "intentbus.db", "intentbus.db.lock"]
     with contextlib.closing(sqlite3.connect(tmp_path / "intentbus.db")) as db:
         assert db.execute("SELECT id FROM intents").fetchall() == [(published.stdout.strip(),)]
     claim.terminate()
     assert claim.wait(10) == 143
     claim.communicate()
+
+
+@pytest.mark.parametrize("url, key_file, environment, words", [
+    ("http://127.0.0.1:8787", "~/.apikey", {}, ["publish hello name=world", "password: the key"]),
+    ("http://127.0.0.1:9", "~/.apikey", {}, ["publish --url http://127.0.0.1:9 hello"]),
+    ("https://h:8787", "k", {"DASHBOARD_PASSWORD": "x"}, ["publish --url https://h:8787 --key-file k hello", "password: DASHBOARD_PASSWORD"]),
+    ("http://127.0.0.1:8787", "k", {"BUS_SECRET": KEY, "BUS_ADMIN_SECRET": "x"}, ["publish hello name", "password: a viewer's key"])])
+def test_a_bus_that_starts_says_what_works(store, home, monkeypatch, capsys, url, key_file, environment, words):
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    options = argparse.Namespace(tls_cert=None, host="127.0.0.1", key_file=key_file)
+    intentbus.log_startup(options, url, store.database, "new", "/elsewhere/intentbus.db")
+    said = capsys.readouterr().err
+    assert not [word for word in [*words, f"the dashboard: {url}/admin/dashboard", "another one is there, to be used with --db /elsewhere"]
+                if word not in said], said
+    intentbus.write_settings("http://other", KEY, None)     # commands without --url go there
+    intentbus.log_startup(options, url, store.database, "new", None)
+    said = capsys.readouterr().err
+    assert f"publish --url {url}" in said and "another" not in said
+
+
+@POSIX
+def test_a_bus_on_all_addresses_names_one_that_works(tmp_path):
+    serve = Serve(tmp_path, "--host", "0.0.0.0")
+    wait_until(lambda: serve.run("list").returncode == 0)
+    assert f"publish --url http://127.0.0.1:{serve.port} hello" in serve.stop()[2] and serve.url == f"http://0.0.0.0:{serve.port}"
+
+
+def test_a_new_database_beside_an_older_one_is_noticed(home, monkeypatch, tmp_path):
+    def other(path=None):
+        return intentbus.other_database(argparse.Namespace(db=path))
+    monkeypatch.delenv("BUS_DB_PATH", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(intentbus, "__file__", str(tmp_path / "program" / "intentbus.py"))
+    assert other() is None
+    for folder in (home, tmp_path / "program"):
+        folder.mkdir(exist_ok=True)
+        (folder / "intentbus.db").touch()
+        assert other() == str(folder / "intentbus.db") and other("x.db") is None
+    monkeypatch.setenv("BUS_DB_PATH", "x.db")
+    assert other() is None
+    monkeypatch.delenv("BUS_DB_PATH")
+    (tmp_path / "intentbus.db").touch()
+    assert other() is None
 
 
 def test_a_session_from_publish_to_result(serve):
@@ -11429,7 +11476,7 @@ BAD_COMMANDS = (
     case("publish too large", "publish g @{dir}/large.json", 6, "262144"),
     case("publish with no key file", "publish g 1 --key-file {dir}/missing", 2, "{dir}/missing"),
     case("publish with an unknown key", "publish g 1 --key-file {dir}/wrong.key", 4, "this is not the key owner of the bus."),
-    case("publish to no URL", "publish g 1 --url bus.example.com", 2, "http://HOST:PORT"),
+    case("publish to no URL", "publish g 1 --url bus.example.com", 2, "http://HOST:PORT", "write http://bus.example.com or https://"),
     case("publish to a broken URL", "publish g 1 --url http://[::1", 2, "http://[::1"),
     case("publish to no port", "publish g 1 --url http://127.0.0.1:99999", 2, "99999"),
     case("publish to a port in words", "publish g 1 --url http://127.0.0.1:http", 2, "127.0.0.1:http"),
@@ -11579,7 +11626,8 @@ def test_a_machine_that_has_joined_a_bus_needs_no_flags(served, home):
     code, out, words = run("join", served.url, letters.strip(), **nothing)
     assert (code, out) == (0, "") and f"joined {served.url} as phone, role work" in words
     assert run("list", **nothing)[0] == 0
-    assert_complaint(run("publish", "g", "1", **nothing), 4, "This key may work only")
+    assert_complaint(run("publish", "g", "1", **nothing), 4, "This key may work only", "one of the role publish or both")
+    assert_complaint(run("keys", "list", **nothing), 4, "Authentication required: this needs the owner key")
 
 
 def test_join_refuses_to_fetch_a_key_in_plain_text(home):
@@ -11680,7 +11728,7 @@ def test_a_key_for_one_thing_from_the_command_line(served):
 
 def test_keys_need_an_admin(started):
     bus = started(keys=dict(admin_secret=ADMIN_SECRET))
-    assert_complaint(at(bus, "keys", "add", "x"), 4, "Authentication required")
+    assert_complaint(at(bus, "keys", "add", "x"), 4, "Authentication required: this needs the bus's BUS_ADMIN_SECRET")
     code, key, _ = at(bus, "keys", "add", "x", BUS_ADMIN_SECRET=ADMIN_SECRET)
     assert code == 0 and bus.ask("GET", "/intents", key=key.strip()).status == 200
 
@@ -12043,6 +12091,29 @@ def test_the_python_session_of_the_readme(serve):
 def test_the_readme_starts_bus_and_tests_with_one_line_each():
     assert blocks("sh")[:2] == ["python3 intentbus.py serve\n", "python3 -m venv .venv && .venv/bin/pip install -q pytest "
                                 "&& .venv/bin/python -m pytest -q\n"]
+
+
+@pytest.mark.parametrize("path", ["/", "/dashboard", "/admin"])
+def test_short_paths_lead_a_browser_to_the_dashboard(strict, path):
+    answer = strict.ask("GET", path, key=None, Accept="text/html,*/*;q=0.8")
+    assert answer.status == 302 and answer.body.endswith(b"\n")
+    for place in ("http://h", "https://h/bus"):     # the bus itself, and a proxy that has it below a path
+        assert urllib.parse.urljoin(place + path, answer.headers["location"]) == place + "/admin/dashboard"
+    assert_common_headers(answer)
+    assert strict.ask("GET", "/", key=None, Accept="*/*").body == intentbus.HOME.encode()
+
+
+def test_every_json_answer_ends_with_a_line_feed(served):
+    id, seen = served.publish(goal="g"), collections.Counter()
+    for method, path, _, _ in intentbus.ROUTES:
+        answer = served.ask(method, path.replace("*", id), {} if method != "GET" else None)
+        if answer.headers.get("content-type") == "application/json":
+            seen[answer.status < 300] += 1
+            assert answer.body.endswith((b"}\n", b"]\n")), path
+    assert seen[True] > 9 and seen[False] > 9
+    for place in (f"/result/{id}", "/publish/g"):
+        answer = served.ask("GET" if "result" in place else "POST", place, None, Accept="text/plain")
+        assert answer.status in (200, 201) and not answer.body.endswith(b"\n")     # it is bare, for a shell's $()
 
 
 def test_the_readme_names_every_route_and_field():
