@@ -227,6 +227,7 @@ PROGRESS_SECONDS = 1                # long work shows its progress that late, an
 COLUMN_WIDTH = 10                   # of a table's column that gives way; narrower ones are left out
 DOCTOR_SECONDS = 10                 # for the bus to answer a doctor
 KEY_ENDS_SECONDS = 7 * 86400        # a doctor warns that long before a key ends: time to bring a new one to a machine
+LIMIT_WAIT_SECONDS = 3600           # a doctor warns of intents that wait for longer because their goal is at its limit
 TERMUX_SECONDS = 10                 # for Termux:API to answer; without its app it never does
 HANDLER_SECONDS = 300               # a handler that runs for longer has hung
 KILL_AFTER_SECONDS = 5              # between TERM and KILL
@@ -650,6 +651,11 @@ def next_time(expression, zone, after):
     cron, ahead = read_cron(expression), clock_of(zone)
     today = int((after + ahead(after)) // 86400)
     return next(at for day in range(today, today + CRON_DAYS) for at in times_on(day, cron, ahead) if at > after)
+
+
+def moment(at, zone=None):
+    """Format Unix seconds as clocks of a time zone, or of this machine, show them; None as None."""
+    return at and time.strftime("%a %Y-%m-%d %H:%M:%S", time.gmtime(at + clock_of(zone)(at)))
 
 
 def next_run(schedule, after):
@@ -6839,7 +6845,7 @@ GOAL_FIGURES = answer_of(**ONE_GOAL, waiting=COUNT, running=COUNT, limit=UNSURE,
                          failed=(array_of(COUNT[0]), ()))
 GOAL_LIMIT = answer_of(namespace=TEXT, goal=TEXT, running=UNSURE, paused=TRUTH, claimed=COUNT)
 LISTED_SCHEDULE = answer_of(name=TEXT, owner=TEXT, goal=TEXT, every=(number_from(1, 2 ** 40), None), cron=(string, None),
-                            timezone=(string, None), next_run_at=PERHAPS_A_MOMENT, last_run_at=PERHAPS_A_MOMENT, last_id=UNSURE)
+                            timezone=(string, None), made_at=MOMENT, next_run_at=PERHAPS_A_MOMENT, last_run_at=PERHAPS_A_MOMENT, last_id=UNSURE)
 PERHAPS_GOALS = (array_of(string), None)
 LISTED_KEY = answer_of(key_id=TEXT, owner=TEXT, role=TEXT, total_requests=COUNT, name=UNSURE, goals=PERHAPS_GOALS,
                        expires_at=PERHAPS_A_MOMENT, last_used_at=PERHAPS_A_MOMENT)
@@ -8226,6 +8232,54 @@ def check_key_at_older(bus):
         yield bad("key", f"The bus refuses this key: {error}")
 
 
+def check_work(options):
+    """Check schedules and, for an admin, limits and the keys of others; check_bus tells why the bus cannot be asked."""
+    with contextlib.suppress(Error), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bus = open_client(options, DOCTOR_SECONDS)
+        me, workers = bus.who_am_i(), bus.workers().workers
+        for schedule in bus.schedules().schedules:
+            if schedule.next_run_at is not None:     # else it is paused
+                yield from check_schedule(bus, schedule, workers, me.now)
+        yield from check_limits(bus.limits().limits, bus.admin("summary").waiting, me.now)
+        for key in bus.admin("keys"):
+            if key.key_id != me.key_id and me.now < (key.expires_at or 0) < me.now + KEY_ENDS_SECONDS:
+                yield note("keys", f"The key {key.name or key.key_id} ends at {moment(key.expires_at)}; keys invite makes a new one.")
+
+
+def check_schedule(bus, schedule, workers, now):
+    """Check whether a schedule has a worker, a time zone, and runs that do well."""
+    of_bus = bool(LOOPBACK.fullmatch(urllib.parse.urlsplit(bus.base_url).hostname))     # this machine's local time is the bus's
+    who, last = f"The schedule {schedule.name}", None
+    if not any(worker.get("namespace") == schedule.get("namespace") and schedule.goal in (worker.goals or [schedule.goal])
+               for worker in workers):
+        yield note("schedule", f"{who} publishes {schedule.goal}, and no worker is there for it; start one, or check the spelling.")
+    with contextlib.suppress(NotFound):     # it is deleted
+        last = schedule.last_id and bus.get_status(schedule.last_id)
+    if last and last.status == "dead":
+        yield bad("schedule", f"{who} has failed: {last.last_error} (show {last.id}).")
+    try:
+        due = next_run(schedule, max(schedule.last_run_at or 0, schedule.made_at))
+    except ValueError as error:
+        yield (bad if of_bus else note)("schedule", f"{who} has a time zone that this machine does not know, and is left out if the bus's "
+                                                    f"does not, either: timezone {error}.")
+        return
+    if (of_bus or schedule.every or schedule.timezone) and due < now - DOCTOR_SECONDS:
+        why = f"the run before is {last.status}: {last.id}" if last and last.status in ("open", "claimed") else "watch tells why, each time"
+        yield bad("schedule", f"{who} has left out each run since {moment(due)}; {why}.")
+
+
+def check_limits(limits, waiting, now):
+    """Check for intents that wait because their goal is paused, or for long at its limit."""
+    since = {(goal.namespace, goal.goal): goal.run_at for goal in waiting}
+    for limit in limits:
+        at = since.get((limit.namespace, limit.goal))
+        if at is not None and limit.paused:
+            yield note("limit", f"{limit.goal} is paused, and has an intent that waits since {moment(at)}; resume {limit.goal} lets it start.")
+        elif at is not None and at < now - LIMIT_WAIT_SECONDS and limit.claimed >= (limit.running or sys.maxsize):
+            yield note("limit", f"{limit.goal} is at its limit of {limit.running}, and has an intent that waits since {moment(at)}.")
+
+
 def check_database(options):
     """Check the place and the mode of the database file, if it is on this machine."""
     import shutil
@@ -8292,7 +8346,7 @@ def check_termux(options):
     yield note("termux", "Android 12 and newer kill a 33rd program; disable child process restrictions in developer options.")
 
 
-CHECKS = (check_versions, check_bus, check_database, check_spool, check_termux)
+CHECKS = (check_versions, check_bus, check_work, check_database, check_spool, check_termux)
 
 
 # ---- 20. Commands ----
@@ -8581,11 +8635,6 @@ def local_time(text):
     if times[-1] <= now.timestamp():
         raise argparse.ArgumentTypeError(f"{text} is over")
     return next(moment for moment in times if moment > now.timestamp())
-
-
-def moment(at, zone=None):
-    """Format Unix seconds as clocks of a time zone, or of this machine, show them; None as None."""
-    return at and time.strftime("%a %Y-%m-%d %H:%M:%S", time.gmtime(at + clock_of(zone)(at)))
 
 
 def positive_int(text):

@@ -10625,6 +10625,84 @@ def test_the_doctor_warns_a_week_before_a_key_ends(home, served, monkeypatch, da
     assert not warned or re.match(r"It ends at \d{4}-\d\d-\d\d \d\d:\d\d; join the bus again", found["key", "note"])
 
 
+@pytest.fixture
+def check_work(started, clock, home, monkeypatch):
+    """A bus with a clock of its own, and a function that returns the doctor's findings about what it has to do."""
+    bus = started(clock=clock)
+
+    def check(key=KEY):
+        monkeypatch.setenv("INTENT_API_KEY", key)
+        options = argparse.Namespace(url=bus.url, key_file=None, namespace=None, ca=None, send_key=False)
+        return [(finding.level, finding.about, finding.words) for finding in intentbus.check_work(options)]
+    return bus, check
+
+
+def test_the_doctor_finds_schedules_that_do_not_do_well(check_work, clock):
+    bus, check = check_work
+    for name, fields in (("nightly", {}), ("idle", dict(paused=True))):
+        bus.client.schedule(name, "backup", 1, every=60, **fields)
+    (level, about, words), = check()
+    assert (level, about) == ("note", "schedule") and words.startswith("The schedule nightly publishes backup, and no worker is there for it")
+    with bus.hold("POST", "/claim?goal=other&goal=backup&wait=60"):
+        assert check() == []
+        id = bus.client.run("nightly").id
+        assert check() == []     # it has just begun
+        due = clock.wall + 60
+        clock.pass_(30)
+        bus.client.cancel(id)
+        assert check() == [("bad", "schedule", f"The schedule nightly has failed: Cancelled (show {id}).")]
+        clock.pass_(31)
+        assert bus.ask("POST", "/admin/cleanup").status == 200 and bus.client.schedules().schedules[1].last_id != id
+        clock.pass_(200)
+        assert bus.ask("POST", "/admin/cleanup").status == 200
+        (level, about, words), = check()
+        id = bus.client.list(goal="backup").intents[0].id
+        assert level == "bad" and re.fullmatch(rf"The schedule nightly has left out each run since \w+ [\d: -]+; the run before is open: {id}\.", words)
+        assert intentbus.moment(due + 60)[:-3] in words
+
+
+@ON_A_FILE
+def test_the_doctor_finds_a_schedule_whose_time_zone_is_gone(check_work):
+    bus, check = check_work
+    bus.client.schedule("nightly", "backup", 1, cron="0 2 * * *", timezone="UTC")
+    assert [level for level, _, _ in check()] == ["note"]
+    with contextlib.closing(sqlite3.connect(bus.db)) as db, db:
+        db.execute("UPDATE schedules SET timezone = 'Mars/Base'")
+    assert ["time zone" in words and "pip install tzdata" in words for level, _, words in check() if level == "bad"] == [True]
+
+
+def test_the_doctor_finds_intents_that_a_limit_keeps_waiting(check_work, clock):
+    bus, check = check_work
+    bus.client.limit("held", paused=True)
+    bus.client.limit("full", running=1)
+    bus.publish(goal="full")
+    assert check() == []     # nothing waits at a pause, nor for long
+    since = intentbus.moment(clock.wall)
+    for goal in ("held", "full"):
+        bus.publish(goal=goal)
+    clock.pass_(2000)
+    assert bus.client.claim("full", lease=3600)
+    words = f"held is paused, and has an intent that waits since {since}; resume held lets it start."
+    assert check() == [("note", "limit", words)]
+    clock.pass_(1700)
+    assert check() == [("note", "limit", f"full is at its limit of 1, and has an intent that waits since {since}."), ("note", "limit", words)]
+
+
+def test_the_doctor_of_an_admin_finds_keys_that_end_soon(check_work, clock):
+    bus, check = check_work
+    for days in (6, 8):
+        bus.issue(name=f"{days} days", grant=dict(expires_at=clock.wall + days * 86400))
+    bus.issue(name="ended", grant=dict(expires_at=clock.wall + 1))
+    worker = bus.issue(role="work").api_key
+    viewer = bus.issue("*", "viewer", "me", dict(expires_at=clock.wall + 86400)).api_key
+    clock.pass_(2)
+    assert sorted(words.partition(" ends at ")[0] for _, _, words in check()) == ["The key 6 days", "The key me"]
+    for key in (worker, "wrong", viewer):     # a viewer is told of limits by its admin
+        assert check(key) == []
+    bus.stop()
+    assert check() == []
+
+
 @pytest.mark.parametrize("offset, level", [(0, "ok"), (-9, "note"), (4000, "bad"), (-4000, "bad")])
 def test_the_doctor_compares_the_clocks(offset, level):
     finding, = intentbus.check_clock(offset)
