@@ -223,7 +223,7 @@ SWEEP_SECONDS = 3600                # for the bus to delete or cancel intents: a
 STREAM_SECONDS = 1                  # publish --lines sends the lines of a stream that soon
 READ_AHEAD_LINES = 100              # of stdin, at most 25 MB
 JOBS = 256                          # of one worker; each is a thread and a program
-PROGRESS_SECONDS = 1                # long work shows its progress that late, and that often
+SHOWING_SECONDS = 1                 # long work shows on a terminal how far it is, that late and that often
 COLUMN_WIDTH = 10                   # of a table's column that gives way; narrower ones are left out
 DOCTOR_SECONDS = 10                 # for the bus to answer a doctor
 KEY_ENDS_SECONDS = 7 * 86400        # a doctor warns that long before a key ends: time to bring a new one to a machine
@@ -8480,10 +8480,10 @@ def print_line(line):
 
 
 class Column(collections.namedtuple("Column", "header cell spec shown yields state", defaults=(None, "", None, 0, False))):
-    """A column of a Table: cell(record) is its text or None, by default the field of that name; shown(record) is it on a terminal.
+    """A column of a Table: cell(record) is its text or None, by default the field of that name.
 
-    spec pads or aligns it. In a narrow terminal, the column that yields most is cut and left out first; with 0, it stays
-    whole. A state is coloured.
+    shown(record) is its text on a terminal, if that differs; spec pads and aligns it, as format() does. In a narrow terminal, the
+    column that yields most is cut and left out first; one that yields 0 stays whole. A state is coloured.
     """
 
     def text(self, record, on_terminal):
@@ -8496,7 +8496,7 @@ class Column(collections.namedtuple("Column", "header cell spec shown yields sta
 class Table:
     """Prints records in columns: on a terminal as a table that fits its width, otherwise the filled cells of each on a line.
 
-    With --json, it prints JSON. A later print() continues the table.
+    With --json, it prints JSON. Another print() continues the table.
     """
 
     def __init__(self, options, columns):
@@ -8507,12 +8507,16 @@ class Table:
 
     def print(self, records):
         """Print some records."""
-        if self._terminal and not self._json:
-            return self._print_fitted([[column.text(record, True) for column in self._columns] for record in records])
-        for record in records:
-            cells = [(column, column.text(record, False)) for column in self._columns]
-            line = "  ".join(self._painted(column, text, format(text, column.spec)) for column, text in cells if text)
-            print_result(to_json(record)) if self._json else print_line(line)
+        if self._json:
+            for record in records:
+                print_result(to_json(record))
+            return
+        rows = [[column.text(record, self._terminal) for column in self._columns] for record in records]
+        if self._terminal:
+            self._print_fitted(rows)
+        else:
+            for row in rows:
+                print_line("  ".join(self._painted(column, text, format(text, column.spec)) for column, text in zip(self._columns, row) if text))
 
     def _print_fitted(self, rows):
         import shutil
@@ -8577,13 +8581,13 @@ def padded(text, width, spec):
 
 
 @contextlib.contextmanager
-def progress(words):
+def showing(words):
     """While long work is done, show words(seconds so far) on a terminal, on a line that is erased at the end."""
     done, begun = threading.Event(), time.monotonic()
 
     def show():
         line = ""
-        while not done.wait(PROGRESS_SECONDS):
+        while not done.wait(SHOWING_SECONDS):
             line = f"intentbus: {words(time.monotonic() - begun)}".ljust(len(line))
             print(line, end="\r", file=sys.stderr, flush=True)
         print(" " * len(line), end="\r" if line else "", file=sys.stderr, flush=True)
@@ -8706,6 +8710,85 @@ INTENT_FLAGS = (
 )
 WAIT = flag("--wait", type=lambda text: duration(text) if text else PUBLISH_WAIT_SECONDS, metavar="=DURATION",
             help="wait until it has ended (5m if no DURATION is given) and print its result; exit 1 if it is dead")
+
+
+def due_or_age(intent):
+    """Return when an open intent is due, or for how long another has been there."""
+    is_due_later = intent.status == "open" and (intent.get("run_at") or 0) > time.time()
+    return f"due {relative_time(intent.run_at)}" if is_due_later else relative_time(intent.created_at)
+
+
+def end_of_key(key):
+    """Return when a key ends, in words; None for never."""
+    return key.expires_at and ("has ended" if key.expires_at <= time.time() else f"ends {relative_time(key.expires_at)}")
+
+
+INTENT_TABLE = (
+    Column("id", lambda intent: intent.id[:SHOWN_ID_DIGITS]),
+    Column("status", spec="9", state=True),
+    Column("tries", lambda intent: f"{intent.claim_attempts}/{intent.max_attempts}", yields=5),
+    Column("age", lambda intent: format_duration(time.time() - intent.created_at), ">4", due_or_age, yields=4),
+    Column("goal", yields=1),
+    Column("worker", yields=6),
+    Column("error", lambda intent: intent.last_error, yields=3),
+    Column("payload", lambda intent: to_json(intent.payload) if "payload" in intent else None, yields=2),
+)
+WORKER_TABLE = (
+    Column("seen", lambda worker: format_duration(time.time() - worker.last_seen), ">4", lambda worker: relative_time(worker.last_seen)),
+    Column("owner", yields=5),
+    Column("worker", lambda worker: worker.name, yields=1),
+    Column("id", lambda worker: None if worker.id == worker.name else worker.id, yields=4),
+    Column("version", lambda worker: worker.version or "-", yields=6),
+    Column("goals", lambda worker: ", ".join(worker.goals) or "any goal", yields=2),
+    Column("runs", lambda worker: ", ".join(intent_id[:SHOWN_ID_DIGITS] for intent_id in worker.running), yields=3),
+)
+EVENT_TABLE = (
+    Column("time", lambda entry: time.strftime("%H:%M:%S", time.localtime(entry.time))),
+    Column("event", spec="9", state=True),
+    Column("id", lambda entry: (entry.id or "")[:SHOWN_ID_DIGITS], yields=2),
+    Column("goal", yields=1),
+    Column("worker", lambda entry: entry.worker or entry.worker_id, yields=4),
+    Column("error", lambda entry: entry.last_error if entry.event in ("failed", "dead", "lost", "skipped") else
+           entry.status if entry.event == "limited" else None, yields=3),
+)
+LIMIT_TABLE = (
+    Column("namespace", yields=2),
+    Column("goal", yields=1),
+    Column("running", lambda limit: f"{limit.claimed} of {limit.running or 'any number'}"),
+    Column("paused", lambda limit: "paused" if limit.paused else None, state=True),
+)
+SCHEDULE_TABLE = (
+    Column("name", yields=2),
+    Column("goal", yields=3),
+    Column("times", lambda schedule: schedule.cron or f"every {format_duration(schedule.every or 0)}", yields=4),
+    Column("zone", lambda schedule: schedule.timezone, yields=6),
+    Column("next", lambda schedule: f"next {moment(schedule.next_run_at) or 'paused'}", "",
+           lambda schedule: relative_time(schedule.next_run_at) or "paused", state=True),
+    Column("last", lambda schedule: f"last {moment(schedule.last_run_at) or 'never'}", "",
+           lambda schedule: relative_time(schedule.last_run_at) or "never", yields=1),
+    Column("last id", lambda schedule: schedule.last_id, "", lambda schedule: (schedule.last_id or "")[:SHOWN_ID_DIGITS], yields=5),
+)
+KEY_TABLE = (
+    Column("id", lambda key: key.key_id),
+    Column("role", spec="7", yields=3),
+    Column("owner", yields=5),
+    Column("requests", lambda key: key.total_requests, ">", yields=7),
+    Column("used", lambda key: format_duration(time.time() - key.last_used_at) if key.last_used_at else "never", "",
+           lambda key: relative_time(key.last_used_at) or "never", yields=6),
+    Column("name", yields=1),
+    Column("goals", lambda key: key.goals and f"for {', '.join(key.goals)}", "", lambda key: key.goals and ", ".join(key.goals), yields=4),
+    Column("ends", end_of_key, yields=2, state=True),
+)
+GOAL_TABLE = (     # of a summary
+    Column("namespace", yields=5),
+    Column("goal", yields=1),
+    Column("waiting", spec=">"),
+    Column("running", spec=">"),
+    Column("limit", lambda goal: "paused" if goal.get("paused") else goal.get("limit"), ">", state=True),
+    Column("done 1h/1d", lambda goal: "/".join(map(str, goal.get("fulfilled", ()))), ">", yields=3),
+    Column("failed 1h/1d", lambda goal: "/".join(map(str, goal.get("failed", ()))), ">", yields=2),
+    Column("oldest due", lambda goal: relative_time(goal.run_at), ">", yields=4),
+)
 
 
 def bus_command(name, examples, *flags):
@@ -8874,7 +8957,7 @@ def publish_lines(bus, options, fields):
     intents = (dict(fields, goal=options.goal, payload=parse(line)) for line in binary_stdin() if line.strip())
     published = 0
     seconds = float("inf") if key else STREAM_SECONDS     # with a key, the same lines must make the same batches again
-    with progress(lambda _: f"{published} published"):
+    with showing(lambda _: f"{published} published"):
         for number, batch in enumerate(batches(intents, seconds)):
             answer = bus.publish_many(batch, idempotency_key=key and f"{key} {number}")
             if answer.get("status") == "spooled":
@@ -9186,24 +9269,6 @@ def described(intent, now):
         yield "result", as_text(intent.result)
 
 
-def due_or_age(intent):
-    """Return when an open intent is due, or for how long another has been there."""
-    waits = intent.status == "open" and (intent.get("run_at") or 0) > time.time()
-    return f"due {relative_time(intent.run_at)}" if waits else relative_time(intent.created_at)
-
-
-INTENT_TABLE = (
-    Column("id", lambda intent: intent.id[:SHOWN_ID_DIGITS]),
-    Column("status", spec="9", state=True),
-    Column("tries", lambda intent: f"{intent.claim_attempts}/{intent.max_attempts}", yields=5),
-    Column("age", lambda intent: format_duration(time.time() - intent.created_at), ">4", due_or_age, yields=4),
-    Column("goal", yields=1),
-    Column("worker", yields=6),
-    Column("error", lambda intent: intent.last_error, yields=3),
-    Column("payload", lambda intent: to_json(intent.payload) if "payload" in intent else None, yields=2),
-)
-
-
 @bus_command("list", ["list --status dead", "list --search alice --payload", "list --goal resize --limit 500 --json"],
              flag("--status", choices=(*STATUSES, "delayed"), help="only intents with this status; delayed ones are open, too"),
              flag("--goal", help="only intents with this goal"),
@@ -9223,17 +9288,6 @@ def list_command(bus, options):
         left = left - len(page.intents) if before else 0
 
 
-WORKER_TABLE = (
-    Column("seen", lambda worker: format_duration(time.time() - worker.last_seen), ">4", lambda worker: relative_time(worker.last_seen)),
-    Column("owner", yields=5),
-    Column("worker", lambda worker: worker.name, yields=1),
-    Column("id", lambda worker: None if worker.id == worker.name else worker.id, yields=4),
-    Column("version", lambda worker: worker.version or "-", yields=6),
-    Column("goals", lambda worker: ", ".join(worker.goals) or "any goal", yields=2),
-    Column("runs", lambda worker: ", ".join(intent_id[:SHOWN_ID_DIGITS] for intent_id in worker.running), yields=3),
-)
-
-
 @bus_command("workers", ["workers"], *TABLE)
 def workers_command(bus, options):
     """List the workers that hold a lease or were there in the last five minutes, one for each process.
@@ -9241,17 +9295,6 @@ def workers_command(bus, options):
     The columns: last seen, owner, name (host, program and process id), id, version, goals, intents that it runs.
     """
     Table(options, WORKER_TABLE).print(bus.workers().workers)
-
-
-EVENT_TABLE = (
-    Column("time", lambda entry: time.strftime("%H:%M:%S", time.localtime(entry.time))),
-    Column("event", spec="9", state=True),
-    Column("id", lambda entry: (entry.id or "")[:SHOWN_ID_DIGITS], yields=2),
-    Column("goal", yields=1),
-    Column("worker", lambda entry: entry.worker or entry.worker_id, yields=4),
-    Column("error", lambda entry: entry.last_error if entry.event in ("failed", "dead", "lost", "skipped") else
-           entry.status if entry.event == "limited" else None, yields=3),
-)
 
 
 @bus_command("watch", ["watch", """watch --json | jq -c 'select(.event == "dead")'"""], *TABLE)
@@ -9297,7 +9340,7 @@ def sweep(bus, options, verb, question, **which):
     """Have a verb of an admin change many intents; without --yes, these are counted first."""
     bus.timeout = SWEEP_SECONDS
     until = None if options.yes else agreed(options, question, bus.admin(verb, count=True, **which))
-    with progress(lambda seconds: f"{verb}: {seconds:.0f} s so far"):
+    with showing(lambda seconds: f"{verb}: {seconds:.0f} s so far"):
         return bus.admin(verb, confirm=True, until=until, **which)
 
 
@@ -9326,7 +9369,7 @@ def retry_command(bus, options):
     which, slices, left = dict(goal=options.goal, namespace=options.namespace), [], options.limit or sys.maxsize
     counted = bus.retry(count=True, **which)
     which["until"] = agreed(options, "Retry", counted)     # intents that die again meanwhile are left
-    with progress(lambda _: f"{sum(slices)} of {counted.number} retried"):
+    with showing(lambda _: f"{sum(slices)} of {counted.number} retried"):
         while left > 0 and (not slices or slices[-1]):
             slices.append(bus.retry(limit=min(left, 1000), **which).retried)
             left -= slices[-1]
@@ -9334,12 +9377,6 @@ def retry_command(bus, options):
 
 
 LIMITED_GOAL_FLAG = flag("goal", help="the goal of the intents")
-LIMIT_TABLE = (
-    Column("namespace", yields=2),
-    Column("goal", yields=1),
-    Column("running", lambda limit: f"{limit.claimed} of {limit.running or 'any number'}"),
-    Column("paused", lambda limit: "paused" if limit.paused else None, state=True),
-)
 
 
 @bus_command("limit", ["limit backup 1", "limit backup none"], LIMITED_GOAL_FLAG,
@@ -9394,19 +9431,6 @@ def schedule_command(options):
     for _ in range(5):
         at = next_run(schedule, at)
         print_result(moment(at, options.timezone))
-
-
-SCHEDULE_TABLE = (
-    Column("name", yields=2),
-    Column("goal", yields=3),
-    Column("times", lambda schedule: schedule.cron or f"every {format_duration(schedule.every or 0)}", yields=4),
-    Column("zone", lambda schedule: schedule.timezone, yields=6),
-    Column("next", lambda schedule: f"next {moment(schedule.next_run_at) or 'paused'}", "",
-           lambda schedule: relative_time(schedule.next_run_at) or "paused", state=True),
-    Column("last", lambda schedule: f"last {moment(schedule.last_run_at) or 'never'}", "",
-           lambda schedule: relative_time(schedule.last_run_at) or "never", yields=1),
-    Column("last id", lambda schedule: schedule.last_id, "", lambda schedule: (schedule.last_id or "")[:SHOWN_ID_DIGITS], yields=5),
-)
 
 
 @bus_command("schedules", ["schedules"], OF_OWNER_FLAG, *TABLE)
@@ -9480,26 +9504,6 @@ def keys_invite_command(bus, options):
     print_result(made.code)
 
 
-def end_of_key(key):
-    """Return when a key ends, in words; None for never."""
-    if key.expires_at is None:
-        return None
-    return "has ended" if key.expires_at <= time.time() else f"ends {relative_time(key.expires_at)}"
-
-
-KEY_TABLE = (
-    Column("id", lambda key: key.key_id),
-    Column("role", spec="7", yields=3),
-    Column("owner", yields=5),
-    Column("requests", lambda key: key.total_requests, ">", yields=7),
-    Column("used", lambda key: format_duration(time.time() - key.last_used_at) if key.last_used_at else "never", "",
-           lambda key: relative_time(key.last_used_at) or "never", yields=6),
-    Column("name", yields=1),
-    Column("goals", lambda key: key.goals and f"for {', '.join(key.goals)}", "", lambda key: key.goals and ", ".join(key.goals), yields=4),
-    Column("ends", end_of_key, yields=2, state=True),
-)
-
-
 @bus_command("keys list", ["keys list"], *TABLE)
 def keys_list_command(bus, options):
     """List the issued keys: id, role, owner, requests, last use, name, goals, end."""
@@ -9526,18 +9530,6 @@ def join_command(options):
     made = bus.join(options.code)
     write_settings(bus.base_url, made.api_key, options.ca)
     log(f"joined {bus.base_url} as {made.name}, role {made.role}; the key is in {CONFIG_FILE}")
-
-
-GOAL_TABLE = (     # of a summary
-    Column("namespace", yields=5),
-    Column("goal", yields=1),
-    Column("waiting", spec=">"),
-    Column("running", spec=">"),
-    Column("limit", lambda goal: "paused" if goal.get("paused") else goal.get("limit"), ">", state=True),
-    Column("done 1h/1d", lambda goal: "/".join(map(str, goal.get("fulfilled", ()))), ">", yields=3),
-    Column("failed 1h/1d", lambda goal: "/".join(map(str, goal.get("failed", ()))), ">", yields=2),
-    Column("oldest due", lambda goal: relative_time(goal.run_at), ">", yields=4),
-)
 
 
 @bus_command("stats", ["stats", "stats --json"], *TABLE)
@@ -9589,7 +9581,7 @@ def backup_command(options):
             undo.callback(os.unlink, options.file)
             uri = f"file:{urllib.parse.quote(source)}?mode=ro"
             with contextlib.closing(sqlite3.connect(uri, uri=True)) as here, contextlib.closing(sqlite3.connect(options.file)) as there, \
-                    progress(lambda _: f"{os.path.getsize(options.file) >> 20} of {os.path.getsize(source) >> 20} MB copied"):
+                    showing(lambda _: f"{os.path.getsize(options.file) >> 20} of {os.path.getsize(source) >> 20} MB copied"):
                 here.backup(there)
             undo.pop_all()
     except (OSError, sqlite3.Error) as error:

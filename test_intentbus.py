@@ -11394,7 +11394,7 @@ def test_long_work_shows_its_progress_on_a_terminal(served, command, monkeypatch
     served.client.cancel(served.publish())
     with contextlib.closing(sqlite3.connect(tmp_path / "file.db")) as db:
         db.execute("CREATE TABLE t (a)")
-    monkeypatch.setattr(intentbus, "PROGRESS_SECONDS", 0.005)
+    monkeypatch.setattr(intentbus, "SHOWING_SECONDS", 0.005)
     monkeypatch.setattr(intentbus, "binary_stdin", lambda: io.BytesIO(b"line\n"))
     begun, retry = threading.Event(), IntentClient.retry
     monkeypatch.setattr(IntentClient, "retry", lambda bus, **fields: retry(bus, **fields) if "count" in fields or begun.wait(20) else None)
