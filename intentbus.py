@@ -31,7 +31,7 @@ The parts, top to bottom; each uses only the parts above it:
      6. Store         all other SQL, on the open transaction
      7. Clock         Unix seconds that run evenly, even when the machine's clock is set
      8. Waiting       held requests, by what they wait for
-     9. Activity      workers, events and history: in memory, for display
+     9. Activity      workers, events, history and live output: in memory, for display
     10. Bus           the rules: who may do what, leases, retries
     11. Keys          who is asking
     12. Fields        what a body or query may hold, as data
@@ -101,6 +101,14 @@ SHORT_ID_DIGITS = 8                 # the fewest that stand for an id: all ids m
 SHOWN_ID_DIGITS = 16                # of an id in a list: the ids of one bus differ in these
 BULK_INTENTS = 1000                 # of one request: other requests wait for its commit
 IDEMPOTENCY_SECONDS = 86400         # publishers retry within a day
+PROGRESS_SECONDS = 1                # between two reports of progress of an intent: people read no faster
+PROGRESS_CHARACTERS = 200           # of the words for it: one line
+LIVE_BYTES = 2 ** 16                # of what a handler writes while it runs, kept in memory: its end
+LIVE_CHARACTERS = 2 ** 15           # of it in one request: with six bytes each, as JSON, it is within BODY_BYTES
+LIVE_TOTAL_BYTES = 2 ** 24          # of all intents; the key with most loses its oldest first
+LIVE_SECONDS = 3600                 # how long that is kept after the attempt
+LIVE_READERS = 10_000               # intents of which somebody is known to read it
+READER_SECONDS = 10                 # a reader that is silent for longer is gone; a worker without one reports this seldom
 VALUE_TTL_SECONDS = 600             # default of the key-value store, as in the 1.x protocol
 VALUE_KEY_CHARACTERS = 512          # fits an index of any database
 FOREVER = 2.0 ** 60                 # Unix seconds beyond every clock
@@ -292,13 +300,14 @@ COLUMNS = (
     "completed_at", "last_error", "result", "result_type", "claim_attempts", "claim_token_hash", "claim_expires_at", "lease",
     "claim_owner", "claim_key", "claim_outcome", "worker_id", "worker", "claimed_at", "idempotency_key", "size", "result_size",
     "place", "lane", "ready", "due_at", "history", "unique_value", "on_success", "on_failure", "caused_by", "schedule", "limited",
+    "stream",
 )
 PUBLISH_DEFAULTS = dict(
     namespace="default", visibility="private", priority=100, delay=0, run_at=None, ttl=TTL_SECONDS, max_attempts=3,
     backoff_base=5, target_worker=None, required_capability=None, unique=None, replace=False,
-    on_success=None, on_failure=None,
+    on_success=None, on_failure=None, stream=False,
 )
-LATER_FIELDS = ("unique", "replace", "on_success", "on_failure")     # no stored digest of an earlier version has these
+LATER_FIELDS = ("unique", "replace", "on_success", "on_failure", "stream")     # no stored digest of an earlier version has these
 STATUS_FIELDS = (
     "id", "namespace", "goal", "status", "priority", "visibility", "claim_attempts", "max_attempts", "run_at",
     "claim_expires_at", "target_worker", "required_capability", "created_at", "completed_at", "last_error", "claimed_at",
@@ -429,6 +438,7 @@ class Intent(Record):
         fields = {**PUBLISH_DEFAULTS, **fields}
         delay, run_at = fields.pop("delay"), fields["run_at"]
         fields["unique_value"] = fields.pop("unique")     # a column cannot have the name of a word of SQL
+        fields["stream"] = 1 if fields["stream"] else None
         del fields["replace"]
         run_at = now + delay if run_at is None else run_at
         expires_at = max(run_at, now) + fields["ttl"]
@@ -778,6 +788,7 @@ FEATURES = """
         PRIMARY KEY (namespace, goal)
     );
     ALTER TABLE intents ADD COLUMN limited INTEGER;     -- 1 once a limit of its goal counts its claims
+    ALTER TABLE intents ADD COLUMN stream INTEGER;     -- 1 if the publisher wants the handler's output while it runs
     CREATE INDEX intents_limited ON intents (namespace, goal) WHERE limited = 1 AND status = 'claimed'
 """
 MIGRATIONS = (SCHEMA, MORE_INDEXES, HISTORY, PLACES, SIZES, FEATURES)     # the n-th leads to version n; a released one never changes
@@ -2020,7 +2031,7 @@ class Waiting:
 
 
 # ---- 9. Activity ----
-# Workers, events and history: in memory, for display. No rule depends on it. The loop changes it; threads of a
+# Workers, events, history and live output: in memory, for display. No rule depends on it. The loop changes it; threads of a
 # shared database read it too, so a reader copies a collection before it iterates over it.
 
 EVENT_FIELDS = (
@@ -2208,6 +2219,89 @@ class EventLog:
         return visible[:EVENTS_PAGE], max(0, oldest - 1 - number)
 
 
+class LiveOutput:
+    """What workers tell of an attempt while it runs: how far it is, and the end of what its handler writes.
+
+    It counts for the worker's key. Numbers of bytes go on over all attempts of an intent that are known.
+    """
+
+    def __init__(self):
+        self._told = collections.OrderedDict()     # id of an intent: what was told of its latest attempt, the latest told last
+        self._sizes = collections.Counter()        # id of a key: bytes
+        self._next_at = {}                         # id of an intent: when its worker may tell more
+        self._read_until = {}                      # id of an intent: how long somebody reads
+
+    def require_pause(self, now, intent_id):
+        """Raise RateLimited if the worker of an intent tells of it more often than each PROGRESS_SECONDS."""
+        if 0 < self._next_at.get(intent_id, 0) - now <= PROGRESS_SECONDS:
+            raise RateLimited(f"Tell of the progress of an intent once in {PROGRESS_SECONDS} s at most.", "progress_limited")
+        self._next_at[intent_id] = now + PROGRESS_SECONDS
+
+    def tell(self, key_id, intent, percent, message, output):
+        """Take in what the worker of an intent tells; None leaves percent or message as it was."""
+        before = self._forget(intent.id)
+        if before and before.attempt == intent.claim_attempts:
+            told = before
+        else:
+            told = types.SimpleNamespace(attempt=intent.claim_attempts, percent=None, message=None, output=bytearray(),
+                                         start=before.start + len(before.output) if before else 0)
+        told.key_id, told.ended_at = key_id, None
+        told.percent = told.percent if percent is None else percent
+        told.message = told.message if message is None else message[:PROGRESS_CHARACTERS]
+        told.output += (output or "").encode()
+        left_out = max(0, len(told.output) - LIVE_BYTES)
+        while left_out < len(told.output) and left_out and told.output[left_out] & 0xC0 == 0x80:     # within a character
+            left_out += 1
+        del told.output[:left_out]
+        told.start += left_out
+        self._told[intent.id] = told
+        self._sizes[key_id] += ROW_BYTES + len(told.output)
+        while sum(self._sizes.values()) > LIVE_TOTAL_BYTES:
+            largest, _ = self._sizes.most_common(1)[0]
+            self._forget(next(intent_id for intent_id, told in self._told.items() if told.key_id == largest))
+
+    def after(self, intent_id, number):
+        """Return what is known of an intent: all but "ended" in the answer of Bus.output()."""
+        told = self._told.get(intent_id)
+        if told is None:
+            return Record(attempt=None, output="", next=0, missed=0, percent=None, message=None)
+        end = told.start + len(told.output)
+        first = max(told.start, number) if number <= end else told.start     # beyond the end: it is of another bus's numbers
+        output = bytes(told.output[first - told.start:]).decode(errors="replace")
+        return Record(attempt=told.attempt, output=output, next=end, missed=max(0, first - number), percent=told.percent,
+                      message=told.message)
+
+    def read(self, now, intent_id, seconds):
+        """Note that somebody reads of an intent, for some seconds and until soon after."""
+        self._read_until[intent_id] = now + seconds + READER_SECONDS
+        for oldest in list(self._read_until)[:len(self._read_until) - LIVE_READERS]:
+            del self._read_until[oldest]
+
+    def has_reader(self, now, intent_id):
+        """Return whether somebody reads of an intent."""
+        return now < self._read_until.get(intent_id, 0) <= now + WAIT_MAX_SECONDS + READER_SECONDS
+
+    def end(self, now, intent_id):
+        """Note that an intent is not claimed, or no longer."""
+        if intent_id in self._told:
+            self._told[intent_id].ended_at = now
+
+    def forget_old(self, now):
+        """Forget what was told of attempts that ended LIVE_SECONDS ago, pauses that are over, and readers that are gone."""
+        for intent_id in [intent_id for intent_id, told in self._told.items()
+                          if told.ended_at is not None and abs(now - told.ended_at) >= LIVE_SECONDS]:
+            self._forget(intent_id)
+        self._next_at = {intent_id: at for intent_id, at in list(self._next_at.items()) if 0 < at - now <= PROGRESS_SECONDS}
+        self._read_until = {intent_id: at for intent_id, at in list(self._read_until.items()) if self.has_reader(now, intent_id)}
+
+    def _forget(self, intent_id):
+        told = self._told.pop(intent_id, None)
+        if told:
+            self._sizes[told.key_id] -= ROW_BYTES + len(told.output)
+            self._sizes += collections.Counter()     # drops those that are 0
+        return told
+
+
 # ---- 10. Bus ----
 # The rules. Each verb of IntentClient is one here, with the same arguments and errors, and `caller`: who asks. A verb that
 # changes something is one block of the round; a verb that looks reads committed state, and changes nothing.
@@ -2288,6 +2382,15 @@ def require_at_most(most, number, words):
         raise RateLimited(f"This key may have {most} {words}.", "limit_exceeded")
 
 
+def told_of(intent, claim):
+    """Return what a worker is told of its claim, besides naming fields and payload."""
+    told = intent.pick(CLAIM_FIELDS)
+    told.update(claim_token=claim.token, claim_timeout=int(claim.lease))
+    if intent.stream:
+        told["stream"] = True
+    return told
+
+
 def goals_of(fields):
     """Return the goals that a publish with these fields may publish to: its own, and those of its callbacks."""
     return [goal for goal in map(fields.get, ("goal", "on_success", "on_failure")) if goal]
@@ -2331,7 +2434,7 @@ class Bus:
         self.require_claim_token = require_claim_token
         self._retention, self._announce_dead, self._jitter = retention, announce_dead, jitter
         self._ids = Ids(store.newest_id())
-        self.registry, self.log = WorkerRegistry(), EventLog(self.clock.now())
+        self.registry, self.log, self.live = WorkerRegistry(), EventLog(self.clock.now()), LiveOutput()
         self.next_due = 0             # Unix seconds; no intent and no schedule is due earlier
         self.issued_limits = None     # the Limits of issued keys, which the API sets
         self._known_goals = set()     # (owner, namespace, goal) of goals that are on record as having had a worker
@@ -2611,8 +2714,7 @@ class Bus:
         """
         claim = self.wanted(goal, claim_token=claim_token, caller=caller, **fields)
         intent = self.take(claim, caller)
-        return intent and Record(intent.pick(NAMING_FIELDS + CLAIM_FIELDS), payload=json.loads(intent.payload),
-                                 claim_token=claim.token, claim_timeout=int(claim.lease))
+        return intent and Record(intent.pick(NAMING_FIELDS), payload=json.loads(intent.payload), **told_of(intent, claim))
 
     def wanted(self, goal=None, *, namespace="default", publisher=None, worker_id=None, capabilities=(), lease=LEASE_SECONDS,
                claim_token=None, worker_name=None, version=__version__, caller=OWNER):
@@ -2689,11 +2791,23 @@ class Bus:
         """Let the lease end that many seconds from now, within LEASE_RANGE_SECONDS; raises NotFound once it is over."""
         seconds = min(max(seconds, LEASE_RANGE_SECONDS[0]), LEASE_RANGE_SECONDS[1])
         with self.store.transaction() as tx:
-            intent = self._claimed_by(tx, intent_id, claim_token, caller)
-            if intent.status != "claimed":
-                raise lease_lost(intent_id)
+            intent = self._held_by(tx, intent_id, claim_token, caller)
             intent = self._change(tx, intent, intent.extended(tx.now, seconds, caller.expires_at))
         return Record(ok=True, id=intent_id, extended_by=seconds, claim_expires_at=intent.claim_expires_at)
+
+    def progress(self, intent_id, claim_token=None, percent=None, message=None, output=None, *, caller=OWNER):
+        """Tell how far the work is, and what its handler has written; the lease lasts as long again as it did.
+
+        percent is 0 to 100; None leaves percent or message as it was, and output is added to what was told. It is for
+        people to look at: kept in memory, by this bus alone. Return {"ok", "claim_expires_at", "followed": whether
+        somebody reads it}; raises RateLimited if an intent is told of more often than each PROGRESS_SECONDS.
+        """
+        with self.store.transaction() as tx:
+            intent = self._held_by(tx, intent_id, claim_token, caller)
+            self.live.require_pause(tx.now, intent_id)
+            intent = self._change(tx, intent, intent.extended(tx.now, intent.lease or LEASE_SECONDS, caller.expires_at))
+            tx.after_commit(self.live.tell, caller.key_id, intent, percent, message, output)
+            return Record(ok=True, claim_expires_at=intent.claim_expires_at, followed=self.live.has_reader(tx.now, intent_id))
 
     # With next_claim, a Claim, a report claims the next intent in its transaction: the intent that take() returns is `next` of the answer.
 
@@ -2766,6 +2880,18 @@ class Bus:
         if intent.last_error:
             found["error"] = intent.last_error
         return found
+
+    def output(self, intent_id, after=0, *, caller=OWNER):
+        """Return what the worker of an intent has told of its latest attempt, with the output after a number of bytes.
+
+        {"attempt", "output", "next": the number to go on from, "missed": bytes that are not kept, "percent", "message",
+        "ended": whether the intent has}.
+        """
+        intent = self._visible(intent_id, caller)
+        found = self.live.after(intent_id, after)
+        if not caller.payloads:
+            del found["output"]
+        return Record(found, ended=intent.ended)
 
     @sliced
     def list(self, *, status=None, goal=None, namespace=None, limit=50, before=None, payload=False, search=None, caller=OWNER):
@@ -2907,7 +3033,7 @@ class Bus:
                   "lane", "ready", "due_at", "payload", "result", "unique_value", "limited")
         shown = dict(payload=json.loads(intent.payload), result=stored_result(intent)) if caller.payloads else {}
         return Record({column: value for column, value in intent.items() if column not in hidden}, **shown,
-                      history=intent.attempts, unique=intent.unique_value)
+                      history=intent.attempts, unique=intent.unique_value, stream=bool(intent.stream))
 
     def dead_letter(self, intent_id, *, caller=OWNER):
         """Return everything about a dead intent."""
@@ -3095,6 +3221,13 @@ class Bus:
         tx.after_commit(self.registry.hear, tx.now, caller, intent)
         return intent
 
+    def _held_by(self, tx, intent_id, claim_token, caller):
+        """Return an intent whose lease a worker holds now; raises NotFound."""
+        intent = self._claimed_by(tx, intent_id, claim_token, caller)
+        if intent.status != "claimed":
+            raise lease_lost(intent_id)
+        return intent
+
     def _visible(self, intent_id, caller):
         """Return an intent as it is now; raises NotFound unless the caller's owner published or claimed it."""
         intent = self.store.get(intent_id).at(self.clock.now())
@@ -3124,13 +3257,15 @@ class Bus:
 
     def learn(self, moves, ours=True):
         """Take in moves of intents that are on disk, made by this bus or by another on the same database."""
-        self.log.record(self.clock.now(), moves, count=ours)
+        now = self.clock.now()
+        self.log.record(now, moves, count=ours)
         for move in moves:
             due_at = move.intent.due_at
             if due_at is not None and due_at < self.next_due:
                 self.next_due = due_at
             if move.intent.status != "claimed":
                 self.registry.free(move.intent.id)
+                self.live.end(now, move.intent.id)
             elif ours:
                 self.registry.hold(move.intent)
 
@@ -3196,6 +3331,7 @@ class Bus:
         now = time.monotonic()
         with self.store.transaction() as tx:
             tx.after_commit(self.registry.forget_silent, tx.now)
+            tx.after_commit(self.live.forget_old, tx.now)
             if self.next_due <= tx.now:
                 self.apply_due(tx)
             if self._clean_at <= now:
@@ -3961,6 +4097,7 @@ LIMITS = {     # of a publish
     "replace": boolean,
     "on_success": text_of(1, 256),
     "on_failure": text_of(1, 256),
+    "stream": boolean,
 }
 GOAL = (text_of(1, 256), None)
 TOKEN = (string, None)
@@ -4006,10 +4143,13 @@ CLAIM_HEADERS = Fields({"worker_id": (label, None), "capabilities": (labels, ())
                        optional=("worker_id", "capabilities"))
 REPORT = {"claim_token": TOKEN, "next_token": OWN_TOKEN}     # next_token: for the claim of the next intent
 EXTEND = Fields({"claim_token": TOKEN, "seconds": (number_from(0, YEAR_SECONDS), LEASE_SECONDS)}, strict=False)
+PROGRESS = Fields({"claim_token": TOKEN, "percent": (number_from(0, 100), None), "message": (string, None), "output": (string, None)},
+                  strict=False)
 FULFILL = Fields({**REPORT, "result": (anything, None), "result_type": (choice("json", "text"), "json")}, strict=False)
 FAIL = Fields({**REPORT, "error": (anything, None), "retry": (boolean, True)}, strict=False)
 RELEASE = Fields({**REPORT, "delay": (number_from(0, YEAR_SECONDS), 0)}, strict=False)
 RESULT = Fields({"wait": WAIT_SECONDS}, strict=False)
+OUTPUT = Fields({"after": (from_query(integer_from(0, 2 ** 49)), 0), "wait": WAIT_SECONDS}, strict=False)
 EVENTS_QUERY = Fields({"after": (from_query(integer_from(0, 2 ** 49)), None), "wait": WAIT_SECONDS}, strict=False)
 LIST = Fields({
     "status": (choice("open", "delayed", "claimed", "fulfilled", "dead"), None),
@@ -4636,9 +4776,7 @@ def claimed_text(intent, wanted):
     The payload stands there as it is stored, neither parsed nor encoded, and before the token: a worker without a JSON
     parser takes the last token in the text.
     """
-    naming, told = intent.pick(NAMING_FIELDS), intent.pick(CLAIM_FIELDS)
-    told.update(claim_token=wanted.token, claim_timeout=int(wanted.lease))
-    return f'{to_json(naming)[:-1]},"payload":{intent.payload},{to_json(told)[1:]}'
+    return f'{to_json(intent.pick(NAMING_FIELDS))[:-1]},"payload":{intent.payload},{to_json(told_of(intent, wanted))[1:]}'
 
 
 def reporting(verb, fields):
@@ -4653,6 +4791,14 @@ def reporting(verb, fields):
         intent = answer.pop("next")
         return 200, JsonText(f'{to_json(answer)[:-1]},"next":{claimed_text(intent, wanted) if intent else "null"}}}')
     return endpoint
+
+
+def progress_endpoint(api, request, intent_id):
+    """Take in progress, once a second, free of charge: it must not use up the rate that reports need."""
+    answer = api.bus.progress(intent_id, **request.fields(PROGRESS), caller=request.caller)
+    if request.caller.limits:
+        api.keys.charge(request.caller, -1)
+    return 200, answer
 
 
 def nothing_to_claim(api, request, wanted):
@@ -4679,6 +4825,18 @@ def result_endpoint(api, request, intent_id):
         status, answer = current()
         return answer if status in ("fulfilled", "dead") else None
     return api.hold(request, (intent_id,), request.parameters(RESULT)["wait"], ended, lambda: current()[1])
+
+
+def output_endpoint(api, request, intent_id):
+    fields = request.parameters(OUTPUT)
+    def page():
+        return api.bus.output(intent_id, fields["after"], caller=request.caller)
+    asked = page()
+    api.bus.live.read(api.bus.clock.now(), intent_id, fields["wait"])
+    def news():
+        found = page()
+        return (200, found) if found.next != fields["after"] or found != asked or found.ended else None
+    return api.hold(request, (intent_id,), fields["wait"], news, lambda: (200, page()))
 
 
 def events_endpoint(api, request):
@@ -4802,11 +4960,13 @@ ROUTES = (
     ("POST", "/intents",                "publish", publish_many_endpoint),
     ("POST", "/claim",                  "work",    claim_endpoint),
     ("POST", "/extend_claim/*",         "work",    with_body("extend_claim", EXTEND)),
+    ("POST", "/progress/*",             "work",    progress_endpoint),
     ("POST", "/fulfill/*",              "work",    reporting("fulfill", FULFILL)),
     ("POST", "/fail/*",                 "work",    reporting("fail", FAIL)),
     ("POST", "/release/*",              "work",    reporting("release", RELEASE)),
     ("GET",  "/status/*",               "look",    of_intent(with_query("get_status", ANYTHING))),
     ("GET",  "/result/*",               "look",    of_intent(result_endpoint)),
+    ("GET",  "/output/*",               "look",    of_intent(output_endpoint)),
     ("GET",  "/intents",                "look",    advancing("list", LIST, Request.parameters)),
     ("GET",  "/workers",                "look",    with_query("workers", ANYTHING)),
     ("GET",  "/events",                 "look",    events_endpoint),
@@ -4850,7 +5010,7 @@ ROLES = {
     "viewer": ("look", "view"),
 }
 ROLE_WORDS = {"both": "publish and work", "viewer": "look"}     # what a role may do, unless its name says it
-REPORTS = ("/extend_claim/", "/fulfill/", "/fail/", "/release/")     # answered before the claims of their round
+REPORTS = ("/extend_claim/", "/progress/", "/fulfill/", "/fail/", "/release/")     # answered before the claims of their round
 OPEN_OVER_HTTP = ("/", "/health")                                    # where https is enforced
 OPEN_IN_MAINTENANCE = (*OPEN_OVER_HTTP, "/metrics")                  # to everybody; admins are let in everywhere
 
@@ -5693,9 +5853,9 @@ class Rounds:
                 self.attempt_all(key)
 
     def learn(self, moves):
-        """Attempt the requests that are held for events, or for the end of an intent, now that it is on disk."""
+        """Attempt the requests that are held for events, or for the end or the progress of an intent, now that it is on disk."""
         for move in moves:
-            if move.intent.ended:
+            if move.intent.ended or move.event is None:
                 self.attempt_all(move.intent.id)
             if move.event:
                 self._news_of.update((move.intent.owner, move.intent.claim_owner, None))
@@ -6828,7 +6988,7 @@ ANSWER_ID = (must_be("an id", lambda value: isinstance(value, str) and re.fullma
 DONE = (must_be("true", lambda value: value is True), REQUIRED)
 REPORTED = answer_of(ok=DONE, id=ANSWER_ID, extended_by=UNSURE, claim_expires_at=UNSURE)
 CLAIMED = answer_of(**{**dict.fromkeys(NAMING_FIELDS + CLAIM_FIELDS, UNSURE), "id": ANSWER_ID, "goal": TEXT}, payload=UNSURE,
-                    claim_token=(string, None), claim_timeout=(number_from(1, 2 ** 40), None))
+                    claim_token=(string, None), claim_timeout=(number_from(1, 2 ** 40), None), stream=(boolean, False))
 ENDED = answer_of(ok=DONE, id=ANSWER_ID, status=UNSURE, run_at=PERHAPS_A_MOMENT, next=(lambda value: value and CLAIMED(value), None))
 CHANGED = answer_of(id=ANSWER_ID, status=TEXT)
 STATE = {**dict.fromkeys(STATUS_FIELDS, UNSURE), "id": ANSWER_ID, "status": TEXT, "claimed_at": PERHAPS_A_MOMENT}
@@ -6855,11 +7015,14 @@ ANSWERS = {     # of a bus, to a method and path: an answer without these fields
     "POST /intents": answer_of(ids=(array_of(ANSWER_ID[0]), REQUIRED), statuses=(array_of(string), ())),
     "POST /claim": CLAIMED,
     "POST /extend_claim/*": REPORTED,
+    "POST /progress/*": answer_of(ok=DONE, claim_expires_at=MOMENT, followed=TRUTH),
     "POST /fulfill/*": ENDED,
     "POST /fail/*": ENDED,
     "POST /release/*": ENDED,
     "GET /status/*": answer_of(**STATE),
     "GET /result/*": answer_of(**RESULT_STATE),
+    "GET /output/*": answer_of(output=(string, ""), next=COUNT, missed=COUNT, ended=TRUTH, attempt=UNSURE, message=(string, None),
+                               percent=(number_from(0, 100), None)),
     "GET /intents": answer_of(intents=(array_of(LISTED_INTENT), REQUIRED), next=(ANSWER_ID[0], None)),
     "GET /workers": answer_of(workers=(array_of(LISTED_WORKER), REQUIRED)),
     "GET /events": answer_of(events=(array_of(LISTED_EVENT), REQUIRED), next=COUNT, missed=(COUNT[0], 0)),
@@ -7301,6 +7464,11 @@ class IntentClient:
         """Extend a lease, so that it ends seconds from now; raises NotFound if it is lost."""
         return self.request("POST", f"/extend_claim/{intent_id}", dict(claim_token=claim_token, seconds=seconds), retries=0)
 
+    def progress(self, intent_id, claim_token=None, percent=None, message=None, output=None):
+        """Tell how far the work is, and what it has written, as Bus.progress does; this extends the lease, too."""
+        body = dict(claim_token=claim_token, percent=percent, message=message, output=output)
+        return self.request("POST", f"/progress/{intent_id}", body, retries=0)
+
     def fulfill(self, intent_id, claim_token=None, result=None, result_type="json", next_claim=None):
         """Report that the work is done.
 
@@ -7344,6 +7512,10 @@ class IntentClient:
     def get_result(self, intent_id, wait=0):
         """Return the state of an intent with its result, as soon as it has ended or after wait seconds."""
         return self.request("GET", f"/result/{intent_id}", wait=wait)
+
+    def output(self, intent_id, after=0, wait=0):
+        """Return what the worker of an intent tells while it runs, as Bus.output does; held until there is news for wait seconds."""
+        return self.request("GET", f"/output/{intent_id}", query=dict(after=after), wait=wait)
 
     def inspect(self, intent_id):
         """Return all that this key may see of an intent: as an admin everything, otherwise the fields of get_result()."""
@@ -7561,6 +7733,9 @@ HANGUP = getattr(signal, "SIGHUP", None)     # Windows has none
 PAST_TENSES = {"fulfill": "fulfilled", "fail": "failed", "release": "released"}
 
 
+LEFT_OUT = "\n[Some output is left out here: there was too much at once.]\n"
+
+
 class Reject(Exception):
     """A handler raises this when no retry can help; the intent is dead at once."""
 
@@ -7579,13 +7754,17 @@ def reason_of(error):
 class Lease:
     """The lease of an intent; its worker calls keep() again and again, which extends it after each third of its seconds.
 
+    keep() also tells the bus of the handler's progress: each READER_SECONDS, or each PROGRESS_SECONDS if somebody reads it.
     `broken` is None, or the reason why the handler must end: the lease is "lost", or the worker is "stopped".
     """
 
     def __init__(self, bus, intent, seconds):
-        self._extend = functools.partial(bus.extend_claim, intent.id, intent.claim_token, seconds)
-        self._interval = seconds / 3
-        self._due = steady_clock() + self._interval
+        self._bus, self._holder, self._seconds = bus, (intent.id, intent.claim_token), seconds
+        self._due = steady_clock() + seconds / 3     # when it is to be extended
+        self._news = {}             # what the bus has not been told yet: percent, message, output
+        self._news_lock = threading.Lock()
+        self._pause, self._told_at = PROGRESS_SECONDS, -FOREVER
+        self._calling = threading.Lock()     # held while the bus is called
         self._started = time.monotonic()
         self.broken = None
 
@@ -7593,23 +7772,72 @@ class Lease:
         """Return the seconds since the intent was claimed, as words."""
         return f"{time.monotonic() - self._started:.1f} s"
 
-    def keep(self):
-        """Extend the lease if that is due, in a thread: a slow bus must not hold up the other leases."""
-        if steady_clock() >= self._due:
-            self._due = float("inf")     # until that thread ends
-            try:
-                threading.Thread(target=self._extend_now, daemon=True).start()
-            except RuntimeError:     # there is no memory for one
-                self._extend_now()
+    def progress(self, percent=None, message=None):
+        """Tell how far the work is, from 0 to 100 and in words, for people to see; it takes no time, and may be called often."""
+        self._note(percent=percent, message=message)
 
-    def _extend_now(self):
+    def write(self, text):
+        """Add to the output that people see while the handler runs; of much at once, the end."""
+        self._note(output=text)
+
+    def keep(self):
+        """Call the bus if that is due, in a thread: a slow bus must not hold up the other leases."""
+        now = steady_clock()
+        due = now >= self._due or self._news and now >= self._told_at + self._pause
+        if due and self._calling.acquire(blocking=False):
+            try:
+                threading.Thread(target=self._call, daemon=True).start()
+            except RuntimeError:     # there is no memory for one
+                self._call()
+
+    def tell_the_rest(self):
+        """Tell the bus what it has not been told, before the outcome is reported; without success if it is away."""
+        self._calling.acquire()     # once a call that has begun is over
+        if not self._news or self.broken:
+            return self._calling.release()
+        time.sleep(max(0, min(PROGRESS_SECONDS, self._told_at + PROGRESS_SECONDS - steady_clock())))
+        self._call()
+
+    def _note(self, **news):
+        with self._news_lock:
+            if self._pause < FOREVER:
+                self._add(news)
+
+    def _add(self, news):
+        output = self._news.get("output", "") + (news.get("output") or "")
+        if len(output) > LIVE_CHARACTERS:
+            output = LEFT_OUT + output[-LIVE_CHARACTERS:]
+        self._news.update({name: value for name, value in news.items() if value is not None}, **{"output": output} if output else {})
+
+    def _call(self):
+        """Tell the bus the news, which extends the lease, too, or just extend it; then let others call."""
+        with self._news_lock:
+            news, self._news = self._news, {}
         try:
-            self._extend()
-            self._due = steady_clock() + self._interval
+            if not (news and self._tell(news)):
+                self._bus.extend_claim(*self._holder, self._seconds)
+            self._due = steady_clock() + self._seconds / 3
         except NotFound:
             self.broken = "lost"
         except Exception:     # tried again at the next call
             self._due = 0
+            with self._news_lock:
+                later, self._news = self._news, news
+                self._add(later)
+        finally:
+            self._calling.release()
+
+    def _tell(self, news):
+        """Tell the bus the news; return False if it is an older bus, which takes none."""
+        try:
+            answer = self._bus.progress(*self._holder, **news)
+        except (NotFound, OlderBus):     # or the lease is lost, which the extension will show
+            self._pause = FOREVER
+            return False
+        finally:
+            self._told_at = steady_clock()     # the bus has counted from an earlier time
+        self._pause = PROGRESS_SECONDS if answer.followed else READER_SECONDS
+        return True
 
 
 class Worker:
@@ -7756,6 +7984,7 @@ class Worker:
 
     def _process_one(self, intent, lease):
         verb, details = ("release", {}) if self._stopping.is_set() else self._run_handler(intent, lease)
+        lease.tell_the_rest()
         if lease.broken == "lost":
             self._log_outcome(intent, "lost", lease, ": it was cancelled, or its lease ran out before the handler ended")
         elif verb == "release" or lease.broken and verb != "fulfill":     # finished work is reported even then
@@ -7825,15 +8054,15 @@ def consequence_of(answer, error, retry=True):
     return f"{when}: {lines[0]}" if len(lines) == 1 else f"{when}: {lines[0].partition(': ')[0]}: {lines[-1]}"
 
 
-def listen(bus, goal, handler, *, full_envelope=False, **options):
+def listen(bus, goal, handler, *, full_envelope=False, with_lease=False, **options):
     """Call handler(payload) for each intent of a goal, until Ctrl-C; with full_envelope, handler(intent).
 
-    It returns the result, any JSON value. False or an exception fails the intent, Reject fails it for good. options are
+    With with_lease, it gets the Lease as its second argument, to tell of its progress. It returns the result, any JSON value. False or an exception fails the intent, Reject fails it for good. options are
     those of Worker and of claim.
     """
     def run(intent, lease):
         try:
-            result = handler(intent if full_envelope else intent.payload)
+            result = handler(intent if full_envelope else intent.payload, *([lease] if with_lease else ()))
             to_json(result).encode()     # raises here, so that a result that is not JSON fails the intent
         except (Reject, HandlerFailed):
             raise
@@ -7851,6 +8080,8 @@ SECRET_VARIABLES = ("INTENT_API_KEY", "BUS_SECRET", "BUS_ADMIN_SECRET", "DASHBOA
 CTRL_BREAK_EVENT = 1     # the SIGTERM of Windows; the module signal has it only there
 NOT_EXECUTABLE = (errno.ENOENT, errno.EACCES, errno.ENOEXEC)
 CUT_MARK = "\n[The output was longer: it is cut here.]"
+PROGRESS_MARK = b"::progress "     # begins a line of stderr that tells how far the work is
+PROGRESS_LINE = re.compile(rb"::progress (\d{1,3}(?:\.\d+)?)%?(?:[ \t]+([^\r\n]*))?\r?\n?", re.ASCII)
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}|\{([A-Za-z_]\w*)\}", re.ASCII)
 
 
@@ -7977,24 +8208,22 @@ class OutputReader:
             key.fileobj.close()
         self._selector.close()
 
-    def collect(self, pipe, excess, show=lambda data: None):
-        """Return a bytearray that collects the data of a pipe, and show the data; excess is the slice to drop."""
+    def collect(self, pipe, excess, passed=lambda data: data):
+        """Return a bytearray that collects what passed() returns for the data of a pipe; excess is the slice to drop."""
         kept = bytearray()
         source = pipe if POSIX else socket_from(pipe)     # Windows can wait for sockets only
-        self._selector.register(source, selectors.EVENT_READ, (kept, excess, show))
+        self._selector.register(source, selectors.EVENT_READ, (kept, excess, passed))
         return kept
 
     def read(self, seconds):
         """Collect the data that comes within some seconds; return whether there was any, or the end of a pipe."""
         ready = self.is_open() and self._selector.select(seconds)
         for key, _ in ready or ():
-            kept, excess, show = key.data
+            kept, excess, passed = key.data
             data = os.read(key.fd, 65536) if POSIX else key.fileobj.recv(65536)
-            kept += data
+            kept += passed(data)
             del kept[excess]
-            if data:
-                show(data)
-            else:
+            if not data:
                 self._selector.unregister(key.fileobj)
                 key.fileobj.close()
         return bool(ready)
@@ -8004,17 +8233,61 @@ class OutputReader:
         return bool(self._selector.get_map())
 
 
+class StderrFilter:
+    """Takes what a program writes to stderr: lines with progress out of it, and all else on to a function, as it comes."""
+
+    def __init__(self, lease, show, stream):
+        """show(data) gets all else and, at the end, no data; stream tells whether the lease gets it, too."""
+        self._lease, self._show, self._stream = lease, show, stream
+        self._begun, self._at_start = b"", True     # the begin of a line that may tell progress
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def __call__(self, data):
+        """Take data, or none at the end of the pipe; return what is not progress."""
+        *lines, last = (self._begun + data).split(b"\n")
+        passed = []
+        for line in lines:
+            passed.append(self._without_progress(line + b"\n"))
+            self._at_start = True
+        may_tell = last.startswith(PROGRESS_MARK) and len(last) < STDERR_LINE_BYTES or PROGRESS_MARK.startswith(last)
+        self._begun = last if data and self._at_start and may_tell else b""
+        if not self._begun and last:
+            passed.append(self._without_progress(last))
+            self._at_start = False
+        passed = b"".join(passed)
+        if passed:
+            self._show(passed)
+            if self._stream:
+                self._lease.write(self._decoder.decode(passed))
+        return passed
+
+    def end(self):
+        """Pass on what is left."""
+        self(b"")
+        self._show(b"")
+
+    def _without_progress(self, line):
+        found = PROGRESS_LINE.fullmatch(line) if self._at_start else None
+        percent = float(found[1]) if found else 101
+        if percent > 100:
+            return line
+        self._lease.progress(int(percent) if percent.is_integer() else percent, (found[2] or b"").decode(errors="replace"))
+        return b""
+
+
 class Program:
     """A handler that runs a program: payload on stdin, result on stdout. The README has the contract.
 
     timeout and kill_after are seconds, max_output bytes; result says how to read stdout: auto, json, text or none.
     tell(verb, pid) is called when a process has started and when it has ended, show(intent, data) with what it writes to
-    stderr, and with no data at the end, on_message(sentence) when output was cut. Raises SetupError if there is no such
+    stderr besides progress, and with no data at the end, on_message(sentence) when output was cut. With stream, this is told
+    to the bus of every intent, not only of those whose publisher wants it. Raises SetupError if there is no such
     program, or if it is a batch file of Windows with placeholders: cmd.exe could take a field for commands.
     """
 
     def __init__(self, arguments, timeout=HANDLER_SECONDS, kill_after=KILL_AFTER_SECONDS, max_output=OUTPUT_BYTES,
-                 result="auto", tell=lambda verb, pid: None, show=lambda intent, data: None, on_message=lambda sentence: None):
+                 result="auto", tell=lambda verb, pid: None, show=lambda intent, data: None, on_message=lambda sentence: None,
+                 stream=False):
         import shutil
         self._program = shutil.which(arguments[0])
         if not self._program:
@@ -8031,16 +8304,17 @@ class Program:
         self._tell = tell
         self._show = show
         self._log = on_message
+        self._stream = stream
 
     def __call__(self, intent, lease):
         reader = OutputReader()
         process = self._start(intent)
-        show = functools.partial(self._show, intent)
+        stderr = StderrFilter(lease, functools.partial(self._show, intent), self._stream or intent.get("stream"))
         with reader:
             try:
                 self._tell("started", process.pid)
                 output = reader.collect(process.stdout, excess=slice(self._max_output + 1, None))     # one more shows a cut
-                errors = reader.collect(process.stderr, slice(None, -STDERR_BYTES), show)
+                errors = reader.collect(process.stderr, slice(None, -STDERR_BYTES), stderr)
                 reason = self._wait(process, reader, lease)
             finally:
                 self._signal(process, "SIGKILL")     # ends the children that the program left behind
@@ -8049,7 +8323,7 @@ class Program:
             deadline = time.monotonic() + PIPE_SECONDS     # a process in another session may hold the pipes, and write
             while time.monotonic() < deadline and reader.read(WATCH_SECONDS):
                 pass
-        show(b"")
+        stderr.end()
         if reason or process.returncode:
             raise self._failure(reason, process.returncode, errors.decode(errors="replace").strip())
         return self._parse(bytes(output), intent)
@@ -8364,8 +8638,8 @@ COMMAND --help shows examples and flags, --version shows the version. Data goes 
 exit codes: 0 success; 1 the intent is dead, or a conflict; 2 wrong usage or setup; 3 not found; 4 refused;
 5 bus unreachable; 6 over a limit; 124 timed out; 129, 130, 143 stopped by a signal"""
 GROUPS = (
-    ("run", ("serve", "publish", "work", "flush")),
-    ("inspect", ("status", "result", "show", "list", "workers", "watch", "stats")),
+    ("run", ("serve", "publish", "work", "progress", "flush")),
+    ("inspect", ("status", "result", "output", "show", "list", "workers", "watch", "stats")),
     ("schedule", ("schedule", "schedules", "unschedule", "run")),
     ("limit", ("limit", "pause", "resume", "limits")),
     ("repair", ("cancel", "retry", "purge", "doctor", "backup")),
@@ -8641,6 +8915,13 @@ def local_time(text):
     return next(moment for moment in times if moment > now.timestamp())
 
 
+def percentage(text):
+    """Parse a number from 0 to 100."""
+    if not re.fullmatch(r"\d{1,3}(\.\d{1,9})?", text, re.ASCII) or float(text) > 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 100")
+    return float(text)
+
+
 def positive_int(text):
     """Parse a whole number from 1 up."""
     if not re.fullmatch(r"[1-9][0-9]{0,8}", text, re.ASCII):
@@ -8685,7 +8966,7 @@ STORED_OTHERWISE = {     # by the status of a publish
     "kept": "an unfinished intent has this unique value, and was kept; nothing new is stored",
     "replaced": "an intent with this unique value was waiting, and was replaced",
 }
-SHOWN_FIELDS = ("id", "goal", "namespace", "status", "schedule", "caused_by", "on_success", "on_failure", "owner", "publisher",
+SHOWN_FIELDS = ("id", "goal", "namespace", "status", "progress", "schedule", "caused_by", "on_success", "on_failure", "owner", "publisher",
                 "visibility", "priority", "max_attempts", "target_worker", "required_capability")
 NEW_KEY = (
     flag("name", help="a name for the key, such as that of its machine"),
@@ -8710,6 +8991,8 @@ INTENT_FLAGS = (
 )
 WAIT = flag("--wait", type=lambda text: duration(text) if text else PUBLISH_WAIT_SECONDS, metavar="=DURATION",
             help="wait until it has ended (5m if no DURATION is given) and print its result; exit 1 if it is dead")
+FOLLOW = flag("-f", "--follow", action="store_true", help="print what its handler writes to stderr as it comes, until it has ended, "
+                                                          "then the result; exit 1 if it is dead")
 
 
 def due_or_age(intent):
@@ -8905,12 +9188,12 @@ def log_startup(options, url, database, key_source, other):
                      'publish say "good morning" --at 07:00',
                      """publish resize '{"file": "a.jpg"}' --wait""",
                      "publish backup host=nas full:=true --delay 1h --spool --on-failure send_notification",
-                     "publish resize --lines < files.txt"],
+                     "publish resize --lines < files.txt", "publish update host=nas --follow"],
          *CONNECTION,
          flag("goal", help="the name of the work, which workers ask for"),
          PAYLOAD,
          flag("--text", action="store_true", help="the payload is text, even if it could be JSON, a pair or @FILE"),
-         WAIT, JSON,
+         WAIT, FOLLOW, JSON,
          *INTENT_FLAGS,
          flag("--delay", type=duration, help="the time until it can be claimed"),
          flag("--at", dest="run_at", metavar="TIME", type=local_time, help="when it can be claimed, in local time: 07:00, the next "
@@ -8924,8 +9207,11 @@ def log_startup(options, url, database, key_source, other):
 def publish_command(options):
     """Publish an intent and print its id. With --lines or --jsonl, up to 1,000 intents are sent in one request."""
     fields = {name: value for name, value in vars(options).items() if name in PUBLISH_FIELDS and value is not None}
-    if options.spool and options.wait is not None:
-        raise Invalid("--spool and --wait exclude each other: a stored intent may be sent much later.")
+    waits = options.follow or options.wait is not None
+    if options.spool and waits:
+        raise Invalid("--spool excludes --wait and --follow: a stored intent may be sent much later.")
+    if options.follow:
+        fields["stream"] = True
     bus = open_client(options, spool=options.spool)
     if options.lines or options.jsonl:
         return publish_lines(bus, options, fields)
@@ -8938,8 +9224,11 @@ def publish_command(options):
         log(f"no worker has ever claimed {options.goal!r}; check the spelling (workers lists who is there)")
     elif (options.target_worker or options.required_capability) and answer.get("listening") == 0:
         log("no worker that may claim it is there now; check its --worker and --capability (workers lists who is there)")
-    if options.wait is not None:
+    if waits:
         try:
+            if options.follow:
+                options.wait = FOREVER if options.wait is None else options.wait
+                follow_output(bus, answer.id, time.monotonic() + options.wait, sys.stderr)
             return wait_for_result(bus, answer.id, options)
         except KeyboardInterrupt:
             log(f"{answer.id} goes on; ask again with: result {answer.id}")
@@ -8950,8 +9239,8 @@ def publish_command(options):
 
 def publish_lines(bus, options, fields):
     """Publish an intent for each line of stdin and print the ids."""
-    if options.payload or options.wait is not None or options.text:
-        raise Invalid("--lines and --jsonl read payloads from stdin only, and exclude --wait and --text.")
+    if options.payload or options.wait is not None or options.follow or options.text:
+        raise Invalid("--lines and --jsonl read payloads from stdin only, and exclude --wait, --follow and --text.")
     key = fields.pop("idempotency_key", None)
     parse = parse_json if options.jsonl else plain_text
     intents = (dict(fields, goal=options.goal, payload=parse(line)) for line in binary_stdin() if line.strip())
@@ -9104,6 +9393,59 @@ def wait_for_result(bus, intent_id, options):
         time.sleep(max(0, min(1, until - time.monotonic())))     # this bus may not hold requests
 
 
+def follow_output(bus, intent_id, deadline, file):
+    """Write what the handler of an intent writes to a file as it comes, and log its progress, until it has ended or a time.monotonic()."""
+    after, told, end = 0, (None, None), "\n"
+    try:
+        for page in pages(lambda: bus.output(intent_id, after, wait=max(0, min(CLAIM_WAIT_SECONDS, deadline - time.monotonic())))):
+            ended = page.ended or time.monotonic() >= deadline
+            told_now = page.percent, page.message
+            words = [f"{page.missed} bytes are missing here"] if page.missed else []
+            words += [described_progress(page)] if told_now not in (told, (None, None)) else []
+            end = write_output(file, page.output)[-1:] or end
+            if (words or ended) and end != "\n":
+                end = write_output(file, "\n")
+            for sentence in words:
+                log(sentence)
+            after, told = page.next, told_now
+            if ended:
+                break
+    except OlderBus as error:
+        log(error)
+
+
+def write_output(file, text):
+    """Write the output of a handler to stdout or stderr, as it is, but on a terminal without control characters; return it."""
+    file.write(escape(text, UNPRINTABLE) if file.isatty() else text)
+    file.flush()
+    return text
+
+
+def described_progress(told):
+    """Return the words for how far an intent is: percent, message or both."""
+    return " ".join(filter(None, ("" if told.percent is None else f"{told.percent:g} %", told.message)))
+
+
+def pages(ask):
+    """Yield the answers of a bus to ask(), which may be held, again and again; while the bus is away, say so and try again."""
+    away = False
+    while True:
+        asked = time.monotonic()
+        try:
+            page = ask()
+        except TRANSIENT as error:
+            away = True
+            log(f"{error} Trying again.")
+            time.sleep(POLL_SECONDS)
+            continue
+        if away:
+            away = False
+            log("The bus is back again.")
+        yield page
+        if not (page.get("events") or page.get("output")) and time.monotonic() - asked < RECHECK_SECONDS:
+            time.sleep(RECHECK_SECONDS)     # this bus does not hold requests
+
+
 def print_outcome(options, intent):
     """Print the result of an intent, or log why it is dead; return the exit code."""
     if options.json:
@@ -9156,6 +9498,8 @@ def flush_command(options):
          flag("--result", choices=("auto", "json", "text", "none"), default="auto",
               help="what stdout is: auto is JSON if it parses, else text; 1.10 stays text"),
          flag("--max-output", type=positive_int, default=OUTPUT_BYTES, metavar="BYTES", help="how much of stdout to keep"),
+         flag("--stream", action="store_true", help="tell the bus what handlers write to stderr, of every intent, for output -f; it is "
+                                                    "done anyway for those that were published with --follow"),
          flag("--worker-id", help="the id of this worker, for publish --worker"),
          flag("--no-wake-lock", action="store_true", help="in Termux, let the phone sleep"),
          flag("--capability", dest="capabilities", action="append", default=[], help="a capability it has; may be repeated"),
@@ -9164,8 +9508,8 @@ def work_command(options):
     """Claim intents and run a program for each: stdin is its payload, stdout becomes its result.
 
     {name} in an argument becomes that field of the payload; {id}, {goal} and {payload} are filled in too. Exit code 0
-    fulfils the intent, 100 rejects it for good, 126 and 127 stop the worker, any other fails it for a retry. Without a
-    program, work prints each payload.
+    fulfils the intent, 100 rejects it for good, 126 and 127 stop the worker, any other fails it for a retry. A line
+    "::progress 40 copying" on stderr tells how far it is. Without a program, work prints each payload.
     """
     if not (options.goal or options.any or options.program) or options.goal and options.any:
         raise Invalid("work needs either --goal GOAL or, for any goal, --any; and a program after --, or it prints each payload and "
@@ -9175,7 +9519,7 @@ def work_command(options):
     handler = print_payload
     if options.program:
         handler = Program(options.program, options.timeout, options.kill_after, options.max_output, options.result, guardian.tell,
-                          relay, log)
+                          relay, log, options.stream)
     if options.jobs > JOBS:
         raise Invalid(f"-j must be at most {JOBS}.")
     if not LEASE_RANGE_SECONDS[0] <= options.lease <= LEASE_RANGE_SECONDS[1]:
@@ -9234,12 +9578,44 @@ def result_command(bus, options):
     return print_outcome(options, intent)
 
 
+@bus_command("output", ["output 01a20a3bf4423c55cce77efa455c0ada -f"], ID,
+             flag("-f", "--follow", action="store_true", help="go on until it has ended; exit 1 if it is dead"), JSON)
+def output_command(bus, options):
+    """Print what the handler of an intent has written to stderr in its latest attempt, if the bus was told: its last 64 KiB.
+
+    The bus is told of intents published with --follow and by workers with --stream, and keeps it in memory for an hour.
+    """
+    if options.follow:
+        follow_output(bus, options.id, FOREVER, sys.stdout)
+        return print_outcome(options, Record(bus.get_result(options.id), result=None))
+    told = bus.output(options.id)
+    if options.json:
+        return print_result(to_json(told))
+    if words := described_progress(told):
+        log(words)
+    if told.output:
+        print_result(told.output[:-1] if told.output.endswith("\n") else told.output)
+
+
+@command("progress", ["progress 40 copying"],
+         flag("percent", type=percentage, help="how far the work is, from 0 to 100"),
+         flag("message", nargs="*", help="what it is doing"))
+def progress_command(options):
+    """In a handler: tell how far it is, for publish --follow, output -f, show and the dashboard. It writes a line to stderr."""
+    message = " ".join(" ".join(options.message).split())
+    sys.stderr.buffer.write(PROGRESS_MARK + f"{options.percent:g} {message}".strip().encode(errors="replace") + b"\n")
+    sys.stderr.flush()
+
+
 @bus_command("show", ["show 01a20a3bf4423c55cce77efa455c0ada"], ID, JSON)
 def show_command(bus, options):
     """Print all about an intent: its fields, times, attempts, error and result; for an admin, its payload and publisher too."""
     intent = bus.inspect(options.id)
     if options.json:
         return print_result(to_json(intent))
+    if intent.status == "claimed":
+        with contextlib.suppress(NotFound, OlderBus):
+            intent["progress"] = described_progress(bus.output(options.id)) or None
     for label, text in described(intent, time.time()):
         print_result(f"{label.replace('_', ' '):20}" + escape(text, UNPRINTABLE).replace("\n", "\n" + " " * 20))
 
@@ -9301,26 +9677,12 @@ def workers_command(bus, options):
 def watch_command(bus, options):
     """Print the events on the bus as they happen, until Ctrl-C: time, event, intent, goal, worker, error."""
     table = Table(options, EVENT_TABLE)
-    after = None
-    away = False
-    while True:
-        asked = time.monotonic()
-        try:
-            page = bus.events(after, wait=CLAIM_WAIT_SECONDS if after else 0)
-        except TRANSIENT as error:
-            away = True
-            log(f"{error} Trying again.")
-            time.sleep(POLL_SECONDS)
-            continue
-        if away:
-            away = False
-            log("The bus is back again.")
+    after = bus.events().next
+    for page in pages(lambda: bus.events(after, wait=CLAIM_WAIT_SECONDS)):
         if page.missed:
             log(f"{page.missed} events were missed")
         if page.events:
             table.print(page.events)
-        if after and not page.events and time.monotonic() - asked < RECHECK_SECONDS:     # this bus does not hold requests
-            time.sleep(RECHECK_SECONDS)
         after = page.next
 
 

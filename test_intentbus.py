@@ -5111,11 +5111,13 @@ MATRIX = """
     POST /intents                      401  401  401  201  403  201  201  201  401  201  403  403  403  403  401
     POST /claim                        401  401  401  403  200  200  204  204  401  200  403  403  403  204  401
     POST /extend_claim/{claimed}       401  401  401  403  200  200  404  404  401  200  403  403  403  404  401
+    POST /progress/{claimed}           401  401  401  403  200  200  404  404  401  200  403  403  403  404  401
     POST /fulfill/{claimed}            401  401  401  403  200  200  404  404  401  200  403  403  403  404  401
     POST /fail/{claimed}               401  401  401  403  200  200  404  404  401  200  403  403  403  404  401
     POST /release/{claimed}            401  401  401  403  200  200  404  404  401  200  403  403  403  404  401
     GET  /status/{open}                401  401  401  200  200  200  404  404  200  200  403  403  200  404  401
     GET  /result/{open}                401  401  401  200  200  200  404  404  200  200  403  403  200  404  401
+    GET  /output/{open}                401  401  401  200  200  200  404  404  200  200  403  403  200  404  401
     GET  /intents                      401  401  401  200  200  200  200  200  200  200  403  403  200  200  401
     GET  /workers                      401  401  401  200  200  200  200  200  200  200  403  403  200  200  401
     GET  /events                       401  401  401  200  200  200  200  200  200  200  403  403  200  200  401
@@ -7171,6 +7173,144 @@ def test_a_wrong_claim_of_the_next_intent_refuses_the_report(served, query, head
     assert plain.json == {"ok": True, "id": claim["id"]}, "without next=1, the query is ignored"
 
 
+# -- Live output --
+
+def told_of(claim, **news):
+    """Return the arguments of a report of progress."""
+    return dict(dict(intent_id=claim.id, claim_token=claim.claim_token), **news)
+
+
+def test_progress_lets_a_lease_last_as_long_again(bus, clock):
+    bus.publish("g", 1)
+    claim = bus.claim("g", lease=600)
+    clock.pass_(599)
+    answer = bus.progress(**told_of(claim, percent=40, message="copying"))
+    assert answer == dict(ok=True, claim_expires_at=clock.wall + 600, followed=False)
+    clock.pass_(600)
+    with pytest.raises(intentbus.NotFound, match="no longer hold the lease"):
+        bus.progress(**told_of(claim))
+    assert bus.output(claim.id).percent == 40 and bus.inspect(claim.id).status == "open"
+
+
+def test_output_goes_on_where_the_reader_was(bus, clock):
+    bus.publish("g", 1, stream=True)
+    claim = bus.claim("g")
+    assert claim.stream is True and bus.output(claim.id) == dict(
+        attempt=None, output="", next=0, missed=0, percent=None, message=None, ended=False)
+    bus.progress(**told_of(claim, output="one", percent=1, message="a"))
+    clock.pass_(1)
+    bus.progress(**told_of(claim, output="zw\u00f6lf", message=""))
+    assert bus.output(claim.id) == dict(attempt=1, output="onezw\u00f6lf", next=9, missed=0, percent=1, message="", ended=False)
+    assert bus.output(claim.id, 3).output == "zw\u00f6lf" and bus.output(claim.id, 9).output == ""
+    assert bus.output(claim.id, 99) == bus.output(claim.id, 0), "a number of a bus that was restarted"
+    bus.fail(claim.id, claim.claim_token, "no")
+    clock.pass_(60)
+    again = bus.claim("g")
+    assert bus.output(claim.id).output == "onezw\u00f6lf", "of the attempt before, until there is news"
+    bus.progress(**told_of(again, output="two"))
+    assert bus.output(claim.id, 9) == dict(attempt=2, output="two", next=12, missed=0, percent=None, message=None, ended=False)
+    assert bus.output(claim.id, 5).missed == 4
+    bus.fulfill(claim.id, again.claim_token)
+    assert bus.output(claim.id).ended
+
+
+def test_the_end_of_long_output_is_kept(bus, clock):
+    bus.publish("g", 1)
+    claim = bus.claim("g")
+    bus.progress(**told_of(claim, output="x" + "\u00e4" * 2 ** 15))
+    kept = bus.output(claim.id)
+    assert kept.output == "\u00e4" * 2 ** 15 and (kept.missed, kept.next) == (1, 2 ** 16 + 1)
+    clock.pass_(1)
+    bus.progress(**told_of(claim, output="x"))
+    assert bus.output(claim.id).output == "\u00e4" * (2 ** 15 - 1) + "x", "no half of a character"
+
+
+def test_live_output_of_all_has_a_bound_and_the_largest_gives_way(bus, clock, monkeypatch):
+    monkeypatch.setattr(intentbus, "LIVE_TOTAL_BYTES", 29_000)
+    claims = []
+    for caller in (ALICE, BOB, ALICE, ALICE):
+        bus.publish("g", 1, caller=caller)
+        claims.append(bus.claim("g", caller=caller))
+        bus.progress(**told_of(claims[-1], output="x" * 9000, caller=caller))
+    assert [len(bus.output(claim.id).output) for claim in claims] == [0, 9000, 0, 9000]
+
+
+def test_live_output_is_kept_for_an_hour_after_the_end(bus, clock):
+    bus.publish("g", 1)
+    claim = bus.claim("g", lease=3600)
+    bus.progress(**told_of(claim, output="x"))
+    for passed, end, kept in ((3000, None, "x"), (3000, bus.fulfill, "x"), (3599, None, "x"), (1, None, "")):
+        clock.pass_(passed)
+        if not end and kept:
+            with contextlib.suppress(intentbus.NotFound):
+                bus.extend_claim(claim.id, claim.claim_token, 3600)
+        elif end:
+            end(claim.id, claim.claim_token)
+        bus.housekeeping()
+        assert bus.output(claim.id).output == kept
+
+
+def test_output_is_for_whom_the_result_is_for(bus):
+    bus.publish("g", 1, caller=ALICE)
+    claim = bus.claim("g", caller=ALICE)
+    bus.progress(**told_of(claim, output="secret", percent=5, caller=ALICE))
+    viewer = Caller("v", "alice", "viewer", False, None, payloads=False)
+    assert "output" not in bus.output(claim.id, caller=viewer) and bus.output(claim.id, caller=viewer).percent == 5
+    assert bus.output(claim.id, caller=viewer._replace(payloads=True)).output == "secret"
+    for stranger in (BOB, ALICE._replace(goals=("h",))):
+        with pytest.raises(intentbus.NotFound, match="There is no intent"):
+            bus.output(claim.id, caller=stranger)
+        with pytest.raises(intentbus.NotFound):
+            bus.progress(**told_of(claim, caller=stranger._replace(goals=("h",))))
+
+
+def test_progress_is_free_once_a_second_and_refused_otherwise(started, clock):
+    bus = started(keys=dict(rate=6), clock=clock)
+    key = bus.issue().api_key
+    bus.publish(visibility="public")
+    claim = bus.ask("POST", "/claim", key=key).json
+    def tell():
+        return bus.ask("POST", f"/progress/{claim['id']}", {"claim_token": claim["claim_token"], "percent": 1, "colour": 2}, key=key)
+    for _ in range(9):
+        assert tell().status == 200
+        clock.pass_(1)
+    tell()
+    assert_refusal(tell(), 429, "progress_limited", "once in 1 s")
+    assert [bus.ask("GET", "/whoami", key=key).status for _ in range(5)] == [200] * 4 + [429], "the claim and the refusal are counted"
+
+
+@pytest.mark.parametrize("body, word", [({"percent": 101}, "percent"), ({"percent": "9"}, "percent"), ({"message": 1}, "message"),
+                                        ({"output": ["x"]}, "output")])
+def test_wrong_progress_is_refused_and_changes_nothing(served, body, word):
+    served.publish()
+    claim = served.client.claim("g")
+    assert_refusal(served.ask("POST", f"/progress/{claim.id}", dict(body, claim_token=claim.claim_token)), 400, f"invalid_{word}", word)
+    assert served.client.output(claim.id).attempt is None
+
+
+def test_a_reader_waits_for_news_and_the_worker_knows_of_it(served):
+    served.publish()
+    claim = served.client.claim("g")
+    path, seen = f"/output/{claim.id[:16]}?wait=60&after=", 0
+    for news, expected in ((dict(output="one\n"), ("one\n", None, False)), (dict(percent=50), ("", 50, False)), (None, ("", 50, True))):
+        reader = served.hold("GET", f"{path}{seen}")
+        if news:
+            answer = wait_until(lambda: progress_at(served, claim, news))
+            assert answer.followed is True
+        else:
+            served.client.fulfill(claim.id, claim.claim_token)
+        found = response_on(reader).json
+        assert (found["output"], found["percent"], found["ended"]) == expected
+        seen = found["next"]
+    assert served.ask("GET", f"{path}{seen}").json["ended"], "without a wait"
+
+
+def progress_at(served, claim, news):
+    """Tell of progress, once a second has passed since the last time; return the answer, or None."""
+    with contextlib.suppress(intentbus.RateLimited):
+        return served.client.progress(claim.id, claim.claim_token, **news)
+
+
 # -- The simplest publish --
 
 BODIES_AND_PAYLOADS = (
@@ -7202,7 +7342,7 @@ def test_a_body_that_is_no_payload_is_refused(strict, kind, body, code):
 
 
 IN_A_QUERY = dict(namespace="home", visibility="public", priority=7, delay=90.5, run_at=4, ttl=60, max_attempts=1, backoff_base=2.5,
-                  target_worker="5", required_capability="1.5", reward="x", idempotency_key="7", unique="8", replace=False, on_success="9", on_failure="good")
+                  target_worker="5", required_capability="1.5", reward="x", idempotency_key="7", unique="8", replace=False, on_success="9", on_failure="good", stream=True)
 
 
 def test_each_other_field_may_stand_in_the_query(served):
@@ -9041,7 +9181,7 @@ def test_at_the_limit_the_longest_idle_connection_makes_room(started, monkeypatc
 
 
 STRICT = [route[:2] for route in intentbus.ROUTES if route[2] not in (None, "metrics") and not route[1].startswith(intentbus.REPORTS)]
-LENIENT = ("/status/*", "/result/*", "/workers", "/events", "/whoami", "/get/*", "/admin/dashboard")     # which can widen nothing
+LENIENT = ("/status/*", "/result/*", "/output/*", "/workers", "/events", "/whoami", "/get/*", "/admin/dashboard")     # which can widen nothing
 
 
 @pytest.mark.parametrize("method, path", [(method, path) for method, path in STRICT if path not in LENIENT])
@@ -10337,6 +10477,135 @@ def test_stderr_of_several_handlers_comes_in_labelled_lines(serve, tmp_path):
     assert all(line.startswith((f"{ids[0][:16]}: ", f"{ids[1][:16]}: ")) for line in lines)
 
 
+@POSIX
+@pytest.mark.parametrize("text, shown, percent, message", [
+    ("printf 'a\\n::progress 40 copying it\\nb' >&2", "a\nb", 40, "copying it"),
+    ("printf '::progress 1 x\\r\\n::progress 99.5%%' >&2", "", 99.5, ""),
+    ("printf '::pro' >&2; sleep 0.2; printf 'gress 7 y' >&2", "", 7, "y"),
+    ("printf '::prose' >&2; sleep 0.2; printf '\\n::progress 101\\n::progress x\\n ::progress 5' >&2",
+     "::prose\n::progress 101\n::progress x\n ::progress 5", None, None),
+    (f"{' '.join(COMMAND)} progress 12.5 'a  b' '\n'c; printf 'z\\344\\303' >&2; sleep 0.2; printf '\\244' >&2", "z\ufffd\u00e4", 12.5, "a b c"),
+], ids=range(5))
+def test_progress_lines_are_told_and_the_rest_is_output(served, tmp_path, text, shown, percent, message):
+    intent_id, passed_on = served.client.publish("g", 1, stream=True).id, []
+    program = intentbus.Program([script(tmp_path, f"#!/bin/sh\n{text}; exit 1")], show=lambda intent, data: passed_on.append(data))
+    work(served, "g", program)
+    told = served.client.output(intent_id)
+    assert (told.output, told.percent, told.message) == (shown, percent, message)
+    assert b"".join(passed_on).decode(errors="replace") == shown and passed_on[-1] == b""
+    assert served.client.get_status(intent_id).last_error == "exit code 1" + (f": {shown.strip()}" if shown else "")
+
+
+@POSIX
+@pytest.mark.parametrize("wanted, always", [(True, False), (False, True), (False, False)])
+def test_output_is_told_if_publisher_or_worker_want_it(served, tmp_path, wanted, always):
+    intent_id = served.client.publish("g", 1, stream=wanted).id
+    work(served, "g", intentbus.Program([script(tmp_path, "#!/bin/sh\necho loud >&2; echo 1")], stream=always))
+    assert served.client.output(intent_id).output == ("loud\n" if wanted or always else "")
+    assert served.client.get_result(intent_id).result == 1
+
+
+def test_a_python_handler_tells_of_its_progress(served, monkeypatch):
+    monkeypatch.setattr(intentbus, "LEASE_CHECK_SECONDS", 0.02)
+    monkeypatch.setattr(intentbus, "PROGRESS_SECONDS", 0.1)
+    intent_id = served.publish()
+
+    def handler(payload, lease):
+        for percent in range(100):
+            lease.progress(percent, "counting")
+        wait_until(lambda: served.client.output(intent_id).percent == 99)     # while it runs
+        lease.write("x" * 200_000 + "end")
+        lease.progress(message="done")
+    served.client.listen("g", handler, with_lease=True, drain=True)
+    told = served.client.output(intent_id)
+    assert (told.percent, told.message) == (99, "done") and told.output.endswith("xend") and told.output.startswith(intentbus.LEFT_OUT)
+    assert served.statuses() == ["fulfilled"]
+
+
+class WithoutProgress:
+    """A bus of an earlier version: the path is not known, or the answer is one of its pages."""
+
+    def __init__(self, client, error):
+        self._client, self._error, self.extended = client, error, 0
+
+    def __getattr__(self, verb):
+        return getattr(self._client, verb)
+
+    def progress(self, *arguments, **news):
+        """Refuse it."""
+        raise self._error
+
+    def extend_claim(self, *arguments):
+        """Count it."""
+        self.extended += 1
+        return self._client.extend_claim(*arguments)
+
+
+@pytest.mark.parametrize("error", [intentbus.NotFound("no such path"), intentbus.OlderBus("old")], ids=["newer", "older"])
+def test_an_older_bus_is_told_no_progress_and_keeps_the_lease(served, monkeypatch, error):
+    monkeypatch.setattr(intentbus, "LEASE_CHECK_SECONDS", 0.02)
+    served.publish()
+    bus = WithoutProgress(served.client, error)
+
+    def handler(intent, lease):
+        lease.progress(1)
+        wait_until(lambda: bus.extended)
+        lease.progress(2)
+        return 1, "json"
+    Worker(bus, "g", handler, drain=True).run()
+    assert served.statuses() == ["fulfilled"] and bus.extended == 1
+
+
+@POSIX
+@pytest.mark.parametrize("code, outcome, result, complaint", [
+    (0, 0, "done\n", ""), (100, 1, "", "intentbus: {id} is dead: one | two\n")], ids=["fulfilled", "dead"])
+def test_who_follows_sees_the_output_and_the_outcome(served, command, tmp_path, code, outcome, result, complaint):
+    text = f"#!/bin/sh\necho one >&2; printf '::progress 50 half\ntwo' >&2; echo done; exit {code}"
+    work_once = in_thread(Worker(served.client, "g", intentbus.Program([script(tmp_path, text)]), max_jobs=1).run)
+    wait_until(lambda: served.client.workers().workers)
+    exit_code, out, err = command("publish", "g", "1", "--follow")
+    work_once()
+    id, progress = served.client.list().intents[0].id, "intentbus: 50 % half\n"
+    complaint = complaint.format(id=id)
+    assert (exit_code, out, err) == (outcome, result, "one\ntwo\n" + progress + complaint)
+    assert command("output", id, "-f") == (outcome, "one\ntwo\n", progress + complaint)
+    assert command("output", id) == (0, "one\ntwo\n", progress)
+    assert json.loads(command("output", id, "--json")[1])["next"] == 7
+
+
+@SLOW
+@POSIX
+def test_a_remote_command_is_followed_from_its_output_to_its_outcome(serve, tmp_path):
+    fifo = tmp_path / "go"
+    os.mkfifo(fifo)
+    worker = serve.start("work", "--goal", "remote", "--max-jobs", "2", "--", "sh", "-c",
+                         f"echo one >&2; cat {fifo}; printf '::progress 50 half\ntwo' >&2; echo done; exit {{code}}")
+    wait_until(lambda: [worker for worker in serve.client.workers().workers if "remote" in worker.goals])
+    for code, outcome, words in ((0, 0, []), (100, 1, ["is dead: one"])):
+        publisher = serve.start("publish", "remote", f"code:={code}", "--follow")
+        assert publisher.stderr.readline() == "one\n"
+        id = serve.client.list(goal="remote").intents[0].id
+        follower = serve.start("output", id[:16], "-f")
+        assert follower.stdout.readline() == "one\n"
+        assert "progress" not in serve.run("show", id).stdout
+        fifo.write_text("")
+        out, err = publisher.communicate(timeout=20)
+        assert (publisher.returncode, out) == (outcome, "" if code else "done\n")
+        assert err.startswith("two\nintentbus: 50 % half\n") and [word for word in words if word not in err] == []
+        assert follower.communicate(timeout=20)[0] == "two\n" and follower.returncode == outcome
+        again = serve.run("output", id)
+        assert again.stdout == "one\ntwo\n" and again.stderr == "intentbus: 50 % half\n"
+    worker.communicate(timeout=20)
+
+
+@pytest.mark.parametrize("words, complaint", [
+    (("publish", "g", "1", "--follow", "--spool"), "--spool excludes"), (("publish", "g", "--lines", "--follow"), "--follow"),
+    (("progress", "101"), "from 0 to 100"), (("progress", "half"), "from 0 to 100"), (("output",), "id"),
+])
+def test_what_cannot_be_followed_is_refused_in_words(served, words, complaint):
+    assert_complaint(at(served, *words, stdin=b"x\n"), 2, complaint)
+
+
 @SLOW
 @POSIX
 def test_stderr_that_cannot_be_passed_on_delays_no_handler(serve, tmp_path):
@@ -11126,8 +11395,11 @@ def test_a_terminal_that_closes_lets_a_worker_finish(serve, tmp_path, ignored):
 def test_a_killed_worker_leaves_no_program_running(serve, text):
     ids = serve.client.publish_many([a_publish(goal="orphan") for _ in range(3)]).ids
     worker = serve.start("work", "--goal", "orphan", "-j", "2", "--kill-after", "0.1s", "--", "sh", "-c",
-                         f"[ $INTENT_ID = {ids[0]} ] && exit; {text}")
-    wait_until(lambda: all(left_behind(id) for id in ids[1:]))
+                         f"[ $INTENT_ID = {ids[0]} ] && exit; echo up >&2; {text}")
+    up = 0
+    while up < 2:     # the worker passes it on once its guardian knows of the program
+        up += "up" in worker.stderr.readline()
+    assert all(left_behind(id) for id in ids[1:])
     worker.kill()
     worker.communicate()
     wait_until(lambda: not any(left_behind(id) for id in ids), seconds=30)
