@@ -759,6 +759,7 @@ def terminal(columns=80):
         def shown(end):
             output = ""
             while not output.endswith(end):
+                assert select.select([screen], [], [], PATIENCE_SECONDS)[0], f"the screen shows {output!r}"
                 output += screen.read(65536).decode().replace("\r\n", "\n")
             return output
         yield file, shown
@@ -11134,7 +11135,7 @@ def test_publish_wait_is_a_remote_command(serve):
 @pytest.mark.parametrize("words, wait", [
     ("publish g 5 --wait 0.1s", True), ("publish g a=1 --wait 0.1s", True), ("publish g --wait 0.1s 5", True), ("result {id} --wait 0.1", True),
     ("result --wait 0.1 {id}", True), ("result --wait=0.1 {id}", True), ("publish g --wait 50", False),
-    ("publish --wait 50 g", False), ("result {digits}", None), ("result --wait={digits}", None)])
+    ("publish --wait 50 g", False), ("result --wait {digits}", None), ("result --wait={digits}", None)])
 def test_wait_takes_the_next_word_if_it_can_be_nothing_else(served, command, words, wait):
     id = served.publish(payload=1)
     found = command(*words.format(id=id, digits="1" * 8).split())
@@ -11641,7 +11642,7 @@ def test_a_table_that_goes_on_keeps_its_header_and_columns(monkeypatch):
         lines = shown("  w\n").splitlines()
     assert [line.split()[0] for line in lines if not line[0].isdigit()] == ["time", "time"]     # the column of workers comes last
     assert lines[0].split() == ["time", "event", "id", "goal"] and lines[4].split() == ["time", "event", "id", "goal", "worker"]
-    assert lines[5].index("w") == lines[4].index("worker") and lines[3].rstrip().endswith("  g")
+    assert lines[5].index("w") == lines[4].index("worker") == lines[4].index("goal") + len("a long goal  ") and lines[3].rstrip().endswith("  g")
 
 
 @POSIX
