@@ -9174,9 +9174,9 @@ def log_startup(options, url, database, key_source, other):
         log(database.warning)
     if not options.tls_cert and options.host not in ("127.0.0.1", "::1", "localhost"):
         log("other machines can reach this bus over plain HTTP; put a TLS proxy or a tunnel in front of it")
-    secrets = [variable for variable in ("DASHBOARD_PASSWORD", "BUS_ADMIN_SECRET") if os.environ.get(variable)]
-    password = "DASHBOARD_PASSWORD" if "DASHBOARD_PASSWORD" in secrets else "a viewer's key" if secrets else "the key"
-    log(f"the dashboard: {url}/admin/dashboard, user admin, password: {password}")
+    who = "as admin with DASHBOARD_PASSWORD" if os.environ.get("DASHBOARD_PASSWORD") else \
+        "with a viewer's key" if os.environ.get("BUS_ADMIN_SECRET") else "as admin with the owner key"
+    log(f"the dashboard is at {url}/admin/dashboard; sign in {who}")
     log("next, in two other terminals:")
     where = "" if url == URL and not os.path.exists(os.path.expanduser(CONFIG_FILE)) else f" --url {url}"
     if options.key_file != KEY_FILE and not os.environ.get("BUS_SECRET"):
