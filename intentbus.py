@@ -231,8 +231,11 @@ SWEEP_SECONDS = 3600                # for the bus to delete or cancel intents: a
 STREAM_SECONDS = 1                  # publish --lines sends the lines of a stream that soon
 READ_AHEAD_LINES = 100              # of stdin, at most 25 MB
 JOBS = 256                          # of one worker; each is a thread and a program
+SHOWING_SECONDS = 1                 # long work shows on a terminal how far it is, that late and that often
+COLUMN_WIDTH = 10                   # of a table's column that gives way; narrower ones are left out
 DOCTOR_SECONDS = 10                 # for the bus to answer a doctor
 KEY_ENDS_SECONDS = 7 * 86400        # a doctor warns that long before a key ends: time to bring a new one to a machine
+LIMIT_WAIT_SECONDS = 3600           # a doctor warns of intents that wait for longer because their goal is at its limit
 TERMUX_SECONDS = 10                 # for Termux:API to answer; without its app it never does
 HANDLER_SECONDS = 300               # a handler that runs for longer has hung
 KILL_AFTER_SECONDS = 5              # between TERM and KILL
@@ -658,6 +661,11 @@ def next_time(expression, zone, after):
     cron, ahead = read_cron(expression), clock_of(zone)
     today = int((after + ahead(after)) // 86400)
     return next(at for day in range(today, today + CRON_DAYS) for at in times_on(day, cron, ahead) if at > after)
+
+
+def moment(at, zone=None):
+    """Format Unix seconds as clocks of a time zone, or of this machine, show them; None as None."""
+    return at and time.strftime("%a %Y-%m-%d %H:%M:%S", time.gmtime(at + clock_of(zone)(at)))
 
 
 def next_run(schedule, after):
@@ -3829,7 +3837,8 @@ class Keys:
 
     def _no_admin(self, request):
         """Return the error for credentials that are not an admin's."""
-        return self._failed(request, Unauthorized("Authentication required.",
+        needed = "the owner key" if self._owner.admin else "the bus's BUS_ADMIN_SECRET or DASHBOARD_PASSWORD"
+        return self._failed(request, Unauthorized(f"Authentication required: this needs {needed}.",
                                                   headers=[("WWW-Authenticate", 'Basic realm="Intent Bus"')]))
 
     def _failed(self, request, error):
@@ -4269,6 +4278,10 @@ def nesting(body, limit):
 HOME = f"intentbus {__version__}: a job published here is done by a worker elsewhere.\n"
 
 
+class Redirect(str):
+    """The path that a browser is sent to, relative to the one it asked for: the bus may be behind a proxy, below a path."""
+
+
 class Html(str):
     """A page, rather than plain text."""
 
@@ -4645,6 +4658,14 @@ class Request:
         return same_or_either("idempotency_key", given, validate(IDEMPOTENCY, {"idempotency_key": header})["idempotency_key"])
 
 
+def dashboard_redirect(api, request):
+    return 302, Redirect("admin/dashboard")
+
+
+def home_endpoint(api, request):
+    return dashboard_redirect(api, request) if "text/html" in request.headers.get("accept", "").lower() else (200, HOME)
+
+
 def health_endpoint(api, request):
     api.bus.probe()
     return 200, health_of(api)
@@ -4929,7 +4950,9 @@ def of_intent(endpoint):
 
 ROUTES = (
     # method, path                      who may     endpoint
-    ("GET",  "/",                       None,      lambda api, request: (200, HOME)),
+    ("GET",  "/",                       None,      home_endpoint),
+    ("GET",  "/dashboard",              None,      dashboard_redirect),
+    ("GET",  "/admin",                  None,      dashboard_redirect),
     ("GET",  "/health",                 None,      health_endpoint),
     ("POST", "/intent",                 "publish", publish_endpoint),
     ("POST", "/publish/*",              "publish", publish_payload_endpoint),
@@ -5009,8 +5032,13 @@ def respond(status, value, request_id, headers=()):
     if value is None:
         return Response(status, headers, b"", request_id)
     if not isinstance(value, str):
-        return Response(status, JSON_TYPE + tuple(headers), to_json(value).encode(), request_id)
-    kind = JSON_TYPE if isinstance(value, JsonText) else TEXT_TYPE
+        value = JsonText(to_json(value))
+    if isinstance(value, JsonText):
+        return Response(status, JSON_TYPE + tuple(headers), value.encode() + b"\n", request_id)     # a shell prompt comes after it
+    if isinstance(value, Redirect):
+        headers = (*headers, ("Location", value))
+        value = f"{value}\n"
+    kind = TEXT_TYPE
     if isinstance(value, Html):
         kind = (("Content-Type", "text/html; charset=utf-8"), ("Content-Security-Policy", content_policy(value)))
     return Response(status, kind + tuple(headers), value.encode(), request_id)
@@ -5168,7 +5196,8 @@ class API:
             self.keys.confirm(request)
             caller = request.caller
             if not caller.admin and request.who not in ROLES[caller.role]:
-                raise Forbidden(f"This key may {ROLE_WORDS.get(caller.role, caller.role)} only.")
+                able = " or ".join(role for role in ROLES if request.who in ROLES[role])
+                raise Forbidden(f"This key may {ROLE_WORDS.get(caller.role, caller.role)} only; this needs one of the role {able}.")
             if caller.goals and request.who == "keep":
                 raise Forbidden("A key for some goals has no key-value store.")
         return self._response(request, request.endpoint(self, request, *request.place))
@@ -5213,7 +5242,7 @@ class API:
 # The loop, and strict HTTP/1.1 (RFC 9112): bytes that two programs could read in two ways are refused and the connection
 # closed, so that nothing behind them is taken for a request.
 
-REASONS = {200: "OK", 201: "Created", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
+REASONS = {200: "OK", 201: "Created", 204: "No Content", 302: "Found", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
            404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 411: "Length Required",
            413: "Content Too Large", 422: "Unprocessable Content", 429: "Too Many Requests",
            431: "Request Header Fields Too Large", 500: "Internal Server Error", 503: "Service Unavailable",
@@ -6851,7 +6880,8 @@ def parse_bus_url(url):
                 and (":" in host or all(0 < len(label) < 64 for label in labels))):
             return parts
     shown = url.rpartition("@")[2]     # the part before the @ may hold a password
-    raise SetupError(f"The URL of a bus is http://HOST:PORT or https://HOST, without a user name; {shown!r} is not.")
+    cure = "" if "://" in url else f"; write http://{shown} or https://{shown}"
+    raise SetupError(f"The URL of a bus is http://HOST:PORT or https://HOST, without a user name; {shown!r} is not{cure}.")
 
 
 def client_tls_context(ca):
@@ -6869,7 +6899,7 @@ NO_HTTP = "If the bus serves https, its URL begins with https://; otherwise chec
 CURES = {     # by the class of an error, and for a certificate by its code in OpenSSL
     "ConnectionRefusedError": "Nothing listens there: start the bus with serve, or the tunnel that leads to it.",
     "gaierror": "That name is not known: check its spelling, and whether this machine is online.",
-    "SSLError": "That port does not speak https: check http:// or https://, and the port.",
+    "SSLError": "That port does not speak https: check the port or, for a bus without https, write http:// in its URL.",
     "timeout": "Nothing answers in time: a firewall is in the way, or that machine is off or slow.",
     "ConnectionResetError": NO_HTTP,
     "RemoteDisconnected": NO_HTTP,
@@ -6970,9 +7000,12 @@ LISTED_WORKER = answer_of(owner=TEXT, last_seen=MOMENT, goals=(array_of(string),
                           running=(array_of(string), ()))
 LISTED_EVENT = answer_of(event=TEXT, time=MOMENT, id=UNSURE, goal=UNSURE, status=UNSURE, worker_id=UNSURE, worker=UNSURE,
                          last_error=UNSURE)
+ONE_GOAL = dict(namespace=TEXT, goal=TEXT, run_at=PERHAPS_A_MOMENT)
+GOAL_FIGURES = answer_of(**ONE_GOAL, waiting=COUNT, running=COUNT, limit=UNSURE, paused=UNSURE, fulfilled=(array_of(COUNT[0]), ()),
+                         failed=(array_of(COUNT[0]), ()))
 GOAL_LIMIT = answer_of(namespace=TEXT, goal=TEXT, running=UNSURE, paused=TRUTH, claimed=COUNT)
 LISTED_SCHEDULE = answer_of(name=TEXT, owner=TEXT, goal=TEXT, every=(number_from(1, 2 ** 40), None), cron=(string, None),
-                            timezone=(string, None), next_run_at=PERHAPS_A_MOMENT, last_run_at=PERHAPS_A_MOMENT, last_id=UNSURE)
+                            timezone=(string, None), made_at=MOMENT, next_run_at=PERHAPS_A_MOMENT, last_run_at=PERHAPS_A_MOMENT, last_id=UNSURE)
 PERHAPS_GOALS = (array_of(string), None)
 LISTED_KEY = answer_of(key_id=TEXT, owner=TEXT, role=TEXT, total_requests=COUNT, name=UNSURE, goals=PERHAPS_GOALS,
                        expires_at=PERHAPS_A_MOMENT, last_used_at=PERHAPS_A_MOMENT)
@@ -7015,7 +7048,9 @@ ANSWERS = {     # of a bus, to a method and path: an answer without these fields
     "GET /admin/dead": array_of(answer_of(intent_id=TEXT)),
     "POST /admin/purge": counted_or(deleted=COUNT),
     "POST /admin/cancel": counted_or(cancelled=COUNT),
-    "GET /admin/summary": answer_of(intents=(must_be("an object", lambda value: isinstance(value, dict)), REQUIRED)),
+    "GET /admin/summary": answer_of(
+        intents=(must_be("objects", lambda value: isinstance(value, dict) and all(isinstance(of, dict) for of in value.values())), REQUIRED),
+        goals=(array_of(GOAL_FIGURES), ()), waiting=(array_of(answer_of(**ONE_GOAL)), ()), workers=(array_of(LISTED_WORKER), ())),
 }
 ANY_ANSWER = answer_of()     # to other requests
 MAY_BE_EMPTY = ("POST /claim",)     # 204
@@ -8471,6 +8506,54 @@ def check_key_at_older(bus):
         yield bad("key", f"The bus refuses this key: {error}")
 
 
+def check_work(options):
+    """Check schedules and, for an admin, limits and the keys of others; check_bus tells why the bus cannot be asked."""
+    with contextlib.suppress(Error), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bus = open_client(options, DOCTOR_SECONDS)
+        me, workers = bus.who_am_i(), bus.workers().workers
+        for schedule in bus.schedules().schedules:
+            if schedule.next_run_at is not None:     # else it is paused
+                yield from check_schedule(bus, schedule, workers, me.now)
+        yield from check_limits(bus.limits().limits, bus.admin("summary").waiting, me.now)
+        for key in bus.admin("keys"):
+            if key.key_id != me.key_id and me.now < (key.expires_at or 0) < me.now + KEY_ENDS_SECONDS:
+                yield note("keys", f"The key {key.name or key.key_id} ends at {moment(key.expires_at)}; keys invite makes a new one.")
+
+
+def check_schedule(bus, schedule, workers, now):
+    """Check whether a schedule has a worker, a time zone, and runs that do well."""
+    of_bus = bool(LOOPBACK.fullmatch(urllib.parse.urlsplit(bus.base_url).hostname))     # this machine's local time is the bus's
+    who, last = f"The schedule {schedule.name}", None
+    if not any(worker.get("namespace") == schedule.get("namespace") and schedule.goal in (worker.goals or [schedule.goal])
+               for worker in workers):
+        yield note("schedule", f"{who} publishes {schedule.goal}, and no worker is there for it; start one, or check the spelling.")
+    with contextlib.suppress(NotFound):     # it is deleted
+        last = schedule.last_id and bus.get_status(schedule.last_id)
+    if last and last.status == "dead":
+        yield bad("schedule", f"{who} has failed: {last.last_error} (show {last.id}).")
+    try:
+        due = next_run(schedule, max(schedule.last_run_at or 0, schedule.made_at))
+    except ValueError as error:
+        yield (bad if of_bus else note)("schedule", f"{who} has a time zone that this machine does not know, and is left out if the bus's "
+                                                    f"does not, either: timezone {error}.")
+        return
+    if (of_bus or schedule.every or schedule.timezone) and due < now - DOCTOR_SECONDS:
+        why = f"the run before is {last.status}: {last.id}" if last and last.status in ("open", "claimed") else "watch tells why, each time"
+        yield bad("schedule", f"{who} has left out each run since {moment(due)}; {why}.")
+
+
+def check_limits(limits, waiting, now):
+    """Check for intents that wait because their goal is paused, or for long at its limit."""
+    since = {(goal.namespace, goal.goal): goal.run_at for goal in waiting}
+    for limit in limits:
+        at = since.get((limit.namespace, limit.goal))
+        if at is not None and limit.paused:
+            yield note("limit", f"{limit.goal} is paused, and has an intent that waits since {moment(at)}; resume {limit.goal} lets it start.")
+        elif at is not None and at < now - LIMIT_WAIT_SECONDS and limit.claimed >= (limit.running or sys.maxsize):
+            yield note("limit", f"{limit.goal} is at its limit of {limit.running}, and has an intent that waits since {moment(at)}.")
+
+
 def check_database(options):
     """Check the place and the mode of the database file, if it is on this machine."""
     import shutil
@@ -8537,7 +8620,7 @@ def check_termux(options):
     yield note("termux", "Android 12 and newer kill a 33rd program; disable child process restrictions in developer options.")
 
 
-CHECKS = (check_versions, check_bus, check_database, check_spool, check_termux)
+CHECKS = (check_versions, check_bus, check_work, check_database, check_spool, check_termux)
 
 
 # ---- 20. Commands ----
@@ -8565,8 +8648,10 @@ GROUPS = (
 )
 EXIT_CODES = {400: 2, 401: 4, 403: 4, 404: 3, 409: 1, 413: 6, 422: 6, 429: 6}     # by the HTTP status of the error
 INVOCATION = f"{os.path.basename(sys.executable or 'python')} {os.path.basename(__file__)}"     # how a person starts it
-UNIT_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+UNIT_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+DURATION = r"\d{1,9}(\.\d{1,9})?|(\d{1,9}(\.\d{1,9})?[smhdw])+"
 UNPRINTABLE = r"[^\n\t\x20-\x7e\xa0-\U0010ffff]"     # characters that can control a terminal; compiled late, which takes 3 ms
+STATE_COLORS = {"claimed": 33, "fulfilled": 32, "dead": 31, "failed": 31, "lost": 31, "skipped": 33, "paused": 33, "has ended": 31}     # ANSI
 COMMANDS = {}     # name: (function, examples, flags)
 
 
@@ -8654,7 +8739,11 @@ class StderrRelay:
 
 def print_result(value):
     """Write a value to stdout as it is, but on a terminal without control characters; raises SetupError."""
-    line = escape(str(value), UNPRINTABLE) if sys.stdout.isatty() else str(value)
+    print_line(escape(str(value), UNPRINTABLE) if sys.stdout.isatty() else str(value))
+
+
+def print_line(line):
+    """Write a line to stdout; raises SetupError."""
     try:
         sys.stdout.write(line + "\n")     # one write, so that the lines of threads do not mix
         sys.stdout.flush()
@@ -8664,11 +8753,127 @@ def print_result(value):
         raise SetupError(f"The output cannot be written: {error.strerror}.") from error
 
 
-def print_rows(options, records, cells):
-    """Print a line for each record: with --json its JSON, else the cells that cells(record) returns."""
-    for record in records:
-        line = to_json(record) if options.json else "  ".join(str(cell) for cell in cells(record) if cell not in (None, ""))
-        print_result(line if options.json else escape(line.replace("\n", " | ")))
+class Column(collections.namedtuple("Column", "header cell spec shown yields state", defaults=(None, "", None, 0, False))):
+    """A column of a Table: cell(record) is its text or None, by default the field of that name.
+
+    shown(record) is its text on a terminal, if that differs; spec pads and aligns it, as format() does. In a narrow terminal, the
+    column that yields most is cut and left out first; one that yields 0 stays whole. A state is coloured.
+    """
+
+    def text(self, record, on_terminal):
+        """Return the text of its cell, on one line, without control characters."""
+        read = on_terminal and self.shown or self.cell
+        value = read(record) if read else record.get(self.header)
+        return "" if value in (None, "") else escape(str(value).replace("\n", " | "))
+
+
+class Table:
+    """Prints records in columns: on a terminal as a table that fits its width, otherwise the filled cells of each on a line.
+
+    With --json, it prints JSON. Another print() continues the table.
+    """
+
+    def __init__(self, options, columns):
+        self._json, self._columns, self._widths, self._headers = options.json, columns, collections.Counter(), []
+        self._terminal = sys.stdout.isatty()
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not (POSIX or "WT_SESSION" in os.environ)
+        self._colored = options.color == "always" or options.color == "auto" and self._terminal and not plain
+
+    def print(self, records):
+        """Print some records."""
+        if self._json:
+            for record in records:
+                print_result(to_json(record))
+            return
+        rows = [[column.text(record, self._terminal) for column in self._columns] for record in records]
+        if self._terminal:
+            self._print_fitted(rows)
+        else:
+            for row in rows:
+                print_line("  ".join(self._painted(column, text, format(text, column.spec)) for column, text in zip(self._columns, row) if text))
+
+    def _print_fitted(self, rows):
+        import shutil
+        encoding = sys.stdout.encoding or "ascii"     # a character that it lacks is printed as an escape sequence
+        rows = [[text.encode(encoding, "backslashreplace").decode(encoding) for text in row] for row in rows]
+        for column, texts in zip(self._columns, zip(*rows)):
+            if any(texts):
+                least = int(column.spec.strip(">") or 0)
+                self._widths[column] = max(self._widths[column], least, len(column.header), *map(text_width, texts))
+        widths = fitted([self._widths[column] for column in self._columns], [column.yields for column in self._columns],
+                        shutil.get_terminal_size().columns)
+        shown = [(column, width) for column, width in zip(self._columns, widths) if width]
+        headers = [column.header for column, _ in shown]
+        if headers != self._headers:
+            self._headers = headers
+            print_line("  ".join(padded(column.header, width, column.spec) for column, width in shown).rstrip())
+        for row in rows:
+            texts = [text for text, width in zip(row, widths) if width]
+            print_line("  ".join(self._painted(column, text, padded(text, width, column.spec))
+                                 for (column, width), text in zip(shown, texts)).rstrip())
+
+    def _painted(self, column, text, cell):
+        """Return a cell, with its text, in the colour of its state."""
+        color = column.state and self._colored and STATE_COLORS.get(text)
+        return f"\x1b[{color}m{cell}\x1b[0m" if color else cell
+
+
+def fitted(widths, yields, room):
+    """Return the widths of columns, two apart, fitted into a room: cut to COLUMN_WIDTH, then 0, in the order in which they yield."""
+    order = sorted(filter(yields.__getitem__, range(len(widths))), key=lambda place: -yields[place])
+    for last in [None, *order]:
+        if last is not None:
+            widths[last] = 0
+        found = list(widths)
+        over = sum(width + 2 for width in widths if width) - 2 - room
+        for place in order:
+            less = min(max(over, 0), max(found[place] - COLUMN_WIDTH, 0))
+            found[place] -= less
+            over -= less
+        if over <= 0:
+            break
+    return found
+
+
+def text_width(text):
+    """Return how many columns of a terminal a text takes (Unicode Standard Annex #11)."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+    return sum(0 if unicodedata.category(letter) in ("Mn", "Me", "Cf") else 1 + (unicodedata.east_asian_width(letter) in "WF")
+               for letter in text)
+
+
+def padded(text, width, spec):
+    """Return a text with spaces up to a width, at its start if the spec aligns it to the right; a longer text is cut."""
+    space = " " * (width - text_width(text))
+    if text_width(text) > width:
+        fits = itertools.takewhile(lambda used: used < width, itertools.accumulate(map(text_width, text)))
+        text = text[:sum(1 for _ in fits)] + ("\u2026" if (sys.stdout.encoding or "").lower().startswith("utf") else "~")
+        space = " " * (width - text_width(text))     # half of a wide character may be left
+    return space + text if spec.startswith(">") else text + space
+
+
+@contextlib.contextmanager
+def showing(words):
+    """While long work is done, show words(seconds so far) on a terminal, on a line that is erased at the end."""
+    done, begun = threading.Event(), time.monotonic()
+
+    def show():
+        line = ""
+        while not done.wait(SHOWING_SECONDS):
+            line = f"intentbus: {words(time.monotonic() - begun)}".ljust(len(line))
+            print(line, end="\r", file=sys.stderr, flush=True)
+        print(" " * len(line), end="\r" if line else "", file=sys.stderr, flush=True)
+    thread = threading.Thread(target=show, daemon=True)
+    if sys.stderr.isatty():
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if thread.ident:
+            thread.join()
 
 
 def print_answer(options, answer, field):
@@ -8677,11 +8882,10 @@ def print_answer(options, answer, field):
 
 
 def duration(text):
-    """Parse a duration such as 90, 90s, 5m, 2h or 7d; return its seconds."""
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)", text, re.ASCII)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a duration such as 90, 90s, 5m, 2h or 7d")
-    seconds = float(match[1]) * UNIT_SECONDS[match[2]]
+    """Parse a duration such as 90, 90s, 5m, 1h30m, 7d or 1w; return its seconds."""
+    if not re.fullmatch(DURATION, text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a duration such as 90, 90s, 5m, 1h30m, 7d or 1w")
+    seconds = sum(float(number) * UNIT_SECONDS[unit] for number, unit in re.findall(r"([\d.]+)([smhdw]?)", text))
     return int(seconds) if seconds.is_integer() else seconds     # older buses take no 60.0
 
 
@@ -8689,6 +8893,12 @@ def format_duration(seconds):
     """Format seconds in their largest unit, such as 5m."""
     unit = next((unit for unit in "dhm" if seconds >= UNIT_SECONDS[unit]), "s")
     return f"{max(0, seconds) // UNIT_SECONDS[unit]:.0f}{unit}"
+
+
+def relative_time(at):
+    """Format Unix seconds as the time since or until then, such as 5m ago or in 2h; None as None."""
+    seconds = at and time.time() - at
+    return at and (f"in {format_duration(-seconds)}" if seconds < 0 else f"{format_duration(seconds)} ago")
 
 
 def local_time(text):
@@ -8703,11 +8913,6 @@ def local_time(text):
     if times[-1] <= now.timestamp():
         raise argparse.ArgumentTypeError(f"{text} is over")
     return next(moment for moment in times if moment > now.timestamp())
-
-
-def moment(at, zone=None):
-    """Format Unix seconds as clocks of a time zone, or of this machine, show them; None as None."""
-    return at and time.strftime("%a %Y-%m-%d %H:%M:%S", time.gmtime(at + clock_of(zone)(at)))
 
 
 def percentage(text):
@@ -8751,6 +8956,8 @@ CONNECTION = (
 DB = flag("--db", help="the database file (BUS_DB_PATH; default intentbus.db)")
 ID = flag("id", help=f"the id that publish printed, or its first {SHORT_ID_DIGITS} or more digits")
 JSON = flag("--json", action="store_true", help="print JSON")
+TABLE = (JSON, flag("--color", choices=("auto", "always", "never"), default="auto",
+                    help="colour states: auto is on a terminal, unless NO_COLOR is set"))
 YES = flag("--yes", action="store_true", help="do not ask")
 STORED_KEY = flag("key", help="the key of the value")
 PUBLISH_FIELDS = ("priority", "delay", "run_at", "ttl", "max_attempts", "backoff_base", "target_worker", "required_capability",
@@ -8786,6 +8993,85 @@ WAIT = flag("--wait", type=lambda text: duration(text) if text else PUBLISH_WAIT
             help="wait until it has ended (5m if no DURATION is given) and print its result; exit 1 if it is dead")
 FOLLOW = flag("-f", "--follow", action="store_true", help="print what its handler writes to stderr as it comes, until it has ended, "
                                                           "then the result; exit 1 if it is dead")
+
+
+def due_or_age(intent):
+    """Return when an open intent is due, or for how long another has been there."""
+    is_due_later = intent.status == "open" and (intent.get("run_at") or 0) > time.time()
+    return f"due {relative_time(intent.run_at)}" if is_due_later else relative_time(intent.created_at)
+
+
+def end_of_key(key):
+    """Return when a key ends, in words; None for never."""
+    return key.expires_at and ("has ended" if key.expires_at <= time.time() else f"ends {relative_time(key.expires_at)}")
+
+
+INTENT_TABLE = (
+    Column("id", lambda intent: intent.id[:SHOWN_ID_DIGITS]),
+    Column("status", spec="9", state=True),
+    Column("tries", lambda intent: f"{intent.claim_attempts}/{intent.max_attempts}", yields=5),
+    Column("age", lambda intent: format_duration(time.time() - intent.created_at), ">4", due_or_age, yields=4),
+    Column("goal", yields=1),
+    Column("worker", yields=6),
+    Column("error", lambda intent: intent.last_error, yields=3),
+    Column("payload", lambda intent: to_json(intent.payload) if "payload" in intent else None, yields=2),
+)
+WORKER_TABLE = (
+    Column("seen", lambda worker: format_duration(time.time() - worker.last_seen), ">4", lambda worker: relative_time(worker.last_seen)),
+    Column("owner", yields=5),
+    Column("worker", lambda worker: worker.name, yields=1),
+    Column("id", lambda worker: None if worker.id == worker.name else worker.id, yields=4),
+    Column("version", lambda worker: worker.version or "-", yields=6),
+    Column("goals", lambda worker: ", ".join(worker.goals) or "any goal", yields=2),
+    Column("runs", lambda worker: ", ".join(intent_id[:SHOWN_ID_DIGITS] for intent_id in worker.running), yields=3),
+)
+EVENT_TABLE = (
+    Column("time", lambda entry: time.strftime("%H:%M:%S", time.localtime(entry.time))),
+    Column("event", spec="9", state=True),
+    Column("id", lambda entry: (entry.id or "")[:SHOWN_ID_DIGITS], yields=2),
+    Column("goal", yields=1),
+    Column("worker", lambda entry: entry.worker or entry.worker_id, yields=4),
+    Column("error", lambda entry: entry.last_error if entry.event in ("failed", "dead", "lost", "skipped") else
+           entry.status if entry.event == "limited" else None, yields=3),
+)
+LIMIT_TABLE = (
+    Column("namespace", yields=2),
+    Column("goal", yields=1),
+    Column("running", lambda limit: f"{limit.claimed} of {limit.running or 'any number'}"),
+    Column("paused", lambda limit: "paused" if limit.paused else None, state=True),
+)
+SCHEDULE_TABLE = (
+    Column("name", yields=2),
+    Column("goal", yields=3),
+    Column("times", lambda schedule: schedule.cron or f"every {format_duration(schedule.every or 0)}", yields=4),
+    Column("zone", lambda schedule: schedule.timezone, yields=6),
+    Column("next", lambda schedule: f"next {moment(schedule.next_run_at) or 'paused'}", "",
+           lambda schedule: relative_time(schedule.next_run_at) or "paused", state=True),
+    Column("last", lambda schedule: f"last {moment(schedule.last_run_at) or 'never'}", "",
+           lambda schedule: relative_time(schedule.last_run_at) or "never", yields=1),
+    Column("last id", lambda schedule: schedule.last_id, "", lambda schedule: (schedule.last_id or "")[:SHOWN_ID_DIGITS], yields=5),
+)
+KEY_TABLE = (
+    Column("id", lambda key: key.key_id),
+    Column("role", spec="7", yields=3),
+    Column("owner", yields=5),
+    Column("requests", lambda key: key.total_requests, ">", yields=7),
+    Column("used", lambda key: format_duration(time.time() - key.last_used_at) if key.last_used_at else "never", "",
+           lambda key: relative_time(key.last_used_at) or "never", yields=6),
+    Column("name", yields=1),
+    Column("goals", lambda key: key.goals and f"for {', '.join(key.goals)}", "", lambda key: key.goals and ", ".join(key.goals), yields=4),
+    Column("ends", end_of_key, yields=2, state=True),
+)
+GOAL_TABLE = (     # of a summary
+    Column("namespace", yields=5),
+    Column("goal", yields=1),
+    Column("waiting", spec=">"),
+    Column("running", spec=">"),
+    Column("limit", lambda goal: "paused" if goal.get("paused") else goal.get("limit"), ">", state=True),
+    Column("done 1h/1d", lambda goal: "/".join(map(str, goal.get("fulfilled", ()))), ">", yields=3),
+    Column("failed 1h/1d", lambda goal: "/".join(map(str, goal.get("failed", ()))), ">", yields=2),
+    Column("oldest due", lambda goal: relative_time(goal.run_at), ">", yields=4),
+)
 
 
 def bus_command(name, examples, *flags):
@@ -8839,6 +9125,7 @@ def serve_command(options):
     if options.tls_key and not options.tls_cert:
         raise Invalid("--tls-key needs --tls-cert.")
     key, key_source = find_owner_key(options.key_file)
+    other = other_database(options)
     store = options.open_store(options.db)
     try:
         api = api_of(store, key, options.require_claim_token, options.retention, options.rate_limit,
@@ -8862,24 +9149,38 @@ def serve_command(options):
     if options.tls_cert and hasattr(signal, "SIGHUP"):     # without a certificate, it ends the bus
         signal.signal(signal.SIGHUP, lambda *_: server.renew_certificate())
     signal.set_wakeup_fd(server.wakeup.fileno(), warn_on_full_buffer=False)     # on Windows, a signal ends no wait
-    host = f"[{options.host}]" if ":" in options.host else options.host
-    url = f"http{'s' if options.tls_cert else ''}://{host}:{server.server_port}"
-    print(url, flush=True)
-    log_startup(options, url, store.database, key_source)
+    scheme, host = "https" if options.tls_cert else "http", f"[{options.host}]" if ":" in options.host else options.host
+    print(f"{scheme}://{host}:{server.server_port}", flush=True)
+    reachable = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
+    log_startup(options, f"{scheme}://{reachable}:{server.server_port}", store.database, key_source, other)
     server.serve_forever()
     server.close()
     store.close()
 
 
-def log_startup(options, url, database, key_source):
+def other_database(options):
+    """Return the database that an earlier serve made elsewhere by default, if this one will make a new one here; or None."""
+    if not (options.db or os.environ.get("BUS_DB_PATH") or os.path.exists("intentbus.db")):
+        places = (os.path.join(folder, "intentbus.db") for folder in (os.path.dirname(os.path.realpath(__file__)), os.path.expanduser("~")))
+        return next(filter(os.path.isfile, places), None)
+
+
+def log_startup(options, url, database, key_source, other):
     """Log the state of a bus that has just started, and the next commands to try."""
     log(f"{__version__}, database {database.path}, the key is {key_source}")
+    if other:
+        log(f"this database is new; another one is there, to be used with --db {other}")
     if database.warning:
         log(database.warning)
     if not options.tls_cert and options.host not in ("127.0.0.1", "::1", "localhost"):
         log("other machines can reach this bus over plain HTTP; put a TLS proxy or a tunnel in front of it")
+    who = "as admin with DASHBOARD_PASSWORD" if os.environ.get("DASHBOARD_PASSWORD") else \
+        "with a viewer's key" if os.environ.get("BUS_ADMIN_SECRET") else "as admin with the owner key"
+    log(f"the dashboard is at {url}/admin/dashboard; sign in {who}")
     log("next, in two other terminals:")
-    where = "" if url == URL else f" --url {url}"
+    where = "" if url == URL and not os.path.exists(os.path.expanduser(CONFIG_FILE)) else f" --url {url}"
+    if options.key_file != KEY_FILE and not os.environ.get("BUS_SECRET"):
+        where += f" --key-file {options.key_file}"
     print(f"  {INVOCATION} work{where} --goal hello\n  {INVOCATION} publish{where} hello name=world", file=sys.stderr)
 
 
@@ -8923,17 +9224,21 @@ def publish_command(options):
         log(f"no worker has ever claimed {options.goal!r}; check the spelling (workers lists who is there)")
     elif (options.target_worker or options.required_capability) and answer.get("listening") == 0:
         log("no worker that may claim it is there now; check its --worker and --capability (workers lists who is there)")
-    if options.follow:
-        options.wait = FOREVER if options.wait is None else options.wait
-        follow_output(bus, answer.id, time.monotonic() + options.wait, sys.stderr)
     if waits:
-        return wait_for_result(bus, answer.id, options)
+        try:
+            if options.follow:
+                options.wait = FOREVER if options.wait is None else options.wait
+                follow_output(bus, answer.id, time.monotonic() + options.wait, sys.stderr)
+            return wait_for_result(bus, answer.id, options)
+        except KeyboardInterrupt:
+            log(f"{answer.id} goes on; ask again with: result {answer.id}")
+            raise
     if options.json or answer.id:
         print_answer(options, answer, "id")
 
 
 def publish_lines(bus, options, fields):
-    """Publish an intent for each line of stdin and print the ids; on a terminal, show the progress."""
+    """Publish an intent for each line of stdin and print the ids."""
     if options.payload or options.wait is not None or options.follow or options.text:
         raise Invalid("--lines and --jsonl read payloads from stdin only, and exclude --wait, --follow and --text.")
     key = fields.pop("idempotency_key", None)
@@ -8941,19 +9246,16 @@ def publish_lines(bus, options, fields):
     intents = (dict(fields, goal=options.goal, payload=parse(line)) for line in binary_stdin() if line.strip())
     published = 0
     seconds = float("inf") if key else STREAM_SECONDS     # with a key, the same lines must make the same batches again
-    for number, batch in enumerate(batches(intents, seconds)):
-        answer = bus.publish_many(batch, idempotency_key=key and f"{key} {number}")
-        if answer.get("status") == "spooled":
-            log(f"{answer.reason} {len(batch)} intents are stored; the next publish --spool, flush or work sends them.")
-            continue
-        print_result("\n".join(to_json({"id": intent_id}) if options.json else intent_id for intent_id in answer.ids))
-        for status in STORED_OTHERWISE.keys() & set(answer.statuses):
-            log(f"{answer.statuses.count(status)} times, {STORED_OTHERWISE[status]}")
-        published += len(answer.ids)
-        if sys.stderr.isatty():
-            sys.stderr.write(f"\rintentbus: {published} published")
-    if sys.stderr.isatty():
-        sys.stderr.write("\n")
+    with showing(lambda _: f"{published} published"):
+        for number, batch in enumerate(batches(intents, seconds)):
+            answer = bus.publish_many(batch, idempotency_key=key and f"{key} {number}")
+            if answer.get("status") == "spooled":
+                log(f"{answer.reason} {len(batch)} intents are stored; the next publish --spool, flush or work sends them.")
+                continue
+            print_result("\n".join(to_json({"id": intent_id}) if options.json else intent_id for intent_id in answer.ids))
+            for status in STORED_OTHERWISE.keys() & set(answer.statuses):
+                log(f"{answer.statuses.count(status)} times, {STORED_OTHERWISE[status]}")
+            published += len(answer.ids)
 
 
 def as_they_come(items):
@@ -9182,7 +9484,8 @@ def flush_command(options):
                   "work --goal resize -j 4 -- convert {file} -resize 50% {out}",
                   "work --goal backup --drain --timeout 1h -- ./backup.sh"],
          *CONNECTION,
-         flag("--goal", action="append", help="a goal to work on; may be repeated (default any goal)"),
+         flag("--goal", action="append", help="a goal to work on; may be repeated"),
+         flag("--any", action="store_true", help="work on any goal (default if there is a program)"),
          flag("-j", "--jobs", type=positive_int, default=1, metavar="N", help="how many handlers run at the same time"),
          flag("--once", dest="max_jobs", action="store_const", const=1, help="stop after one intent"),
          flag("--max-jobs", type=positive_int, metavar="N", help="stop after N intents"),
@@ -9208,6 +9511,9 @@ def work_command(options):
     fulfils the intent, 100 rejects it for good, 126 and 127 stop the worker, any other fails it for a retry. A line
     "::progress 40 copying" on stderr tells how far it is. Without a program, work prints each payload.
     """
+    if not (options.goal or options.any or options.program) or options.goal and options.any:
+        raise Invalid("work needs either --goal GOAL or, for any goal, --any; and a program after --, or it prints each payload and "
+                      "fulfils the intent.")
     guardian = Guardian(options.kill_after)
     relay = StderrRelay(options.jobs > 1)
     handler = print_payload
@@ -9344,46 +9650,39 @@ def described(intent, now):
              flag("--goal", help="only intents with this goal"),
              flag("--search", metavar="TEXT", help="only intents with this text in goal, id or payload"),
              flag("--payload", action="store_true", help="print payloads, too"),
-             flag("--limit", type=positive_int, default=50, metavar="N", help="at most N intents"), JSON)
+             flag("--limit", type=positive_int, default=50, metavar="N", help="at most N intents"), *TABLE)
 def list_command(bus, options):
     """List intents, newest first: id, status, attempts, age, goal, worker, last error, payload."""
+    table = Table(options, INTENT_TABLE)
     left = options.limit
     before = None
     while left > 0:
         page = bus.list(status=options.status, goal=options.goal, namespace=options.namespace, limit=min(left, 500),
                         before=before, payload=options.payload, search=options.search)
-        print_rows(options, page.intents, lambda intent: (
-            intent.id[:SHOWN_ID_DIGITS], f"{intent.status:9}", f"{intent.claim_attempts}/{intent.max_attempts}",
-            f"{format_duration(time.time() - intent.created_at):>4}", intent.goal, intent.worker, intent.last_error,
-            to_json(intent.payload) if options.payload else None))
+        table.print(page.intents)
         before = page.next
         left = left - len(page.intents) if before else 0
 
 
-@bus_command("workers", ["workers"], JSON)
+@bus_command("workers", ["workers"], *TABLE)
 def workers_command(bus, options):
     """List the workers that hold a lease or were there in the last five minutes, one for each process.
 
     The columns: last seen, owner, name (host, program and process id), id, version, goals, intents that it runs.
     """
-    print_rows(options, bus.workers().workers, lambda worker: (
-        f"{format_duration(time.time() - worker.last_seen):>4}", worker.owner, worker.name,
-        None if worker.id == worker.name else worker.id, worker.version or "-", ", ".join(worker.goals) or "any goal",
-        ", ".join(intent_id[:SHOWN_ID_DIGITS] for intent_id in worker.running)))
+    Table(options, WORKER_TABLE).print(bus.workers().workers)
 
 
-@bus_command("watch", ["watch", """watch --json | jq -c 'select(.event == "dead")'"""], JSON)
+@bus_command("watch", ["watch", """watch --json | jq -c 'select(.event == "dead")'"""], *TABLE)
 def watch_command(bus, options):
     """Print the events on the bus as they happen, until Ctrl-C: time, event, intent, goal, worker, error."""
+    table = Table(options, EVENT_TABLE)
     after = bus.events().next
     for page in pages(lambda: bus.events(after, wait=CLAIM_WAIT_SECONDS)):
         if page.missed:
             log(f"{page.missed} events were missed")
-        print_rows(options, page.events, lambda entry: (
-            time.strftime("%H:%M:%S", time.localtime(entry.time)), f"{entry.event:9}", (entry.id or "")[:SHOWN_ID_DIGITS], entry.goal,
-            entry.worker or entry.worker_id,
-            entry.last_error if entry.event in ("failed", "dead", "lost", "skipped") else None,
-            entry.status if entry.event == "limited" else None))
+        if page.events:
+            table.print(page.events)
         after = page.next
 
 
@@ -9403,7 +9702,8 @@ def sweep(bus, options, verb, question, **which):
     """Have a verb of an admin change many intents; without --yes, these are counted first."""
     bus.timeout = SWEEP_SECONDS
     until = None if options.yes else agreed(options, question, bus.admin(verb, count=True, **which))
-    return bus.admin(verb, confirm=True, until=until, **which)
+    with showing(lambda seconds: f"{verb}: {seconds:.0f} s so far"):
+        return bus.admin(verb, confirm=True, until=until, **which)
 
 
 @bus_command("cancel", ["cancel 01a20a3bf4423c55cce77efa455c0ada", "cancel --goal resize"],
@@ -9429,46 +9729,42 @@ def retry_command(bus, options):
     if options.id:
         return print_answer(options, bus.retry(options.id), "status")
     which, slices, left = dict(goal=options.goal, namespace=options.namespace), [], options.limit or sys.maxsize
-    which["until"] = agreed(options, "Retry", bus.retry(count=True, **which))     # intents that die again meanwhile are left
-    while left > 0 and (not slices or slices[-1]):
-        slices.append(bus.retry(limit=min(left, 1000), **which).retried)
-        left -= slices[-1]
+    counted = bus.retry(count=True, **which)
+    which["until"] = agreed(options, "Retry", counted)     # intents that die again meanwhile are left
+    with showing(lambda _: f"{sum(slices)} of {counted.number} retried"):
+        while left > 0 and (not slices or slices[-1]):
+            slices.append(bus.retry(limit=min(left, 1000), **which).retried)
+            left -= slices[-1]
     print_answer(options, Record(retried=sum(slices)), "retried")
 
 
 LIMITED_GOAL_FLAG = flag("goal", help="the goal of the intents")
 
 
-def print_limits(options, *limits):
-    """Print limits: namespace, goal, how many intents are claimed of how many that may be, paused or not."""
-    print_rows(options, limits, lambda limit: (limit.namespace, limit.goal, f"{limit.claimed} of {limit.running or 'any number'}",
-                                               "paused" if limit.paused else None))
-
-
 @bus_command("limit", ["limit backup 1", "limit backup none"], LIMITED_GOAL_FLAG,
              flag("running", type=lambda text: None if text == "none" else positive_int(text), metavar="N",
-                  help="how many may run at once, over all workers; none for any number"), JSON)
+                  help="how many may run at once, over all workers; none for any number"), *TABLE)
 def limit_command(bus, options):
     """Limit how many intents of a goal run at once; a limit outlives a pause."""
-    print_limits(options, bus.limit(options.goal, running=options.running))
+    Table(options, LIMIT_TABLE).print([bus.limit(options.goal, running=options.running)])
 
 
-@bus_command("pause", ["pause backup"], LIMITED_GOAL_FLAG, JSON)
+@bus_command("pause", ["pause backup"], LIMITED_GOAL_FLAG, *TABLE)
 def pause_command(bus, options):
     """Pause a goal: its intents wait until resume; those that run go on."""
-    print_limits(options, bus.limit(options.goal, paused=True))
+    Table(options, LIMIT_TABLE).print([bus.limit(options.goal, paused=True)])
 
 
-@bus_command("resume", ["resume backup"], LIMITED_GOAL_FLAG, JSON)
+@bus_command("resume", ["resume backup"], LIMITED_GOAL_FLAG, *TABLE)
 def resume_command(bus, options):
     """End the pause of a goal."""
-    print_limits(options, bus.limit(options.goal, paused=False))
+    Table(options, LIMIT_TABLE).print([bus.limit(options.goal, paused=False)])
 
 
-@bus_command("limits", ["limits"], JSON)
+@bus_command("limits", ["limits"], *TABLE)
 def limits_command(bus, options):
     """List the goals that are limited or paused: namespace, goal, how many run, paused."""
-    print_limits(options, *bus.limits().limits)
+    Table(options, LIMIT_TABLE).print(bus.limits().limits)
 
 
 @command("schedule", ["schedule nightly backup host=nas --every 1d --ttl 6h",
@@ -9499,12 +9795,10 @@ def schedule_command(options):
         print_result(moment(at, options.timezone))
 
 
-@bus_command("schedules", ["schedules"], OF_OWNER_FLAG, JSON)
+@bus_command("schedules", ["schedules"], OF_OWNER_FLAG, *TABLE)
 def schedules_command(bus, options):
     """List the schedules: name, goal, every or cron, next run, last run and its id. Times are those of this machine."""
-    print_rows(options, bus.schedules(options.owner).schedules, lambda schedule: (
-        schedule.name, schedule.goal, schedule.cron or f"every {format_duration(schedule.every or 0)}", schedule.timezone,
-        f"next {moment(schedule.next_run_at) or 'paused'}", f"last {moment(schedule.last_run_at) or 'never'}", schedule.last_id))
+    Table(options, SCHEDULE_TABLE).print(bus.schedules(options.owner).schedules)
 
 
 @bus_command("unschedule", ["unschedule nightly"], flag("name", help="the name of the schedule"), OF_OWNER_FLAG)
@@ -9572,15 +9866,10 @@ def keys_invite_command(bus, options):
     print_result(made.code)
 
 
-@bus_command("keys list", ["keys list"], JSON)
+@bus_command("keys list", ["keys list"], *TABLE)
 def keys_list_command(bus, options):
     """List the issued keys: id, role, owner, requests, last use, name, goals, end."""
-    print_rows(options, bus.admin("keys"), lambda key: (
-        key.key_id, f"{key.role:7}", key.owner, key.total_requests,
-        format_duration(time.time() - key.last_used_at) if key.last_used_at else "never", key.name,
-        key.goals and f"for {', '.join(key.goals)}",
-        key.expires_at and ("has ended" if key.expires_at <= time.time() else
-                            f"ends in {format_duration(key.expires_at - time.time())}")))
+    Table(options, KEY_TABLE).print(bus.admin("keys"))
 
 
 @bus_command("keys revoke", ["keys revoke 267ecfd48ae038ad"], flag("key_id", help="the id that keys list prints"))
@@ -9605,12 +9894,19 @@ def join_command(options):
     log(f"joined {bus.base_url} as {made.name}, role {made.role}; the key is in {CONFIG_FILE}")
 
 
-@bus_command("stats", ["stats"])
+@bus_command("stats", ["stats", "stats --json"], *TABLE)
 def stats_command(bus, options):
-    """Print the state of the bus as JSON: intents by namespace and status, sizes, held requests."""
+    """Print the state of the bus: what waits, runs, was done and failed, by goal, and who works; down a pipe, all of it as JSON."""
     summary = bus.admin("summary")
-    summary.pop("history", None)     # the data of a chart
-    print_result(json.dumps(summary, indent=2))
+    if options.json or not sys.stdout.isatty():
+        summary.pop("history", None)     # the data of a chart
+        return print_result(json.dumps(summary, indent=2))
+    for columns, records in ((GOAL_TABLE, summary.goals or summary.waiting), (WORKER_TABLE, summary.workers)):
+        if records:
+            Table(options, columns).print(records)
+            print_line("")
+    for namespace, states in summary.intents.items():
+        print_result(f"{namespace}: {', '.join(f'{number} {status}' for status, number in states.items())}")
 
 
 @bus_command("purge", ["purge --goal resize --status open", "purge --namespace test --yes"],
@@ -9626,7 +9922,8 @@ def purge_command(bus, options):
 def doctor_command(options):
     """Look for common problems and print their cures; exit 1 if one is bad."""
     findings = [Record(finding._asdict()) for check in CHECKS for finding in check(options)]
-    print_rows(options, findings, lambda finding: (f"{finding.level:4}", f"{finding.about:8}", finding.words))
+    for finding in findings:
+        print_result(to_json(finding) if options.json else escape(f"{finding.level:4}  {finding.about:8}  {finding.words}"))
     return int(any(finding.level == "bad" for finding in findings))
 
 
@@ -9645,13 +9942,20 @@ def backup_command(options):
             os.close(os.open(options.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
             undo.callback(os.unlink, options.file)
             uri = f"file:{urllib.parse.quote(source)}?mode=ro"
-            with contextlib.closing(sqlite3.connect(uri, uri=True)) as here, \
-                    contextlib.closing(sqlite3.connect(options.file)) as there:
+            with contextlib.closing(sqlite3.connect(uri, uri=True)) as here, contextlib.closing(sqlite3.connect(options.file)) as there, \
+                    showing(lambda _: f"{os.path.getsize(options.file) >> 20} of {os.path.getsize(source) >> 20} MB copied"):
                 here.backup(there)
             undo.pop_all()
     except (OSError, sqlite3.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise SetupError(f"{source} cannot be copied to {options.file}: {reason}.") from error
+
+
+def suggestion(word, names):
+    """Return the end of a sentence about an unknown word: the names that it may stand for, if there are any."""
+    import difflib
+    near = [name for name in names if name.startswith(word + " ")] or difflib.get_close_matches(word, names, 1)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 class Parser(argparse.ArgumentParser):
@@ -9660,16 +9964,21 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, name):
         function, self._examples, flags = COMMANDS[name]
         super().__init__(f"intentbus.py {name}", description=function.__doc__)
+        self._flags = [flag for names, _ in flags for flag in names]
         for names, settings in flags:
             self.add_argument(*names, **settings)
 
     def parse(self, words):
         """Return the options in a command line; flags may stand anywhere before "--"."""
+        self._words = itertools.takewhile("--".__ne__, words)
         return self.parse_args(words) if "--" in words else self.parse_intermixed_args(words)
 
     def error(self, message):
         """Raise Invalid, where argparse would print the usage and exit."""
-        raise Invalid(f"{message}; see {self.prog} --help.")
+        for word in (word.partition("=")[0] for word in self._words if word.startswith("--")):
+            if not any(flag.startswith(word) for flag in self._flags):
+                message = f"there is no flag {word}{suggestion(word, self._flags)}"
+        raise Invalid(f"{message.rstrip('?')}; see {self.prog} --help.")
 
     def format_help(self):
         """Return the examples, then the usual help."""
@@ -9677,25 +9986,56 @@ class Parser(argparse.ArgumentParser):
         return f"examples:\n{examples}\n{super().format_help()}"
 
 
+def summaries(names):
+    """Return a line about each of these commands."""
+    return ["  {:12} {}".format(name, re.split(r"[:;.](?:\s|$)", COMMANDS[name][0].__doc__)[0]) for name in names]
+
+
 def overview():
     """Return the help of the program: the introduction, and the commands in groups."""
     lines = [INTRODUCTION.format(INVOCATION)]
     for title, names in GROUPS:
-        clauses = (re.split(r"[:;.](?:\s|$)", COMMANDS[name][0].__doc__)[0] for name in names)
-        lines += [f"{title}:", *map("  {:12} {}".format, names, clauses), ""]
+        lines += [f"{title}:", *summaries(names), ""]
     return "\n".join(lines) + EPILOG
 
 
+def help_about(words):
+    """Return the help of the command in a command line, or of those that begin with its first word, or of the program."""
+    several = [name for name in COMMANDS if words and name.startswith(f"{words[0]} ")]
+    if several and " ".join(words[:2]) not in several:
+        return "\n".join(summaries(several))
+    return Parser(find_command(words)[0]).format_help() if words else overview()
+
+
+def join_wait(words):
+    """Return a command line where --wait has its value, or none, in the same word; and the value that stood apart, if any."""
+    joined, apart = [], None
+    for word in words:
+        if joined[-1:] == ["--wait="] and re.fullmatch(DURATION, word, re.ASCII) and not SHORT_ID.fullmatch(word):
+            joined[-1] += word
+            apart = word
+        else:
+            joined.append("--wait=" if word == "--wait" else word)
+    return joined, apart
+
+
 def find_command(words):
-    """Return the command at the start of a command line, and the remaining words; raises Invalid if there is none."""
+    """Return the command in a command line, and the other words; flags may stand before it. Raises Invalid if there is none."""
+    kinds = {name: settings for _, _, flags in COMMANDS.values() for names, settings in flags for name in names if name[0] == "-"}
+    place = 0
+    while place < len(words) and words[place].startswith("-"):
+        name, has_value, _ = words[place].partition("=")
+        if name not in kinds:
+            raise Invalid(f"There is no flag {name}{suggestion(name, kinds) or '; --help lists the commands.'}")
+        place += 1 if has_value or kinds[name].get("action", "append") != "append" else 2
+    before, words = words[:place], words[place:]
     for length in (2, 1):
         name = " ".join(words[:length])
         if name in COMMANDS:
-            return name, words[length:]
-    import difflib
-    near = [name for name in COMMANDS if name.startswith(words[0] + " ")] or difflib.get_close_matches(words[0], COMMANDS)
-    hint = f"; did you mean {' or '.join(near)}?" if near else "; --help lists the commands."
-    raise Invalid(f"There is no command {words[0]!r}{hint}")
+            return name, before + words[length:]
+    if not words:
+        raise Invalid("A COMMAND is missing; --help lists the commands.")
+    raise Invalid(f"There is no command {words[0]!r}{suggestion(words[0], COMMANDS) or '; --help lists the commands.'}")
 
 
 def run_command(words, open_store):
@@ -9703,14 +10043,20 @@ def run_command(words, open_store):
     if not words:
         print(overview(), file=sys.stderr)
         raise Invalid("A COMMAND is missing.")
-    if words[0] in ("-h", "--help", "help", "--version"):
-        print(f"intentbus {__version__}" if words[0] == "--version" else overview())
-        return 0
     end = words.index("--") if "--" in words else len(words)
-    # --wait may stand without a value
-    words = ["--wait=" if word == "--wait" else word for word in words[:end]] + words[end:]
+    words, program = words[:end], words[end:]
+    if words[:1] in (["version"], ["--version"]):
+        print(f"intentbus {__version__}")
+        return 0
+    asked = [word for word in words if word not in ("-h", "--help")]
+    if asked != words or words[:1] == ["help"]:
+        print(help_about(asked[asked[:1] == ["help"]:]))
+        return 0
+    words, apart = join_wait(words)
     name, words = find_command(words)
-    options = Parser(name).parse(words)
+    options = Parser(name).parse(words + program)
+    if apart and getattr(options, "payload", None) == []:
+        raise Invalid(f"{apart} may be the payload or the time to wait: write --wait={apart}, or put the payload first.")
     if getattr(options, "namespace", "") is None:
         options.namespace = os.environ.get("INTENT_BUS_NAMESPACE", "").strip() or None
     options.open_store = open_store

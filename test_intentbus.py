@@ -47,6 +47,7 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -744,6 +745,36 @@ def run(*arguments, stdin=b"", **environment):
 def at(bus, *arguments, stdin=b"", **environment):
     """Run a command against a bus; return its exit code, stdout and stderr."""
     return run(*arguments, stdin=stdin, INTENT_BUS_URL=bus.url, **dict(dict(INTENT_API_KEY=KEY), **environment))
+
+
+@contextlib.contextmanager
+def terminal(columns=80):
+    """Open a terminal of that width; yield its file, and shown(end), which waits until its screen ends so and returns it."""
+    import fcntl
+    import pty
+    import termios
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with open(ours, "rb", 0) as screen, open(theirs, "w", encoding="utf-8") as file:
+        def shown(end):
+            output = ""
+            while not output.endswith(end):
+                assert select.select([screen], [], [], PATIENCE_SECONDS)[0], f"the screen shows {output!r}"
+                output += screen.read(65536).decode().replace("\r\n", "\n")
+            return output
+        yield file, shown
+
+
+def on_terminal(bus, columns, *commands, **environment):
+    """Run commands, in one process, on a terminal of that width; return what each printed there."""
+    code = "import sys, intentbus\nfor words in sys.argv[1:]:\n    intentbus.main(words.split())\n    print('end of it')"
+    env = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
+    with terminal(columns) as (file, shown):
+        done = subprocess.Popen([sys.executable, "-c", code, *commands, "version"], stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=dict(
+            env, TERM="xterm", INTENT_BUS_URL=bus.url, INTENT_API_KEY=KEY, PYTHONIOENCODING="utf-8", **environment))
+        output = shown(f"intentbus {intentbus.__version__}\nend of it\n")
+        assert done.wait(20) == 0
+    return output.split("end of it\n")[:len(commands)]
 
 
 def assert_complaint(outcome, code, *words):
@@ -5117,6 +5148,8 @@ CALLERS = "none unknown revoked publish work both other owner admin signed forge
 MATRIX = """
                                       none unkn revo publ work both othe owne admi sign forg repl view limi expi
     GET  /                             200  200  200  200  200  200  200  200  200  200  200  200  200  200  200
+    GET  /dashboard                    302  302  302  302  302  302  302  302  302  302  302  302  302  302  302
+    GET  /admin                        302  302  302  302  302  302  302  302  302  302  302  302  302  302  302
     GET  /health                       200  200  200  200  200  200  200  200  200  200  200  200  200  200  200
     POST /intent                       401  401  401  201  403  201  201  201  401  201  403  403  403  403  401
     POST /publish/new                  401  401  401  201  403  201  201  201  401  201  403  403  403  403  401
@@ -5860,7 +5893,7 @@ def test_a_viewer_looks_and_changes_nothing(served):
             assert answer.status in (200, 404) or path.startswith(("/get/", "/metrics", "/limits")) or "payload=1" in path, path
             assert not {b"g!", b"g?"} & set(re.findall(rb"g[!?]", answer.body)), path
     assert tables_of(served)["intents"] == before
-    assert_refusal(served.ask("POST", "/intent", a_publish(), viewer), 403, "forbidden", "This key may look only.")
+    assert_refusal(served.ask("POST", "/intent", a_publish(), viewer), 403, "forbidden", "This key may look only", "one of the role publish or both.")
 
 
 @pytest.mark.parametrize("settings", [{}, dict(dashboard_password="pw")], ids=repr)
@@ -9299,7 +9332,7 @@ def test_a_full_disk_is_reported_and_loses_nothing(small_disk, monkeypatch):
     health = wait_until(lambda: (answer := bus.ask("GET", "/health", key=None)).status == 503 and answer)
     assert health.json["ok"] is False and clear(health.json["error"]) and "full" in health.json["error"]
     assert bus.ask("GET", f"/status/{claimed['id']}").json["status"] == "claimed"
-    reads = [path.replace("*", claimed["id"]) for method, path, _, _ in intentbus.ROUTES if method == "GET" and path != "/health"]
+    reads = [path.replace("*", claimed["id"]) for method, path, _, _ in intentbus.ROUTES if method == "GET" and path not in ("/health", "/dashboard", "/admin")]
     statuses = {path: bus.ask("GET", path, **signed("GET", path)).status for path in reads}
     assert {path: status for path, status in statuses.items() if status != 200} == {
         f"/get/{claimed['id']}": 404, f"/admin/dead/{claimed['id']}": 404}
@@ -10907,6 +10940,84 @@ def test_the_doctor_warns_a_week_before_a_key_ends(home, served, monkeypatch, da
     assert not warned or re.match(r"It ends at \d{4}-\d\d-\d\d \d\d:\d\d; join the bus again", found["key", "note"])
 
 
+@pytest.fixture
+def check_work(started, clock, home, monkeypatch):
+    """A bus with a clock of its own, and a function that returns the doctor's findings about what it has to do."""
+    bus = started(clock=clock)
+
+    def check(key=KEY):
+        monkeypatch.setenv("INTENT_API_KEY", key)
+        options = argparse.Namespace(url=bus.url, key_file=None, namespace=None, ca=None, send_key=False)
+        return [(finding.level, finding.about, finding.words) for finding in intentbus.check_work(options)]
+    return bus, check
+
+
+def test_the_doctor_finds_schedules_that_do_not_do_well(check_work, clock):
+    bus, check = check_work
+    for name, fields in (("nightly", {}), ("idle", dict(paused=True))):
+        bus.client.schedule(name, "backup", 1, every=60, **fields)
+    (level, about, words), = check()
+    assert (level, about) == ("note", "schedule") and words.startswith("The schedule nightly publishes backup, and no worker is there for it")
+    with bus.hold("POST", "/claim?goal=other&goal=backup&wait=60"):
+        assert check() == []
+        id = bus.client.run("nightly").id
+        assert check() == []     # it has just begun
+        due = clock.wall + 60
+        clock.pass_(30)
+        bus.client.cancel(id)
+        assert check() == [("bad", "schedule", f"The schedule nightly has failed: Cancelled (show {id}).")]
+        clock.pass_(31)
+        assert bus.ask("POST", "/admin/cleanup").status == 200 and bus.client.schedules().schedules[1].last_id != id
+        clock.pass_(200)
+        assert bus.ask("POST", "/admin/cleanup").status == 200
+        (level, about, words), = check()
+        id = bus.client.list(goal="backup").intents[0].id
+        assert level == "bad" and re.fullmatch(rf"The schedule nightly has left out each run since \w+ [\d: -]+; the run before is open: {id}\.", words)
+        assert intentbus.moment(due + 60)[:-3] in words
+
+
+@ON_A_FILE
+def test_the_doctor_finds_a_schedule_whose_time_zone_is_gone(check_work):
+    bus, check = check_work
+    bus.client.schedule("nightly", "backup", 1, cron="0 2 * * *", timezone="UTC")
+    assert [level for level, _, _ in check()] == ["note"]
+    with contextlib.closing(sqlite3.connect(bus.db)) as db, db:
+        db.execute("UPDATE schedules SET timezone = 'Mars/Base'")
+    assert ["time zone" in words and "pip install tzdata" in words for level, _, words in check() if level == "bad"] == [True]
+
+
+def test_the_doctor_finds_intents_that_a_limit_keeps_waiting(check_work, clock):
+    bus, check = check_work
+    bus.client.limit("held", paused=True)
+    bus.client.limit("full", running=1)
+    bus.publish(goal="full")
+    assert check() == []     # nothing waits at a pause, nor for long
+    since = intentbus.moment(clock.wall)
+    for goal in ("held", "full"):
+        bus.publish(goal=goal)
+    clock.pass_(2000)
+    assert bus.client.claim("full", lease=3600)
+    words = f"held is paused, and has an intent that waits since {since}; resume held lets it start."
+    assert check() == [("note", "limit", words)]
+    clock.pass_(1700)
+    assert check() == [("note", "limit", f"full is at its limit of 1, and has an intent that waits since {since}."), ("note", "limit", words)]
+
+
+def test_the_doctor_of_an_admin_finds_keys_that_end_soon(check_work, clock):
+    bus, check = check_work
+    for days in (6, 8):
+        bus.issue(name=f"{days} days", grant=dict(expires_at=clock.wall + days * 86400))
+    bus.issue(name="ended", grant=dict(expires_at=clock.wall + 1))
+    worker = bus.issue(role="work").api_key
+    viewer = bus.issue("*", "viewer", "me", dict(expires_at=clock.wall + 86400)).api_key
+    clock.pass_(2)
+    assert sorted(words.partition(" ends at ")[0] for _, _, words in check()) == ["The key 6 days", "The key me"]
+    for key in (worker, "wrong", viewer):     # a viewer is told of limits by its admin
+        assert check(key) == []
+    bus.stop()
+    assert check() == []
+
+
 @pytest.mark.parametrize("offset, level", [(0, "ok"), (-9, "note"), (4000, "bad"), (-4000, "bad")])
 def test_the_doctor_compares_the_clocks(offset, level):
     finding, = intentbus.check_clock(offset)
@@ -10986,12 +11097,57 @@ def test_serve_makes_a_key_prints_its_url_and_exits_0(tmp_path):
     code, output, errors = serve.stop()
     assert (code, output) == (0, "") and "Traceback" not in errors
     assert "the key is new, in ~/.apikey" in errors and f"publish --url {serve.url} hello name=world" in errors
+    assert f"the dashboard is at {serve.url}/admin/dashboard; sign in as admin with the owner key\n" in errors
     assert sorted(path.name for path in tmp_path.iterdir()) == [".apikey", ".intentbus", "intentbus.db", "intentbus.db.lock"]
     with contextlib.closing(sqlite3.connect(tmp_path / "intentbus.db")) as db:
         assert db.execute("SELECT id FROM intents").fetchall() == [(published.stdout.strip(),)]
     claim.terminate()
     assert claim.wait(10) == 143
     claim.communicate()
+
+
+@pytest.mark.parametrize("url, key_file, environment, words", [
+    ("http://127.0.0.1:8787", "~/.apikey", {}, ["publish hello name=world", "sign in as admin with the owner key"]),
+    ("http://127.0.0.1:9", "~/.apikey", {}, ["publish --url http://127.0.0.1:9 hello"]),
+    ("https://h:8787", "k", {"DASHBOARD_PASSWORD": "x"}, ["publish --url https://h:8787 --key-file k hello", "sign in as admin with DASHBOARD_PASSWORD"]),
+    ("http://127.0.0.1:8787", "k", {"BUS_SECRET": KEY, "BUS_ADMIN_SECRET": "x"}, ["publish hello name", "sign in with a viewer's key"])])
+def test_a_bus_that_starts_says_what_works(store, home, monkeypatch, capsys, url, key_file, environment, words):
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    options = argparse.Namespace(tls_cert=None, host="127.0.0.1", key_file=key_file)
+    intentbus.log_startup(options, url, store.database, "new", "/elsewhere/intentbus.db")
+    said = capsys.readouterr().err
+    assert not [word for word in [*words, f"the dashboard is at {url}/admin/dashboard", "another one is there, to be used with --db /elsewhere"]
+                if word not in said], said
+    intentbus.write_settings("http://other", KEY, None)     # commands without --url go there
+    intentbus.log_startup(options, url, store.database, "new", None)
+    said = capsys.readouterr().err
+    assert f"publish --url {url}" in said and "another" not in said
+
+
+@POSIX
+def test_a_bus_on_all_addresses_names_one_that_works(tmp_path):
+    serve = Serve(tmp_path, "--host", "0.0.0.0")
+    wait_until(lambda: serve.run("list").returncode == 0)
+    assert f"publish --url http://127.0.0.1:{serve.port} hello" in serve.stop()[2] and serve.url == f"http://0.0.0.0:{serve.port}"
+
+
+def test_a_new_database_beside_an_older_one_is_noticed(home, monkeypatch, tmp_path):
+    def other(path=None):
+        return intentbus.other_database(argparse.Namespace(db=path))
+    monkeypatch.delenv("BUS_DB_PATH", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(intentbus, "__file__", str(tmp_path / "program" / "intentbus.py"))
+    assert other() is None
+    for folder in (home, tmp_path / "program"):
+        folder.mkdir(exist_ok=True)
+        (folder / "intentbus.db").touch()
+        assert other() == str(folder / "intentbus.db") and other("x.db") is None
+    monkeypatch.setenv("BUS_DB_PATH", "x.db")
+    assert other() is None
+    monkeypatch.delenv("BUS_DB_PATH")
+    (tmp_path / "intentbus.db").touch()
+    assert other() is None
 
 
 def test_a_session_from_publish_to_result(serve):
@@ -11019,6 +11175,34 @@ def test_publish_wait_is_a_remote_command(serve):
     worker.terminate()
     assert worker.wait(10) == 143
     worker.communicate()
+
+
+@pytest.mark.parametrize("words, wait", [
+    ("publish g 5 --wait 0.1s", True), ("publish g a=1 --wait 0.1s", True), ("publish g --wait 0.1s 5", True), ("result {id} --wait 0.1", True),
+    ("result --wait 0.1 {id}", True), ("result --wait=0.1 {id}", True), ("publish g --wait 50", False),
+    ("publish --wait 50 g", False), ("result --wait {digits}", None), ("result --wait={digits}", None)])
+def test_wait_takes_the_next_word_if_it_can_be_nothing_else(served, command, words, wait):
+    id = served.publish(payload=1)
+    found = command(*words.format(id=id, digits="1" * 8).split())
+    if wait:
+        assert found[0] == 124 and "is still open; ask again with: result " in found[2]
+        assert set(map(str, served.payloads())) <= {"1", "5", "{'a': '1'}", "{}"}
+    elif wait is None:     # an id that looks like a duration
+        assert_complaint(found, 3 if "=" not in words else 2)
+    else:
+        assert_complaint(found, 2, "write --wait=50, or put the payload first")
+        assert served.payloads() == [1]
+
+
+@POSIX
+def test_a_wait_that_is_interrupted_tells_the_id(served, home):
+    waiting = subprocess.Popen([*COMMAND, "publish", "g", "1", "--wait"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, env=dict(os.environ, INTENT_BUS_URL=served.url, INTENT_API_KEY=KEY))
+    served.holds(1)
+    waiting.send_signal(signal.SIGINT)
+    out, err = waiting.communicate(timeout=20)
+    id = served.client.list().intents[0].id
+    assert (waiting.returncode, out) == (130, "") and err.endswith(f"{id} goes on; ask again with: result {id}\n")
 
 
 WAYS_TO_SAY = (     # words, stdin or None, payload
@@ -11077,6 +11261,14 @@ def test_work_without_a_program_prints_the_payloads(serve):
         serve.run("publish", "print", f"n:={number}")
     work = serve.run("work", "--goal", "print", "--max-jobs", "2")
     assert (work.returncode, work.stdout) == (0, '{"n":1}\n{"n":2}\n')
+
+
+def test_work_with_neither_goal_nor_program_only_says_how(served, command):
+    served.publish(goal="any")
+    for words in (["--drain"], ["--any", "--goal", "any", "--drain"]):
+        assert_complaint(command("work", *words), 2, "--goal GOAL", "--any", "prints each payload and fulfils the intent")
+    assert served.statuses() == ["open"]
+    assert command("work", "--any", "--drain")[:2] == (0, "1\n") and served.statuses() == ["fulfilled"]
 
 
 @LINUX
@@ -11347,6 +11539,31 @@ def test_a_mistyped_command_is_corrected():
     assert_complaint(run("frobnicate"), 2, "--help lists the commands")
 
 
+@pytest.mark.parametrize("words, flag, nearest", [
+    ("publish g 1 --priorty 5", "--priorty", "--priority"), ("list --statsu=open", "--statsu", "--status"), ("result --wiat", "--wiat", "--wait"),
+    ("--ulr http://x list", "--ulr", "--url"), ("work --gaol g -- true", "--gaol", "--goal"), ("list --qqq", "--qqq", None)])
+def test_a_mistyped_flag_is_corrected(command, words, flag, nearest):
+    assert_complaint(command(*words.split()), 2, f"no flag {flag}", f"did you mean {nearest}" if nearest else "list --help")
+
+
+def test_flags_may_stand_before_the_command(served, command):
+    served.publish(goal="a", namespace="n")
+    served.publish(goal="b")
+    found = command("--namespace", "n", "--json", "--url=" + served.url, "list", "--limit", "5")[1]
+    assert json.loads(found)["goal"] == "a"
+    assert_complaint(command("--namespace", "n"), 2, "A COMMAND is missing")
+
+
+@pytest.mark.parametrize("words, start", [
+    ("help", "intentbus: say"), ("--help", "intentbus: say"), ("help publish", "examples:"), ("publish --help", "examples:"),
+    ("--json publish g -h", "examples:"), ("help keys add", "examples:"), ("keys --help", "  keys add "), ("help keys", "  keys add "),
+    ("version", f"intentbus {intentbus.__version__}"), ("--version", f"intentbus {intentbus.__version__}")])
+def test_help_and_version_are_commands_and_flags(capsys, words, start):
+    assert intentbus.main(words.split()) == 0
+    assert capsys.readouterr().out.startswith(start)
+    assert_complaint((intentbus.main(["help", "publsh"]), *capsys.readouterr()), 2, "did you mean publish?")
+
+
 def test_every_command_and_flag_has_help_and_is_in_the_readme(serve):
     readme = (HERE / "README.md").read_text()
     for name, (function, _, flags) in intentbus.COMMANDS.items():
@@ -11357,9 +11574,16 @@ def test_every_command_and_flag_has_help_and_is_in_the_readme(serve):
     assert "(default 1m)" in serve.run("work", "--help").stdout
 
 
-@pytest.mark.parametrize("words, seconds", [("90", 90), ("90s", 90), ("1.5m", 90), ("2h", 7200), ("7d", 604800)])
+@pytest.mark.parametrize("words, seconds", [("90", 90), ("90s", 90), ("1.5m", 90), ("2h", 7200), ("7d", 604800), ("1h30m", 5400),
+                                            ("1w", 604800), ("1d1.5h10s", 91810)])
 def test_durations(words, seconds):
     assert intentbus.duration(words) == seconds
+
+
+@pytest.mark.parametrize("words", ["", "h", "1h30", "1 h", "-5", "1.h", "90\n", "\u0661", "9" * 10])
+def test_a_wrong_duration_is_refused_with_examples(words):
+    with pytest.raises(argparse.ArgumentTypeError, match="not a duration such as 90, 90s, 5m, 1h30m"):
+        intentbus.duration(words)
 
 
 def test_printed_text_cannot_control_the_terminal(serve):
@@ -11387,6 +11611,125 @@ def test_a_result_is_escaped_on_a_terminal_and_raw_in_a_pipe(serve):
     os.close(ours)
 
 
+SGR = re.compile("\x1b\\[[0-9]*m")     # the escape sequences that colour text
+
+
+def place_of(text, line):
+    """Return in which column of a terminal a text stands in a line."""
+    before = SGR.sub("", line).partition(text)[0]
+    return sum(1 + (unicodedata.east_asian_width(letter) in "WF") - bool(unicodedata.combining(letter)) for letter in before)
+
+
+@POSIX
+@pytest.mark.parametrize("columns", [80, 40])
+def test_tables_on_a_terminal_fit_its_width(served, columns):
+    for fields in (dict(goal="\u4f1a\u8b70\u306e\u901a\u77e5\u3092\u9001\u308b"), dict(goal="far " * 20), dict(goal="later", delay=310), dict(goal="broken")):
+        served.publish(payload="x" * 100, **fields)
+    claim = served.client.claim("broken", worker_name="a worker of a long name")
+    served.client.fail(claim.id, claim.claim_token, "\x1b[2Jno\nluck " + "e\u0301" * 50, retry=False)
+    served.client.schedule("nightly", "broken", 1, cron="0 2 * * *", timezone="UTC")
+    served.client.schedule("idle", "broken", 1, every=60, paused=True)
+    served.client.limit("broken", paused=True)
+    served.issue(name="phone", grant=dict(goals=["g" * 40], expires_at=time.time() + 90000))
+    found = on_terminal(served, columns, "list", "list --payload --status dead", "workers", "keys list", "schedules", "limits", "stats")
+    for output, header in zip(found, ("id ", "id ", "  seen", "id ", "name", ("namespace", "goal"), ("namespace", "goal"))):
+        assert output.startswith(header) and not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", SGR.sub("", output)), output
+        assert max(place_of("\0", line) for line in output.splitlines()) <= columns, output
+    intents, dead, workers, keys, schedules, limits, stats = (output.splitlines() for output in found)
+    assert len({place_of(text, line) for text, line in zip(("goal", "broken", "later", "far far", "\u4f1a\u8b70"), intents)}) == 1
+    assert "\x1b[31mdead" in intents[1] and "\u2026" in intents[3] and "\x1b[33mpaused" in limits[1]
+    assert "paused" in str(schedules) and " in " in str(schedules) and re.search("ends in 1d$", keys[1])
+    if columns == 80:
+        assert "due in 5m" in intents[2] and "\\x1b[2Jno" in intents[1] and dead[0].split()[-1] == "payload"
+        assert "a worker of a long name" in workers[1]
+    assert stats[-1] == "default: 1 dead, 3 open" and any(line.startswith("  seen") for line in stats)
+
+
+@POSIX
+def test_states_are_coloured_where_it_is_wanted(served, command, monkeypatch):
+    served.client.cancel(served.publish())
+    monkeypatch.setenv("TERM", "xterm")
+    for flag, no_color, on_a_terminal, colored in (("auto", "", True, True), ("auto", "1", True, False), ("never", "", True, False), ("always", "1", True, True),
+                                                   ("auto", "", False, False), ("always", "", False, True)):
+        monkeypatch.setenv("NO_COLOR", no_color)
+        with terminal() as (file, shown), monkeypatch.context() as screen:
+            if on_a_terminal:
+                screen.setattr(sys, "stdout", file)
+            _, out, _ = command("list", "--color", flag)
+            out = shown("Cancelled\n") if on_a_terminal else out
+        assert ("\x1b[31mdead     \x1b[0m  0/3" in out, "\x1b" in out) == (colored, colored), (flag, no_color, on_a_terminal)
+
+
+@pytest.mark.parametrize("room, expected", [(99, [16, 9, 40, 20]), (80, [16, 9, 29, 20]), (60, [16, 9, 10, 19]), (51, [16, 9, 10, 10]),
+                                            (50, [16, 9, 0, 20]), (40, [16, 9, 0, 11]), (38, [16, 9, 0, 0]), (9, [16, 9, 0, 0])])
+def test_the_columns_that_yield_most_are_cut_and_left_out_first(room, expected):
+    assert intentbus.fitted([16, 9, 40, 20], [0, 0, 2, 1], room) == expected
+
+
+@pytest.mark.parametrize("text, width, spec, expected", [
+    ("ab", 4, "", "ab  "), ("ab", 4, ">9", "  ab"), ("abcd", 4, "", "abcd"), ("abcde", 4, "", "abc\u2026"), ("\u6f22\u5b57", 5, "", "\u6f22\u5b57 "),
+    ("\u6f22\u5b57\u6f22", 4, "", "\u6f22\u2026 "), ("e\u0301te", 3, "", "e\u0301te"), ("e\u0301tes", 3, "", "e\u0301t\u2026"), ("", 2, "", "  ")], ids=ascii)
+def test_a_cell_is_as_wide_as_its_column(monkeypatch, text, width, spec, expected):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    assert intentbus.padded(text, width, spec) == expected
+    assert intentbus.text_width(expected) == width
+
+
+@POSIX
+def test_a_table_that_goes_on_keeps_its_header_and_columns(monkeypatch):
+    def event(**fields):
+        return Record(dict(time=0, event="published", id=NOBODY, goal="g", worker=None, worker_id=None, last_error=None, status="open"), **fields)
+    with terminal() as (file, shown):
+        monkeypatch.setattr(sys, "stdout", file)
+        table = intentbus.Table(argparse.Namespace(json=False, color="never"), intentbus.EVENT_TABLE)
+        for fields in ({}, dict(goal="a long goal"), {}, dict(event="claimed", worker="w")):
+            table.print([event(**fields)])
+        lines = shown("  w\n").splitlines()
+    assert [line.split()[0] for line in lines if not line[0].isdigit()] == ["time", "time"]     # the column of workers comes last
+    assert lines[0].split() == ["time", "event", "id", "goal"] and lines[4].split() == ["time", "event", "id", "goal", "worker"]
+    assert lines[5].index("w") == lines[4].index("worker") == lines[4].index("goal") + len("a long goal  ") and lines[3].rstrip().endswith("  g")
+
+
+@POSIX
+def test_stats_on_a_terminal_show_the_figures_of_each_goal(monkeypatch, home):
+    goals = [dict(namespace="default", goal=goal, waiting=3, running=1, run_at=time.time() - 300, limit=limit, paused=paused, fulfilled=[2, 40],
+                  failed=[0, 1]) for goal, limit, paused in (("a", None, False), ("b", 2, False), ("c", 2, True))]
+    summary = dict(intents={"default": {"open": 9}}, goals=goals, workers=[], waiting=[])
+    with Fake("200 OK", json.dumps(summary).encode()) as fake:
+        output, = on_terminal(fake, 80, "stats")
+    lines = [SGR.sub("", line).split("  ") for line in output.splitlines()]
+    assert [[cell.strip() for cell in line if cell] for line in lines] == [
+        ["namespace", "goal", "waiting", "running", "limit", "done 1h/1d", "failed 1h/1d", "oldest due"],
+        *[["default", goal, "3", "1", *limit, "2/40", "0/1", "5m ago"] for goal, limit in (("a", []), ("b", ["2"]), ("c", ["paused"]))],
+        [], ["default: 9 open"]]
+
+
+@ON_A_FILE
+@POSIX
+@pytest.mark.parametrize("words, text", [("purge --yes", "purge: 0 s so far"), ("publish g --lines", "0 published"), ("retry --all --yes", "0 of 1 retried"),
+                                         ("backup {copy} --db {file}", "0 of 0 MB copied")])
+def test_long_work_shows_its_progress_on_a_terminal(served, command, monkeypatch, tmp_path, words, text):
+    served.client.cancel(served.publish())
+    with contextlib.closing(sqlite3.connect(tmp_path / "file.db")) as db:
+        db.execute("CREATE TABLE t (a)")
+    monkeypatch.setattr(intentbus, "SHOWING_SECONDS", 0.005)
+    monkeypatch.setattr(intentbus, "binary_stdin", lambda: io.BytesIO(b"line\n"))
+    begun, retry = threading.Event(), IntentClient.retry
+    monkeypatch.setattr(IntentClient, "retry", lambda bus, **fields: retry(bus, **fields) if "count" in fields or begun.wait(20) else None)
+    held = [] if "retry" in words else [occupied(tmp_path / "file.db", "EXCLUSIVE") if "backup" in words else occupied(served.db)]
+    with terminal() as (file, shown):
+        monkeypatch.setattr(sys, "stderr", file)
+        with contextlib.ExitStack() as holding:
+            for holder in held:
+                holding.enter_context(holder)
+            running = in_thread(command, *words.format(copy=tmp_path / "copy.db", file=tmp_path / "file.db").split())
+            assert shown(f"intentbus: {text}\r")
+        begun.set()
+        assert running()[0] == 0
+        print("end", file=file, flush=True)
+        assert shown(" \rend\n")
+
+
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\x08\r\x7f"
 EVIL_INTENT = dict(
     dict.fromkeys(("id", "status", "goal", "namespace", "payload", "last_error", "result", "value", "api_key", "key_id", "owner",
@@ -11405,7 +11748,7 @@ EVIL_ANSWERS = {
 COMMAND_LINES = [line.split() for line in """
 publish g 1, publish g 1 --json, publish g --lines, publish g 1 --wait=0.1s, status x, status x --json, result x, result x --json,
 list, list --json, cancel x, cancel x --json, retry x, retry --all, get k, set k 1, del k, keys add n, keys list, keys list --json,
-keys revoke x, stats, purge --yes, work --once --drain, work --once --drain -- true, work --once --drain -- false
+keys revoke x, stats, purge --yes, work --any --once --drain, work --once --drain -- true, work --once --drain -- false
 """.split(",")]
 
 
@@ -11431,7 +11774,7 @@ def test_the_text_of_a_hostile_bus_cannot_control_the_terminal(monkeypatch, impa
             output = b""
             while not output.endswith(b"end\r\n"):
                 output += shown.read(65536)
-            assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n|intentbus: 1 published)", output.decode()), words
+            assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)", output.decode()), words
     for number, handler in keep:
         signal.signal(number, handler)
 
@@ -11529,7 +11872,7 @@ BAD_COMMANDS = (
     case("publish too large", "publish g @{dir}/large.json", 6, "262144"),
     case("publish with no key file", "publish g 1 --key-file {dir}/missing", 2, "{dir}/missing"),
     case("publish with an unknown key", "publish g 1 --key-file {dir}/wrong.key", 4, "this is not the key owner of the bus."),
-    case("publish to no URL", "publish g 1 --url bus.example.com", 2, "http://HOST:PORT"),
+    case("publish to no URL", "publish g 1 --url bus.example.com", 2, "http://HOST:PORT", "write http://bus.example.com or https://"),
     case("publish to a broken URL", "publish g 1 --url http://[::1", 2, "http://[::1"),
     case("publish to no port", "publish g 1 --url http://127.0.0.1:99999", 2, "99999"),
     case("publish to a port in words", "publish g 1 --url http://127.0.0.1:http", 2, "127.0.0.1:http"),
@@ -11633,7 +11976,7 @@ def test_an_unreachable_bus_is_exit_5(monkeypatch, capsys, tmp_path):
     with socket.socket() as nobody:     # bound, but not listening: connections are refused
         nobody.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
-        for arguments in (["publish", "g", "1"], ["status", NOBODY], ["list"], ["work", "--drain"], ["cancel", NOBODY]):
+        for arguments in (["publish", "g", "1"], ["status", NOBODY], ["list"], ["work", "--any", "--drain"], ["cancel", NOBODY]):
             code = intentbus.main([*arguments, "--url", url])
             assert_complaint((code, *capsys.readouterr()), 5, url, "cannot be reached")
 
@@ -11679,7 +12022,8 @@ def test_a_machine_that_has_joined_a_bus_needs_no_flags(served, home):
     code, out, words = run("join", served.url, letters.strip(), **nothing)
     assert (code, out) == (0, "") and f"joined {served.url} as phone, role work" in words
     assert run("list", **nothing)[0] == 0
-    assert_complaint(run("publish", "g", "1", **nothing), 4, "This key may work only")
+    assert_complaint(run("publish", "g", "1", **nothing), 4, "This key may work only", "one of the role publish or both")
+    assert_complaint(run("keys", "list", **nothing), 4, "Authentication required: this needs the owner key")
 
 
 def test_join_refuses_to_fetch_a_key_in_plain_text(home):
@@ -11780,7 +12124,7 @@ def test_a_key_for_one_thing_from_the_command_line(served):
 
 def test_keys_need_an_admin(started):
     bus = started(keys=dict(admin_secret=ADMIN_SECRET))
-    assert_complaint(at(bus, "keys", "add", "x"), 4, "Authentication required")
+    assert_complaint(at(bus, "keys", "add", "x"), 4, "Authentication required: this needs the bus's BUS_ADMIN_SECRET")
     code, key, _ = at(bus, "keys", "add", "x", BUS_ADMIN_SECRET=ADMIN_SECRET)
     assert code == 0 and bus.ask("GET", "/intents", key=key.strip()).status == 200
 
@@ -12143,6 +12487,29 @@ def test_the_python_session_of_the_readme(serve):
 def test_the_readme_starts_bus_and_tests_with_one_line_each():
     assert blocks("sh")[:2] == ["python3 intentbus.py serve\n", "python3 -m venv .venv && .venv/bin/pip install -q pytest "
                                 "&& .venv/bin/python -m pytest -q\n"]
+
+
+@pytest.mark.parametrize("path", ["/", "/dashboard", "/admin"])
+def test_short_paths_lead_a_browser_to_the_dashboard(strict, path):
+    answer = strict.ask("GET", path, key=None, Accept="text/html,*/*;q=0.8")
+    assert answer.status == 302 and answer.body.endswith(b"\n")
+    for place in ("http://h", "https://h/bus"):     # the bus itself, and a proxy that has it below a path
+        assert urllib.parse.urljoin(place + path, answer.headers["location"]) == place + "/admin/dashboard"
+    assert_common_headers(answer)
+    assert strict.ask("GET", "/", key=None, Accept="*/*").body == intentbus.HOME.encode()
+
+
+def test_every_json_answer_ends_with_a_line_feed(served):
+    id, seen = served.publish(goal="g"), collections.Counter()
+    for method, path, _, _ in intentbus.ROUTES:
+        answer = served.ask(method, path.replace("*", id), {} if method != "GET" else None)
+        if answer.headers.get("content-type") == "application/json":
+            seen[answer.status < 300] += 1
+            assert answer.body.endswith((b"}\n", b"]\n")), path
+    assert seen[True] > 9 and seen[False] > 9
+    for place in (f"/result/{id}", "/publish/g"):
+        answer = served.ask("GET" if "result" in place else "POST", place, None, Accept="text/plain")
+        assert answer.status in (200, 201) and not answer.body.endswith(b"\n")     # it is bare, for a shell's $()
 
 
 def test_the_readme_names_every_route_and_field():
