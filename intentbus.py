@@ -370,9 +370,11 @@ def lane_end(lane):
 
 
 def lane_range(lane):
-    """Return (start, end) of the keys among which are all lanes that a lane with a goal covers."""
-    goal, publisher = lane.rsplit("\t", 1)
-    return (lane, lane_end(lane)) if publisher else range_under(goal)
+    """Return (start, end) of the keys among which are all lanes that a lane covers."""
+    place, goal, publisher = lane.rsplit("\t", 2)
+    if not goal:
+        return range_under(place)
+    return (lane, lane_end(lane)) if publisher else range_under(f"{place}\t{goal}")
 
 
 def range_under(start):
@@ -1113,6 +1115,25 @@ PUBLIC_HEAD_OF_PLACE = f"""
     WHERE    ready = 1
     AND      visibility = 'public'
     AND      place = :place
+HEAD_BESIDE_FULL_GOALS = f"""
+    WITH RECURSIVE lanes (lane) AS (     -- one step in the index for each
+        SELECT :start
+        UNION ALL
+        SELECT (SELECT MIN(lane) FROM intents WHERE ready = 1 AND lane > lanes.lane AND lane < :end)
+        FROM   lanes
+        WHERE  lane IS NOT NULL
+    ), heads (id) AS (
+        SELECT (SELECT id FROM intents WHERE ready = 1 AND lane = lanes.lane ORDER BY {ORDER} LIMIT 1)
+        FROM   lanes
+    )
+    SELECT   {ALL}
+    FROM     intents
+    WHERE    id IN heads
+    AND      REPLACE(:goals, '\t' || goal || '\t', '') = :goals
+    AND      :publisher IN ('', owner)
+    ORDER BY {ORDER}
+    LIMIT    1
+"""
     AND      owner = :owner
     ORDER BY {ORDER}
     LIMIT    1
@@ -1489,39 +1510,40 @@ class Transaction(Reads):
         """
         held = token_hash and self._intent(CLAIMED_WITH, token_hash=token_hash, key_id=key_id)
         first = held or min((head for lane in lanes for head in self._heads(lane)), default=None, key=claim_order)
-        if first and self._store.limits and self._limit_of(first):
+        if first and self._limits and (first.namespace, first.goal) in self._limits:
             first["limited"] = 1
         return first
 
     def _heads(self, lane):
         """Yield the first ready intent of each lane that a lane covers, or of its place; each is one index lookup.
 
-        Goals without room are left out. If the first intent of a place is of such a goal, the lanes are looked at one by one.
+        Goals without room are left out. If the first intent of a place is of such a goal, all lanes there are looked at.
         """
         place, goal, publisher = lane.rsplit("\t", 2)
-        start, end = lane_range(lane) if goal else (lane, lane)
+        start, end = lane_range(lane)
         if not goal:
             head = self._intent(PUBLIC_HEAD_OF_PLACE if publisher else HEAD_OF_PLACE, place=place, owner=publisher)
-            if head and self._has_room(head):
+            if head and not self._has_room(head.namespace, head.goal):
+                full = [key[1] for key in self._limits if key[0] == head.namespace and not self._has_room(*key)]
+                head = self._intent(HEAD_BESIDE_FULL_GOALS, start=start, end=end, goals=among(full), publisher=publisher)
+            if not self._has_room(head.namespace, goal):
+                return
+            yield head
+            if head:
                 yield head
-            elif head:
-                start, end = range_under(place)
+            return
         while start < end and (head := self._intent(HEAD_OF_NEXT_LANE, start=start, end=end)):
             start = lane_end(head.lane)
-            if not self._has_room(head):
-                start = range_under(f"{place}\t{head.goal}")[1]
-            elif publisher in ("", head.owner):
-                yield head
 
-    def _limit_of(self, intent):
+    @property
+    def _limits(self):
         if self._store.limits is None:
             self._store.limits = self.goal_limits()
-        return self._store.limits.get((intent.namespace, intent.goal))
+        return self._store.limits
 
-    def _has_room(self, intent):
-        limit = None if self._store.limits == {} else self._limit_of(intent)
-        return limit is None or not limit.paused and (
-            limit.running is None or self.claimed_of(intent.namespace, intent.goal) < limit.running)
+    def _has_room(self, namespace, goal):
+        limit = self._limits and self._limits.get((namespace, goal))
+        return not limit or not limit.paused and (limit.running is None or self.claimed_of(namespace, goal) < limit.running)
 
     def ready_lanes(self, namespace, goal):
         """Return the lanes of a goal in which intents are ready, if it has room, the one with the first intent first."""
