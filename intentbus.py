@@ -308,6 +308,7 @@ CLAIM_FIELDS = (
 UNCLAIMED = dict.fromkeys(("completed_at", "last_error", "result", "result_type", "claim_token_hash", "claim_expires_at",
                            "lease", "claim_owner", "claim_key", "claim_outcome", "worker_id", "worker", "claimed_at",
                            "idempotency_key", "history", "caused_by", "schedule", "limited"))
+UNPUBLISHED = {**UNCLAIMED, **PUBLISH_DEFAULTS}
 
 # event: a word for people, or None; callback: the field with the goal of the intent that this end publishes, or None
 Change = collections.namedtuple("Change", "event columns callback", defaults=(None,))
@@ -350,12 +351,6 @@ def no_such(intent_id):
 def place_of(namespace, audience, target_worker, required_capability):
     """Return the place of lanes; no part can hold a tab."""
     return f"{namespace}\t{audience}\t{target_worker or ''}\t{required_capability or ''}"
-
-
-def lane_of(owner, goal, namespace, visibility, target_worker, required_capability, **others):
-    """Return (place, lane) of an intent that an owner publishes with these fields."""
-    place = place_of(namespace, owner if visibility == "private" else "", target_worker, required_capability)
-    return place, f"{place}\t{goal}\t{owner}"
 
 
 def covering_lanes(lane):
@@ -410,7 +405,7 @@ class Record(dict):
 
     def pick(self, keys):
         """Return a record of these keys only."""
-        return Record((key, self[key]) for key in keys)
+        return Record({key: self[key] for key in keys})
 
 
 class Intent(Record):
@@ -425,20 +420,21 @@ class Intent(Record):
     @classmethod
     def new(cls, intent_id, now, owner, publisher, fields):
         """Return an intent as published now, with goal, payload and any of PUBLISH_DEFAULTS in fields."""
-        fields = {**PUBLISH_DEFAULTS, **fields}
-        delay, run_at = fields.pop("delay"), fields["run_at"]
-        fields["unique_value"] = fields.pop("unique")     # a column cannot have the name of a word of SQL
-        del fields["replace"]
+        intent = cls(UNPUBLISHED, **fields)
+        delay, run_at = intent.pop("delay"), intent.run_at
+        intent["unique_value"] = intent.pop("unique")     # a column cannot have the name of a word of SQL
+        del intent["replace"]
         run_at = now + delay if run_at is None else run_at
-        expires_at = max(run_at, now) + fields["ttl"]
+        expires_at = max(run_at, now) + intent.ttl
         ready = run_at <= now
-        place, lane = lane_of(owner, **fields)
-        payload = to_json(fields["payload"])
-        fields.update(
+        audience = owner if intent.visibility == "private" else ""
+        place = place_of(intent.namespace, audience, intent.target_worker, intent.required_capability)
+        payload = to_json(intent.payload)
+        intent.update(
             id=intent_id, payload=payload, size=ROW_BYTES + bytes_of(payload), result_size=0, owner=owner,
             publisher=publisher, created_at=now, status="open", run_at=run_at, expires_at=expires_at, claim_attempts=0, place=place,
-            lane=lane, ready=int(ready), due_at=expires_at if ready else run_at)
-        return cls(UNCLAIMED, **fields)
+            lane=f"{place}\t{intent.goal}\t{owner}", ready=int(ready), due_at=expires_at if ready else run_at)
+        return intent
 
     @property
     def ended(self):
@@ -1115,6 +1111,10 @@ PUBLIC_HEAD_OF_PLACE = f"""
     WHERE    ready = 1
     AND      visibility = 'public'
     AND      place = :place
+    AND      owner = :owner
+    ORDER BY {ORDER}
+    LIMIT    1
+"""
 HEAD_BESIDE_FULL_GOALS = f"""
     WITH RECURSIVE lanes (lane) AS (     -- one step in the index for each
         SELECT :start
@@ -1131,10 +1131,6 @@ HEAD_BESIDE_FULL_GOALS = f"""
     WHERE    id IN heads
     AND      REPLACE(:goals, '\t' || goal || '\t', '') = :goals
     AND      :publisher IN ('', owner)
-    ORDER BY {ORDER}
-    LIMIT    1
-"""
-    AND      owner = :owner
     ORDER BY {ORDER}
     LIMIT    1
 """
@@ -1466,7 +1462,7 @@ class Transaction(Reads):
 
     def after_commit(self, effect, *arguments):
         """Call a function once this block is committed."""
-        self.effects.append(functools.partial(effect, *arguments))
+        self.effects.append((effect, arguments))
 
     def _rows(self, statement, values):
         return self._db.execute(statement, values)
@@ -1526,13 +1522,13 @@ class Transaction(Reads):
             if head and not self._has_room(head.namespace, head.goal):
                 full = [key[1] for key in self._limits if key[0] == head.namespace and not self._has_room(*key)]
                 head = self._intent(HEAD_BESIDE_FULL_GOALS, start=start, end=end, goals=among(full), publisher=publisher)
-            if not self._has_room(head.namespace, goal):
-                return
-            yield head
             if head:
                 yield head
             return
         while start < end and (head := self._intent(HEAD_OF_NEXT_LANE, start=start, end=end)):
+            if not self._has_room(head.namespace, goal):
+                return
+            yield head
             start = lane_end(head.lane)
 
     @property
@@ -2132,7 +2128,7 @@ class WorkerRegistry:
 
     def listening(self, lane):
         """Return how many workers ask for the intents of a lane."""
-        return sum(self._serving[covering] for covering in covering_lanes(lane))
+        return sum(self._serving.get(covering, 0) for covering in covering_lanes(lane))
 
     def _touch(self, now, worker):
         worker.last_seen = now
@@ -2376,18 +2372,19 @@ class Bus:
         """
         wanted = dict(fields, goal=goal, payload=payload)
         namespace = fields.get("namespace", "default")
-        answer = self._publish([wanted], idempotency_key, caller, lambda stored: Record(
+        answer, (intent,) = self._publish([wanted], idempotency_key, caller, lambda stored: Record(
             id=stored[0][0], status=stored[0][1], namespace=namespace))
-        return Record(answer, **self._audience({**PUBLISH_DEFAULTS, **wanted}, caller))
+        return Record(answer, **self._audience(intent))
 
     def publish_many(self, intents, *, idempotency_key=None, caller=OWNER):
         """Store intents, each a dict of arguments of publish, all or none; return {"ids"}, and "statuses" if any is unique."""
         def answer_with(stored):
             statuses = dict(statuses=[status for _, status in stored]) if any(wanted.get("unique") for wanted in intents) else {}
             return Record(ids=[intent_id for intent_id, _ in stored], **statuses)
-        return self._publish(intents, idempotency_key, caller, answer_with)
+        return self._publish(intents, idempotency_key, caller, answer_with)[0]
 
     def _publish(self, wanted, idempotency_key, caller, answer_with):
+        """Store intents; return the answer, and the intents as they were wanted."""
         caller.narrowed([goal for fields in wanted for goal in goals_of(fields)])
         with self.store.transaction() as tx:
             intents = [Intent.new(self._ids.new(tx.now), tx.now, caller.owner, caller.key_id,
@@ -2402,7 +2399,7 @@ class Bus:
                     known = tx.recall(*memo, tx.now)
                     if not known.startswith(digest):
                         raise IdempotencyConflict("Key reused with different payload: an Idempotency-Key stands for one request.")
-                    return Record(json.loads(known[len(digest):]))
+                    return Record(json.loads(known[len(digest):])), intents
             stored = [self._insert(tx, intent, fields.get("replace")) for intent, fields in zip(intents, wanted)]
             if stored != expected:
                 answer = answer_with(stored)
@@ -2410,7 +2407,7 @@ class Bus:
                     tx.remember(*memo, digest + to_json(answer), tx.now + IDEMPOTENCY_SECONDS)
             if stored == expected or any(status != "kept" for _, status in stored):
                 self._require_room(tx, caller)
-        return answer
+        return answer, intents
 
     def _insert(self, tx, intent, replace):
         """Store a new intent, unless the twin of its unique value is kept or, if it waits, replaced; return (id, status)."""
@@ -2465,13 +2462,11 @@ class Bus:
                 self._tallies[publisher] = Tally(committed)
         return committed, self.store.round_tallies.get(publisher, NO_TALLY), tx.tallies().get(publisher, NO_TALLY)
 
-    def _audience(self, fields, caller):
-        """Return how many workers listen for an intent with these fields, and whether its goal has never had one."""
-        _, lane = lane_of(caller.owner, **fields)
-        listening = self.registry.listening(lane)
-        served = caller.owner, fields["namespace"], fields["goal"]
+    def _audience(self, intent):
+        """Return how many workers listen for an intent, and whether its goal has never had one."""
+        listening, served = self.registry.listening(intent.lane), (intent.owner, intent.namespace, intent.goal)
         if listening or served in self._known_goals or self.store.recall(
-                "goal", caller.owner, f"{fields['namespace']}\t{fields['goal']}", self.clock.now()) is not None:
+                "goal", intent.owner, f"{intent.namespace}\t{intent.goal}", self.clock.now()) is not None:
             return dict(listening=listening)
         return dict(listening=0, never_claimed=True)
 
@@ -3124,11 +3119,10 @@ class Bus:
     def _committed(self, blocks):
         """Take in the moves and effects of blocks, now that they are on disk."""
         moves = [move for block in blocks for move in block.moves]
-        for effect in [effect for block in blocks for effect in block.effects]:
-            effect()
-        for publisher, *counted in (entry for block in blocks for entry in block.counted):
-            if publisher in self._tallies:
-                self._tallies[publisher].add(*counted)
+        for effect, arguments in [entry for block in blocks for entry in block.effects]:
+            effect(*arguments)
+        for publisher, *counted in [entry for block in blocks for entry in block.counted if entry[0] in self._tallies]:
+            self._tallies[publisher].add(*counted)
         for intent_id in [intent_id for block in blocks for intent_id in block.deleted]:
             self.registry.free(intent_id)
         self.learn(moves)
