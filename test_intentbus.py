@@ -12699,6 +12699,20 @@ def test_limits_hold_over_several_buses(buses, capsys):
 
 
 @ON_POSTGRES
+def test_a_limit_waits_for_claims_that_do_not_know_of_it(buses):
+    one, other = buses(), buses()
+    one.publish()
+    claim, limits = one.api.bus.wanted("g"), f"{schema_of(other.db)}.limits"
+    with one.api.bus.store.transaction() as tx:
+        intent = tx.claimable(claim.lanes, "owner")
+        tx.update(intent, intent.claimed(tx.now, intentbus.hash_token(claim.token), 60, "owner", "owner", None, "w"))
+        limited = in_thread(other.client.limit, "g", running=1)
+        wait_until(lambda: limited.ended() or postgres("SELECT FROM pg_locks WHERE NOT granted AND relation = to_regclass(%s)",
+                                                       [limits]))
+    assert limited().claimed == 1
+
+
+@ON_POSTGRES
 @pytest.mark.parametrize("room", [
     lambda bus, claim: bus.fulfill(claim.id, claim.claim_token),
     lambda bus, claim: bus.limit("g", running=2),
