@@ -1306,8 +1306,8 @@ class Tally(dict):
 
 def add_counted(tallies, counted):
     """Add the counts of a Transaction to tallies, a defaultdict of Tally by publisher."""
-    for publisher, *kind in counted:
-        tallies[publisher].add(*kind)
+    for publisher, namespace, status, number, size in counted:
+        tallies[publisher].add(namespace, status, number, size)
 
 
 def tally_rows(tallies):
@@ -1352,7 +1352,7 @@ class Reads:
         return next(iter(self._rows(statement, values)), None)
 
     def _intent(self, statement, **values):
-        row = self._first(statement, **values)
+        row = next(iter(self._rows(statement, values)), None)
         return row and Intent(zip(COLUMNS, row))
 
     def _intents(self, statement, **values):
@@ -3133,14 +3133,13 @@ class Bus:
     def learn(self, moves, ours=True):
         """Take in moves of intents that are on disk, made by this bus or by another on the same database."""
         self.log.record(self.clock.now(), moves, count=ours)
-        for move in moves:
-            due_at = move.intent.due_at
-            if due_at is not None and due_at < self.next_due:
-                self.next_due = due_at
-            if move.intent.status != "claimed":
-                self.registry.free(move.intent.id)
+        for intent, _ in moves:
+            if intent.due_at is not None and intent.due_at < self.next_due:
+                self.next_due = intent.due_at
+            if intent.status != "claimed":
+                self.registry.free(intent.id)
             elif ours:
-                self.registry.hold(move.intent)
+                self.registry.hold(intent)
 
     def distrust_memory(self):
         """Drop the cached state of the database: another program has changed it."""
