@@ -1097,24 +1097,15 @@ HEAD_OF_NEXT_LANE = f"""
     ORDER BY lane, {ORDER}
     LIMIT    1
 """
-HEAD_OF_PLACE = f"""
+HEAD_OF_PLACE, PUBLIC_HEAD_OF_PLACE = (f"""
     SELECT   {ALL}
     FROM     intents
     WHERE    ready = 1
     AND      place = :place
+    {more}
     ORDER BY {ORDER}
     LIMIT    1
-"""
-PUBLIC_HEAD_OF_PLACE = f"""
-    SELECT   {ALL}
-    FROM     intents
-    WHERE    ready = 1
-    AND      visibility = 'public'
-    AND      place = :place
-    AND      owner = :owner
-    ORDER BY {ORDER}
-    LIMIT    1
-"""
+""" for more in ("", "AND visibility = 'public' AND owner = :publisher"))
 HEAD_BESIDE_FULL_GOALS = f"""
     WITH RECURSIVE lanes (lane) AS (     -- one step in the index for each
         SELECT :start
@@ -1122,13 +1113,10 @@ HEAD_BESIDE_FULL_GOALS = f"""
         SELECT (SELECT MIN(lane) FROM intents WHERE ready = 1 AND lane > lanes.lane AND lane < :end)
         FROM   lanes
         WHERE  lane IS NOT NULL
-    ), heads (id) AS (
-        SELECT (SELECT id FROM intents WHERE ready = 1 AND lane = lanes.lane ORDER BY {ORDER} LIMIT 1)
-        FROM   lanes
     )
     SELECT   {ALL}
     FROM     intents
-    WHERE    id IN heads
+    WHERE    id IN (SELECT (SELECT id FROM intents WHERE ready = 1 AND lane = lanes.lane ORDER BY {ORDER} LIMIT 1) FROM lanes)
     AND      REPLACE(:goals, '\t' || goal || '\t', '') = :goals
     AND      :publisher IN ('', owner)
     ORDER BY {ORDER}
@@ -1518,16 +1506,13 @@ class Transaction(Reads):
         place, goal, publisher = lane.rsplit("\t", 2)
         start, end = lane_range(lane)
         if not goal:
-            head = self._intent(PUBLIC_HEAD_OF_PLACE if publisher else HEAD_OF_PLACE, place=place, owner=publisher)
-            if head and not self._has_room(head.namespace, head.goal):
-                full = [key[1] for key in self._limits if key[0] == head.namespace and not self._has_room(*key)]
+            head = self._intent(PUBLIC_HEAD_OF_PLACE if publisher else HEAD_OF_PLACE, place=place, publisher=publisher)
+            if head and not self._has_room(head):
+                full = [limit.goal for limit in self._limits.values() if limit.namespace == head.namespace and not self._has_room(limit)]
                 head = self._intent(HEAD_BESIDE_FULL_GOALS, start=start, end=end, goals=among(full), publisher=publisher)
             if head:
                 yield head
-            return
-        while start < end and (head := self._intent(HEAD_OF_NEXT_LANE, start=start, end=end)):
-            if not self._has_room(head.namespace, goal):
-                return
+        while goal and start < end and (head := self._intent(HEAD_OF_NEXT_LANE, start=start, end=end)) and self._has_room(head):
             yield head
             start = lane_end(head.lane)
 
@@ -1537,9 +1522,9 @@ class Transaction(Reads):
             self._store.limits = self.goal_limits()
         return self._store.limits
 
-    def _has_room(self, namespace, goal):
-        limit = self._limits and self._limits.get((namespace, goal))
-        return not limit or not limit.paused and (limit.running is None or self.claimed_of(namespace, goal) < limit.running)
+    def _has_room(self, of):     # an intent or a GoalLimit
+        limit = self._limits and self._limits.get((of.namespace, of.goal))
+        return not limit or not limit.paused and (limit.running is None or self.claimed_of(of.namespace, of.goal) < limit.running)
 
     def ready_lanes(self, namespace, goal):
         """Return the lanes of a goal in which intents are ready, if it has room, the one with the first intent first."""

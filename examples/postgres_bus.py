@@ -243,7 +243,7 @@ class PostgresTransaction(intentbus.Transaction):
             self._db.keep(LOCK, dict(name=f"{self._store.database.channel} unique"))
         return super().twin(intent, statuses)
 
-    def _has_room(self, namespace, goal):
+    def _has_room(self, of):
         return True     # claimable() finds out
 
     def _is_within(self, intent, wait):
