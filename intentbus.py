@@ -2419,12 +2419,12 @@ class Bus:
             require_at_most(KEY_NAMESPACES, len(tally.namespaces()), "namespaces with intents; publish to one of these")
             require_at_most(KEY_VALUES, values.get(("", "value"), (0,))[0],
                             "values of its owner; delete some, or wait until some have expired")
-            self._require_bytes(tx, caller)
+            self._require_bytes(tx, caller, stored=tally.bytes + values.bytes)
 
-    def _require_bytes(self, tx, caller, of_a_report=False):
+    def _require_bytes(self, tx, caller, of_a_report=False, stored=None):
         """Raise RateLimited if an issued key stores more bytes now than it may; for a report, whose work is done, twice that."""
         if caller.limits is not None:
-            stored = self._stored_bytes(tx, caller.key_id, values_of(caller.owner))
+            stored = self._stored_bytes(tx, caller.key_id, values_of(caller.owner)) if stored is None else stored
             require_at_most(caller.limits.stored_bytes * (1 + of_a_report), stored, "bytes stored; wait until old intents, results "
                             "and values are deleted, or have the bus started with a larger --max-stored")
 

@@ -12628,6 +12628,11 @@ def test_a_publish_is_one_round_trip_and_a_claim_two(buses, tmp_path):
     assert round_trips(lambda: claimed.append(verbs.claim("g", claim_token=os.urandom(16).hex()))) == 2
     assert round_trips(lambda: verbs.fulfill(claimed[-1].id, claimed.pop().claim_token)) == 2
     assert round_trips(verbs.get_status, verbs.publish("g", 3).id) == 1
+    limited = intentbus.OWNER._replace(key_id="k", admin=False, limits=intentbus.Limits(100, 10 ** 6))
+    assert round_trips(lambda: verbs.publish("g", 4, caller=limited)) == 3
+    verbs.publish("paused", 5, priority=1000)
+    verbs.limit("paused", paused=True)
+    assert round_trips(verbs.claim) == 2 and round_trips(verbs.claim, "paused") == 2
     way.close()
 
 
