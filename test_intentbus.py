@@ -12707,13 +12707,13 @@ def test_limits_hold_over_several_buses(buses, capsys):
 def test_a_limit_waits_for_claims_that_do_not_know_of_it(buses):
     one, other = buses(), buses()
     one.publish()
-    claim, limits = one.api.bus.wanted("g"), f"{schema_of(other.db)}.limits"
+    claim = one.api.bus.wanted("g")
     with one.api.bus.store.transaction() as tx:
         intent = tx.claimable(claim.lanes, "owner")
         tx.update(intent, intent.claimed(tx.now, intentbus.hash_token(claim.token), 60, "owner", "owner", None, "w"))
         limited = in_thread(other.client.limit, "g", running=1)
-        wait_until(lambda: limited.ended() or postgres("SELECT FROM pg_locks WHERE NOT granted AND relation = to_regclass(%s)",
-                                                       [limits]))
+        waiting = "SELECT pid FROM pg_locks WHERE NOT granted AND relation = to_regclass(%s)"
+        wait_until(lambda: limited.ended() or postgres(waiting, [f"{schema_of(other.db)}.limits"]))
     assert limited().claimed == 1
 
 
