@@ -320,6 +320,7 @@ CLAIM_FIELDS = (
 UNCLAIMED = dict.fromkeys(("completed_at", "last_error", "result", "result_type", "claim_token_hash", "claim_expires_at",
                            "lease", "claim_owner", "claim_key", "claim_outcome", "worker_id", "worker", "claimed_at",
                            "idempotency_key", "history", "caused_by", "schedule", "limited"))
+UNPUBLISHED = {**UNCLAIMED, **PUBLISH_DEFAULTS}
 
 # event: a word for people, or None; callback: the field with the goal of the intent that this end publishes, or None
 Change = collections.namedtuple("Change", "event columns callback", defaults=(None,))
@@ -364,12 +365,6 @@ def place_of(namespace, audience, target_worker, required_capability):
     return f"{namespace}\t{audience}\t{target_worker or ''}\t{required_capability or ''}"
 
 
-def lane_of(owner, goal, namespace, visibility, target_worker, required_capability, **others):
-    """Return (place, lane) of an intent that an owner publishes with these fields."""
-    place = place_of(namespace, owner if visibility == "private" else "", target_worker, required_capability)
-    return place, f"{place}\t{goal}\t{owner}"
-
-
 def covering_lanes(lane):
     """Return the lanes that cover a lane: itself, its goal by any publisher, any goal by its publisher, any."""
     place, goal, publisher = lane.rsplit("\t", 2)
@@ -382,9 +377,11 @@ def lane_end(lane):
 
 
 def lane_range(lane):
-    """Return (start, end) of the keys among which are all lanes that a lane with a goal covers."""
-    goal, publisher = lane.rsplit("\t", 1)
-    return (lane, lane_end(lane)) if publisher else range_under(goal)
+    """Return (start, end) of the keys among which are all lanes that a lane covers."""
+    place, goal, publisher = lane.rsplit("\t", 2)
+    if not goal:
+        return range_under(place)
+    return (lane, lane_end(lane)) if publisher else range_under(f"{place}\t{goal}")
 
 
 def range_under(start):
@@ -420,7 +417,7 @@ class Record(dict):
 
     def pick(self, keys):
         """Return a record of these keys only."""
-        return Record((key, self[key]) for key in keys)
+        return Record({key: self[key] for key in keys})
 
 
 class Intent(Record):
@@ -435,21 +432,22 @@ class Intent(Record):
     @classmethod
     def new(cls, intent_id, now, owner, publisher, fields):
         """Return an intent as published now, with goal, payload and any of PUBLISH_DEFAULTS in fields."""
-        fields = {**PUBLISH_DEFAULTS, **fields}
-        delay, run_at = fields.pop("delay"), fields["run_at"]
-        fields["unique_value"] = fields.pop("unique")     # a column cannot have the name of a word of SQL
-        fields["stream"] = 1 if fields["stream"] else None
-        del fields["replace"]
+        intent = cls(UNPUBLISHED, **fields)
+        delay, run_at = intent.pop("delay"), intent.run_at
+        intent["unique_value"] = intent.pop("unique")     # a column cannot have the name of a word of SQL
+        intent["stream"] = 1 if intent.stream else None
+        del intent["replace"]
         run_at = now + delay if run_at is None else run_at
-        expires_at = max(run_at, now) + fields["ttl"]
+        expires_at = max(run_at, now) + intent.ttl
         ready = run_at <= now
-        place, lane = lane_of(owner, **fields)
-        payload = to_json(fields["payload"])
-        fields.update(
+        audience = owner if intent.visibility == "private" else ""
+        place = place_of(intent.namespace, audience, intent.target_worker, intent.required_capability)
+        payload = to_json(intent.payload)
+        intent.update(
             id=intent_id, payload=payload, size=ROW_BYTES + bytes_of(payload), result_size=0, owner=owner,
             publisher=publisher, created_at=now, status="open", run_at=run_at, expires_at=expires_at, claim_attempts=0, place=place,
-            lane=lane, ready=int(ready), due_at=expires_at if ready else run_at)
-        return cls(UNCLAIMED, **fields)
+            lane=f"{place}\t{intent.goal}\t{owner}", ready=int(ready), due_at=expires_at if ready else run_at)
+        return intent
 
     @property
     def ended(self):
@@ -1118,21 +1116,28 @@ HEAD_OF_NEXT_LANE = f"""
     ORDER BY lane, {ORDER}
     LIMIT    1
 """
-HEAD_OF_PLACE = f"""
+HEAD_OF_PLACE, PUBLIC_HEAD_OF_PLACE = (f"""
     SELECT   {ALL}
     FROM     intents
     WHERE    ready = 1
     AND      place = :place
+    {more}
     ORDER BY {ORDER}
     LIMIT    1
-"""
-PUBLIC_HEAD_OF_PLACE = f"""
+""" for more in ("", "AND visibility = 'public' AND owner = :publisher"))
+HEAD_BESIDE_FULL_GOALS = f"""
+    WITH RECURSIVE lanes (lane) AS (     -- one step in the index for each
+        SELECT :start
+        UNION ALL
+        SELECT (SELECT MIN(lane) FROM intents WHERE ready = 1 AND lane > lanes.lane AND lane < :end)
+        FROM   lanes
+        WHERE  lane IS NOT NULL
+    )
     SELECT   {ALL}
     FROM     intents
-    WHERE    ready = 1
-    AND      visibility = 'public'
-    AND      place = :place
-    AND      owner = :owner
+    WHERE    id IN (SELECT (SELECT id FROM intents WHERE ready = 1 AND lane = lanes.lane ORDER BY {ORDER} LIMIT 1) FROM lanes)
+    AND      REPLACE(:goals, '\t' || goal || '\t', '') = :goals
+    AND      :publisher IN ('', owner)
     ORDER BY {ORDER}
     LIMIT    1
 """
@@ -1308,8 +1313,8 @@ class Tally(dict):
 
 def add_counted(tallies, counted):
     """Add the counts of a Transaction to tallies, a defaultdict of Tally by publisher."""
-    for publisher, *kind in counted:
-        tallies[publisher].add(*kind)
+    for publisher, namespace, status, number, size in counted:
+        tallies[publisher].add(namespace, status, number, size)
 
 
 def tally_rows(tallies):
@@ -1354,7 +1359,7 @@ class Reads:
         return next(iter(self._rows(statement, values)), None)
 
     def _intent(self, statement, **values):
-        row = self._first(statement, **values)
+        row = next(iter(self._rows(statement, values)), None)
         return row and Intent(zip(COLUMNS, row))
 
     def _intents(self, statement, **values):
@@ -1464,7 +1469,7 @@ class Transaction(Reads):
 
     def after_commit(self, effect, *arguments):
         """Call a function once this block is committed."""
-        self.effects.append(functools.partial(effect, *arguments))
+        self.effects.append((effect, arguments))
 
     def _rows(self, statement, values):
         return self._db.execute(statement, values)
@@ -1508,39 +1513,37 @@ class Transaction(Reads):
         """
         held = token_hash and self._intent(CLAIMED_WITH, token_hash=token_hash, key_id=key_id)
         first = held or min((head for lane in lanes for head in self._heads(lane)), default=None, key=claim_order)
-        if first and self._store.limits and self._limit_of(first):
+        if first and self._limits and (first.namespace, first.goal) in self._limits:
             first["limited"] = 1
         return first
 
     def _heads(self, lane):
         """Yield the first ready intent of each lane that a lane covers, or of its place; each is one index lookup.
 
-        Goals without room are left out. If the first intent of a place is of such a goal, the lanes are looked at one by one.
+        Goals without room are left out. If the first intent of a place is of such a goal, all lanes there are looked at.
         """
         place, goal, publisher = lane.rsplit("\t", 2)
-        start, end = lane_range(lane) if goal else (lane, lane)
+        start, end = lane_range(lane)
         if not goal:
-            head = self._intent(PUBLIC_HEAD_OF_PLACE if publisher else HEAD_OF_PLACE, place=place, owner=publisher)
-            if head and self._has_room(head):
+            head = self._intent(PUBLIC_HEAD_OF_PLACE if publisher else HEAD_OF_PLACE, place=place, publisher=publisher)
+            if head and not self._has_room(head):
+                full = [limit.goal for limit in self._limits.values() if limit.namespace == head.namespace and not self._has_room(limit)]
+                head = self._intent(HEAD_BESIDE_FULL_GOALS, start=start, end=end, goals=among(full), publisher=publisher)
+            if head:
                 yield head
-            elif head:
-                start, end = range_under(place)
-        while start < end and (head := self._intent(HEAD_OF_NEXT_LANE, start=start, end=end)):
+        while goal and start < end and (head := self._intent(HEAD_OF_NEXT_LANE, start=start, end=end)) and self._has_room(head):
+            yield head
             start = lane_end(head.lane)
-            if not self._has_room(head):
-                start = range_under(f"{place}\t{head.goal}")[1]
-            elif publisher in ("", head.owner):
-                yield head
 
-    def _limit_of(self, intent):
+    @property
+    def _limits(self):
         if self._store.limits is None:
             self._store.limits = self.goal_limits()
-        return self._store.limits.get((intent.namespace, intent.goal))
+        return self._store.limits
 
-    def _has_room(self, intent):
-        limit = None if self._store.limits == {} else self._limit_of(intent)
-        return limit is None or not limit.paused and (
-            limit.running is None or self.claimed_of(intent.namespace, intent.goal) < limit.running)
+    def _has_room(self, of):     # an intent or a GoalLimit
+        limit = self._limits and self._limits.get((of.namespace, of.goal))
+        return not limit or not limit.paused and (limit.running is None or self.claimed_of(of.namespace, of.goal) < limit.running)
 
     def ready_lanes(self, namespace, goal):
         """Return the lanes of a goal in which intents are ready, if it has room, the one with the first intent first."""
@@ -2129,7 +2132,7 @@ class WorkerRegistry:
 
     def listening(self, lane):
         """Return how many workers ask for the intents of a lane."""
-        return sum(self._serving[covering] for covering in covering_lanes(lane))
+        return sum(self._serving.get(covering, 0) for covering in covering_lanes(lane))
 
     def _touch(self, now, worker):
         worker.last_seen = now
@@ -2465,18 +2468,19 @@ class Bus:
         """
         wanted = dict(fields, goal=goal, payload=payload)
         namespace = fields.get("namespace", "default")
-        answer = self._publish([wanted], idempotency_key, caller, lambda stored: Record(
+        answer, (intent,) = self._publish([wanted], idempotency_key, caller, lambda stored: Record(
             id=stored[0][0], status=stored[0][1], namespace=namespace))
-        return Record(answer, **self._audience({**PUBLISH_DEFAULTS, **wanted}, caller))
+        return Record(answer, **self._audience(intent))
 
     def publish_many(self, intents, *, idempotency_key=None, caller=OWNER):
         """Store intents, each a dict of arguments of publish, all or none; return {"ids"}, and "statuses" if any is unique."""
         def answer_with(stored):
             statuses = dict(statuses=[status for _, status in stored]) if any(wanted.get("unique") for wanted in intents) else {}
             return Record(ids=[intent_id for intent_id, _ in stored], **statuses)
-        return self._publish(intents, idempotency_key, caller, answer_with)
+        return self._publish(intents, idempotency_key, caller, answer_with)[0]
 
     def _publish(self, wanted, idempotency_key, caller, answer_with):
+        """Store intents; return the answer, and the intents as they were wanted."""
         caller.narrowed([goal for fields in wanted for goal in goals_of(fields)])
         with self.store.transaction() as tx:
             intents = [Intent.new(self._ids.new(tx.now), tx.now, caller.owner, caller.key_id,
@@ -2491,7 +2495,7 @@ class Bus:
                     known = tx.recall(*memo, tx.now)
                     if not known.startswith(digest):
                         raise IdempotencyConflict("Key reused with different payload: an Idempotency-Key stands for one request.")
-                    return Record(json.loads(known[len(digest):]))
+                    return Record(json.loads(known[len(digest):])), intents
             stored = [self._insert(tx, intent, fields.get("replace")) for intent, fields in zip(intents, wanted)]
             if stored != expected:
                 answer = answer_with(stored)
@@ -2499,7 +2503,7 @@ class Bus:
                     tx.remember(*memo, digest + to_json(answer), tx.now + IDEMPOTENCY_SECONDS)
             if stored == expected or any(status != "kept" for _, status in stored):
                 self._require_room(tx, caller)
-        return answer
+        return answer, intents
 
     def _insert(self, tx, intent, replace):
         """Store a new intent, unless the twin of its unique value is kept or, if it waits, replaced; return (id, status)."""
@@ -2526,12 +2530,12 @@ class Bus:
             require_at_most(KEY_NAMESPACES, len(tally.namespaces()), "namespaces with intents; publish to one of these")
             require_at_most(KEY_VALUES, values.get(("", "value"), (0,))[0],
                             "values of its owner; delete some, or wait until some have expired")
-            self._require_bytes(tx, caller)
+            self._require_bytes(tx, caller, stored=tally.bytes + values.bytes)
 
-    def _require_bytes(self, tx, caller, of_a_report=False):
+    def _require_bytes(self, tx, caller, of_a_report=False, stored=None):
         """Raise RateLimited if an issued key stores more bytes now than it may; for a report, whose work is done, twice that."""
         if caller.limits is not None:
-            stored = self._stored_bytes(tx, caller.key_id, values_of(caller.owner))
+            stored = self._stored_bytes(tx, caller.key_id, values_of(caller.owner)) if stored is None else stored
             require_at_most(caller.limits.stored_bytes * (1 + of_a_report), stored, "bytes stored; wait until old intents, results "
                             "and values are deleted, or have the bus started with a larger --max-stored")
 
@@ -2554,13 +2558,11 @@ class Bus:
                 self._tallies[publisher] = Tally(committed)
         return committed, self.store.round_tallies.get(publisher, NO_TALLY), tx.tallies().get(publisher, NO_TALLY)
 
-    def _audience(self, fields, caller):
-        """Return how many workers listen for an intent with these fields, and whether its goal has never had one."""
-        _, lane = lane_of(caller.owner, **fields)
-        listening = self.registry.listening(lane)
-        served = caller.owner, fields["namespace"], fields["goal"]
+    def _audience(self, intent):
+        """Return how many workers listen for an intent, and whether its goal has never had one."""
+        listening, served = self.registry.listening(intent.lane), (intent.owner, intent.namespace, intent.goal)
         if listening or served in self._known_goals or self.store.recall(
-                "goal", caller.owner, f"{fields['namespace']}\t{fields['goal']}", self.clock.now()) is not None:
+                "goal", intent.owner, f"{intent.namespace}\t{intent.goal}", self.clock.now()) is not None:
             return dict(listening=listening)
         return dict(listening=0, never_claimed=True)
 
@@ -3243,11 +3245,10 @@ class Bus:
     def _committed(self, blocks):
         """Take in the moves and effects of blocks, now that they are on disk."""
         moves = [move for block in blocks for move in block.moves]
-        for effect in [effect for block in blocks for effect in block.effects]:
-            effect()
-        for publisher, *counted in (entry for block in blocks for entry in block.counted):
-            if publisher in self._tallies:
-                self._tallies[publisher].add(*counted)
+        for effect, arguments in [entry for block in blocks for entry in block.effects]:
+            effect(*arguments)
+        for publisher, *counted in [entry for block in blocks for entry in block.counted if entry[0] in self._tallies]:
+            self._tallies[publisher].add(*counted)
         for intent_id in [intent_id for block in blocks for intent_id in block.deleted]:
             self.registry.free(intent_id)
         self.learn(moves)
@@ -3259,15 +3260,14 @@ class Bus:
         """Take in moves of intents that are on disk, made by this bus or by another on the same database."""
         now = self.clock.now()
         self.log.record(now, moves, count=ours)
-        for move in moves:
-            due_at = move.intent.due_at
-            if due_at is not None and due_at < self.next_due:
-                self.next_due = due_at
-            if move.intent.status != "claimed":
-                self.registry.free(move.intent.id)
-                self.live.end(now, move.intent.id)
+        for intent, _ in moves:
+            if intent.due_at is not None and intent.due_at < self.next_due:
+                self.next_due = intent.due_at
+            if intent.status != "claimed":
+                self.registry.free(intent.id)
+                self.live.end(now, intent.id)
             elif ours:
-                self.registry.hold(move.intent)
+                self.registry.hold(intent)
 
     def distrust_memory(self):
         """Drop the cached state of the database: another program has changed it."""

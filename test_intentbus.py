@@ -13312,6 +13312,11 @@ def test_a_publish_is_one_round_trip_and_a_claim_two(buses, tmp_path):
     assert round_trips(lambda: claimed.append(verbs.claim("g", claim_token=os.urandom(16).hex()))) == 2
     assert round_trips(lambda: verbs.fulfill(claimed[-1].id, claimed.pop().claim_token)) == 2
     assert round_trips(verbs.get_status, verbs.publish("g", 3).id) == 1
+    limited = intentbus.OWNER._replace(key_id="k", admin=False, limits=intentbus.Limits(100, 10 ** 6))
+    assert round_trips(lambda: verbs.publish("g", 4, caller=limited)) == 3
+    verbs.publish("paused", 5, priority=1000)
+    verbs.limit("paused", paused=True)
+    assert round_trips(verbs.claim) == 2 and round_trips(verbs.claim, "paused") == 2
     way.close()
 
 
@@ -13380,6 +13385,20 @@ def test_limits_hold_over_several_buses(buses, capsys):
     within = list(itertools.dropwhile(lambda claimed: claimed[0] > 3 or claimed[1] > 2, seen))
     assert within and all(claimed[0] <= 3 and claimed[1] <= 2 for claimed in within)
     assert "deadlock" not in capsys.readouterr().err
+
+
+@ON_POSTGRES
+def test_a_limit_waits_for_claims_that_do_not_know_of_it(buses):
+    one, other = buses(), buses()
+    one.publish()
+    claim = one.api.bus.wanted("g")
+    with one.api.bus.store.transaction() as tx:
+        intent = tx.claimable(claim.lanes, "owner")
+        tx.update(intent, intent.claimed(tx.now, intentbus.hash_token(claim.token), 60, "owner", "owner", None, "w"))
+        limited = in_thread(other.client.limit, "g", running=1)
+        waiting = "SELECT pid FROM pg_locks WHERE NOT granted AND relation = to_regclass(%s)"
+        wait_until(lambda: limited.ended() or postgres(waiting, [f"{schema_of(other.db)}.limits"]))
+    assert limited().claimed == 1
 
 
 @ON_POSTGRES
