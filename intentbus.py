@@ -4321,79 +4321,66 @@ def content_policy(page):
 
 
 DASHBOARD = Html(r"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>intentbus</title>
-<link rel="icon" href="data:,">
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
+<title>intentbus</title><link rel="icon" href="data:,">
 <style>
 :root { --ground: #f6f7f9; --card: #fff; --ink: #1a2130; --soft: #566074; --line: #dde1e8; --main: #1f5fd0; --bad: #b3261e;
-        --good: #176b39; --wait: #8a5200; --on: #fff; }
-@media (prefers-color-scheme: dark) {
-  :root { --ground: #12151b; --card: #1b2029; --ink: #e7eaf0; --soft: #a2acbd; --line: #323a48; --main: #8ab4ff; --bad: #ff9c93;
-          --good: #7fd6a0; --wait: #f2bd6b; --on: #0d1526; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.4 system-ui, sans-serif; overflow-wrap: anywhere; }
-header, main { max-width: 1560px; margin: 0 auto; padding: 0 16px; }
-header { display: flex; flex-wrap: wrap; align-items: center; padding-top: 6px; min-height: 50px; }
-header b { font-size: 18px; margin-right: 16px; } nav { display: flex; flex: 1; } #out button { border: 0; background: none; }
-nav a, .tabs a { padding: 11px 12px; min-height: 44px; color: var(--soft); text-decoration: none; }
-nav a[aria-current], .tabs a[aria-current] { color: var(--ink); font-weight: 600; box-shadow: inset 0 -3px var(--main); }
-h1 { font-size: 20px; margin: 0; } h2 { font-size: 16px; margin: 0 0 8px; } small { display: block; } p { margin: 4px 0; }
-section, .counts a { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
-section { padding: 14px 16px; margin: 0 0 14px; } .counts a { padding: 8px 14px; color: var(--soft); text-decoration: none; }
-.counts { display: grid; grid-template-columns: repeat(4, 1fr); gap: 8px; padding: 0; border: 0; background: none; }
-.counts strong { display: block; font-size: 26px; line-height: 1.2; color: var(--ink); }
-.cols { display: grid; gap: 0 14px; grid-template-columns: repeat(auto-fit, minmax(min(400px, 100%), 1fr)); align-items: start; }
-small, code, .soft, .bar label, form label { color: var(--soft); font-size: 13px; } code, pre, textarea { font-family: ui-monospace, monospace; }
-.bad, .counts .bad { color: var(--bad); } .good { color: var(--good); } .wait { color: var(--wait); } #said { min-height: 22px; }
-a { color: var(--main); } td, dd, pre, h1 { unicode-bidi: isolate; }
-time, dd a, td a, small a { padding: 13px 0; position: relative; z-index: 1; } time { cursor: pointer; }
-table { width: 100%; border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
-th { color: var(--soft); font-size: 12px; font-weight: 500; text-align: left; padding: 2px 12px 6px 0; white-space: nowrap; }
-td { border-top: 1px solid var(--line); padding: 2px 12px 2px 0; height: 44px; } td:last-child { padding-right: 0; }
-tbody tr { position: relative; } tbody tr:hover { background: var(--ground); } .few, td.act, td.head small { white-space: nowrap; }
-td.wide, td.cut { width: 45%; max-width: 0; } td.cut { width: 18%; } td.act { text-align: right; }
-td.wide > *, td.cut > *, a.row b { display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+--good: #176b39; --wait: #8a5200; --on: #fff; }
+@media (prefers-color-scheme: dark) { :root { --ground: #12151b; --card: #1b2029; --ink: #e7eaf0; --soft: #a2acbd; --line:
+#323a48; --main: #8ab4ff; --bad: #ff9c93; --good: #7fd6a0; --wait: #f2bd6b; --on: #0d1526; } }
+* { box-sizing: border-box; } body { margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.4 system-ui,
+sans-serif; overflow-wrap: anywhere; } header, main { max-width: 1560px; margin: 0 auto; padding: 0 16px; } header { display:
+flex; flex-wrap: wrap; align-items: center; padding-top: 6px; min-height: 50px; } header b { font-size: 18px; margin-right:
+16px; } nav { display: flex; flex: 1; } #out button { border: 0; background: none; } nav a, .tabs a { padding: 11px 12px;
+min-height: 44px; color: var(--soft); text-decoration: none; } nav a[aria-current], .tabs a[aria-current] { color: var(--ink);
+font-weight: 600; box-shadow: inset 0 -3px var(--main); } h1 { font-size: 20px; margin: 0; } h2 { font-size: 16px; margin: 0 0
+8px; } small { display: block; } p { margin: 4px 0; } section, .counts a { background: var(--card); border: 1px solid
+var(--line); border-radius: 10px; } section { padding: 14px 16px; margin: 0 0 14px; } .counts a { padding: 8px 14px; color:
+var(--soft); text-decoration: none; } .counts { display: grid; grid-template-columns: repeat(4, 1fr); gap: 8px; padding: 0;
+border: 0; background: none; } .counts strong { display: block; font-size: 26px; line-height: 1.2; color: var(--ink); } .cols {
+display: grid; gap: 0 14px; grid-template-columns: repeat(auto-fit, minmax(min(400px, 100%), 1fr)); align-items: start; } small,
+code, .soft, .bar label, form label { color: var(--soft); font-size: 13px; } code, pre, textarea { font-family: ui-monospace,
+monospace; } .bad, .counts .bad { color: var(--bad); } .good { color: var(--good); } .wait { color: var(--wait); } #said {
+min-height: 22px; } a { color: var(--main); } td, dd, pre, h1 { unicode-bidi: isolate; } time, dd a, td a, small a { padding:
+13px 0; position: relative; z-index: 1; } time { cursor: pointer; } table { width: 100%; border-collapse: collapse; font-size:
+14px; font-variant-numeric: tabular-nums; } th { color: var(--soft); font-size: 12px; font-weight: 500; text-align: left;
+padding: 2px 12px 6px 0; white-space: nowrap; } td { border-top: 1px solid var(--line); padding: 2px 12px 2px 0; height: 44px; }
+td:last-child { padding-right: 0; } tbody tr { position: relative; } tbody tr:hover { background: var(--ground); } .few, td.act,
+td.head small { white-space: nowrap; } td.wide, td.cut { width: 45%; max-width: 0; } td.cut { width: 18%; } td.act { text-align:
+right; } td.wide > *, td.cut > *, a.row b { display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 a.row { display: flex; flex-direction: column; justify-content: center; min-height: 44px; padding: 0; color: inherit;
-        text-decoration: none; position: static; } a.row::after { content: ""; position: absolute; inset: 0; }
-button, input, select, textarea { font: inherit; min-height: 44px; border-radius: 8px; border: 1px solid var(--line);
-        padding: 8px 12px; background: var(--card); color: inherit; max-width: 100%; }
-button { cursor: pointer; color: var(--main); border-color: currentColor; } button.main { background: var(--main); color: var(--on); }
-button.bad { color: var(--bad); } td button { border-color: var(--line); min-width: 84px; }
-td button, td input { position: relative; z-index: 1; margin-left: 6px; }
-input[type=checkbox] { width: 22px; height: 22px; min-height: 0; margin: 11px; accent-color: var(--main); }
-form, .bar { display: flex; flex-wrap: wrap; gap: 8px; align-items: end; } .bar { align-items: center; margin: 8px 0; }
-form label { display: grid; gap: 2px; flex: 1 1 150px; } form label.whole { flex-basis: 100%; } textarea { min-height: 110px; }
-label input, label select, label textarea { width: 100%; color: var(--ink); font-size: 16px; }
-label.tick { display: flex; align-items: center; flex: none; min-height: 44px; }
-pre { background: var(--ground); border-radius: 8px; padding: 10px 12px; margin: 4px 0 12px; white-space: pre-wrap; font-size: 13px;
-      max-height: 420px; overflow: auto; }
-.code { font: 700 clamp(44px, 13vw, 170px)/1.2 ui-monospace, monospace; text-align: center; white-space: nowrap; }
-dl { display: grid; grid-template-columns: minmax(96px, auto) 1fr; gap: 6px 16px; margin: 0; } dt { color: var(--soft); } dd { margin: 0; }
-ol { list-style: none; margin: 0; padding: 0; } li { border-left: 3px solid var(--line); padding: 0 0 14px 14px; }
-li:last-child { padding-bottom: 0; } li.bad, li.good { border-color: currentColor; } li > small, li > time { color: var(--soft); }
-li pre { margin: 6px 0 0; } progress { width: 100%; accent-color: var(--main); }
-svg { width: 100%; height: 170px; display: block; touch-action: pan-y; } svg text { fill: var(--soft); font-size: 12px; }
-svg line { stroke: var(--line); } svg line.at { stroke: var(--soft); } .axis { display: flex; justify-content: space-between; }
-polyline { fill: none; stroke-width: 2; stroke: var(--main); vector-effect: non-scaling-stroke; }
-.fulfilled { stroke: var(--good); stroke-dasharray: 7 3; } .failed { stroke: var(--bad); stroke-dasharray: 2 3; }
-.legend span { margin-right: 16px; display: inline-block; } .legend svg { display: inline-block; width: 28px; height: 8px; }
-:focus-visible { outline: 3px solid var(--main); outline-offset: 2px; }
-@media (max-width: 760px) {
-  header, main { padding: 0 10px; } header b, .tabs { flex: 1; gap: 0; } nav { order: 1; flex-basis: 100%; font-size: 14px; }
-  nav a, .tabs a { padding: 11px 6px; } .counts { grid-template-columns: repeat(2, 1fr); } section { padding: 12px; }
-  thead { display: none; } table, tbody, td, td.wide, td.cut { display: block; border: 0; padding: 0; height: auto; max-width: none; }
-  tr { display: flex; flex-wrap: wrap; gap: 4px 14px; border-top: 1px solid var(--line); padding: 8px 0; } td { flex: 1 1 40%; }
-  tbody tr:first-child { border-top: 0; } td:empty { display: none; } td.head { order: -2; flex: 1 1 75%; } td.pick { order: -1; }
-  td.wide, td.act { flex-basis: 100%; min-width: 0; } .few, td.pick { flex: none; } td.act { text-align: left; white-space: normal; }
-  td.act button { margin: 4px 6px 4px 0; } td:not(.head, .wide, .act)::before, td.tag::before { content: attr(data-title) " ";
-    display: block; font-size: 12px; color: var(--soft); } td.few:not(.tag)::before { content: none; } td.tag::before { display: inline; } }
-</style>
-</head>
-<body>
+text-decoration: none; position: static; } a.row::after { content: ""; position: absolute; inset: 0; } button, input, select,
+textarea { font: inherit; min-height: 44px; border-radius: 8px; border: 1px solid var(--line); padding: 8px 12px; background:
+var(--card); color: inherit; max-width: 100%; } button { cursor: pointer; color: var(--main); border-color: currentColor; }
+button.main { background: var(--main); color: var(--on); } button.bad { color: var(--bad); } td button { border-color:
+var(--line); min-width: 84px; } td button, td input { position: relative; z-index: 1; margin-left: 6px; } input[type=checkbox] {
+width: 22px; height: 22px; min-height: 0; margin: 11px; accent-color: var(--main); } form, .bar { display: flex; flex-wrap:
+wrap; gap: 8px; align-items: end; } .bar { align-items: center; margin: 8px 0; } form label { display: grid; gap: 2px; flex: 1 1
+150px; } form label.whole { flex-basis: 100%; } textarea { min-height: 110px; } label input, label select, label textarea {
+width: 100%; color: var(--ink); font-size: 16px; } label.tick { display: flex; align-items: center; flex: none; min-height:
+44px; } pre { background: var(--ground); border-radius: 8px; padding: 10px 12px; margin: 4px 0 12px; white-space: pre-wrap;
+font-size: 13px; max-height: 420px; overflow: auto; } .code { font: 700 clamp(44px, 13vw, 170px)/1.2 ui-monospace, monospace;
+text-align: center; white-space: nowrap; } dl { display: grid; grid-template-columns: minmax(96px, auto) 1fr; gap: 6px 16px;
+margin: 0; } dt { color: var(--soft); } dd { margin: 0; } ol { list-style: none; margin: 0; padding: 0; } li { border-left: 3px
+solid var(--line); padding: 0 0 14px 14px; } li:last-child { padding-bottom: 0; } li.bad, li.good { border-color: currentColor;
+} li > small, li > time { color: var(--soft); } li pre { margin: 6px 0 0; } progress { width: 100%; accent-color: var(--main); }
+svg { width: 100%; height: 170px; display: block; touch-action: pan-y; } svg text { fill: var(--soft); font-size: 12px; } svg
+line { stroke: var(--line); } svg line.at { stroke: var(--soft); } .axis { display: flex; justify-content: space-between; }
+polyline { fill: none; stroke-width: 2; stroke: var(--main); vector-effect: non-scaling-stroke; } .fulfilled { stroke:
+var(--good); stroke-dasharray: 7 3; } .failed { stroke: var(--bad); stroke-dasharray: 2 3; } .legend span { margin-right: 16px;
+display: inline-block; } .legend svg { display: inline-block; width: 28px; height: 8px; } :focus-visible { outline: 3px solid
+var(--main); outline-offset: 2px; }
+@media (max-width: 760px) { header, main { padding: 0 10px; } header b, .tabs { flex: 1; gap: 0; } nav { order: 1; flex-basis:
+100%; font-size: 14px; } nav a, .tabs a { padding: 11px 6px; } .counts { grid-template-columns: repeat(2, 1fr); } section {
+padding: 12px; } thead { display: none; } table, tbody, td, td.wide, td.cut { display: block; border: 0; padding: 0; height:
+auto; max-width: none; } tr { display: flex; flex-wrap: wrap; gap: 4px 14px; border-top: 1px solid var(--line); padding: 8px 0;
+} td { flex: 1 1 40%; } tbody tr:first-child { border-top: 0; } td:empty { display: none; } td.head { order: -2; flex: 1 1 75%;
+} td.pick { order: -1; } td.wide, td.act { flex-basis: 100%; min-width: 0; } .few, td.pick { flex: none; } td.act { text-align:
+left; white-space: normal; } td.act button { margin: 4px 6px 4px 0; } td:not(.head, .wide, .act)::before, td.tag::before {
+content: attr(data-title) " "; display: block; font-size: 12px; color: var(--soft); } td.few:not(.tag)::before { content: none;
+} td.tag::before { display: inline; } }
+</style></head><body>
 <header><b>intentbus</b><nav aria-label="Pages"></nav><div id="out"></div></header>
 <main><p id="said" class="soft" role="status"></p><div id="view"></div></main>
 <script>
@@ -4401,407 +4388,358 @@ polyline { fill: none; stroke-width: 2; stroke: var(--main); vector-effect: non-
 const $ = selector => document.querySelector(selector), absent = kid => kid === "" || kid === false || kid == null;
 const put = (node, ...kids) => (node.replaceChildren(...kids.flat(9).filter(kid => !absent(kid))), node);
 function make(name, about, ...kids) {
-  const [tag, ...classes] = name.split("."), svg = /^(svg|polyline|line|text)$/.test(tag);
-  const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
-  if (classes.length) node.setAttribute("class", classes.join(" "));
-  for (const [key, value] of Object.entries(about || {}))
+  const [tag, ...classes] = name.split("."), svg = /^(svg|polyline|line|text)$/.test(tag) && "http://www.w3.org/2000/svg";
+  const node = svg ? document.createElementNS(svg, tag) : document.createElement(tag);
+  if (classes.length) node.setAttribute("class", classes.join(" ")); for (const [key, value] of Object.entries(about))
     if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
     else if (!absent(value)) node.setAttribute(key, value === true ? "" : value);
-  return put(node, kids);
-}
+  return put(node, kids); }
 const pages = { "": "Home", intents: "Intents", schedules: "Schedules", workers: "Workers", keys: "Keys", publish: "Publish" };
 const units = [[86400, "d"], [3600, "h"], [60, "m"], [1, "s"]], LATE = 300, PAGE = 50, OUTPUT = 65536, COUNTED = 20000;
-let skew = 0, drawn = 0, me = null, goals = [], inFull = false, live = {};
+let skew = 0, drawn = 0, me = null, goals = [], inFull = false, live = {}, keepsWords = false;
 const now = () => Date.now() / 1000 + skew, exact = at => new Date(at * 1000).toLocaleString();
-function span(seconds) {
-  const [size, unit] = units.find(([size]) => Math.abs(seconds) >= size) || units[3];
-  return Math.floor(Math.abs(seconds) / size) + unit;
-}
+const unit = seconds => units.find(([size]) => Math.abs(seconds) >= size) || units[3];
+const span = seconds => Math.floor(Math.abs(seconds) / unit(seconds)[0]) + unit(seconds)[1];
 function took(seconds) {
-  if (seconds < 1) return Math.round(seconds * 1000) + " ms";
-  if (seconds < 60) return +seconds.toFixed(seconds < 10 ? 1 : 0) + " s";
-  const [size] = units.find(([size]) => seconds >= size), rest = Math.floor(seconds % size);
-  return span(seconds) + (rest ? " " + span(rest) : "");
-}
+  if (seconds < 60) return seconds < 1 ? Math.round(seconds * 1000) + " ms" : +seconds.toFixed(seconds < 10 ? 1 : 0) + " s";
+  const rest = Math.floor(seconds % unit(seconds)[0]); return span(seconds) + (rest ? " " + span(rest) : ""); }
 const ago = at => at > now() + 1 ? "in " + span(at - now()) : span(now() - at) + " ago";
-const when = at => at == null ? "never" : make("time", { datetime: new Date(at * 1000).toISOString(), title: exact(at),
-  "data-at": at }, inFull ? exact(at) : ago(at));
+const when = at => at == null ? "never" : make("time", { title: exact(at), "data-at": at }, inFull ? exact(at) : ago(at));
 const bytes = number => number < 1e6 ? Math.ceil(number / 1e3) + " kB" : (number / 1e6).toFixed(1) + " MB";
 const short = (text, most = 60) => text.length > most ? text.slice(0, most) + "…" : text;
-const firstLine = text => (text || "").split("\n")[0].slice(0, 200), figure = number => number.toLocaleString("en");
+const figure = number => number.toLocaleString("en");
 const plural = (number, word) => figure(number) + " " + word + (number === 1 ? "" : "s");
 const given = query => Object.fromEntries(Object.entries(query).filter(([, value]) => value));
 const place = (path, query) => "#" + path + "?" + new URLSearchParams(given(query));
 function say(words, bad) { $("#said").textContent = words; $("#said").className = bad ? "bad" : "soft"; }
-
 // Numbers stay as they are written, as marked text: JavaScript would round 9007199254740993, and write 3 for 3.0.
 const mark = "number " + Math.random() + " ", marked = RegExp('"' + mark + '([^"]*)"', "g");
 const tokens = /"(?:[^"\\]|\\.)*"|-?[0-9][0-9.eE+-]*/g, marking = part => part[0] === '"' ? part : '"' + mark + part + '"';
 const exactly = text => (JSON.parse(text), JSON.parse(text.replace(tokens, marking)));
 const write = (value, indent) => JSON.stringify(value, null, indent).replace(marked, "$1");
 function payloadIn(text) {
-  try { return exactly(text); } catch (error) { throw new Error("The payload is not JSON: " + error.message); }
-}
-
-// The key stays in this tab. The page may stand below a path of a proxy, /bus/ say.
+  try { return exactly(text); } catch (error) { throw new Error("The payload is not JSON: " + error.message); } }
+// The key stays in this tab, and the browser asks for none in a box of its own. The page may stand below a path, /bus/ say.
 const base = location.origin + location.pathname.replace(/\/+admin\/+dashboard\/*$/, "");
-const basic = (...pair) => ({ Authorization: "Basic " + btoa(String.fromCharCode(...new TextEncoder().encode(pair.join(":")))) });
-const { username, password } = new URL(document.baseURI);
-let key = JSON.parse(sessionStorage.getItem("key")) || (password ? basic(decodeURIComponent(username), decodeURIComponent(password)) : null);
+const basic = words => ({ Authorization: "Basic " + btoa(String.fromCharCode(...new TextEncoder().encode(words))) });
+const { username, password } = new URL(document.baseURI), inAddress = decodeURIComponent(username + ":" + password);
+let key = password ? basic(inAddress) : JSON.parse(sessionStorage.getItem("key"));
 function keep(headers, caller) {
   [key, me] = [headers, caller];
-  if (key) sessionStorage.setItem("key", JSON.stringify(key)); else sessionStorage.removeItem("key");
-}
+  if (key) sessionStorage.setItem("key", JSON.stringify(key)); else sessionStorage.removeItem("key"); }
 async function ask(path, body, read = JSON.parse, headers = key) {
-  const sent = body === undefined ? {} : { method: "POST", body: write(body) }, json = sent.body && { "Content-Type": "application/json" };
-  let answer, text, found;
-  try {     // without the browser's own credentials, for which it would ask in a box of its own
-    answer = await fetch(base + path, { ...sent, credentials: "omit", headers: { ...headers, ...json } });
-    text = await answer.text();
-    found = read(text);
-  } catch (error) { throw new Error("The bus does not answer; the page shows old data."); }
-  if (!answer.ok) throw Object.assign(new Error(JSON.parse(text).error.message), { status: answer.status });
-  return found;
-}
+  const sent = body === undefined ? {} : { method: "POST", body: write(body) };
+  if (sent.body) headers = { ...headers, "Content-Type": "application/json" }; let answer, text, found; try {
+    answer = await fetch(base + path, { ...sent, credentials: "omit", headers }); text = await answer.text();
+    found = read(text); } catch (error) { throw new Error("The bus does not answer; the page shows old data."); }
+  if (!answer.ok) throw Object.assign(new Error(JSON.parse(text).error.message), { status: answer.status }); return found; }
 async function summary(minutes = 1, headers = key) {
   const found = await ask("/admin/summary?minutes=" + minutes, undefined, JSON.parse, headers);
-  [skew, goals] = [found.now - Date.now() / 1000, found.goals];
-  return found;
-}
-async function act(words, path, body, then = draw) {     // body: a value, or a function that may refuse
-  try {
-    const found = await ask(path, typeof body === "function" ? body() : body);
-    say(words);
-    await then(found);
-  } catch (error) { say(error.message, true); }
-}
+  [skew, goals] = [found.now - Date.now() / 1000, found.goals]; return found; }
+const trying = action => async () => { try { await action(); } catch (error) { say(error.message, true); } };
+const act = (words, path, body, then = draw) => trying(async () => {
+  const found = await ask(path, typeof body === "function" ? body() : body); say(words); await then(found);
+})();
 const button = (words, press, kind = "") => make("button" + kind, { type: "button", onclick: press }, words);
-const sure = (question, ...rest) => () => confirm(question) && act(...rest), visit = made => { location.hash = "intent/" + made.id; };
-const empty = words => make("p.soft", {}, words), show = (id, words = id.slice(0, 12) + "…") => make("a", { href: "#intent/" + id }, words);
+const sure = (question, ...rest) => () => confirm(question) && act(...rest);
+const go = hash => { keepsWords = true; location.hash = hash; }, visit = made => go("intent/" + made.id);
+const soft = words => make("p.soft", {}, words), show = id => make("a", { href: "#intent/" + id }, id.slice(0, 12) + "…");
 const box = (title, ...kids) => make("section", { "aria-label": title }, make("h2", {}, title), kids);
 const list = entries => make("dl", {}, entries.map(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
 const state = status => make("span." + ({ dead: "bad", fulfilled: "good", open: "wait" }[status] || "soft"), {}, status);
-const tabs = (words, shown, entries, link) => make("div.tabs.bar", { role: "navigation", "aria-label": words },
-  entries.map(([value, word]) => make("a", { href: link(value), "aria-current": value === shown && "true" }, word)));
-const field = (words, about, kind = "") => make("label" + kind, {}, words, make("input", about));
-const area = text => make("label.whole", {}, "Payload, as JSON", make("textarea", { name: "payload", spellcheck: "false" }, text));
-const goalField = (words, about) => [field(words, { name: "goal", maxlength: 256, list: "goals", ...about }), make("datalist",
-  { id: "goals" }, [...new Set(goals.map(of => of.goal))].map(value => make("option", { value })))];
+const tabs = (words, shown, entries, link) => make("nav.tabs", { "aria-label": words }, entries.map(([value, word]) => make("a",
+    { href: link(value), "aria-current": value === shown && "true" }, word)));
+const field = (words, name, about, kind = "") => make("label" + kind, {}, words, make("input", { name, ...about }));
+const area = text => make("label.whole", {}, "Payload, as JSON", make("textarea", { name: "payload" }, text));
+const goalField = about => [field("Goal", "goal", { maxlength: 256, list: "goals", ...about }),
+    make("datalist", { id: "goals" }, [...new Set(goals.map(of => of.goal))].map(value => make("option", { value })))];
+const valuesOf = form => Object.fromEntries([...new FormData(form)].map(([name, value]) => [name, value.trim()]));
 const form = (send, ...kids) => make("form", { onsubmit: event => { event.preventDefault();
-  send(Object.fromEntries([...new FormData(event.target)].map(([name, value]) => [name, value.trim()])), event.submitter); } }, kids);
-
+  send(valuesOf(event.target), event.submitter); } }, kids);
 // A table on a wide screen; on a narrow one each row is a card. A column: title, what a cell shows of a row, its classes.
 function table(title, columns, rows, none) {
   const head = columns.map(([words]) => make("th", { scope: "col" }, words));
   const cells = row => columns.map(([words, shows, kind = ""]) => make("td" + kind, { "data-title": words }, shows(row)));
   return rows.length ? make("table", { "aria-label": title }, make("thead", {}, make("tr", {}, head)),
-    make("tbody", {}, rows.map(row => make("tr", {}, cells(row))))) : empty(none);
+      make("tbody", {}, rows.map(row => make("tr", {}, cells(row))))) : soft(none);
 }
-
-// A scale of 1, 10, 100: one spike does not flatten all else. The values of a moment show on hover, on tap and by arrow keys.
+// A scale of 1, 10, 100: one spike does not flatten all else. The values of a moment show on hover and on tap.
 function plot(history, hours) {
   const wide = $("main").clientWidth - 66, tall = 170, step = hours === 1 ? 1 : 10, points = hours * 60 / step;
-  const last = Math.floor(now() / 60 / step), series = { published: [], fulfilled: [], failed: [] }, entries = Object.entries(series);
+  const first = Math.floor(now() / 60 / step) - points + 1, series = { published: [], fulfilled: [], failed: [] };
   for (const name in series) series[name].push(...Array(points).fill(0));
-  for (const [minute, name, times] of history) {
-    const at = points - 1 - (last - Math.floor(minute / step));
-    if (at >= 0 && at < points) series[name][at] += times;
-  }
-  const top = Math.max(1, ...Object.values(series).flat()), x = at => (at * wide / (points - 1)).toFixed(1);
+  for (const [minute, name, times] of history) series[name][Math.floor(minute / step) - first] += times;
+  const entries = Object.entries(series), top = Math.max(1, ...Object.values(series).flat());
+  const x = at => (at * wide / (points - 1)).toFixed(1), sum = list => list.reduce((total, times) => total + times);
   const y = times => (tall - 4 - Math.log1p(times) * (tall - 22) / Math.log1p(top)).toFixed(1);
-  const legend = make("p.legend.soft"), cursor = make("line.at", { y1: 0, y2: tall, visibility: "hidden" });
-  const clock = at => new Date((last - points + 1 + at) * step * 60000).toLocaleTimeString([], { timeStyle: "short" });
-  const tell = at => put(legend, at == null ? null : make("span", {}, clock(at)), entries.map(([name, times]) => make("span", {},
-    make("svg", { viewBox: "0 0 28 8", "aria-hidden": true }, make("polyline." + name, { points: "0,4 28,4" })),
-    " " + figure(at == null ? times.reduce((sum, more) => sum + more) : times[at]) + " " + name)));
-  let shown = points;
-  const point = at => {
-    shown = Math.min(points - 1, Math.max(0, at));
-    for (const [name, value] of Object.entries({ x1: x(shown), x2: x(shown), visibility: "visible" })) cursor.setAttribute(name, value);
-    tell(shown);
-  };
-  const touch = event => { const { left, width } = event.currentTarget.getBoundingClientRect();
-    point(Math.round((event.clientX - left) / width * (points - 1))); };
-  const leave = event => { if (event.pointerType === "mouse") { cursor.setAttribute("visibility", "hidden"); tell(); } };
-  const arrow = event => { const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key]; if (by) { event.preventDefault(); point(shown + by); } };
-  tell();
-  return [make("svg.graph", { viewBox: `0 0 ${wide} ${tall}`, preserveAspectRatio: "none", role: "img", tabindex: 0,
-      "aria-label": legend.textContent, onpointermove: touch, onpointerdown: touch, onpointerleave: leave, onkeydown: arrow },
-      [1, 10, 100, 1e3, 1e4, 1e5].filter(tick => tick < top / 2).concat(top).map(tick => [
-        make("line", { x1: 0, x2: wide, y1: y(tick), y2: y(tick) }), make("text", { x: 0, y: y(tick) - 3 }, figure(tick))]),
-      entries.map(([name, list]) => make("polyline." + name, { points: list.map((times, at) => x(at) + "," + y(times)).join(" ") })), cursor),
-    make("p.soft.axis", {}, [hours + " h ago", "per " + (step === 1 ? "minute" : "10 minutes"), "now"].map(words => make("span", {}, words))), legend];
+  const legend = make("p.legend.soft", {}), cursor = make("line.at", { y1: 0, y2: tall, visibility: "hidden" });
+  const tell = at => put(legend, at >= 0 && make("span", {}, exact((first + at) * step * 60)), entries.map(([name,
+      list]) => make("span", {}, make("svg", { viewBox: "0 0 28 8", "aria-hidden": true }, make("polyline." + name,
+      { points: "0,4 28,4" })), " " + figure(at >= 0 ? list[at] : sum(list)) + " " + name)));
+  const touch = event => {
+    const { left, width } = event.currentTarget.getBoundingClientRect(), part = (event.clientX - left) / width;
+    const at = Math.min(points - 1, Math.max(0, Math.round(part * (points - 1))));
+    for (const name of ["x1", "x2"]) cursor.setAttribute(name, x(at)); cursor.setAttribute("visibility", "visible"); tell(at);
+  }; const leave = event => event.pointerType === "mouse" && (cursor.setAttribute("visibility", "hidden"), tell());
+  const labels = [hours + " h ago", "per " + (step === 1 ? "minute" : "10 minutes"), "now"];
+  return [make("svg.graph", { viewBox: `0 0 ${wide} ${tall}`, preserveAspectRatio: "none", role: "img",
+      "aria-label": tell().textContent, onpointermove: touch, onpointerdown: touch, onpointerleave: leave },
+      [1, 10, 100, 1e3, 1e4, 1e5].filter(tick => tick < top / 2).concat(top).map(tick => [ make("line",
+      { x1: 0, x2: wide, y1: y(tick), y2: y(tick) }), make("text", { x: 0, y: y(tick) - 3 }, figure(tick))]),
+      entries.map(([name, list]) => make("polyline." + name, { points: list.map((times, at) => x(at) + "," +
+      y(times)).join(" ") })), cursor), make("p.soft.axis", {}, labels.map(words => make("span", {}, words))), legend];
 }
-
-// What a handler prints while it runs. A bus without /output answers 404: then nothing is shown.
+// What a handler prints while it runs. If the bus answers 404, nothing is shown; after other errors, a refresh tries again.
 async function follow(id) {
-  const output = make("pre", { id: "output" }), told = make("p.soft"), bar = make("progress", { max: 100 });
-  const mine = live = { id, node: make("section", { "aria-label": "Output", hidden: true }, make("h2", {}, "Output"), told, bar, output) };
-  for (let next = 0, attempt = null, ended = false; live === mine && !ended;) {
-    try {
-      const found = await ask("/output/" + id + "?after=" + next + "&wait=20");
-      if (attempt !== found.attempt) output.textContent = "";
-      ({ attempt, next, ended } = found);
-      const missed = found.missed ? "[" + plural(found.missed, "byte") + " left out]\n" : "";
-      output.textContent = (output.textContent + missed + found.output).slice(-OUTPUT);
-      [output.hidden, bar.hidden, bar.value] = [!output.textContent, found.percent == null, found.percent || 0];
-      put(told, found.percent != null && found.percent + " % ", found.message);
-      mine.node.hidden = output.hidden && !told.textContent;
-      output.scrollTop = output.scrollHeight;
-    } catch (error) {
-      if (error.status !== 404 && live === mine) live = {};     // the next refresh tries again
-      return;
-    }
-    await new Promise(go => setTimeout(go, 1000));     // a bus that cannot hold requests answers at once
-  }
-  if (live === mine) draw(true);
-}
-
+  const output = make("pre", { id: "output" }), told = soft(), bar = make("progress", { max: 100 });
+  const node = make("section", { "aria-label": "Output", hidden: true }, make("h2", {}, "Output"), told, bar, output);
+  const mine = live = { id, node }; for (let next = 0, attempt = null, ended = false; live === mine && !ended;) try {
+    const found = await ask("/output/" + id + "?after=" + next + "&wait=20");
+    if (attempt !== found.attempt) output.textContent = ""; ({ attempt, next, ended } = found);
+    const missed = found.missed ? "[" + plural(found.missed, "byte") + " left out]\n" : "";
+    output.textContent = (output.textContent + missed + found.output).slice(-OUTPUT);
+    [output.hidden, bar.hidden, bar.value] = [!output.textContent, found.percent == null, found.percent || 0];
+    put(told, found.percent != null && found.percent + " % ", found.message); node.hidden = output.hidden && !told.textContent;
+    output.scrollTop = output.scrollHeight; await new Promise(go => setTimeout(go, 1000)); } catch (error) {
+    if (error.status !== 404 && live === mine) live = {}; return; }
+  if (live === mine) draw(true); }
 function timeline(of) {
   const item = (kind, title, at, ...rest) => make("li" + kind, {}, make("b", {}, title), " ", when(at), rest);
   const by = (worker, from, to) => make("small", {}, worker, from && to ? ", for " + took(to - from) : null);
-  const origin = of.caused_by ? ["by the end of ", show(of.caused_by)] : "by " + (of.schedule ? "schedule " + of.schedule : "key " + of.publisher);
-  const told = of.history.some(attempt => attempt.error === of.last_error);
-  return make("ol", {}, item("", "Published", of.created_at, make("small", {}, origin)), of.history.map(attempt =>
-      item(attempt.outcome === "released" ? "" : ".bad", "Attempt " + attempt.attempt + " " + attempt.outcome, attempt.ended_at,
-        by(attempt.worker, attempt.claimed_at, attempt.ended_at), attempt.error && make("pre", {}, attempt.error))),
-    of.status === "claimed" && item("", "Attempt " + of.claim_attempts + " runs, since", of.claimed_at, by(of.worker),
-      make("small", {}, "lease ends ", when(of.claim_expires_at))),
-    of.status === "open" && item("", of.run_at > now() ? "Due" : "Waits since", of.run_at),
-    of.status === "fulfilled" && item(".good", "Fulfilled", of.completed_at, by(of.worker, of.claimed_at, of.completed_at)),
-    of.status === "dead" && item(".bad", "Dead", of.completed_at, !told && make("pre", {}, of.last_error)));
+  const origin = of.schedule ? "by schedule " + of.schedule : of.caused_by ? ["by the end of ", show(of.caused_by)] :
+      of.publisher;
+  const told = of.history.some(attempt => attempt.error === of.last_error), pre = text => text && make("pre", {}, text);
+  return make("ol", {}, item("", "Published", of.created_at, make("small", {}, origin)),
+      of.history.map(attempt => item(attempt.outcome === "released" ? "" : ".bad", "Attempt " + attempt.attempt + " " +
+      attempt.outcome, attempt.ended_at, by(attempt.worker, attempt.claimed_at, attempt.ended_at), pre(attempt.error))),
+      of.status === "claimed" && item("", "Attempt " + of.claim_attempts + " runs, since", of.claimed_at, by(of.worker),
+      make("small", {}, "lease ends ", when(of.claim_expires_at))), of.status === "open" && item("", of.run_at > now() ? "Due" :
+      "Waits since", of.run_at), of.status === "fulfilled" && item(".good", "Fulfilled", of.completed_at,
+      by(of.worker, of.claimed_at, of.completed_at)), of.status === "dead" && item(".bad", "Dead", of.completed_at, told ?
+      null : pre(of.last_error)));
 }
-
-const FIELDS = [["namespace", "default"], ["priority", 100], ["ttl", 604800], ["max_attempts", 3], ["backoff_base", 5, "backoff"],
-  ["target_worker", null, "worker"], ["required_capability", null, "capability"], ["unique"], ["on_success"], ["on_failure"]];
+const FIELDS = { namespace: "default", priority: 100, ttl: 604800, max_attempts: 3, backoff_base: 5, target_worker: null,
+  required_capability: null, unique: null, on_success: null, on_failure: null };
 function command(of, payload) {
   const quote = text => /^[\w.:-]+$/.test(text) ? text : "'" + text.replaceAll("'", "'\\''") + "'";
-  const flags = FIELDS.filter(([name, usual = null]) => of[name] !== usual).map(([name, , flag = name]) =>
-    "--" + flag.replace("_", "-") + "=" + quote(String(of[name])));
+  const flag = name => "--" + name.replace(/^(target|required)_|_base$/, "").replace("_", "-") + "=" + quote(String(of[name]));
+  const flags = Object.keys(FIELDS).filter(name => of[name] !== FIELDS[name]).map(flag);
   if (of.status === "open" && of.run_at > now()) flags.push("--delay=" + Math.ceil(of.run_at - now()));
   if (of.visibility === "public") flags.push("--public");
-  return ["python3 intentbus.py publish", ...flags, "--", quote(of.goal), quote(write(payload))].join(" ");
-}
-
-const byGoal = several => {
-  const path = of => "/limit/" + encodeURIComponent(of.goal), where = of => ({ goal: of.goal, namespace: of.namespace });
+  return ["python3 intentbus.py publish", ...flags, "--", quote(of.goal), quote(write(payload))].join(" "); }
+function byGoal(rows) {
+  const several = new Set(rows.map(of => of.namespace)).size > 1, times = pair => pair && pair.map(took).join(" / ");
   const both = (pair, kind) => make("span" + (pair[1] ? kind : ".soft"), {}, pair.map(figure).join(" / "));
-  const times = pair => pair && pair.map(took).join(" / "), pause = of => act(of.paused ? "It goes on." : "It is paused.",
-    path(of), { paused: !of.paused, namespace: of.namespace });
-  const limit = of => { const number = prompt("How many intents of " + of.goal + " may run at once? Empty: any number.", of.limit || "");
-    if (number !== null) act("The limit is set.", path(of), { running: number.trim() ? +number : null, namespace: of.namespace }); };
-  const oldest = of => of.run_at && make("small" + (now() - of.run_at > LATE ? ".bad" : ""), {}, "oldest ", when(of.run_at));
-  return [["Goal", of => make("a.row", { href: place("intents", where(of)) }, make("b", { title: of.goal }, short(of.goal)),
-      several && make("small", {}, of.namespace)), ".head"],
-    ["Waiting", of => [figure(of.waiting), of.waiting >= COUNTED && "+", oldest(of)]],
-    ["Running", of => [figure(of.running), of.limit && " of " + of.limit, of.paused && make("small.wait", {}, "paused")]],
-    ["Done, hour / day", of => both(of.fulfilled, ".good")], ["Failed, hour / day", of => both(of.failed, ".bad")],
-    ["Waited, p50 / p95", of => times(of.waited)], ["Ran, p50 / p95", of => times(of.ran)],
-    ["", of => me.admin && [button("Limit", () => limit(of)), button(of.paused ? "Resume" : "Pause", () => pause(of))], ".act"]];
-};
-
+  const set = (of, words, about) => act(words, "/limit/" + encodeURIComponent(of.goal), { ...about, namespace: of.namespace });
+  const pause = of => set(of, of.paused ? "It goes on." : "It is paused.", { paused: !of.paused }); const limit = of => {
+    const number = prompt("How many intents of " + of.goal + " may run at once? Empty: any number.", of.limit || "");
+    if (number !== null) set(of, "The limit is set.", { running: number.trim() ? +number : null }); };
+  return table("Goals", [["Goal", of => make("a.row", { href: place("intents", { goal: of.goal, namespace: of.namespace }) },
+      make("b", { title: of.goal }, short(of.goal)), several && make("small", {}, of.namespace)), ".head"],
+      ["Waiting", of => [figure(of.waiting), of.waiting >= COUNTED && "+", of.run_at && make("small" +
+      (now() - of.run_at > LATE ? ".bad" : ""), {}, "oldest ", when(of.run_at))]], ["Running", of => [figure(of.running),
+      of.limit && " of " + of.limit, of.paused && make("small.wait", {}, "paused")]], ["Done, hour / day",
+      of => both(of.fulfilled, ".good")], ["Failed, hour / day", of => both(of.failed, ".bad")], ["Waited, p50 / p95",
+      of => times(of.waited)], ["Ran, p50 / p95", of => times(of.ran)], ["", of => me.admin && [button("Limit",
+      () => limit(of)), button(of.paused ? "Resume" : "Pause", () => pause(of))], ".act"]], rows,
+      "Nothing waits, and nothing was done in the last day. The page Publish makes an intent.");
+}
 const views = {
   async ""(query) {
-    const hours = query.get("hours") === "24" ? 24 : 1, sum = await summary(hours * 60);
-    const counts = { open: 0, claimed: 0, fulfilled: 0, dead: 0 }, alone = sum.waiting.filter(goal => !goal.listening);
+    const hours = query.get("hours") === "24" ? 24 : 1, sum = await summary(hours * 60),
+        alone = sum.waiting.filter(of => !of.listening);
+    const counts = { open: 0, claimed: 0, fulfilled: 0, dead: 0 },
+        busy = sum.workers.filter(worker => worker.running.length).length;
     for (const states of Object.values(sum.intents)) for (const status in states) counts[status] += states[status];
     const ahead = Math.abs(skew) > 2 ? ", " + span(skew) + (skew > 0 ? " ahead of" : " behind") + " this browser" : "";
-    const busy = sum.workers.filter(worker => worker.running.length).length;
-    return [make("section.counts", { "aria-label": "Intents by state" }, Object.entries(counts).map(([status, number]) =>
-        make("a", { href: place("intents", { status }) }, make("strong" + (status === "dead" && number ? ".bad" : ""),
-          { id: "count-" + status }, figure(number)), status))),
-      alone.length ? make("section", { "aria-label": "No worker" }, make("b.bad", {}, "⚠ No worker for "),
-        alone.slice(0, 5).map(({ goal }, at) => [at ? ", " : "", make("a", { href: place("intents", { status: "open", goal }) }, short(goal))]),
+    return [make("section.counts", { "aria-label": "Intents by state" }, Object.entries(counts).map(([status,
+        number]) => make("a", { href: place("intents", { status }) }, make("strong" + (status === "dead" && number ? ".bad" :
+        ""), { id: "count-" + status }, figure(number)), status))), alone.length > 0 && make("section",
+        { "aria-label": "No worker" }, make("b.bad", {}, "⚠ No worker for "), alone.slice(0,
+        5).map(({ goal }, at) => [at > 0 && ", ", make("a", { href: place("intents", { goal }) }, short(goal))]),
         alone.length > 5 && " and " + plural(alone.length - 5, "more goal"), ".",
-        make("small", {}, "Start one: python3 intentbus.py work --goal GOAL -- ./handler.sh")) : null,
-      box("Goals", table("Goals", byGoal(new Set(sum.goals.map(of => of.namespace)).size > 1), sum.goals,
-        "Nothing waits, and nothing was done in the last day. The page Publish makes an intent.")),
-      box("What happened", tabs("Period", hours, [[1, "last hour"], [24, "last day"]], number => place("", { hours: number })),
-        plot(sum.history, hours)),
-      box("The bus", list([["version", sum.version], ["workers", make("a", { href: "#workers" }, sum.workers.length + ", " + busy + " at work")],
-        ["database", bytes(sum.database_bytes) + ", log " + bytes(sum.wal_bytes)], ["held requests", figure(sum.held_requests)],
-        ["issued keys", figure(sum.keys)], ["clock", exact(sum.now) + ahead]]))];
+        make("small", {}, "Start one: python3 intentbus.py work --goal GOAL -- ./handler.sh")), box("Goals", byGoal(sum.goals)),
+        box("What happened", tabs("Period", hours, [[1, "last hour"], [24, "last day"]], number => place("",
+        { hours: number })), plot(sum.history, hours)), box("The bus", list([["version", sum.version], ["workers",
+        make("a", { href: "#workers" }, sum.workers.length + ", " + busy + " at work")],
+        ["database", bytes(sum.database_bytes) + ", log " + bytes(sum.wal_bytes)], ["issued keys", figure(sum.keys)],
+        ["held requests", figure(sum.held_requests)], ["clock", exact(sum.now) + ahead]]))];
   },
   async intent(query, id) {
-    const both = text => [JSON.parse(text), exactly(text)];
-    const [of, { payload, result }] = await ask("/admin/intents/" + encodeURIComponent(id), undefined, both), seen = "payload" in of;
+    const both = text => [JSON.parse(text), exactly(text)], names = ["goal", "visibility", ...Object.keys(FIELDS)];
+    const [of, { payload, result }] = await ask("/admin/intents/" + encodeURIComponent(id), undefined, both),
+        seen = "payload" in of;
     const path = "/admin/intents/" + of.id, line = seen && command(of, payload), ended = /fulfilled|dead/.test(of.status);
-    const copy = { payload, ...Object.fromEntries([["goal"], ["visibility"], ...FIELDS].map(([name]) => [name, of[name]])) };
-    const again = () => of.status === "dead" ? act("It is open again.", path + "/retry", {}) : act("Published.", "/admin/intents", copy, visit);
-    const ours = of.status === "dead" || of.owner === me.owner || of.visibility === "public";     // its workers would see a copy
-    const more = ["unique", "target_worker", "required_capability", "on_success", "on_failure"].filter(name => of[name]);
+    const copy = { payload, ...Object.fromEntries(names.map(name => [name, of[name]])) };
+    const ours = of.status === "dead" || of.owner === me.owner || of.visibility === "public";
+    const again = () => of.status === "dead" ? act("It is open again.", path + "/retry", {}) :
+        act("Published.", "/admin/intents", copy, visit);
+    const pasted = () => navigator.clipboard ? navigator.clipboard.writeText(line).then(() => say("Copied.")) :
+        say("Copy it from below.");
     if (of.status === "claimed" && live.id !== of.id) follow(of.id);
-    return [make("section", {}, make("h1", {}, of.goal), make("p", {}, state(of.status), make("small", {}, of.id)), make("div.bar", {},
-        me.admin && ended && ours && button("Run again", again, ".main"), me.admin && !ended && button("Cancel",
-          sure("Cancel this intent?", "It is cancelled.", path + "/cancel", {}), ".bad"),
-        me.admin && button("Delete", sure("Delete this intent for good?", "It is deleted.", "/admin/purge", { ids: [of.id], confirm: true },
-          () => { location.hash = "intents"; }), ".bad"),
-        me.admin && button("Copy as command", () => navigator.clipboard ? navigator.clipboard.writeText(line).then(() => say("Copied.")) :
-          say("Copy it from below.")))),
-      live.id === of.id && live.node,
-      make("div.cols", {}, make("div", {}, box("What happened", timeline(of)), box("Details", list([["namespace", of.namespace],
-          ["owner", of.owner + ", " + of.visibility], ["priority", String(of.priority)], ["attempts", of.claim_attempts + " of " + of.max_attempts],
-          ["expires", when(of.expires_at)], ...more.map(name => [name.replace("_", " "), of[name]])]))),
+    return [make("section", {}, make("h1", {}, of.goal), make("p", {}, state(of.status), make("small", {}, of.id)),
+        me.admin && make("div.bar", {}, ended && ours && button("Run again", again, ".main"), !ended && button("Cancel",
+        sure("Cancel this intent?", "It is cancelled.", path + "/cancel", {}), ".bad"),
+        button("Delete", sure("Delete this intent for good?", "It is deleted.", "/admin/purge", { ids: [of.id], confirm: true },
+        () => go("intents")), ".bad"), button("Copy as command", pasted))), live.id === of.id && live.node, make("div.cols", {},
+        make("div", {}, box("What happened", timeline(of)), box("Details", list([["owner", of.owner + ", " + of.visibility],
+        ["attempts", of.claim_attempts + " of " + of.max_attempts], ["expires", when(of.expires_at)],
+        ...["namespace", "priority", "unique", "target_worker", "required_capability", "on_success",
+        "on_failure"].filter(name => of[name] != null).map(name => [name.replace("_", " "), String(of[name])])]))),
         box("Payload", make("pre", { id: "payload" }, seen ? write(payload, 2) : "This key sees no payloads."),
-          seen && of.status === "fulfilled" && [make("h2", {}, "Result"), make("pre", { id: "result" },
-            of.result_type === "text" ? of.result : write(result, 2))],
-          seen && [make("h2", {}, "Command"), make("pre", { id: "command" }, line)]))];
+        seen && [ of.status === "fulfilled" && [make("h2", {}, "Result"), make("pre", { id: "result" },
+        of.result_type === "text" ? of.result : write(result, 2))], make("h2", {}, "Command"), make("pre", { id: "command" },
+        line)]))];
   },
   async schedules() {
-    const { schedules } = await ask("/schedules"), path = (verb, name) => "/" + verb + "/" + encodeURIComponent(name);
-    const every = text => text.match(/^(\d+) *([smhd]?)$/), seconds = ([, number, unit]) => number * (units.find(([, word]) => word === unit) || [1])[0];
-    const add = of => act("It is scheduled.", path("schedule", of.name), () => ({ goal: of.goal, payload: payloadIn(of.payload),
-      ...(every(of.when) ? { every: seconds(every(of.when)) } : { cron: of.when, timezone: of.timezone || null }) }));
-    const pause = of => act(of.paused ? "It goes on." : "It is paused.", path("schedule", of.name), { paused: !of.paused, owner: of.owner });
-    const buttons = of => me.admin && [button("Run now", () => act("Published.", path("run", of.name), { owner: of.owner }, visit)),
-      button(of.paused ? "Resume" : "Pause", () => pause(of)),
-      button("Delete", sure("Delete the schedule " + of.name + "?", "It is deleted.", path("unschedule", of.name), { owner: of.owner }), ".bad")];
-    return [box("Schedules", table("Schedules", [["Name", of => [make("b", {}, short(of.name)), make("small", {}, of.owner)], ".head"],
-        ["Goal", of => short(of.goal)], ["Runs", of => of.cron ? [make("code", {}, of.cron), make("small", {}, of.timezone || "time of the bus")] :
-          "every " + took(of.every)], ["Next", of => of.paused ? make("span.wait", {}, "paused") : when(of.next_run_at)],
-        ["Last", of => [when(of.last_run_at), of.last_id && make("small", {}, show(of.last_id))]], ["", buttons, ".act"]], schedules,
-        "Nothing is scheduled.")),
-      me.admin && box("Add a schedule", form(add, field("Name", { name: "name", required: true, maxlength: 128 }), goalField("Goal", { required: true }),
-        field("Each 10m, or @daily, or 0 7 * * 1-5", { name: "when", required: true }),
-        field("Time zone, for cron", { name: "timezone", placeholder: "of the bus" }), area("{}"), make("button.main", {}, "Add schedule")))];
+    const { schedules } = await ask("/schedules"), whose = of => ({ owner: of.owner });
+    const path = (verb, of) => "/" + verb + "/" + encodeURIComponent(of.name);
+    const seconds = (number, letter) => number * (units.find(([, word]) => word === letter) || [1])[0];
+    const add = of => act("It is scheduled.", path("schedule", of), () => {
+      const every = of.when.match(/^(\d+) *([smhd]?)$/), timezone = of.timezone || null;
+      return { goal: of.goal, payload: payloadIn(of.payload), ...(every ? { every: seconds(every[1], every[2]) } :
+          { cron: of.when, timezone }) };
+    });
+    const pause = of => act(of.paused ? "It goes on." : "It is paused.", path("schedule", of),
+        { ...whose(of), paused: !of.paused });
+    const runs = of => of.cron ? [make("code", {}, of.cron), make("small", {}, of.timezone)] : "every " + took(of.every);
+    return [box("Schedules", table("Schedules", [["Name", of => [make("b", {}, short(of.name)), make("small", {}, of.owner)],
+        ".head"], ["Goal", of => short(of.goal)], ["Runs", runs], ["Next", of => of.paused ? make("span.wait", {}, "paused") :
+        when(of.next_run_at)], ["Last", of => [when(of.last_run_at), of.last_id && make("small", {}, show(of.last_id))]],
+        ["", of => me.admin && [button("Run now", () => act("Published.", path("run", of), whose(of), visit)),
+        button(of.paused ? "Resume" : "Pause", () => pause(of)), button("Delete", sure("Delete the schedule " + of.name + "?",
+        "It is deleted.", path("unschedule", of), whose(of)), ".bad")], ".act"]], schedules, "Nothing is scheduled.")),
+        me.admin && box("Add a schedule", form(add, field("Name", "name", { required: true, maxlength: 128 }),
+        goalField({ required: true }), field("Each 10m, or @daily, or 0 7 * * 1-5", "when", { required: true }),
+        field("Time zone, for cron", "timezone", { placeholder: "of the bus" }), area("{}"), make("button.main", {},
+        "Add schedule")))];
   },
   async workers() {
-    const sum = await summary(), runs = of => [of.running.slice(0, 3).map((id, at) => make("div", {}, show(id), " ", when(of.running_since[at]))),
-      of.running.length > 3 && "and " + (of.running.length - 3) + " more", !of.running.length && make("span.soft", {}, "idle")];
-    const columns = [["Worker", of => [make("b", {}, short(of.name)), make("small", {}, [of.owner, of.version].filter(Boolean).join(", "))], ".head"],
-      ["Goals", of => short(of.goals.join(", ") || "any goal", 90)], ["Done", of => figure(of.fulfilled)],
-      ["Failed", of => make("span" + (of.failed ? ".bad" : ""), {}, figure(of.failed))], ["Came", of => when(of.since)], ["Last seen", of => when(of.last_seen)]];
+    const sum = await summary(), each = of => of.running.map((id, at) => make("div", {}, show(id), " ",
+        when(of.running_since[at])));
+    const runs = of => [each(of).slice(0, 3), of.running.length > 3 && "of " + of.running.length,
+        !of.running.length && "nothing"];
+    const columns = [["Worker", of => [make("b", {}, short(of.name)), make("small", {}, of.owner, of.version && ", " +
+        of.version)], ".head"], ["Goals", of => short(of.goals.join(", ") || "any goal", 90)],
+        ["Done", of => figure(of.fulfilled)], ["Failed", of => make("span" + (of.failed ? ".bad" : ""), {}, figure(of.failed))],
+        ["Came", of => when(of.since)], ["Last seen", of => when(of.last_seen)]];
     return [box("Workers", table("Workers", [...columns, ["Runs", runs]], sum.workers,
         "No worker in the last five minutes. Start one: python3 intentbus.py work --goal GOAL -- ./handler.sh")),
-      sum.gone.length > 0 && box("Gone within a day", table("Gone", columns, sum.gone))];
+        sum.gone.length > 0 && box("Gone within a day", table("Gone", columns, sum.gone))];
   },
   async keys() {
     const keys = await ask("/admin/keys"), tell = async (...parts) => { await draw(); $("#view").prepend(box(...parts)); };
-    const grant = of => ({ name: of.name, owner: of.owner, role: of.role, goals: of.goals ? of.goals.split(",").map(goal => goal.trim()) : null,
-      expires_at: of.days ? now() + of.days * 86400 : null, payloads: "payloads" in of });
-    const add = of => act("The key is made. Copy it now: it is shown only here.", "/admin/generate_key", grant(of), made =>
-      tell("New key for " + made.name, make("pre", { id: "made" }, made.api_key)));
+    const grant = ({ name, owner, role, goals, days, payloads }) => ({ name, owner, role, payloads: payloads !== undefined,
+        goals: goals ? goals.split(",").map(goal => goal.trim()) : null, expires_at: days ? now() + days * 86400 : null });
+    const add = of => act("The key is made. Copy it now: it is shown only here.", "/admin/generate_key", grant(of),
+        made => tell("New key for " + made.name, make("pre", { id: "made" }, made.api_key)));
     const invite = of => act("The invitation is made.", "/admin/invite", grant(of), made => tell("Invitation for " + made.name,
-      make("p.code", { id: "code" }, made.code), make("p", {}, "It ends ", when(made.expires_at), ". On the other machine:"),
-      make("pre", {}, "python3 intentbus.py join " + base + " " + made.code)));
+        make("p.code", { id: "code" }, made.code), make("p", {}, "It ends ", when(made.expires_at), ". On the other machine:"),
+        make("pre", {}, "python3 intentbus.py join " + base + " " + made.code)));
+    const needed = { required: true, maxlength: 64 }, roles = ["both", "publish", "work", "viewer"];
     return [me.admin && box("Add a key", form((of, pressed) => (pressed?.value === "key" ? add : invite)(of),
-        field("Name", { name: "name", required: true, maxlength: 64 }), field("Owner", { name: "owner", value: "owner", required: true, maxlength: 64 }),
-        make("label", {}, "Role", make("select", { name: "role" }, ["both", "publish", "work", "viewer"].map(word => make("option", {}, word)))),
-        field("Goals, if not all: a, b", { name: "goals" }), field("Days, if it ends", { name: "days", type: "number", min: 1 }),
-        make("label.tick", {}, make("input", { type: "checkbox", name: "payloads" }), "viewer sees payloads"),
-        make("button.main", { value: "code" }, "Invite"), make("button", { value: "key" }, "Add key"))),
-      box("Issued keys", table("Issued keys", [["Name", of => [make("b", {}, of.name || "unnamed"), make("small", {}, of.key_id)], ".head"],
-        ["Role", of => of.role + (of.payloads ? ", with payloads" : "")], ["Owner", of => of.owner],
-        ["Goals", of => of.goals ? short(of.goals.join(", ")) : "all"], ["Ends", of => when(of.expires_at)],
-        ["Requests", of => figure(of.total_requests)], ["Last used", of => when(of.last_used_at)],
-        ["", of => me.admin && button("Revoke", sure("Revoke the key " + of.name + "? What uses it stops working.", "It is revoked.",
-          "/admin/revoke_key", { key_id: of.key_id }), ".bad"), ".act"]], keys,
+        field("Name", "name", needed), field("Owner", "owner", { value: "owner", ...needed }), make("label", {}, "Role",
+        make("select", { name: "role" }, roles.map(role => make("option", {}, role)))), field("Goals, if not all: a, b",
+        "goals"), field("Days, if it ends", "days", { type: "number", min: 1 }), field("viewer sees payloads", "payloads",
+        { type: "checkbox" }, ".tick"), make("button.main", { value: "code" }, "Invite"), make("button", { value: "key" },
+        "Add key"))), box("Issued keys", table("Issued keys", [["Name", of => [make("b", {}, of.name || "unnamed"),
+        make("small", {}, of.key_id)], ".head"], ["Role", of => of.role + (of.payloads ? ", with payloads" : "")],
+        ["Owner", of => of.owner], ["Goals", of => of.goals ? short(of.goals.join(", ")) : "all"],
+        ["Ends", of => when(of.expires_at)], ["Requests", of => figure(of.total_requests)],
+        ["Last used", of => when(of.last_used_at)], ["", of => me.admin && button("Revoke", sure("Revoke the key " + of.name +
+        "? What uses it stops working.", "It is revoked.", "/admin/revoke_key", { key_id: of.key_id }), ".bad"), ".act"]], keys,
         "No key is issued. Invite each machine, here or with: python3 intentbus.py keys invite NAME"))];
   },
   async publish(query) {
     const send = of => act("Published.", "/admin/intents", () => ({ goal: of.goal, payload: payloadIn(of.payload) }), visit);
-    return [box("Publish an intent", form(send, goalField("Goal", { required: true, value: query.get("goal") || "hello" }),
-      area('{"name": "world"}'), make("button.main", {}, "Publish")))];
+    return [box("Publish an intent", form(send, goalField({ required: true, value: query.get("goal") || "hello" }),
+        area('{"name": "world"}'), make("button.main", {}, "Publish")))];
   },
   async intents(query) {
     const which = Object.fromEntries(["status", "goal", "namespace", "search"].map(name => [name, query.get(name) || ""]));
     const { search, ...filter } = which, { status } = which, before = query.get("before"), preview = me.payloads && 200;
     const get = about => ask("/admin/intents?" + new URLSearchParams(given({ limit: PAGE, preview, ...about })));
-    const digits = /^[0-9a-f]{4,32}$/.test(search) && !before && (BigInt("0x" + search) + 1n).toString(16).padStart(search.length, "0");
-    const byId = digits ? (await get({ before: digits })).intents.filter(of => of.id.startsWith(search)) : [];
+    const end = /^[0-9a-f]{4,32}$/.test(search) && !before && (BigInt("0x" + search) + 1n).toString(16).padStart(search.length,
+        0);
+    const byId = end ? (await get({ before: end })).intents.filter(of => of.id.startsWith(search)) : [];
     const page = me.payloads || !search ? await get({ ...which, before }) : { intents: [], next: null };
     const intents = [...byId, ...page.intents.filter(of => !byId.some(other => other.id === of.id))];
-    return [tabs("States", status, [["", "all"], ...["open", "delayed", "claimed", "fulfilled", "dead"].map(word => [word, word])],
-        value => place("intents", { ...which, status: value })),
-      make("section", { "aria-label": "Filter" }, form(of => { location.hash = place("intents", { status, ...of }); },
-        goalField("Goal", { value: which.goal }), field("Search: id, part of goal, payload", { name: "search", value: search, type: "search" }),
-        field("Namespace", { name: "namespace", value: which.namespace }), make("button.main", {}, "Show"))),
-      intentsTable(intents, status, status === "delayed" || search ? null : given(filter), page.next ? "None is among the newest 10,000." :
-        status === "dead" ? "Nothing is dead. What fails for good, or too often, is listed here." : "There is none. The page Publish makes one."),
-      make("div.bar", {}, before && make("a", { href: place("intents", which) }, "Newest"),
-        page.next && make("a.next", { href: place("intents", { ...which, before: page.next }) }, "Older"))];
-  },
-};
-
+    const none = page.next ? "None is among the newest 10,000." : status === "dead" ?
+      "Nothing is dead. What fails for good, or too often, is listed here." : "There is none. The page Publish makes one.";
+    return [tabs("States", status, ["", "open", "delayed", "claimed", "fulfilled", "dead"].map(word => [word, word || "all"]),
+        value => place("intents", { ...which, status: value })), make("section", { "aria-label": "Filter" },
+        form(of => { location.hash = place("intents", { status, ...of }); }, goalField({ value: which.goal }),
+        field("Search: id, part of goal, payload", "search", { value: search, type: "search" }), field("Namespace", "namespace",
+        { value: which.namespace }), make("button.main", {}, "Show"))), intentsTable(intents, status,
+        status === "delayed" || search ? null : given(filter), none), make("div.bar", {}, before && make("a",
+        { href: place("intents", which) }, "Newest"), page.next && make("a.next", { href: place("intents",
+        { ...which, before: page.next }) }, "Older"))];
+  }, };
 // Intents with the actions on those that are ticked, or on all that match a filter, on any page; counted first.
 function intentsTable(intents, status, filter, none) {
-  const picked = new Set(), box = about => make("input", { type: "checkbox", ...about }), every = box();
-  const ticks = intents.map(({ id }) => box({ "aria-label": "select " + id, onchange: event => {
-    if (event.target.checked) picked.add(id); else picked.delete(id);
-    every.checked = false; } }));
-  const all = box({ onchange: () => ticks.forEach(tick => tick.checked !== all.checked && tick.click()) });
-  const sweep = (verb, done, path, count, change) => async () => { try {
-    if (!every.checked && !picked.size) return say("Tick some first.");
-    const { status, ...rest } = every.checked ? filter : { ids: [...picked] }, some = count.action ? rest : { status, ...rest };
-    const { number, until } = await ask(path, { ...some, ...count });
-    if (!number) say("There are none.");
-    else if (confirm(verb + " " + plural(number, "intent") + "?")) await act("", path, { ...some, ...change, until }, async found => {
-      await draw(); say(plural(found.number ?? found.deleted ?? found.cancelled, "intent") + " " + done + "."); });
-  } catch (error) { say(error.message, true); } };
-  const spent = of => of.claimed_at && (of.completed_at || of.status === "claimed") ? took((of.completed_at || now()) - of.claimed_at) : null;
+  const box = about => make("input", { type: "checkbox", ...about }), every = box(), untick = () => { every.checked = false; };
+  const ticks = intents.map(({ id }) => box({ "aria-label": "select " + id, value: id, onchange: untick }));
+  const all = box({ onchange: () => { untick(); for (const tick of ticks) tick.checked = all.checked; } });
+  const sweep = (verb, done, path, count, change) => trying(async () => {
+    const ids = ticks.filter(tick => tick.checked).map(tick => tick.value);
+    if (!every.checked && !ids.length) return say("Tick some first.");
+    const { status, ...rest } = every.checked ? filter : { ids }, some = count.action ? rest : { status, ...rest };
+    const { number, until } = await ask(path, { ...some, ...count }); if (!number) say("There are none.");
+    else if (confirm(verb + " " + plural(number, "intent") + "?")) await act("", path, { ...some, ...change, until },
+        async found => {
+      await draw(); say(plural(found.number ?? found.deleted ?? found.cancelled, "intent") + " " + done + "."); }); });
+  const until = of => of.completed_at || of.status === "claimed" && now();
+  const spent = of => of.claimed_at && until(of) && took(until(of) - of.claimed_at);
   const moment = of => of.completed_at ? when(of.completed_at) : of.status === "claimed" ? ["since ", when(of.claimed_at)] :
-    [of.run_at > now() ? "due " : "waits since ", when(of.run_at)];
+      [of.run_at > now() ? "due " : "waits since ", when(of.run_at)];
+  const error = of => of.status !== "fulfilled" && of.last_error && make("small.bad", {}, of.last_error.split("\n")[0]);
   const counting = { count: true }, confirmed = { confirm: true };
   return [me.admin && intents.length > 0 && make("div.bar", {}, make("label.tick", {}, all, "Select all"),
-      filter && make("label.tick", {}, every, "All that match, on every page"),
-      /^$|dead/.test(status) && button("Retry", sweep("Retry", "retried", "/admin/dead", { action: "count" }, { action: "retry" })),
-      /^$|open|delayed|claimed/.test(status) && button("Cancel", sweep("Cancel", "cancelled", "/admin/cancel", counting, confirmed), ".bad"),
-      button("Delete", sweep("Delete for good", "deleted", "/admin/purge", counting, confirmed), ".bad")),
-    make("section", { "aria-label": "Intents" }, table("Intents", [...(me.admin ? [["", of => ticks[intents.indexOf(of)], ".pick"]] : []),
-      ["Goal", of => make("a.row", { href: "#intent/" + of.id }, make("b", { title: of.goal }, short(of.goal)),
-        make("small", {}, of.id.slice(0, 12) + "…" + (of.namespace === "default" ? "" : " " + of.namespace))), ".head"],
-      ["State", of => state(of.status), ".few"], ["Payload", of => [of.preview && make("code", {}, of.preview),
-        of.last_error && of.status !== "fulfilled" && make("small.bad", {}, firstLine(of.last_error))], ".wide"],
-      ["Worker", of => of.worker && make("span", {}, of.worker), ".cut"], ["Attempts", of => of.claim_attempts + "/" + of.max_attempts, ".few.tag"],
-      ["Took", spent, ".few.tag"], ["When", moment, ".few"]], intents, none))];
+      filter && make("label.tick", {}, every, "All that match, on every page"), /^$|dead/.test(status) && button("Retry",
+      sweep("Retry", "retried", "/admin/dead", { action: "count" }, { action: "retry" })),
+      /^$|open|delayed|claimed/.test(status) && button("Cancel", sweep("Cancel", "cancelled", "/admin/cancel", counting,
+      confirmed), ".bad"), button("Delete", sweep("Delete for good", "deleted", "/admin/purge", counting, confirmed), ".bad")),
+      make("section", { "aria-label": "Intents" }, table("Intents", [...(me.admin ? [["", of => ticks[intents.indexOf(of)],
+      ".pick"]] : []), ["Goal", of => make("a.row", { href: "#intent/" + of.id }, make("b", { title: of.goal }, short(of.goal)),
+      make("small", {}, of.id.slice(0, 12) + "…" + (of.namespace === "default" ? "" : " " + of.namespace))), ".head"],
+      ["State", of => state(of.status), ".few"], ["Payload", of => [of.preview && make("code", {}, of.preview), error(of)],
+      ".wide"], ["Worker", of => of.worker && make("span", {}, of.worker), ".cut"], ["Attempts", of => of.claim_attempts + "/" +
+      of.max_attempts, ".few.tag"], ["Took", spent, ".few.tag"], ["When", moment, ".few"]], intents, none))];
 }
-
 function signIn(words = "With the owner key of this bus, from ~/.apikey on its machine, or with its DASHBOARD_PASSWORD.") {
   const send = async ({ key }) => {
-    say("");
-    for (const headers of [{ Authorization: "Bearer " + key }, basic("admin", key), { "X-Admin-Token": key }])
-      try { keep(headers, (await summary(1, headers)).caller); return draw(); }
-      catch (error) { keep(null, null); if (error.status !== 401 && error.status !== 403) return say(error.message, true); }
-    say("This key does not open the dashboard.", true);
-  };
-  put($("nav")); put($("#out"));
-  put($("#view"), box("Sign in", make("p", {}, words), empty("A viewer's key shows all and changes nothing: keys add NAME --role viewer"),
-    form(send, make("input", { name: "user", value: "admin", autocomplete: "username", hidden: true }),
-      field("Key", { name: "key", type: "password", required: true, autocomplete: "current-password" }), make("button.main", {}, "Sign in"))));
+    for (const headers of [{ Authorization: "Bearer " + key }, basic("admin:" + key), { "X-Admin-Token": key }])
+      try { keep(headers, (await summary(1, headers)).caller); say(""); return draw(); } catch (error) {
+        keep(null, null);
+        say(error.status === 401 || error.status === 403 ? "This key does not open the dashboard." : error.message, true); } };
+  for (const place of ["nav", "#out"]) put($(place));
+  put($("#view"), box("Sign in", make("p", {}, words),
+      soft("A viewer's key shows all and changes nothing: keys add NAME --role viewer"), form(send,
+      make("input", { value: "admin", autocomplete: "username", hidden: true }), field("Key", "key", { type: "password",
+      required: true, autocomplete: "current-password" }), make("button.main", {}, "Sign in"))));
 }
-
 async function draw(quietly) {
   const [path, search] = location.hash.slice(1).split("?"), [name, id] = path.split("/"), turn = ++drawn;
-  if (!key) return signIn();
-  try {
-    if (!me) keep(key, (await summary()).caller);
+  if (!key) return signIn(); try {
+    if (!me || !quietly) keep(key, (await summary()).caller);
     const found = await (views[name] || views[""])(new URLSearchParams(search), id && decodeURIComponent(id));
-    if (turn !== drawn) return;
-    if (name !== "intent") live = {};
-    put($("nav"), Object.entries(pages).filter(([page]) => page !== "publish" || me.admin).map(([page, words]) =>
-      make("a", { href: "#" + page, "aria-current": (page || "intent") === (name || "intent") && "page" }, words)));
-    put($("#out"), button("Sign out", () => { keep(null, null); say(""); draw(); }));
-    put($("#view"), found);
-    if (quietly && $("#said").className === "bad") say("");
-  } catch (error) {
-    if (error.status === 401) { keep(null, null); signIn("This key does not open the dashboard, or no longer."); }
-    else say(error.message + " (" + new Date().toLocaleTimeString() + ")", true);
-  }
-}
-const idle = () => key && !document.hidden && !/^#(keys|publish)/.test(location.hash) &&
-  !$("#view input:checked, #view :focus-visible, #view svg:hover");
-document.addEventListener("click", event => {     // a tap on a time shows this one and all others to the second
-  if (!event.target.closest("time")) return;
-  inFull = !inFull;
-  for (const node of document.querySelectorAll("time")) node.textContent = inFull ? node.title : ago(+node.dataset.at);
-});
-addEventListener("hashchange", () => { say(""); draw(); scrollTo(0, 0); });
-document.addEventListener("visibilitychange", () => idle() && draw(true));
-setInterval(() => idle() && draw(true), 4000);
+    if (turn !== drawn) return; if (name !== "intent") live = {};
+    put($("nav"), Object.entries(pages).filter(([page]) => page !== "publish" || me.admin).map(([page, words]) => make("a",
+        { href: "#" + page, "aria-current": (page === name || page === "intents" && name === "intent") && "page" }, words)));
+    put($("#out"), button("Sign out", () => { keep(null, null); say(""); draw(); })); put($("#view"), found);
+    if (quietly && $("#said").className === "bad") say(""); } catch (error) {
+    if (error.status !== 401) return say(error.message + " (" + new Date().toLocaleTimeString() + ")", true); keep(null, null);
+    signIn("This key does not open the dashboard, or no longer."); } }
+const inUse = "#view input:checked, #view :focus-visible, #view svg:hover", onForm = /^#(keys|publish)/;
+const idle = () => key && !document.hidden && !onForm.test(location.hash) && !$(inUse);
+// A tap on a time shows this one and all others to the second.
+document.addEventListener("click", event => {
+  if (!event.target.closest("time")) return; inFull = !inFull;
+  for (const node of document.querySelectorAll("time")) node.textContent = inFull ? node.title : ago(+node.dataset.at); });
+addEventListener("hashchange", () => { if (!keepsWords) say(""); keepsWords = false; draw(); scrollTo(0, 0); });
+document.addEventListener("visibilitychange", () => idle() && draw(true)); setInterval(() => idle() && draw(true), 4000);
 draw();
-</script>
-</body>
-</html>
+</script></body></html>
 """)
 
 

@@ -1229,6 +1229,11 @@ class Browser:
         self.run("""[...document.querySelectorAll('button, a')].find(node => node.textContent.trim() === arguments[0]).click()""", words)
         return self.answer(accept) if accept is not None else None
 
+    def fill(self, **fields):
+        """Fill in fields by their names, and submit the form of the last one as its first button does."""
+        self.run("""for (const [name, value] of Object.entries(arguments[0])) document.querySelector(`[name=${name}]`).value = value;
+                    document.querySelector(`[name=${Object.keys(arguments[0]).pop()}]`).form.requestSubmit()""", fields)
+
     def answer(self, accept):
         asked = []
         def question():
@@ -1261,7 +1266,7 @@ def page(browser, served):
     browser.size(1280, 800)
     served.page = served.url.replace("//", f"//admin:{KEY}@") + "/admin/dashboard"
     browser.open(served.page)
-    browser.sees("Nothing waits.")
+    browser.sees("Nothing waits")
     yield browser
     assert browser.complaints() == []
 
@@ -6939,58 +6944,179 @@ def test_delayed_intents_can_be_listed(served):
 
 
 @in_a_browser
-def test_the_dashboard_asks_for_credentials(browser, served):
-    browser.open(served.url.replace("//", "//admin:wrong@") + "/admin/dashboard")
-    assert browser.run("return document.querySelectorAll('script').length") == 0
+@pytest.mark.parametrize("settings", [{}, dict(keys=dict(dashboard_password="pass word ü")), dict(keys=dict(admin_secret="s" * 20)),
+                                      dict(keys=dict(require_signatures=True))], ids=repr)
+def test_one_signs_in_on_a_page_that_says_with_what(browser, served, settings):
+    served.restart(**settings)
     browser.complaints()
+    browser.open(served.url + "/admin/dashboard#keys")
+    browser.sees("Sign in", "owner key", "viewer's key", "DASHBOARD_PASSWORD")
+    browser.fill(key="wrong ü")
+    browser.sees("This key does not open the dashboard.")
+    assert all("401" in line or "403" in line for line in browser.complaints()), "the refusals"
+    right = {**settings.get("keys", {})}
+    browser.fill(key=right.get("dashboard_password") or right.get("admin_secret") or KEY)
+    browser.sees("Issued keys", "Sign out")
+    browser.complaints()
+    browser.run("location.reload()")
+    browser.sees("Issued keys")
+    browser.run("location.hash = 'schedules'")
+    browser.sees("Nothing is scheduled.")
+    assert browser.complaints() == [] and KEY not in browser.run("return document.cookie + JSON.stringify(localStorage)")
+    browser.click("Sign out")
+    browser.sees("Sign in")
+    assert browser.run("return sessionStorage.length") == 0
+    browser.complaints()
+
+
+@in_a_browser
+def test_a_key_that_ends_leads_to_signing_in(page, served):
+    viewer = served.issue("owner", "viewer", "wall")
+    page.run("sessionStorage.clear()")
+    page.open(served.url + "/admin/dashboard")
+    page.sees("Sign in")
+    page.fill(key=viewer.api_key)
+    page.sees("Nothing waits", "Sign out")
+    served.ask("POST", "/admin/revoke_key", {"key_id": viewer.key_id})
+    page.sees("This key does not open the dashboard, or no longer.", "Sign in")
+    page.complaints()
+
+
+class Prefix(http.server.BaseHTTPRequestHandler):
+    """A proxy that passes on requests below /bus/."""
+
+    def do_GET(self):
+        if not self.path.startswith("/bus/"):
+            return self.send_error(404)
+        body = self.rfile.read(int(self.headers.get("content-length", 0)))
+        sent = {name: value for name, value in self.headers.items() if name.lower() not in ("connection", "content-length", "origin")}
+        client = http.client.HTTPConnection("127.0.0.1", self.server.target, timeout=30)
+        client.request(self.command, self.path[4:], body or None, sent)
+        answer = client.getresponse()
+        content = answer.read()
+        self.send_response(answer.status)
+        for name, value in answer.getheaders():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_POST = do_GET
+
+    def log_message(self, *words):
+        pass
+
+
+@in_a_browser
+def test_the_page_works_below_a_path(page, served):
+    proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Prefix)
+    proxy.target = served.port
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    page.open(f"http://127.0.0.1:{proxy.server_port}/bus/admin/dashboard#publish")
+    page.sees("Sign in")
+    page.fill(key=KEY)
+    page.sees("Publish an intent")
+    page.fill(goal="below", payload="[1]")
+    page.sees("Waits since")
+    page.run("location.hash = 'keys'")
+    page.sees("Add a key")
+    page.fill(name="phone")
+    page.sees(f"join http://127.0.0.1:{proxy.server_port}/bus ")
+    proxy.shutdown()
+    proxy.server_close()
 
 
 @in_a_browser
 def test_the_figures_are_refreshed_after_a_publish_from_outside(page, served):
     served.publish(goal="from outside")
-    page.sees("from outside", "No worker for from outside.", "1 published")
+    page.sees("from outside", "No worker for from outside.", "1 published", "oldest")
     assert page.run("return document.getElementById('count-open').textContent") == "1"
 
 
 @in_a_browser
 def test_a_dead_intent_is_retried_by_clicking(page, served):
     intent_id = buried(served, "g", "line one\nline two", payload={"deep": [1, "it's"]})
-    page.open(served.page + "#dead")
-    page.sees("line one")
+    page.open(served.page + "#intents?status=dead")
+    page.sees("line one", '{"deep":[1,"it\'s"]}', "1/3")
     assert "line two" not in page.text()
     page.run("document.querySelector('a.row').click()")
-    page.sees("line two", '"deep": [', "publish -- 'g'")
-    page.click("Retry")
-    page.sees("It is open again.")
+    page.sees("line two", '"deep": [', "publish -- g", "Attempt 1 failed", "Dead")
+    page.click("Run again")
+    page.sees("It is open again.", "Waits since", "Attempt 1 failed")
     assert served.ask("GET", f"/status/{intent_id}").json["status"] == "open"
     page.click("Cancel", accept=False)
     page.click("Cancel", accept=True)
     page.sees("Cancelled")
+    page.click("Delete", accept=True)
+    page.sees("It is deleted.", "There is none.")
+    assert served.ask("GET", f"/status/{intent_id}").status == 404
+
+
+@in_a_browser
+def test_an_intent_shows_its_attempts_and_runs_again(page, served):
+    intent_id = served.publish(goal="g", payload={"n": 9007199254740993}, priority=7, max_attempts=5, backoff_base=1)
+    served.client.fail(served.client.claim("g").id, error="the <b>share</b> is away")
+    served.ask("POST", f"/cancel/{intent_id}")
+    served.client.retry(intent_id)
+    served.client.fulfill(served.client.claim("g").id, result=[True])
+    page.open(served.page + "#intent/" + intent_id)
+    page.sees("Attempt 1 failed", ", for", "the <b>share</b> is away", "Fulfilled", "--priority=7 --max-attempts=5 --backoff=1")
+    assert page.run("return document.querySelectorAll('pre.bad, section.bad, li.good pre').length") == 0, "it has succeeded"
+    shown = page.run("return [...document.querySelectorAll('time')].map(node => [node.textContent, node.title])")
+    assert all(" ago" in words or "in " in words for words, _ in shown) and all(title for _, title in shown)
+    page.run("document.querySelector('time').click()")
+    assert page.run("return [...document.querySelectorAll('time')].every(node => node.textContent === node.title)")
+    page.click("Run again")
+    page.sees("Published.", "Waits since")
+    again = served.ask("GET", "/admin/intents/" + page.run("return location.hash.split('/')[1]")).json
+    assert again["id"] != intent_id and (again["payload"], again["priority"], again["max_attempts"]) == ({"n": 9007199254740993}, 7, 5)
+
+
+@in_a_browser
+def test_the_output_of_a_running_intent_is_shown(page, served, monkeypatch):
+    pages = [dict(output="one\n<b>two</b>\n", next=15, missed=0, percent=40, message="half"), dict(output="three", next=20, missed=7, ended=True)]
+    def output(api, request):
+        asked.append(request.query)
+        return 200, {**dict(attempt=1, percent=None, message=None, ended=False), **pages[min(len(asked), 2) - 1]}
+    asked, routes = [], [route for route in intentbus.ROUTES if route[1] != "/output/*"]     # a stand-in until the bus has it
+    monkeypatch.setattr(intentbus, "ROUTES", (*routes, ("GET", "/output/*", "look", lambda api, request, id: output(api, request))))
+    served.restart()
+    intent_id = served.publish(goal="g")
+    served.client.claim("g")
+    page.open(served.page + "#intent/" + intent_id)
+    page.sees("40 %", "half", "<b>two</b>")
+    page.sees("[7 bytes left out]", "three")
+    assert [urllib.parse.parse_qs(query)["after"] for query in asked[:2]] == [["0"], ["15"]]
+    page.open(served.page + "#")
+    page.sees("What happened")
 
 
 @in_a_browser
 def test_the_copied_command_publishes_the_same_intent(page, served):
     payload = {"it's": ["$HOME", "`x`", "\n", "ü"]}
-    intent_id = served.publish(goal="a 'goal'", payload=payload, priority=7, visibility="public", unique="u 1", on_success="good", on_failure="bad")
-    served.ask("POST", f"/fail/{served.client.claim().id}", {"retry": False})
+    fields = dict(namespace="n", priority=7, ttl=3600, max_attempts=4, backoff_base=6, target_worker="w", required_capability="c",
+                  visibility="public", unique="u 1", on_success="good", on_failure="bad")
+    later = served.publish(goal="later", delay=7200)
+    page.open(served.page + "#intent/" + later)
+    page.sees("--delay=7")
+    intent_id = served.publish(goal="a 'goal'", payload=payload, **fields)
+    served.client.fail(served.client.claim(namespace="n", worker_id="w", capabilities=["c"]).id, retry=False)
     page.open(served.page + "#intent/" + served.client.list(goal="bad").intents[0].id)
-    page.sees("the end of " + intent_id[:16])
+    page.sees("by the end of " + intent_id[:12])
     page.open(served.page + "#intent/" + intent_id)
     page.sees("python3 intentbus.py publish")
     words = shlex.split(page.run("return document.getElementById('command').textContent"))[2:]
     code, made, _ = at(served, *words)
     assert code == 0
     again = served.ask("GET", f"/admin/intents/{made.strip()}").json
-    assert (again["goal"], again["payload"], again["priority"], again["visibility"]) == ("a 'goal'", payload, 7, "public")
-    assert (again["unique"], again["on_success"], again["on_failure"]) == ("u 1", "good", "bad")
+    assert (again["goal"], again["payload"]) == ("a 'goal'", payload) and {field: again[field] for field in fields} == fields
 
 
 @in_a_browser
 def test_numbers_are_shown_copied_and_sent_digit_by_digit(page, served):
     digits = '{"a":[9007199254740993,3.0,1e+22],"b":"1.10","c":-12345678901234567890}'
     page.open(served.page + "#publish")
-    page.sees("Publish a test intent")
-    page.run("document.querySelector('textarea').value = arguments[0]; document.querySelector('form').requestSubmit()", digits)
+    page.sees("Publish an intent")
+    page.fill(payload=digits)
     page.sees("9007199254740993", "3.0", "1e+22", "-12345678901234567890")
     intent_id = page.run("return location.hash.split('/')[1]")
     words = shlex.split(page.run("return document.getElementById('command').textContent"))[2:]
@@ -7004,32 +7130,148 @@ def test_numbers_are_shown_copied_and_sent_digit_by_digit(page, served):
 
 
 @in_a_browser
-def test_the_dead_are_retried_by_filter_deleted_by_selection(page, served):
+def test_intents_of_any_state_are_changed_together_once_counted(page, served):
     ids = {goal: [buried(served, goal) for _ in range(2)] for goal in ("a", "b")}
-    page.open(served.page + "#dead?goal=a")
-    page.sees("Retry all that match")
-    assert page.click("Retry all that match", accept=True) == "Retry 2 dead intents?"
-    page.sees("2 intents retried.", "Nothing is dead here.")
-    page.open(served.page + "#dead")
+    waiting = [served.publish(goal="w") for _ in range(60)]
+    def tick(number):
+        page.run("document.querySelectorAll('input[type=checkbox]')[arguments[0]].click()", number)
+    page.open(served.page + "#intents?status=dead&goal=a")
     page.sees("it broke")
-    page.run("document.querySelector('input[type=checkbox]').click()")
-    assert page.click("Delete selected", accept=True) == "Delete 1 dead intent?"
+    page.click("Retry")
+    page.sees("Tick some first.")
+    tick(1)     # all that match
+    assert page.click("Retry", accept=True) == "Retry 2 intents?"
+    page.sees("2 intents retried.", "Nothing is dead.")
+    page.open(served.page + "#intents?status=dead")
+    page.sees("it broke")
+    tick(2)
+    assert page.click("Delete", accept=True) == "Delete for good 1 intent?"
     page.sees("1 intent deleted.")
     left = [served.ask("GET", f"/status/{id}").json.get("status") for id in ids["a"] + ids["b"]]
     assert sorted(map(str, left)) == ["None", "dead", "open", "open"]
+    page.open(served.page + "#intents?goal=w")
+    page.sees("waits since")
+    tick(0)     # all of this page
+    assert page.click("Cancel", accept=True) == "Cancel 50 intents?"
+    page.sees("50 intents cancelled.")
+    page.open(served.page + "#intents?status=open&goal=w")
+    page.sees("waits since")
+    tick(1)
+    assert page.click("Cancel", accept=False) == "Cancel 10 intents?"
+    assert page.click("Delete", accept=True) == "Delete for good 10 intents?"
+    page.sees("10 intents deleted.")
+    assert served.client.admin("summary")["intents"]["default"] == dict(dead=51, open=2) and len(waiting) == 60
+
+
+@in_a_browser
+def test_intents_are_found_by_goal_id_and_text(page, served):
+    first, second = served.publish(goal="resize photos", payload="tape 7"), served.publish(goal="backup", payload={"host": "nas"})
+    buried(served, "resize films")
+    page.open(served.page + "#intents")
+    page.sees("tape 7", "nas", "it broke")
+    options = page.run("return [...document.querySelectorAll('#goals option')].map(node => node.value).sort()")
+    assert options == ["backup", "resize films", "resize photos"]
+    for text, there, gone in (("tape", first, second), ("BACK", second, first), (second[:16], second, first), (first, first, second),
+                              (first[:4], first, "none"), ("resize", first, second)):
+        page.fill(search=text)
+        page.sees(there[:12])
+        wait_until(lambda: gone[:12] not in page.text().replace(there[:12], "") or first[:12] == second[:12])
+        assert page.run("return document.querySelectorAll('a.row').length") == len(
+            {"resize": "12", first[:4]: "123"}.get(text, "1")), text
+    page.fill(search="", goal="backup")
+    page.sees("nas")
+    page.run("location.hash = 'intents?search=nowhere'")
+    page.sees("There is none.")
+
+
+@in_a_browser
+def test_a_goal_is_paused_limited_and_resumed(page, served):
+    served.publish(goal="a/b c", namespace="n")
+    page.open(served.page)
+    page.sees("a/b c")
+    page.click("Pause")
+    page.sees("It is paused.", "Resume")
+    limit = lambda: served.client.limits().limits
+    assert [(of.namespace, of.goal, of.paused) for of in limit()] == [("n", "a/b c", True)]
+    page.click("Resume")
+    page.sees("It goes on.")
+    assert limit() == []
+    page.run("[...document.querySelectorAll('button')].find(node => node.textContent === 'Limit').click()")
+    page.ask("POST", "/alert/text", {"text": "3"})
+    assert page.answer(True).startswith("How many intents of a/b c")
+    page.sees("0 of 3")
+    assert limit()[0].running == 3
+
+
+@in_a_browser
+def test_workers_are_shown_with_what_they_do(page, served):
+    for worker in ("nas", "pi"):
+        served.publish(goal="g")
+        claimed = served.ask("POST", "/claim?goal=g", X_Worker_Name=worker).json
+        if worker == "nas":
+            served.client.fail(claimed["id"], retry=False)
+    page.open(served.page + "#workers")
+    page.sees("pi", "nas", claimed["id"][:12], "nothing")
+    cells = page.run("return [...document.querySelectorAll('tbody tr')].map(row => [...row.cells].map(cell => cell.textContent))")
+    assert [row[1:4] for row in cells] == [["g", "0", "0"], ["g", "0", "1"]]
+
+
+@in_a_browser
+def test_a_schedule_is_added_run_paused_and_deleted(page, served):
+    page.open(served.page + "#schedules")
+    page.sees("Nothing is scheduled.")
+    page.fill(name="each/10", goal="tidy", when="10m", payload="oops")
+    page.sees("The payload is not JSON")
+    page.fill(name="each/10", goal="tidy", when="10m", payload="[9007199254740993]")
+    page.sees("It is scheduled.", "every 10m", "in 9m")
+    page.click("Run now")
+    page.sees("Published.", "9007199254740993", "by schedule each/10")
+    page.open(served.page + "#schedules")
+    page.click("Pause")
+    page.sees("It is paused.", "Resume")
+    assert served.client.schedules().schedules[0].paused
+    page.click("Resume")
+    page.sees("It goes on.")
+    page.fill(name="nightly", goal="backup", when="30 2 * * *", timezone="UTC")
+    page.sees("30 2 * * *", "UTC")
+    page.fill(name="bad", goal="backup", when="every day")
+    page.sees("cron")
+    for _ in range(2):
+        page.click("Delete", accept=True)
+        page.sees("It is deleted.")
+        page.run("document.getElementById('said').textContent = ''")
+    page.sees("Nothing is scheduled.")
+    page.complaints()     # the refusal of "every day"
+
+
+@in_a_browser
+def test_the_chart_tells_the_values_of_a_moment(page, served):
+    for _ in range(3):
+        served.publish(goal="g")
+    page.sees("3 published")
+    heights = page.run("return [...document.querySelectorAll('svg.graph text')].map(node => +node.getAttribute('y'))")
+    assert heights == sorted(heights, reverse=True)
+    page.run("""const graph = document.querySelector('svg.graph'), area = graph.getBoundingClientRect();
+                for (const part of arguments) graph.dispatchEvent(new PointerEvent('pointerdown', { clientX: area.left + area.width * part }))""", 0.5)
+    page.sees("0 published")
+    assert re.search(r"\d\d:\d\d.*0 published", page.run("return document.querySelector('.legend').textContent"))
+    page.run("const graph = document.querySelector('svg.graph'); graph.dispatchEvent(new PointerEvent('pointerleave', { pointerType: 'mouse' }))")
+    page.sees("3 published")
 
 
 @in_a_browser
 def test_the_page_is_for_viewers_too(page, served):
     ids, key = of_each_state(served, "g"), served.issue("owner", "viewer", "wall").api_key
+    served.ask("POST", "/schedule/s", a_publish(every=60))
     place = served.url.replace("//", f"//admin:{key}@") + "/admin/dashboard"
-    page.open(place + "#intent/" + ids.fulfilled)
-    page.sees("g", "fulfilled", "Result", "This key sees no payloads.")
-    assert "g!" not in page.text() and "g?" not in page.text()
-    page.open(place + "#keys")
-    page.sees("wall", "viewer, owner owner, ")
-    page.open(place + "#overview")
-    page.sees("Waiting longest", "default, 1 worker")
+    for view, words in (("#", ["Waiting", "oldest"]), ("#intents", ["fulfilled", "g"]), ("#intent/" + ids.fulfilled, ["This key sees no payloads."]),
+                        ("#intent/" + ids.open, ["Waits since"]), ("#keys", ["wall", "viewer"]), ("#schedules", ["every 1m"]), ("#workers", ["nothing"])):
+        page.open("about:blank")
+        page.open(place + view)
+        page.sees(*words)
+        assert page.run("return [...document.querySelectorAll('#view button')].map(node => node.textContent)") == (
+            ["Show"] if view == "#intents" else []), view
+        assert "g!" not in page.text() and "g?" not in page.text() and "Publish" not in page.run("return document.querySelector('nav').innerText")
     assert {key.total_requests > 3 for key in served.client.admin("keys")} == {True}
 
 
@@ -7037,11 +7279,11 @@ def test_the_page_is_for_viewers_too(page, served):
 def test_a_key_is_added_shown_once_and_revoked(page, served):
     page.open(served.page + "#keys")
     page.sees("No key is issued.")
-    page.run("document.querySelector('input[name=name]').value = 'phone'")
+    page.run("document.querySelector('input[name=name]').value = 'phone'; document.querySelector('input[name=goals]').value = 'a, b'")
     page.click("Add key")
-    page.sees("New key for phone", "last used never")
+    page.sees("New key for phone", "never", "a, b")
     key = page.run("return document.getElementById('made').textContent")
-    assert served.ask("GET", "/whoami", key=key).status == 200
+    assert served.ask("GET", "/whoami", key=key).json["goals"] == ["a", "b"]
     page.click("Revoke", accept=True)
     page.sees("It is revoked.", "No key is issued.")
     assert key not in page.text() and served.ask("GET", "/whoami", key=key).status == 401
@@ -7049,14 +7291,28 @@ def test_a_key_is_added_shown_once_and_revoked(page, served):
 
 
 @in_a_browser
+@pytest.mark.parametrize("width, height", [(390, 844), (1280, 800)])
+def test_an_invitation_can_be_read_across_a_room(page, served, width, height):
+    page.size(width, height)
+    page.open(served.page + "#keys")
+    page.sees("No key is issued.")
+    page.fill(role="work", days="90", name="phone")
+    page.sees("Invitation for phone", "join http://127.0.0.1")
+    code, wide, pixels = page.run("""const node = document.getElementById('code'), range = document.createRange(); range.selectNodeContents(node);
+        return [node.textContent, range.getBoundingClientRect().width, parseFloat(getComputedStyle(node).fontSize)]""")
+    assert re.fullmatch("[A-Z0-9]{4}-[A-Z0-9]{4}", code) and width / 2 < wide < width and pixels >= 44
+    joined = served.ask("POST", "/join", {"code": code}, key=None).json
+    assert (joined["role"], joined["name"]) == ("work", "phone")
+    assert served.ask("GET", "/whoami", key=joined["api_key"]).json["expires_at"] == pytest.approx(time.time() + 90 * 86400, abs=60)
+
+
+@in_a_browser
 def test_a_test_intent_is_published_after_its_mistake_is_shown(page, served):
     page.open(served.page + "#publish")
-    page.sees("Publish a test intent")
-    page.run("document.querySelector('textarea').value = 'oops'")
-    page.click("Publish")     # the entry of the menu
-    page.run("document.querySelector('form').requestSubmit()")
+    page.sees("Publish an intent")
+    page.fill(payload="oops")
     page.sees("The payload is not JSON")
-    page.run("document.querySelector('textarea').value = '[1]'; document.querySelector('form').requestSubmit()")
+    page.fill(payload="[1]")
     page.sees("Payload", "open")
     assert served.ask("GET", "/intents?payload=1").json["intents"][0]["payload"] == [1]
 
@@ -7072,7 +7328,11 @@ def test_hostile_text_in_every_field_stays_text(page, served):
         served.ask("POST", "/admin/generate_key", {"owner": text[:64], "name": text[:64]})
         served.publish(goal=text, payload=text)
         served.ask("POST", "/claim?goal=" + urllib.parse.quote(text), User_Agent="<b>")
-    for place in ("#", "#intents?status=claimed", "#dead", "#keys", "#intent/" + intent_id, "#intents?goal=" + urllib.parse.quote(XSS[0]), "#dead?goal=" + urllib.parse.quote(XSS[2])):
+        served.ask("POST", "/schedule/" + urllib.parse.quote(text), a_publish(goal=text, payload=text, every=60))
+        served.ask("POST", "/limit/" + urllib.parse.quote(text), {"running": 5})
+    found = "?goal=" + urllib.parse.quote(XSS[0])
+    for place in ("#", "#intents?status=claimed", "#intents?status=dead", "#keys", "#schedules", "#workers", "#intent/" + intent_id, "#intents" + found,
+                  "#intents?status=dead&goal=" + urllib.parse.quote(XSS[2]), "#intents" + found.replace("goal", "search"), "#publish" + found):
         page.open("about:blank")
         page.open(served.page + place)
         page.sees("intentbus")
@@ -7080,7 +7340,7 @@ def test_hostile_text_in_every_field_stays_text(page, served):
         assert page.run("return document.querySelectorAll('main img, main script, main b b, #pwned, svg svg').length") == 0
         with pytest.raises(urllib.error.HTTPError):     # no alert is open
             page.ask("GET", "/alert/text")
-    page.open(served.page + "#dead")
+    page.open(served.page + "#intents?status=dead")
     page.sees(XSS[0], XSS[1])
 
 
@@ -7091,16 +7351,25 @@ def test_every_view_fits_its_screen_can_be_touched_and_read(page, served, width,
     long_id = buried(served, "g" * 256, error="e" * 1500)
     for number in range(3):
         served.publish(goal=f"goal {number}", payload="p" * 500)
+    served.ask("POST", "/schedule/" + "s" * 128, a_publish(goal="g" * 256, cron="@daily", timezone="UTC"))
+    served.ask("POST", "/limit/" + "g" * 256, {"paused": True})
+    served.issue("o" * 64, "work", "n" * 64, dict(goals=["g" * 256, "h" * 256]))
+    running = [served.ask("POST", "/claim?goal=goal+0&worker_id=" + "w" * 64).json["id"], served.ask("POST", "/claim?goal=goal+1&worker_id=x").json["id"]]
+    served.client.fulfill(running[1], result="r" * 999)
     page.size(width, height, dark)
-    for place in ("#", "#intents", "#dead", "#intent/" + long_id, "#keys", "#publish"):
+    for place in ("#", "#intents", "#intents?status=dead", "#intent/" + long_id, *("#intent/" + id for id in running), "#keys", "#publish",
+                  "#schedules", "#workers", ""):
+        if not place:     # the page to sign in
+            page.run("sessionStorage.clear()")
         page.open("about:blank")
-        page.open(served.page + place)
+        page.open(served.page + place if place else served.url + "/admin/dashboard")
         wait_until(lambda: page.run("return document.getElementById('view').children.length"))
         assert page.run("return document.documentElement.scrollWidth") <= width, place
-        small = page.run("""return [...document.querySelectorAll('button, nav a, .tabs a, a.row, input:not([type=checkbox]), select')]
+        small = page.run("""return [...document.querySelectorAll('button, nav a, .tabs a, a.row, label.tick, input:not([type=checkbox], [hidden]), select')]
             .filter(node => node.getBoundingClientRect().height < 43.5).map(node => node.outerHTML)""")
         assert small == [], place
         assert page.run(CONTRAST) == [], place
+    assert [line for line in page.complaints() if "/output/" not in line] == []     # until the bus has it
 
 
 CONTRAST = """
