@@ -4332,54 +4332,54 @@ DASHBOARD = Html(r"""<!doctype html>
 * { box-sizing: border-box; } body { margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.4 system-ui,
 sans-serif; overflow-wrap: anywhere; } header, main { max-width: 1560px; margin: 0 auto; padding: 0 16px; } header { display:
 flex; flex-wrap: wrap; align-items: center; padding-top: 6px; min-height: 50px; } header b { font-size: 18px; margin-right:
-16px; } nav { display: flex; flex: 1; } #out button { border: 0; background: none; } nav a, .tabs a { padding: 11px 12px;
-min-height: 44px; color: var(--soft); text-decoration: none; } nav a[aria-current], .tabs a[aria-current] { color: var(--ink);
-font-weight: 600; box-shadow: inset 0 -3px var(--main); } h1 { font-size: 20px; margin: 0; } h2 { font-size: 16px; margin: 0 0
-8px; } small { display: block; } p { margin: 4px 0; } section, .counts a { background: var(--card); border: 1px solid
-var(--line); border-radius: 10px; } section { padding: 14px 16px; margin: 0 0 14px; } .counts a { padding: 8px 14px; color:
-var(--soft); text-decoration: none; } .counts { display: grid; grid-template-columns: repeat(4, 1fr); gap: 8px; padding: 0;
-border: 0; background: none; } .counts strong { display: block; font-size: 26px; line-height: 1.2; color: var(--ink); } .cols {
-display: grid; gap: 0 14px; grid-template-columns: repeat(auto-fit, minmax(min(400px, 100%), 1fr)); align-items: start; } small,
-code, .soft, .bar label, form label { color: var(--soft); font-size: 13px; } code, pre, textarea { font-family: ui-monospace,
+16px; } nav { display: flex; flex: 1; } #out button { border: 0; background: none; } nav a { padding: 11px 12px; min-height:
+44px; white-space: nowrap; color: var(--soft); text-decoration: none; } nav a[aria-current] { color: var(--ink); font-weight:
+600; box-shadow: inset 0 -3px var(--main); } h1 { font-size: 20px; margin: 0; } h2 { font-size: 16px; margin: 0 0 8px; } small {
+display: block; } p { margin: 4px 0; } section, .counts a { background: var(--card); border: 1px solid var(--line);
+border-radius: 10px; } section { padding: 14px 16px; margin: 0 0 14px; } .counts a { padding: 8px 14px; color: var(--soft);
+text-decoration: none; } .counts { display: grid; grid-template-columns: repeat(4, 1fr); gap: 8px; padding: 0; border: 0;
+background: none; } .counts strong { display: block; font-size: 26px; line-height: 1.2; color: var(--ink); } .cols { display:
+grid; gap: 0 14px; grid-template-columns: repeat(auto-fit, minmax(min(400px, 100%), 1fr)); align-items: start; } small, code,
+.soft, .bar label, form label { color: var(--soft); font-size: 13px; } code, pre, textarea { font-family: ui-monospace,
 monospace; } .bad, .counts .bad { color: var(--bad); } .good { color: var(--good); } .wait { color: var(--wait); } #said {
 min-height: 22px; } a { color: var(--main); } td, dd, pre, h1 { unicode-bidi: isolate; } time, dd a, td a, small a { padding:
 13px 0; position: relative; z-index: 1; } time { cursor: pointer; } table { width: 100%; border-collapse: collapse; font-size:
 14px; font-variant-numeric: tabular-nums; } th { color: var(--soft); font-size: 12px; font-weight: 500; text-align: left;
 padding: 2px 12px 6px 0; white-space: nowrap; } td { border-top: 1px solid var(--line); padding: 2px 12px 2px 0; height: 44px; }
 td:last-child { padding-right: 0; } tbody tr { position: relative; } tbody tr:hover { background: var(--ground); } .few, td.act,
-td.head small { white-space: nowrap; } td.wide, td.cut { width: 45%; max-width: 0; } td.cut { width: 18%; } td.act { text-align:
-right; } td.wide > *, td.cut > *, a.row b { display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-a.row { display: flex; flex-direction: column; justify-content: center; min-height: 44px; padding: 0; color: inherit;
-text-decoration: none; position: static; } a.row::after { content: ""; position: absolute; inset: 0; } button, input, select,
-textarea { font: inherit; min-height: 44px; border-radius: 8px; border: 1px solid var(--line); padding: 8px 12px; background:
-var(--card); color: inherit; max-width: 100%; } button { cursor: pointer; color: var(--main); border-color: currentColor; }
-button.main { background: var(--main); color: var(--on); } button.bad { color: var(--bad); } td button { border-color:
-var(--line); min-width: 84px; } td button, td input { position: relative; z-index: 1; margin-left: 6px; } input[type=checkbox] {
-width: 22px; height: 22px; min-height: 0; margin: 11px; accent-color: var(--main); } form, .bar { display: flex; flex-wrap:
-wrap; gap: 8px; align-items: end; } .bar { align-items: center; margin: 8px 0; } form label { display: grid; gap: 2px; flex: 1 1
-150px; } form label.whole { flex-basis: 100%; } textarea { min-height: 110px; } label input, label select, label textarea {
-width: 100%; color: var(--ink); font-size: 16px; } label.tick { display: flex; align-items: center; flex: none; min-height:
-44px; } pre { background: var(--ground); border-radius: 8px; padding: 10px 12px; margin: 4px 0 12px; white-space: pre-wrap;
-font-size: 13px; max-height: 420px; overflow: auto; } .code { font: 700 clamp(44px, 13vw, 170px)/1.2 ui-monospace, monospace;
-text-align: center; white-space: nowrap; } dl { display: grid; grid-template-columns: minmax(96px, auto) 1fr; gap: 6px 16px;
-margin: 0; } dt { color: var(--soft); } dd { margin: 0; } ol { list-style: none; margin: 0; padding: 0; } li { border-left: 3px
-solid var(--line); padding: 0 0 14px 14px; } li:last-child { padding-bottom: 0; } li.bad, li.good { border-color: currentColor;
-} li > small, li > time { color: var(--soft); } li pre { margin: 6px 0 0; } progress { width: 100%; accent-color: var(--main); }
-svg { width: 100%; height: 170px; display: block; touch-action: pan-y; } svg text { fill: var(--soft); font-size: 12px; } svg
-line { stroke: var(--line); } svg line.at { stroke: var(--soft); } .axis { display: flex; justify-content: space-between; }
-polyline { fill: none; stroke-width: 2; stroke: var(--main); vector-effect: non-scaling-stroke; } .fulfilled { stroke:
-var(--good); stroke-dasharray: 7 3; } .failed { stroke: var(--bad); stroke-dasharray: 2 3; } .legend span { margin-right: 16px;
-display: inline-block; } .legend svg { display: inline-block; width: 28px; height: 8px; } :focus-visible { outline: 3px solid
-var(--main); outline-offset: 2px; }
-@media (max-width: 760px) { header, main { padding: 0 10px; } header b, .tabs { flex: 1; gap: 0; } nav { order: 1; flex-basis:
-100%; font-size: 14px; } nav a, .tabs a { padding: 11px 6px; } .counts { grid-template-columns: repeat(2, 1fr); } section {
-padding: 12px; } thead { display: none; } table, tbody, td, td.wide, td.cut { display: block; border: 0; padding: 0; height:
-auto; max-width: none; } tr { display: flex; flex-wrap: wrap; gap: 4px 14px; border-top: 1px solid var(--line); padding: 8px 0;
-} td { flex: 1 1 40%; } tbody tr:first-child { border-top: 0; } td:empty { display: none; } td.head { order: -2; flex: 1 1 75%;
-} td.pick { order: -1; } td.wide, td.act { flex-basis: 100%; min-width: 0; } .few, td.pick { flex: none; } td.act { text-align:
-left; white-space: normal; } td.act button { margin: 4px 6px 4px 0; } td:not(.head, .wide, .act)::before, td.tag::before {
-content: attr(data-title) " "; display: block; font-size: 12px; color: var(--soft); } td.few:not(.tag)::before { content: none;
-} td.tag::before { display: inline; } }
+td.head small { white-space: nowrap; } td.wide, td.cut { width: 45%; max-width: 0; } td.cut { width: 18%; } td.head { max-width:
+260px; } td.act { text-align: right; } td.wide > *, td.cut > *, a.row b { display: block; overflow: hidden; text-overflow:
+ellipsis; white-space: nowrap; } a.row { display: flex; flex-direction: column; justify-content: center; min-height: 44px;
+padding: 0; color: inherit; text-decoration: none; position: static; } a.row::after { content: ""; position: absolute; inset: 0;
+} button, input, select, textarea { font: inherit; min-height: 44px; border-radius: 8px; border: 1px solid var(--line); padding:
+8px 12px; background: var(--card); color: inherit; max-width: 100%; } button { cursor: pointer; color: var(--main);
+border-color: currentColor; } button.main { background: var(--main); color: var(--on); } button.bad { color: var(--bad); } td
+button { border-color: var(--line); min-width: 84px; } td button, td input { position: relative; z-index: 1; margin-left: 6px; }
+input[type=checkbox] { width: 22px; height: 22px; min-height: 0; margin: 11px; accent-color: var(--main); } form, .bar {
+display: flex; flex-wrap: wrap; gap: 8px; align-items: end; } .bar { align-items: center; margin: 8px 0; } form label { display:
+grid; gap: 2px; flex: 1 1 150px; } form label.whole { flex-basis: 100%; } textarea { min-height: 110px; } label input, label
+select, label textarea { width: 100%; color: var(--ink); font-size: 16px; } label.tick { display: flex; align-items: center;
+flex: none; min-height: 44px; } pre { background: var(--ground); border-radius: 8px; padding: 10px 12px; margin: 4px 0 12px;
+white-space: pre-wrap; font-size: 13px; max-height: 420px; overflow: auto; } .code { font: 700 clamp(44px, 13vw, 170px)/1.2
+ui-monospace, monospace; text-align: center; white-space: nowrap; } dl { display: grid; grid-template-columns: minmax(96px,
+auto) 1fr; gap: 6px 16px; margin: 0; } dt { color: var(--soft); } dd { margin: 0; } ol { list-style: none; margin: 0; padding:
+0; } li { border-left: 3px solid var(--line); padding: 0 0 14px 14px; } li:last-child { padding-bottom: 0; } li.bad, li.good {
+border-color: currentColor; } li > small, li > time { color: var(--soft); } li pre { margin: 6px 0 0; } progress { width: 100%;
+accent-color: var(--main); } svg { width: 100%; height: 170px; display: block; touch-action: pan-y; } svg text { fill:
+var(--soft); font-size: 12px; } svg line { stroke: var(--line); } svg line.at { stroke: var(--soft); } .axis { display: flex;
+justify-content: space-between; } polyline { fill: none; stroke-width: 2; stroke: var(--main); vector-effect:
+non-scaling-stroke; } .fulfilled { stroke: var(--good); stroke-dasharray: 7 3; } .failed { stroke: var(--bad); stroke-dasharray:
+2 3; } .legend span { margin-right: 16px; display: inline-block; } .legend svg { display: inline-block; width: 28px; height:
+8px; } :focus-visible { outline: 3px solid var(--main); outline-offset: 2px; }
+@media (max-width: 760px) { header, main { padding: 0 10px; } header b { flex: 1; } nav { order: 1; flex: 1 0 100%; flex-wrap:
+wrap; font-size: 14px; } nav a { padding: 11px 5px; } .counts { grid-template-columns: repeat(2, 1fr); } section { padding:
+12px; } thead { display: none; } table, tbody, td, td.wide, td.cut { display: block; border: 0; padding: 0; height: auto;
+max-width: none; } tr { display: flex; flex-wrap: wrap; gap: 4px 14px; border-top: 1px solid var(--line); padding: 8px 0; } td {
+flex: 1 1 40%; min-width: 0; } tbody tr:first-child { border-top: 0; } td:empty { display: none; } td.head { order: -2; flex: 1
+1 75%; } td.pick { order: -1; } td.wide, td.cut, td.act { flex-basis: 100%; } td.wide, td.cut { order: 1; } td.cut > * {
+display: inline; white-space: normal; } .few, td.pick { flex: none; } td.act { text-align: left; white-space: normal; } td.act
+button { margin: 4px 6px 4px 0; } td:not(.head, .wide, .act)::before { content: attr(data-title) " "; display: block; font-size:
+12px; color: var(--soft); } td.few:not(.tag)::before { content: none; } td.tag::before, td.cut::before { display: inline; } }
 </style></head><body>
 <header><b>intentbus</b><nav aria-label="Pages"></nav><div id="out"></div></header>
 <main><p id="said" class="soft" role="status"></p><div id="view"></div></main>
@@ -4506,8 +4506,8 @@ async function follow(id) {
 function timeline(of) {
   const item = (kind, title, at, ...rest) => make("li" + kind, {}, make("b", {}, title), " ", when(at), rest);
   const by = (worker, from, to) => make("small", {}, worker, from && to ? ", for " + took(to - from) : null);
-  const origin = of.schedule ? "by schedule " + of.schedule : of.caused_by ? ["by the end of ", show(of.caused_by)] :
-      of.publisher;
+  const client = of.caused_by ? ["by the end of ", show(of.caused_by)] : "by key " + of.publisher;
+  const origin = of.schedule ? "by schedule " + of.schedule : client;
   const told = of.history.some(attempt => attempt.error === of.last_error), pre = text => text && make("pre", {}, text);
   return make("ol", {}, item("", "Published", of.created_at, make("small", {}, origin)),
       of.history.map(attempt => item(attempt.outcome === "released" ? "" : ".bad", "Attempt " + attempt.attempt + " " +
@@ -4714,7 +4714,7 @@ function signIn(words = "With the owner key of this bus, from ~/.apikey on its m
         say(error.status === 401 || error.status === 403 ? "This key does not open the dashboard." : error.message, true); } };
   for (const place of ["nav", "#out"]) put($(place));
   put($("#view"), box("Sign in", make("p", {}, words),
-      soft("A viewer's key shows all and changes nothing: keys add NAME --role viewer"), form(send,
+      soft("A viewer's key looks, and changes nothing: intentbus.py keys add NAME --role viewer"), form(send,
       make("input", { value: "admin", autocomplete: "username", hidden: true }), field("Key", "key", { type: "password",
       required: true, autocomplete: "current-password" }), make("button.main", {}, "Sign in"))));
 }

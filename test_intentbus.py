@@ -7265,7 +7265,7 @@ def test_the_page_is_for_viewers_too(page, served):
     served.ask("POST", "/schedule/s", a_publish(every=60))
     place = served.url.replace("//", f"//admin:{key}@") + "/admin/dashboard"
     for view, words in (("#", ["Waiting", "oldest"]), ("#intents", ["fulfilled", "g"]), ("#intent/" + ids.fulfilled, ["This key sees no payloads."]),
-                        ("#intent/" + ids.open, ["Waits since"]), ("#keys", ["wall", "viewer"]), ("#schedules", ["every 1m"]), ("#workers", ["nothing"])):
+                        ("#intent/" + ids.open, ["Waits since"]), ("#keys", ["wall", "viewer"]), ("#schedules", ["every 1m"]), ("#workers", ["Came"])):
         page.open("about:blank")
         page.open(place + view)
         page.sees(*words)
