@@ -7155,12 +7155,16 @@ STATE = {**dict.fromkeys(STATUS_FIELDS, UNSURE), "id": ANSWER_ID, "status": TEXT
 ATTEMPT = answer_of(attempt=COUNT, outcome=TEXT, ended_at=MOMENT, claimed_at=PERHAPS_A_MOMENT, worker=UNSURE, error=UNSURE)
 RESULT_STATE = dict(STATE, result=UNSURE, result_type=UNSURE, history=(array_of(ATTEMPT), ()))     # older buses have no history
 LISTED_INTENT = answer_of(id=ANSWER_ID, status=TEXT, goal=TEXT, claim_attempts=COUNT, max_attempts=COUNT, created_at=MOMENT,
-                          last_error=UNSURE, worker=UNSURE)
+                          last_error=UNSURE, worker=UNSURE, preview=UNSURE)
 LISTED_WORKER = answer_of(owner=TEXT, last_seen=MOMENT, goals=(array_of(string), REQUIRED), name=UNSURE, id=UNSURE, version=UNSURE,
-                          running=(array_of(string), ()))
+                          running=(array_of(string), ()), running_since=(array_of(MOMENT[0]), ()), since=PERHAPS_A_MOMENT,
+                          fulfilled=UNSURE, failed=UNSURE)
 LISTED_EVENT = answer_of(event=TEXT, time=MOMENT, id=UNSURE, goal=UNSURE, status=UNSURE, worker_id=UNSURE, worker=UNSURE,
                          last_error=UNSURE)
 GOAL_LIMIT = answer_of(namespace=TEXT, goal=TEXT, running=UNSURE, paused=TRUTH, claimed=COUNT)
+GOAL_FIGURES = answer_of(namespace=TEXT, goal=TEXT, waiting=COUNT, running=COUNT, run_at=PERHAPS_A_MOMENT, limit=UNSURE,
+                         paused=TRUTH, fulfilled=(array_of(COUNT[0]), REQUIRED), failed=(array_of(COUNT[0]), REQUIRED),
+                         waited=UNSURE, ran=UNSURE)
 LISTED_SCHEDULE = answer_of(name=TEXT, owner=TEXT, goal=TEXT, every=(number_from(1, 2 ** 40), None), cron=(string, None),
                             timezone=(string, None), next_run_at=PERHAPS_A_MOMENT, last_run_at=PERHAPS_A_MOMENT, last_id=UNSURE)
 PERHAPS_GOALS = (array_of(string), None)
@@ -7202,7 +7206,8 @@ ANSWERS = {     # of a bus, to a method and path: an answer without these fields
     "GET /admin/dead": array_of(answer_of(intent_id=TEXT)),
     "POST /admin/purge": counted_or(deleted=COUNT),
     "POST /admin/cancel": counted_or(cancelled=COUNT),
-    "GET /admin/summary": answer_of(intents=(must_be("an object", lambda value: isinstance(value, dict)), REQUIRED)),
+    "GET /admin/summary": answer_of(intents=(must_be("an object", lambda value: isinstance(value, dict)), REQUIRED),
+                                    goals=(array_of(GOAL_FIGURES), ()), gone=(array_of(LISTED_WORKER), ())),
 }
 ANY_ANSWER = answer_of()     # to other requests
 MAY_BE_EMPTY = ("POST /claim",)     # 204

@@ -7383,6 +7383,16 @@ CONTRAST = """
 """
 
 
+@SLOW
+@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not on this machine")
+def test_the_screenshots_are_taken_by_their_script(tmp_path):
+    subprocess.run([sys.executable, HERE / "examples/screenshots.py", tmp_path], check=True, timeout=60,
+                   env=dict(os.environ, HOME=str(tmp_path)))
+    sizes = [struct.unpack(">II", (folder / f"dashboard_{name}.png").read_bytes()[16:24])
+             for folder in (tmp_path, HERE / "examples") for name in ("phone", "desktop")]
+    assert sizes == [(390, 844), (1280, 800)] * 2
+
+
 @in_a_browser
 def test_a_failed_refresh_keeps_the_last_figures_and_says_so(page, served):
     served.publish(goal="kept")
