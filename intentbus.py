@@ -4390,7 +4390,8 @@ const put = (node, ...kids) => (node.replaceChildren(...kids.flat(9).filter(kid 
 function make(name, about, ...kids) {
   const [tag, ...classes] = name.split("."), svg = /^(svg|polyline|line|text)$/.test(tag) && "http://www.w3.org/2000/svg";
   const node = svg ? document.createElementNS(svg, tag) : document.createElement(tag);
-  if (classes.length) node.setAttribute("class", classes.join(" ")); for (const [key, value] of Object.entries(about))
+  if (classes.length) node.setAttribute("class", classes.join(" "));
+  for (const [key, value] of Object.entries(about))
     if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
     else if (!absent(value)) node.setAttribute(key, value === true ? "" : value);
   return put(node, kids); }
@@ -4402,9 +4403,11 @@ const unit = seconds => units.find(([size]) => Math.abs(seconds) >= size) || uni
 const span = seconds => Math.floor(Math.abs(seconds) / unit(seconds)[0]) + unit(seconds)[1];
 function took(seconds) {
   if (seconds < 60) return seconds < 1 ? Math.round(seconds * 1000) + " ms" : +seconds.toFixed(seconds < 10 ? 1 : 0) + " s";
-  const rest = Math.floor(seconds % unit(seconds)[0]); return span(seconds) + (rest ? " " + span(rest) : ""); }
+  const rest = Math.floor(seconds % unit(seconds)[0]);
+  return span(seconds) + (rest ? " " + span(rest) : ""); }
 const ago = at => at > now() + 1 ? "in " + span(at - now()) : span(now() - at) + " ago";
-const when = at => at == null ? "never" : make("time", { title: exact(at), "data-at": at }, inFull ? exact(at) : ago(at));
+const when = at => at == null ? "never" : make("time", { title: exact(at), datetime: new Date(at * 1000).toISOString() },
+    inFull ? exact(at) : ago(at));
 const bytes = number => number < 1e6 ? Math.ceil(number / 1e3) + " kB" : (number / 1e6).toFixed(1) + " MB";
 const short = (text, most = 60) => text.length > most ? text.slice(0, most) + "…" : text;
 const figure = number => number.toLocaleString("en");
@@ -4412,6 +4415,7 @@ const plural = (number, word) => figure(number) + " " + word + (number === 1 ? "
 const given = query => Object.fromEntries(Object.entries(query).filter(([, value]) => value));
 const place = (path, query) => "#" + path + "?" + new URLSearchParams(given(query));
 function say(words, bad) { $("#said").textContent = words; $("#said").className = bad ? "bad" : "soft"; }
+
 // Numbers stay as they are written, as marked text: JavaScript would round 9007199254740993, and write 3 for 3.0.
 const mark = "number " + Math.random() + " ", marked = RegExp('"' + mark + '([^"]*)"', "g");
 const tokens = /"(?:[^"\\]|\\.)*"|-?[0-9][0-9.eE+-]*/g, marking = part => part[0] === '"' ? part : '"' + mark + part + '"';
@@ -4419,6 +4423,7 @@ const exactly = text => (JSON.parse(text), JSON.parse(text.replace(tokens, marki
 const write = (value, indent) => JSON.stringify(value, null, indent).replace(marked, "$1");
 function payloadIn(text) {
   try { return exactly(text); } catch (error) { throw new Error("The payload is not JSON: " + error.message); } }
+
 // The key stays in this tab, and the browser asks for none in a box of its own. The page may stand below a path, /bus/ say.
 const base = location.origin + location.pathname.replace(/\/+admin\/+dashboard\/*$/, "");
 const basic = words => ({ Authorization: "Basic " + btoa(String.fromCharCode(...new TextEncoder().encode(words))) });
@@ -4429,13 +4434,16 @@ function keep(headers, caller) {
   if (key) sessionStorage.setItem("key", JSON.stringify(key)); else sessionStorage.removeItem("key"); }
 async function ask(path, body, read = JSON.parse, headers = key) {
   const sent = body === undefined ? {} : { method: "POST", body: write(body) };
-  if (sent.body) headers = { ...headers, "Content-Type": "application/json" }; let answer, text, found; try {
+  if (sent.body) headers = { ...headers, "Content-Type": "application/json" }; let answer, text, found;
+  try {
     answer = await fetch(base + path, { ...sent, credentials: "omit", headers }); text = await answer.text();
     found = read(text); } catch (error) { throw new Error("The bus does not answer; the page shows old data."); }
-  if (!answer.ok) throw Object.assign(new Error(JSON.parse(text).error.message), { status: answer.status }); return found; }
+  if (!answer.ok) throw Object.assign(new Error(JSON.parse(text).error.message), { status: answer.status });
+  return found; }
 async function summary(minutes = 1, headers = key) {
   const found = await ask("/admin/summary?minutes=" + minutes, undefined, JSON.parse, headers);
-  [skew, goals] = [found.now - Date.now() / 1000, found.goals]; return found; }
+  [skew, goals] = [found.now - Date.now() / 1000, found.goals];
+  return found; }
 const trying = action => async () => { try { await action(); } catch (error) { say(error.message, true); } };
 const act = (words, path, body, then = draw) => trying(async () => {
   const found = await ask(path, typeof body === "function" ? body() : body); say(words); await then(found);
@@ -4461,14 +4469,15 @@ function table(title, columns, rows, none) {
   const head = columns.map(([words]) => make("th", { scope: "col" }, words));
   const cells = row => columns.map(([words, shows, kind = ""]) => make("td" + kind, { "data-title": words }, shows(row)));
   return rows.length ? make("table", { "aria-label": title }, make("thead", {}, make("tr", {}, head)),
-      make("tbody", {}, rows.map(row => make("tr", {}, cells(row))))) : soft(none);
-}
+      make("tbody", {}, rows.map(row => make("tr", {}, cells(row))))) : soft(none); }
 // A scale of 1, 10, 100: one spike does not flatten all else. The values of a moment show on hover and on tap.
 function plot(history, hours) {
   const wide = $("main").clientWidth - 66, tall = 170, step = hours === 1 ? 1 : 10, points = hours * 60 / step;
   const first = Math.floor(now() / 60 / step) - points + 1, series = { published: [], fulfilled: [], failed: [] };
   for (const name in series) series[name].push(...Array(points).fill(0));
-  for (const [minute, name, times] of history) series[name][Math.floor(minute / step) - first] += times;
+  for (const [minute, name, times] of history) {
+    const at = Math.floor(minute / step) - first;
+    if (series[name]?.[at] >= 0) series[name][at] += times; }
   const entries = Object.entries(series), top = Math.max(1, ...Object.values(series).flat());
   const x = at => (at * wide / (points - 1)).toFixed(1), sum = list => list.reduce((total, times) => total + times);
   const y = times => (tall - 4 - Math.log1p(times) * (tall - 22) / Math.log1p(top)).toFixed(1);
@@ -4481,19 +4490,19 @@ function plot(history, hours) {
     const at = Math.min(points - 1, Math.max(0, Math.round(part * (points - 1))));
     for (const name of ["x1", "x2"]) cursor.setAttribute(name, x(at)); cursor.setAttribute("visibility", "visible"); tell(at);
   }; const leave = event => event.pointerType === "mouse" && (cursor.setAttribute("visibility", "hidden"), tell());
-  const labels = [hours + " h ago", "per " + (step === 1 ? "minute" : "10 minutes"), "now"];
   return [make("svg.graph", { viewBox: `0 0 ${wide} ${tall}`, preserveAspectRatio: "none", role: "img",
       "aria-label": tell().textContent, onpointermove: touch, onpointerdown: touch, onpointerleave: leave },
       [1, 10, 100, 1e3, 1e4, 1e5].filter(tick => tick < top / 2).concat(top).map(tick => [ make("line",
       { x1: 0, x2: wide, y1: y(tick), y2: y(tick) }), make("text", { x: 0, y: y(tick) - 3 }, figure(tick))]),
       entries.map(([name, list]) => make("polyline." + name, { points: list.map((times, at) => x(at) + "," +
-      y(times)).join(" ") })), cursor), make("p.soft.axis", {}, labels.map(words => make("span", {}, words))), legend];
-}
-// What a handler prints while it runs. If the bus answers 404, nothing is shown; after other errors, a refresh tries again.
+      y(times)).join(" ") })), cursor), make("p.soft.axis", {}, [hours + " h ago", "per " + (step === 1 ? "minute" :
+      "10 minutes"), "now"].map( words => make("span", {}, words))), legend]; }
+// What a handler prints while it runs; nothing if the bus refuses. If it does not answer, the next refresh tries again.
 async function follow(id) {
   const output = make("pre", { id: "output" }), told = soft(), bar = make("progress", { max: 100 });
   const node = make("section", { "aria-label": "Output", hidden: true }, make("h2", {}, "Output"), told, bar, output);
-  const mine = live = { id, node }; for (let next = 0, attempt = null, ended = false; live === mine && !ended;) try {
+  const mine = live = { id, node };
+  for (let next = 0, attempt = null, ended = false; live === mine && !ended;) try {
     const found = await ask("/output/" + id + "?after=" + next + "&wait=20");
     if (attempt !== found.attempt) output.textContent = ""; ({ attempt, next, ended } = found);
     const missed = found.missed ? "[" + plural(found.missed, "byte") + " left out]\n" : "";
@@ -4501,7 +4510,8 @@ async function follow(id) {
     [output.hidden, bar.hidden, bar.value] = [!output.textContent, found.percent == null, found.percent || 0];
     put(told, found.percent != null && found.percent + " % ", found.message); node.hidden = output.hidden && !told.textContent;
     output.scrollTop = output.scrollHeight; await new Promise(go => setTimeout(go, 1000)); } catch (error) {
-    if (error.status !== 404 && live === mine) live = {}; return; }
+    if (!error.status && live === mine) live = {};
+    return; }
   if (live === mine) draw(true); }
 function timeline(of) {
   const item = (kind, title, at, ...rest) => make("li" + kind, {}, make("b", {}, title), " ", when(at), rest);
@@ -4516,8 +4526,7 @@ function timeline(of) {
       make("small", {}, "lease ends ", when(of.claim_expires_at))), of.status === "open" && item("", of.run_at > now() ? "Due" :
       "Waits since", of.run_at), of.status === "fulfilled" && item(".good", "Fulfilled", of.completed_at,
       by(of.worker, of.claimed_at, of.completed_at)), of.status === "dead" && item(".bad", "Dead", of.completed_at, told ?
-      null : pre(of.last_error)));
-}
+      null : pre(of.last_error))); }
 const FIELDS = { namespace: "default", priority: 100, ttl: 604800, max_attempts: 3, backoff_base: 5, target_worker: null,
   required_capability: null, unique: null, on_success: null, on_failure: null };
 function command(of, payload) {
@@ -4542,8 +4551,7 @@ function byGoal(rows) {
       of => both(of.fulfilled, ".good")], ["Failed, hour / day", of => both(of.failed, ".bad")], ["Waited, p50 / p95",
       of => times(of.waited)], ["Ran, p50 / p95", of => times(of.ran)], ["", of => me.admin && [button("Limit",
       () => limit(of)), button(of.paused ? "Resume" : "Pause", () => pause(of))], ".act"]], rows,
-      "Nothing waits, and nothing was done in the last day. The page Publish makes an intent.");
-}
+      "Nothing waits, and nothing was done in the last day. The page Publish makes an intent."); }
 const views = {
   async ""(query) {
     const hours = query.get("hours") === "24" ? 24 : 1, sum = await summary(hours * 60),
@@ -4551,7 +4559,6 @@ const views = {
     const counts = { open: 0, claimed: 0, fulfilled: 0, dead: 0 },
         busy = sum.workers.filter(worker => worker.running.length).length;
     for (const states of Object.values(sum.intents)) for (const status in states) counts[status] += states[status];
-    const ahead = Math.abs(skew) > 2 ? ", " + span(skew) + (skew > 0 ? " ahead of" : " behind") + " this browser" : "";
     return [make("section.counts", { "aria-label": "Intents by state" }, Object.entries(counts).map(([status,
         number]) => make("a", { href: place("intents", { status }) }, make("strong" + (status === "dead" && number ? ".bad" :
         ""), { id: "count-" + status }, figure(number)), status))), alone.length > 0 && make("section",
@@ -4563,8 +4570,7 @@ const views = {
         { hours: number })), plot(sum.history, hours)), box("The bus", list([["version", sum.version], ["workers",
         make("a", { href: "#workers" }, sum.workers.length + ", " + busy + " at work")],
         ["database", bytes(sum.database_bytes) + ", log " + bytes(sum.wal_bytes)], ["issued keys", figure(sum.keys)],
-        ["held requests", figure(sum.held_requests)], ["clock", exact(sum.now) + ahead]]))];
-  },
+        ["held requests", figure(sum.held_requests)], ["clock", exact(sum.now)]]))]; },
   async intent(query, id) {
     const both = text => [JSON.parse(text), exactly(text)], names = ["goal", "visibility", ...Object.keys(FIELDS)];
     const [of, { payload, result }] = await ask("/admin/intents/" + encodeURIComponent(id), undefined, both),
@@ -4589,8 +4595,7 @@ const views = {
         box("Payload", make("pre", { id: "payload" }, seen ? write(payload, 2) : "This key sees no payloads."),
         seen && [ of.status === "fulfilled" && [make("h2", {}, "Result"), make("pre", { id: "result" },
         of.result_type === "text" ? of.result : write(result, 2))], make("h2", {}, "Command"), make("pre", { id: "command" },
-        line)]))];
-  },
+        line)]))]; },
   async schedules() {
     const { schedules } = await ask("/schedules"), whose = of => ({ owner: of.owner });
     const path = (verb, of) => "/" + verb + "/" + encodeURIComponent(of.name);
@@ -4598,8 +4603,7 @@ const views = {
     const add = of => act("It is scheduled.", path("schedule", of), () => {
       const every = of.when.match(/^(\d+) *([smhd]?)$/), timezone = of.timezone || null;
       return { goal: of.goal, payload: payloadIn(of.payload), ...(every ? { every: seconds(every[1], every[2]) } :
-          { cron: of.when, timezone }) };
-    });
+          { cron: of.when, timezone }) }; });
     const pause = of => act(of.paused ? "It goes on." : "It is paused.", path("schedule", of),
         { ...whose(of), paused: !of.paused });
     const runs = of => of.cron ? [make("code", {}, of.cron), make("small", {}, of.timezone)] : "every " + took(of.every);
@@ -4612,8 +4616,7 @@ const views = {
         me.admin && box("Add a schedule", form(add, field("Name", "name", { required: true, maxlength: 128 }),
         goalField({ required: true }), field("Each 10m, or @daily, or 0 7 * * 1-5", "when", { required: true }),
         field("Time zone, for cron", "timezone", { placeholder: "of the bus" }), area("{}"), make("button.main", {},
-        "Add schedule")))];
-  },
+        "Add schedule")))]; },
   async workers() {
     const sum = await summary(), each = of => of.running.map((id, at) => make("div", {}, show(id), " ",
         when(of.running_since[at])));
@@ -4625,8 +4628,7 @@ const views = {
         ["Came", of => when(of.since)], ["Last seen", of => when(of.last_seen)]];
     return [box("Workers", table("Workers", [...columns, ["Runs", runs]], sum.workers,
         "No worker in the last five minutes. Start one: python3 intentbus.py work --goal GOAL -- ./handler.sh")),
-        sum.gone.length > 0 && box("Gone within a day", table("Gone", columns, sum.gone))];
-  },
+        sum.gone.length > 0 && box("Gone within a day", table("Gone", columns, sum.gone))]; },
   async keys() {
     const keys = await ask("/admin/keys"), tell = async (...parts) => { await draw(); $("#view").prepend(box(...parts)); };
     const grant = ({ name, owner, role, goals, days, payloads }) => ({ name, owner, role, payloads: payloads !== undefined,
@@ -4648,13 +4650,11 @@ const views = {
         ["Ends", of => when(of.expires_at)], ["Requests", of => figure(of.total_requests)],
         ["Last used", of => when(of.last_used_at)], ["", of => me.admin && button("Revoke", sure("Revoke the key " + of.name +
         "? What uses it stops working.", "It is revoked.", "/admin/revoke_key", { key_id: of.key_id }), ".bad"), ".act"]], keys,
-        "No key is issued. Invite each machine, here or with: python3 intentbus.py keys invite NAME"))];
-  },
+        "No key is issued. Invite each machine, here or with: python3 intentbus.py keys invite NAME"))]; },
   async publish(query) {
     const send = of => act("Published.", "/admin/intents", () => ({ goal: of.goal, payload: payloadIn(of.payload) }), visit);
     return [box("Publish an intent", form(send, goalField({ required: true, value: query.get("goal") || "hello" }),
-        area('{"name": "world"}'), make("button.main", {}, "Publish")))];
-  },
+        area('{"name": "world"}'), make("button.main", {}, "Publish")))]; },
   async intents(query) {
     const which = Object.fromEntries(["status", "goal", "namespace", "search"].map(name => [name, query.get(name) || ""]));
     const { search, ...filter } = which, { status } = which, before = query.get("before"), preview = me.payloads && 200;
@@ -4664,27 +4664,26 @@ const views = {
     const byId = end ? (await get({ before: end })).intents.filter(of => of.id.startsWith(search)) : [];
     const page = me.payloads || !search ? await get({ ...which, before }) : { intents: [], next: null };
     const intents = [...byId, ...page.intents.filter(of => !byId.some(other => other.id === of.id))];
-    const none = page.next ? "None is among the newest 10,000." : status === "dead" ?
-      "Nothing is dead. What fails for good, or too often, is listed here." : "There is none. The page Publish makes one.";
     return [tabs("States", status, ["", "open", "delayed", "claimed", "fulfilled", "dead"].map(word => [word, word || "all"]),
         value => place("intents", { ...which, status: value })), make("section", { "aria-label": "Filter" },
         form(of => { location.hash = place("intents", { status, ...of }); }, goalField({ value: which.goal }),
         field("Search: id, part of goal, payload", "search", { value: search, type: "search" }), field("Namespace", "namespace",
         { value: which.namespace }), make("button.main", {}, "Show"))), intentsTable(intents, status,
-        status === "delayed" || search ? null : given(filter), none), make("div.bar", {}, before && make("a",
-        { href: place("intents", which) }, "Newest"), page.next && make("a.next", { href: place("intents",
-        { ...which, before: page.next }) }, "Older"))];
+        status === "delayed" || search ? null : given(filter), page.next ? "None is among the newest 10,000." :
+        "There is none."), make("div.bar", {}, before && make("a", { href: place("intents", which) }, "Newest"),
+        page.next && make("a.next", { href: place("intents", { ...which, before: page.next }) }, "Older"))];
   }, };
 // Intents with the actions on those that are ticked, or on all that match a filter, on any page; counted first.
 function intentsTable(intents, status, filter, none) {
   const box = about => make("input", { type: "checkbox", ...about }), every = box(), untick = () => { every.checked = false; };
   const ticks = intents.map(({ id }) => box({ "aria-label": "select " + id, value: id, onchange: untick }));
   const all = box({ onchange: () => { untick(); for (const tick of ticks) tick.checked = all.checked; } });
-  const sweep = (verb, done, path, count, change) => trying(async () => {
+  const sweep = (verb, done, path, count = { count: true }, change = { confirm: true }) => trying(async () => {
     const ids = ticks.filter(tick => tick.checked).map(tick => tick.value);
     if (!every.checked && !ids.length) return say("Tick some first.");
     const { status, ...rest } = every.checked ? filter : { ids }, some = count.action ? rest : { status, ...rest };
-    const { number, until } = await ask(path, { ...some, ...count }); if (!number) say("There are none.");
+    const { number, until } = await ask(path, { ...some, ...count });
+    if (!number) say("There are none.");
     else if (confirm(verb + " " + plural(number, "intent") + "?")) await act("", path, { ...some, ...change, until },
         async found => {
       await draw(); say(plural(found.number ?? found.deleted ?? found.cancelled, "intent") + " " + done + "."); }); });
@@ -4693,22 +4692,21 @@ function intentsTable(intents, status, filter, none) {
   const moment = of => of.completed_at ? when(of.completed_at) : of.status === "claimed" ? ["since ", when(of.claimed_at)] :
       [of.run_at > now() ? "due " : "waits since ", when(of.run_at)];
   const error = of => of.status !== "fulfilled" && of.last_error && make("small.bad", {}, of.last_error.split("\n")[0]);
-  const counting = { count: true }, confirmed = { confirm: true };
   return [me.admin && intents.length > 0 && make("div.bar", {}, make("label.tick", {}, all, "Select all"),
       filter && make("label.tick", {}, every, "All that match, on every page"), /^$|dead/.test(status) && button("Retry",
       sweep("Retry", "retried", "/admin/dead", { action: "count" }, { action: "retry" })),
-      /^$|open|delayed|claimed/.test(status) && button("Cancel", sweep("Cancel", "cancelled", "/admin/cancel", counting,
-      confirmed), ".bad"), button("Delete", sweep("Delete for good", "deleted", "/admin/purge", counting, confirmed), ".bad")),
+      /^$|open|delayed|claimed/.test(status) && button("Cancel", sweep("Cancel", "cancelled", "/admin/cancel"), ".bad"),
+      button("Delete", sweep("Delete for good", "deleted", "/admin/purge"), ".bad")),
       make("section", { "aria-label": "Intents" }, table("Intents", [...(me.admin ? [["", of => ticks[intents.indexOf(of)],
       ".pick"]] : []), ["Goal", of => make("a.row", { href: "#intent/" + of.id }, make("b", { title: of.goal }, short(of.goal)),
       make("small", {}, of.id.slice(0, 12) + "…" + (of.namespace === "default" ? "" : " " + of.namespace))), ".head"],
       ["State", of => state(of.status), ".few"], ["Payload", of => [of.preview && make("code", {}, of.preview), error(of)],
       ".wide"], ["Worker", of => of.worker && make("span", {}, of.worker), ".cut"], ["Attempts", of => of.claim_attempts + "/" +
-      of.max_attempts, ".few.tag"], ["Took", spent, ".few.tag"], ["When", moment, ".few"]], intents, none))];
-}
+      of.max_attempts, ".few.tag"], ["Took", spent, ".few.tag"], ["When", moment, ".few"]], intents, none))]; }
 function signIn(words = "With the owner key of this bus, from ~/.apikey on its machine, or with its DASHBOARD_PASSWORD.") {
   const send = async ({ key }) => {
-    for (const headers of [{ Authorization: "Bearer " + key }, basic("admin:" + key), { "X-Admin-Token": key }])
+    const plain = /^[!-~]+$/.test(key) ? [{ Authorization: "Bearer " + key }, { "X-Admin-Token": key }] : [];
+    for (const headers of [...plain, basic("admin:" + key)])
       try { keep(headers, (await summary(1, headers)).caller); say(""); return draw(); } catch (error) {
         keep(null, null);
         say(error.status === 401 || error.status === 403 ? "This key does not open the dashboard." : error.message, true); } };
@@ -4716,14 +4714,15 @@ function signIn(words = "With the owner key of this bus, from ~/.apikey on its m
   put($("#view"), box("Sign in", make("p", {}, words),
       soft("A viewer's key looks, and changes nothing: intentbus.py keys add NAME --role viewer"), form(send,
       make("input", { value: "admin", autocomplete: "username", hidden: true }), field("Key", "key", { type: "password",
-      required: true, autocomplete: "current-password" }), make("button.main", {}, "Sign in"))));
-}
+      required: true, autocomplete: "current-password" }), make("button.main", {}, "Sign in")))); }
 async function draw(quietly) {
   const [path, search] = location.hash.slice(1).split("?"), [name, id] = path.split("/"), turn = ++drawn;
-  if (!key) return signIn(); try {
+  if (!key) return signIn();
+  try {
     if (!me || !quietly) keep(key, (await summary()).caller);
     const found = await (views[name] || views[""])(new URLSearchParams(search), id && decodeURIComponent(id));
-    if (turn !== drawn) return; if (name !== "intent") live = {};
+    if (turn !== drawn) return;
+    if (name !== "intent") live = {};
     put($("nav"), Object.entries(pages).filter(([page]) => page !== "publish" || me.admin).map(([page, words]) => make("a",
         { href: "#" + page, "aria-current": (page === name || page === "intents" && name === "intent") && "page" }, words)));
     put($("#out"), button("Sign out", () => { keep(null, null); say(""); draw(); })); put($("#view"), found);
@@ -4735,7 +4734,8 @@ const idle = () => key && !document.hidden && !onForm.test(location.hash) && !$(
 // A tap on a time shows this one and all others to the second.
 document.addEventListener("click", event => {
   if (!event.target.closest("time")) return; inFull = !inFull;
-  for (const node of document.querySelectorAll("time")) node.textContent = inFull ? node.title : ago(+node.dataset.at); });
+  for (const node of document.querySelectorAll("time")) node.textContent = inFull ? node.title :
+      ago(Date.parse(node.dateTime) / 1000); });
 addEventListener("hashchange", () => { if (!keepsWords) say(""); keepsWords = false; draw(); scrollTo(0, 0); });
 document.addEventListener("visibilitychange", () => idle() && draw(true)); setInterval(() => idle() && draw(true), 4000);
 draw();
