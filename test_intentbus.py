@@ -1225,8 +1225,10 @@ class Browser:
             raise AssertionError(f"{words} is not in:\n{self.text()}") from None
 
     def click(self, words, accept=None):
-        """Click the button or link with these words; answer its question, if any, and return that."""
-        self.run("""[...document.querySelectorAll('button, a')].find(node => node.textContent.trim() === arguments[0]).click()""", words)
+        """Click the button or link with these words, once it is there; answer its question, if any, and return that."""
+        found = "[...document.querySelectorAll('button, a')].find(node => node.textContent.trim() === arguments[0])"
+        wait_until(lambda: self.run(f"return !!{found}", words))
+        self.run(f"{found}.click()", words)
         return self.answer(accept) if accept is not None else None
 
     def fill(self, **fields):
