@@ -3291,7 +3291,8 @@ class Bus:
             if due_at is not None and due_at < self.next_due:
                 self.next_due = due_at
             if move.intent.status != "claimed":
-                self.registry.free(move.intent.id, move.event if move.intent.claim_token_hash else None)     # else it is cancelled
+                cancelled = move.intent.get("claim_token_hash", "") is None     # another bus does not tell it
+                self.registry.free(move.intent.id, None if cancelled else move.event)
             elif ours:
                 self.registry.hold(move.intent)
 
