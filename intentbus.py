@@ -7841,7 +7841,7 @@ def ask_until(deadline, ask, *arguments):
         except TRANSIENT as error:
             if time.monotonic() >= deadline:
                 raise Postpone(str(error)) from error
-            time.sleep(random.uniform(0, RETRY_MAX_SECONDS))
+            time.sleep(random.uniform(0, RECHECK_SECONDS))
 
 
 def step_once(bus, intent_id, claim_token, lease_seconds, name, run):

@@ -44,6 +44,7 @@ import struct
 import subprocess
 import symtable
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -12355,6 +12356,67 @@ def test_the_readme_on_being_told_when_it_is_done(serve):
     for command in (failing, *(line[2:] for line in lines[3:] if line[:2] == "$ ")):
         said = shell(serve, command, **bare)
     assert said.stdout[19:] == "  backup: dead: no disk\n"
+
+
+@SLOW
+@LINUX
+def test_backups_in_steps_survive_two_hundred_kills(tmp_path):
+    """Handlers, the workers of two machines, and the bus are killed at random; then all goes on to its end."""
+    chance, folders = random.Random(5), [tmp_path / name for name in ("photos", "nas", "bin", "one", "two")]
+    photos, nas, programs, *machines = folders
+    for folder in folders:
+        folder.mkdir()
+    for number in range(20):
+        (photos / f"{number}.jpg").write_bytes(chance.randbytes(20_000))
+    for name in ("tar", "gzip", "cp"):     # each tells of its start, and takes its time
+        script(programs, f"""#!/bin/sh
+            echo "$INTENT_ID {name} $BACKUP_MACHINE $(date +%s.%N)" >>{tmp_path}/ran
+            sleep 0.1
+            exec {shutil.which(name)} "$@"
+        """, name)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    serving = Serve(tmp_path, "--db", "bus.db", "--port", str(port))
+    wanted = dict(goal="backup", payload={"folder": str(photos), "to": str(nas)}, max_attempts=20, backoff_base=1)
+    ids = serving.client.publish_many([wanted] * 60).ids
+
+    def worker(machine):
+        return subprocess.Popen([*COMMAND, "work", "-j", "3", "--goal", "backup", "--lease", "10s", "--poll", "0.1s", "--kill-after", "0.1s",
+                                 "--", HERE / "examples" / "backup_in_steps.sh"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                env=dict(serving.env, BACKUP_MACHINE=machine.name, BACKUP_WORK=str(machine), PATH=f"{programs}:{os.environ['PATH']}"))
+    workers, kills = [worker(machine) for machine in machines], collections.Counter()
+    while sum(kills.values()) < 200 and serving.client.admin("summary")["intents"]["default"].get("fulfilled", 0) < len(ids):
+        threading.Event().wait(chance.uniform(0, 0.3))
+        victim = chance.choices(("handler", "worker", "bus"), (16, 1, 3))[0]
+        if victim == "handler":
+            with contextlib.suppress(ProcessLookupError, IndexError):
+                os.kill(chance.choice(left_behind("")), signal.SIGKILL)     # of any intent
+                kills[victim] += 1
+        elif victim == "worker":
+            number = chance.randrange(2)
+            workers[number].kill()
+            workers[number].wait()
+            workers[number] = worker(machines[number])
+            kills[victim] += 1
+        else:
+            serving.kill()
+            serving = Serve(tmp_path, "--db", "bus.db", "--port", str(port))
+            kills[victim] += 1
+    wait_until(lambda: serving.client.admin("summary")["intents"]["default"] == {"fulfilled": len(ids)}, seconds=600)
+    for process in workers:
+        process.terminate()
+        process.wait(20)
+    done = {(id, step.name): step.done_at for id in ids for step in serving.client.get_result(id).steps}
+    runs = [line.split() for line in (tmp_path / "ran").read_text().splitlines()]
+    names = dict(tar="dump on {}", gzip="compress on {}", cp="upload")
+    again = [run for id, program, machine, at in runs for run in [(id, names[program].format(machine))] if float(at) > done.get(run, float("inf")) + 0.01]
+    figure("backups in steps", f"{dict(kills)} killed; {len(runs)} runs of steps for {len(ids)} backups of {len(done)} steps, {len(again)} after their record")
+    assert again == []
+    for id in ids:
+        with tarfile.open(nas / f"backup-{id}.tar.gz") as archive:
+            assert {name.name[2:]: archive.extractfile(name).read() for name in archive if name.isfile()} == {
+                path.name: path.read_bytes() for path in photos.iterdir()}
+    serving.kill()
 
 
 @SLOW
