@@ -2946,8 +2946,7 @@ class Bus:
             found["result"] = stored_result(intent)
         if intent.last_error:
             found["error"] = intent.last_error
-        if intent.steps:
-            found["steps"] = self.store.steps(intent_id)
+        found["steps"] = self.store.steps(intent_id) if intent.steps else []
         return found
 
     def output(self, intent_id, after=0, *, caller=OWNER):
