@@ -110,6 +110,9 @@ LIVE_CHARACTERS = 2 ** 15           # of it in one request: with six bytes each,
 LIVE_TOTAL_BYTES = 2 ** 24          # of all intents; the key with most loses its oldest first
 LIVE_SECONDS = 3600                 # how long that is kept after the attempt
 LIVE_READERS = 10_000               # intents of which somebody is known to read it
+STEP_BYTES = 2 ** 16                # of the output of a durable step: a file's name, not its content
+STEPS_BYTES = 2 ** 20               # of all steps of an intent
+STEPS = 1000                        # of an intent
 READER_SECONDS = 10                 # a reader that is silent for longer is gone; a worker without one reports this seldom
 VALUE_TTL_SECONDS = 600             # default of the key-value store, as in the 1.x protocol
 VALUE_KEY_CHARACTERS = 512          # fits an index of any database
@@ -311,7 +314,7 @@ COLUMNS = (
     "completed_at", "last_error", "result", "result_type", "claim_attempts", "claim_token_hash", "claim_expires_at", "lease",
     "claim_owner", "claim_key", "claim_outcome", "worker_id", "worker", "claimed_at", "idempotency_key", "size", "result_size",
     "place", "lane", "ready", "due_at", "history", "unique_value", "on_success", "on_failure", "caused_by", "schedule", "limited",
-    "stream",
+    "stream", "steps",
 )
 PUBLISH_DEFAULTS = dict(
     namespace="default", visibility="private", priority=100, delay=0, run_at=None, ttl=TTL_SECONDS, max_attempts=3,
@@ -330,11 +333,12 @@ CLAIM_FIELDS = (
 )
 UNCLAIMED = dict.fromkeys(("completed_at", "last_error", "result", "result_type", "claim_token_hash", "claim_expires_at",
                            "lease", "claim_owner", "claim_key", "claim_outcome", "worker_id", "worker", "claimed_at",
-                           "idempotency_key", "history", "caused_by", "schedule", "limited"))
+                           "idempotency_key", "history", "caused_by", "schedule", "limited", "steps"))
 UNPUBLISHED = {**UNCLAIMED, **PUBLISH_DEFAULTS}
 
-# event: a word for people, or None; callback: the field with the goal of the intent that this end publishes, or None
-Change = collections.namedtuple("Change", "event columns callback", defaults=(None,))
+# event: a word for people, or None; callback: the field with the goal of the intent that this end publishes, or None;
+# detail: more words for the event, or None
+Change = collections.namedtuple("Change", "event columns callback detail", defaults=(None, None))
 
 to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode     # compact text
 
@@ -533,10 +537,15 @@ class Intent(Record):
         """It is no longer wanted; its worker, if any, loses the lease."""
         return self._dead(now, "Cancelled", None, claim_token_hash=None, **self._attempt(now, "lost", "Cancelled"))
 
-    def retried(self, now):
-        """A dead letter starts again, with all its attempts."""
+    def retried(self, now, **columns):
+        """A dead letter starts again, with all its attempts, and these columns."""
         return self._open("retried", now, now, claim_attempts=0, last_error=None, result=None, result_type=None,
-                          result_size=0, completed_at=None, claim_token_hash=None, expires_at=now + self.ttl)
+                          result_size=0, completed_at=None, claim_token_hash=None, expires_at=now + self.ttl, **columns)
+
+    def stepped(self, name, size, seconds):
+        """A step of its handler is done, whose output takes that many bytes."""
+        took = "" if seconds is None else f", {seconds:.1f} s"
+        return Change("step", dict(status=self.status, steps=(self.steps or 0) + 1, size=self.size + size), detail=name + took)
 
     def replaced(self, by):
         """It waits, and a new intent takes its place: only the id stays."""
@@ -804,7 +813,15 @@ FEATURES = """
         PRIMARY KEY (minute, namespace, goal, event)
     )
 """
-MIGRATIONS = (SCHEMA, MORE_INDEXES, HISTORY, PLACES, SIZES, FEATURES)     # the n-th leads to version n; a released one never changes
+STEPS_TABLE = """
+    ALTER TABLE intents ADD COLUMN steps INTEGER;     -- how many of its steps are done
+    CREATE TABLE steps (
+        intent TEXT, name TEXT, output TEXT NOT NULL, size INTEGER NOT NULL, attempt INTEGER NOT NULL,
+        seconds DOUBLE PRECISION, done_at DOUBLE PRECISION NOT NULL,
+        PRIMARY KEY (intent, name)
+    )
+"""
+MIGRATIONS = (SCHEMA, MORE_INDEXES, HISTORY, PLACES, SIZES, FEATURES, STEPS_TABLE)     # the n-th leads to version n; a released one never changes
 APPLICATION_ID = 0x1B05     # in the header of the file: it is a database of intentbus
 
 
@@ -1213,7 +1230,7 @@ IN_RANGE = f"""
     AND    {OF_GOALS}
     AND    (:namespace IS NULL OR namespace = :namespace)
 """
-GONE = ("id", "namespace", "goal", "publisher", "status", "size", "claim_key", "result_size", "idempotency_key", "limited")
+GONE = ("id", "namespace", "goal", "publisher", "status", "size", "claim_key", "result_size", "idempotency_key", "limited", "steps")
 DELETE = f"""
     DELETE FROM intents
     WHERE       id IN ({{which}})
@@ -1287,8 +1304,14 @@ SET_SCHEDULE = f"""
     SET         {", ".join(f"{column} = excluded.{column}" for column in SCHEDULE_COLUMNS)}
 """
 
+STEP_FIELDS = ("name", "attempt", "seconds", "done_at")
+SET_STEP = """
+    INSERT INTO steps (intent, name, output, size, attempt, seconds, done_at)
+    VALUES      (:intent, :name, :output, :size, :attempt, :seconds, :done_at)
+"""
+
 KEY_FIELDS = ("key_id", "name", "owner", "role", "goals", "expires_at", "payloads", "created_at", "last_used_at", "total_requests")
-Move = collections.namedtuple("Move", "intent event")     # an intent as a block left it
+Move = collections.namedtuple("Move", "intent event detail", defaults=(None,))     # an intent as a block left it
 GoalLimit = collections.namedtuple("GoalLimit", "namespace goal running paused")     # running: how many may, None for any number
 
 
@@ -1417,6 +1440,11 @@ class Reads:
         found = self._first(RECALL, kind=kind, owner=owner, key=key, now=now)
         return found and found[0]
 
+    def steps(self, intent_id):
+        """Return the STEP_FIELDS of the steps of an intent that are done, in this order."""
+        return [Record(zip(STEP_FIELDS, row)) for row in self._rows(
+            f"SELECT {', '.join(STEP_FIELDS)} FROM steps WHERE intent = :intent ORDER BY done_at, name", dict(intent=intent_id))]
+
     def goal_limits(self):
         """Return {(namespace, goal): GoalLimit} of all goals that are limited or paused."""
         return {tuple(row[:2]): GoalLimit(*row) for row in self._rows(
@@ -1504,7 +1532,7 @@ class Transaction(Reads):
         if "status" in change.columns:
             self.count(intent, -1)
             self.count(after, 1)
-        self.moves.append(Move(after, change.event))
+        self.moves.append(Move(after, change.event, change.detail))
         return after
 
     def count(self, intent, sign):
@@ -1512,6 +1540,26 @@ class Transaction(Reads):
         self.counted.append((intent.publisher, intent.namespace, intent.status, sign, sign * intent.size))
         if intent.result_size:
             self.counted.append((intent.claim_key, "", "result", sign, sign * intent.result_size))
+
+    def step_output(self, intent_id, name):
+        """Return the output of a step that is done, or None."""
+        found = self._first("SELECT output FROM steps WHERE intent = :intent AND name = :name", intent=intent_id, name=name)
+        return found and found[0]
+
+    def step_bytes(self, intent_id):
+        """Return the bytes of all steps of an intent."""
+        return self._first("SELECT SUM(size) FROM steps WHERE intent = :intent", intent=intent_id)[0] or 0
+
+    def add_step(self, intent, name, output, seconds):
+        """Record a step of an intent, and return the intent as it is then."""
+        size = ROW_BYTES + bytes_of(output)
+        self._db.execute(SET_STEP, dict(intent=intent.id, name=name, output=output, size=size, attempt=intent.claim_attempts,
+                                        seconds=seconds, done_at=self.now))
+        return self.update(intent, intent.stepped(name, size, seconds))
+
+    def forget_steps(self, *intent_ids):
+        """Forget the steps of intents."""
+        self._db.executemany("DELETE FROM steps WHERE intent = :intent", [dict(intent=intent_id) for intent_id in intent_ids])
 
     def due(self, now, rows):
         """Return intents that time changes by now, the longest due first."""
@@ -1617,6 +1665,8 @@ class Transaction(Reads):
         gone = [Record(zip(GONE, row)) for row in self._rows(DELETE.format(which=which), values)]
         for intent in gone:
             self.count(intent, -1)
+            if intent.steps:
+                self.forget_steps(intent.id)
             if intent.status == "claimed":
                 self.deleted.append(intent.id)
                 if intent.limited:
@@ -2273,10 +2323,10 @@ class EventLog:
     def record(self, now, moves, count=True):
         """Take in the events of moves; count them unless another bus does."""
         self._pages = {}
-        for intent, event in moves:
+        for intent, event, detail in moves:
             if event:
                 self.newest += 1
-                self._events.append((self.newest, now, event, EVENT_VALUES(intent)))     # not its payload
+                self._events.append((self.newest, now, event, detail, EVENT_VALUES(intent)))     # not its payload
                 if count and event in COUNTED:
                     self.minutes[int(now // 60), COUNTED[event]] += 1
                 if count and event in FIGURES:
@@ -2316,7 +2366,8 @@ class EventLog:
     def _after(self, number, owner, goals):
         oldest = self._events[0][0] if self._events else self.newest + 1
         newer = itertools.takewhile(lambda entry: entry[0] > number, reversed(list(self._events)))
-        found = [Record(zip(EVENT_FIELDS, values), number=at, time=when, event=event) for at, when, event, values in newer]
+        found = [Record(zip(EVENT_FIELDS, values), number=at, time=when, event=event, detail=detail)
+                 for at, when, event, detail, values in newer]
         visible = [event for event in reversed(found) if (owner is None or owner in (event.owner, event.claim_owner))
                    and (goals is None or event.goal in goals)]
         return visible[:EVENTS_PAGE], max(0, oldest - 1 - number)
@@ -2612,6 +2663,8 @@ class Bus:
         if twin and not replace:
             return twin.id, "kept"
         if twin and twin.status == "open":
+            if twin.steps:
+                tx.forget_steps(twin.id)
             return self._change(tx, twin, twin.replaced(intent)).id, "replaced"
         tx.insert(intent)
         return intent.id, "published"
@@ -2675,8 +2728,9 @@ class Bus:
                 raise Conflict(f"This intent is {intent.status}; only an unfinished one can be cancelled.")
             return self._outcome(self._change(tx, intent, intent.cancelled(tx.now)))
 
-    def retry(self, intent_id=None, *, goal=None, namespace=None, limit=1000, count=False, until=None, caller=OWNER):
-        """Open a dead intent again, or as many as retry_many() does."""
+    def retry(self, intent_id=None, *, goal=None, namespace=None, limit=1000, count=False, until=None, from_start=False,
+              caller=OWNER):
+        """Open a dead intent again, or as many as retry_many() does; from_start forgets its steps."""
         if intent_id is None:
             return self.retry_many(goal, namespace, limit, count, until, caller=caller)
         with self.store.transaction() as tx:
@@ -2685,7 +2739,10 @@ class Bus:
                 raise Conflict(f"This intent is {intent.status}; only a dead one can be retried.")
             if twin := self._twin(tx, intent):
                 raise Conflict(f"Its unique value is taken by {twin.id}, which is {twin.status}.")
-            intent = self._change(tx, intent, intent.retried(tx.now))
+            without_steps = dict(steps=None, size=intent.size - tx.step_bytes(intent.id)) if from_start else {}
+            if without_steps:
+                tx.forget_steps(intent.id)
+            intent = self._change(tx, intent, intent.retried(tx.now, **without_steps))
             if self._room(tx, intent.publisher, caller) < 0:
                 raise RateLimited("The key that published this intent has too many unfinished ones; wait until some are done.",
                                   "limit_exceeded")
@@ -2921,6 +2978,24 @@ class Bus:
             tx.after_commit(self.live.tell, caller.key_id, intent, percent, message, output)
             return Record(ok=True, claim_expires_at=intent.claim_expires_at, followed=self.live.has_reader(tx.now, intent_id))
 
+    def step(self, intent_id, claim_token, name, output=None, seconds=None, *, caller=OWNER):
+        """Return {"done"}: whether a step of an intent is, in this attempt or an earlier one; with its "output", a text, if it is.
+
+        With an output, record the step as done, in so many seconds; a step that is done already stays as it is. It is
+        accepted as long as a fulfil() with this token is. Raises Conflict beyond STEPS and STEPS_BYTES of an intent.
+        """
+        with self.store.transaction() as tx:
+            intent = self._claimed_by(tx, intent_id, claim_token, caller, "fulfilled")
+            known = tx.step_output(intent.id, name) if intent.steps else None
+            if known is not None:
+                return Record(done=True, output=known)
+            if output is None:
+                return Record(done=False)
+            if (intent.steps or 0) >= STEPS or tx.step_bytes(intent.id) + ROW_BYTES + bytes_of(output) > STEPS_BYTES:
+                raise Conflict(f"An intent may have {STEPS} steps, which take {STEPS_BYTES} bytes with {ROW_BYTES} for each.", "too_many_steps")
+            tx.add_step(intent, name, output, seconds)
+        return Record(done=True)
+
     # With next_claim, a Claim, a report claims the next intent in its transaction: the intent that take() returns is `next` of the answer.
 
     def fulfill(self, intent_id, claim_token=None, result=None, result_type="json", *, next_claim=None, caller=OWNER):
@@ -2991,6 +3066,7 @@ class Bus:
             found["result"] = stored_result(intent)
         if intent.last_error:
             found["error"] = intent.last_error
+        found["steps"] = self.store.steps(intent_id) if intent.steps else []
         return found
 
     def output(self, intent_id, after=0, *, caller=OWNER):
@@ -3152,7 +3228,8 @@ class Bus:
                   "lane", "ready", "due_at", "payload", "result", "unique_value", "limited")
         shown = dict(payload=json.loads(intent.payload), result=stored_result(intent)) if caller.payloads else {}
         return Record({column: value for column, value in intent.items() if column not in hidden}, **shown,
-                      history=intent.attempts, unique=intent.unique_value, stream=bool(intent.stream))
+                      history=intent.attempts, unique=intent.unique_value, stream=bool(intent.stream),
+                      steps=self.store.steps(intent_id) if intent.steps else [])
 
     def dead_letter(self, intent_id, *, caller=OWNER):
         """Return everything about a dead intent."""
@@ -3427,7 +3504,7 @@ class Bus:
         """Take in moves of intents that are on disk, made by this bus or by another on the same database."""
         now = self.clock.now()
         self.log.record(now, moves, count=ours)
-        for intent, event in moves:
+        for intent, event, _ in moves:
             if intent.due_at is not None and intent.due_at < self.next_due:
                 self.next_due = intent.due_at
             if intent.status != "claimed":
@@ -3771,6 +3848,13 @@ class Keys:
         request.proven = presented is not None
         request.signing_key = key if signed or self._require_signatures else None
 
+    def identify_holder(self, request):
+        """Find the claim token in the head of a request for a step; raises Unauthorized. It is the only credential of a handler."""
+        if "x-claim-token" not in request.headers:
+            raise Unauthorized("A step needs the claim token of its intent, in X-Claim-Token.")
+        if self._require_signatures and not (request.secure or request.local):
+            raise unsigned()
+
     def identify_admin(self, request):
         """Check the admin's credentials in the head of a request; raises Unauthorized, Forbidden."""
         if self._has_admin_secret(request):
@@ -3828,7 +3912,7 @@ class Keys:
 
         A request counts once its signature is right, and its nonce is stored last: a refusal writes nothing.
         """
-        caller = request.caller or self._caller(request.key_id)
+        caller = request.caller or (self._holder(request) if request.who == "step" else self._caller(request.key_id))
         if request.who == "view" and not (caller and (caller.admin or caller.role == "viewer")):
             raise self._no_admin(request)
         if caller is None:
@@ -3847,6 +3931,19 @@ class Keys:
         if limited:
             self._used.append((caller.key_id, self._store.now()))
         request.caller, request.proven = caller, True
+
+    def _holder(self, request):
+        """Return the Caller that has claimed the intent of a request with its claim token; raises NotFound as a report does."""
+        intent_id, = request.place
+        try:
+            intent = self._store.get(intent_id)
+        except NotFound:
+            intent = None
+        token_hash = hash_token(request.headers["x-claim-token"])
+        caller = intent and secrets_equal(intent.claim_token_hash, token_hash) and self._caller(intent.claim_key)
+        if not caller:
+            raise self._failed(request, lease_lost(intent_id))
+        return caller
 
     def current(self, caller):
         """Return the Caller that the key of an earlier request stands for now, or None if it has ended."""
@@ -4319,6 +4416,12 @@ REPORT = {"claim_token": TOKEN, "next_token": OWN_TOKEN}     # next_token: for t
 EXTEND = Fields({"claim_token": TOKEN, "seconds": (number_from(0, YEAR_SECONDS), LEASE_SECONDS)}, strict=False)
 PROGRESS = Fields({"claim_token": TOKEN, "percent": (number_from(0, 100), None), "message": (string, None), "output": (string, None)},
                   strict=False)
+STEP_REPORT = Fields({
+    "name": (text_of(1, 128), REQUIRED),
+    "output": (must_be(f"text of at most {STEP_BYTES} bytes; write more to a file, and keep its name",
+                       lambda value: isinstance(value, str) and bytes_of(value) <= STEP_BYTES), None),
+    "seconds": (number_from(0, YEAR_SECONDS), None),
+})
 FULFILL = Fields({**REPORT, "result": (anything, None), "result_type": (choice("json", "text"), "json")}, strict=False)
 FAIL = Fields({**REPORT, "error": (anything, None), "retry": (boolean, True)}, strict=False)
 RELEASE = Fields({**REPORT, "delay": (number_from(0, YEAR_SECONDS), 0)}, strict=False)
@@ -4337,6 +4440,7 @@ LIST = Fields({
 })
 STATUSES = ("open", "claimed", "fulfilled", "dead")
 WHICH = {"goal": GOAL, "namespace": (namespace_word, None), "until": (number_from(0, 2 ** 40), None)}
+RETRY_ONE = Fields({"from_start": (boolean, False)})
 RETRY = Fields({**WHICH, "count": (boolean, False), "limit": (integer_from(1, 1000), 1000)})
 IDS = {"ids": (list_of(string), None)}
 SWEEP = Fields({**WHICH, **IDS, "action": (choice("count", "retry", "delete"), REQUIRED)})
@@ -5146,6 +5250,10 @@ def progress_endpoint(api, request, intent_id):
     return 200, answer
 
 
+def step_endpoint(api, request, intent_id):
+    return 200, api.bus.step(intent_id, request.headers["x-claim-token"], **request.fields(STEP_REPORT), caller=request.caller)
+
+
 def nothing_to_claim(api, request, wanted):
     """Answer a claim that has found nothing: it is free of charge, or, if they are many, costs by the lanes it looks at."""
     caller = request.caller
@@ -5309,6 +5417,7 @@ ROUTES = (
     ("POST", "/claim",                  "work",    claim_endpoint),
     ("POST", "/extend_claim/*",         "work",    with_body("extend_claim", EXTEND)),
     ("POST", "/progress/*",             "work",    progress_endpoint),
+    ("POST", "/step/*",                 "step",    step_endpoint),
     ("POST", "/fulfill/*",              "work",    reporting("fulfill", FULFILL)),
     ("POST", "/fail/*",                 "work",    reporting("fail", FAIL)),
     ("POST", "/release/*",              "work",    reporting("release", RELEASE)),
@@ -5320,7 +5429,7 @@ ROUTES = (
     ("GET",  "/events",                 "look",    events_endpoint),
     ("GET",  "/whoami",                 "look",    who_am_i_endpoint),
     ("POST", "/cancel/*",               "manage",  with_body("cancel")),
-    ("POST", "/retry/*",                "manage",  with_body("retry")),
+    ("POST", "/retry/*",                "manage",  with_body("retry", RETRY_ONE)),
     ("POST", "/retry",                  "manage",  advancing("retry_many", RETRY)),
     ("POST", "/schedule/*",             "manage",  schedule_endpoint),
     ("GET",  "/schedules",              "look",    with_query("schedules", OF_OWNER)),
@@ -5344,7 +5453,7 @@ ROUTES = (
     ("POST", "/admin/intents",          "admin",   publish_endpoint),
     ("GET",  "/admin/intents/*",        "view",    of_intent(with_query("inspect"))),
     ("POST", "/admin/intents/*/cancel", "admin",   with_body("cancel")),
-    ("POST", "/admin/intents/*/retry",  "admin",   with_body("retry")),
+    ("POST", "/admin/intents/*/retry",  "admin",   with_body("retry", RETRY_ONE)),
     ("GET",  "/admin/dead",             "view",    with_query("dead")),
     ("POST", "/admin/dead",             "admin",   advancing("sweep_dead", SWEEP)),
     ("GET",  "/admin/dead/*",           "view",    of_intent(with_query("dead_letter"))),
@@ -5353,8 +5462,8 @@ ROUTES = (
 )
 ROLES = {
     "publish": ("publish", "look", "manage", "keep"),
-    "work": ("work", "look", "keep"),
-    "both": ("publish", "work", "look", "manage", "keep"),
+    "work": ("work", "step", "look", "keep"),
+    "both": ("publish", "work", "step", "look", "manage", "keep"),
     "viewer": ("look", "view"),
 }
 ROLE_WORDS = {"both": "publish and work", "viewer": "look"}     # what a role may do, unless its name says it
@@ -5462,6 +5571,8 @@ class API:
     def _identify(self, request):
         if request.who == "metrics":
             self.keys.identify_scraper(request)
+        elif request.who == "step":
+            self.keys.identify_holder(request)
         elif request.who in ("admin", "view") or request.who in ("look", "manage") and self.keys.presents_admin(request):
             self.keys.identify_admin(request)
         else:
@@ -7342,7 +7453,8 @@ ENDED = answer_of(ok=DONE, id=ANSWER_ID, status=UNSURE, run_at=PERHAPS_A_MOMENT,
 CHANGED = answer_of(id=ANSWER_ID, status=TEXT)
 STATE = {**dict.fromkeys(STATUS_FIELDS, UNSURE), "id": ANSWER_ID, "status": TEXT, "claimed_at": PERHAPS_A_MOMENT}
 ATTEMPT = answer_of(attempt=COUNT, outcome=TEXT, ended_at=MOMENT, claimed_at=PERHAPS_A_MOMENT, worker=UNSURE, error=UNSURE)
-RESULT_STATE = dict(STATE, result=UNSURE, result_type=UNSURE, history=(array_of(ATTEMPT), ()))     # older buses have no history
+DONE_STEP = answer_of(name=TEXT, attempt=COUNT, seconds=(number_from(0, 2 ** 40), None), done_at=MOMENT)
+RESULT_STATE = dict(STATE, steps=(array_of(DONE_STEP), ()), result=UNSURE, result_type=UNSURE, history=(array_of(ATTEMPT), ()))     # older buses have no history
 LISTED_INTENT = answer_of(id=ANSWER_ID, status=TEXT, goal=TEXT, claim_attempts=COUNT, max_attempts=COUNT, created_at=MOMENT,
                           last_error=UNSURE, worker=UNSURE, preview=UNSURE)
 LISTED_WORKER = answer_of(owner=TEXT, last_seen=MOMENT, goals=(array_of(string), REQUIRED), name=UNSURE, id=UNSURE, version=UNSURE,
@@ -7367,6 +7479,7 @@ ANSWERS = {     # of a bus, to a method and path: an answer without these fields
     "POST /claim": CLAIMED,
     "POST /extend_claim/*": REPORTED,
     "POST /progress/*": answer_of(ok=DONE, claim_expires_at=MOMENT, followed=TRUTH),
+    "POST /step/*": answer_of(done=TRUTH, output=(string, None)),
     "POST /fulfill/*": ENDED,
     "POST /fail/*": ENDED,
     "POST /release/*": ENDED,
@@ -7737,7 +7850,7 @@ class IntentClient:
             raise SetupError(f"No key: join the bus with a code from keys invite, or put a key into {KEY_FILE} or "
                              f"INTENT_API_KEY (on the machine of the bus, serve creates {KEY_FILE}).")
         self._key = key
-        ca = ca or joined.get("ca")
+        self.ca = ca = ca or joined.get("ca")
         self.key_name = key_name(key)
         self._spooler = spool and Spooler(self, spool, self.key_name)
         local = LOOPBACK.fullmatch(parts.hostname)
@@ -7821,6 +7934,11 @@ class IntentClient:
         body = dict(claim_token=claim_token, percent=percent, message=message, output=output)
         return self.request("POST", f"/progress/{intent_id}", body, retries=0)
 
+    def step(self, intent_id, claim_token, name, output=None, seconds=None):
+        """Ask whether a step is done, or record it with its output, as Bus.step does; the claim token is the only credential."""
+        body = dict(name=name, output=output, seconds=seconds)
+        return self.request("POST", f"/step/{intent_id}", body, headers={"X-Claim-Token": claim_token}, retries=0)
+
     def fulfill(self, intent_id, claim_token=None, result=None, result_type="json", next_claim=None):
         """Report that the work is done.
 
@@ -7901,10 +8019,11 @@ class IntentClient:
         """Cancel an unfinished intent; raises Conflict if it has ended."""
         return self.request("POST", f"/cancel/{intent_id}", retries=0)
 
-    def retry(self, intent_id=None, *, goal=None, namespace=None, limit=1000, count=False, until=None):
-        """Reopen a dead intent, or up to limit dead intents of a goal or namespace; or count these, as Bus.retry_many does."""
+    def retry(self, intent_id=None, *, goal=None, namespace=None, limit=1000, count=False, until=None, from_start=False):
+        """Reopen a dead intent, which goes on after its steps that are done, or from_start; or up to limit dead intents of a
+        goal or namespace; or count these, as Bus.retry_many does."""
         if intent_id is not None:
-            return self.request("POST", f"/retry/{intent_id}", retries=0)
+            return self.request("POST", f"/retry/{intent_id}", dict(from_start=True) if from_start else None, retries=0)
         more = {} if not count and until is None else dict(count=count, until=until)     # unknown to older buses
         return self.request("POST", "/retry", dict(more, goal=goal, namespace=namespace, limit=limit), retries=0)
 
@@ -8096,6 +8215,37 @@ class HandlerFailed(Exception):
     """The handler ran and failed; the intent is retried."""
 
 
+class Postpone(Exception):
+    """A handler raises this when it cannot work now; the intent is released, and the attempt does not count."""
+
+
+def ask_until(deadline, ask, *arguments):
+    """Return the answer of a bus to ask(), repeated after transient errors until a time.monotonic(); raises Postpone then."""
+    while True:
+        try:
+            return ask(*arguments)
+        except TRANSIENT as error:
+            if time.monotonic() >= deadline:
+                raise Postpone(str(error)) from error
+            time.sleep(random.uniform(0, RECHECK_SECONDS))
+
+
+def step_once(bus, intent_id, claim_token, lease_seconds, name, run):
+    """Return the output of a step, and whether it was recorded before; otherwise it is that of run(), and recorded now.
+
+    Raises NotFound if the lease is lost, Postpone if the bus is away for as long as a lease.
+    """
+    def ask(*news):
+        return ask_until(time.monotonic() + lease_seconds, bus.step, intent_id, claim_token, name, *news)
+    known = ask()
+    if known.done:
+        return known.output, True
+    started = time.monotonic()
+    output = run()
+    ask(output, round(time.monotonic() - started, 3))
+    return output, False
+
+
 def reason_of(error):
     """Return the words for an exception that is no Error, such as that of a full disk."""
     if not isinstance(error, OSError) or not error.strerror:
@@ -8117,6 +8267,7 @@ class Lease:
         self._news_lock = threading.Lock()
         self._pause, self._told_at = PROGRESS_SECONDS, -FOREVER
         self._calling = threading.Lock()     # held while the bus is called
+        self._steps = set()         # names of those that the handler has asked for
         self._started = time.monotonic()
         self.broken = None
 
@@ -8131,6 +8282,23 @@ class Lease:
     def write(self, text):
         """Add to the output that people see while the handler runs; of much at once, the end."""
         self._note(output=text)
+
+    def step(self, name, function):
+        """Return the value of a step: of function(), called once an intent, however often this is tried; any JSON value.
+
+        It is called again if this machine dies after it, and before the bus has recorded the value.
+        """
+        if name in self._steps:
+            raise ValueError(f"The step {name} is there twice.")
+        self._steps.add(name)
+        try:
+            value, _ = step_once(self._bus, *self._holder, self._seconds, name, lambda: to_json(function()))
+            return json.loads(value)
+        except NotFound as error:
+            self.broken = "lost"
+            raise HandlerFailed("lost") from error
+        except (Invalid, Conflict) as error:
+            raise Reject(f"The step {name} cannot be recorded: {error}") from error
 
     def keep(self):
         """Call the bus if that is due, in a thread: a slow bus must not hold up the other leases."""
@@ -8340,7 +8508,7 @@ class Worker:
         if lease.broken == "lost":
             self._log_outcome(intent, "lost", lease, ": it was cancelled, or its lease ran out before the handler ended")
         elif verb == "release" or lease.broken and verb != "fulfill":     # finished work is reported even then
-            self._report(intent, lease, "release")
+            self._report(intent, lease, "release", **(details if verb == "release" else {}))
         else:
             return self._report_and_claim(intent, lease, verb, details)
         return None
@@ -8354,6 +8522,9 @@ class Worker:
             return "fail", dict(error=str(error), retry=False)
         except HandlerFailed as error:
             return "fail", dict(error=str(error))
+        except Postpone as error:
+            self._log(f"{intent.goal} {intent.id} is postponed: {error}")
+            return "release", dict(delay=POLL_SECONDS)
         except Exception as error:     # the trouble of this machine, not of the intent
             self._stop(error)
             return "release", {}
@@ -8416,7 +8587,7 @@ def listen(bus, goal, handler, *, full_envelope=False, with_lease=False, **optio
         try:
             result = handler(intent if full_envelope else intent.payload, *([lease] if with_lease else ()))
             to_json(result).encode()     # raises here, so that a result that is not JSON fails the intent
-        except (Reject, HandlerFailed):
+        except (Reject, HandlerFailed, Postpone):
             raise
         except (Exception, SystemExit) as error:
             raise HandlerFailed(f"{type(error).__name__}: {error}") from error
@@ -8430,6 +8601,7 @@ IntentClient.listen = listen     # added here, since it needs the Worker
 
 SECRET_VARIABLES = ("INTENT_API_KEY", "BUS_SECRET", "BUS_ADMIN_SECRET", "DASHBOARD_PASSWORD", "BUS_METRICS_TOKEN")
 CTRL_BREAK_EVENT = 1     # the SIGTERM of Windows; the module signal has it only there
+POSTPONED = 75     # the exit code EX_TEMPFAIL of sysexits.h
 NOT_EXECUTABLE = (errno.ENOENT, errno.EACCES, errno.ENOEXEC)
 CUT_MARK = "\n[The output was longer: it is cut here.]"
 PROGRESS_MARK = b"::progress "     # begins a line of stderr that tells how far the work is
@@ -8451,10 +8623,11 @@ def fill_placeholders(argument, intent):
     return PLACEHOLDER.sub(value_of, argument)
 
 
-def handler_environment(intent):
-    """Return the environment of a handler: the worker's without its secrets, and the variables of the intent."""
-    values = dict(ID=intent.id, GOAL=intent.goal, NAMESPACE=intent.namespace, ATTEMPT=intent.claim_attempts,
-                  MAX_ATTEMPTS=intent.max_attempts, PAYLOAD=to_json(intent.payload))
+def handler_environment(intent, bus_variables):
+    """Return the environment of a handler: the worker's without its secrets, and the variables of the intent and its bus."""
+    values = dict(bus_variables, ID=intent.id, GOAL=intent.goal, NAMESPACE=intent.namespace, ATTEMPT=intent.claim_attempts,
+                  MAX_ATTEMPTS=intent.max_attempts, PAYLOAD=to_json(intent.payload), CLAIM_TOKEN=intent.claim_token,
+                  CLAIM_TIMEOUT=intent.get("claim_timeout") or LEASE_SECONDS)
     if isinstance(intent.payload, dict):
         values.update((f"PAYLOAD_{field}", value) for field, value in intent.payload.items()
                       if re.fullmatch(r"\w+", field, re.ASCII) and not isinstance(value, (dict, list)))
@@ -8464,6 +8637,12 @@ def handler_environment(intent):
         if "\0" not in as_text(value) and len(as_text(value).encode()) <= ENVIRONMENT_BYTES:
             variables[f"INTENT_{field}"] = as_text(value)
     return variables
+
+
+def steps_folder(claim_token):
+    """Return the folder in which a run of a handler notes the names of its steps; its worker deletes it."""
+    import tempfile
+    return os.path.join(tempfile.gettempdir(), f"intentbus-steps-{hash_token(claim_token)[:32]}")
 
 
 def run_quietly(*arguments, timeout=None):
@@ -8632,14 +8811,15 @@ class Program:
 
     timeout and kill_after are seconds, max_output bytes; result says how to read stdout: auto, json, text or none.
     tell(verb, pid) is called when a process has started and when it has ended, show(intent, data) with what it writes to
-    stderr besides progress, and with no data at the end, on_message(sentence) when output was cut. With stream, this is told
+    stderr besides progress, and with no data at the end, on_message(sentence) when output was cut. variables are those that
+    lead its steps to the bus, without INTENT_ in front. With stream, this is told
     to the bus of every intent, not only of those whose publisher wants it. Raises SetupError if there is no such
     program, or if it is a batch file of Windows with placeholders: cmd.exe could take a field for commands.
     """
 
     def __init__(self, arguments, timeout=HANDLER_SECONDS, kill_after=KILL_AFTER_SECONDS, max_output=OUTPUT_BYTES,
                  result="auto", tell=lambda verb, pid: None, show=lambda intent, data: None, on_message=lambda sentence: None,
-                 stream=False):
+                 stream=False, variables=()):
         import shutil
         self._program = shutil.which(arguments[0])
         if not self._program:
@@ -8657,8 +8837,10 @@ class Program:
         self._show = show
         self._log = on_message
         self._stream = stream
+        self._variables = variables
 
     def __call__(self, intent, lease):
+        import shutil
         reader = OutputReader()
         process = self._start(intent)
         stderr = StderrFilter(lease, functools.partial(self._show, intent), self._stream or intent.get("stream"))
@@ -8672,6 +8854,7 @@ class Program:
                 self._signal(process, "SIGKILL")     # ends the children that the program left behind
                 process.wait()
                 self._tell("ended", process.pid)
+                shutil.rmtree(steps_folder(intent.claim_token), ignore_errors=True)
             deadline = time.monotonic() + PIPE_SECONDS     # a process in another session may hold the pipes, and write
             while time.monotonic() < deadline and reader.read(WATCH_SECONDS):
                 pass
@@ -8686,7 +8869,7 @@ class Program:
             arguments = [self._program, *(fill_placeholders(argument, intent) for argument in self._arguments)]
             with payload_file(intent.payload) as stdin:     # a pipe would block if the program does not read
                 return subprocess.Popen(arguments, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                        env=handler_environment(intent), **process_group_options())
+                                        env=handler_environment(intent, self._variables), **process_group_options())
         except ValueError as error:     # an argument has a NUL
             raise Reject(f"The payload cannot be an argument: {error}.") from error
         except OSError as error:
@@ -8731,6 +8914,8 @@ class Program:
         said = f": {errors}" if errors else ""
         if reason:
             return HandlerFailed(reason + said)
+        if code == POSTPONED:
+            return Postpone(f"exit code {code}{said}")
         if code == 100:
             return Reject(errors or "The handler rejected it with exit code 100.")
         if code in (126, 127):
@@ -8990,7 +9175,7 @@ COMMAND --help shows examples and flags, --version shows the version. Data goes 
 exit codes: 0 success; 1 the intent is dead, or a conflict; 2 wrong usage or setup; 3 not found; 4 refused;
 5 bus unreachable; 6 over a limit; 124 timed out; 129, 130, 143 stopped by a signal"""
 GROUPS = (
-    ("run", ("serve", "publish", "work", "progress", "flush")),
+    ("run", ("serve", "publish", "work", "progress", "step", "flush")),
     ("inspect", ("status", "result", "output", "show", "list", "workers", "watch", "stats")),
     ("schedule", ("schedule", "schedules", "unschedule", "run")),
     ("limit", ("limit", "pause", "resume", "limits")),
@@ -9384,7 +9569,7 @@ EVENT_TABLE = (
     Column("goal", yields=1),
     Column("worker", lambda entry: entry.worker or entry.worker_id, yields=4),
     Column("error", lambda entry: entry.last_error if entry.event in ("failed", "dead", "lost", "skipped") else
-           entry.status if entry.event == "limited" else None, yields=3),
+           entry.status if entry.event == "limited" else entry.get("detail"), yields=3),
 )
 LIMIT_TABLE = (
     Column("namespace", yields=2),
@@ -9868,10 +10053,10 @@ def work_command(options):
                       "fulfils the intent.")
     guardian = Guardian(options.kill_after)
     relay = StderrRelay(options.jobs > 1)
-    handler = print_payload
+    handler, variables = print_payload, dict(PYTHON=sys.executable, BUS_PROGRAM=os.path.abspath(__file__))
     if options.program:
         handler = Program(options.program, options.timeout, options.kill_after, options.max_output, options.result, guardian.tell,
-                          relay, log, options.stream)
+                          relay, log, options.stream, variables)
     if options.jobs > JOBS:
         raise Invalid(f"-j must be at most {JOBS}.")
     if not LEASE_RANGE_SECONDS[0] <= options.lease <= LEASE_RANGE_SECONDS[1]:
@@ -9885,7 +10070,9 @@ def work_command(options):
     except SetupError as error:
         spool = None
         log(f"{error} An outcome that cannot be reported will be lost.")
-    worker = Worker(open_client(options, spool=spool), options.goal, handler,
+    bus = open_client(options, spool=spool)
+    variables.update(BUS_URL=bus.base_url, BUS_CA=bus.ca or "")
+    worker = Worker(bus, options.goal, handler,
                     on_message=lambda sentence: log(f"{time.strftime('%H:%M:%S')} {sentence}"),
                     concurrency=options.jobs, lease=options.lease, max_jobs=options.max_jobs, max_time=options.max_time,
                     drain=options.drain, poll=options.poll, worker_id=options.worker_id, capabilities=options.capabilities,
@@ -9959,6 +10146,73 @@ def progress_command(options):
     sys.stderr.flush()
 
 
+class StepFailed(Exception):
+    """The program of a step has ended with this exit code."""
+
+    def __init__(self, code):
+        super().__init__(f"exit code {code}")
+        self.code = code
+
+
+def run_step(program):
+    """Run the program of a step; return its stdout, which is printed as it comes; raises StepFailed."""
+    import subprocess
+    try:
+        process = subprocess.Popen(program, stdout=subprocess.PIPE)
+    except OSError as error:
+        log(f"{program[0]} cannot be run: {error.strerror}")
+        raise StepFailed(127 if isinstance(error, FileNotFoundError) else 126) from error
+    output = bytearray()
+    with process:
+        while data := process.stdout.read1():
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+            output += data[:STEP_BYTES + 1]
+            del output[STEP_BYTES + 1:]
+    if process.returncode:
+        raise StepFailed(process.returncode if process.returncode > 0 else 128 - process.returncode)
+    try:
+        text = output.decode()
+    except UnicodeDecodeError:
+        text = None
+    if text is None or len(output) > STEP_BYTES:
+        log(f"the step is not recorded: its output is no text of at most {STEP_BYTES} bytes; write it to a file, and print its name")
+        raise StepFailed(1)
+    return text
+
+
+@command("step", ['step fetch -- curl -fsS -o data.zip "$url"', "step count -- wc -l data.csv"],
+         flag("name", help="a name of your own, once in each run"),
+         flag("program", nargs="+", help="the program of the step and its arguments, after --"))
+def step_command(options):
+    """In a handler: run a program once an intent, however often that is tried; once it has ended with 0, later attempts skip it.
+
+    Its stdout, text of at most 64 KiB, is recorded and printed again. Another exit code is passed on, and the step runs again
+    in the next attempt. 75: the bus is away, or the lease lost; end the handler with it, and the attempt does not count. The
+    program may run twice if the machine dies after it and before the record; its files are on this machine only.
+    """
+    intent_id, token = (os.environ.get(f"INTENT_{name}") for name in ("ID", "CLAIM_TOKEN"))
+    if not (intent_id and token):
+        raise SetupError("step works only in a handler that work has started, where INTENT_ID and INTENT_CLAIM_TOKEN are set.")
+    folder = steps_folder(token)
+    os.makedirs(folder, 0o700, exist_ok=True)
+    try:
+        os.close(os.open(os.path.join(folder, hash_token(options.name)), os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        raise Invalid(f"This run has a step {options.name!r} already; give each a name of its own.") from None
+    bus = IntentClient(os.environ.get("INTENT_BUS_URL"), "none", ca=os.environ.get("INTENT_BUS_CA"))
+    lease_seconds = float(os.environ.get("INTENT_CLAIM_TIMEOUT") or LEASE_SECONDS)
+    try:
+        output, known = step_once(bus, intent_id, token, lease_seconds, options.name, functools.partial(run_step, options.program))
+    except StepFailed as failed:
+        return failed.code
+    except (NotFound, Postpone) as error:
+        log(error)
+        return POSTPONED
+    if known:
+        sys.stdout.buffer.write(output.encode())
+
+
 @bus_command("show", ["show 01a20a3bf4423c55cce77efa455c0ada"], ID, JSON)
 def show_command(bus, options):
     """Print all about an intent: its fields, times, attempts, error and result; for an admin, its payload and publisher too."""
@@ -9988,6 +10242,8 @@ def described(intent, now):
         yield "ran", f"{sum(seconds):.1f} s"
     if "payload" in intent:
         yield "payload", to_json(intent.payload)
+    for step in intent.get("steps") or ():
+        yield f"step {step.name}", f"attempt {step.attempt}" + ("" if step.seconds is None else f", {step.seconds:.1f} s")
     for attempt, ran in zip(attempts, seconds):
         error = f": {attempt.error}" if attempt.error else ""
         yield f"attempt {attempt.attempt}", f"{attempt.outcome}, {ran:.1f} s, by {attempt.worker}{error}"
@@ -10073,13 +10329,16 @@ def cancel_command(bus, options):
 @bus_command("retry", ["retry 01a20a3bf4423c55cce77efa455c0ada", "retry --goal resize"],
              flag(*ID[0], **ID[1], nargs="?"),
              flag("--goal", help="all dead intents with this goal"), flag("--all", action="store_true", help="all dead intents"),
+             flag("--from-start", action="store_true", help="forget the steps that are done"),
              flag("--limit", type=positive_int, default=None, metavar="N", help="at most N intents"), YES, JSON)
 def retry_command(bus, options):
     """Reopen a dead intent, or many; prints the new status, or the number of intents."""
     if bool(options.id) + bool(options.goal) + options.all != 1:
         raise Invalid("retry needs one of these: an id, --goal GOAL, --all.")
+    if options.from_start and not options.id:
+        raise Invalid("--from-start needs an id.")
     if options.id:
-        return print_answer(options, bus.retry(options.id), "status")
+        return print_answer(options, bus.retry(options.id, from_start=options.from_start), "status")
     which, slices, left = dict(goal=options.goal, namespace=options.namespace), [], options.limit or sys.maxsize
     counted = bus.retry(count=True, **which)
     which["until"] = agreed(options, "Retry", counted)     # intents that die again meanwhile are left

@@ -44,6 +44,7 @@ import struct
 import subprocess
 import symtable
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -5281,6 +5282,7 @@ MATRIX = """
     POST /claim                        401  401  401  403  200  200  204  204  401  200  403  403  403  204  401
     POST /extend_claim/{claimed}       401  401  401  403  200  200  404  404  401  200  403  403  403  404  401
     POST /progress/{claimed}           401  401  401  403  200  200  404  404  401  200  403  403  403  404  401
+    POST /step/{claimed}               401  401  401  401  401  401  401  401  401  401  401  401  401  401  401
     POST /fulfill/{claimed}            401  401  401  403  200  200  404  404  401  200  403  403  403  404  401
     POST /fail/{claimed}               401  401  401  403  200  200  404  404  401  200  403  403  403  404  401
     POST /release/{claimed}            401  401  401  403  200  200  404  404  401  200  403  403  403  404  401
@@ -6011,7 +6013,7 @@ def test_a_viewer_looks_and_changes_nothing(served):
     for method, path, body in every_request(ids, "g"):
         answer = served.ask(method, path, body, viewer)
         if method in ("POST", "PUT"):
-            assert answer.status == (401 if path.startswith(("/admin/", "/limit")) else 403), path
+            assert answer.status == (401 if path.startswith(("/admin/", "/limit", "/step/")) else 403), path
         else:
             assert answer.status in (200, 404) or path.startswith(("/get/", "/metrics", "/limits")) or "payload=1" in path, path
             assert not {b"g!", b"g?"} & set(re.findall(rb"g[!?]", answer.body)), path
@@ -6068,7 +6070,7 @@ def test_keys_of_one_owner_share_their_private_intents(started):
 
 @pytest.mark.parametrize("state", ["open", "claimed", "dead"])
 @pytest.mark.parametrize("method, path", [route[:2] for route in intentbus.ROUTES if route[1].endswith("/*")
-                                          and not route[1].startswith(("/admin", "/set", "/get", "/delete", "/schedule", "/publish", "/limit"))])
+                                          and not route[1].startswith(("/admin", "/set", "/get", "/delete", "/schedule", "/publish", "/limit", "/step"))])
 def test_anothers_intent_is_answered_like_an_unknown_id(guarded, method, path, state):
     intent_id, key = prepared(guarded, state), guarded.issued["other"]
     for body in (b"", {"claim_token": "wrong"} if path.startswith(intentbus.REPORTS) else {}):
@@ -6682,7 +6684,7 @@ def test_a_bad_field_is_refused_and_named(sent, expected):
 
 
 @pytest.mark.parametrize("path", [path.replace("*", NOBODY) for method, path, _, _ in intentbus.ROUTES
-                                  if method == "POST" and path not in ("/claim", "/publish/*")])     # it takes text
+                                  if method == "POST" and path not in ("/claim", "/publish/*", "/step/*")])     # text; no key
 def test_every_endpoint_refuses_a_body_that_is_not_json(strict, path):
     for body, *expected in ((b'{"claim_token": ', "invalid_json"), (b"[" * 1000, "invalid_json", "64 levels"),
                             (b"7", "invalid_request", "JSON")):
@@ -7774,6 +7776,115 @@ def progress_at(served, claim, news):
         return served.client.progress(claim.id, claim.claim_token, **news)
 
 
+# -- Steps --
+
+def test_a_step_is_recorded_once_for_all_attempts(bus, clock):
+    bus.publish("g", 1)
+    claim = bus.claim("g")
+    assert bus.step(claim.id, claim.claim_token, "fetch") == {"done": False}
+    assert bus.step(claim.id, claim.claim_token, "fetch", "a\u00e4", 1.25) == {"done": True}
+    assert bus.step(claim.id, claim.claim_token, "fetch", "other") == {"done": True, "output": "a\u00e4"}
+    assert bus.step(claim.id, claim.claim_token, "empty", "") == {"done": True}
+    bus.fail(claim.id, claim.claim_token, "no", retry=False)
+    bus.retry(claim.id)
+    again = bus.claim("g")
+    assert bus.step(claim.id, again.claim_token, "fetch").output == "a\u00e4"
+    assert bus.step(claim.id, again.claim_token, "empty").output == ""
+    assert [(step.name, step.attempt, step.seconds, step.done_at) for step in bus.get_result(claim.id).steps] == [
+        ("empty", 1, None, clock.wall), ("fetch", 1, 1.25, clock.wall)] == [
+        (step.name, step.attempt, step.seconds, step.done_at) for step in bus.inspect(claim.id).steps]
+    assert [event.detail for event in bus.events(bus.log.newest - 20).events if event.event == "step"] == ["fetch, 1.2 s", "empty"]
+
+
+def test_a_step_is_for_whom_a_fulfilment_would_be(bus, clock):
+    bus.publish("g", 1)
+    late = bus.claim("g")
+    clock.pass_(60)
+    assert bus.step(late.id, late.claim_token, "late", "x").done, "nobody else has claimed it since"
+    current = bus.claim("g")
+    with pytest.raises(intentbus.NotFound, match="no longer hold the lease"):
+        bus.step(late.id, late.claim_token, "later", "x")
+    assert bus.step(late.id, current.claim_token, "late").output == "x"
+    bus.fail(late.id, current.claim_token)
+    with pytest.raises(intentbus.NotFound):
+        bus.step(late.id, current.claim_token, "later", "x")
+
+
+@pytest.mark.parametrize("end, kept", [
+    (lambda bus, id: bus.retry(id), 1), (lambda bus, id: bus.retry(id, from_start=True), 0),
+    (lambda bus, id: bus.retry(goal="g"), 1), (lambda bus, id: bus.purge(confirm=True), 0),
+    (lambda bus, id: bus.publish("g", 2, unique="u"), 1),
+], ids=["retry", "from start", "retry of many", "purge", "another one"])
+def test_steps_are_kept_as_long_as_their_intent(bus, end, kept):
+    def sizes():
+        return [(tally[2], tally[4]) for tally in bus.store.tallies(None) if tally[3]]
+    id = bus.publish("g", 1, unique="u").id
+    before = sizes()
+    claim = bus.claim("g")
+    bus.step(id, claim.claim_token, "fetch", "12345")
+    (status, size), = sizes()
+    assert status == "claimed" and size == before[0][1] + intentbus.ROW_BYTES + 5
+    bus.fail(id, claim.claim_token, "no", retry=False)
+    end(bus, id)
+    rows = list(bus.store.database.read("SELECT name FROM steps"))
+    assert len(rows) == kept
+    if not kept:
+        assert sum(size for _, size in sizes()) < size
+    if status := [row for row in bus.store.database.read("SELECT steps FROM intents WHERE id = '" + id + "'")]:
+        assert status == [(kept or None,)]
+
+
+def test_a_replacement_begins_with_no_steps(bus):
+    id = bus.publish("g", 1, unique="u").id
+    claim = bus.claim("g")
+    bus.step(id, claim.claim_token, "fetch", "x")
+    bus.release(id, claim.claim_token)
+    assert bus.publish("g", 2, unique="u", replace=True) == dict(id=id, status="replaced", namespace="default", listening=1)
+    assert bus.step(id, bus.claim("g").claim_token, "fetch") == {"done": False}
+
+
+def test_steps_of_an_intent_have_bounds(bus, monkeypatch):
+    monkeypatch.setattr(intentbus, "STEPS", 3)
+    monkeypatch.setattr(intentbus, "STEPS_BYTES", 12_000)
+    bus.publish("g", 1)
+    claim = bus.claim("g")
+    with pytest.raises(intentbus.Conflict, match="12000 bytes"):
+        bus.step(claim.id, claim.claim_token, "long", "x" * 11_001)
+    for name in "abc":
+        bus.step(claim.id, claim.claim_token, name, "x")
+    with pytest.raises(intentbus.Conflict, match="3 steps"):
+        bus.step(claim.id, claim.claim_token, "d", "x")
+    assert bus.step(claim.id, claim.claim_token, "c").output == "x"
+
+
+def test_a_claim_token_is_the_only_credential_of_a_step(started):
+    bus = started(keys=dict(require_signatures=True, rate=3), server=dict(trust_proxy=True))
+    key = bus.client.admin("generate_key", owner="ann", role="work").api_key
+    bus.client.publish("g", 1, visibility="public")
+    claim = IntentClient(bus.url, key).claim("g")
+    def ask(token=claim.claim_token, key=None, body={"name": "a"}, id=claim.id, scheme="https"):
+        return bus.ask("POST", f"/step/{id}", body, key=key, X_Forwarded_Proto=scheme, **({"X_Claim_Token": token} if token else {}))
+    assert ask().json == {"done": False}
+    assert_refusal(ask(None), 401, "unauthorized", "X-Claim-Token")
+    assert_refusal(ask(None, key), 401, "unauthorized", "X-Claim-Token")
+    assert_refusal(ask("wrong"), 404, "not_found", "no longer hold")
+    assert_refusal(ask(id=NOBODY), 404, "not_found", "no longer hold")
+    assert_refusal(ask(scheme="http"), 403, "invalid_signature", "signature")
+    assert_refusal(ask(body={"name": "a", "output": "x" * 65_537}), 400, "invalid_output", "file")
+    assert ask().status == 429, "it counts for the key that claimed"
+    bus.client.admin("revoke_key", api_key=key)
+    assert ask().status == 404
+
+
+@pytest.mark.parametrize("body, word", [({}, "name"), ({"name": ""}, "name"), ({"name": "x" * 129}, "name"), ({"name": "a", "output": 1}, "output"),
+                                        ({"name": "a", "second": 1}, "second")])
+def test_a_wrong_step_is_refused_in_words(served, body, word):
+    served.publish()
+    claim = served.client.claim("g")
+    refused = served.ask("POST", f"/step/{claim.id}", body, X_Claim_Token=claim.claim_token)
+    assert refused.status == 400 and word in refused.json["error"]["message"]
+
+
 # -- The simplest publish --
 
 BODIES_AND_PAYLOADS = (
@@ -8083,7 +8194,7 @@ def test_the_first_digits_are_an_id_in_a_get_alone(served):
     ids = served.ask("POST", "/intents", [a_publish(goal=str(number)) for number in range(2)]).json["ids"]     # of one millisecond
     assert served.ask("POST", f"/cancel/{ids[0]}").status == 200
     for method, path, *_ in intentbus.ROUTES:
-        if "*" in path and not re.match("/(set|get|delete|publish|limit|schedule|unschedule|run)/", path):
+        if "*" in path and not re.match("/(set|get|delete|publish|limit|schedule|unschedule|run|step)/", path):
             short, none, few, several = (served.ask(method, path.replace("*", digits)) for digits in (
                 ids[0][:16], "f" * 16, ids[0][:7], ids[0][:8]))
             assert_refusal(none, 404, "not_found")
@@ -9643,7 +9754,7 @@ def test_at_the_limit_the_longest_idle_connection_makes_room(started, monkeypatc
     assert claimed_by(worker).id == intent_id
 
 
-STRICT = [route[:2] for route in intentbus.ROUTES if route[2] not in (None, "metrics") and not route[1].startswith(intentbus.REPORTS)]
+STRICT = [route[:2] for route in intentbus.ROUTES if route[2] not in (None, "metrics", "step") and not route[1].startswith(intentbus.REPORTS)]
 LENIENT = ("/status/*", "/result/*", "/output/*", "/workers", "/events", "/whoami", "/get/*", "/admin/dashboard")     # which can widen nothing
 
 
@@ -10880,7 +10991,7 @@ def test_a_payload_sets_only_its_own_variables(served, tmp_path):
     assert given["PATH"] == os.environ["PATH"] and given.get("LD_PRELOAD") == os.environ.get("LD_PRELOAD")
     assert given["INTENT_ID"] == found.id
     ours = {name for name in given if name.startswith("INTENT_")} - {f"INTENT_{name}" for name in (
-        "ID", "GOAL", "NAMESPACE", "ATTEMPT", "MAX_ATTEMPTS", "PAYLOAD")}
+        "ID", "GOAL", "NAMESPACE", "ATTEMPT", "MAX_ATTEMPTS", "PAYLOAD", "CLAIM_TOKEN", "CLAIM_TIMEOUT")}
     assert ours == {f"INTENT_PAYLOAD_{name}" for name in ("LD_PRELOAD", "PATH", "IFS", "BASH_ENV", "ID", "1")}
     assert set(given) - {f"INTENT_{name}" for name in given} <= set(os.environ) | ours | {"_", "PWD", "SHLVL", "OLDPWD"} | set(
         name for name in given if name.startswith("INTENT_"))
@@ -11067,6 +11178,78 @@ def test_a_remote_command_is_followed_from_its_output_to_its_outcome(serve, tmp_
 ])
 def test_what_cannot_be_followed_is_refused_in_words(served, words, complaint):
     assert_complaint(at(served, *words, stdin=b"x\n"), 2, complaint)
+
+
+STEP = '"$INTENT_PYTHON" "$INTENT_BUS_PROGRAM" step'
+
+
+@POSIX
+def test_an_attempt_goes_on_after_the_steps_that_are_done(served, command, tmp_path):
+    ran, text = tmp_path / "ran", f"""#!/bin/sh
+        set -e
+        one=$({STEP} one -- sh -c 'echo one >>{tmp_path}/ran; printf "a\\n\\303\\244"')
+        printf %s "$INTENT_CLAIM_TOKEN" >{tmp_path}/token
+        [ "$INTENT_ATTEMPT" -gt 1 ] || exec {STEP} two -- sh -c 'echo two >>{tmp_path}/ran; exit 7'
+        {STEP} two -- sh -c 'echo two >>{tmp_path}/ran'
+        echo "$one"
+    """
+    id = served.publish(backoff_base=1)
+    program = intentbus.Program([script(tmp_path, text)], variables=dict(
+        PYTHON=sys.executable, BUS_PROGRAM=PROGRAM, BUS_URL=served.url))
+    work(served, "g", program)
+    assert not os.path.exists(intentbus.steps_folder((tmp_path / "token").read_text()))
+    assert served.client.get_status(id).last_error == "exit code 7" and ran.read_text() == "one\ntwo\n"
+    served.client.cancel(id), served.client.retry(id)
+    work(served, "g", intentbus.Program([script(tmp_path, text.replace("-gt 1", "-gt 0"))], variables=dict(
+        PYTHON=sys.executable, BUS_PROGRAM=PROGRAM, BUS_URL=served.url)))
+    assert served.client.get_result(id).result == "a\n\u00e4" and ran.read_text() == "one\ntwo\ntwo\n"
+    assert re.search(r"^step one +attempt 1, 0\.\d s\nstep two +attempt 1, 0\.\d s$", command("show", id)[1], re.M)
+    assert command("retry", "--goal", "g", "--from-start")[0] == 2
+
+
+@POSIX
+@pytest.mark.parametrize("text, status, words", [
+    (f"{STEP} a -- true; {STEP} a -- true", "open", "exit code 2: intentbus: This run has a step 'a' already"),
+    (f"{STEP} a -- head -c 65537 /dev/zero", "open", "exit code 1: intentbus: the step is not recorded: its output is no text of at most 65536"),
+    (f"{STEP} a -- printf '\\377'", "open", "exit code 1: intentbus: the step is not recorded: its output is no text of"),
+    (f"{STEP} a -- no-such-program || exit 9", "open", "exit code 9: intentbus: no-such-program cannot be run: No such file"),
+    (f"TMPDIR=. INTENT_CLAIM_TOKEN=wrong {STEP} a -- true", "open", None),
+    (f"INTENT_BUS_URL=http://127.0.0.1:9 INTENT_CLAIM_TIMEOUT=0 {STEP} a -- true", "open", None),
+    ("exit 75", "open", None),
+    ("[ -z \"$INTENT_API_KEY$BUS_SECRET\" ] && [ -n \"$INTENT_CLAIM_TOKEN\" ]", "fulfilled", None),
+], ids=["twice", "long", "binary", "missing", "lost", "away", "postponed", "no key"])
+def test_a_step_that_cannot_be_done_says_why(served, tmp_path, monkeypatch, text, status, words):
+    monkeypatch.setenv("INTENT_API_KEY", KEY)
+    monkeypatch.chdir(tmp_path)
+    id = served.publish()
+    work(served, "g", intentbus.Program([script(tmp_path, "#!/bin/sh\n" + text)], variables=dict(
+        PYTHON=sys.executable, BUS_PROGRAM=PROGRAM, BUS_URL=served.url)))
+    found = served.client.get_result(id)
+    assert found.status == status and (found.last_error or "").startswith(words or "")
+    if status == "open" and not words:
+        assert found.claim_attempts == 0 and found.run_at >= time.time() + 3, "released, not counted, and not at once again"
+    assert len(served.ask("GET", f"/admin/intents/{id}").json["steps"]) == ("already" in (words or "")), "only the first of two is recorded"
+
+
+def test_steps_of_a_python_handler_are_json_values(served):
+    served.publish(max_attempts=5, backoff_base=1)
+    calls = []
+
+    def handler(payload, lease):
+        first = lease.step("first", lambda: calls.append(1) or {"n": [1.5, None, "\u00e4"]})
+        if len(calls) == 1:
+            calls.append("failed")
+            raise OSError("no")
+        if calls[-1] == "failed":
+            calls.append("twice")
+            lease.step("first", lambda: 1)
+        return first
+    for _ in range(3):
+        served.client.listen("g", handler, with_lease=True, drain=True)
+        for id in [intent.id for intent in served.client.list(status="delayed").intents]:
+            served.client.cancel(id), served.client.retry(id)
+    assert served.client.list().intents[0].status == "fulfilled" and calls == [1, "failed", "twice"]
+    assert served.client.get_result(served.client.list().intents[0].id).result == {"n": [1.5, None, "\u00e4"]}
 
 
 @SLOW
@@ -12957,6 +13140,67 @@ def test_the_readme_on_being_told_when_it_is_done(serve):
     for command in (failing, *(line[2:] for line in lines[3:] if line[:2] == "$ ")):
         said = shell(serve, command, **bare)
     assert said.stdout[19:] == "  backup: dead: no disk\n"
+
+
+@SLOW
+@LINUX
+def test_backups_in_steps_survive_two_hundred_kills(tmp_path):
+    """Handlers, the workers of two machines, and the bus are killed at random; then all goes on to its end."""
+    chance, folders = random.Random(5), [tmp_path / name for name in ("photos", "nas", "bin", "one", "two")]
+    photos, nas, programs, *machines = folders
+    for folder in folders:
+        folder.mkdir()
+    for number in range(20):
+        (photos / f"{number}.jpg").write_bytes(chance.randbytes(20_000))
+    for name in ("tar", "gzip", "cp"):     # each tells of its start, and takes its time
+        script(programs, f"""#!/bin/sh
+            echo "$INTENT_ID {name} $BACKUP_MACHINE $(date +%s.%N)" >>{tmp_path}/ran
+            sleep 0.1
+            exec {shutil.which(name)} "$@"
+        """, name)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    serving = Serve(tmp_path, "--db", "bus.db", "--port", str(port))
+    wanted = dict(goal="backup", payload={"folder": str(photos), "to": str(nas)}, max_attempts=20, backoff_base=1)
+    ids = serving.client.publish_many([wanted] * 60).ids
+
+    def worker(machine):
+        return subprocess.Popen([*COMMAND, "work", "-j", "3", "--goal", "backup", "--lease", "10s", "--poll", "0.1s", "--kill-after", "0.1s",
+                                 "--", HERE / "examples" / "backup_in_steps.sh"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                env=dict(serving.env, BACKUP_MACHINE=machine.name, BACKUP_WORK=str(machine), PATH=f"{programs}:{os.environ['PATH']}"))
+    workers, kills = [worker(machine) for machine in machines], collections.Counter()
+    while sum(kills.values()) < 200 and serving.client.admin("summary")["intents"]["default"].get("fulfilled", 0) < len(ids):
+        threading.Event().wait(chance.uniform(0, 0.3))
+        victim = chance.choices(("handler", "worker", "bus"), (16, 1, 3))[0]
+        if victim == "handler":
+            with contextlib.suppress(ProcessLookupError, IndexError):
+                os.kill(chance.choice(left_behind("")), signal.SIGKILL)     # of any intent
+                kills[victim] += 1
+        elif victim == "worker":
+            number = chance.randrange(2)
+            workers[number].kill()
+            workers[number].wait()
+            workers[number] = worker(machines[number])
+            kills[victim] += 1
+        else:
+            serving.kill()
+            serving = Serve(tmp_path, "--db", "bus.db", "--port", str(port))
+            kills[victim] += 1
+    wait_until(lambda: serving.client.admin("summary")["intents"]["default"] == {"fulfilled": len(ids)}, seconds=600)
+    for process in workers:
+        process.terminate()
+        process.wait(20)
+    done = {(id, step.name): step.done_at for id in ids for step in serving.client.get_result(id).steps}
+    runs = [line.split() for line in (tmp_path / "ran").read_text().splitlines()]
+    names = dict(tar="dump on {}", gzip="compress on {}", cp="upload")
+    again = [run for id, program, machine, at in runs for run in [(id, names[program].format(machine))] if float(at) > done.get(run, float("inf")) + 0.01]
+    figure("backups in steps", f"{dict(kills)} killed; {len(runs)} runs of steps for {len(ids)} backups of {len(done)} steps, {len(again)} after their record")
+    assert again == []
+    for id in ids:
+        with tarfile.open(nas / f"backup-{id}.tar.gz") as archive:
+            assert {name.name[2:]: archive.extractfile(name).read() for name in archive if name.isfile()} == {
+                path.name: path.read_bytes() for path in photos.iterdir()}
+    serving.kill()
 
 
 @SLOW
