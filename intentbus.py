@@ -45,6 +45,11 @@ The parts, top to bottom; each uses only the parts above it:
     20. Commands      the command line
 """
 
+# The public names are typed, for users whose checkers are strict; the rest is not.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-any-generics, no-check-untyped-defs, no-warn-return-any
+# pyright: basic, analyzeUnannotatedFunctions=false
+from __future__ import annotations
+
 import argparse
 import base64
 import codecs
@@ -76,6 +81,12 @@ import warnings
 __version__ = "1.0.0"
 __all__ = ["API", "Bus", "Clock", "Database", "Error", "Intent", "IntentClient", "Keys", "Record", "Reject", "Store",
            "Worker", "listen", "main"]
+
+TYPE_CHECKING = False     # type checkers take it for true; importing typing would cost each start 4 ms
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from types import FrameType
+    from typing import Any, Literal, Union
 
 
 # ---- 1. Settings ----
@@ -250,7 +261,8 @@ class Error(Exception):
     status, code = 500, "internal_error"
     delay_seconds = 0
 
-    def __init__(self, message="Something went wrong inside the bus; its log has the details.", code=None, headers=(), **details):
+    def __init__(self, message: str = "Something went wrong inside the bus; its log has the details.", code: str | None = None,
+                 headers: Iterable[tuple[str, str]] = (), **details: Any) -> None:
         super().__init__(message)
         self.code = code or self.code
         self.headers, self.details = headers, details
@@ -395,18 +407,18 @@ def without_mark(data):
     return data[3:] if data.startswith(codecs.BOM_UTF8) else data
 
 
-class Record(dict):
+class Record(dict[str, "Any"]):
     """A dict whose keys read as attributes too: record["id"] is record.id."""
 
     __slots__ = ()
 
-    def __getattr__(self, key):
+    def __getattr__(self, key: str) -> Any:
         try:
             return self[key]
         except KeyError:
             raise AttributeError(f"there is no {key} in this {type(self).__name__}") from None
 
-    def pick(self, keys):
+    def pick(self, keys: Iterable[str]) -> Record:
         """Return a record of these keys only."""
         return Record((key, self[key]) for key in keys)
 
@@ -2205,7 +2217,7 @@ class EventLog:
 # changes something is one block of the round; a verb that looks reads committed state, and changes nothing.
 
 Limits = collections.namedtuple("Limits", "unfinished stored_bytes")
-UNCHANGED = object()     # the default of an argument that can be None
+UNCHANGED: Any = object()     # the default of an argument that can be None
 Claim = collections.namedtuple("Claim", "lanes namespace goals worker_id lease token repeatable worker_name version")
 DEATHS = "intent.dead"     # the goal of the intents that announce deaths
 EVERYONE = "*"             # the owner of a viewer's key that sees the intents of all owners
@@ -6721,14 +6733,14 @@ CURES = {     # by the class of an error, and for a certificate by its code in O
 
 
 def proxy_to(parts):
-    """Return (host and port, headers with the credentials) of the proxy to a bus, or (None, None).
+    """Return (host and port, headers with the credentials) of the proxy to a bus, or None.
 
     Environment variables such as https_proxy or the system name it. Raises SetupError for one that is no HTTP proxy.
     """
     import urllib.request
     proxy = urllib.request.getproxies().get(parts.scheme, "")
     if not proxy or urllib.request.proxy_bypass(parts.netloc):
-        return None, None
+        return None
     kind, _, address = proxy.strip().rpartition("://")
     credentials, _, place = address.rstrip("/").rpartition("@")
     variable = f"{parts.scheme}_proxy"
@@ -6914,12 +6926,10 @@ def time_left(deadline):
 
 
 class KeptConnection:
-    """A handler of urllib's OpenerDirector that keeps a connection of each thread open; urllib's own close it each time.
+    """Sends requests and keeps a connection of each thread open; it follows no redirect, which would pass the key on.
 
-    `open` of the opener returns an Exchange, whose content is complete. Its timeout bounds all of the exchange.
+    http.client is enough for this: urllib.request takes 5 ms more to load.
     """
-
-    handler_order = 500     # as that of urllib's own handlers
 
     def __init__(self, proxy, context):
         """Connect through a proxy, as (host and port, credentials), or directly; context is that of ssl."""
@@ -6927,45 +6937,41 @@ class KeptConnection:
         self._context = context
         self._kept = threading.local()
 
-    def add_parent(self, opener):
-        """Be added to an opener."""
+    def ask(self, method, url, data=None, headers=(), timeout=CLIENT_SECONDS):
+        """Send a request and return an Exchange, whose content is complete; the timeout bounds all of it.
 
-    def http_open(self, request):
-        """Send a request and receive the answer; a connection that has gone stale is replaced.
-
-        The same bytes are sent again then. The nonce in them keeps the bus from doing the work of a request twice.
+        A connection that has gone stale is replaced, and the same bytes are sent again. The nonce in them keeps the bus from
+        doing the work of a request twice.
         """
         import http.client
-        deadline = steady_clock() + request.timeout
-        place = (os.getpid(), request.type, request.host)     # a forked process has connections of its own
+        deadline = steady_clock() + timeout
+        scheme, _, rest = url.partition("://")
+        host, slash, path = rest.partition("/")
+        place = (os.getpid(), scheme, host)     # a forked process has connections of its own
+        request = (method, url if self._proxy and scheme == "http" else slash + path, data, dict(headers))
         kept = vars(self._kept).pop("connection", None)
         if kept and kept.place == place and steady_clock() - kept.used_at < KEPT_SECONDS:
             try:
                 return self._exchange(kept, request, deadline)
             except (OSError, http.client.HTTPException):
                 time_left(deadline)     # raises the error of a timeout again
-        return self._exchange(OpenConnection(place, self._connection(request)), request, deadline)
+        return self._exchange(OpenConnection(place, self._connection(scheme, host)), request, deadline)
 
-    https_open = http_open
-
-    def _connection(self, request):
+    def _connection(self, scheme, host):
         import http.client
-        host, credentials = self._proxy or (request.host, None)
-        if request.type == "http":
-            return http.client.HTTPConnection(host)
-        connection = http.client.HTTPSConnection(host, context=self._context)
+        through, credentials = self._proxy or (host, None)
+        if scheme == "http":
+            return http.client.HTTPConnection(through)
+        connection = http.client.HTTPSConnection(through, context=self._context)
         if self._proxy:
-            connection.set_tunnel(request.host, headers=credentials)
+            connection.set_tunnel(host, headers=credentials)
         return connection
 
     def _exchange(self, kept, request, deadline):
         import http.client
-        link = kept.link
-        headers = dict(request.header_items())
-        target = request.selector
-        if self._proxy and request.type == "http":
-            target = request.full_url
-            headers.update(self._proxy[1])
+        link, (method, target, data, headers) = kept.link, request
+        if self._proxy and not target.startswith("/"):
+            headers = {**headers, **self._proxy[1]}
         link.response_class = lambda sock, *rest, **options: http.client.HTTPResponse(TimedReader(sock, deadline), *rest, **options)
         link.timeout = time_left(deadline)
         if link.sock:
@@ -6974,7 +6980,7 @@ class KeptConnection:
             link.connect()
         parts = []
         link.send = parts.append     # http.client would send head and body apart, and the bus would receive twice
-        link.request(request.get_method(), target, request.data, headers)
+        link.request(method, target, data, headers)
         del link.send
         link.send(b"".join(parts))
         with link.getresponse() as response:
@@ -7157,6 +7163,84 @@ def process_name(program=None):
     return label(words.encode("ascii", "replace").decode())[:64 - len(number)] + number
 
 
+def present(**fields: Any) -> dict[str, Any]:
+    """Return the fields that are not None; the bus has defaults for the others."""
+    return {field: value for field, value in fields.items() if value is not None}
+
+
+if TYPE_CHECKING:     # what is in the answers; at run time each is a plain Record
+    Goals = Union[str, Sequence[str], None]     # None: any goal
+    Visibility = Literal["private", "public"]
+    ResultType = Literal["json", "text"]
+    Status = Literal["open", "claimed", "fulfilled", "dead"]
+    ListedStatus = Literal[Status, "delayed"]
+
+    class Published(Record):
+        id: str     # None while it is in a spool, with the status "spooled" and the reason
+        status: str
+        namespace: str
+        listening: int | None     # None at an older bus
+        never_claimed: bool | None
+
+    class Claimed(Record):
+        id: str
+        namespace: str
+        goal: str
+        payload: Any
+        claim_attempts: int
+        max_attempts: int
+        priority: int
+        target_worker: str | None
+        required_capability: str | None
+        claim_token: str
+        claim_timeout: float
+        claim_expires_at: float
+        created_at: float
+
+    class Ended(Record):
+        id: str
+        status: str
+        run_at: float | None
+        next: Claimed | None     # with next_claim
+
+    class Attempt(Record):
+        attempt: int
+        worker: str | None
+        claimed_at: float | None
+        ended_at: float
+        outcome: Literal["failed", "lost", "released"]
+        error: str | None
+
+    class State(Record):
+        id: str
+        namespace: str
+        goal: str
+        status: Status
+        priority: int
+        visibility: Visibility
+        claim_attempts: int
+        max_attempts: int
+        run_at: float
+        claim_expires_at: float | None
+        target_worker: str | None
+        required_capability: str | None
+        created_at: float
+        completed_at: float | None
+        last_error: str | None
+        claimed_at: float | None
+        worker: str | None
+        schedule: str | None
+
+    class Result(State):
+        result: Any
+        result_type: ResultType | None
+        history: list[Attempt]
+
+    class Page(Record):
+        intents: list[State]
+        next: str | None
+
+
 class IntentClient:
     """A client of a bus: the verbs of Bus, over HTTP.
 
@@ -7172,8 +7256,8 @@ class IntentClient:
     reported, not claimed again.
     """
 
-    def __init__(self, base_url=None, api_key=None, timeout=CLIENT_SECONDS, namespace=None, ca=None, spool=None, send_key=False):
-        import urllib.request     # 14 ms with the modules that it loads, which only a client needs
+    def __init__(self, base_url: str | None = None, api_key: str | None = None, timeout: float = CLIENT_SECONDS,
+                 namespace: str | None = None, ca: str | None = None, spool: str | None = None, send_key: bool = False) -> None:
         joined = read_settings()
         given = (base_url or "").strip() or os.environ.get("INTENT_BUS_URL", "").strip()
         self.base_url = (given or joined.get("url") or URL).rstrip("/")
@@ -7189,7 +7273,7 @@ class IntentClient:
         self._key = key
         ca = ca or joined.get("ca")
         self.key_name = key_name(key)
-        self._spooler = spool and Spooler(self, spool, self.key_name)
+        self._spooler = Spooler(self, spool, self.key_name) if spool else None
         local = LOOPBACK.fullmatch(parts.hostname)
         issued = ISSUED.fullmatch(self._key)
         self._key_id = issued[1] if issued else "owner"
@@ -7199,24 +7283,35 @@ class IntentClient:
         self._publisher = self._key if send_key else self._key_id     # older buses know no ids
         self._known_newer = False     # than an Intent Bus 7
         self._clock_offset = 0     # seconds
-        self._proxy, credentials = (None, None) if local else proxy_to(parts)
-        self._opener = urllib.request.OpenerDirector()     # follows no redirects, which would pass the key on
-        self._opener.add_handler(KeptConnection(self._proxy and (self._proxy, credentials), client_tls_context(ca) if ca else None))
+        proxy = None if local else proxy_to(parts)
+        self._proxy = proxy and proxy[0]
+        self._connections = KeptConnection(proxy, client_tls_context(ca) if ca else None)
 
     @property
-    def spool(self):
+    def spool(self) -> Any:
         """The Spool, or None; raises SetupError if it cannot be opened."""
-        return self._spooler and self._spooler.spool
+        return self._spooler.spool if self._spooler else None
 
-    def publish(self, goal, payload, *, idempotency_key=None, **fields):
-        """Publish an intent with the fields of Bus.publish; it is stored once, however often the request is repeated."""
-        body = dict(dict(goal=goal, payload=payload, namespace=self.namespace), **fields)
+    def publish(self, goal: str, payload: Any, *, namespace: str | None = None, priority: int | None = None,
+                delay: float | None = None, run_at: float | None = None, ttl: float | None = None, max_attempts: int | None = None,
+                backoff_base: float | None = None, target_worker: str | None = None, required_capability: str | None = None,
+                visibility: Visibility | None = None, unique: str | None = None, replace: bool | None = None,
+                on_success: str | None = None, on_failure: str | None = None, idempotency_key: str | None = None) -> Published:
+        """Publish an intent; it is stored once, however often the request is repeated.
+
+        delay, ttl and backoff_base are seconds, run_at is Unix seconds; None is the default of the bus.
+        """
+        body = present(goal=goal, namespace=namespace or self.namespace, priority=priority, delay=delay, run_at=run_at, ttl=ttl,
+                     max_attempts=max_attempts, backoff_base=backoff_base, target_worker=target_worker, unique=unique,
+                     required_capability=required_capability, visibility=visibility, replace=replace, on_success=on_success,
+                     on_failure=on_failure)
+        body["payload"] = payload
         answer = self._publish("/intent", body, idempotency_key)
         if body.get("ttl") is not None and answer.id and answer.listening is None:
             warnings.warn(f"{self.base_url} is an older bus, which ignores a ttl: the intent is published without")
         return answer
 
-    def publish_many(self, intents, *, idempotency_key=None):
+    def publish_many(self, intents: Iterable[Mapping[str, Any]], *, idempotency_key: str | None = None) -> Record:
         """Publish up to 1,000 intents, each a dict of the arguments of publish, all or none; return {"ids"}."""
         bodies = [dict({"namespace": self.namespace}, **intent) for intent in intents]
         return self._publish("/intents", bodies, idempotency_key)
@@ -7227,7 +7322,7 @@ class IntentClient:
             raise Invalid("An idempotency key is 1 to 255 printable ASCII characters.", code="invalid_idempotency_key")
         return self._spooler.publish(path, body, key) if self._spooler else self.publish_once(path, body, key)
 
-    def publish_once(self, path, body, idempotency_key, retries=RETRIES):
+    def publish_once(self, path: str, body: Any, idempotency_key: str, retries: int = RETRIES) -> Any:
         """Send a publish, with its idempotency key where the signature covers it, and in the header that older buses read."""
         if path == "/intents":
             return self.request("POST", path, body, query=dict(idempotency_key=idempotency_key), retries=retries)
@@ -7237,12 +7332,13 @@ class IntentClient:
         return self.request("POST", path, dict(body, idempotency_key=idempotency_key), retries=retries,
                             headers={"Idempotency-Key": idempotency_key})
 
-    def flush(self):
+    def flush(self) -> int:
         """Send the spooled requests and return how many the bus accepted; a request that it refuses is not sent again."""
         return self._spooler.flush() if self._spooler else 0
 
-    def claim(self, goal=None, *, namespace=None, publisher=None, worker_id=None, capabilities=(), wait=0, lease=None,
-              claim_token=None, worker_name=None):
+    def claim(self, goal: Goals = None, *, namespace: str | None = None, publisher: str | None = None, worker_id: str | None = None,
+              capabilities: Iterable[str] = (), wait: float = 0, lease: float | None = None, claim_token: str | None = None,
+              worker_name: str | None = None) -> Claimed | None:
         """Claim an intent; return None if there is none within wait seconds.
 
         A claim whose answer is lost is repeated; with a claim_token, 32 to 64 random characters, by the caller only.
@@ -7262,11 +7358,12 @@ class IntentClient:
                     publisher=self._publisher if publisher == self._key else publisher,
                     capabilities=",".join(capabilities) or None)
 
-    def extend_claim(self, intent_id, claim_token=None, seconds=LEASE_SECONDS):
+    def extend_claim(self, intent_id: str, claim_token: str | None = None, seconds: float = LEASE_SECONDS) -> Record:
         """Extend a lease, so that it ends seconds from now; raises NotFound if it is lost."""
         return self.request("POST", f"/extend_claim/{intent_id}", dict(claim_token=claim_token, seconds=seconds), retries=0)
 
-    def fulfill(self, intent_id, claim_token=None, result=None, result_type="json", next_claim=None):
+    def fulfill(self, intent_id: str, claim_token: str | None = None, result: Any = None, result_type: ResultType = "json",
+                next_claim: Mapping[str, Any] | None = None) -> Ended:
         """Report that the work is done.
 
         With next_claim, arguments of claim() but wait, the same request claims: next of the answer is an intent or None.
@@ -7274,11 +7371,13 @@ class IntentClient:
         return self._report("fulfill", intent_id, next_claim, self._spooler, claim_token=claim_token, result=result,
                             result_type=result_type)
 
-    def fail(self, intent_id, claim_token=None, error=None, retry=True, next_claim=None):
+    def fail(self, intent_id: str, claim_token: str | None = None, error: str | None = None, retry: bool = True,
+             next_claim: Mapping[str, Any] | None = None) -> Ended:
         """Report that the work has failed; with retry=False the intent is dead at once. next_claim is as in fulfill()."""
         return self._report("fail", intent_id, next_claim, self._spooler, claim_token=claim_token, error=error, retry=retry)
 
-    def release(self, intent_id, claim_token=None, delay=0, next_claim=None):
+    def release(self, intent_id: str, claim_token: str | None = None, delay: float = 0,
+                next_claim: Mapping[str, Any] | None = None) -> Ended:
         """Hand an intent back without counting the attempt; it can be claimed again after delay seconds.
 
         An older bus takes none back; there it is failed for a retry.
@@ -7302,94 +7401,113 @@ class IntentClient:
                                 query=dict(self._claim_query(**wanted), next=1))
         return spooler.report(path, body, intent_id, send) if spooler else send()
 
-    def get_status(self, intent_id):
+    if TYPE_CHECKING:     # the function listen() of part 18
+        def listen(self, goal: Goals, handler: Callable[[Any], object], *, full_envelope: bool = False,
+                   concurrency: int = 1, lease: float = LEASE_SECONDS, max_jobs: int | None = None, max_time: float | None = None,
+                   drain: bool = False, poll: float = POLL_SECONDS, on_message: Callable[[str], object] = lambda sentence: None,
+                   namespace: str | None = None, publisher: str | None = None, worker_id: str | None = None,
+                   capabilities: Iterable[str] | None = None, worker_name: str | None = None) -> None: ...
+
+    def get_status(self, intent_id: str) -> State:
         """Return the state of an intent."""
         return self.request("GET", f"/status/{intent_id}")
 
-    def get_result(self, intent_id, wait=0):
+    def get_result(self, intent_id: str, wait: float = 0) -> Result:
         """Return the state of an intent with its result, as soon as it has ended or after wait seconds."""
         return self.request("GET", f"/result/{intent_id}", wait=wait)
 
-    def inspect(self, intent_id):
+    def inspect(self, intent_id: str) -> Result:
         """Return all that this key may see of an intent: as an admin everything, otherwise the fields of get_result()."""
         with contextlib.suppress(NotFound, OlderBus):     # an older bus does not tell who is an admin
             if secret_in("BUS_ADMIN_SECRET") or secret_in("DASHBOARD_PASSWORD") or self.who_am_i().admin:
                 return self.admin(f"intents/{intent_id}")
         return self.get_result(intent_id)
 
-    def list(self, *, status=None, goal=None, namespace=None, limit=50, before=None, payload=False, search=None):
+    def list(self, *, status: ListedStatus | None = None, goal: str | None = None, namespace: str | None = None, limit: int = 50,
+             before: str | None = None, payload: bool = False, search: str | None = None) -> Page:
         """Return {"intents", "next"}, newest first; next is the value of before for the next page, or None."""
         return self.request("GET", "/intents", query=dict(status=status, goal=goal, namespace=namespace, limit=limit, search=search,
                                                           before=before, payload="1" if payload else None))
 
-    def workers(self):
+    def workers(self) -> Record:
         """Return {"workers"}: the workers that lately asked for work, the latest first."""
         return self.request("GET", "/workers")
 
-    def events(self, after=None, wait=0):
+    def events(self, after: int | None = None, wait: float = 0) -> Record:
         """Return {"events", "next", "missed"}: the events after a number, or from now on; next is the next value of after."""
         return self.request("GET", "/events", query=dict(after=after), wait=wait)
 
-    def who_am_i(self):
+    def who_am_i(self) -> Record:
         """Return {"key_id", "owner", "role", "goals", "expires_at", "payloads", "admin", "now"} of the key of this client."""
         return self.request("GET", "/whoami", retries=0)
 
-    def join(self, code):
+    def join(self, code: str) -> Record:
         """Exchange the code of an invitation for a key; return {"api_key", "key_id", "name", "owner", "role"}."""
         return self.request("POST", "/join", dict(code=code), retries=0)
 
-    def cancel(self, intent_id):
+    def cancel(self, intent_id: str) -> Ended:
         """Cancel an unfinished intent; raises Conflict if it has ended."""
         return self.request("POST", f"/cancel/{intent_id}", retries=0)
 
-    def retry(self, intent_id=None, *, goal=None, namespace=None, limit=1000, count=False, until=None):
+    def retry(self, intent_id: str | None = None, *, goal: str | None = None, namespace: str | None = None, limit: int = 1000,
+              count: bool = False, until: float | None = None) -> Record:
         """Reopen a dead intent, or up to limit dead intents of a goal or namespace; or count these, as Bus.retry_many does."""
         if intent_id is not None:
             return self.request("POST", f"/retry/{intent_id}", retries=0)
         more = {} if not count and until is None else dict(count=count, until=until)     # unknown to older buses
         return self.request("POST", "/retry", dict(more, goal=goal, namespace=namespace, limit=limit), retries=0)
 
-    def schedule(self, name, goal, payload, **fields):
-        """Publish an intent again and again, with the fields of Bus.schedule; return {"name", "next_run_at", "status"}."""
-        return self.request("POST", f"/schedule/{name}", dict(dict(goal=goal, payload=payload, namespace=self.namespace), **fields))
+    def schedule(self, name: str, goal: str, payload: Any, *, every: float | None = None, cron: str | None = None,
+                 timezone: str | None = None, overlap: Literal["skip", "allow"] | None = None, paused: bool | None = None,
+                 owner: str | None = None, namespace: str | None = None, priority: int | None = None, ttl: float | None = None,
+                 max_attempts: int | None = None, backoff_base: float | None = None, target_worker: str | None = None,
+                 required_capability: str | None = None, visibility: Visibility | None = None, on_success: str | None = None,
+                 on_failure: str | None = None) -> Record:
+        """Publish an intent every so many seconds, or at the times of a cron expression; return {"name", "next_run_at", "status"}."""
+        body = present(goal=goal, namespace=namespace or self.namespace, every=every, cron=cron, timezone=timezone, overlap=overlap,
+                     paused=paused, owner=owner, priority=priority, ttl=ttl, max_attempts=max_attempts, backoff_base=backoff_base,
+                     target_worker=target_worker, required_capability=required_capability, visibility=visibility,
+                     on_success=on_success, on_failure=on_failure)
+        body["payload"] = payload
+        return self.request("POST", f"/schedule/{name}", body)
 
-    def schedules(self, owner=None):
+    def schedules(self, owner: str | None = None) -> Record:
         """Return {"schedules"}, each with next_run_at, last_run_at and the last_id that it published."""
         return self.request("GET", "/schedules", query=dict(owner=owner))
 
-    def unschedule(self, name, owner=None):
+    def unschedule(self, name: str, owner: str | None = None) -> Record:
         """Delete a schedule; raises NotFound."""
         return self.request("POST", f"/unschedule/{name}", dict(owner=owner), retries=0)
 
-    def run(self, name, owner=None):
+    def run(self, name: str, owner: str | None = None) -> Published:
         """Publish the intent of a schedule now, besides its runs, and return {"id", "status", "namespace"}."""
         return self.request("POST", f"/run/{name}", dict(owner=owner), retries=0)
 
-    def set(self, key, value, ttl=VALUE_TTL_SECONDS, if_absent=False):
+    def set(self, key: str, value: Any, ttl: float = VALUE_TTL_SECONDS, if_absent: bool = False) -> Record:
         """Store a JSON value for ttl seconds; with if_absent, raises Conflict if the key is taken, so it serves as a lock."""
         if if_absent:
             self._require_newer("store it though the key may be taken")
         body = dict(value=value, ttl=ttl, if_absent=if_absent)
         return self.request("POST", f"/set/{key}", body, retries=0 if if_absent else RETRIES)
 
-    def get(self, key):
+    def get(self, key: str) -> Any:
         """Return the value of a key; raises NotFound."""
         return self.request("GET", f"/get/{key}").value
 
-    def delete(self, key):
+    def delete(self, key: str) -> Record:
         """Delete a key; return {"deleted"}, whether it had a value."""
         return self.request("POST", f"/delete/{key}", retries=0)
 
-    def limit(self, goal, running=UNCHANGED, paused=None, namespace=None):
+    def limit(self, goal: str, running: int | None = UNCHANGED, paused: bool | None = None, namespace: str | None = None) -> Record:
         """Let at most `running` intents of a goal be claimed at once, None for any number; or pause it, or end its pause."""
         changes = {} if running is UNCHANGED else dict(running=running)
         return self._as_admin("POST", f"/limit/{goal}", dict(changes, paused=paused, namespace=namespace or self.namespace))
 
-    def limits(self):
+    def limits(self) -> Record:
         """Return {"limits"}: of each goal that is limited or paused, in any namespace, with the number of claimed intents."""
         return self._as_admin("GET", "/limits")
 
-    def admin(self, verb, **body):
+    def admin(self, verb: str, **body: Any) -> Any:
         """Call /admin/VERB; by GET if there is no body."""
         body = {field: value for field, value in body.items() if value is not None}
         if verb == "purge" and body.keys() - {"confirm", "namespace"}:     # an older bus, which would ignore these, has no summary
@@ -7416,7 +7534,8 @@ class IntentClient:
         except (NotFound, OlderBus) as error:
             raise OlderBus(f"{self.base_url} is an older bus, which would {consequence}.") from error
 
-    def request(self, method, path, body=None, *, query=None, headers=None, wait=0, retries=RETRIES):
+    def request(self, method: str, path: str, body: Any = None, *, query: Mapping[str, Any] | None = None,
+                headers: Mapping[str, str] | None = None, wait: float = 0, retries: int = RETRIES) -> Any:
         """Send a request, again after a transient error; return the answer, or None for 204.
 
         The bus may hold the request for wait seconds. The answer is a Record, or a list of Records.
@@ -7454,9 +7573,8 @@ class IntentClient:
         signature = sign(self._key, method, signed, timestamp, nonce, data or b"")
         headers = {**headers, **self._identity, "X-Timestamp": timestamp, "X-Nonce": nonce, "X-Signature": signature,
                    "User-Agent": f"intentbus/{__version__}", "Content-Type": "application/json"}
-        request = urllib.request.Request(self.base_url + target, data, headers, method=method)
         try:
-            answer = self._opener.open(request, timeout=timeout)
+            answer = self._connections.ask(method, self.base_url + target, data, headers, timeout)
         except (OSError, http.client.HTTPException) as error:
             way = f" through the proxy {self._proxy}" if self._proxy else ""
             reason, cure = reason_and_cure(error, self._proxy)
@@ -7475,7 +7593,7 @@ class IntentClient:
         if "X-Intent-Version" in headers:
             return True
         with contextlib.suppress(OSError, http.client.HTTPException):
-            answer = self._opener.open(urllib.request.Request(self.base_url + "/"), timeout=self.timeout)
+            answer = self._connections.ask("GET", self.base_url + "/", timeout=self.timeout)
             return answer.status == 200 and re.fullmatch(rb"(?i)[^<\n]{,99}intent.?bus\b[^<\n]{,99}\d\.\d[^<\n]{,99}", answer.content.strip())
         return False
 
@@ -7547,18 +7665,18 @@ class Lease:
     `broken` is None, or the reason why the handler must end: the lease is "lost", or the worker is "stopped".
     """
 
-    def __init__(self, bus, intent, seconds):
+    def __init__(self, bus: Bus | IntentClient, intent: Claimed, seconds: float) -> None:
         self._extend = functools.partial(bus.extend_claim, intent.id, intent.claim_token, seconds)
         self._interval = seconds / 3
         self._due = steady_clock() + self._interval
         self._started = time.monotonic()
-        self.broken = None
+        self.broken: str | None = None
 
-    def age(self):
+    def age(self) -> str:
         """Return the seconds since the intent was claimed, as words."""
         return f"{time.monotonic() - self._started:.1f} s"
 
-    def keep(self):
+    def keep(self) -> None:
         """Extend the lease if that is due, in a thread: a slow bus must not hold up the other leases."""
         if steady_clock() >= self._due:
             self._due = float("inf")     # until that thread ends
@@ -7587,11 +7705,15 @@ class Worker:
     the intent. Any other exception is trouble of this machine: the worker releases the intent and stops.
     """
 
-    def __init__(self, bus, goal, handler, *, concurrency=1, lease=LEASE_SECONDS, max_jobs=None, max_time=None,
-                 drain=False, poll=POLL_SECONDS, on_message=lambda sentence: None, **claim):
+    def __init__(self, bus: Bus | IntentClient, goal: Goals, handler: Callable[[Claimed, Lease], tuple[Any, ResultType]], *,
+                 concurrency: int = 1, lease: float = LEASE_SECONDS, max_jobs: int | None = None, max_time: float | None = None,
+                 drain: bool = False, poll: float = POLL_SECONDS, on_message: Callable[[str], object] = lambda sentence: None,
+                 namespace: str | None = None, publisher: str | None = None, worker_id: str | None = None,
+                 capabilities: Iterable[str] | None = None, worker_name: str | None = None) -> None:
         self._bus = bus
         self._handler = handler
-        self._wanted = dict(claim, goal=goal, lease=lease)
+        self._wanted = present(goal=goal, lease=lease, namespace=namespace, publisher=publisher, worker_id=worker_id,
+                             capabilities=capabilities and list(capabilities), worker_name=worker_name)
         self._lease_seconds = lease
         self._drain = drain
         self._poll = poll
@@ -7599,15 +7721,15 @@ class Worker:
         self._jobs = threading.Semaphore(max_jobs or sys.maxsize)     # one permit for each intent that may still be claimed
         self._deadline = time.monotonic() + (max_time or float("inf"))
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(concurrency)]
-        self._running = {}     # thread: (lease, intent)
-        self._ended = queue.SimpleQueue()     # gets an item when a handler or a thread ends, to wake run()
-        self._over = []                       # an item for each thread that has ended, save its last steps
+        self._running: dict[int, tuple[Lease, Claimed]] = {}     # by thread
+        self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()     # gets an item when a handler or a thread ends, to wake run()
+        self._over: list[None] = []     # an item for each thread that has ended, save its last steps
         self._stopping = threading.Event()
         self._failure = None
         self._trouble = None     # of the latest claim, in words
-        self.signals = []     # numbers of the signals that interrupted the worker
+        self.signals: list[int] = []     # numbers of the signals that interrupted the worker
 
-    def run(self):
+    def run(self) -> None:
         """Work until an option, interrupt() or Ctrl-C ends the worker.
 
         Raises the Error that stops it, BrokenPipeError if the reader of its output is gone, or SetupError for other trouble.
@@ -7622,7 +7744,7 @@ class Worker:
         if self._failure:
             raise SetupError(f"The worker cannot go on: {reason_of(self._failure)}.") from self._failure
 
-    def interrupt(self, signal_number=signal.SIGINT, frame=None):
+    def interrupt(self, signal_number: int = signal.SIGINT, frame: FrameType | None = None) -> None:
         """Claim nothing more and let handlers finish; when called again, end them and release their intents.
 
         HUP never counts as a second time: a terminal that closes sends it, and then its shell once more.
@@ -7790,11 +7912,15 @@ def consequence_of(answer, error, retry=True):
     return f"{when}: {lines[0]}" if len(lines) == 1 else f"{when}: {lines[0].partition(': ')[0]}: {lines[-1]}"
 
 
-def listen(bus, goal, handler, *, full_envelope=False, **options):
+def listen(bus: Bus | IntentClient, goal: Goals, handler: Callable[[Any], object], *, full_envelope: bool = False,
+           concurrency: int = 1, lease: float = LEASE_SECONDS, max_jobs: int | None = None, max_time: float | None = None,
+           drain: bool = False, poll: float = POLL_SECONDS, on_message: Callable[[str], object] = lambda sentence: None,
+           namespace: str | None = None, publisher: str | None = None, worker_id: str | None = None,
+           capabilities: Iterable[str] | None = None, worker_name: str | None = None) -> None:
     """Call handler(payload) for each intent of a goal, until Ctrl-C; with full_envelope, handler(intent).
 
-    It returns the result, any JSON value. False or an exception fails the intent, Reject fails it for good. options are
-    those of Worker and of claim.
+    It returns the result, any JSON value. False or an exception fails the intent, Reject fails it for good. The other
+    arguments are those of Worker and of claim.
     """
     def run(intent, lease):
         try:
@@ -7807,10 +7933,12 @@ def listen(bus, goal, handler, *, full_envelope=False, **options):
         if result is False:
             raise HandlerFailed("The handler returned False.")
         return result, "json"
-    Worker(bus, goal, run, **options).run()
+    Worker(bus, goal, run, concurrency=concurrency, lease=lease, max_jobs=max_jobs, max_time=max_time, drain=drain, poll=poll,
+           on_message=on_message, namespace=namespace, publisher=publisher, worker_id=worker_id, capabilities=capabilities,
+           worker_name=worker_name).run()
 
 
-IntentClient.listen = listen     # added here, since it needs the Worker
+IntentClient.listen = listen     # type: ignore   # added here, since it needs the Worker
 
 SECRET_VARIABLES = ("INTENT_API_KEY", "BUS_SECRET", "BUS_ADMIN_SECRET", "DASHBOARD_PASSWORD", "BUS_METRICS_TOKEN")
 CTRL_BREAK_EVENT = 1     # the SIGTERM of Windows; the module signal has it only there
@@ -8293,7 +8421,7 @@ EXIT_CODES = {400: 2, 401: 4, 403: 4, 404: 3, 409: 1, 413: 6, 422: 6, 429: 6}   
 INVOCATION = f"{os.path.basename(sys.executable or 'python')} {os.path.basename(__file__)}"     # how a person starts it
 UNIT_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 UNPRINTABLE = r"[^\n\t\x20-\x7e\xa0-\U0010ffff]"     # characters that can control a terminal; compiled late, which takes 3 ms
-COMMANDS = {}     # name: (function, examples, flags)
+COMMANDS: dict[str, tuple[Any, ...]] = {}     # name: (function, examples, flags)
 
 
 def escape(text, characters=CONTROL):
@@ -9399,7 +9527,7 @@ def discard_unwritten(*streams):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def main(arguments=None, open_store=sqlite_store):
+def main(arguments: Sequence[str] | None = None, open_store: Callable[[str | None], Store] = sqlite_store) -> int:
     """Run a command line, of sys.argv by default; return the exit code, and log an error as one sentence.
 
     open_store returns the Store of serve, given the value of --db or None.
@@ -9408,7 +9536,7 @@ def main(arguments=None, open_store=sqlite_store):
         start_child_of_init()
     open_missing_streams()
     warnings.showwarning = lambda message, *_: log(message)
-    if hasattr(sys.stdout, "reconfigure"):     # for characters that stdout cannot encode
+    if isinstance(sys.stdout, io.TextIOWrapper):     # for characters that stdout cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return run_command(sys.argv[1:] if arguments is None else arguments, open_store)

@@ -2,8 +2,8 @@
 
 They run the real thing: a server on port 0, processes, a SQLite file; and they see it from outside: over HTTP, or with a
 connection of their own to the file. INTENTBUS_TEST_SLOW=1 adds the slow tests. INTENTBUS_TEST_CLIENTS names a directory of
-virtual environments with the published clients. INTENTBUS_TEST_POSTGRES is the DSN of a PostgreSQL server for a second run
-of the same tests. .ci/run sets all three.
+virtual environments with the published clients, INTENTBUS_TEST_CHECKERS the directory of the programs mypy and pyright.
+INTENTBUS_TEST_POSTGRES is the DSN of a PostgreSQL server for a second run of the same tests. .ci/run sets all of them.
 """
 
 import argparse
@@ -47,6 +47,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -997,10 +998,10 @@ def sent(monkeypatch):
     """The requests that clients send; nothing leaves this machine."""
     requests = []
 
-    def open(self, request, data=None, timeout=None):
-        requests.append(request)
+    def ask(self, method, url, data=None, headers=(), timeout=None):
+        requests.append(types.SimpleNamespace(method=method, url=url, target=url[url.index("/", 8):], data=data, headers=headers))
         raise OSError("no network")
-    monkeypatch.setattr(urllib.request.OpenerDirector, "open", open)
+    monkeypatch.setattr(intentbus.KeptConnection, "ask", ask)
     monkeypatch.setattr(intentbus, "RETRY_SECONDS", 0)
     return requests
 
@@ -1009,13 +1010,13 @@ def sent_headers(sent, ask):
     """Make a client send a request, and return its headers by lower-case name."""
     with pytest.raises(intentbus.Unreachable):
         ask()
-    return {name.lower(): value for name, value in sent[-1].header_items()}
+    return {name.lower(): value for name, value in sent[-1].headers.items()}
 
 
 def signer(sent, ask, keys):
     """Make a client send a GET, and return the key that has signed it."""
     headers = sent_headers(sent, ask)
-    said = [sent[-1].get_method(), urllib.parse.urlsplit(sent[-1].full_url)]
+    said = [sent[-1].method, urllib.parse.urlsplit(sent[-1].url)]
     canonical = said[1].path + (f"?{'&'.join(sorted(said[1].query.split('&')))}" if said[1].query else "")
     return next(key for key in keys if headers["x-signature"] == signed(
         said[0], canonical, key=key, timestamp=headers["x-timestamp"], nonce=headers["x-nonce"])["X_Signature"])
@@ -9505,18 +9506,72 @@ def test_the_client_has_the_verbs_and_answers_of_the_bus(served):
 
 def test_the_verbs_of_bus_and_client_take_the_same_arguments():
     verbs = ("publish", "claim", "extend_claim", "fulfill", "fail", "release", "get_status", "get_result", "inspect", "list", "cancel",
-             "retry", "workers", "events", "schedules", "unschedule", "run", "limit", "limits")
+             "retry", "workers", "events", "schedule", "schedules", "unschedule", "run", "limit", "limits")
+    fields = {"publish": intentbus.PUBLISH, "schedule": intentbus.SCHEDULE, "claim": inspect.signature(Bus.wanted).parameters}
     for verb in verbs:
         ours, theirs = (inspect.signature(getattr(kind, verb)).parameters for kind in (Bus, IntentClient))
-        ours = {**ours, **(inspect.signature(Bus.wanted).parameters if verb == "claim" else {})}
-        assert set(theirs) - {"fields", "wait"} <= set(ours), verb
-        assert verb == "publish" or set(ours) - {"caller", "fields", "version"} <= set(theirs), verb
+        assert {*theirs} - {"wait"} == {*ours, *fields.get(verb, ())} - {"caller", "fields", "version", "reward"}, verb
+
+
+def test_all_that_a_user_calls_has_types():
+    called = [intentbus.listen, intentbus.main, Worker.__init__, Worker.run, Worker.interrupt, IntentClient.__init__, intentbus.Error.__init__,
+              *(function for name, function in vars(IntentClient).items() if name[0] != "_" and inspect.isfunction(function))]
+    for function in called:
+        missing = [name for name, found in inspect.signature(function).parameters.items() if found.annotation is found.empty]
+        assert missing in ([], ["self"]) and "return" in function.__annotations__, function.__name__
+    defined = {ast.unparse(node.args).replace("self", "bus: Bus | IntentClient") for node in ast.walk(TREE) if getattr(node, "name", "") == "listen"}
+    assert len(defined) == 1
+
+
+TYPED = """# pyright: strict
+from intentbus import IntentClient, Record, Reject, Worker, listen
+
+bus = IntentClient(spool="spool.db")
+published: str = bus.publish("resize", {"file": "a.jpg"}, priority=5, ttl=60, unique="x", replace=True).id
+print([attempt.outcome for attempt in bus.get_result(published, wait=10).history])
+print([intent.id for intent in bus.list(status="delayed", limit=3).intents])
+if claimed := bus.claim(["a", "b"], wait=20):
+    following = bus.fulfill(claimed.id, claimed.claim_token, {"size": 5}, next_claim=dict(goal="a")).next
+    print(following and following.payload)
+bus.limit("resize", None)
+def handler(payload: str) -> int:
+    if not payload:
+        raise Reject("empty")
+    return len(payload)
+bus.listen("resize", handler, max_jobs=1, on_message=print)
+listen(bus, ["resize"], handler, concurrency=4)
+Worker(bus, "resize", lambda intent, lease: (intent.id + lease.age(), "json")).run()
+owner: Record = bus.who_am_i().owner
+bus.publish("x")     # wrong
+bus.publish("x", 1, priority="high")     # wrong
+bus.publish("x", 1, priorty=1)     # wrong
+bus.list(status="opened")     # wrong
+bus.claim(goal=5)     # wrong
+bus.fulfill(published, result_type="xml")     # wrong
+bus.schedule("n", "g", 1, overlap="x")     # wrong
+bus.listen("g", handler, max_job=1)     # wrong
+bus.publish("x", 1).id.items()     # wrong
+IntentClient(timeout="5")     # wrong
+"""
+
+
+@pytest.mark.skipif(not os.environ.get("INTENTBUS_TEST_CHECKERS"), reason="INTENTBUS_TEST_CHECKERS is not set")
+@pytest.mark.parametrize("checker", ["mypy --strict", "pyright --level error"])
+def test_type_checkers_find_the_wrong_calls_and_no_other(tmp_path, checker):
+    (tmp_path / "program.py").write_text(TYPED)
+    shutil.copy(PROGRAM, tmp_path)
+    program, *options = checker.split()
+    said = subprocess.run([Path(os.environ["INTENTBUS_TEST_CHECKERS"]) / program, *options, "program.py", "intentbus.py"],
+                          cwd=tmp_path, capture_output=True, text=True).stdout
+    wrong = [number for number, line in enumerate(TYPED.splitlines(), 1) if line.endswith("# wrong")]
+    assert sorted({int(line) for line in re.findall(r"program\.py:(\d+)(?::\d+)?(?: -|:) error", said)}) == wrong, said
+    assert not re.search(r"intentbus\.py:\d+(?::\d+)?(?: -|:) error", said), said
 
 
 @pytest.mark.parametrize("cause, kind, code", [
     (lambda c: c.get_status("0" * 32), intentbus.NotFound, "not_found"),
     (lambda c: c.publish("", 1), intentbus.Invalid, "invalid_goal"),
-    (lambda c: c.publish("g", 1, priorty=1), intentbus.Invalid, "invalid_request"),
+    (lambda c: c.request("POST", "/intent", dict(goal="g", payload=1, priorty=1)), intentbus.Invalid, "invalid_request"),
     (lambda c: c.publish("g", "x" * 300_000), intentbus.PayloadTooLarge, "payload_too_large"),
     (lambda c: c.cancel(c.claim("g").id) and c.cancel(c.list().intents[0].id), intentbus.Conflict, "conflict"),
 ])
@@ -9824,7 +9879,7 @@ def test_the_key_is_sent_only_encrypted(sent, url, safe, key, key_id):
         headers = sent_headers(sent, ask)
         assert headers.get("x-api-key") == (key if safe else None) and headers.get("x-key-id") == (None if safe else key_id)
         assert {"x-timestamp", "x-nonce", "x-signature"} <= set(headers)
-        assert safe or key not in f"{headers} {sent[-1].full_url} {sent[-1].data}"
+        assert safe or key not in str(sent[-1])
 
 
 def test_the_admin_secret_is_not_sent_in_the_open(sent, monkeypatch):
@@ -9845,11 +9900,10 @@ def test_the_client_signs_any_key_of_a_value_for_it_alone(served, wsgi, monkeypa
     served.client.set("a", "untouched")
     served.client.set(key, 1)
     assert served.client.get(key) == 1
-    seen, send = [], urllib.request.OpenerDirector.open
-    monkeypatch.setattr(urllib.request.OpenerDirector, "open", lambda self, request, *rest, **options: (
-        seen.append(request), send(self, request, *rest, **options))[1])
+    seen, send = [], intentbus.KeptConnection.ask
+    monkeypatch.setattr(intentbus.KeptConnection, "ask", lambda self, *request: (seen.append(request), send(self, *request))[1])
     assert served.client.delete(key).deleted
-    target, headers = seen[0].full_url[len(served.url):], {name: value for name, value in seen[0].header_items()}
+    target, headers = seen[0][1][len(served.url):], seen[0][3]
     others = {urllib.parse.unquote(target), target.replace("%3F", "?").replace("%3D", "="), urllib.parse.quote(target)} - {target}
     for other in others:
         if re.fullmatch("[!-~]+", other) and urllib.parse.unquote(other) != urllib.parse.unquote(target):
@@ -9868,12 +9922,12 @@ def test_the_clients_say_everything_in_what_is_signed(sent, tmp_path):
                     lambda: bus.claim("g", worker_id="w", capabilities=["a"], claim_token=CLAIM_TOKEN)):
             with contextlib.suppress(intentbus.Unreachable):
                 ask()
-    headers = {name.lower() for request in sent for name, _ in request.header_items()}
+    headers = {name.lower() for request in sent for name in request.headers}
     assert headers == {"x-key-id", "x-timestamp", "x-nonce", "x-signature", "user-agent", "content-type", "idempotency-key",
                        "x-worker-name"}     # the last one is for display
-    repeated = [(request.get_header("Idempotency-key"), json.loads(request.data)) for request in sent if request.selector == "/intent"]
+    repeated = [(request.headers["Idempotency-Key"], json.loads(request.data)) for request in sent if request.target == "/intent"]
     assert repeated and all(key == body["idempotency_key"] for key, body in repeated), "older buses read the header only"
-    said = [(request.selector, json.loads(request.data)) for request in sent if request.data]
+    said = [(request.target, json.loads(request.data)) for request in sent if request.data]
     assert [body["idempotency_key"] for target, body in said if target == "/intent"].count("k") >= 2
     assert all(body["idempotency_key"] for target, body in said if target == "/intent")
     assert {target for target, body in said if isinstance(body, list)} == {"/intents?idempotency_key=k"}
