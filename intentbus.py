@@ -217,6 +217,7 @@ KEY_FILE = "~/.apikey"
 FOLDER = "~/.intentbus"             # of the files of a machine
 CONFIG_FILE = f"{FOLDER}/config.json"
 SPOOL_FILE = f"{FOLDER}/spool.db"
+LIBRARY_FILE = "~/.local/lib/intentbus/intentbus.py"     # the copy of this file that the launcher of install starts
 SPOOL_CHECK_SECONDS = 0.02          # between two looks whether another process still sends the spool
 SPOOL_LOCK_SECONDS = 30             # how long a process waits for another that writes to the spool
 POSIX = os.name == "posix"          # or Windows
@@ -235,6 +236,8 @@ STREAM_SECONDS = 1                  # publish --lines sends the lines of a strea
 READ_AHEAD_LINES = 100              # of stdin, at most 25 MB
 JOBS = 256                          # of one worker; each is a thread and a program
 DOCTOR_SECONDS = 10                 # for the bus to answer a doctor
+COMPLETION_SECONDS = 1              # for the bus to answer a shell, whose user has pressed Tab
+COMPLETION_INTENTS = 200            # the newest, whose goals and ids a shell completes
 KEY_ENDS_SECONDS = 7 * 86400        # a doctor warns that long before a key ends: time to bring a new one to a machine
 TERMUX_SECONDS = 10                 # for Termux:API to answer; without its app it never does
 HANDLER_SECONDS = 300               # a handler that runs for longer has hung
@@ -6514,18 +6517,22 @@ def read_settings():
 
 
 def write_settings(url, key, ca):
-    """Save the bus that this machine has joined; after a crash, the file has either the old settings or the new ones."""
-    path = in_home(CONFIG_FILE)
+    """Save the bus that this machine has joined."""
+    replace_file(in_home(CONFIG_FILE), to_json(dict(url=url, key=key, ca=ca and os.path.abspath(ca))) + "\n", 0o600)
+
+
+def replace_file(path, text, mode):
+    """Write a file; after a crash, it has either the old text or the new one. Raises SetupError."""
     make_parent_folder(path)
     temporary = f"{path}.{os.getpid()}"
     try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-            file.write(to_json(dict(url=url, key=key, ca=ca and os.path.abspath(ca))) + "\n")
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w", encoding="utf-8") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise SetupError(f"The settings file {path} cannot be written: {error.strerror}.") from error
+        raise SetupError(f"The file {path} cannot be written: {error.strerror}.") from error
 
 
 def is_damage(error):
@@ -8414,11 +8421,12 @@ GROUPS = (
     ("schedule", ("schedule", "schedules", "unschedule", "run")),
     ("limit", ("limit", "pause", "resume", "limits")),
     ("repair", ("cancel", "retry", "purge", "doctor", "backup")),
-    ("keys and machines", ("keys add", "keys invite", "keys list", "keys revoke", "join")),
+    ("keys and machines", ("keys add", "keys invite", "keys list", "keys revoke", "join", "install", "uninstall")),
     ("store values", ("set", "get", "del")),
 )
 EXIT_CODES = {400: 2, 401: 4, 403: 4, 404: 3, 409: 1, 413: 6, 422: 6, 429: 6}     # by the HTTP status of the error
-INVOCATION = f"{os.path.basename(sys.executable or 'python')} {os.path.basename(__file__)}"     # how a person starts it
+INVOCATION = ("intentbus" if sys.argv and os.path.basename(sys.argv[0]) == "intentbus" else     # how a person starts it
+              f"{os.path.basename(sys.executable or 'python')} {os.path.basename(__file__)}")
 UNIT_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 UNPRINTABLE = r"[^\n\t\x20-\x7e\xa0-\U0010ffff]"     # characters that can control a terminal; compiled late, which takes 3 ms
 COMMANDS: dict[str, tuple[Any, ...]] = {}     # name: (function, examples, flags)
@@ -9420,6 +9428,205 @@ def backup_command(options):
         raise SetupError(f"{source} cannot be copied to {options.file}: {reason}.") from error
 
 
+MADE_BY = "made by install, deleted by uninstall"     # in each file that install makes, so that it touches no other
+LAUNCHER = """{start}
+# Starts {library}; {made_by}.
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname({library!r}))
+try:
+    from intentbus import main
+except ModuleNotFoundError:
+    sys.exit("intentbus: {library} is gone; run install of intentbus.py again")
+os._exit(main())     # all is written; to take the interpreter apart would cost 6 ms
+"""
+COMPLETIONS = {     # by shell: its file, how the shell finds it, and the content
+    "bash": ("{data}/bash-completion/completions/intentbus", "the next shell has it, if bash-completion is installed; otherwise add this "
+             "line to ~/.bashrc: . {file}", r"""
+_intentbus() {
+    local word
+    COMPREPLY=()
+    while IFS=$'\t' read -r word _; do
+        printf -v word %q "$word"
+        COMPREPLY+=("$word")
+    done < <(intentbus complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)
+}
+complete -o default -F _intentbus intentbus
+"""),
+    "zsh": ("{data}/zsh/site-functions/_intentbus", "add this line to ~/.zshrc, above compinit: fpath=({folder} $fpath)", r"""
+local line
+local -a found
+for line in ${(f)"$(intentbus complete "${(@)words[2,CURRENT]}" 2>/dev/null)"}; do
+    found+=("${${line%%$'\t'*}//:/\\:}:${line#*$'\t'}")
+done
+if (( $#found )); then _describe intentbus found; else _files; fi
+"""),
+    "fish": ("{config}/fish/completions/intentbus.fish", "the next shell has it", r"""
+function __intentbus_complete
+    set -l words (commandline -opc) (commandline -ct)
+    set -l found (intentbus complete $words[2..-1] 2>/dev/null)
+    if set -q found[1]
+        printf '%s\n' $found
+    else
+        __fish_complete_path (commandline -ct)
+    end
+end
+complete -c intentbus -f -a '(__intentbus_complete)'
+"""),
+}
+
+
+def installed_file(shell=None):
+    """Return the path of the completion for a shell, or of the launcher, in a folder that PATH should have."""
+    prefix = os.environ.get("PREFIX") if in_termux() else None
+    place = COMPLETIONS[shell][0] if shell else f"{prefix or '~/.local'}/bin/intentbus"
+    return in_home(place.format(data=os.environ.get("XDG_DATA_HOME") or "~/.local/share",
+                                config=os.environ.get("XDG_CONFIG_HOME") or "~/.config"))
+
+
+def text_at(path):
+    """Return the text of a file, "" if there is none; raises SetupError."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise SetupError(f"The file {path} cannot be read: {error.strerror}.") from error
+
+
+def is_ours(path):
+    """Return whether there is a file that install has made; raises SetupError if it is another program's."""
+    text = text_at(path)
+    if MADE_BY not in text and os.path.lexists(path):
+        raise SetupError(f"{path} is another program's: rename or delete it first.")
+    return bool(text)
+
+
+def launcher_start():
+    """Return the start of the launcher, which names the Python; not that of a virtual environment, which may be deleted."""
+    python = sys.executable if sys.prefix == sys.base_prefix else os.path.realpath(sys.executable)
+    if re.fullmatch(r"\S{1,120}", python):
+        return f"#!{python}"
+    return f"""#!/bin/sh\n'''exec' "{python}" "$0" "$@"\n' '''"""     # Linux takes 127 characters there, and no space
+
+
+@command("install", ["install", "install --completion bash"],
+         flag("--completion", choices=tuple(COMPLETIONS), help="let this shell complete commands, flags, goals and ids, too"))
+def install_command(options):
+    """Put the command intentbus into ~/.local/bin, or in Termux $PREFIX/bin: a compiled copy of this file, which starts faster.
+
+    This file may be moved or changed then: the copy, in ~/.local/lib/intentbus, stays until another version is installed.
+    """
+    if not POSIX or not sys.executable:
+        raise SetupError("install makes launchers for POSIX systems. On Windows, start the compiled module with python -m intentbus, in "
+                         "the folder of intentbus.py.")
+    import py_compile
+    import shutil
+    launcher, library, text = installed_file(), in_home(LIBRARY_FILE), text_at(__file__)
+    texts = {launcher: LAUNCHER.format(start=launcher_start(), library=library, made_by=MADE_BY)}
+    older = re.search('^__version__ = "(.*)"$', text_at(library), re.M)
+    hints = [f"{launcher} starts {library}, a copy of {__version__}" + (f" in place of {older[1]}" if older and older[1] != __version__ else "")]
+    if shell := options.completion:
+        file, (_, hint, script) = installed_file(shell), COMPLETIONS[shell]
+        texts[file] = f"#compdef intentbus\n# {MADE_BY}{script}"     # the first line is for zsh
+        hints.append(f"{file} completes it in {shell}: " + hint.format(file=file, folder=os.path.dirname(file)))
+    for path in texts:
+        is_ours(path)
+    replace_file(library, text, 0o644)
+    with contextlib.suppress(OSError):     # the launcher compiles it then
+        py_compile.compile(library, doraise=True)
+    for path, content in texts.items():
+        replace_file(path, content, 0o755 if path == launcher else 0o644)
+    found, folder = shutil.which("intentbus"), os.path.dirname(launcher)
+    if folder not in os.environ.get("PATH", "").split(os.pathsep):
+        hints.append(f'{folder} is not in PATH: add this line to ~/.profile and log in again: export PATH="{folder}:$PATH"')
+    elif found and found != launcher:
+        hints.append(f"{found} comes before it in PATH")
+    for hint in hints:
+        log(hint)
+
+
+@command("uninstall", ["uninstall"])
+def uninstall_command(options):
+    """Delete the launcher, its copy of intentbus.py and the completions; exit 3 if there are none. Keys and the spool stay."""
+    import shutil
+    folder = os.path.dirname(in_home(LIBRARY_FILE))
+    made = [path for path in map(installed_file, (None, *COMPLETIONS)) if os.path.lexists(path) and is_ours(path)]
+    made += [folder] if os.path.exists(folder) else []
+    if not made:
+        raise NotFound("Nothing is installed.")
+    try:
+        for path in made:
+            (shutil.rmtree if path == folder else os.remove)(path)
+            log(f"deleted {path}")
+    except OSError as error:
+        raise SetupError(f"{error.filename} cannot be deleted: {error.strerror}.") from error
+
+
+def known_goals(bus, name):
+    """Yield (goal, description) for a shell to complete."""
+    workers = bus.request("GET", "/workers", retries=0).workers
+    yield from ((goal, f"served by {worker.name}") for worker in workers for goal in worker.goals)
+    yield from ((intent.goal, "") for intent in newest(bus))
+
+
+def known_ids(bus, name):
+    """Yield (id, description) of intents that a command can change or show."""
+    for status in {"cancel": ("open", "claimed"), "retry": ("dead",)}.get(name, (None,)):
+        yield from ((intent.id, f"{intent.goal}, {intent.status}") for intent in newest(bus, status))
+
+
+def newest(bus, status=None):
+    return bus.request("GET", "/intents", query=dict(limit=COMPLETION_INTENTS, status=status), retries=0).intents
+
+
+KNOWN = {"goal": known_goals, "--goal": known_goals, "--on-success": known_goals, "--on-failure": known_goals, "id": known_ids}
+
+
+def following(name, words, begun):
+    """Yield (word, description) of the words that may follow those of a command."""
+    flags = {flag: settings for names, settings in COMMANDS[name][2] for flag in names if flag.startswith("-")}
+    places = [names[0] for names, _ in COMMANDS[name][2] if not names[0].startswith("-")]
+    values = {}
+    wanted = None     # the flag whose value comes next
+    for word in words:
+        if wanted:
+            values[wanted], wanted = word, None
+        elif word in flags:
+            wanted = word if flags[word].get("action", "append") == "append" and word != "--wait" else None
+        elif not word.startswith("-"):
+            places = places[1:]
+    if begun.startswith("-") and not wanted:
+        yield from ((flag, settings["help"]) for flag, settings in flags.items())
+    wanted = wanted or next(iter(places), None)
+    yield from ((choice, "") for choice in flags.get(wanted, {}).get("choices") or ())
+    if wanted in KNOWN and "--" not in words:
+        options = {option: values.get(f"--{option.replace('_', '-')}") for option in ("url", "key_file", "namespace", "ca")}
+        bus = open_client(argparse.Namespace(**options, send_key="--send-key" in words), COMPLETION_SECONDS)
+        yield from KNOWN[wanted](bus, name)
+
+
+def summary_of(name):
+    """Return the first clause of a command's help."""
+    return re.split(r"[:;.](?:\s|$)", COMMANDS[name][0].__doc__)[0]
+
+
+def print_completions(words):
+    """Print the words that may stand in place of the last one in a command line, which has begun, each with a description."""
+    words = [re.sub(r"\\(.)", r"\1", word) for word in words]     # shells pass them as they were typed
+    before, begun = [word for word in words[:-1] if word != "="], words[-1].lstrip("=")     # bash makes = a word
+    name, rest = next(((name, before[len(name.split()):]) for name in COMMANDS if before[:len(name.split())] == name.split()),
+                      (None, None))
+    if name:
+        found = following(name, rest, begun)
+    else:
+        found = ((name.split()[len(before)], summary_of(name)) for name in COMMANDS if name.split()[:len(before)] == before)
+    for word, about in {word: about for word, about in found if word.startswith(begun)}.items():
+        print_result(f"{escape(word)}\t{escape(about)}")
+
+
 class Parser(argparse.ArgumentParser):
     """The argument parser of one command; its help starts with examples."""
 
@@ -9431,7 +9638,10 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, words):
         """Return the options in a command line; flags may stand anywhere before "--"."""
-        return self.parse_args(words) if "--" in words else self.parse_intermixed_args(words)
+        if not {"--", "-h", "--help"}.isdisjoint(words):
+            return self.parse_args(words)
+        self.usage = ""     # which would take 3 ms to format, and is not shown
+        return self.parse_intermixed_args(words)
 
     def error(self, message):
         """Raise Invalid, where argparse would print the usage and exit."""
@@ -9447,8 +9657,7 @@ def overview():
     """Return the help of the program: the introduction, and the commands in groups."""
     lines = [INTRODUCTION.format(INVOCATION)]
     for title, names in GROUPS:
-        clauses = (re.split(r"[:;.](?:\s|$)", COMMANDS[name][0].__doc__)[0] for name in names)
-        lines += [f"{title}:", *map("  {:12} {}".format, names, clauses), ""]
+        lines += [f"{title}:", *map("  {:12} {}".format, names, map(summary_of, names)), ""]
     return "\n".join(lines) + EPILOG
 
 
@@ -9469,6 +9678,10 @@ def run_command(words, open_store):
     if not words:
         print(overview(), file=sys.stderr)
         raise Invalid("A COMMAND is missing.")
+    if words[0] == "complete":     # a shell that install --completion has prepared asks; the user's next line shows any error
+        with contextlib.suppress(Error, OSError):
+            print_completions(words[1:] or [""])
+        return 0
     if words[0] in ("-h", "--help", "help", "--version"):
         print(f"intentbus {__version__}" if words[0] == "--version" else overview())
         return 0

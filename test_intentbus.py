@@ -11094,6 +11094,145 @@ def test_every_command_and_flag_has_help_and_is_in_the_readme(serve):
     assert "(default 1m)" in serve.run("work", "--help").stdout
 
 
+def install_at(home, *options, file=PROGRAM, python=sys.executable, **environment):
+    """Run install of a file; return what it says, and its launcher, as a function that returns the finished process."""
+    environment = {**os.environ, "HOME": str(home), "PATH": f"{home}/.local/bin:/usr/bin:/bin", **environment}
+    for name in ("PYTHONPATH", "PYTHONPYCACHEPREFIX", "XDG_DATA_HOME", "XDG_CONFIG_HOME"):
+        environment.pop(name, None)
+    ran = functools.partial(subprocess.run, env=environment, cwd=home, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=30)
+    said = ran([python, file, "install", *options])
+    return said, lambda *words: ran(["intentbus", *words])
+
+
+@POSIX
+def test_the_launcher_outlives_the_file_and_is_compiled(home, tmp_path):
+    copy = shutil.copy(PROGRAM, tmp_path / "moved.py")
+    said, launcher = install_at(home, file=copy)
+    os.remove(copy)
+    folder = home / ".local" / "lib" / "intentbus"
+    assert said.returncode == 0 and said.stderr.endswith(f"starts {folder}/intentbus.py, a copy of {intentbus.__version__}\n"), said
+    assert launcher("--version").stdout == f"intentbus {intentbus.__version__}\n" and list((folder / "__pycache__").glob("intentbus.*.pyc"))
+    refused = launcher("publish")
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert "\n  intentbus publish " in launcher("publish", "--help").stdout
+    shutil.rmtree(folder)
+    gone = launcher("--version")
+    assert gone.returncode == 1 and re.fullmatch("intentbus: .*/intentbus.py is gone; run install of intentbus.py again\n", gone.stderr)
+
+
+@SLOW
+@POSIX
+def test_install_of_a_newer_version_replaces_the_older(home):
+    install_at(home)
+    (home / "newer.py").write_text(SOURCE.replace(f'__version__ = "{intentbus.__version__}"', '__version__ = "9.9"'))
+    said, launcher = install_at(home, file=home / "newer.py")
+    assert f"a copy of 9.9 in place of {intentbus.__version__}" in said.stderr and launcher("--version").stdout == "intentbus 9.9\n"
+    assert launcher("install").stderr.endswith("intentbus.py, a copy of 9.9\n") and launcher("--version").stdout == "intentbus 9.9\n"
+
+
+@SLOW
+@POSIX
+def test_install_says_what_keeps_a_shell_from_the_launcher(home, tmp_path):
+    (tmp_path / "a b").mkdir()
+    os.symlink(os.path.realpath(sys.executable), tmp_path / "a b" / "python")     # no #! line can name it
+    said, _ = install_at(home, python=tmp_path / "a b" / "python")
+    assert subprocess.run([home / ".local/bin/intentbus", "--version"], capture_output=True).stdout.startswith(b"intentbus "), said
+    assert "PATH" not in said.stderr
+    other = script(tmp_path, "#!/bin/sh\n", "intentbus")
+    said, _ = install_at(home, PATH=f"{tmp_path}:{home}/.local/bin")
+    assert f"{other} comes before it in PATH" in said.stderr
+    said, _ = install_at(home, PATH="/bin", PREFIX=str(tmp_path / "com.termux"))
+    bin_ = tmp_path / "com.termux" / "bin"
+    assert (bin_ / "intentbus").exists() and f'log in again: export PATH="{bin_}:$PATH"\n' in said.stderr
+
+
+@POSIX
+def test_install_and_uninstall_touch_no_file_of_others(home, monkeypatch, capsys):
+    (home / ".local" / "bin").mkdir(parents=True)
+    launcher, mine = home / ".local" / "bin" / "intentbus", home / ".config" / "fish" / "completions" / "mine.fish"
+    launcher.write_text("#!/bin/sh\n")
+    assert [intentbus.main([command]) for command in ("install", "uninstall")] == [2, 2] and launcher.read_text() == "#!/bin/sh\n"
+    assert capsys.readouterr().err.count("is another program's: rename or delete it first.") == 2
+    launcher.unlink()
+    assert not (home / ".local" / "lib").exists()
+    for shell in ("bash", "zsh", "fish"):
+        assert intentbus.main(["install", "--completion", shell]) == 0
+    mine.write_text("")
+    assert intentbus.main(["uninstall"]) == 0 and [path for path in home.rglob("*") if path.is_file()] == [mine]
+    assert intentbus.main(["uninstall"]) == 3
+    monkeypatch.setenv("HOME", "/proc")     # not even root can write there
+    assert intentbus.main(["install"]) == 2 and "The folder /proc/.local/lib/intentbus cannot be created: " in capsys.readouterr().err
+
+
+def completed(capsys, *words):
+    capsys.readouterr()
+    assert intentbus.main(["complete", *words]) == 0
+    found = capsys.readouterr()
+    assert found.err == ""
+    return [line.partition("\t")[0] for line in found.out.splitlines()]
+
+
+def test_commands_flags_goals_and_ids_are_completed(served, home, monkeypatch, capsys):
+    first, second = (served.client.publish(goal, 1).id for goal in ("tidy", "tidy up"))
+    served.client.claim("wash")
+    dead = served.client.publish("lost", 1).id
+    served.client.cancel(dead)
+    monkeypatch.setenv("INTENT_BUS_URL", served.url)
+    monkeypatch.setenv("INTENT_API_KEY", KEY)
+    for words, found in ((["canc"], ["cancel"]), (["keys", "i"], ["invite"]), (["key"], ["keys"]), (["publish", "x", "--on-s"], ["--on-success"]),
+                         (["keys", "add", "x", "--role", ""], ["publish", "work", "both", "viewer"]), (["work", "--"], [
+                             "--goal", "--jobs"]), (["publish", "ti"], ["tidy up", "tidy"]), (["work", "-j", "2", "--goal", "w"], ["wash"]),
+                         (["publish", "--on-failure", "=", "lo"], ["lost"]), (["retry", ""], [dead]), (["result", "--json", first[:20]], [first]),
+                         (["cancel", ""], [second, first]), (["work", "--", "ti"], []), (["publish", "x", "y", ""], []), (["nothing", ""], []),
+                         (["unpause", "--url", ""], []), (["status", "--url", "http://127.0.0.1:9", ""], [])):
+        assert [word for word in completed(capsys, *words) if words != ["work", "--"] or word in found] == found, words
+    assert set(completed(capsys)) == {name.split()[0] for name in intentbus.COMMANDS}
+    monkeypatch.setenv("INTENT_API_KEY", "wrong")
+    assert completed(capsys, "publish", "") == []
+
+
+def typed(arguments, environment, *steps):
+    """Type each (keys, shown) on the terminal of a program, and wait until it has shown that."""
+    import pty
+    process, terminal = pty.fork()
+    if not process:
+        os.execvpe(arguments[0], arguments, environment)
+    try:
+        for keys, shown in steps:
+            os.write(terminal, keys.encode())
+            seen = bytearray()
+            while shown not in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.decode(errors="replace")):
+                assert select.select([terminal], [], [], PATIENCE_SECONDS)[0], (keys, seen)
+                seen += os.read(terminal, 65536)
+    finally:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        os.close(terminal)
+
+
+@SLOW
+@POSIX
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_each_shell_completes_at_the_tab_key(serve, shell):
+    if not shutil.which(shell):
+        pytest.skip(f"{shell} is not on this machine")
+    said, launcher = install_at(serve.home, "--completion", shell, INTENT_BUS_URL=serve.url)
+    id = launcher("publish", f"tidy {shell}", "1").stdout.strip()
+    environment = dict(serve.env, TERM="dumb" if shell == "fish" else "xterm", PATH=f"{serve.home}/.local/bin:{os.environ['PATH']}")
+    environment.pop("PYTHONPATH")
+    wanted = (("canc", "cancel"), ("keys inv", "invite"), ("publish --on-f", "--on-failure"), (f"publish tidy\\ {shell[:2]}", f"tidy\\ {shell}"),
+              (f"status {id[:20]}", id))
+    if shell == "fish":
+        for begun, whole in wanted:
+            found = subprocess.run(["fish", "-c", "complete -C $argv", f"intentbus {begun}"], env=environment, capture_output=True, text=True)
+            assert found.stdout.split("\t")[0].strip() == whole.replace("\\", ""), found
+        return
+    sourced = re.search(r"line to ~/\.bashrc: (.*)|above compinit: (.*)", said.stderr)
+    ready = {"bash": f"{sourced[1]}; echo rea''dy\n", "zsh": f"{sourced[2]}; autoload -Uz compinit; compinit -u -D; echo rea''dy\n"}[shell]
+    typed({"bash": ["bash", "--norc", "-i"], "zsh": ["zsh", "-f", "-i"]}[shell], environment, (ready, "ready"),
+          *((f"\x15intentbus {begun}\t", f"{whole} ") for begun, whole in wanted))
+
+
 @pytest.mark.parametrize("words, seconds", [("90", 90), ("90s", 90), ("1.5m", 90), ("2h", 7200), ("7d", 604800)])
 def test_durations(words, seconds):
     assert intentbus.duration(words) == seconds
