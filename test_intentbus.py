@@ -12296,7 +12296,11 @@ def termux(serve):
             path.mkdir(parents=True)
         scripts = {name: f'echo "{name} $*" >>"$HOME/recorded"' for name in (
             "pkg", "ssh", "termux-notification", "termux-wake-lock", "termux-battery-status")}
-        scripts["scp"] = f'mkdir intentbus && cp -r "{PROGRAM}" "{HERE}/examples" intentbus'
+        there = root / "there" / "intentbus"     # the home of the bus, with more than a phone needs
+        shutil.copytree(HERE / "examples", there / "examples")
+        shutil.copy(PROGRAM, there)
+        (there / "intentbus.db").write_text("secret")
+        scripts["scp"] = f'[ "$1" != -r ] || shift; here=$PWD; cd "{there.parent}" && cp -r ${{1#*:}} "$here/$2"'
         scripts["python3"] = f'exec "{sys.executable}" "$@"'
         for name, script in scripts.items():
             (bin_ / name).write_text(f"#!/bin/sh\n{script}\n")
@@ -12348,6 +12352,8 @@ def test_the_walk_through_on_a_phone_matches_the_readme(serve, termux):
     recorded = (house / "recorded").read_text().splitlines()
     assert "termux-wake-lock " in recorded and "termux-notification --title nas --content The backup is done." in recorded
     assert list((house.parent / "usr" / "tmp").iterdir()) == []
+    copied = {path.name for path in (house / "intentbus").rglob("*") if path.is_file()}
+    assert copied == {"intentbus.py", *(path.name for path in (HERE / "examples").glob("*.sh"))}
 
 
 @SLOW
@@ -12369,6 +12375,51 @@ def test_the_boot_script_starts_and_restarts_the_worker(serve, termux):
     process.communicate()
     assert (house / "starts").read_text() == "start\nstart\n" and f"{id} fulfilled" in (house / "intentbus.log").read_text()
     assert "termux-wake-lock " in (house / "recorded").read_text().splitlines()
+
+
+TUNNEL = """#!{python}
+import os, socket, sys, threading
+
+here, host, there = sys.argv[sys.argv.index("-L") + 1].split(":")
+with open(os.path.expanduser("~/tunnels"), "a") as file:
+    file.write(str(os.getpid()) + chr(10))
+
+def pump(source, target):
+    while data := source.recv(65536):
+        target.sendall(data)
+
+listener = socket.create_server(("127.0.0.1", int(here)))
+while True:
+    near, far = listener.accept()[0], socket.create_connection((host, int(there)))
+    for ends in ((near, far), (far, near)):
+        threading.Thread(target=pump, args=ends, daemon=True).start()
+"""
+
+
+@SLOW
+@POSIX
+def test_the_boot_script_opens_a_killed_tunnel_again(serve, termux):
+    house, start = termux
+    start("scp -r here:intentbus .").wait(20)
+    script(house.parent / "usr" / "bin", TUNNEL.format(python=sys.executable), "ssh")
+    script(house.parent / "usr" / "bin", f'#!/bin/sh\necho $$ >"$HOME/worker"\nexec "{sys.executable}" "$@"\n', "python3")
+    key = serve.run("keys", "add", "phone", "--role", "work").stdout.strip()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = start(f"INTENT_API_KEY={key} INTENT_BUS_URL=http://127.0.0.1:{port} INTENTBUS_PORTS={port}:127.0.0.1:{serve.port} "
+                    "INTENTBUS_TUNNEL=you@bus INTENTBUS_PAUSE=0 exec sh intentbus/examples/termux_boot.sh")
+    tunnels = lambda: [int(line) for line in (house / "tunnels").read_text().splitlines()] if (house / "tunnels").exists() else []
+    for killed in range(3):
+        wait_until(lambda: len(tunnels()) > killed)
+        id = serve.run("publish", "send_notification", f"message={killed}").stdout.strip()
+        wait_until(lambda: serve.run("status", id).stdout == "fulfilled\n")
+        if killed < 2:
+            os.kill(tunnels()[-1], signal.SIGKILL)
+    os.kill(int((house / "worker").read_text()), signal.SIGTERM)
+    assert process.wait(60) == 143 and len(tunnels()) == 3
+    process.communicate()
+    wait_until(lambda: not Path(f"/proc/{tunnels()[-1]}").exists())     # the tunnel ends with the script
+    assert (house / "intentbus.log").read_text().count("the tunnel to you@bus has ended; it is opened again") == 2
 
 
 @POSIX
