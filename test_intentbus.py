@@ -1728,10 +1728,12 @@ def test_only_the_standard_library_is_imported():
     assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names
 
 
-def test_a_publish_pays_for_no_server_and_no_database():
-    code = ("import sys, intentbus; intentbus.IntentClient('http://127.0.0.1:9', 'k')\n"
-            "print({'sqlite3', 'http.server', 'socketserver', 'subprocess'} & set(sys.modules))")
-    assert run_python("-c", code).stdout == "set()\n"
+def test_a_publish_loads_no_module_that_only_others_need(served):
+    code = ("import sys, intentbus; code = intentbus.main(['publish', 'g', '1'])\n"
+            "print(code, {'sqlite3', 'http.client', 'http.server', 'socketserver', 'subprocess', 'ssl', 'email', 'urllib.request', "
+            "'typing'} & set(sys.modules))")
+    found = run_python("-S", "-c", code, env=dict(os.environ, INTENT_BUS_URL=served.url, INTENT_API_KEY=KEY))
+    assert found.stdout.splitlines()[1:] == ["0 set()"], found
 
 
 def test_every_setting_says_its_reason():
