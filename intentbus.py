@@ -6930,14 +6930,10 @@ class KeptConnection:
         scheme, _, rest = url.partition("://")
         host, slash, path = rest.partition("/")
         place = (os.getpid(), scheme, host)     # a forked process has connections of its own
-        head = {"Host": host_header(scheme, host), "Accept-Encoding": "identity", **dict(headers)}
-        target = slash + path
-        if self._proxy and scheme == "http":
-            target = url
-            head.update(self._proxy[1])
-        if data is not None:
-            head["Content-Length"] = str(len(data))
-        request = rendered_request(method, target, head) + (data or b"")
+        through = self._proxy if scheme == "http" else None     # https has a tunnel through the proxy
+        request = rendered_request(method, url if through else slash + path, data, {
+            "Host": host if host.isascii() else host.encode("idna").decode(), "Accept-Encoding": "identity",
+            **dict(headers), **(through[1] if through else {})})
         kept = vars(self._kept).pop("connection", None)
         if kept and kept.place == place and steady_clock() - kept.used_at < KEPT_SECONDS:
             try:
@@ -6947,25 +6943,20 @@ class KeptConnection:
         return self._exchange(OpenConnection(place, self._proxy, self._context, deadline), request, deadline)
 
     def _exchange(self, link, request, deadline):
-        status, headers, content = link.exchange(request, deadline)
+        answer = link.exchange(request, deadline)
         if link.used_at:
             self._kept.connection = link
-        return Exchange(status, headers, content)
+        return answer
 
 
-def host_header(scheme, netloc):
-    """Return the Host header for the host and port in a URL."""
-    name, _, zone = netloc.partition("%")     # the zone of an IPv6 address is for this machine
-    name += zone[zone.find("]"):] if "]" in zone else ""
-    return name if name.isascii() else name.encode("idna").decode()
-
-
-def rendered_request(method, target, headers):
-    """Return the head of a request; raises Invalid."""
+def rendered_request(method, target, data, headers):
+    """Return the bytes of a request; raises Invalid."""
     lines = [f"{method} {target} HTTP/1.1", *(f"{field}: {value}" for field, value in headers.items())]
+    if data is not None:
+        lines.append(f"Content-Length: {len(data)}")
     if not all(re.fullmatch("[ -~]*", line) for line in lines):
         raise Invalid("Headers can hold printable ASCII only.")
-    return ("\r\n".join(lines) + "\r\n\r\n").encode()
+    return ("\r\n".join(lines) + "\r\n\r\n").encode() + (data or b"")
 
 
 class OpenConnection:
@@ -6973,7 +6964,7 @@ class OpenConnection:
 
     def __init__(self, place, proxy, context, deadline):
         self.place = place
-        self.used_at = 0     # or when it was used last, and can be used again
+        self.used_at = 0
         self._received = bytearray()
         _, scheme, host = place
         port = {"http": 80, "https": 443}[scheme]
@@ -6992,7 +6983,7 @@ class OpenConnection:
             self._sock.close()
 
     def exchange(self, request, deadline):
-        """Send a request; return status, headers and content of the answer."""
+        """Send a request and return the Exchange; used_at stays 0 if the connection cannot be used again."""
         self.used_at = 0
         self._sock.settimeout(time_left(deadline))
         self._sock.sendall(request)
@@ -7006,10 +6997,10 @@ class OpenConnection:
             raise NotHttp("it does not answer in HTTP") from error
         if ends and version == "1" and headers.get("connection", "").lower() != "close" and not self._received:
             self.used_at = steady_clock()
-        return status, headers, content
+        return Exchange(status, headers, content)
 
     def _open_tunnel(self, host, credentials, deadline):
-        self._sock.sendall(rendered_request("CONNECT", host, {"Host": host, **credentials}))
+        self._sock.sendall(rendered_request("CONNECT", host, None, {"Host": host, **credentials}))
         _, status, _ = self._head(deadline)
         if status != 200:
             raise OSError(f"the proxy answered {status}")
@@ -7227,20 +7218,22 @@ if TYPE_CHECKING:     # what is in the answers; at run time each is a plain Reco
         listening: int | None     # None at an older bus
         never_claimed: bool | None
 
-    class Claimed(Record):
+    class SeenIntent(Record):
         id: str
         namespace: str
         goal: str
-        payload: Any
+        priority: int
         claim_attempts: int
         max_attempts: int
-        priority: int
         target_worker: str | None
         required_capability: str | None
+        created_at: float
+        claim_expires_at: float | None
+
+    class Claimed(SeenIntent):
+        payload: Any
         claim_token: str
         claim_timeout: float
-        claim_expires_at: float
-        created_at: float
 
     class Ended(Record):
         id: str
@@ -7256,20 +7249,10 @@ if TYPE_CHECKING:     # what is in the answers; at run time each is a plain Reco
         outcome: Literal["failed", "lost", "released"]
         error: str | None
 
-    class State(Record):
-        id: str
-        namespace: str
-        goal: str
+    class State(SeenIntent):
         status: Status
-        priority: int
         visibility: Visibility
-        claim_attempts: int
-        max_attempts: int
         run_at: float
-        claim_expires_at: float | None
-        target_worker: str | None
-        required_capability: str | None
-        created_at: float
         completed_at: float | None
         last_error: str | None
         claimed_at: float | None
@@ -9501,12 +9484,8 @@ if (( $#found )); then _describe intentbus found; else _files; fi
     "fish": ("{config}/fish/completions/intentbus.fish", "the next shell has it", r"""
 function __intentbus_complete
     set -l words (commandline -opc) (commandline -ct)
-    set -l found (intentbus complete $words[2..-1] 2>/dev/null)
-    if set -q found[1]
-        printf '%s\n' $found
-    else
-        __fish_complete_path (commandline -ct)
-    end
+    intentbus complete $words[2..-1] 2>/dev/null
+    or __fish_complete_path (commandline -ct)
 end
 complete -c intentbus -f -a '(__intentbus_complete)'
 """),
@@ -9605,17 +9584,15 @@ def known_goals(bus, name):
     """Yield (goal, description) for a shell to complete."""
     workers = bus.request("GET", "/workers", retries=0).workers
     yield from ((goal, f"served by {worker.name}") for worker in workers for goal in worker.goals)
-    yield from ((intent.goal, "") for intent in newest(bus))
+    intents = bus.request("GET", "/intents", query=dict(limit=COMPLETION_INTENTS), retries=0).intents
+    yield from ((intent.goal, "") for intent in intents)
 
 
 def known_ids(bus, name):
     """Yield (id, description) of intents that a command can change or show."""
     for status in {"cancel": ("open", "claimed"), "retry": ("dead",)}.get(name, (None,)):
-        yield from ((intent.id, f"{intent.goal}, {intent.status}") for intent in newest(bus, status))
-
-
-def newest(bus, status=None):
-    return bus.request("GET", "/intents", query=dict(limit=COMPLETION_INTENTS, status=status), retries=0).intents
+        intents = bus.request("GET", "/intents", query=dict(limit=COMPLETION_INTENTS, status=status), retries=0).intents
+        yield from ((intent.id, f"{intent.goal}, {intent.status}") for intent in intents)
 
 
 KNOWN = {"goal": known_goals, "--goal": known_goals, "--on-success": known_goals, "--on-failure": known_goals, "id": known_ids}
@@ -9650,7 +9627,7 @@ def summary_of(name):
 
 
 def print_completions(words):
-    """Print the words that may stand in place of the last one in a command line, which has begun, each with a description."""
+    """Print the words that may stand in place of the begun last one in a command line, with descriptions; return 1 if there is none."""
     words = [re.sub(r"\\(.)", r"\1", word) for word in words]     # shells pass them as they were typed
     before, begun = [word for word in words[:-1] if word != "="], words[-1].lstrip("=")     # bash makes = a word
     name, rest = next(((name, before[len(name.split()):]) for name in COMMANDS if before[:len(name.split())] == name.split()),
@@ -9659,8 +9636,10 @@ def print_completions(words):
         found = following(name, rest, begun)
     else:
         found = ((name.split()[len(before)], summary_of(name)) for name in COMMANDS if name.split()[:len(before)] == before)
-    for word, about in {word: about for word, about in found if word.startswith(begun)}.items():
+    found = {word: about for word, about in found if word.startswith(begun)}
+    for word, about in found.items():
         print_result(f"{escape(word)}\t{escape(about)}")
+    return 0 if found else 1
 
 
 class Parser(argparse.ArgumentParser):
@@ -9716,8 +9695,8 @@ def run_command(words, open_store):
         raise Invalid("A COMMAND is missing.")
     if words[0] == "complete":     # a shell that install --completion has prepared asks; the user's next line shows any error
         with contextlib.suppress(Error, OSError):
-            print_completions(words[1:] or [""])
-        return 0
+            return print_completions(words[1:] or [""])
+        return 1
     if words[0] in ("-h", "--help", "help", "--version"):
         print(f"intentbus {__version__}" if words[0] == "--version" else overview())
         return 0
