@@ -6994,8 +6994,8 @@ class OpenConnection:
         try:
             content = self._content(status, version, headers, deadline) if ends else self._rest(deadline)
         except (Invalid, LengthRequired) as error:
-            raise NotHttp("it does not answer in HTTP") from error
-        if ends and version == "1" and headers.get("connection", "").lower() != "close" and not self._received:
+            raise NotHttp("its answer is no HTTP") from error
+        if ends and version == "1" and "close" not in headers.get("connection", "").lower() and not self._received:
             self.used_at = steady_clock()
         return Exchange(status, headers, content)
 
@@ -7021,7 +7021,7 @@ class OpenConnection:
         first, _, block = bytes(self._received[:max(end, 0)]).partition(b"\r\n")
         found = re.fullmatch(rb"HTTP/1\.([01]) ([1-9]\d\d)( .*)?", first)
         if not found:
-            raise NotHttp("it ended the connection without an answer" if not self._received else "it does not answer in HTTP")
+            raise NotHttp("its answer is no HTTP, or is cut" if self._received else "it ended the connection without an answer")
         del self._received[:end + 4]
         fields = (line.partition(":") for line in block.decode("latin-1").split("\r\n"))     # odd ones of a proxy do no harm
         return found[1].decode(), int(found[2]), {field.lower(): value.strip() for field, _, value in fields}
@@ -9457,7 +9457,7 @@ sys.path.insert(0, os.path.dirname({library!r}))
 try:
     from intentbus import main
 except ModuleNotFoundError:
-    sys.exit("intentbus: {library} is gone; run install of intentbus.py again")
+    sys.exit("intentbus: " + {library!r} + " is gone; run install of intentbus.py again")
 os._exit(main())     # all is written; to take the interpreter apart would cost 6 ms
 """
 COMPLETIONS = {     # by shell: its file, how the shell finds it, and the content
@@ -9647,7 +9647,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, name):
         function, self._examples, flags = COMMANDS[name]
-        super().__init__(f"intentbus.py {name}", description=function.__doc__)
+        super().__init__(f"{INVOCATION.split()[-1]} {name}", description=function.__doc__)
         for names, settings in flags:
             self.add_argument(*names, **settings)
 
