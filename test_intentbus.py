@@ -1307,7 +1307,7 @@ def certificate(folder, name):
         pytest.skip("openssl is not on this machine")
     files = [str(folder / f"{name}.{end}") for end in ("crt", "key")]
     subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days",
-                    "2", "-subj", f"/CN={name}", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-addext",
+                    "2", "-subj", f"/CN={name}", "-addext", "subjectAltName=DNS:localhost,DNS:bus.example,IP:127.0.0.1", "-addext",
                     "keyUsage=critical,digitalSignature,keyCertSign", "-out", files[0], "-keyout", files[1]],
                    check=True, capture_output=True)
     return files
@@ -9801,6 +9801,74 @@ def test_a_thread_keeps_one_connection_and_replaces_a_stale_one(started, tmp_pat
         assert not bus.delete("k").deleted and relay.accepted == 2     # which is not repeated, for it is not safe
         assert at_once(2, lambda _: bus.who_am_i().owner) == ["owner"] * 2 and relay.accepted == 4
         relay.shutdown()
+
+
+RAW_ANSWERS = {     # the bytes of an answer: the status in it, or the reason why there is none
+    b'HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\n{"status":1}': 1,
+    b'HTTP/1.1 200 OK\r\nTransfer-Encoding: Chunked\r\n\r\n5;x=y\r\n{"sta\r\n7\r\ntus":2}\r\n0\r\nX: y\r\n\r\n': 2,
+    b'HTTP/1.0 200 OK\r\nOdd header\r\n\r\n{"status":3}': 3,
+    b'HTTP/1.1 200\r\nconnection: close\r\ncontent-length:12\r\n\r\n{"status":4}': 4,
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{": "its answer is cut",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}": "its answer is cut",
+    b"HTTP/1.1 200 OK\r\nContent-": "its answer is no HTTP, or is cut",
+    b"HTTP/1.1 200 OK\r\nContent-Length: -2\r\n\r\n{}": "its answer is no HTTP",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\n{}": "its answer is no HTTP",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 67108865\r\n\r\n": "answered more than 67108864 bytes",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4000001\r\n": "answered more than 67108864 bytes",
+    b"SSH-2.0-OpenSSH_9.6\r\n": "its answer is no HTTP", b"\x15\x03\x01": "its answer is no HTTP", b"": "ended the connection without an answer",
+}
+
+
+@pytest.mark.parametrize("answer", RAW_ANSWERS)
+def test_an_answer_is_whole_or_an_error(answer):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def serve():
+            with contextlib.suppress(OSError), listener.accept()[0] as sock:
+                sock.recv(65536)
+                for part in (answer[:25], answer[25:]):
+                    sock.sendall(part)
+        threading.Thread(target=serve, daemon=True).start()
+        bus = IntentClient(f"http://127.0.0.1:{listener.getsockname()[1]}", KEY, timeout=HELD_SECONDS)
+        if isinstance(RAW_ANSWERS[answer], int):
+            assert bus.request("GET", "/x", retries=0).status == RAW_ANSWERS[answer]
+        else:
+            with pytest.raises(intentbus.Unreachable, match=RAW_ANSWERS[answer]):
+                bus.request("GET", "/x", retries=0)
+
+
+def test_no_value_of_a_header_makes_another_header(served):
+    for value in ("x\r\nX-API-KEY: y", "\u20ac", "a\0"):
+        with pytest.raises(intentbus.Invalid, match="Headers can hold printable ASCII only"):
+            served.client.request("GET", "/workers", headers={"X-Worker-Name": value})
+
+
+class Tunnel(Relay):
+    """A proxy for https, to one bus."""
+
+    def finish_request(self, near, address):
+        self.head = b""
+        while not self.head.endswith(b"\r\n\r\n"):
+            self.head += near.recv(1)
+        near.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        super().finish_request(near, address)
+
+
+def test_a_client_reaches_an_https_bus_through_a_proxy(started, tmp_path, monkeypatch, impatient):
+    files = certificate(tmp_path, "x")
+    served = started(server=dict(tls=files))
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with Tunnel(served.port) as relay, Fake("407 Proxy Authentication Required") as refusing:
+        monkeypatch.setenv("https_proxy", f"http://me:a%20b@127.0.0.1:{relay.server_address[1]}")
+        bus = IntentClient("https://bus.example", KEY, ca=files[0])
+        assert [bus.publish("g", number).status for number in range(2)] == ["published"] * 2 and relay.accepted == 1
+        assert relay.head.decode().split("\r\n") == ["CONNECT bus.example:443 HTTP/1.1", "Host: bus.example:443",
+                                                     f"Proxy-Authorization: Basic {base64.b64encode(b'me:a b').decode()}", "", ""]
+        relay.cut()
+        relay.shutdown()
+        monkeypatch.setenv("https_proxy", refusing.url)
+        with pytest.raises(intentbus.Unreachable, match="through the proxy 127.0.0.1:[0-9]+: the proxy answered 407. Check that proxy"):
+            IntentClient("https://bus.example", KEY, ca=files[0]).who_am_i()
 
 
 @pytest.mark.parametrize("status", ["301 Moved", "302 Found", "303 See Other", "307 Temporary", "308 Permanent"])
