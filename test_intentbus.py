@@ -14383,7 +14383,7 @@ def test_lost_answers_cost_no_intent_and_no_second_run(served, weather, impatien
     seed = 4
     chance, log = random.Random(seed), tmp_path / "log"
     spoil = lambda path: is_report_or_claim(path) and sum(
-        proxy.met[fate] for fate in fates) < most and chance.random() < 0.3
+        proxy.met[fate] for fate in fates) < most and chance.random() < 0.4
     proxy = weather(lambda path: chance.choice(fates) if spoil(path) else "ok")
     proxy.patience = 1.5
     bus = IntentClient(proxy.url, KEY, timeout=1 if len(fates) > 1 else 30)
