@@ -31,7 +31,7 @@ The parts, top to bottom; each uses only the parts above it:
      6. Store         all other SQL, on the open transaction
      7. Clock         Unix seconds that run evenly, even when the machine's clock is set
      8. Waiting       held requests, by what they wait for
-     9. Activity      workers, events and history: in memory, for display
+     9. Activity      workers, events, history and live output: in memory, for display
     10. Bus           the rules: who may do what, leases, retries
     11. Keys          who is asking
     12. Fields        what a body or query may hold, as data
@@ -79,7 +79,7 @@ import urllib.parse
 import warnings
 
 __version__ = "1.0.0"
-__all__ = ["API", "Bus", "Clock", "Database", "Error", "Intent", "IntentClient", "Keys", "Record", "Reject", "Store",
+__all__ = ["API", "Bus", "Clock", "Database", "Error", "Intent", "IntentClient", "Keys", "Lease", "Record", "Reject", "Store",
            "Worker", "listen", "main"]
 
 TYPE_CHECKING = False     # type checkers take it for true; importing typing would cost each start 4 ms
@@ -112,6 +112,14 @@ SHORT_ID_DIGITS = 8                 # the fewest that stand for an id: all ids m
 SHOWN_ID_DIGITS = 16                # of an id in a list: the ids of one bus differ in these
 BULK_INTENTS = 1000                 # of one request: other requests wait for its commit
 IDEMPOTENCY_SECONDS = 86400         # publishers retry within a day
+PROGRESS_SECONDS = 1                # between two reports of progress of an intent: people read no faster
+PROGRESS_CHARACTERS = 200           # of the words for it: one line
+LIVE_BYTES = 2 ** 16                # of what a handler writes while it runs, kept in memory: its end
+LIVE_CHARACTERS = 2 ** 15           # of it in one request: with six bytes each, as JSON, it is within BODY_BYTES
+LIVE_TOTAL_BYTES = 2 ** 24          # of all intents; the key with most loses its oldest first
+LIVE_SECONDS = 3600                 # how long that is kept after the attempt
+LIVE_READERS = 10_000               # intents of which somebody is known to read it
+READER_SECONDS = 10                 # a reader that is silent for longer is gone; a worker without one reports this seldom
 VALUE_TTL_SECONDS = 600             # default of the key-value store, as in the 1.x protocol
 VALUE_KEY_CHARACTERS = 512          # fits an index of any database
 FOREVER = 2.0 ** 60                 # Unix seconds beyond every clock
@@ -235,10 +243,13 @@ SWEEP_SECONDS = 3600                # for the bus to delete or cancel intents: a
 STREAM_SECONDS = 1                  # publish --lines sends the lines of a stream that soon
 READ_AHEAD_LINES = 100              # of stdin, at most 25 MB
 JOBS = 256                          # of one worker; each is a thread and a program
+SHOWING_SECONDS = 1                 # long work shows on a terminal how far it is, that late and that often
+COLUMN_WIDTH = 10                   # of a table's column that gives way; narrower ones are left out
 DOCTOR_SECONDS = 10                 # for the bus to answer a doctor
 COMPLETION_SECONDS = 1              # for the bus to answer a shell, whose user has pressed Tab
 COMPLETION_INTENTS = 200            # the newest, whose goals and ids a shell completes
 KEY_ENDS_SECONDS = 7 * 86400        # a doctor warns that long before a key ends: time to bring a new one to a machine
+LIMIT_WAIT_SECONDS = 3600           # a doctor warns of intents that wait for longer because their goal is at its limit
 TERMUX_SECONDS = 10                 # for Termux:API to answer; without its app it never does
 HANDLER_SECONDS = 300               # a handler that runs for longer has hung
 KILL_AFTER_SECONDS = 5              # between TERM and KILL
@@ -304,13 +315,14 @@ COLUMNS = (
     "completed_at", "last_error", "result", "result_type", "claim_attempts", "claim_token_hash", "claim_expires_at", "lease",
     "claim_owner", "claim_key", "claim_outcome", "worker_id", "worker", "claimed_at", "idempotency_key", "size", "result_size",
     "place", "lane", "ready", "due_at", "history", "unique_value", "on_success", "on_failure", "caused_by", "schedule", "limited",
+    "stream",
 )
 PUBLISH_DEFAULTS = dict(
     namespace="default", visibility="private", priority=100, delay=0, run_at=None, ttl=TTL_SECONDS, max_attempts=3,
     backoff_base=5, target_worker=None, required_capability=None, unique=None, replace=False,
-    on_success=None, on_failure=None,
+    on_success=None, on_failure=None, stream=False,
 )
-LATER_FIELDS = ("unique", "replace", "on_success", "on_failure")     # no stored digest of an earlier version has these
+LATER_FIELDS = ("unique", "replace", "on_success", "on_failure", "stream")     # no stored digest of an earlier version has these
 STATUS_FIELDS = (
     "id", "namespace", "goal", "status", "priority", "visibility", "claim_attempts", "max_attempts", "run_at",
     "claim_expires_at", "target_worker", "required_capability", "created_at", "completed_at", "last_error", "claimed_at",
@@ -323,6 +335,7 @@ CLAIM_FIELDS = (
 UNCLAIMED = dict.fromkeys(("completed_at", "last_error", "result", "result_type", "claim_token_hash", "claim_expires_at",
                            "lease", "claim_owner", "claim_key", "claim_outcome", "worker_id", "worker", "claimed_at",
                            "idempotency_key", "history", "caused_by", "schedule", "limited"))
+UNPUBLISHED = {**UNCLAIMED, **PUBLISH_DEFAULTS}
 
 # event: a word for people, or None; callback: the field with the goal of the intent that this end publishes, or None
 Change = collections.namedtuple("Change", "event columns callback", defaults=(None,))
@@ -367,12 +380,6 @@ def place_of(namespace, audience, target_worker, required_capability):
     return f"{namespace}\t{audience}\t{target_worker or ''}\t{required_capability or ''}"
 
 
-def lane_of(owner, goal, namespace, visibility, target_worker, required_capability, **others):
-    """Return (place, lane) of an intent that an owner publishes with these fields."""
-    place = place_of(namespace, owner if visibility == "private" else "", target_worker, required_capability)
-    return place, f"{place}\t{goal}\t{owner}"
-
-
 def covering_lanes(lane):
     """Return the lanes that cover a lane: itself, its goal by any publisher, any goal by its publisher, any."""
     place, goal, publisher = lane.rsplit("\t", 2)
@@ -385,9 +392,11 @@ def lane_end(lane):
 
 
 def lane_range(lane):
-    """Return (start, end) of the keys among which are all lanes that a lane with a goal covers."""
-    goal, publisher = lane.rsplit("\t", 1)
-    return (lane, lane_end(lane)) if publisher else range_under(goal)
+    """Return (start, end) of the keys among which are all lanes that a lane covers."""
+    place, goal, publisher = lane.rsplit("\t", 2)
+    if not goal:
+        return range_under(place)
+    return (lane, lane_end(lane)) if publisher else range_under(f"{place}\t{goal}")
 
 
 def range_under(start):
@@ -423,7 +432,7 @@ class Record(dict[str, "Any"]):
 
     def pick(self, keys: Iterable[str]) -> Record:
         """Return a record of these keys only."""
-        return Record((key, self[key]) for key in keys)
+        return Record({key: self[key] for key in keys})
 
 
 class Intent(Record):
@@ -438,20 +447,22 @@ class Intent(Record):
     @classmethod
     def new(cls, intent_id, now, owner, publisher, fields):
         """Return an intent as published now, with goal, payload and any of PUBLISH_DEFAULTS in fields."""
-        fields = {**PUBLISH_DEFAULTS, **fields}
-        delay, run_at = fields.pop("delay"), fields["run_at"]
-        fields["unique_value"] = fields.pop("unique")     # a column cannot have the name of a word of SQL
-        del fields["replace"]
+        intent = cls(UNPUBLISHED, **fields)
+        delay, run_at = intent.pop("delay"), intent.run_at
+        intent["unique_value"] = intent.pop("unique")     # a column cannot have the name of a word of SQL
+        intent["stream"] = 1 if intent.stream else None
+        del intent["replace"]
         run_at = now + delay if run_at is None else run_at
-        expires_at = max(run_at, now) + fields["ttl"]
+        expires_at = max(run_at, now) + intent.ttl
         ready = run_at <= now
-        place, lane = lane_of(owner, **fields)
-        payload = to_json(fields["payload"])
-        fields.update(
+        audience = owner if intent.visibility == "private" else ""
+        place = place_of(intent.namespace, audience, intent.target_worker, intent.required_capability)
+        payload = to_json(intent.payload)
+        intent.update(
             id=intent_id, payload=payload, size=ROW_BYTES + bytes_of(payload), result_size=0, owner=owner,
             publisher=publisher, created_at=now, status="open", run_at=run_at, expires_at=expires_at, claim_attempts=0, place=place,
-            lane=lane, ready=int(ready), due_at=expires_at if ready else run_at)
-        return cls(UNCLAIMED, **fields)
+            lane=f"{place}\t{intent.goal}\t{owner}", ready=int(ready), due_at=expires_at if ready else run_at)
+        return intent
 
     @property
     def ended(self):
@@ -665,6 +676,11 @@ def next_time(expression, zone, after):
     return next(at for day in range(today, today + CRON_DAYS) for at in times_on(day, cron, ahead) if at > after)
 
 
+def moment(at, zone=None):
+    """Format Unix seconds as clocks of a time zone, or of this machine, show them; None as None."""
+    return at and time.strftime("%a %Y-%m-%d %H:%M:%S", time.gmtime(at + clock_of(zone)(at)))
+
+
 def next_run(schedule, after):
     """Return when a schedule runs next after a time; raises Invalid if it has not one of both ways to say so."""
     if (schedule.every is None) == (schedule.cron is None) or schedule.every and schedule.timezone:
@@ -785,6 +801,7 @@ FEATURES = """
         PRIMARY KEY (namespace, goal)
     );
     ALTER TABLE intents ADD COLUMN limited INTEGER;     -- 1 once a limit of its goal counts its claims
+    ALTER TABLE intents ADD COLUMN stream INTEGER;     -- 1 if the publisher wants the handler's output while it runs
     CREATE INDEX intents_limited ON intents (namespace, goal) WHERE limited = 1 AND status = 'claimed'
 """
 MIGRATIONS = (SCHEMA, MORE_INDEXES, HISTORY, PLACES, SIZES, FEATURES)     # the n-th leads to version n; a released one never changes
@@ -1114,21 +1131,28 @@ HEAD_OF_NEXT_LANE = f"""
     ORDER BY lane, {ORDER}
     LIMIT    1
 """
-HEAD_OF_PLACE = f"""
+HEAD_OF_PLACE, PUBLIC_HEAD_OF_PLACE = (f"""
     SELECT   {ALL}
     FROM     intents
     WHERE    ready = 1
     AND      place = :place
+    {more}
     ORDER BY {ORDER}
     LIMIT    1
-"""
-PUBLIC_HEAD_OF_PLACE = f"""
+""" for more in ("", "AND visibility = 'public' AND owner = :publisher"))
+HEAD_BESIDE_FULL_GOALS = f"""
+    WITH RECURSIVE lanes (lane) AS (     -- one step in the index for each
+        SELECT :start
+        UNION ALL
+        SELECT (SELECT MIN(lane) FROM intents WHERE ready = 1 AND lane > lanes.lane AND lane < :end)
+        FROM   lanes
+        WHERE  lane IS NOT NULL
+    )
     SELECT   {ALL}
     FROM     intents
-    WHERE    ready = 1
-    AND      visibility = 'public'
-    AND      place = :place
-    AND      owner = :owner
+    WHERE    id IN (SELECT (SELECT id FROM intents WHERE ready = 1 AND lane = lanes.lane ORDER BY {ORDER} LIMIT 1) FROM lanes)
+    AND      REPLACE(:goals, '\t' || goal || '\t', '') = :goals
+    AND      :publisher IN ('', owner)
     ORDER BY {ORDER}
     LIMIT    1
 """
@@ -1304,8 +1328,8 @@ class Tally(dict):
 
 def add_counted(tallies, counted):
     """Add the counts of a Transaction to tallies, a defaultdict of Tally by publisher."""
-    for publisher, *kind in counted:
-        tallies[publisher].add(*kind)
+    for publisher, namespace, status, number, size in counted:
+        tallies[publisher].add(namespace, status, number, size)
 
 
 def tally_rows(tallies):
@@ -1350,7 +1374,7 @@ class Reads:
         return next(iter(self._rows(statement, values)), None)
 
     def _intent(self, statement, **values):
-        row = self._first(statement, **values)
+        row = next(iter(self._rows(statement, values)), None)
         return row and Intent(zip(COLUMNS, row))
 
     def _intents(self, statement, **values):
@@ -1460,7 +1484,7 @@ class Transaction(Reads):
 
     def after_commit(self, effect, *arguments):
         """Call a function once this block is committed."""
-        self.effects.append(functools.partial(effect, *arguments))
+        self.effects.append((effect, arguments))
 
     def _rows(self, statement, values):
         return self._db.execute(statement, values)
@@ -1504,39 +1528,37 @@ class Transaction(Reads):
         """
         held = token_hash and self._intent(CLAIMED_WITH, token_hash=token_hash, key_id=key_id)
         first = held or min((head for lane in lanes for head in self._heads(lane)), default=None, key=claim_order)
-        if first and self._store.limits and self._limit_of(first):
+        if first and self._limits and (first.namespace, first.goal) in self._limits:
             first["limited"] = 1
         return first
 
     def _heads(self, lane):
         """Yield the first ready intent of each lane that a lane covers, or of its place; each is one index lookup.
 
-        Goals without room are left out. If the first intent of a place is of such a goal, the lanes are looked at one by one.
+        Goals without room are left out. If the first intent of a place is of such a goal, all lanes there are looked at.
         """
         place, goal, publisher = lane.rsplit("\t", 2)
-        start, end = lane_range(lane) if goal else (lane, lane)
+        start, end = lane_range(lane)
         if not goal:
-            head = self._intent(PUBLIC_HEAD_OF_PLACE if publisher else HEAD_OF_PLACE, place=place, owner=publisher)
-            if head and self._has_room(head):
+            head = self._intent(PUBLIC_HEAD_OF_PLACE if publisher else HEAD_OF_PLACE, place=place, publisher=publisher)
+            if head and not self._has_room(head):
+                full = [limit.goal for limit in self._limits.values() if limit.namespace == head.namespace and not self._has_room(limit)]
+                head = self._intent(HEAD_BESIDE_FULL_GOALS, start=start, end=end, goals=among(full), publisher=publisher)
+            if head:
                 yield head
-            elif head:
-                start, end = range_under(place)
-        while start < end and (head := self._intent(HEAD_OF_NEXT_LANE, start=start, end=end)):
+        while goal and start < end and (head := self._intent(HEAD_OF_NEXT_LANE, start=start, end=end)) and self._has_room(head):
+            yield head
             start = lane_end(head.lane)
-            if not self._has_room(head):
-                start = range_under(f"{place}\t{head.goal}")[1]
-            elif publisher in ("", head.owner):
-                yield head
 
-    def _limit_of(self, intent):
+    @property
+    def _limits(self):
         if self._store.limits is None:
             self._store.limits = self.goal_limits()
-        return self._store.limits.get((intent.namespace, intent.goal))
+        return self._store.limits
 
-    def _has_room(self, intent):
-        limit = None if self._store.limits == {} else self._limit_of(intent)
-        return limit is None or not limit.paused and (
-            limit.running is None or self.claimed_of(intent.namespace, intent.goal) < limit.running)
+    def _has_room(self, of):     # an intent or a GoalLimit
+        limit = self._limits and self._limits.get((of.namespace, of.goal))
+        return not limit or not limit.paused and (limit.running is None or self.claimed_of(of.namespace, of.goal) < limit.running)
 
     def ready_lanes(self, namespace, goal):
         """Return the lanes of a goal in which intents are ready, if it has room, the one with the first intent first."""
@@ -2027,7 +2049,7 @@ class Waiting:
 
 
 # ---- 9. Activity ----
-# Workers, events and history: in memory, for display. No rule depends on it. The loop changes it; threads of a
+# Workers, events, history and live output: in memory, for display. No rule depends on it. The loop changes it; threads of a
 # shared database read it too, so a reader copies a collection before it iterates over it.
 
 EVENT_FIELDS = (
@@ -2125,7 +2147,7 @@ class WorkerRegistry:
 
     def listening(self, lane):
         """Return how many workers ask for the intents of a lane."""
-        return sum(self._serving[covering] for covering in covering_lanes(lane))
+        return sum(self._serving.get(covering, 0) for covering in covering_lanes(lane))
 
     def _touch(self, now, worker):
         worker.last_seen = now
@@ -2215,6 +2237,89 @@ class EventLog:
         return visible[:EVENTS_PAGE], max(0, oldest - 1 - number)
 
 
+class LiveOutput:
+    """What workers tell of an attempt while it runs: how far it is, and the end of what its handler writes.
+
+    It counts for the worker's key. Numbers of bytes go on over all attempts of an intent that are known.
+    """
+
+    def __init__(self):
+        self._told = collections.OrderedDict()     # id of an intent: what was told of its latest attempt, the latest told last
+        self._sizes = collections.Counter()        # id of a key: bytes
+        self._next_at = {}                         # id of an intent: when its worker may tell more
+        self._read_until = {}                      # id of an intent: how long somebody reads
+
+    def require_pause(self, now, intent_id):
+        """Raise RateLimited if the worker of an intent tells of it more often than each PROGRESS_SECONDS."""
+        if 0 < self._next_at.get(intent_id, 0) - now <= PROGRESS_SECONDS:
+            raise RateLimited(f"Tell of the progress of an intent once in {PROGRESS_SECONDS} s at most.", "progress_limited")
+        self._next_at[intent_id] = now + PROGRESS_SECONDS
+
+    def tell(self, key_id, intent, percent, message, output):
+        """Take in what the worker of an intent tells; None leaves percent or message as it was."""
+        before = self._forget(intent.id)
+        if before and before.attempt == intent.claim_attempts:
+            told = before
+        else:
+            told = types.SimpleNamespace(attempt=intent.claim_attempts, percent=None, message=None, output=bytearray(),
+                                         start=before.start + len(before.output) if before else 0)
+        told.key_id, told.ended_at = key_id, None
+        told.percent = told.percent if percent is None else percent
+        told.message = told.message if message is None else message[:PROGRESS_CHARACTERS]
+        told.output += (output or "").encode()
+        left_out = max(0, len(told.output) - LIVE_BYTES)
+        while left_out < len(told.output) and left_out and told.output[left_out] & 0xC0 == 0x80:     # within a character
+            left_out += 1
+        del told.output[:left_out]
+        told.start += left_out
+        self._told[intent.id] = told
+        self._sizes[key_id] += ROW_BYTES + len(told.output)
+        while sum(self._sizes.values()) > LIVE_TOTAL_BYTES:
+            largest, _ = self._sizes.most_common(1)[0]
+            self._forget(next(intent_id for intent_id, told in self._told.items() if told.key_id == largest))
+
+    def after(self, intent_id, number):
+        """Return what is known of an intent: all but "ended" in the answer of Bus.output()."""
+        told = self._told.get(intent_id)
+        if told is None:
+            return Record(attempt=None, output="", next=0, missed=0, percent=None, message=None)
+        end = told.start + len(told.output)
+        first = max(told.start, number) if number <= end else told.start     # beyond the end: it is of another bus's numbers
+        output = bytes(told.output[first - told.start:]).decode(errors="replace")
+        return Record(attempt=told.attempt, output=output, next=end, missed=max(0, first - number), percent=told.percent,
+                      message=told.message)
+
+    def read(self, now, intent_id, seconds):
+        """Note that somebody reads of an intent, for some seconds and until soon after."""
+        self._read_until[intent_id] = now + seconds + READER_SECONDS
+        for oldest in list(self._read_until)[:len(self._read_until) - LIVE_READERS]:
+            del self._read_until[oldest]
+
+    def has_reader(self, now, intent_id):
+        """Return whether somebody reads of an intent."""
+        return now < self._read_until.get(intent_id, 0) <= now + WAIT_MAX_SECONDS + READER_SECONDS
+
+    def end(self, now, intent_id):
+        """Note that an intent is not claimed, or no longer."""
+        if intent_id in self._told:
+            self._told[intent_id].ended_at = now
+
+    def forget_old(self, now):
+        """Forget what was told of attempts that ended LIVE_SECONDS ago, pauses that are over, and readers that are gone."""
+        for intent_id in [intent_id for intent_id, told in self._told.items()
+                          if told.ended_at is not None and abs(now - told.ended_at) >= LIVE_SECONDS]:
+            self._forget(intent_id)
+        self._next_at = {intent_id: at for intent_id, at in list(self._next_at.items()) if 0 < at - now <= PROGRESS_SECONDS}
+        self._read_until = {intent_id: at for intent_id, at in list(self._read_until.items()) if self.has_reader(now, intent_id)}
+
+    def _forget(self, intent_id):
+        told = self._told.pop(intent_id, None)
+        if told:
+            self._sizes[told.key_id] -= ROW_BYTES + len(told.output)
+            self._sizes += collections.Counter()     # drops those that are 0
+        return told
+
+
 # ---- 10. Bus ----
 # The rules. Each verb of IntentClient is one here, with the same arguments and errors, and `caller`: who asks. A verb that
 # changes something is one block of the round; a verb that looks reads committed state, and changes nothing.
@@ -2295,6 +2400,15 @@ def require_at_most(most, number, words):
         raise RateLimited(f"This key may have {most} {words}.", "limit_exceeded")
 
 
+def told_of(intent, claim):
+    """Return what a worker is told of its claim, besides naming fields and payload."""
+    told = intent.pick(CLAIM_FIELDS)
+    told.update(claim_token=claim.token, claim_timeout=int(claim.lease))
+    if intent.stream:
+        told["stream"] = True
+    return told
+
+
 def goals_of(fields):
     """Return the goals that a publish with these fields may publish to: its own, and those of its callbacks."""
     return [goal for goal in map(fields.get, ("goal", "on_success", "on_failure")) if goal]
@@ -2338,7 +2452,7 @@ class Bus:
         self.require_claim_token = require_claim_token
         self._retention, self._announce_dead, self._jitter = retention, announce_dead, jitter
         self._ids = Ids(store.newest_id())
-        self.registry, self.log = WorkerRegistry(), EventLog(self.clock.now())
+        self.registry, self.log, self.live = WorkerRegistry(), EventLog(self.clock.now()), LiveOutput()
         self.next_due = 0             # Unix seconds; no intent and no schedule is due earlier
         self.issued_limits = None     # the Limits of issued keys, which the API sets
         self._known_goals = set()     # (owner, namespace, goal) of goals that are on record as having had a worker
@@ -2369,18 +2483,19 @@ class Bus:
         """
         wanted = dict(fields, goal=goal, payload=payload)
         namespace = fields.get("namespace", "default")
-        answer = self._publish([wanted], idempotency_key, caller, lambda stored: Record(
+        answer, (intent,) = self._publish([wanted], idempotency_key, caller, lambda stored: Record(
             id=stored[0][0], status=stored[0][1], namespace=namespace))
-        return Record(answer, **self._audience({**PUBLISH_DEFAULTS, **wanted}, caller))
+        return Record(answer, **self._audience(intent))
 
     def publish_many(self, intents, *, idempotency_key=None, caller=OWNER):
         """Store intents, each a dict of arguments of publish, all or none; return {"ids"}, and "statuses" if any is unique."""
         def answer_with(stored):
             statuses = dict(statuses=[status for _, status in stored]) if any(wanted.get("unique") for wanted in intents) else {}
             return Record(ids=[intent_id for intent_id, _ in stored], **statuses)
-        return self._publish(intents, idempotency_key, caller, answer_with)
+        return self._publish(intents, idempotency_key, caller, answer_with)[0]
 
     def _publish(self, wanted, idempotency_key, caller, answer_with):
+        """Store intents; return the answer, and the intents as they were wanted."""
         caller.narrowed([goal for fields in wanted for goal in goals_of(fields)])
         with self.store.transaction() as tx:
             intents = [Intent.new(self._ids.new(tx.now), tx.now, caller.owner, caller.key_id,
@@ -2395,7 +2510,7 @@ class Bus:
                     known = tx.recall(*memo, tx.now)
                     if not known.startswith(digest):
                         raise IdempotencyConflict("Key reused with different payload: an Idempotency-Key stands for one request.")
-                    return Record(json.loads(known[len(digest):]))
+                    return Record(json.loads(known[len(digest):])), intents
             stored = [self._insert(tx, intent, fields.get("replace")) for intent, fields in zip(intents, wanted)]
             if stored != expected:
                 answer = answer_with(stored)
@@ -2403,7 +2518,7 @@ class Bus:
                     tx.remember(*memo, digest + to_json(answer), tx.now + IDEMPOTENCY_SECONDS)
             if stored == expected or any(status != "kept" for _, status in stored):
                 self._require_room(tx, caller)
-        return answer
+        return answer, intents
 
     def _insert(self, tx, intent, replace):
         """Store a new intent, unless the twin of its unique value is kept or, if it waits, replaced; return (id, status)."""
@@ -2430,12 +2545,12 @@ class Bus:
             require_at_most(KEY_NAMESPACES, len(tally.namespaces()), "namespaces with intents; publish to one of these")
             require_at_most(KEY_VALUES, values.get(("", "value"), (0,))[0],
                             "values of its owner; delete some, or wait until some have expired")
-            self._require_bytes(tx, caller)
+            self._require_bytes(tx, caller, stored=tally.bytes + values.bytes)
 
-    def _require_bytes(self, tx, caller, of_a_report=False):
+    def _require_bytes(self, tx, caller, of_a_report=False, stored=None):
         """Raise RateLimited if an issued key stores more bytes now than it may; for a report, whose work is done, twice that."""
         if caller.limits is not None:
-            stored = self._stored_bytes(tx, caller.key_id, values_of(caller.owner))
+            stored = self._stored_bytes(tx, caller.key_id, values_of(caller.owner)) if stored is None else stored
             require_at_most(caller.limits.stored_bytes * (1 + of_a_report), stored, "bytes stored; wait until old intents, results "
                             "and values are deleted, or have the bus started with a larger --max-stored")
 
@@ -2458,13 +2573,11 @@ class Bus:
                 self._tallies[publisher] = Tally(committed)
         return committed, self.store.round_tallies.get(publisher, NO_TALLY), tx.tallies().get(publisher, NO_TALLY)
 
-    def _audience(self, fields, caller):
-        """Return how many workers listen for an intent with these fields, and whether its goal has never had one."""
-        _, lane = lane_of(caller.owner, **fields)
-        listening = self.registry.listening(lane)
-        served = caller.owner, fields["namespace"], fields["goal"]
+    def _audience(self, intent):
+        """Return how many workers listen for an intent, and whether its goal has never had one."""
+        listening, served = self.registry.listening(intent.lane), (intent.owner, intent.namespace, intent.goal)
         if listening or served in self._known_goals or self.store.recall(
-                "goal", caller.owner, f"{fields['namespace']}\t{fields['goal']}", self.clock.now()) is not None:
+                "goal", intent.owner, f"{intent.namespace}\t{intent.goal}", self.clock.now()) is not None:
             return dict(listening=listening)
         return dict(listening=0, never_claimed=True)
 
@@ -2618,8 +2731,7 @@ class Bus:
         """
         claim = self.wanted(goal, claim_token=claim_token, caller=caller, **fields)
         intent = self.take(claim, caller)
-        return intent and Record(intent.pick(NAMING_FIELDS + CLAIM_FIELDS), payload=json.loads(intent.payload),
-                                 claim_token=claim.token, claim_timeout=int(claim.lease))
+        return intent and Record(intent.pick(NAMING_FIELDS), payload=json.loads(intent.payload), **told_of(intent, claim))
 
     def wanted(self, goal=None, *, namespace="default", publisher=None, worker_id=None, capabilities=(), lease=LEASE_SECONDS,
                claim_token=None, worker_name=None, version=__version__, caller=OWNER):
@@ -2696,11 +2808,23 @@ class Bus:
         """Let the lease end that many seconds from now, within LEASE_RANGE_SECONDS; raises NotFound once it is over."""
         seconds = min(max(seconds, LEASE_RANGE_SECONDS[0]), LEASE_RANGE_SECONDS[1])
         with self.store.transaction() as tx:
-            intent = self._claimed_by(tx, intent_id, claim_token, caller)
-            if intent.status != "claimed":
-                raise lease_lost(intent_id)
+            intent = self._held_by(tx, intent_id, claim_token, caller)
             intent = self._change(tx, intent, intent.extended(tx.now, seconds, caller.expires_at))
         return Record(ok=True, id=intent_id, extended_by=seconds, claim_expires_at=intent.claim_expires_at)
+
+    def progress(self, intent_id, claim_token=None, percent=None, message=None, output=None, *, caller=OWNER):
+        """Tell how far the work is, and what its handler has written; the lease lasts as long again as it did.
+
+        percent is 0 to 100; None leaves percent or message as it was, and output is added to what was told. It is for
+        people to look at: kept in memory, by this bus alone. Return {"ok", "claim_expires_at", "followed": whether
+        somebody reads it}; raises RateLimited if an intent is told of more often than each PROGRESS_SECONDS.
+        """
+        with self.store.transaction() as tx:
+            intent = self._held_by(tx, intent_id, claim_token, caller)
+            self.live.require_pause(tx.now, intent_id)
+            intent = self._change(tx, intent, intent.extended(tx.now, intent.lease or LEASE_SECONDS, caller.expires_at))
+            tx.after_commit(self.live.tell, caller.key_id, intent, percent, message, output)
+            return Record(ok=True, claim_expires_at=intent.claim_expires_at, followed=self.live.has_reader(tx.now, intent_id))
 
     # With next_claim, a Claim, a report claims the next intent in its transaction: the intent that take() returns is `next` of the answer.
 
@@ -2773,6 +2897,18 @@ class Bus:
         if intent.last_error:
             found["error"] = intent.last_error
         return found
+
+    def output(self, intent_id, after=0, *, caller=OWNER):
+        """Return what the worker of an intent has told of its latest attempt, with the output after a number of bytes.
+
+        {"attempt", "output", "next": the number to go on from, "missed": bytes that are not kept, "percent", "message",
+        "ended": whether the intent has}.
+        """
+        intent = self._visible(intent_id, caller)
+        found = self.live.after(intent_id, after)
+        if not caller.payloads:
+            del found["output"]
+        return Record(found, ended=intent.ended)
 
     @sliced
     def list(self, *, status=None, goal=None, namespace=None, limit=50, before=None, payload=False, search=None, caller=OWNER):
@@ -2914,7 +3050,7 @@ class Bus:
                   "lane", "ready", "due_at", "payload", "result", "unique_value", "limited")
         shown = dict(payload=json.loads(intent.payload), result=stored_result(intent)) if caller.payloads else {}
         return Record({column: value for column, value in intent.items() if column not in hidden}, **shown,
-                      history=intent.attempts, unique=intent.unique_value)
+                      history=intent.attempts, unique=intent.unique_value, stream=bool(intent.stream))
 
     def dead_letter(self, intent_id, *, caller=OWNER):
         """Return everything about a dead intent."""
@@ -3102,6 +3238,13 @@ class Bus:
         tx.after_commit(self.registry.hear, tx.now, caller, intent)
         return intent
 
+    def _held_by(self, tx, intent_id, claim_token, caller):
+        """Return an intent whose lease a worker holds now; raises NotFound."""
+        intent = self._claimed_by(tx, intent_id, claim_token, caller)
+        if intent.status != "claimed":
+            raise lease_lost(intent_id)
+        return intent
+
     def _visible(self, intent_id, caller):
         """Return an intent as it is now; raises NotFound unless the caller's owner published or claimed it."""
         intent = self.store.get(intent_id).at(self.clock.now())
@@ -3117,11 +3260,10 @@ class Bus:
     def _committed(self, blocks):
         """Take in the moves and effects of blocks, now that they are on disk."""
         moves = [move for block in blocks for move in block.moves]
-        for effect in [effect for block in blocks for effect in block.effects]:
-            effect()
-        for publisher, *counted in (entry for block in blocks for entry in block.counted):
-            if publisher in self._tallies:
-                self._tallies[publisher].add(*counted)
+        for effect, arguments in [entry for block in blocks for entry in block.effects]:
+            effect(*arguments)
+        for publisher, *counted in [entry for block in blocks for entry in block.counted if entry[0] in self._tallies]:
+            self._tallies[publisher].add(*counted)
         for intent_id in [intent_id for block in blocks for intent_id in block.deleted]:
             self.registry.free(intent_id)
         self.learn(moves)
@@ -3131,15 +3273,16 @@ class Bus:
 
     def learn(self, moves, ours=True):
         """Take in moves of intents that are on disk, made by this bus or by another on the same database."""
-        self.log.record(self.clock.now(), moves, count=ours)
-        for move in moves:
-            due_at = move.intent.due_at
-            if due_at is not None and due_at < self.next_due:
-                self.next_due = due_at
-            if move.intent.status != "claimed":
-                self.registry.free(move.intent.id)
+        now = self.clock.now()
+        self.log.record(now, moves, count=ours)
+        for intent, _ in moves:
+            if intent.due_at is not None and intent.due_at < self.next_due:
+                self.next_due = intent.due_at
+            if intent.status != "claimed":
+                self.registry.free(intent.id)
+                self.live.end(now, intent.id)
             elif ours:
-                self.registry.hold(move.intent)
+                self.registry.hold(intent)
 
     def distrust_memory(self):
         """Drop the cached state of the database: another program has changed it."""
@@ -3203,6 +3346,7 @@ class Bus:
         now = time.monotonic()
         with self.store.transaction() as tx:
             tx.after_commit(self.registry.forget_silent, tx.now)
+            tx.after_commit(self.live.forget_old, tx.now)
             if self.next_due <= tx.now:
                 self.apply_due(tx)
             if self._clean_at <= now:
@@ -3708,7 +3852,8 @@ class Keys:
 
     def _no_admin(self, request):
         """Return the error for credentials that are not an admin's."""
-        return self._failed(request, Unauthorized("Authentication required.",
+        needed = "the owner key" if self._owner.admin else "the bus's BUS_ADMIN_SECRET or DASHBOARD_PASSWORD"
+        return self._failed(request, Unauthorized(f"Authentication required: this needs {needed}.",
                                                   headers=[("WWW-Authenticate", 'Basic realm="Intent Bus"')]))
 
     def _failed(self, request, error):
@@ -3967,6 +4112,7 @@ LIMITS = {     # of a publish
     "replace": boolean,
     "on_success": text_of(1, 256),
     "on_failure": text_of(1, 256),
+    "stream": boolean,
 }
 GOAL = (text_of(1, 256), None)
 TOKEN = (string, None)
@@ -4012,10 +4158,13 @@ CLAIM_HEADERS = Fields({"worker_id": (label, None), "capabilities": (labels, ())
                        optional=("worker_id", "capabilities"))
 REPORT = {"claim_token": TOKEN, "next_token": OWN_TOKEN}     # next_token: for the claim of the next intent
 EXTEND = Fields({"claim_token": TOKEN, "seconds": (number_from(0, YEAR_SECONDS), LEASE_SECONDS)}, strict=False)
+PROGRESS = Fields({"claim_token": TOKEN, "percent": (number_from(0, 100), None), "message": (string, None), "output": (string, None)},
+                  strict=False)
 FULFILL = Fields({**REPORT, "result": (anything, None), "result_type": (choice("json", "text"), "json")}, strict=False)
 FAIL = Fields({**REPORT, "error": (anything, None), "retry": (boolean, True)}, strict=False)
 RELEASE = Fields({**REPORT, "delay": (number_from(0, YEAR_SECONDS), 0)}, strict=False)
 RESULT = Fields({"wait": WAIT_SECONDS}, strict=False)
+OUTPUT = Fields({"after": (from_query(integer_from(0, 2 ** 49)), 0), "wait": WAIT_SECONDS}, strict=False)
 EVENTS_QUERY = Fields({"after": (from_query(integer_from(0, 2 ** 49)), None), "wait": WAIT_SECONDS}, strict=False)
 LIST = Fields({
     "status": (choice("open", "delayed", "claimed", "fulfilled", "dead"), None),
@@ -4142,6 +4291,10 @@ def nesting(body, limit):
 # lets nothing else run or load: it names script and style by their hashes.
 
 HOME = f"intentbus {__version__}: a job published here is done by a worker elsewhere.\n"
+
+
+class Redirect(str):
+    """The path that a browser is sent to, relative to the one it asked for: the bus may be behind a proxy, below a path."""
 
 
 class Html(str):
@@ -4520,6 +4673,14 @@ class Request:
         return same_or_either("idempotency_key", given, validate(IDEMPOTENCY, {"idempotency_key": header})["idempotency_key"])
 
 
+def dashboard_redirect(api, request):
+    return 302, Redirect("admin/dashboard")
+
+
+def home_endpoint(api, request):
+    return dashboard_redirect(api, request) if "text/html" in request.headers.get("accept", "").lower() else (200, HOME)
+
+
 def health_endpoint(api, request):
     api.bus.probe()
     return 200, health_of(api)
@@ -4630,9 +4791,7 @@ def claimed_text(intent, wanted):
     The payload stands there as it is stored, neither parsed nor encoded, and before the token: a worker without a JSON
     parser takes the last token in the text.
     """
-    naming, told = intent.pick(NAMING_FIELDS), intent.pick(CLAIM_FIELDS)
-    told.update(claim_token=wanted.token, claim_timeout=int(wanted.lease))
-    return f'{to_json(naming)[:-1]},"payload":{intent.payload},{to_json(told)[1:]}'
+    return f'{to_json(intent.pick(NAMING_FIELDS))[:-1]},"payload":{intent.payload},{to_json(told_of(intent, wanted))[1:]}'
 
 
 def reporting(verb, fields):
@@ -4647,6 +4806,14 @@ def reporting(verb, fields):
         intent = answer.pop("next")
         return 200, JsonText(f'{to_json(answer)[:-1]},"next":{claimed_text(intent, wanted) if intent else "null"}}}')
     return endpoint
+
+
+def progress_endpoint(api, request, intent_id):
+    """Take in progress, once a second, free of charge: it must not use up the rate that reports need."""
+    answer = api.bus.progress(intent_id, **request.fields(PROGRESS), caller=request.caller)
+    if request.caller.limits:
+        api.keys.charge(request.caller, -1)
+    return 200, answer
 
 
 def nothing_to_claim(api, request, wanted):
@@ -4673,6 +4840,18 @@ def result_endpoint(api, request, intent_id):
         status, answer = current()
         return answer if status in ("fulfilled", "dead") else None
     return api.hold(request, (intent_id,), request.parameters(RESULT)["wait"], ended, lambda: current()[1])
+
+
+def output_endpoint(api, request, intent_id):
+    fields = request.parameters(OUTPUT)
+    def page():
+        return api.bus.output(intent_id, fields["after"], caller=request.caller)
+    asked = page()
+    api.bus.live.read(api.bus.clock.now(), intent_id, fields["wait"])
+    def news():
+        found = page()
+        return (200, found) if found.next != fields["after"] or found != asked or found.ended else None
+    return api.hold(request, (intent_id,), fields["wait"], news, lambda: (200, page()))
 
 
 def events_endpoint(api, request):
@@ -4786,7 +4965,9 @@ def of_intent(endpoint):
 
 ROUTES = (
     # method, path                      who may     endpoint
-    ("GET",  "/",                       None,      lambda api, request: (200, HOME)),
+    ("GET",  "/",                       None,      home_endpoint),
+    ("GET",  "/dashboard",              None,      dashboard_redirect),
+    ("GET",  "/admin",                  None,      dashboard_redirect),
     ("GET",  "/health",                 None,      health_endpoint),
     ("POST", "/intent",                 "publish", publish_endpoint),
     ("POST", "/publish/*",              "publish", publish_payload_endpoint),
@@ -4794,11 +4975,13 @@ ROUTES = (
     ("POST", "/intents",                "publish", publish_many_endpoint),
     ("POST", "/claim",                  "work",    claim_endpoint),
     ("POST", "/extend_claim/*",         "work",    with_body("extend_claim", EXTEND)),
+    ("POST", "/progress/*",             "work",    progress_endpoint),
     ("POST", "/fulfill/*",              "work",    reporting("fulfill", FULFILL)),
     ("POST", "/fail/*",                 "work",    reporting("fail", FAIL)),
     ("POST", "/release/*",              "work",    reporting("release", RELEASE)),
     ("GET",  "/status/*",               "look",    of_intent(with_query("get_status", ANYTHING))),
     ("GET",  "/result/*",               "look",    of_intent(result_endpoint)),
+    ("GET",  "/output/*",               "look",    of_intent(output_endpoint)),
     ("GET",  "/intents",                "look",    advancing("list", LIST, Request.parameters)),
     ("GET",  "/workers",                "look",    with_query("workers", ANYTHING)),
     ("GET",  "/events",                 "look",    events_endpoint),
@@ -4842,7 +5025,7 @@ ROLES = {
     "viewer": ("look", "view"),
 }
 ROLE_WORDS = {"both": "publish and work", "viewer": "look"}     # what a role may do, unless its name says it
-REPORTS = ("/extend_claim/", "/fulfill/", "/fail/", "/release/")     # answered before the claims of their round
+REPORTS = ("/extend_claim/", "/progress/", "/fulfill/", "/fail/", "/release/")     # answered before the claims of their round
 OPEN_OVER_HTTP = ("/", "/health")                                    # where https is enforced
 OPEN_IN_MAINTENANCE = (*OPEN_OVER_HTTP, "/metrics")                  # to everybody; admins are let in everywhere
 
@@ -4864,8 +5047,13 @@ def respond(status, value, request_id, headers=()):
     if value is None:
         return Response(status, headers, b"", request_id)
     if not isinstance(value, str):
-        return Response(status, JSON_TYPE + tuple(headers), to_json(value).encode(), request_id)
-    kind = JSON_TYPE if isinstance(value, JsonText) else TEXT_TYPE
+        value = JsonText(to_json(value))
+    if isinstance(value, JsonText):
+        return Response(status, JSON_TYPE + tuple(headers), value.encode() + b"\n", request_id)     # a shell prompt comes after it
+    if isinstance(value, Redirect):
+        headers = (*headers, ("Location", value))
+        value = f"{value}\n"
+    kind = TEXT_TYPE
     if isinstance(value, Html):
         kind = (("Content-Type", "text/html; charset=utf-8"), ("Content-Security-Policy", content_policy(value)))
     return Response(status, kind + tuple(headers), value.encode(), request_id)
@@ -5023,7 +5211,8 @@ class API:
             self.keys.confirm(request)
             caller = request.caller
             if not caller.admin and request.who not in ROLES[caller.role]:
-                raise Forbidden(f"This key may {ROLE_WORDS.get(caller.role, caller.role)} only.")
+                able = " or ".join(role for role in ROLES if request.who in ROLES[role])
+                raise Forbidden(f"This key may {ROLE_WORDS.get(caller.role, caller.role)} only; this needs one of the role {able}.")
             if caller.goals and request.who == "keep":
                 raise Forbidden("A key for some goals has no key-value store.")
         return self._response(request, request.endpoint(self, request, *request.place))
@@ -5068,7 +5257,7 @@ class API:
 # The loop, and strict HTTP/1.1 (RFC 9112): bytes that two programs could read in two ways are refused and the connection
 # closed, so that nothing behind them is taken for a request.
 
-REASONS = {200: "OK", 201: "Created", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
+REASONS = {200: "OK", 201: "Created", 204: "No Content", 302: "Found", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
            404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 411: "Length Required",
            413: "Content Too Large", 422: "Unprocessable Content", 429: "Too Many Requests",
            431: "Request Header Fields Too Large", 500: "Internal Server Error", 503: "Service Unavailable",
@@ -5679,9 +5868,9 @@ class Rounds:
                 self.attempt_all(key)
 
     def learn(self, moves):
-        """Attempt the requests that are held for events, or for the end of an intent, now that it is on disk."""
+        """Attempt the requests that are held for events, or for the end or the progress of an intent, now that it is on disk."""
         for move in moves:
-            if move.intent.ended:
+            if move.intent.ended or move.event is None:
                 self.attempt_all(move.intent.id)
             if move.event:
                 self._news_of.update((move.intent.owner, move.intent.claim_owner, None))
@@ -6710,7 +6899,8 @@ def parse_bus_url(url):
                 and (":" in host or all(0 < len(label) < 64 for label in labels))):
             return parts
     shown = url.rpartition("@")[2]     # the part before the @ may hold a password
-    raise SetupError(f"The URL of a bus is http://HOST:PORT or https://HOST, without a user name; {shown!r} is not.")
+    cure = "" if "://" in url else f"; write http://{shown} or https://{shown}"
+    raise SetupError(f"The URL of a bus is http://HOST:PORT or https://HOST, without a user name; {shown!r} is not{cure}.")
 
 
 def client_tls_context(ca):
@@ -6728,7 +6918,7 @@ NO_HTTP = "If the bus serves https, its URL begins with https://; otherwise chec
 CURES = {     # by the class of an error, and for a certificate by its code in OpenSSL
     "ConnectionRefusedError": "Nothing listens there: start the bus with serve, or the tunnel that leads to it.",
     "gaierror": "That name is not known: check its spelling, and whether this machine is online.",
-    "SSLError": "That port does not speak https: check http:// or https://, and the port.",
+    "SSLError": "That port does not speak https: check the port or, for a bus without https, write http:// in its URL.",
     "timeout": "Nothing answers in time: a firewall is in the way, or that machine is off or slow.",
     "ConnectionResetError": NO_HTTP,
     "RemoteDisconnected": NO_HTTP,
@@ -6817,7 +7007,7 @@ ANSWER_ID = (must_be("an id", lambda value: isinstance(value, str) and re.fullma
 DONE = (must_be("true", lambda value: value is True), REQUIRED)
 REPORTED = answer_of(ok=DONE, id=ANSWER_ID, extended_by=UNSURE, claim_expires_at=UNSURE)
 CLAIMED = answer_of(**{**dict.fromkeys(NAMING_FIELDS + CLAIM_FIELDS, UNSURE), "id": ANSWER_ID, "goal": TEXT}, payload=UNSURE,
-                    claim_token=(string, None), claim_timeout=(number_from(1, 2 ** 40), None))
+                    claim_token=(string, None), claim_timeout=(number_from(1, 2 ** 40), None), stream=(boolean, False))
 ENDED = answer_of(ok=DONE, id=ANSWER_ID, status=UNSURE, run_at=PERHAPS_A_MOMENT, next=(lambda value: value and CLAIMED(value), None))
 CHANGED = answer_of(id=ANSWER_ID, status=TEXT)
 STATE = {**dict.fromkeys(STATUS_FIELDS, UNSURE), "id": ANSWER_ID, "status": TEXT, "claimed_at": PERHAPS_A_MOMENT}
@@ -6829,9 +7019,12 @@ LISTED_WORKER = answer_of(owner=TEXT, last_seen=MOMENT, goals=(array_of(string),
                           running=(array_of(string), ()))
 LISTED_EVENT = answer_of(event=TEXT, time=MOMENT, id=UNSURE, goal=UNSURE, status=UNSURE, worker_id=UNSURE, worker=UNSURE,
                          last_error=UNSURE)
+ONE_GOAL = dict(namespace=TEXT, goal=TEXT, run_at=PERHAPS_A_MOMENT)
+GOAL_FIGURES = answer_of(**ONE_GOAL, waiting=COUNT, running=COUNT, limit=UNSURE, paused=UNSURE, fulfilled=(array_of(COUNT[0]), ()),
+                         failed=(array_of(COUNT[0]), ()))
 GOAL_LIMIT = answer_of(namespace=TEXT, goal=TEXT, running=UNSURE, paused=TRUTH, claimed=COUNT)
 LISTED_SCHEDULE = answer_of(name=TEXT, owner=TEXT, goal=TEXT, every=(number_from(1, 2 ** 40), None), cron=(string, None),
-                            timezone=(string, None), next_run_at=PERHAPS_A_MOMENT, last_run_at=PERHAPS_A_MOMENT, last_id=UNSURE)
+                            timezone=(string, None), made_at=MOMENT, next_run_at=PERHAPS_A_MOMENT, last_run_at=PERHAPS_A_MOMENT, last_id=UNSURE)
 PERHAPS_GOALS = (array_of(string), None)
 LISTED_KEY = answer_of(key_id=TEXT, owner=TEXT, role=TEXT, total_requests=COUNT, name=UNSURE, goals=PERHAPS_GOALS,
                        expires_at=PERHAPS_A_MOMENT, last_used_at=PERHAPS_A_MOMENT)
@@ -6841,11 +7034,14 @@ ANSWERS = {     # of a bus, to a method and path: an answer without these fields
     "POST /intents": answer_of(ids=(array_of(ANSWER_ID[0]), REQUIRED), statuses=(array_of(string), ())),
     "POST /claim": CLAIMED,
     "POST /extend_claim/*": REPORTED,
+    "POST /progress/*": answer_of(ok=DONE, claim_expires_at=MOMENT, followed=TRUTH),
     "POST /fulfill/*": ENDED,
     "POST /fail/*": ENDED,
     "POST /release/*": ENDED,
     "GET /status/*": answer_of(**STATE),
     "GET /result/*": answer_of(**RESULT_STATE),
+    "GET /output/*": answer_of(output=(string, ""), next=COUNT, missed=COUNT, ended=TRUTH, attempt=UNSURE, message=(string, None),
+                               percent=(number_from(0, 100), None)),
     "GET /intents": answer_of(intents=(array_of(LISTED_INTENT), REQUIRED), next=(ANSWER_ID[0], None)),
     "GET /workers": answer_of(workers=(array_of(LISTED_WORKER), REQUIRED)),
     "GET /events": answer_of(events=(array_of(LISTED_EVENT), REQUIRED), next=COUNT, missed=(COUNT[0], 0)),
@@ -6871,7 +7067,9 @@ ANSWERS = {     # of a bus, to a method and path: an answer without these fields
     "GET /admin/dead": array_of(answer_of(intent_id=TEXT)),
     "POST /admin/purge": counted_or(deleted=COUNT),
     "POST /admin/cancel": counted_or(cancelled=COUNT),
-    "GET /admin/summary": answer_of(intents=(must_be("an object", lambda value: isinstance(value, dict)), REQUIRED)),
+    "GET /admin/summary": answer_of(
+        intents=(must_be("objects", lambda value: isinstance(value, dict) and all(isinstance(of, dict) for of in value.values())), REQUIRED),
+        goals=(array_of(GOAL_FIGURES), ()), waiting=(array_of(answer_of(**ONE_GOAL)), ()), workers=(array_of(LISTED_WORKER), ())),
 }
 ANY_ANSWER = answer_of()     # to other requests
 MAY_BE_EMPTY = ("POST /claim",)     # 204
@@ -7183,6 +7381,7 @@ def present(**fields: Any) -> dict[str, Any]:
 
 if TYPE_CHECKING:     # what is in the answers; at run time each is a plain Record
     Goals = Union[str, Sequence[str], None]     # None: any goal
+    Handler = Union[Callable[[Any], object], Callable[[Any, "Lease"], object]]     # the second with_lease
     Visibility = Literal["private", "public"]
     ResultType = Literal["json", "text"]
     Status = Literal["open", "claimed", "fulfilled", "dead"]
@@ -7289,9 +7488,10 @@ class IntentClient:
         self._publisher = self._key if send_key else self._key_id     # older buses know no ids
         self._known_newer = False     # than an Intent Bus 7
         self._clock_offset = 0     # seconds
-        self._proxy, credentials = (None, None) if local else proxy_to(parts)
+        self._proxy, credentials = (None, None) if local else proxy_to(parts)     # type: ignore
         self._opener = urllib.request.OpenerDirector()     # follows no redirects, which would pass the key on
-        self._opener.add_handler(KeptConnection(self._proxy and (self._proxy, credentials), client_tls_context(ca) if ca else None))
+        connection = KeptConnection(self._proxy and (self._proxy, credentials), client_tls_context(ca) if ca else None)
+        self._opener.add_handler(connection)     # type: ignore   # a handler needs no base class, which would have to be imported first
 
     @property
     def spool(self) -> Any:
@@ -7302,7 +7502,8 @@ class IntentClient:
                 delay: float | None = None, run_at: float | None = None, ttl: float | None = None, max_attempts: int | None = None,
                 backoff_base: float | None = None, target_worker: str | None = None, required_capability: str | None = None,
                 visibility: Visibility | None = None, unique: str | None = None, replace: bool | None = None,
-                on_success: str | None = None, on_failure: str | None = None, idempotency_key: str | None = None) -> Published:
+                on_success: str | None = None, on_failure: str | None = None, stream: bool | None = None,
+                idempotency_key: str | None = None) -> Published:
         """Publish an intent; it is stored once, however often the request is repeated.
 
         delay, ttl and backoff_base are seconds, run_at is Unix seconds; None is the default of the bus.
@@ -7310,7 +7511,7 @@ class IntentClient:
         body = present(goal=goal, namespace=namespace or self.namespace, priority=priority, delay=delay, run_at=run_at, ttl=ttl,
                      max_attempts=max_attempts, backoff_base=backoff_base, target_worker=target_worker, unique=unique,
                      required_capability=required_capability, visibility=visibility, replace=replace, on_success=on_success,
-                     on_failure=on_failure)
+                     on_failure=on_failure, stream=stream)
         body["payload"] = payload
         answer = self._publish("/intent", body, idempotency_key)
         if body.get("ttl") is not None and answer.id and answer.listening is None:
@@ -7368,6 +7569,12 @@ class IntentClient:
         """Extend a lease, so that it ends seconds from now; raises NotFound if it is lost."""
         return self.request("POST", f"/extend_claim/{intent_id}", dict(claim_token=claim_token, seconds=seconds), retries=0)
 
+    def progress(self, intent_id: str, claim_token: str | None = None, percent: float | None = None, message: str | None = None,
+                 output: str | None = None) -> Record:
+        """Tell how far the work is, and what it has written, as Bus.progress does; this extends the lease, too."""
+        body = dict(claim_token=claim_token, percent=percent, message=message, output=output)
+        return self.request("POST", f"/progress/{intent_id}", body, retries=0)
+
     def fulfill(self, intent_id: str, claim_token: str | None = None, result: Any = None, result_type: ResultType = "json",
                 next_claim: Mapping[str, Any] | None = None) -> Ended:
         """Report that the work is done.
@@ -7408,7 +7615,7 @@ class IntentClient:
         return spooler.report(path, body, intent_id, send) if spooler else send()
 
     if TYPE_CHECKING:     # the function listen() of part 18
-        def listen(self, goal: Goals, handler: Callable[[Any], object], *, full_envelope: bool = False,
+        def listen(self, goal: Goals, handler: Handler, *, full_envelope: bool = False, with_lease: bool = False,
                    concurrency: int = 1, lease: float = LEASE_SECONDS, max_jobs: int | None = None, max_time: float | None = None,
                    drain: bool = False, poll: float = POLL_SECONDS, on_message: Callable[[str], object] = lambda sentence: None,
                    namespace: str | None = None, publisher: str | None = None, worker_id: str | None = None,
@@ -7421,6 +7628,10 @@ class IntentClient:
     def get_result(self, intent_id: str, wait: float = 0) -> Result:
         """Return the state of an intent with its result, as soon as it has ended or after wait seconds."""
         return self.request("GET", f"/result/{intent_id}", wait=wait)
+
+    def output(self, intent_id: str, after: int = 0, wait: float = 0) -> Record:
+        """Return what the worker of an intent tells while it runs, as Bus.output does; held until there is news for wait seconds."""
+        return self.request("GET", f"/output/{intent_id}", query=dict(after=after), wait=wait)
 
     def inspect(self, intent_id: str) -> Result:
         """Return all that this key may see of an intent: as an admin everything, otherwise the fields of get_result()."""
@@ -7468,12 +7679,12 @@ class IntentClient:
                  owner: str | None = None, namespace: str | None = None, priority: int | None = None, ttl: float | None = None,
                  max_attempts: int | None = None, backoff_base: float | None = None, target_worker: str | None = None,
                  required_capability: str | None = None, visibility: Visibility | None = None, on_success: str | None = None,
-                 on_failure: str | None = None) -> Record:
+                 on_failure: str | None = None, stream: bool | None = None) -> Record:
         """Publish an intent every so many seconds, or at the times of a cron expression; return {"name", "next_run_at", "status"}."""
         body = present(goal=goal, namespace=namespace or self.namespace, every=every, cron=cron, timezone=timezone, overlap=overlap,
                      paused=paused, owner=owner, priority=priority, ttl=ttl, max_attempts=max_attempts, backoff_base=backoff_base,
                      target_worker=target_worker, required_capability=required_capability, visibility=visibility,
-                     on_success=on_success, on_failure=on_failure)
+                     on_success=on_success, on_failure=on_failure, stream=stream)
         body["payload"] = payload
         return self.request("POST", f"/schedule/{name}", body)
 
@@ -7651,6 +7862,9 @@ HANGUP = getattr(signal, "SIGHUP", None)     # Windows has none
 PAST_TENSES = {"fulfill": "fulfilled", "fail": "failed", "release": "released"}
 
 
+LEFT_OUT = "\n[Some output is left out here: there was too much at once.]\n"
+
+
 class Reject(Exception):
     """A handler raises this when no retry can help; the intent is dead at once."""
 
@@ -7669,13 +7883,17 @@ def reason_of(error):
 class Lease:
     """The lease of an intent; its worker calls keep() again and again, which extends it after each third of its seconds.
 
+    keep() also tells the bus of the handler's progress: each READER_SECONDS, or each PROGRESS_SECONDS if somebody reads it.
     `broken` is None, or the reason why the handler must end: the lease is "lost", or the worker is "stopped".
     """
 
     def __init__(self, bus: Bus | IntentClient, intent: Claimed, seconds: float) -> None:
-        self._extend = functools.partial(bus.extend_claim, intent.id, intent.claim_token, seconds)
-        self._interval = seconds / 3
-        self._due = steady_clock() + self._interval
+        self._bus, self._holder, self._seconds = bus, (intent.id, intent.claim_token), seconds
+        self._due = steady_clock() + seconds / 3     # when it is to be extended
+        self._news: dict[str, Any] = {}             # what the bus has not been told yet: percent, message, output
+        self._news_lock = threading.Lock()
+        self._pause, self._told_at = PROGRESS_SECONDS, -FOREVER
+        self._calling = threading.Lock()     # held while the bus is called
         self._started = time.monotonic()
         self.broken: str | None = None
 
@@ -7683,23 +7901,72 @@ class Lease:
         """Return the seconds since the intent was claimed, as words."""
         return f"{time.monotonic() - self._started:.1f} s"
 
-    def keep(self) -> None:
-        """Extend the lease if that is due, in a thread: a slow bus must not hold up the other leases."""
-        if steady_clock() >= self._due:
-            self._due = float("inf")     # until that thread ends
-            try:
-                threading.Thread(target=self._extend_now, daemon=True).start()
-            except RuntimeError:     # there is no memory for one
-                self._extend_now()
+    def progress(self, percent: float | None = None, message: str | None = None) -> None:
+        """Tell how far the work is, from 0 to 100 and in words, for people to see; it takes no time, and may be called often."""
+        self._note(percent=percent, message=message)
 
-    def _extend_now(self):
+    def write(self, text: str) -> None:
+        """Add to the output that people see while the handler runs; of much at once, the end."""
+        self._note(output=text)
+
+    def keep(self) -> None:
+        """Call the bus if that is due, in a thread: a slow bus must not hold up the other leases."""
+        now = steady_clock()
+        due = now >= self._due or self._news and now >= self._told_at + self._pause
+        if due and self._calling.acquire(blocking=False):
+            try:
+                threading.Thread(target=self._call, daemon=True).start()
+            except RuntimeError:     # there is no memory for one
+                self._call()
+
+    def tell_the_rest(self) -> None:
+        """Tell the bus what it has not been told, before the outcome is reported; without success if it is away."""
+        self._calling.acquire()     # once a call that has begun is over
+        if not self._news or self.broken:
+            return self._calling.release()
+        time.sleep(max(0, min(PROGRESS_SECONDS, self._told_at + PROGRESS_SECONDS - steady_clock())))
+        self._call()
+
+    def _note(self, **news):
+        with self._news_lock:
+            if self._pause < FOREVER:
+                self._add(news)
+
+    def _add(self, news):
+        output = self._news.get("output", "") + (news.get("output") or "")
+        if len(output) > LIVE_CHARACTERS:
+            output = LEFT_OUT + output[-LIVE_CHARACTERS:]
+        self._news.update({name: value for name, value in news.items() if value is not None}, **{"output": output} if output else {})
+
+    def _call(self):
+        """Tell the bus the news, which extends the lease, too, or just extend it; then let others call."""
+        with self._news_lock:
+            news, self._news = self._news, {}
         try:
-            self._extend()
-            self._due = steady_clock() + self._interval
+            if not (news and self._tell(news)):
+                self._bus.extend_claim(*self._holder, self._seconds)
+            self._due = steady_clock() + self._seconds / 3
         except NotFound:
             self.broken = "lost"
         except Exception:     # tried again at the next call
             self._due = 0
+            with self._news_lock:
+                later, self._news = self._news, news
+                self._add(later)
+        finally:
+            self._calling.release()
+
+    def _tell(self, news):
+        """Tell the bus the news; return False if it is an older bus, which takes none."""
+        try:
+            answer = self._bus.progress(*self._holder, **news)
+        except (NotFound, OlderBus):     # or the lease is lost, which the extension will show
+            self._pause = FOREVER
+            return False
+        finally:
+            self._told_at = steady_clock()     # the bus has counted from an earlier time
+        self._pause = PROGRESS_SECONDS if answer.followed else READER_SECONDS
+        return True
 
 
 class Worker:
@@ -7850,6 +8117,7 @@ class Worker:
 
     def _process_one(self, intent, lease):
         verb, details = ("release", {}) if self._stopping.is_set() else self._run_handler(intent, lease)
+        lease.tell_the_rest()
         if lease.broken == "lost":
             self._log_outcome(intent, "lost", lease, ": it was cancelled, or its lease ran out before the handler ended")
         elif verb == "release" or lease.broken and verb != "fulfill":     # finished work is reported even then
@@ -7919,19 +8187,20 @@ def consequence_of(answer, error, retry=True):
     return f"{when}: {lines[0]}" if len(lines) == 1 else f"{when}: {lines[0].partition(': ')[0]}: {lines[-1]}"
 
 
-def listen(bus: Bus | IntentClient, goal: Goals, handler: Callable[[Any], object], *, full_envelope: bool = False,
+def listen(bus: Bus | IntentClient, goal: Goals, handler: Handler, *, full_envelope: bool = False, with_lease: bool = False,
            concurrency: int = 1, lease: float = LEASE_SECONDS, max_jobs: int | None = None, max_time: float | None = None,
            drain: bool = False, poll: float = POLL_SECONDS, on_message: Callable[[str], object] = lambda sentence: None,
            namespace: str | None = None, publisher: str | None = None, worker_id: str | None = None,
            capabilities: Iterable[str] | None = None, worker_name: str | None = None) -> None:
     """Call handler(payload) for each intent of a goal, until Ctrl-C; with full_envelope, handler(intent).
 
-    It returns the result, any JSON value. False or an exception fails the intent, Reject fails it for good. The other
-    arguments are those of Worker and of claim.
+    With with_lease, it gets the Lease as its second argument, to tell of its progress. It returns the result, any JSON
+    value. False or an exception fails the intent, Reject fails it for good. The other arguments are those of Worker and of
+    claim.
     """
     def run(intent, lease):
         try:
-            result = handler(intent if full_envelope else intent.payload)
+            result = handler(intent if full_envelope else intent.payload, *([lease] if with_lease else ()))
             to_json(result).encode()     # raises here, so that a result that is not JSON fails the intent
         except (Reject, HandlerFailed):
             raise
@@ -7951,6 +8220,8 @@ SECRET_VARIABLES = ("INTENT_API_KEY", "BUS_SECRET", "BUS_ADMIN_SECRET", "DASHBOA
 CTRL_BREAK_EVENT = 1     # the SIGTERM of Windows; the module signal has it only there
 NOT_EXECUTABLE = (errno.ENOENT, errno.EACCES, errno.ENOEXEC)
 CUT_MARK = "\n[The output was longer: it is cut here.]"
+PROGRESS_MARK = b"::progress "     # begins a line of stderr that tells how far the work is
+PROGRESS_LINE = re.compile(rb"::progress (\d{1,3}(?:\.\d+)?)%?(?:[ \t]+([^\r\n]*))?\r?\n?", re.ASCII)
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}|\{([A-Za-z_]\w*)\}", re.ASCII)
 
 
@@ -8077,24 +8348,22 @@ class OutputReader:
             key.fileobj.close()
         self._selector.close()
 
-    def collect(self, pipe, excess, show=lambda data: None):
-        """Return a bytearray that collects the data of a pipe, and show the data; excess is the slice to drop."""
+    def collect(self, pipe, excess, passed=lambda data: data):
+        """Return a bytearray that collects what passed() returns for the data of a pipe; excess is the slice to drop."""
         kept = bytearray()
         source = pipe if POSIX else socket_from(pipe)     # Windows can wait for sockets only
-        self._selector.register(source, selectors.EVENT_READ, (kept, excess, show))
+        self._selector.register(source, selectors.EVENT_READ, (kept, excess, passed))
         return kept
 
     def read(self, seconds):
         """Collect the data that comes within some seconds; return whether there was any, or the end of a pipe."""
         ready = self.is_open() and self._selector.select(seconds)
         for key, _ in ready or ():
-            kept, excess, show = key.data
+            kept, excess, passed = key.data
             data = os.read(key.fd, 65536) if POSIX else key.fileobj.recv(65536)
-            kept += data
+            kept += passed(data)
             del kept[excess]
-            if data:
-                show(data)
-            else:
+            if not data:
                 self._selector.unregister(key.fileobj)
                 key.fileobj.close()
         return bool(ready)
@@ -8104,17 +8373,61 @@ class OutputReader:
         return bool(self._selector.get_map())
 
 
+class StderrFilter:
+    """Takes what a program writes to stderr: lines with progress out of it, and all else on to a function, as it comes."""
+
+    def __init__(self, lease, show, stream):
+        """show(data) gets all else and, at the end, no data; stream tells whether the lease gets it, too."""
+        self._lease, self._show, self._stream = lease, show, stream
+        self._begun, self._at_start = b"", True     # the begin of a line that may tell progress
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def __call__(self, data):
+        """Take data, or none at the end of the pipe; return what is not progress."""
+        *lines, last = (self._begun + data).split(b"\n")
+        passed = []
+        for line in lines:
+            passed.append(self._without_progress(line + b"\n"))
+            self._at_start = True
+        may_tell = last.startswith(PROGRESS_MARK) and len(last) < STDERR_LINE_BYTES or PROGRESS_MARK.startswith(last)
+        self._begun = last if data and self._at_start and may_tell else b""
+        if not self._begun and last:
+            passed.append(self._without_progress(last))
+            self._at_start = False
+        passed = b"".join(passed)
+        if passed:
+            self._show(passed)
+            if self._stream:
+                self._lease.write(self._decoder.decode(passed))
+        return passed
+
+    def end(self):
+        """Pass on what is left."""
+        self(b"")
+        self._show(b"")
+
+    def _without_progress(self, line):
+        found = PROGRESS_LINE.fullmatch(line) if self._at_start else None
+        percent = float(found[1]) if found else 101
+        if percent > 100:
+            return line
+        self._lease.progress(int(percent) if percent.is_integer() else percent, (found[2] or b"").decode(errors="replace"))
+        return b""
+
+
 class Program:
     """A handler that runs a program: payload on stdin, result on stdout. The README has the contract.
 
     timeout and kill_after are seconds, max_output bytes; result says how to read stdout: auto, json, text or none.
     tell(verb, pid) is called when a process has started and when it has ended, show(intent, data) with what it writes to
-    stderr, and with no data at the end, on_message(sentence) when output was cut. Raises SetupError if there is no such
+    stderr besides progress, and with no data at the end, on_message(sentence) when output was cut. With stream, this is told
+    to the bus of every intent, not only of those whose publisher wants it. Raises SetupError if there is no such
     program, or if it is a batch file of Windows with placeholders: cmd.exe could take a field for commands.
     """
 
     def __init__(self, arguments, timeout=HANDLER_SECONDS, kill_after=KILL_AFTER_SECONDS, max_output=OUTPUT_BYTES,
-                 result="auto", tell=lambda verb, pid: None, show=lambda intent, data: None, on_message=lambda sentence: None):
+                 result="auto", tell=lambda verb, pid: None, show=lambda intent, data: None, on_message=lambda sentence: None,
+                 stream=False):
         import shutil
         self._program = shutil.which(arguments[0])
         if not self._program:
@@ -8131,16 +8444,17 @@ class Program:
         self._tell = tell
         self._show = show
         self._log = on_message
+        self._stream = stream
 
     def __call__(self, intent, lease):
         reader = OutputReader()
         process = self._start(intent)
-        show = functools.partial(self._show, intent)
+        stderr = StderrFilter(lease, functools.partial(self._show, intent), self._stream or intent.get("stream"))
         with reader:
             try:
                 self._tell("started", process.pid)
                 output = reader.collect(process.stdout, excess=slice(self._max_output + 1, None))     # one more shows a cut
-                errors = reader.collect(process.stderr, slice(None, -STDERR_BYTES), show)
+                errors = reader.collect(process.stderr, slice(None, -STDERR_BYTES), stderr)
                 reason = self._wait(process, reader, lease)
             finally:
                 self._signal(process, "SIGKILL")     # ends the children that the program left behind
@@ -8149,7 +8463,7 @@ class Program:
             deadline = time.monotonic() + PIPE_SECONDS     # a process in another session may hold the pipes, and write
             while time.monotonic() < deadline and reader.read(WATCH_SECONDS):
                 pass
-        show(b"")
+        stderr.end()
         if reason or process.returncode:
             raise self._failure(reason, process.returncode, errors.decode(errors="replace").strip())
         return self._parse(bytes(output), intent)
@@ -8332,6 +8646,54 @@ def check_key_at_older(bus):
         yield bad("key", f"The bus refuses this key: {error}")
 
 
+def check_work(options):
+    """Check schedules and, for an admin, limits and the keys of others; check_bus tells why the bus cannot be asked."""
+    with contextlib.suppress(Error), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bus = open_client(options, DOCTOR_SECONDS)
+        me, workers = bus.who_am_i(), bus.workers().workers
+        for schedule in bus.schedules().schedules:
+            if schedule.next_run_at is not None:     # else it is paused
+                yield from check_schedule(bus, schedule, workers, me.now)
+        yield from check_limits(bus.limits().limits, bus.admin("summary").waiting, me.now)
+        for key in bus.admin("keys"):
+            if key.key_id != me.key_id and me.now < (key.expires_at or 0) < me.now + KEY_ENDS_SECONDS:
+                yield note("keys", f"The key {key.name or key.key_id} ends at {moment(key.expires_at)}; keys invite makes a new one.")
+
+
+def check_schedule(bus, schedule, workers, now):
+    """Check whether a schedule has a worker, a time zone, and runs that do well."""
+    of_bus = bool(LOOPBACK.fullmatch(urllib.parse.urlsplit(bus.base_url).hostname))     # this machine's local time is the bus's
+    who, last = f"The schedule {schedule.name}", None
+    if not any(worker.get("namespace") == schedule.get("namespace") and schedule.goal in (worker.goals or [schedule.goal])
+               for worker in workers):
+        yield note("schedule", f"{who} publishes {schedule.goal}, and no worker is there for it; start one, or check the spelling.")
+    with contextlib.suppress(NotFound):     # it is deleted
+        last = schedule.last_id and bus.get_status(schedule.last_id)
+    if last and last.status == "dead":
+        yield bad("schedule", f"{who} has failed: {last.last_error} (show {last.id}).")
+    try:
+        due = next_run(schedule, max(schedule.last_run_at or 0, schedule.made_at))
+    except ValueError as error:
+        yield (bad if of_bus else note)("schedule", f"{who} has a time zone that this machine does not know, and is left out if the bus's "
+                                                    f"does not, either: timezone {error}.")
+        return
+    if (of_bus or schedule.every or schedule.timezone) and due < now - DOCTOR_SECONDS:
+        why = f"the run before is {last.status}: {last.id}" if last and last.status in ("open", "claimed") else "watch tells why, each time"
+        yield bad("schedule", f"{who} has left out each run since {moment(due)}; {why}.")
+
+
+def check_limits(limits, waiting, now):
+    """Check for intents that wait because their goal is paused, or for long at its limit."""
+    since = {(goal.namespace, goal.goal): goal.run_at for goal in waiting}
+    for limit in limits:
+        at = since.get((limit.namespace, limit.goal))
+        if at is not None and limit.paused:
+            yield note("limit", f"{limit.goal} is paused, and has an intent that waits since {moment(at)}; resume {limit.goal} lets it start.")
+        elif at is not None and at < now - LIMIT_WAIT_SECONDS and limit.claimed >= (limit.running or sys.maxsize):
+            yield note("limit", f"{limit.goal} is at its limit of {limit.running}, and has an intent that waits since {moment(at)}.")
+
+
 def check_database(options):
     """Check the place and the mode of the database file, if it is on this machine."""
     import shutil
@@ -8398,7 +8760,7 @@ def check_termux(options):
     yield note("termux", "Android 12 and newer kill a 33rd program; disable child process restrictions in developer options.")
 
 
-CHECKS = (check_versions, check_bus, check_database, check_spool, check_termux)
+CHECKS = (check_versions, check_bus, check_work, check_database, check_spool, check_termux)
 
 
 # ---- 20. Commands ----
@@ -8416,8 +8778,8 @@ COMMAND --help shows examples and flags, --version shows the version. Data goes 
 exit codes: 0 success; 1 the intent is dead, or a conflict; 2 wrong usage or setup; 3 not found; 4 refused;
 5 bus unreachable; 6 over a limit; 124 timed out; 129, 130, 143 stopped by a signal"""
 GROUPS = (
-    ("run", ("serve", "publish", "work", "flush")),
-    ("inspect", ("status", "result", "show", "list", "workers", "watch", "stats")),
+    ("run", ("serve", "publish", "work", "progress", "flush")),
+    ("inspect", ("status", "result", "output", "show", "list", "workers", "watch", "stats")),
     ("schedule", ("schedule", "schedules", "unschedule", "run")),
     ("limit", ("limit", "pause", "resume", "limits")),
     ("repair", ("cancel", "retry", "purge", "doctor", "backup")),
@@ -8427,8 +8789,10 @@ GROUPS = (
 EXIT_CODES = {400: 2, 401: 4, 403: 4, 404: 3, 409: 1, 413: 6, 422: 6, 429: 6}     # by the HTTP status of the error
 INVOCATION = ("intentbus" if sys.argv and os.path.basename(sys.argv[0]) == "intentbus" else     # how a person starts it
               f"{os.path.basename(sys.executable or 'python')} {os.path.basename(__file__)}")
-UNIT_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+UNIT_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+DURATION = r"\d{1,9}(\.\d{1,9})?|(\d{1,9}(\.\d{1,9})?[smhdw])+"
 UNPRINTABLE = r"[^\n\t\x20-\x7e\xa0-\U0010ffff]"     # characters that can control a terminal; compiled late, which takes 3 ms
+STATE_COLORS = {"claimed": 33, "fulfilled": 32, "dead": 31, "failed": 31, "lost": 31, "skipped": 33, "paused": 33, "has ended": 31}     # ANSI
 COMMANDS: dict[str, tuple[Any, ...]] = {}     # name: (function, examples, flags)
 
 
@@ -8516,7 +8880,11 @@ class StderrRelay:
 
 def print_result(value):
     """Write a value to stdout as it is, but on a terminal without control characters; raises SetupError."""
-    line = escape(str(value), UNPRINTABLE) if sys.stdout.isatty() else str(value)
+    print_line(escape(str(value), UNPRINTABLE) if sys.stdout.isatty() else str(value))
+
+
+def print_line(line):
+    """Write a line to stdout; raises SetupError."""
     try:
         sys.stdout.write(line + "\n")     # one write, so that the lines of threads do not mix
         sys.stdout.flush()
@@ -8526,11 +8894,127 @@ def print_result(value):
         raise SetupError(f"The output cannot be written: {error.strerror}.") from error
 
 
-def print_rows(options, records, cells):
-    """Print a line for each record: with --json its JSON, else the cells that cells(record) returns."""
-    for record in records:
-        line = to_json(record) if options.json else "  ".join(str(cell) for cell in cells(record) if cell not in (None, ""))
-        print_result(line if options.json else escape(line.replace("\n", " | ")))
+class Column(collections.namedtuple("Column", "header cell spec shown yields state", defaults=(None, "", None, 0, False))):
+    """A column of a Table: cell(record) is its text or None, by default the field of that name.
+
+    shown(record) is its text on a terminal, if that differs; spec pads and aligns it, as format() does. In a narrow terminal, the
+    column that yields most is cut and left out first; one that yields 0 stays whole. A state is coloured.
+    """
+
+    def text(self, record, on_terminal):
+        """Return the text of its cell, on one line, without control characters."""
+        read = on_terminal and self.shown or self.cell
+        value = read(record) if read else record.get(self.header)
+        return "" if value in (None, "") else escape(str(value).replace("\n", " | "))
+
+
+class Table:
+    """Prints records in columns: on a terminal as a table that fits its width, otherwise the filled cells of each on a line.
+
+    With --json, it prints JSON. Another print() continues the table.
+    """
+
+    def __init__(self, options, columns):
+        self._json, self._columns, self._widths, self._headers = options.json, columns, collections.Counter(), []
+        self._terminal = sys.stdout.isatty()
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not (POSIX or "WT_SESSION" in os.environ)
+        self._colored = options.color == "always" or options.color == "auto" and self._terminal and not plain
+
+    def print(self, records):
+        """Print some records."""
+        if self._json:
+            for record in records:
+                print_result(to_json(record))
+            return
+        rows = [[column.text(record, self._terminal) for column in self._columns] for record in records]
+        if self._terminal:
+            self._print_fitted(rows)
+        else:
+            for row in rows:
+                print_line("  ".join(self._painted(column, text, format(text, column.spec)) for column, text in zip(self._columns, row) if text))
+
+    def _print_fitted(self, rows):
+        import shutil
+        encoding = sys.stdout.encoding or "ascii"     # a character that it lacks is printed as an escape sequence
+        rows = [[text.encode(encoding, "backslashreplace").decode(encoding) for text in row] for row in rows]
+        for column, texts in zip(self._columns, zip(*rows)):
+            if any(texts):
+                least = int(column.spec.strip(">") or 0)
+                self._widths[column] = max(self._widths[column], least, len(column.header), *map(text_width, texts))
+        widths = fitted([self._widths[column] for column in self._columns], [column.yields for column in self._columns],
+                        shutil.get_terminal_size().columns)
+        shown = [(column, width) for column, width in zip(self._columns, widths) if width]
+        headers = [column.header for column, _ in shown]
+        if headers != self._headers:
+            self._headers = headers
+            print_line("  ".join(padded(column.header, width, column.spec) for column, width in shown).rstrip())
+        for row in rows:
+            texts = [text for text, width in zip(row, widths) if width]
+            print_line("  ".join(self._painted(column, text, padded(text, width, column.spec))
+                                 for (column, width), text in zip(shown, texts)).rstrip())
+
+    def _painted(self, column, text, cell):
+        """Return a cell, with its text, in the colour of its state."""
+        color = column.state and self._colored and STATE_COLORS.get(text)
+        return f"\x1b[{color}m{cell}\x1b[0m" if color else cell
+
+
+def fitted(widths, yields, room):
+    """Return the widths of columns, two apart, fitted into a room: cut to COLUMN_WIDTH, then 0, in the order in which they yield."""
+    order = sorted(filter(yields.__getitem__, range(len(widths))), key=lambda place: -yields[place])
+    for last in [None, *order]:
+        if last is not None:
+            widths[last] = 0
+        found = list(widths)
+        over = sum(width + 2 for width in widths if width) - 2 - room
+        for place in order:
+            less = min(max(over, 0), max(found[place] - COLUMN_WIDTH, 0))
+            found[place] -= less
+            over -= less
+        if over <= 0:
+            break
+    return found
+
+
+def text_width(text):
+    """Return how many columns of a terminal a text takes (Unicode Standard Annex #11)."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+    return sum(0 if unicodedata.category(letter) in ("Mn", "Me", "Cf") else 1 + (unicodedata.east_asian_width(letter) in "WF")
+               for letter in text)
+
+
+def padded(text, width, spec):
+    """Return a text with spaces up to a width, at its start if the spec aligns it to the right; a longer text is cut."""
+    space = " " * (width - text_width(text))
+    if text_width(text) > width:
+        fits = itertools.takewhile(lambda used: used < width, itertools.accumulate(map(text_width, text)))
+        text = text[:sum(1 for _ in fits)] + ("\u2026" if (sys.stdout.encoding or "").lower().startswith("utf") else "~")
+        space = " " * (width - text_width(text))     # half of a wide character may be left
+    return space + text if spec.startswith(">") else text + space
+
+
+@contextlib.contextmanager
+def showing(words):
+    """While long work is done, show words(seconds so far) on a terminal, on a line that is erased at the end."""
+    done, begun = threading.Event(), time.monotonic()
+
+    def show():
+        line = ""
+        while not done.wait(SHOWING_SECONDS):
+            line = f"intentbus: {words(time.monotonic() - begun)}".ljust(len(line))
+            print(line, end="\r", file=sys.stderr, flush=True)
+        print(" " * len(line), end="\r" if line else "", file=sys.stderr, flush=True)
+    thread = threading.Thread(target=show, daemon=True)
+    if sys.stderr.isatty():
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if thread.ident:
+            thread.join()
 
 
 def print_answer(options, answer, field):
@@ -8539,11 +9023,10 @@ def print_answer(options, answer, field):
 
 
 def duration(text):
-    """Parse a duration such as 90, 90s, 5m, 2h or 7d; return its seconds."""
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)", text, re.ASCII)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a duration such as 90, 90s, 5m, 2h or 7d")
-    seconds = float(match[1]) * UNIT_SECONDS[match[2]]
+    """Parse a duration such as 90, 90s, 5m, 1h30m, 7d or 1w; return its seconds."""
+    if not re.fullmatch(DURATION, text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a duration such as 90, 90s, 5m, 1h30m, 7d or 1w")
+    seconds = sum(float(number) * UNIT_SECONDS[unit] for number, unit in re.findall(r"([\d.]+)([smhdw]?)", text))
     return int(seconds) if seconds.is_integer() else seconds     # older buses take no 60.0
 
 
@@ -8551,6 +9034,12 @@ def format_duration(seconds):
     """Format seconds in their largest unit, such as 5m."""
     unit = next((unit for unit in "dhm" if seconds >= UNIT_SECONDS[unit]), "s")
     return f"{max(0, seconds) // UNIT_SECONDS[unit]:.0f}{unit}"
+
+
+def relative_time(at):
+    """Format Unix seconds as the time since or until then, such as 5m ago or in 2h; None as None."""
+    seconds = at and time.time() - at
+    return at and (f"in {format_duration(-seconds)}" if seconds < 0 else f"{format_duration(seconds)} ago")
 
 
 def local_time(text):
@@ -8567,9 +9056,11 @@ def local_time(text):
     return next(moment for moment in times if moment > now.timestamp())
 
 
-def moment(at, zone=None):
-    """Format Unix seconds as clocks of a time zone, or of this machine, show them; None as None."""
-    return at and time.strftime("%a %Y-%m-%d %H:%M:%S", time.gmtime(at + clock_of(zone)(at)))
+def percentage(text):
+    """Parse a number from 0 to 100."""
+    if not re.fullmatch(r"\d{1,3}(\.\d{1,9})?", text, re.ASCII) or float(text) > 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 100")
+    return float(text)
 
 
 def positive_int(text):
@@ -8606,6 +9097,8 @@ CONNECTION = (
 DB = flag("--db", help="the database file (BUS_DB_PATH; default intentbus.db)")
 ID = flag("id", help=f"the id that publish printed, or its first {SHORT_ID_DIGITS} or more digits")
 JSON = flag("--json", action="store_true", help="print JSON")
+TABLE = (JSON, flag("--color", choices=("auto", "always", "never"), default="auto",
+                    help="colour states: auto is on a terminal, unless NO_COLOR is set"))
 YES = flag("--yes", action="store_true", help="do not ask")
 STORED_KEY = flag("key", help="the key of the value")
 PUBLISH_FIELDS = ("priority", "delay", "run_at", "ttl", "max_attempts", "backoff_base", "target_worker", "required_capability",
@@ -8614,7 +9107,7 @@ STORED_OTHERWISE = {     # by the status of a publish
     "kept": "an unfinished intent has this unique value, and was kept; nothing new is stored",
     "replaced": "an intent with this unique value was waiting, and was replaced",
 }
-SHOWN_FIELDS = ("id", "goal", "namespace", "status", "schedule", "caused_by", "on_success", "on_failure", "owner", "publisher",
+SHOWN_FIELDS = ("id", "goal", "namespace", "status", "progress", "schedule", "caused_by", "on_success", "on_failure", "owner", "publisher",
                 "visibility", "priority", "max_attempts", "target_worker", "required_capability")
 NEW_KEY = (
     flag("name", help="a name for the key, such as that of its machine"),
@@ -8639,6 +9132,87 @@ INTENT_FLAGS = (
 )
 WAIT = flag("--wait", type=lambda text: duration(text) if text else PUBLISH_WAIT_SECONDS, metavar="=DURATION",
             help="wait until it has ended (5m if no DURATION is given) and print its result; exit 1 if it is dead")
+FOLLOW = flag("-f", "--follow", action="store_true", help="print what its handler writes to stderr as it comes, until it has ended, "
+                                                          "then the result; exit 1 if it is dead")
+
+
+def due_or_age(intent):
+    """Return when an open intent is due, or for how long another has been there."""
+    is_due_later = intent.status == "open" and (intent.get("run_at") or 0) > time.time()
+    return f"due {relative_time(intent.run_at)}" if is_due_later else relative_time(intent.created_at)
+
+
+def end_of_key(key):
+    """Return when a key ends, in words; None for never."""
+    return key.expires_at and ("has ended" if key.expires_at <= time.time() else f"ends {relative_time(key.expires_at)}")
+
+
+INTENT_TABLE = (
+    Column("id", lambda intent: intent.id[:SHOWN_ID_DIGITS]),
+    Column("status", spec="9", state=True),
+    Column("tries", lambda intent: f"{intent.claim_attempts}/{intent.max_attempts}", yields=5),
+    Column("age", lambda intent: format_duration(time.time() - intent.created_at), ">4", due_or_age, yields=4),
+    Column("goal", yields=1),
+    Column("worker", yields=6),
+    Column("error", lambda intent: intent.last_error, yields=3),
+    Column("payload", lambda intent: to_json(intent.payload) if "payload" in intent else None, yields=2),
+)
+WORKER_TABLE = (
+    Column("seen", lambda worker: format_duration(time.time() - worker.last_seen), ">4", lambda worker: relative_time(worker.last_seen)),
+    Column("owner", yields=5),
+    Column("worker", lambda worker: worker.name, yields=1),
+    Column("id", lambda worker: None if worker.id == worker.name else worker.id, yields=4),
+    Column("version", lambda worker: worker.version or "-", yields=6),
+    Column("goals", lambda worker: ", ".join(worker.goals) or "any goal", yields=2),
+    Column("runs", lambda worker: ", ".join(intent_id[:SHOWN_ID_DIGITS] for intent_id in worker.running), yields=3),
+)
+EVENT_TABLE = (
+    Column("time", lambda entry: time.strftime("%H:%M:%S", time.localtime(entry.time))),
+    Column("event", spec="9", state=True),
+    Column("id", lambda entry: (entry.id or "")[:SHOWN_ID_DIGITS], yields=2),
+    Column("goal", yields=1),
+    Column("worker", lambda entry: entry.worker or entry.worker_id, yields=4),
+    Column("error", lambda entry: entry.last_error if entry.event in ("failed", "dead", "lost", "skipped") else
+           entry.status if entry.event == "limited" else None, yields=3),
+)
+LIMIT_TABLE = (
+    Column("namespace", yields=2),
+    Column("goal", yields=1),
+    Column("running", lambda limit: f"{limit.claimed} of {limit.running or 'any number'}"),
+    Column("paused", lambda limit: "paused" if limit.paused else None, state=True),
+)
+SCHEDULE_TABLE = (
+    Column("name", yields=2),
+    Column("goal", yields=3),
+    Column("times", lambda schedule: schedule.cron or f"every {format_duration(schedule.every or 0)}", yields=4),
+    Column("zone", lambda schedule: schedule.timezone, yields=6),
+    Column("next", lambda schedule: f"next {moment(schedule.next_run_at) or 'paused'}", "",
+           lambda schedule: relative_time(schedule.next_run_at) or "paused", state=True),
+    Column("last", lambda schedule: f"last {moment(schedule.last_run_at) or 'never'}", "",
+           lambda schedule: relative_time(schedule.last_run_at) or "never", yields=1),
+    Column("last id", lambda schedule: schedule.last_id, "", lambda schedule: (schedule.last_id or "")[:SHOWN_ID_DIGITS], yields=5),
+)
+KEY_TABLE = (
+    Column("id", lambda key: key.key_id),
+    Column("role", spec="7", yields=3),
+    Column("owner", yields=5),
+    Column("requests", lambda key: key.total_requests, ">", yields=7),
+    Column("used", lambda key: format_duration(time.time() - key.last_used_at) if key.last_used_at else "never", "",
+           lambda key: relative_time(key.last_used_at) or "never", yields=6),
+    Column("name", yields=1),
+    Column("goals", lambda key: key.goals and f"for {', '.join(key.goals)}", "", lambda key: key.goals and ", ".join(key.goals), yields=4),
+    Column("ends", end_of_key, yields=2, state=True),
+)
+GOAL_TABLE = (     # of a summary
+    Column("namespace", yields=5),
+    Column("goal", yields=1),
+    Column("waiting", spec=">"),
+    Column("running", spec=">"),
+    Column("limit", lambda goal: "paused" if goal.get("paused") else goal.get("limit"), ">", state=True),
+    Column("done 1h/1d", lambda goal: "/".join(map(str, goal.get("fulfilled", ()))), ">", yields=3),
+    Column("failed 1h/1d", lambda goal: "/".join(map(str, goal.get("failed", ()))), ">", yields=2),
+    Column("oldest due", lambda goal: relative_time(goal.run_at), ">", yields=4),
+)
 
 
 def bus_command(name, examples, *flags):
@@ -8692,6 +9266,7 @@ def serve_command(options):
     if options.tls_key and not options.tls_cert:
         raise Invalid("--tls-key needs --tls-cert.")
     key, key_source = find_owner_key(options.key_file)
+    other = other_database(options)
     store = options.open_store(options.db)
     try:
         api = api_of(store, key, options.require_claim_token, options.retention, options.rate_limit,
@@ -8715,24 +9290,38 @@ def serve_command(options):
     if options.tls_cert and hasattr(signal, "SIGHUP"):     # without a certificate, it ends the bus
         signal.signal(signal.SIGHUP, lambda *_: server.renew_certificate())
     signal.set_wakeup_fd(server.wakeup.fileno(), warn_on_full_buffer=False)     # on Windows, a signal ends no wait
-    host = f"[{options.host}]" if ":" in options.host else options.host
-    url = f"http{'s' if options.tls_cert else ''}://{host}:{server.server_port}"
-    print(url, flush=True)
-    log_startup(options, url, store.database, key_source)
+    scheme, host = "https" if options.tls_cert else "http", f"[{options.host}]" if ":" in options.host else options.host
+    print(f"{scheme}://{host}:{server.server_port}", flush=True)
+    reachable = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
+    log_startup(options, f"{scheme}://{reachable}:{server.server_port}", store.database, key_source, other)
     server.serve_forever()
     server.close()
     store.close()
 
 
-def log_startup(options, url, database, key_source):
+def other_database(options):
+    """Return the database that an earlier serve made elsewhere by default, if this one will make a new one here; or None."""
+    if not (options.db or os.environ.get("BUS_DB_PATH") or os.path.exists("intentbus.db")):
+        places = (os.path.join(folder, "intentbus.db") for folder in (os.path.dirname(os.path.realpath(__file__)), os.path.expanduser("~")))
+        return next(filter(os.path.isfile, places), None)
+
+
+def log_startup(options, url, database, key_source, other):
     """Log the state of a bus that has just started, and the next commands to try."""
     log(f"{__version__}, database {database.path}, the key is {key_source}")
+    if other:
+        log(f"this database is new; another one is there, to be used with --db {other}")
     if database.warning:
         log(database.warning)
     if not options.tls_cert and options.host not in ("127.0.0.1", "::1", "localhost"):
         log("other machines can reach this bus over plain HTTP; put a TLS proxy or a tunnel in front of it")
+    who = "as admin with DASHBOARD_PASSWORD" if os.environ.get("DASHBOARD_PASSWORD") else \
+        "with a viewer's key" if os.environ.get("BUS_ADMIN_SECRET") else "as admin with the owner key"
+    log(f"the dashboard is at {url}/admin/dashboard; sign in {who}")
     log("next, in two other terminals:")
-    where = "" if url == URL else f" --url {url}"
+    where = "" if url == URL and not os.path.exists(os.path.expanduser(CONFIG_FILE)) else f" --url {url}"
+    if options.key_file != KEY_FILE and not os.environ.get("BUS_SECRET"):
+        where += f" --key-file {options.key_file}"
     print(f"  {INVOCATION} work{where} --goal hello\n  {INVOCATION} publish{where} hello name=world", file=sys.stderr)
 
 
@@ -8740,12 +9329,12 @@ def log_startup(options, url, database, key_source):
                      'publish say "good morning" --at 07:00',
                      """publish resize '{"file": "a.jpg"}' --wait""",
                      "publish backup host=nas full:=true --delay 1h --spool --on-failure send_notification",
-                     "publish resize --lines < files.txt"],
+                     "publish resize --lines < files.txt", "publish update host=nas --follow"],
          *CONNECTION,
          flag("goal", help="the name of the work, which workers ask for"),
          PAYLOAD,
          flag("--text", action="store_true", help="the payload is text, even if it could be JSON, a pair or @FILE"),
-         WAIT, JSON,
+         WAIT, FOLLOW, JSON,
          *INTENT_FLAGS,
          flag("--delay", type=duration, help="the time until it can be claimed"),
          flag("--at", dest="run_at", metavar="TIME", type=local_time, help="when it can be claimed, in local time: 07:00, the next "
@@ -8759,8 +9348,11 @@ def log_startup(options, url, database, key_source):
 def publish_command(options):
     """Publish an intent and print its id. With --lines or --jsonl, up to 1,000 intents are sent in one request."""
     fields = {name: value for name, value in vars(options).items() if name in PUBLISH_FIELDS and value is not None}
-    if options.spool and options.wait is not None:
-        raise Invalid("--spool and --wait exclude each other: a stored intent may be sent much later.")
+    waits = options.follow or options.wait is not None
+    if options.spool and waits:
+        raise Invalid("--spool excludes --wait and --follow: a stored intent may be sent much later.")
+    if options.follow:
+        fields["stream"] = True
     bus = open_client(options, spool=options.spool)
     if options.lines or options.jsonl:
         return publish_lines(bus, options, fields)
@@ -8773,34 +9365,38 @@ def publish_command(options):
         log(f"no worker has ever claimed {options.goal!r}; check the spelling (workers lists who is there)")
     elif (options.target_worker or options.required_capability) and answer.get("listening") == 0:
         log("no worker that may claim it is there now; check its --worker and --capability (workers lists who is there)")
-    if options.wait is not None:
-        return wait_for_result(bus, answer.id, options)
+    if waits:
+        try:
+            if options.follow:
+                options.wait = FOREVER if options.wait is None else options.wait
+                follow_output(bus, answer.id, time.monotonic() + options.wait, sys.stderr)
+            return wait_for_result(bus, answer.id, options)
+        except KeyboardInterrupt:
+            log(f"{answer.id} goes on; ask again with: result {answer.id}")
+            raise
     if options.json or answer.id:
         print_answer(options, answer, "id")
 
 
 def publish_lines(bus, options, fields):
-    """Publish an intent for each line of stdin and print the ids; on a terminal, show the progress."""
-    if options.payload or options.wait is not None or options.text:
-        raise Invalid("--lines and --jsonl read payloads from stdin only, and exclude --wait and --text.")
+    """Publish an intent for each line of stdin and print the ids."""
+    if options.payload or options.wait is not None or options.follow or options.text:
+        raise Invalid("--lines and --jsonl read payloads from stdin only, and exclude --wait, --follow and --text.")
     key = fields.pop("idempotency_key", None)
     parse = parse_json if options.jsonl else plain_text
     intents = (dict(fields, goal=options.goal, payload=parse(line)) for line in binary_stdin() if line.strip())
     published = 0
     seconds = float("inf") if key else STREAM_SECONDS     # with a key, the same lines must make the same batches again
-    for number, batch in enumerate(batches(intents, seconds)):
-        answer = bus.publish_many(batch, idempotency_key=key and f"{key} {number}")
-        if answer.get("status") == "spooled":
-            log(f"{answer.reason} {len(batch)} intents are stored; the next publish --spool, flush or work sends them.")
-            continue
-        print_result("\n".join(to_json({"id": intent_id}) if options.json else intent_id for intent_id in answer.ids))
-        for status in STORED_OTHERWISE.keys() & set(answer.statuses):
-            log(f"{answer.statuses.count(status)} times, {STORED_OTHERWISE[status]}")
-        published += len(answer.ids)
-        if sys.stderr.isatty():
-            sys.stderr.write(f"\rintentbus: {published} published")
-    if sys.stderr.isatty():
-        sys.stderr.write("\n")
+    with showing(lambda _: f"{published} published"):
+        for number, batch in enumerate(batches(intents, seconds)):
+            answer = bus.publish_many(batch, idempotency_key=key and f"{key} {number}")
+            if answer.get("status") == "spooled":
+                log(f"{answer.reason} {len(batch)} intents are stored; the next publish --spool, flush or work sends them.")
+                continue
+            print_result("\n".join(to_json({"id": intent_id}) if options.json else intent_id for intent_id in answer.ids))
+            for status in STORED_OTHERWISE.keys() & set(answer.statuses):
+                log(f"{answer.statuses.count(status)} times, {STORED_OTHERWISE[status]}")
+            published += len(answer.ids)
 
 
 def as_they_come(items):
@@ -8938,6 +9534,59 @@ def wait_for_result(bus, intent_id, options):
         time.sleep(max(0, min(1, until - time.monotonic())))     # this bus may not hold requests
 
 
+def follow_output(bus, intent_id, deadline, file):
+    """Write what the handler of an intent writes to a file as it comes, and log its progress, until it has ended or a time.monotonic()."""
+    after, told, end = 0, (None, None), "\n"
+    try:
+        for page in pages(lambda: bus.output(intent_id, after, wait=max(0, min(CLAIM_WAIT_SECONDS, deadline - time.monotonic())))):
+            ended = page.ended or time.monotonic() >= deadline
+            told_now = page.percent, page.message
+            words = [f"{page.missed} bytes are missing here"] if page.missed else []
+            words += [described_progress(page)] if told_now not in (told, (None, None)) else []
+            end = write_output(file, page.output)[-1:] or end
+            if (words or ended) and end != "\n":
+                end = write_output(file, "\n")
+            for sentence in words:
+                log(sentence)
+            after, told = page.next, told_now
+            if ended:
+                break
+    except OlderBus as error:
+        log(error)
+
+
+def write_output(file, text):
+    """Write the output of a handler to stdout or stderr, as it is, but on a terminal without control characters; return it."""
+    file.write(escape(text, UNPRINTABLE) if file.isatty() else text)
+    file.flush()
+    return text
+
+
+def described_progress(told):
+    """Return the words for how far an intent is: percent, message or both."""
+    return " ".join(filter(None, ("" if told.percent is None else f"{told.percent:g} %", told.message)))
+
+
+def pages(ask):
+    """Yield the answers of a bus to ask(), which may be held, again and again; while the bus is away, say so and try again."""
+    away = False
+    while True:
+        asked = time.monotonic()
+        try:
+            page = ask()
+        except TRANSIENT as error:
+            away = True
+            log(f"{error} Trying again.")
+            time.sleep(POLL_SECONDS)
+            continue
+        if away:
+            away = False
+            log("The bus is back again.")
+        yield page
+        if not (page.get("events") or page.get("output")) and time.monotonic() - asked < RECHECK_SECONDS:
+            time.sleep(RECHECK_SECONDS)     # this bus does not hold requests
+
+
 def print_outcome(options, intent):
     """Print the result of an intent, or log why it is dead; return the exit code."""
     if options.json:
@@ -8976,7 +9625,8 @@ def flush_command(options):
                   "work --goal resize -j 4 -- convert {file} -resize 50% {out}",
                   "work --goal backup --drain --timeout 1h -- ./backup.sh"],
          *CONNECTION,
-         flag("--goal", action="append", help="a goal to work on; may be repeated (default any goal)"),
+         flag("--goal", action="append", help="a goal to work on; may be repeated"),
+         flag("--any", action="store_true", help="work on any goal (default if there is a program)"),
          flag("-j", "--jobs", type=positive_int, default=1, metavar="N", help="how many handlers run at the same time"),
          flag("--once", dest="max_jobs", action="store_const", const=1, help="stop after one intent"),
          flag("--max-jobs", type=positive_int, metavar="N", help="stop after N intents"),
@@ -8989,6 +9639,8 @@ def flush_command(options):
          flag("--result", choices=("auto", "json", "text", "none"), default="auto",
               help="what stdout is: auto is JSON if it parses, else text; 1.10 stays text"),
          flag("--max-output", type=positive_int, default=OUTPUT_BYTES, metavar="BYTES", help="how much of stdout to keep"),
+         flag("--stream", action="store_true", help="tell the bus what handlers write to stderr, of every intent, for output -f; it is "
+                                                    "done anyway for those that were published with --follow"),
          flag("--worker-id", help="the id of this worker, for publish --worker"),
          flag("--no-wake-lock", action="store_true", help="in Termux, let the phone sleep"),
          flag("--capability", dest="capabilities", action="append", default=[], help="a capability it has; may be repeated"),
@@ -8997,15 +9649,18 @@ def work_command(options):
     """Claim intents and run a program for each: stdin is its payload, stdout becomes its result.
 
     {name} in an argument becomes that field of the payload; {id}, {goal} and {payload} are filled in too. Exit code 0
-    fulfils the intent, 100 rejects it for good, 126 and 127 stop the worker, any other fails it for a retry. Without a
-    program, work prints each payload.
+    fulfils the intent, 100 rejects it for good, 126 and 127 stop the worker, any other fails it for a retry. A line
+    "::progress 40 copying" on stderr tells how far it is. Without a program, work prints each payload.
     """
+    if not (options.goal or options.any or options.program) or options.goal and options.any:
+        raise Invalid("work needs either --goal GOAL or, for any goal, --any; and a program after --, or it prints each payload and "
+                      "fulfils the intent.")
     guardian = Guardian(options.kill_after)
     relay = StderrRelay(options.jobs > 1)
     handler = print_payload
     if options.program:
         handler = Program(options.program, options.timeout, options.kill_after, options.max_output, options.result, guardian.tell,
-                          relay, log)
+                          relay, log, options.stream)
     if options.jobs > JOBS:
         raise Invalid(f"-j must be at most {JOBS}.")
     if not LEASE_RANGE_SECONDS[0] <= options.lease <= LEASE_RANGE_SECONDS[1]:
@@ -9064,12 +9719,44 @@ def result_command(bus, options):
     return print_outcome(options, intent)
 
 
+@bus_command("output", ["output 01a20a3bf4423c55cce77efa455c0ada -f"], ID,
+             flag("-f", "--follow", action="store_true", help="go on until it has ended; exit 1 if it is dead"), JSON)
+def output_command(bus, options):
+    """Print what the handler of an intent has written to stderr in its latest attempt, if the bus was told: its last 64 KiB.
+
+    The bus is told of intents published with --follow and by workers with --stream, and keeps it in memory for an hour.
+    """
+    if options.follow:
+        follow_output(bus, options.id, FOREVER, sys.stdout)
+        return print_outcome(options, Record(bus.get_result(options.id), result=None))
+    told = bus.output(options.id)
+    if options.json:
+        return print_result(to_json(told))
+    if words := described_progress(told):
+        log(words)
+    if told.output:
+        print_result(told.output[:-1] if told.output.endswith("\n") else told.output)
+
+
+@command("progress", ["progress 40 copying"],
+         flag("percent", type=percentage, help="how far the work is, from 0 to 100"),
+         flag("message", nargs="*", help="what it is doing"))
+def progress_command(options):
+    """In a handler: tell how far it is, for publish --follow, output -f, show and the dashboard. It writes a line to stderr."""
+    message = " ".join(" ".join(options.message).split())
+    sys.stderr.buffer.write(PROGRESS_MARK + f"{options.percent:g} {message}".strip().encode(errors="replace") + b"\n")
+    sys.stderr.flush()
+
+
 @bus_command("show", ["show 01a20a3bf4423c55cce77efa455c0ada"], ID, JSON)
 def show_command(bus, options):
     """Print all about an intent: its fields, times, attempts, error and result; for an admin, its payload and publisher too."""
     intent = bus.inspect(options.id)
     if options.json:
         return print_result(to_json(intent))
+    if intent.status == "claimed":
+        with contextlib.suppress(NotFound, OlderBus):
+            intent["progress"] = described_progress(bus.output(options.id)) or None
     for label, text in described(intent, time.time()):
         print_result(f"{label.replace('_', ' '):20}" + escape(text, UNPRINTABLE).replace("\n", "\n" + " " * 20))
 
@@ -9104,60 +9791,39 @@ def described(intent, now):
              flag("--goal", help="only intents with this goal"),
              flag("--search", metavar="TEXT", help="only intents with this text in goal, id or payload"),
              flag("--payload", action="store_true", help="print payloads, too"),
-             flag("--limit", type=positive_int, default=50, metavar="N", help="at most N intents"), JSON)
+             flag("--limit", type=positive_int, default=50, metavar="N", help="at most N intents"), *TABLE)
 def list_command(bus, options):
     """List intents, newest first: id, status, attempts, age, goal, worker, last error, payload."""
+    table = Table(options, INTENT_TABLE)
     left = options.limit
     before = None
     while left > 0:
         page = bus.list(status=options.status, goal=options.goal, namespace=options.namespace, limit=min(left, 500),
                         before=before, payload=options.payload, search=options.search)
-        print_rows(options, page.intents, lambda intent: (
-            intent.id[:SHOWN_ID_DIGITS], f"{intent.status:9}", f"{intent.claim_attempts}/{intent.max_attempts}",
-            f"{format_duration(time.time() - intent.created_at):>4}", intent.goal, intent.worker, intent.last_error,
-            to_json(intent.payload) if options.payload else None))
+        table.print(page.intents)
         before = page.next
         left = left - len(page.intents) if before else 0
 
 
-@bus_command("workers", ["workers"], JSON)
+@bus_command("workers", ["workers"], *TABLE)
 def workers_command(bus, options):
     """List the workers that hold a lease or were there in the last five minutes, one for each process.
 
     The columns: last seen, owner, name (host, program and process id), id, version, goals, intents that it runs.
     """
-    print_rows(options, bus.workers().workers, lambda worker: (
-        f"{format_duration(time.time() - worker.last_seen):>4}", worker.owner, worker.name,
-        None if worker.id == worker.name else worker.id, worker.version or "-", ", ".join(worker.goals) or "any goal",
-        ", ".join(intent_id[:SHOWN_ID_DIGITS] for intent_id in worker.running)))
+    Table(options, WORKER_TABLE).print(bus.workers().workers)
 
 
-@bus_command("watch", ["watch", """watch --json | jq -c 'select(.event == "dead")'"""], JSON)
+@bus_command("watch", ["watch", """watch --json | jq -c 'select(.event == "dead")'"""], *TABLE)
 def watch_command(bus, options):
     """Print the events on the bus as they happen, until Ctrl-C: time, event, intent, goal, worker, error."""
-    after = None
-    away = False
-    while True:
-        asked = time.monotonic()
-        try:
-            page = bus.events(after, wait=CLAIM_WAIT_SECONDS if after else 0)
-        except TRANSIENT as error:
-            away = True
-            log(f"{error} Trying again.")
-            time.sleep(POLL_SECONDS)
-            continue
-        if away:
-            away = False
-            log("The bus is back again.")
+    table = Table(options, EVENT_TABLE)
+    after = bus.events().next
+    for page in pages(lambda: bus.events(after, wait=CLAIM_WAIT_SECONDS)):
         if page.missed:
             log(f"{page.missed} events were missed")
-        print_rows(options, page.events, lambda entry: (
-            time.strftime("%H:%M:%S", time.localtime(entry.time)), f"{entry.event:9}", (entry.id or "")[:SHOWN_ID_DIGITS], entry.goal,
-            entry.worker or entry.worker_id,
-            entry.last_error if entry.event in ("failed", "dead", "lost", "skipped") else None,
-            entry.status if entry.event == "limited" else None))
-        if after and not page.events and time.monotonic() - asked < RECHECK_SECONDS:     # this bus does not hold requests
-            time.sleep(RECHECK_SECONDS)
+        if page.events:
+            table.print(page.events)
         after = page.next
 
 
@@ -9177,7 +9843,8 @@ def sweep(bus, options, verb, question, **which):
     """Have a verb of an admin change many intents; without --yes, these are counted first."""
     bus.timeout = SWEEP_SECONDS
     until = None if options.yes else agreed(options, question, bus.admin(verb, count=True, **which))
-    return bus.admin(verb, confirm=True, until=until, **which)
+    with showing(lambda seconds: f"{verb}: {seconds:.0f} s so far"):
+        return bus.admin(verb, confirm=True, until=until, **which)
 
 
 @bus_command("cancel", ["cancel 01a20a3bf4423c55cce77efa455c0ada", "cancel --goal resize"],
@@ -9203,46 +9870,42 @@ def retry_command(bus, options):
     if options.id:
         return print_answer(options, bus.retry(options.id), "status")
     which, slices, left = dict(goal=options.goal, namespace=options.namespace), [], options.limit or sys.maxsize
-    which["until"] = agreed(options, "Retry", bus.retry(count=True, **which))     # intents that die again meanwhile are left
-    while left > 0 and (not slices or slices[-1]):
-        slices.append(bus.retry(limit=min(left, 1000), **which).retried)
-        left -= slices[-1]
+    counted = bus.retry(count=True, **which)
+    which["until"] = agreed(options, "Retry", counted)     # intents that die again meanwhile are left
+    with showing(lambda _: f"{sum(slices)} of {counted.number} retried"):
+        while left > 0 and (not slices or slices[-1]):
+            slices.append(bus.retry(limit=min(left, 1000), **which).retried)
+            left -= slices[-1]
     print_answer(options, Record(retried=sum(slices)), "retried")
 
 
 LIMITED_GOAL_FLAG = flag("goal", help="the goal of the intents")
 
 
-def print_limits(options, *limits):
-    """Print limits: namespace, goal, how many intents are claimed of how many that may be, paused or not."""
-    print_rows(options, limits, lambda limit: (limit.namespace, limit.goal, f"{limit.claimed} of {limit.running or 'any number'}",
-                                               "paused" if limit.paused else None))
-
-
 @bus_command("limit", ["limit backup 1", "limit backup none"], LIMITED_GOAL_FLAG,
              flag("running", type=lambda text: None if text == "none" else positive_int(text), metavar="N",
-                  help="how many may run at once, over all workers; none for any number"), JSON)
+                  help="how many may run at once, over all workers; none for any number"), *TABLE)
 def limit_command(bus, options):
     """Limit how many intents of a goal run at once; a limit outlives a pause."""
-    print_limits(options, bus.limit(options.goal, running=options.running))
+    Table(options, LIMIT_TABLE).print([bus.limit(options.goal, running=options.running)])
 
 
-@bus_command("pause", ["pause backup"], LIMITED_GOAL_FLAG, JSON)
+@bus_command("pause", ["pause backup"], LIMITED_GOAL_FLAG, *TABLE)
 def pause_command(bus, options):
     """Pause a goal: its intents wait until resume; those that run go on."""
-    print_limits(options, bus.limit(options.goal, paused=True))
+    Table(options, LIMIT_TABLE).print([bus.limit(options.goal, paused=True)])
 
 
-@bus_command("resume", ["resume backup"], LIMITED_GOAL_FLAG, JSON)
+@bus_command("resume", ["resume backup"], LIMITED_GOAL_FLAG, *TABLE)
 def resume_command(bus, options):
     """End the pause of a goal."""
-    print_limits(options, bus.limit(options.goal, paused=False))
+    Table(options, LIMIT_TABLE).print([bus.limit(options.goal, paused=False)])
 
 
-@bus_command("limits", ["limits"], JSON)
+@bus_command("limits", ["limits"], *TABLE)
 def limits_command(bus, options):
     """List the goals that are limited or paused: namespace, goal, how many run, paused."""
-    print_limits(options, *bus.limits().limits)
+    Table(options, LIMIT_TABLE).print(bus.limits().limits)
 
 
 @command("schedule", ["schedule nightly backup host=nas --every 1d --ttl 6h",
@@ -9273,12 +9936,10 @@ def schedule_command(options):
         print_result(moment(at, options.timezone))
 
 
-@bus_command("schedules", ["schedules"], OF_OWNER_FLAG, JSON)
+@bus_command("schedules", ["schedules"], OF_OWNER_FLAG, *TABLE)
 def schedules_command(bus, options):
     """List the schedules: name, goal, every or cron, next run, last run and its id. Times are those of this machine."""
-    print_rows(options, bus.schedules(options.owner).schedules, lambda schedule: (
-        schedule.name, schedule.goal, schedule.cron or f"every {format_duration(schedule.every or 0)}", schedule.timezone,
-        f"next {moment(schedule.next_run_at) or 'paused'}", f"last {moment(schedule.last_run_at) or 'never'}", schedule.last_id))
+    Table(options, SCHEDULE_TABLE).print(bus.schedules(options.owner).schedules)
 
 
 @bus_command("unschedule", ["unschedule nightly"], flag("name", help="the name of the schedule"), OF_OWNER_FLAG)
@@ -9346,15 +10007,10 @@ def keys_invite_command(bus, options):
     print_result(made.code)
 
 
-@bus_command("keys list", ["keys list"], JSON)
+@bus_command("keys list", ["keys list"], *TABLE)
 def keys_list_command(bus, options):
     """List the issued keys: id, role, owner, requests, last use, name, goals, end."""
-    print_rows(options, bus.admin("keys"), lambda key: (
-        key.key_id, f"{key.role:7}", key.owner, key.total_requests,
-        format_duration(time.time() - key.last_used_at) if key.last_used_at else "never", key.name,
-        key.goals and f"for {', '.join(key.goals)}",
-        key.expires_at and ("has ended" if key.expires_at <= time.time() else
-                            f"ends in {format_duration(key.expires_at - time.time())}")))
+    Table(options, KEY_TABLE).print(bus.admin("keys"))
 
 
 @bus_command("keys revoke", ["keys revoke 267ecfd48ae038ad"], flag("key_id", help="the id that keys list prints"))
@@ -9379,12 +10035,19 @@ def join_command(options):
     log(f"joined {bus.base_url} as {made.name}, role {made.role}; the key is in {CONFIG_FILE}")
 
 
-@bus_command("stats", ["stats"])
+@bus_command("stats", ["stats", "stats --json"], *TABLE)
 def stats_command(bus, options):
-    """Print the state of the bus as JSON: intents by namespace and status, sizes, held requests."""
+    """Print the state of the bus: what waits, runs, was done and failed, by goal, and who works; down a pipe, all of it as JSON."""
     summary = bus.admin("summary")
-    summary.pop("history", None)     # the data of a chart
-    print_result(json.dumps(summary, indent=2))
+    if options.json or not sys.stdout.isatty():
+        summary.pop("history", None)     # the data of a chart
+        return print_result(json.dumps(summary, indent=2))
+    for columns, records in ((GOAL_TABLE, summary.goals or summary.waiting), (WORKER_TABLE, summary.workers)):
+        if records:
+            Table(options, columns).print(records)
+            print_line("")
+    for namespace, states in summary.intents.items():
+        print_result(f"{namespace}: {', '.join(f'{number} {status}' for status, number in states.items())}")
 
 
 @bus_command("purge", ["purge --goal resize --status open", "purge --namespace test --yes"],
@@ -9400,7 +10063,8 @@ def purge_command(bus, options):
 def doctor_command(options):
     """Look for common problems and print their cures; exit 1 if one is bad."""
     findings = [Record(finding._asdict()) for check in CHECKS for finding in check(options)]
-    print_rows(options, findings, lambda finding: (f"{finding.level:4}", f"{finding.about:8}", finding.words))
+    for finding in findings:
+        print_result(to_json(finding) if options.json else escape(f"{finding.level:4}  {finding.about:8}  {finding.words}"))
     return int(any(finding.level == "bad" for finding in findings))
 
 
@@ -9419,8 +10083,8 @@ def backup_command(options):
             os.close(os.open(options.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
             undo.callback(os.unlink, options.file)
             uri = f"file:{urllib.parse.quote(source)}?mode=ro"
-            with contextlib.closing(sqlite3.connect(uri, uri=True)) as here, \
-                    contextlib.closing(sqlite3.connect(options.file)) as there:
+            with contextlib.closing(sqlite3.connect(uri, uri=True)) as here, contextlib.closing(sqlite3.connect(options.file)) as there, \
+                    showing(lambda _: f"{os.path.getsize(options.file) >> 20} of {os.path.getsize(source) >> 20} MB copied"):
                 here.backup(there)
             undo.pop_all()
     except (OSError, sqlite3.Error) as error:
@@ -9561,6 +10225,99 @@ def uninstall_command(options):
         raise SetupError(f"{error.filename} cannot be deleted: {error.strerror}.") from error
 
 
+def suggestion(word, names):
+    """Return the end of a sentence about an unknown word: the names that it may stand for, if there are any."""
+    import difflib
+    near = [name for name in names if name.startswith(word + " ")] or difflib.get_close_matches(word, names, 1)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """The argument parser of one command; its help starts with examples."""
+
+    def __init__(self, name):
+        function, self._examples, flags = COMMANDS[name]
+        super().__init__(f"{INVOCATION.split()[-1]} {name}", description=function.__doc__)
+        self._flags = [flag for names, _ in flags for flag in names]
+        for names, settings in flags:
+            self.add_argument(*names, **settings)
+
+    def parse(self, words):
+        """Return the options in a command line; flags may stand anywhere before "--"."""
+        self._words = itertools.takewhile("--".__ne__, words)
+        self.usage = ""     # which would take 3 ms to format, and is not shown
+        return self.parse_args(words) if "--" in words else self.parse_intermixed_args(words)
+
+    def error(self, message):
+        """Raise Invalid, where argparse would print the usage and exit."""
+        for word in (word.partition("=")[0] for word in self._words if word.startswith("--")):
+            if not any(flag.startswith(word) for flag in self._flags):
+                message = f"there is no flag {word}{suggestion(word, self._flags)}"
+        raise Invalid(f"{message.rstrip('?')}; see {self.prog} --help.")
+
+    def format_help(self):
+        """Return the examples, then the usual help."""
+        examples = "".join(f"  {INVOCATION} {example}\n" for example in self._examples)
+        return f"examples:\n{examples}\n{super().format_help()}"
+
+
+def summary_of(name):
+    """Return the first clause of a command's help."""
+    return re.split(r"[:;.](?:\s|$)", COMMANDS[name][0].__doc__)[0]
+
+
+def summaries(names):
+    """Return a line about each of these commands."""
+    return ["  {:12} {}".format(name, summary_of(name)) for name in names]
+
+
+def overview():
+    """Return the help of the program: the introduction, and the commands in groups."""
+    lines = [INTRODUCTION.format(INVOCATION)]
+    for title, names in GROUPS:
+        lines += [f"{title}:", *summaries(names), ""]
+    return "\n".join(lines) + EPILOG
+
+
+def help_about(words):
+    """Return the help of the command in a command line, or of those that begin with its first word, or of the program."""
+    several = [name for name in COMMANDS if words and name.startswith(f"{words[0]} ")]
+    if several and " ".join(words[:2]) not in several:
+        return "\n".join(summaries(several))
+    return Parser(find_command(words)[0]).format_help() if words else overview()
+
+
+def join_wait(words):
+    """Return a command line where --wait has its value, or none, in the same word; and the value that stood apart, if any."""
+    joined, apart = [], None
+    for word in words:
+        if joined[-1:] == ["--wait="] and re.fullmatch(DURATION, word, re.ASCII) and not SHORT_ID.fullmatch(word):
+            joined[-1] += word
+            apart = word
+        else:
+            joined.append("--wait=" if word == "--wait" else word)
+    return joined, apart
+
+
+def find_command(words):
+    """Return the command in a command line, and the other words; flags may stand before it. Raises Invalid if there is none."""
+    kinds = {name: settings for _, _, flags in COMMANDS.values() for names, settings in flags for name in names if name[0] == "-"}
+    place = 0
+    while place < len(words) and words[place].startswith("-"):
+        name, has_value, _ = words[place].partition("=")
+        if name not in kinds:
+            raise Invalid(f"There is no flag {name}{suggestion(name, kinds) or '; --help lists the commands.'}")
+        place += 1 if has_value or kinds[name].get("action", "append") != "append" else 2
+    before, words = words[:place], words[place:]
+    for length in (2, 1):
+        name = " ".join(words[:length])
+        if name in COMMANDS:
+            return name, before + words[length:]
+    if not words:
+        raise Invalid("A COMMAND is missing; --help lists the commands.")
+    raise Invalid(f"There is no command {words[0]!r}{suggestion(words[0], COMMANDS) or '; --help lists the commands.'}")
+
+
 def known_goals(bus, name):
     """Yield (goal, description) for a shell to complete."""
     workers = bus.request("GET", "/workers", retries=0).workers
@@ -9585,11 +10342,11 @@ def following(name, words, begun):
     places = [names[0] for names, _ in COMMANDS[name][2] if not names[0].startswith("-")]
     values = {}
     wanted = None     # the flag whose value comes next
-    for word in words:
+    for word in join_wait(words)[0]:
         if wanted:
             values[wanted], wanted = word, None
         elif word in flags:
-            wanted = word if flags[word].get("action", "append") == "append" and word != "--wait" else None
+            wanted = word if flags[word].get("action", "append") == "append" else None
         elif not word.startswith("-"):
             places = places[1:]
     if begun.startswith("-") and not wanted:
@@ -9600,11 +10357,6 @@ def following(name, words, begun):
         options = {option: values.get(f"--{option.replace('_', '-')}") for option in ("url", "key_file", "namespace", "ca")}
         bus = open_client(argparse.Namespace(**options, send_key="--send-key" in words), COMPLETION_SECONDS)
         yield from KNOWN[wanted](bus, name)
-
-
-def summary_of(name):
-    """Return the first clause of a command's help."""
-    return re.split(r"[:;.](?:\s|$)", COMMANDS[name][0].__doc__)[0]
 
 
 def print_completions(words):
@@ -9623,52 +10375,6 @@ def print_completions(words):
     return 0 if found else 1
 
 
-class Parser(argparse.ArgumentParser):
-    """The argument parser of one command; its help starts with examples."""
-
-    def __init__(self, name):
-        function, self._examples, flags = COMMANDS[name]
-        super().__init__(f"{INVOCATION.split()[-1]} {name}", description=function.__doc__)
-        for names, settings in flags:
-            self.add_argument(*names, **settings)
-
-    def parse(self, words):
-        """Return the options in a command line; flags may stand anywhere before "--"."""
-        if not {"--", "-h", "--help"}.isdisjoint(words):
-            return self.parse_args(words)
-        self.usage = ""     # which would take 3 ms to format, and is not shown
-        return self.parse_intermixed_args(words)
-
-    def error(self, message):
-        """Raise Invalid, where argparse would print the usage and exit."""
-        raise Invalid(f"{message}; see {self.prog} --help.")
-
-    def format_help(self):
-        """Return the examples, then the usual help."""
-        examples = "".join(f"  {INVOCATION} {example}\n" for example in self._examples)
-        return f"examples:\n{examples}\n{super().format_help()}"
-
-
-def overview():
-    """Return the help of the program: the introduction, and the commands in groups."""
-    lines = [INTRODUCTION.format(INVOCATION)]
-    for title, names in GROUPS:
-        lines += [f"{title}:", *map("  {:12} {}".format, names, map(summary_of, names)), ""]
-    return "\n".join(lines) + EPILOG
-
-
-def find_command(words):
-    """Return the command at the start of a command line, and the remaining words; raises Invalid if there is none."""
-    for length in (2, 1):
-        name = " ".join(words[:length])
-        if name in COMMANDS:
-            return name, words[length:]
-    import difflib
-    near = [name for name in COMMANDS if name.startswith(words[0] + " ")] or difflib.get_close_matches(words[0], COMMANDS)
-    hint = f"; did you mean {' or '.join(near)}?" if near else "; --help lists the commands."
-    raise Invalid(f"There is no command {words[0]!r}{hint}")
-
-
 def run_command(words, open_store):
     """Run the command in a command line; return its exit code."""
     if not words:
@@ -9678,14 +10384,20 @@ def run_command(words, open_store):
         with contextlib.suppress(Error, OSError):
             return print_completions(words[1:] or [""])
         return 1
-    if words[0] in ("-h", "--help", "help", "--version"):
-        print(f"intentbus {__version__}" if words[0] == "--version" else overview())
-        return 0
     end = words.index("--") if "--" in words else len(words)
-    # --wait may stand without a value
-    words = ["--wait=" if word == "--wait" else word for word in words[:end]] + words[end:]
+    words, program = words[:end], words[end:]
+    if words[:1] in (["version"], ["--version"]):
+        print(f"intentbus {__version__}")
+        return 0
+    asked = [word for word in words if word not in ("-h", "--help")]
+    if asked != words or words[:1] == ["help"]:
+        print(help_about(asked[asked[:1] == ["help"]:]))
+        return 0
+    words, apart = join_wait(words)
     name, words = find_command(words)
-    options = Parser(name).parse(words)
+    options = Parser(name).parse(words + program)
+    if apart and getattr(options, "payload", None) == []:
+        raise Invalid(f"{apart} may be the payload or the time to wait: write --wait={apart}, or put the payload first.")
     if getattr(options, "namespace", "") is None:
         options.namespace = os.environ.get("INTENT_BUS_NAMESPACE", "").strip() or None
     options.open_store = open_store

@@ -47,6 +47,7 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -59,7 +60,7 @@ from pathlib import Path
 import pytest
 
 import intentbus
-from intentbus import API, Bus, Caller, Database, Intent, IntentClient, Keys, Record, Reject, Store, Worker, listen
+from intentbus import API, Bus, Caller, Database, Intent, IntentClient, Keys, Lease, Record, Reject, Store, Worker, listen
 
 # ---- Tools of the tests ----
 
@@ -744,6 +745,36 @@ def run(*arguments, stdin=b"", **environment):
 def at(bus, *arguments, stdin=b"", **environment):
     """Run a command against a bus; return its exit code, stdout and stderr."""
     return run(*arguments, stdin=stdin, INTENT_BUS_URL=bus.url, **dict(dict(INTENT_API_KEY=KEY), **environment))
+
+
+@contextlib.contextmanager
+def terminal(columns=80):
+    """Open a terminal of that width; yield its file, and shown(end), which waits until its screen ends so and returns it."""
+    import fcntl
+    import pty
+    import termios
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with open(ours, "rb", 0) as screen, open(theirs, "w", encoding="utf-8") as file:
+        def shown(end):
+            output = ""
+            while not output.endswith(end):
+                assert select.select([screen], [], [], PATIENCE_SECONDS)[0], f"the screen shows {output!r}"
+                output += screen.read(65536).decode().replace("\r\n", "\n")
+            return output
+        yield file, shown
+
+
+def on_terminal(bus, columns, *commands, **environment):
+    """Run commands, in one process, on a terminal of that width; return what each printed there."""
+    code = "import sys, intentbus\nfor words in sys.argv[1:]:\n    intentbus.main(words.split())\n    print('end of it')"
+    env = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
+    with terminal(columns) as (file, shown):
+        done = subprocess.Popen([sys.executable, "-c", code, *commands, "version"], stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=dict(
+            env, TERM="xterm", INTENT_BUS_URL=bus.url, INTENT_API_KEY=KEY, PYTHONIOENCODING="utf-8", **environment))
+        output = shown(f"intentbus {intentbus.__version__}\nend of it\n")
+        assert done.wait(20) == 0
+    return output.split("end of it\n")[:len(commands)]
 
 
 def assert_complaint(outcome, code, *words):
@@ -2357,7 +2388,7 @@ VERSION_1 = """
 """     # a database of schema version 1, as the first release wrote it: never to be edited
 
 
-@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("version", range(1, len(intentbus.MIGRATIONS)))
 def test_a_database_of_an_earlier_release_opens_and_works(tmp_path, clock, version):
     with contextlib.closing(sqlite3.connect(tmp_path / "bus.db")) as old:
         old.executescript(";".join([VERSION_1, *intentbus.MIGRATIONS[1:version], f"PRAGMA user_version = {version}"]))
@@ -2384,6 +2415,51 @@ def test_a_database_of_an_earlier_release_opens_and_works(tmp_path, clock, versi
     served.stop()
     with contextlib.closing(sqlite3.connect(tmp_path / "bus.db")) as db:
         assert db.execute("PRAGMA user_version").fetchone() == (len(intentbus.MIGRATIONS),)
+
+
+def stored(client, number):
+    """Publish a number once, if the bus is there; return whether it is."""
+    with contextlib.suppress(*intentbus.TRANSIENT):
+        return client.publish("g", number, idempotency_key=str(number))
+
+
+@SLOW
+@POSIX
+def test_a_database_of_the_version_before_migrates_under_load(tmp_path):
+    """Its workers and publishers are there before the bus, which is killed again and again as it starts."""
+    before, chance, now = len(intentbus.MIGRATIONS) - 1, random.Random(7), time.time()
+    ids, old, new = intentbus.Ids(), range(8000), range(8000, 8400)
+    intents = [intentbus.Intent.new(ids.new(now), now, "owner", "owner", dict(goal="g", payload=number)) for number in old]
+    with contextlib.closing(sqlite3.connect(tmp_path / "bus.db")) as db:
+        db.executescript(";".join([*intentbus.MIGRATIONS[:before], f"PRAGMA user_version = {before}",
+                                   f"PRAGMA application_id = {intentbus.APPLICATION_ID}"]))
+        columns = [name for _, name, *_ in db.execute("PRAGMA table_info(intents)") if name in intents[0]]
+        db.executemany(f"INSERT INTO intents ({', '.join(columns)}) VALUES (:{', :'.join(columns)})", intents)
+        db.execute("INSERT INTO tallies (namespace, publisher, status, intents) VALUES ('default', 'owner', 'open', ?)", [len(old)])
+        db.commit()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    client, done, handed_out = IntentClient(f"http://127.0.0.1:{port}", KEY), [], iter(new)
+    worker = Worker(client, "g", lambda intent, lease: (done.append(intent.payload), "json"), concurrency=4, poll=0.05,
+                    max_jobs=len(old) + len(new))
+    worked = in_thread(worker.run)
+
+    def publish(thread):
+        for number in handed_out:
+            wait_until(functools.partial(stored, client, number))
+    published = in_thread(at_once, 4, publish)
+    for _ in range(20):
+        starting = subprocess.Popen([*COMMAND, "serve", "--db", "bus.db", "--port", str(port)], cwd=tmp_path,
+                                    env=dict(os.environ, BUS_SECRET=KEY), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            starting.wait(chance.uniform(0.1, 0.5))
+        starting.kill()
+        starting.wait()
+    serve = Serve(tmp_path, "--db", "bus.db", "--port", str(port))
+    worked(), published()
+    assert sorted(done) == [*old, *new], "each once"
+    assert serve.client.admin("summary")["intents"]["default"] == {"fulfilled": len(old) + len(new)}
+    serve.kill()
 
 
 SLOW_MIGRATION = """
@@ -5073,6 +5149,8 @@ CALLERS = "none unknown revoked publish work both other owner admin signed forge
 MATRIX = """
                                       none unkn revo publ work both othe owne admi sign forg repl view limi expi
     GET  /                             200  200  200  200  200  200  200  200  200  200  200  200  200  200  200
+    GET  /dashboard                    302  302  302  302  302  302  302  302  302  302  302  302  302  302  302
+    GET  /admin                        302  302  302  302  302  302  302  302  302  302  302  302  302  302  302
     GET  /health                       200  200  200  200  200  200  200  200  200  200  200  200  200  200  200
     POST /intent                       401  401  401  201  403  201  201  201  401  201  403  403  403  403  401
     POST /publish/new                  401  401  401  201  403  201  201  201  401  201  403  403  403  403  401
@@ -5080,11 +5158,13 @@ MATRIX = """
     POST /intents                      401  401  401  201  403  201  201  201  401  201  403  403  403  403  401
     POST /claim                        401  401  401  403  200  200  204  204  401  200  403  403  403  204  401
     POST /extend_claim/{claimed}       401  401  401  403  200  200  404  404  401  200  403  403  403  404  401
+    POST /progress/{claimed}           401  401  401  403  200  200  404  404  401  200  403  403  403  404  401
     POST /fulfill/{claimed}            401  401  401  403  200  200  404  404  401  200  403  403  403  404  401
     POST /fail/{claimed}               401  401  401  403  200  200  404  404  401  200  403  403  403  404  401
     POST /release/{claimed}            401  401  401  403  200  200  404  404  401  200  403  403  403  404  401
     GET  /status/{open}                401  401  401  200  200  200  404  404  200  200  403  403  200  404  401
     GET  /result/{open}                401  401  401  200  200  200  404  404  200  200  403  403  200  404  401
+    GET  /output/{open}                401  401  401  200  200  200  404  404  200  200  403  403  200  404  401
     GET  /intents                      401  401  401  200  200  200  200  200  200  200  403  403  200  200  401
     GET  /workers                      401  401  401  200  200  200  200  200  200  200  403  403  200  200  401
     GET  /events                       401  401  401  200  200  200  200  200  200  200  403  403  200  200  401
@@ -5814,7 +5894,7 @@ def test_a_viewer_looks_and_changes_nothing(served):
             assert answer.status in (200, 404) or path.startswith(("/get/", "/metrics", "/limits")) or "payload=1" in path, path
             assert not {b"g!", b"g?"} & set(re.findall(rb"g[!?]", answer.body)), path
     assert tables_of(served)["intents"] == before
-    assert_refusal(served.ask("POST", "/intent", a_publish(), viewer), 403, "forbidden", "This key may look only.")
+    assert_refusal(served.ask("POST", "/intent", a_publish(), viewer), 403, "forbidden", "This key may look only", "one of the role publish or both.")
 
 
 @pytest.mark.parametrize("settings", [{}, dict(dashboard_password="pw")], ids=repr)
@@ -7140,6 +7220,144 @@ def test_a_wrong_claim_of_the_next_intent_refuses_the_report(served, query, head
     assert plain.json == {"ok": True, "id": claim["id"]}, "without next=1, the query is ignored"
 
 
+# -- Live output --
+
+def told_of(claim, **news):
+    """Return the arguments of a report of progress."""
+    return dict(dict(intent_id=claim.id, claim_token=claim.claim_token), **news)
+
+
+def test_progress_lets_a_lease_last_as_long_again(bus, clock):
+    bus.publish("g", 1)
+    claim = bus.claim("g", lease=600)
+    clock.pass_(599)
+    answer = bus.progress(**told_of(claim, percent=40, message="copying"))
+    assert answer == dict(ok=True, claim_expires_at=clock.wall + 600, followed=False)
+    clock.pass_(600)
+    with pytest.raises(intentbus.NotFound, match="no longer hold the lease"):
+        bus.progress(**told_of(claim))
+    assert bus.output(claim.id).percent == 40 and bus.inspect(claim.id).status == "open"
+
+
+def test_output_goes_on_where_the_reader_was(bus, clock):
+    bus.publish("g", 1, stream=True)
+    claim = bus.claim("g")
+    assert claim.stream is True and bus.output(claim.id) == dict(
+        attempt=None, output="", next=0, missed=0, percent=None, message=None, ended=False)
+    bus.progress(**told_of(claim, output="one", percent=1, message="a"))
+    clock.pass_(1)
+    bus.progress(**told_of(claim, output="zw\u00f6lf", message=""))
+    assert bus.output(claim.id) == dict(attempt=1, output="onezw\u00f6lf", next=9, missed=0, percent=1, message="", ended=False)
+    assert bus.output(claim.id, 3).output == "zw\u00f6lf" and bus.output(claim.id, 9).output == ""
+    assert bus.output(claim.id, 99) == bus.output(claim.id, 0), "a number of a bus that was restarted"
+    bus.fail(claim.id, claim.claim_token, "no")
+    clock.pass_(60)
+    again = bus.claim("g")
+    assert bus.output(claim.id).output == "onezw\u00f6lf", "of the attempt before, until there is news"
+    bus.progress(**told_of(again, output="two"))
+    assert bus.output(claim.id, 9) == dict(attempt=2, output="two", next=12, missed=0, percent=None, message=None, ended=False)
+    assert bus.output(claim.id, 5).missed == 4
+    bus.fulfill(claim.id, again.claim_token)
+    assert bus.output(claim.id).ended
+
+
+def test_the_end_of_long_output_is_kept(bus, clock):
+    bus.publish("g", 1)
+    claim = bus.claim("g")
+    bus.progress(**told_of(claim, output="x" + "\u00e4" * 2 ** 15))
+    kept = bus.output(claim.id)
+    assert kept.output == "\u00e4" * 2 ** 15 and (kept.missed, kept.next) == (1, 2 ** 16 + 1)
+    clock.pass_(1)
+    bus.progress(**told_of(claim, output="x"))
+    assert bus.output(claim.id).output == "\u00e4" * (2 ** 15 - 1) + "x", "no half of a character"
+
+
+def test_live_output_of_all_has_a_bound_and_the_largest_gives_way(bus, clock, monkeypatch):
+    monkeypatch.setattr(intentbus, "LIVE_TOTAL_BYTES", 29_000)
+    claims = []
+    for caller in (ALICE, BOB, ALICE, ALICE):
+        bus.publish("g", 1, caller=caller)
+        claims.append(bus.claim("g", caller=caller))
+        bus.progress(**told_of(claims[-1], output="x" * 9000, caller=caller))
+    assert [len(bus.output(claim.id).output) for claim in claims] == [0, 9000, 0, 9000]
+
+
+def test_live_output_is_kept_for_an_hour_after_the_end(bus, clock):
+    bus.publish("g", 1)
+    claim = bus.claim("g", lease=3600)
+    bus.progress(**told_of(claim, output="x"))
+    for passed, end, kept in ((3000, None, "x"), (3000, bus.fulfill, "x"), (3599, None, "x"), (1, None, "")):
+        clock.pass_(passed)
+        if not end and kept:
+            with contextlib.suppress(intentbus.NotFound):
+                bus.extend_claim(claim.id, claim.claim_token, 3600)
+        elif end:
+            end(claim.id, claim.claim_token)
+        bus.housekeeping()
+        assert bus.output(claim.id).output == kept
+
+
+def test_output_is_for_whom_the_result_is_for(bus):
+    bus.publish("g", 1, caller=ALICE)
+    claim = bus.claim("g", caller=ALICE)
+    bus.progress(**told_of(claim, output="secret", percent=5, caller=ALICE))
+    viewer = Caller("v", "alice", "viewer", False, None, payloads=False)
+    assert "output" not in bus.output(claim.id, caller=viewer) and bus.output(claim.id, caller=viewer).percent == 5
+    assert bus.output(claim.id, caller=viewer._replace(payloads=True)).output == "secret"
+    for stranger in (BOB, ALICE._replace(goals=("h",))):
+        with pytest.raises(intentbus.NotFound, match="There is no intent"):
+            bus.output(claim.id, caller=stranger)
+        with pytest.raises(intentbus.NotFound):
+            bus.progress(**told_of(claim, caller=stranger._replace(goals=("h",))))
+
+
+def test_progress_is_free_once_a_second_and_refused_otherwise(started, clock):
+    bus = started(keys=dict(rate=6), clock=clock)
+    key = bus.issue().api_key
+    bus.publish(visibility="public")
+    claim = bus.ask("POST", "/claim", key=key).json
+    def tell():
+        return bus.ask("POST", f"/progress/{claim['id']}", {"claim_token": claim["claim_token"], "percent": 1, "colour": 2}, key=key)
+    for _ in range(9):
+        assert tell().status == 200
+        clock.pass_(1)
+    tell()
+    assert_refusal(tell(), 429, "progress_limited", "once in 1 s")
+    assert [bus.ask("GET", "/whoami", key=key).status for _ in range(5)] == [200] * 4 + [429], "the claim and the refusal are counted"
+
+
+@pytest.mark.parametrize("body, word", [({"percent": 101}, "percent"), ({"percent": "9"}, "percent"), ({"message": 1}, "message"),
+                                        ({"output": ["x"]}, "output")])
+def test_wrong_progress_is_refused_and_changes_nothing(served, body, word):
+    served.publish()
+    claim = served.client.claim("g")
+    assert_refusal(served.ask("POST", f"/progress/{claim.id}", dict(body, claim_token=claim.claim_token)), 400, f"invalid_{word}", word)
+    assert served.client.output(claim.id).attempt is None
+
+
+def test_a_reader_waits_for_news_and_the_worker_knows_of_it(served):
+    served.publish()
+    claim = served.client.claim("g")
+    path, seen = f"/output/{claim.id[:16]}?wait=60&after=", 0
+    for news, expected in ((dict(output="one\n"), ("one\n", None, False)), (dict(percent=50), ("", 50, False)), (None, ("", 50, True))):
+        reader = served.hold("GET", f"{path}{seen}")
+        if news:
+            answer = wait_until(lambda: progress_at(served, claim, news))
+            assert answer.followed is True
+        else:
+            served.client.fulfill(claim.id, claim.claim_token)
+        found = response_on(reader).json
+        assert (found["output"], found["percent"], found["ended"]) == expected
+        seen = found["next"]
+    assert served.ask("GET", f"{path}{seen}").json["ended"], "without a wait"
+
+
+def progress_at(served, claim, news):
+    """Tell of progress, once a second has passed since the last time; return the answer, or None."""
+    with contextlib.suppress(intentbus.RateLimited):
+        return served.client.progress(claim.id, claim.claim_token, **news)
+
+
 # -- The simplest publish --
 
 BODIES_AND_PAYLOADS = (
@@ -7171,7 +7389,7 @@ def test_a_body_that_is_no_payload_is_refused(strict, kind, body, code):
 
 
 IN_A_QUERY = dict(namespace="home", visibility="public", priority=7, delay=90.5, run_at=4, ttl=60, max_attempts=1, backoff_base=2.5,
-                  target_worker="5", required_capability="1.5", reward="x", idempotency_key="7", unique="8", replace=False, on_success="9", on_failure="good")
+                  target_worker="5", required_capability="1.5", reward="x", idempotency_key="7", unique="8", replace=False, on_success="9", on_failure="good", stream=True)
 
 
 def test_each_other_field_may_stand_in_the_query(served):
@@ -9010,7 +9228,7 @@ def test_at_the_limit_the_longest_idle_connection_makes_room(started, monkeypatc
 
 
 STRICT = [route[:2] for route in intentbus.ROUTES if route[2] not in (None, "metrics") and not route[1].startswith(intentbus.REPORTS)]
-LENIENT = ("/status/*", "/result/*", "/workers", "/events", "/whoami", "/get/*", "/admin/dashboard")     # which can widen nothing
+LENIENT = ("/status/*", "/result/*", "/output/*", "/workers", "/events", "/whoami", "/get/*", "/admin/dashboard")     # which can widen nothing
 
 
 @pytest.mark.parametrize("method, path", [(method, path) for method, path in STRICT if path not in LENIENT])
@@ -9115,7 +9333,7 @@ def test_a_full_disk_is_reported_and_loses_nothing(small_disk, monkeypatch):
     health = wait_until(lambda: (answer := bus.ask("GET", "/health", key=None)).status == 503 and answer)
     assert health.json["ok"] is False and clear(health.json["error"]) and "full" in health.json["error"]
     assert bus.ask("GET", f"/status/{claimed['id']}").json["status"] == "claimed"
-    reads = [path.replace("*", claimed["id"]) for method, path, _, _ in intentbus.ROUTES if method == "GET" and path != "/health"]
+    reads = [path.replace("*", claimed["id"]) for method, path, _, _ in intentbus.ROUTES if method == "GET" and path not in ("/health", "/dashboard", "/admin")]
     statuses = {path: bus.ask("GET", path, **signed("GET", path)).status for path in reads}
     assert {path: status for path, status in statuses.items() if status != 200} == {
         f"/get/{claimed['id']}": 404, f"/admin/dead/{claimed['id']}": 404}
@@ -9505,8 +9723,8 @@ def test_the_client_has_the_verbs_and_answers_of_the_bus(served):
 
 
 def test_the_verbs_of_bus_and_client_take_the_same_arguments():
-    verbs = ("publish", "claim", "extend_claim", "fulfill", "fail", "release", "get_status", "get_result", "inspect", "list", "cancel",
-             "retry", "workers", "events", "schedule", "schedules", "unschedule", "run", "limit", "limits")
+    verbs = ("publish", "claim", "extend_claim", "progress", "fulfill", "fail", "release", "get_status", "get_result", "output", "inspect",
+             "list", "cancel", "retry", "workers", "events", "schedule", "schedules", "unschedule", "run", "limit", "limits")
     fields = {"publish": intentbus.PUBLISH, "schedule": intentbus.SCHEDULE, "claim": inspect.signature(Bus.wanted).parameters}
     for verb in verbs:
         ours, theirs = (inspect.signature(getattr(kind, verb)).parameters for kind in (Bus, IntentClient))
@@ -9515,7 +9733,7 @@ def test_the_verbs_of_bus_and_client_take_the_same_arguments():
 
 def test_all_that_a_user_calls_has_types():
     called = [intentbus.listen, intentbus.main, Worker.__init__, Worker.run, Worker.interrupt, IntentClient.__init__, intentbus.Error.__init__,
-              *(function for name, function in vars(IntentClient).items() if name[0] != "_" and inspect.isfunction(function))]
+              Lease.progress, Lease.write, *(function for name, function in vars(IntentClient).items() if name[0] != "_" and inspect.isfunction(function))]
     for function in called:
         missing = [name for name, found in inspect.signature(function).parameters.items() if found.annotation is found.empty]
         assert missing in ([], ["self"]) and "return" in function.__annotations__, function.__name__
@@ -9524,10 +9742,10 @@ def test_all_that_a_user_calls_has_types():
 
 
 TYPED = """# pyright: strict
-from intentbus import IntentClient, Record, Reject, Worker, listen
+from intentbus import IntentClient, Lease, Record, Reject, Worker, listen
 
 bus = IntentClient(spool="spool.db")
-published: str = bus.publish("resize", {"file": "a.jpg"}, priority=5, ttl=60, unique="x", replace=True).id
+published: str = bus.publish("resize", {"file": "a.jpg"}, priority=5, ttl=60, unique="x", replace=True, stream=True).id
 print([attempt.outcome for attempt in bus.get_result(published, wait=10).history])
 print([intent.id for intent in bus.list(status="delayed", limit=3).intents])
 if claimed := bus.claim(["a", "b"], wait=20):
@@ -9538,7 +9756,11 @@ def handler(payload: str) -> int:
     if not payload:
         raise Reject("empty")
     return len(payload)
+def slow_handler(payload: str, lease: Lease) -> None:
+    lease.progress(50, "half")
 bus.listen("resize", handler, max_jobs=1, on_message=print)
+bus.listen("resize", slow_handler, with_lease=True)
+print(bus.output(published, after=3, wait=10).percent, bus.progress(published, message="late").followed)
 listen(bus, ["resize"], handler, concurrency=4)
 Worker(bus, "resize", lambda intent, lease: (intent.id + lease.age(), "json")).run()
 owner: Record = bus.who_am_i().owner
@@ -9550,6 +9772,8 @@ bus.claim(goal=5)     # wrong
 bus.fulfill(published, result_type="xml")     # wrong
 bus.schedule("n", "g", 1, overlap="x")     # wrong
 bus.listen("g", handler, max_job=1)     # wrong
+bus.listen("g", lambda: 5)     # wrong
+bus.progress(published, percent="5")     # wrong
 bus.publish("x", 1).id.items()     # wrong
 IntentClient(timeout="5")     # wrong
 """
@@ -10360,6 +10584,135 @@ def test_stderr_of_several_handlers_comes_in_labelled_lines(serve, tmp_path):
     assert all(line.startswith((f"{ids[0][:16]}: ", f"{ids[1][:16]}: ")) for line in lines)
 
 
+@POSIX
+@pytest.mark.parametrize("text, shown, percent, message", [
+    ("printf 'a\\n::progress 40 copying it\\nb' >&2", "a\nb", 40, "copying it"),
+    ("printf '::progress 1 x\\r\\n::progress 99.5%%' >&2", "", 99.5, ""),
+    ("printf '::pro' >&2; sleep 0.2; printf 'gress 7 y' >&2", "", 7, "y"),
+    ("printf '::prose' >&2; sleep 0.2; printf '\\n::progress 101\\n::progress x\\n ::progress 5' >&2",
+     "::prose\n::progress 101\n::progress x\n ::progress 5", None, None),
+    (f"{' '.join(COMMAND)} progress 12.5 'a  b' '\n'c; printf 'z\\344\\303' >&2; sleep 0.2; printf '\\244' >&2", "z\ufffd\u00e4", 12.5, "a b c"),
+], ids=range(5))
+def test_progress_lines_are_told_and_the_rest_is_output(served, tmp_path, text, shown, percent, message):
+    intent_id, passed_on = served.client.publish("g", 1, stream=True).id, []
+    program = intentbus.Program([script(tmp_path, f"#!/bin/sh\n{text}; exit 1")], show=lambda intent, data: passed_on.append(data))
+    work(served, "g", program)
+    told = served.client.output(intent_id)
+    assert (told.output, told.percent, told.message) == (shown, percent, message)
+    assert b"".join(passed_on).decode(errors="replace") == shown and passed_on[-1] == b""
+    assert served.client.get_status(intent_id).last_error == "exit code 1" + (f": {shown.strip()}" if shown else "")
+
+
+@POSIX
+@pytest.mark.parametrize("wanted, always", [(True, False), (False, True), (False, False)])
+def test_output_is_told_if_publisher_or_worker_want_it(served, tmp_path, wanted, always):
+    intent_id = served.client.publish("g", 1, stream=wanted).id
+    work(served, "g", intentbus.Program([script(tmp_path, "#!/bin/sh\necho loud >&2; echo 1")], stream=always))
+    assert served.client.output(intent_id).output == ("loud\n" if wanted or always else "")
+    assert served.client.get_result(intent_id).result == 1
+
+
+def test_a_python_handler_tells_of_its_progress(served, monkeypatch):
+    monkeypatch.setattr(intentbus, "LEASE_CHECK_SECONDS", 0.02)
+    monkeypatch.setattr(intentbus, "PROGRESS_SECONDS", 0.1)
+    intent_id = served.publish()
+
+    def handler(payload, lease):
+        for percent in range(100):
+            lease.progress(percent, "counting")
+        wait_until(lambda: served.client.output(intent_id).percent == 99)     # while it runs
+        lease.write("x" * 200_000 + "end")
+        lease.progress(message="done")
+    served.client.listen("g", handler, with_lease=True, drain=True)
+    told = served.client.output(intent_id)
+    assert (told.percent, told.message) == (99, "done") and told.output.endswith("xend") and told.output.startswith(intentbus.LEFT_OUT)
+    assert served.statuses() == ["fulfilled"]
+
+
+class WithoutProgress:
+    """A bus of an earlier version: the path is not known, or the answer is one of its pages."""
+
+    def __init__(self, client, error):
+        self._client, self._error, self.extended = client, error, 0
+
+    def __getattr__(self, verb):
+        return getattr(self._client, verb)
+
+    def progress(self, *arguments, **news):
+        """Refuse it."""
+        raise self._error
+
+    def extend_claim(self, *arguments):
+        """Count it."""
+        self.extended += 1
+        return self._client.extend_claim(*arguments)
+
+
+@pytest.mark.parametrize("error", [intentbus.NotFound("no such path"), intentbus.OlderBus("old")], ids=["newer", "older"])
+def test_an_older_bus_is_told_no_progress_and_keeps_the_lease(served, monkeypatch, error):
+    monkeypatch.setattr(intentbus, "LEASE_CHECK_SECONDS", 0.02)
+    served.publish()
+    bus = WithoutProgress(served.client, error)
+
+    def handler(intent, lease):
+        lease.progress(1)
+        wait_until(lambda: bus.extended)
+        lease.progress(2)
+        return 1, "json"
+    Worker(bus, "g", handler, drain=True).run()
+    assert served.statuses() == ["fulfilled"] and bus.extended == 1
+
+
+@POSIX
+@pytest.mark.parametrize("code, outcome, result, complaint", [
+    (0, 0, "done\n", ""), (100, 1, "", "intentbus: {id} is dead: one | two\n")], ids=["fulfilled", "dead"])
+def test_who_follows_sees_the_output_and_the_outcome(served, command, tmp_path, code, outcome, result, complaint):
+    text = f"#!/bin/sh\necho one >&2; printf '::progress 50 half\ntwo' >&2; echo done; exit {code}"
+    work_once = in_thread(Worker(served.client, "g", intentbus.Program([script(tmp_path, text)]), max_jobs=1).run)
+    wait_until(lambda: served.client.workers().workers)
+    exit_code, out, err = command("publish", "g", "1", "--follow")
+    work_once()
+    id, progress = served.client.list().intents[0].id, "intentbus: 50 % half\n"
+    complaint = complaint.format(id=id)
+    assert (exit_code, out, err) == (outcome, result, "one\ntwo\n" + progress + complaint)
+    assert command("output", id, "-f") == (outcome, "one\ntwo\n", progress + complaint)
+    assert command("output", id) == (0, "one\ntwo\n", progress)
+    assert json.loads(command("output", id, "--json")[1])["next"] == 7
+
+
+@SLOW
+@POSIX
+def test_a_remote_command_is_followed_from_its_output_to_its_outcome(serve, tmp_path):
+    fifo = tmp_path / "go"
+    os.mkfifo(fifo)
+    worker = serve.start("work", "--goal", "remote", "--max-jobs", "2", "--", "sh", "-c",
+                         f"echo one >&2; cat {fifo}; printf '::progress 50 half\ntwo' >&2; echo done; exit {{code}}")
+    wait_until(lambda: [worker for worker in serve.client.workers().workers if "remote" in worker.goals])
+    for code, outcome, words in ((0, 0, []), (100, 1, ["is dead: one"])):
+        publisher = serve.start("publish", "remote", f"code:={code}", "--follow")
+        assert publisher.stderr.readline() == "one\n"
+        id = serve.client.list(goal="remote").intents[0].id
+        follower = serve.start("output", id[:16], "-f")
+        assert follower.stdout.readline() == "one\n"
+        assert "progress" not in serve.run("show", id).stdout
+        fifo.write_text("")
+        out, err = publisher.communicate(timeout=20)
+        assert (publisher.returncode, out) == (outcome, "" if code else "done\n")
+        assert err.startswith("two\nintentbus: 50 % half\n") and [word for word in words if word not in err] == []
+        assert follower.communicate(timeout=20)[0] == "two\n" and follower.returncode == outcome
+        again = serve.run("output", id)
+        assert again.stdout == "one\ntwo\n" and again.stderr == "intentbus: 50 % half\n"
+    worker.communicate(timeout=20)
+
+
+@pytest.mark.parametrize("words, complaint", [
+    (("publish", "g", "1", "--follow", "--spool"), "--spool excludes"), (("publish", "g", "--lines", "--follow"), "--follow"),
+    (("progress", "101"), "from 0 to 100"), (("progress", "half"), "from 0 to 100"), (("output",), "id"),
+])
+def test_what_cannot_be_followed_is_refused_in_words(served, words, complaint):
+    assert_complaint(at(served, *words, stdin=b"x\n"), 2, complaint)
+
+
 @SLOW
 @POSIX
 def test_stderr_that_cannot_be_passed_on_delays_no_handler(serve, tmp_path):
@@ -10648,6 +11001,84 @@ def test_the_doctor_warns_a_week_before_a_key_ends(home, served, monkeypatch, da
     assert not warned or re.match(r"It ends at \d{4}-\d\d-\d\d \d\d:\d\d; join the bus again", found["key", "note"])
 
 
+@pytest.fixture
+def check_work(started, clock, home, monkeypatch):
+    """A bus with a clock of its own, and a function that returns the doctor's findings about what it has to do."""
+    bus = started(clock=clock)
+
+    def check(key=KEY):
+        monkeypatch.setenv("INTENT_API_KEY", key)
+        options = argparse.Namespace(url=bus.url, key_file=None, namespace=None, ca=None, send_key=False)
+        return [(finding.level, finding.about, finding.words) for finding in intentbus.check_work(options)]
+    return bus, check
+
+
+def test_the_doctor_finds_schedules_that_do_not_do_well(check_work, clock):
+    bus, check = check_work
+    for name, fields in (("nightly", {}), ("idle", dict(paused=True))):
+        bus.client.schedule(name, "backup", 1, every=60, **fields)
+    (level, about, words), = check()
+    assert (level, about) == ("note", "schedule") and words.startswith("The schedule nightly publishes backup, and no worker is there for it")
+    with bus.hold("POST", "/claim?goal=other&goal=backup&wait=60"):
+        assert check() == []
+        id = bus.client.run("nightly").id
+        assert check() == []     # it has just begun
+        due = clock.wall + 60
+        clock.pass_(30)
+        bus.client.cancel(id)
+        assert check() == [("bad", "schedule", f"The schedule nightly has failed: Cancelled (show {id}).")]
+        clock.pass_(31)
+        assert bus.ask("POST", "/admin/cleanup").status == 200 and bus.client.schedules().schedules[1].last_id != id
+        clock.pass_(200)
+        assert bus.ask("POST", "/admin/cleanup").status == 200
+        (level, about, words), = check()
+        id = bus.client.list(goal="backup").intents[0].id
+        assert level == "bad" and re.fullmatch(rf"The schedule nightly has left out each run since \w+ [\d: -]+; the run before is open: {id}\.", words)
+        assert intentbus.moment(due + 60)[:-3] in words
+
+
+@ON_A_FILE
+def test_the_doctor_finds_a_schedule_whose_time_zone_is_gone(check_work):
+    bus, check = check_work
+    bus.client.schedule("nightly", "backup", 1, cron="0 2 * * *", timezone="UTC")
+    assert [level for level, _, _ in check()] == ["note"]
+    with contextlib.closing(sqlite3.connect(bus.db)) as db, db:
+        db.execute("UPDATE schedules SET timezone = 'Mars/Base'")
+    assert ["time zone" in words and "pip install tzdata" in words for level, _, words in check() if level == "bad"] == [True]
+
+
+def test_the_doctor_finds_intents_that_a_limit_keeps_waiting(check_work, clock):
+    bus, check = check_work
+    bus.client.limit("held", paused=True)
+    bus.client.limit("full", running=1)
+    bus.publish(goal="full")
+    assert check() == []     # nothing waits at a pause, nor for long
+    since = intentbus.moment(clock.wall)
+    for goal in ("held", "full"):
+        bus.publish(goal=goal)
+    clock.pass_(2000)
+    assert bus.client.claim("full", lease=3600)
+    words = f"held is paused, and has an intent that waits since {since}; resume held lets it start."
+    assert check() == [("note", "limit", words)]
+    clock.pass_(1700)
+    assert check() == [("note", "limit", f"full is at its limit of 1, and has an intent that waits since {since}."), ("note", "limit", words)]
+
+
+def test_the_doctor_of_an_admin_finds_keys_that_end_soon(check_work, clock):
+    bus, check = check_work
+    for days in (6, 8):
+        bus.issue(name=f"{days} days", grant=dict(expires_at=clock.wall + days * 86400))
+    bus.issue(name="ended", grant=dict(expires_at=clock.wall + 1))
+    worker = bus.issue(role="work").api_key
+    viewer = bus.issue("*", "viewer", "me", dict(expires_at=clock.wall + 86400)).api_key
+    clock.pass_(2)
+    assert sorted(words.partition(" ends at ")[0] for _, _, words in check()) == ["The key 6 days", "The key me"]
+    for key in (worker, "wrong", viewer):     # a viewer is told of limits by its admin
+        assert check(key) == []
+    bus.stop()
+    assert check() == []
+
+
 @pytest.mark.parametrize("offset, level", [(0, "ok"), (-9, "note"), (4000, "bad"), (-4000, "bad")])
 def test_the_doctor_compares_the_clocks(offset, level):
     finding, = intentbus.check_clock(offset)
@@ -10727,12 +11158,57 @@ def test_serve_makes_a_key_prints_its_url_and_exits_0(tmp_path):
     code, output, errors = serve.stop()
     assert (code, output) == (0, "") and "Traceback" not in errors
     assert "the key is new, in ~/.apikey" in errors and f"publish --url {serve.url} hello name=world" in errors
+    assert f"the dashboard is at {serve.url}/admin/dashboard; sign in as admin with the owner key\n" in errors
     assert sorted(path.name for path in tmp_path.iterdir()) == [".apikey", ".intentbus", "intentbus.db", "intentbus.db.lock"]
     with contextlib.closing(sqlite3.connect(tmp_path / "intentbus.db")) as db:
         assert db.execute("SELECT id FROM intents").fetchall() == [(published.stdout.strip(),)]
     claim.terminate()
     assert claim.wait(10) == 143
     claim.communicate()
+
+
+@pytest.mark.parametrize("url, key_file, environment, words", [
+    ("http://127.0.0.1:8787", "~/.apikey", {}, ["publish hello name=world", "sign in as admin with the owner key"]),
+    ("http://127.0.0.1:9", "~/.apikey", {}, ["publish --url http://127.0.0.1:9 hello"]),
+    ("https://h:8787", "k", {"DASHBOARD_PASSWORD": "x"}, ["publish --url https://h:8787 --key-file k hello", "sign in as admin with DASHBOARD_PASSWORD"]),
+    ("http://127.0.0.1:8787", "k", {"BUS_SECRET": KEY, "BUS_ADMIN_SECRET": "x"}, ["publish hello name", "sign in with a viewer's key"])])
+def test_a_bus_that_starts_says_what_works(store, home, monkeypatch, capsys, url, key_file, environment, words):
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    options = argparse.Namespace(tls_cert=None, host="127.0.0.1", key_file=key_file)
+    intentbus.log_startup(options, url, store.database, "new", "/elsewhere/intentbus.db")
+    said = capsys.readouterr().err
+    assert not [word for word in [*words, f"the dashboard is at {url}/admin/dashboard", "another one is there, to be used with --db /elsewhere"]
+                if word not in said], said
+    intentbus.write_settings("http://other", KEY, None)     # commands without --url go there
+    intentbus.log_startup(options, url, store.database, "new", None)
+    said = capsys.readouterr().err
+    assert f"publish --url {url}" in said and "another" not in said
+
+
+@POSIX
+def test_a_bus_on_all_addresses_names_one_that_works(tmp_path):
+    serve = Serve(tmp_path, "--host", "0.0.0.0")
+    wait_until(lambda: serve.run("list").returncode == 0)
+    assert f"publish --url http://127.0.0.1:{serve.port} hello" in serve.stop()[2] and serve.url == f"http://0.0.0.0:{serve.port}"
+
+
+def test_a_new_database_beside_an_older_one_is_noticed(home, monkeypatch, tmp_path):
+    def other(path=None):
+        return intentbus.other_database(argparse.Namespace(db=path))
+    monkeypatch.delenv("BUS_DB_PATH", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(intentbus, "__file__", str(tmp_path / "program" / "intentbus.py"))
+    assert other() is None
+    for folder in (home, tmp_path / "program"):
+        folder.mkdir(exist_ok=True)
+        (folder / "intentbus.db").touch()
+        assert other() == str(folder / "intentbus.db") and other("x.db") is None
+    monkeypatch.setenv("BUS_DB_PATH", "x.db")
+    assert other() is None
+    monkeypatch.delenv("BUS_DB_PATH")
+    (tmp_path / "intentbus.db").touch()
+    assert other() is None
 
 
 def test_a_session_from_publish_to_result(serve):
@@ -10760,6 +11236,34 @@ def test_publish_wait_is_a_remote_command(serve):
     worker.terminate()
     assert worker.wait(10) == 143
     worker.communicate()
+
+
+@pytest.mark.parametrize("words, wait", [
+    ("publish g 5 --wait 0.1s", True), ("publish g a=1 --wait 0.1s", True), ("publish g --wait 0.1s 5", True), ("result {id} --wait 0.1", True),
+    ("result --wait 0.1 {id}", True), ("result --wait=0.1 {id}", True), ("publish g --wait 50", False),
+    ("publish --wait 50 g", False), ("result --wait {digits}", None), ("result --wait={digits}", None)])
+def test_wait_takes_the_next_word_if_it_can_be_nothing_else(served, command, words, wait):
+    id = served.publish(payload=1)
+    found = command(*words.format(id=id, digits="1" * 8).split())
+    if wait:
+        assert found[0] == 124 and "is still open; ask again with: result " in found[2]
+        assert set(map(str, served.payloads())) <= {"1", "5", "{'a': '1'}", "{}"}
+    elif wait is None:     # an id that looks like a duration
+        assert_complaint(found, 3 if "=" not in words else 2)
+    else:
+        assert_complaint(found, 2, "write --wait=50, or put the payload first")
+        assert served.payloads() == [1]
+
+
+@POSIX
+def test_a_wait_that_is_interrupted_tells_the_id(served, home):
+    waiting = subprocess.Popen([*COMMAND, "publish", "g", "1", "--wait"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, env=dict(os.environ, INTENT_BUS_URL=served.url, INTENT_API_KEY=KEY))
+    served.holds(1)
+    waiting.send_signal(signal.SIGINT)
+    out, err = waiting.communicate(timeout=20)
+    id = served.client.list().intents[0].id
+    assert (waiting.returncode, out) == (130, "") and err.endswith(f"{id} goes on; ask again with: result {id}\n")
 
 
 WAYS_TO_SAY = (     # words, stdin or None, payload
@@ -10818,6 +11322,14 @@ def test_work_without_a_program_prints_the_payloads(serve):
         serve.run("publish", "print", f"n:={number}")
     work = serve.run("work", "--goal", "print", "--max-jobs", "2")
     assert (work.returncode, work.stdout) == (0, '{"n":1}\n{"n":2}\n')
+
+
+def test_work_with_neither_goal_nor_program_only_says_how(served, command):
+    served.publish(goal="any")
+    for words in (["--drain"], ["--any", "--goal", "any", "--drain"]):
+        assert_complaint(command("work", *words), 2, "--goal GOAL", "--any", "prints each payload and fulfils the intent")
+    assert served.statuses() == ["open"]
+    assert command("work", "--any", "--drain")[:2] == (0, "1\n") and served.statuses() == ["fulfilled"]
 
 
 @LINUX
@@ -10990,8 +11502,11 @@ def test_a_terminal_that_closes_lets_a_worker_finish(serve, tmp_path, ignored):
 def test_a_killed_worker_leaves_no_program_running(serve, text):
     ids = serve.client.publish_many([a_publish(goal="orphan") for _ in range(3)]).ids
     worker = serve.start("work", "--goal", "orphan", "-j", "2", "--kill-after", "0.1s", "--", "sh", "-c",
-                         f"[ $INTENT_ID = {ids[0]} ] && exit; {text}")
-    wait_until(lambda: all(left_behind(id) for id in ids[1:]))
+                         f"[ $INTENT_ID = {ids[0]} ] && exit; echo up >&2; {text}")
+    up = 0
+    while up < 2:     # the worker passes it on once its guardian knows of the program
+        up += "up" in worker.stderr.readline()
+    assert all(left_behind(id) for id in ids[1:])
     worker.kill()
     worker.communicate()
     wait_until(lambda: not any(left_behind(id) for id in ids), seconds=30)
@@ -11083,6 +11598,31 @@ def test_a_mistyped_command_is_corrected():
     assert_complaint(run("publsh", "g", "1"), 2, "no command 'publsh'", "did you mean publish?")
     assert_complaint(run("keys"), 2, "did you mean keys add or keys invite")
     assert_complaint(run("frobnicate"), 2, "--help lists the commands")
+
+
+@pytest.mark.parametrize("words, flag, nearest", [
+    ("publish g 1 --priorty 5", "--priorty", "--priority"), ("list --statsu=open", "--statsu", "--status"), ("result --wiat", "--wiat", "--wait"),
+    ("--ulr http://x list", "--ulr", "--url"), ("work --gaol g -- true", "--gaol", "--goal"), ("list --qqq", "--qqq", None)])
+def test_a_mistyped_flag_is_corrected(command, words, flag, nearest):
+    assert_complaint(command(*words.split()), 2, f"no flag {flag}", f"did you mean {nearest}" if nearest else "list --help")
+
+
+def test_flags_may_stand_before_the_command(served, command):
+    served.publish(goal="a", namespace="n")
+    served.publish(goal="b")
+    found = command("--namespace", "n", "--json", "--url=" + served.url, "list", "--limit", "5")[1]
+    assert json.loads(found)["goal"] == "a"
+    assert_complaint(command("--namespace", "n"), 2, "A COMMAND is missing")
+
+
+@pytest.mark.parametrize("words, start", [
+    ("help", "intentbus: say"), ("--help", "intentbus: say"), ("help publish", "examples:"), ("publish --help", "examples:"),
+    ("--json publish g -h", "examples:"), ("help keys add", "examples:"), ("keys --help", "  keys add "), ("help keys", "  keys add "),
+    ("version", f"intentbus {intentbus.__version__}"), ("--version", f"intentbus {intentbus.__version__}")])
+def test_help_and_version_are_commands_and_flags(capsys, words, start):
+    assert intentbus.main(words.split()) == 0
+    assert capsys.readouterr().out.startswith(start)
+    assert_complaint((intentbus.main(["help", "publsh"]), *capsys.readouterr()), 2, "did you mean publish?")
 
 
 def test_every_command_and_flag_has_help_and_is_in_the_readme(serve):
@@ -11234,9 +11774,16 @@ def test_each_shell_completes_at_the_tab_key(serve, shell):
           *((f"\x15intentbus {begun}\t", f"{whole} ") for begun, whole in wanted))
 
 
-@pytest.mark.parametrize("words, seconds", [("90", 90), ("90s", 90), ("1.5m", 90), ("2h", 7200), ("7d", 604800)])
+@pytest.mark.parametrize("words, seconds", [("90", 90), ("90s", 90), ("1.5m", 90), ("2h", 7200), ("7d", 604800), ("1h30m", 5400),
+                                            ("1w", 604800), ("1d1.5h10s", 91810)])
 def test_durations(words, seconds):
     assert intentbus.duration(words) == seconds
+
+
+@pytest.mark.parametrize("words", ["", "h", "1h30", "1 h", "-5", "1.h", "90\n", "\u0661", "9" * 10])
+def test_a_wrong_duration_is_refused_with_examples(words):
+    with pytest.raises(argparse.ArgumentTypeError, match="not a duration such as 90, 90s, 5m, 1h30m"):
+        intentbus.duration(words)
 
 
 def test_printed_text_cannot_control_the_terminal(serve):
@@ -11264,6 +11811,125 @@ def test_a_result_is_escaped_on_a_terminal_and_raw_in_a_pipe(serve):
     os.close(ours)
 
 
+SGR = re.compile("\x1b\\[[0-9]*m")     # the escape sequences that colour text
+
+
+def place_of(text, line):
+    """Return in which column of a terminal a text stands in a line."""
+    before = SGR.sub("", line).partition(text)[0]
+    return sum(1 + (unicodedata.east_asian_width(letter) in "WF") - bool(unicodedata.combining(letter)) for letter in before)
+
+
+@POSIX
+@pytest.mark.parametrize("columns", [80, 40])
+def test_tables_on_a_terminal_fit_its_width(served, columns):
+    for fields in (dict(goal="\u4f1a\u8b70\u306e\u901a\u77e5\u3092\u9001\u308b"), dict(goal="far " * 20), dict(goal="later", delay=310), dict(goal="broken")):
+        served.publish(payload="x" * 100, **fields)
+    claim = served.client.claim("broken", worker_name="a worker of a long name")
+    served.client.fail(claim.id, claim.claim_token, "\x1b[2Jno\nluck " + "e\u0301" * 50, retry=False)
+    served.client.schedule("nightly", "broken", 1, cron="0 2 * * *", timezone="UTC")
+    served.client.schedule("idle", "broken", 1, every=60, paused=True)
+    served.client.limit("broken", paused=True)
+    served.issue(name="phone", grant=dict(goals=["g" * 40], expires_at=time.time() + 90000))
+    found = on_terminal(served, columns, "list", "list --payload --status dead", "workers", "keys list", "schedules", "limits", "stats")
+    for output, header in zip(found, ("id ", "id ", "  seen", "id ", "name", ("namespace", "goal"), ("namespace", "goal"))):
+        assert output.startswith(header) and not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", SGR.sub("", output)), output
+        assert max(place_of("\0", line) for line in output.splitlines()) <= columns, output
+    intents, dead, workers, keys, schedules, limits, stats = (output.splitlines() for output in found)
+    assert len({place_of(text, line) for text, line in zip(("goal", "broken", "later", "far far", "\u4f1a\u8b70"), intents)}) == 1
+    assert "\x1b[31mdead" in intents[1] and "\u2026" in intents[3] and "\x1b[33mpaused" in limits[1]
+    assert "paused" in str(schedules) and " in " in str(schedules) and re.search("ends in 1d$", keys[1])
+    if columns == 80:
+        assert "due in 5m" in intents[2] and "\\x1b[2Jno" in intents[1] and dead[0].split()[-1] == "payload"
+        assert "a worker of a long name" in workers[1]
+    assert stats[-1] == "default: 1 dead, 3 open" and any(line.startswith("  seen") for line in stats)
+
+
+@POSIX
+def test_states_are_coloured_where_it_is_wanted(served, command, monkeypatch):
+    served.client.cancel(served.publish())
+    monkeypatch.setenv("TERM", "xterm")
+    for flag, no_color, on_a_terminal, colored in (("auto", "", True, True), ("auto", "1", True, False), ("never", "", True, False), ("always", "1", True, True),
+                                                   ("auto", "", False, False), ("always", "", False, True)):
+        monkeypatch.setenv("NO_COLOR", no_color)
+        with terminal() as (file, shown), monkeypatch.context() as screen:
+            if on_a_terminal:
+                screen.setattr(sys, "stdout", file)
+            _, out, _ = command("list", "--color", flag)
+            out = shown("Cancelled\n") if on_a_terminal else out
+        assert ("\x1b[31mdead     \x1b[0m  0/3" in out, "\x1b" in out) == (colored, colored), (flag, no_color, on_a_terminal)
+
+
+@pytest.mark.parametrize("room, expected", [(99, [16, 9, 40, 20]), (80, [16, 9, 29, 20]), (60, [16, 9, 10, 19]), (51, [16, 9, 10, 10]),
+                                            (50, [16, 9, 0, 20]), (40, [16, 9, 0, 11]), (38, [16, 9, 0, 0]), (9, [16, 9, 0, 0])])
+def test_the_columns_that_yield_most_are_cut_and_left_out_first(room, expected):
+    assert intentbus.fitted([16, 9, 40, 20], [0, 0, 2, 1], room) == expected
+
+
+@pytest.mark.parametrize("text, width, spec, expected", [
+    ("ab", 4, "", "ab  "), ("ab", 4, ">9", "  ab"), ("abcd", 4, "", "abcd"), ("abcde", 4, "", "abc\u2026"), ("\u6f22\u5b57", 5, "", "\u6f22\u5b57 "),
+    ("\u6f22\u5b57\u6f22", 4, "", "\u6f22\u2026 "), ("e\u0301te", 3, "", "e\u0301te"), ("e\u0301tes", 3, "", "e\u0301t\u2026"), ("", 2, "", "  ")], ids=ascii)
+def test_a_cell_is_as_wide_as_its_column(monkeypatch, text, width, spec, expected):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    assert intentbus.padded(text, width, spec) == expected
+    assert intentbus.text_width(expected) == width
+
+
+@POSIX
+def test_a_table_that_goes_on_keeps_its_header_and_columns(monkeypatch):
+    def event(**fields):
+        return Record(dict(time=0, event="published", id=NOBODY, goal="g", worker=None, worker_id=None, last_error=None, status="open"), **fields)
+    with terminal() as (file, shown):
+        monkeypatch.setattr(sys, "stdout", file)
+        table = intentbus.Table(argparse.Namespace(json=False, color="never"), intentbus.EVENT_TABLE)
+        for fields in ({}, dict(goal="a long goal"), {}, dict(event="claimed", worker="w")):
+            table.print([event(**fields)])
+        lines = shown("  w\n").splitlines()
+    assert [line.split()[0] for line in lines if not line[0].isdigit()] == ["time", "time"]     # the column of workers comes last
+    assert lines[0].split() == ["time", "event", "id", "goal"] and lines[4].split() == ["time", "event", "id", "goal", "worker"]
+    assert lines[5].index("w") == lines[4].index("worker") == lines[4].index("goal") + len("a long goal  ") and lines[3].rstrip().endswith("  g")
+
+
+@POSIX
+def test_stats_on_a_terminal_show_the_figures_of_each_goal(monkeypatch, home):
+    goals = [dict(namespace="default", goal=goal, waiting=3, running=1, run_at=time.time() - 300, limit=limit, paused=paused, fulfilled=[2, 40],
+                  failed=[0, 1]) for goal, limit, paused in (("a", None, False), ("b", 2, False), ("c", 2, True))]
+    summary = dict(intents={"default": {"open": 9}}, goals=goals, workers=[], waiting=[])
+    with Fake("200 OK", json.dumps(summary).encode()) as fake:
+        output, = on_terminal(fake, 80, "stats")
+    lines = [SGR.sub("", line).split("  ") for line in output.splitlines()]
+    assert [[cell.strip() for cell in line if cell] for line in lines] == [
+        ["namespace", "goal", "waiting", "running", "limit", "done 1h/1d", "failed 1h/1d", "oldest due"],
+        *[["default", goal, "3", "1", *limit, "2/40", "0/1", "5m ago"] for goal, limit in (("a", []), ("b", ["2"]), ("c", ["paused"]))],
+        [], ["default: 9 open"]]
+
+
+@ON_A_FILE
+@POSIX
+@pytest.mark.parametrize("words, text", [("purge --yes", "purge: 0 s so far"), ("publish g --lines", "0 published"), ("retry --all --yes", "0 of 1 retried"),
+                                         ("backup {copy} --db {file}", "0 of 0 MB copied")])
+def test_long_work_shows_its_progress_on_a_terminal(served, command, monkeypatch, tmp_path, words, text):
+    served.client.cancel(served.publish())
+    with contextlib.closing(sqlite3.connect(tmp_path / "file.db")) as db:
+        db.execute("CREATE TABLE t (a)")
+    monkeypatch.setattr(intentbus, "SHOWING_SECONDS", 0.005)
+    monkeypatch.setattr(intentbus, "binary_stdin", lambda: io.BytesIO(b"line\n"))
+    begun, retry = threading.Event(), IntentClient.retry
+    monkeypatch.setattr(IntentClient, "retry", lambda bus, **fields: retry(bus, **fields) if "count" in fields or begun.wait(20) else None)
+    held = [] if "retry" in words else [occupied(tmp_path / "file.db", "EXCLUSIVE") if "backup" in words else occupied(served.db)]
+    with terminal() as (file, shown):
+        monkeypatch.setattr(sys, "stderr", file)
+        with contextlib.ExitStack() as holding:
+            for holder in held:
+                holding.enter_context(holder)
+            running = in_thread(command, *words.format(copy=tmp_path / "copy.db", file=tmp_path / "file.db").split())
+            assert shown(f"intentbus: {text}\r")
+        begun.set()
+        assert running()[0] == 0
+        print("end", file=file, flush=True)
+        assert shown(" \rend\n")
+
+
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\x08\r\x7f"
 EVIL_INTENT = dict(
     dict.fromkeys(("id", "status", "goal", "namespace", "payload", "last_error", "result", "value", "api_key", "key_id", "owner",
@@ -11282,7 +11948,7 @@ EVIL_ANSWERS = {
 COMMAND_LINES = [line.split() for line in """
 publish g 1, publish g 1 --json, publish g --lines, publish g 1 --wait=0.1s, status x, status x --json, result x, result x --json,
 list, list --json, cancel x, cancel x --json, retry x, retry --all, get k, set k 1, del k, keys add n, keys list, keys list --json,
-keys revoke x, stats, purge --yes, work --once --drain, work --once --drain -- true, work --once --drain -- false
+keys revoke x, stats, purge --yes, work --any --once --drain, work --once --drain -- true, work --once --drain -- false
 """.split(",")]
 
 
@@ -11308,7 +11974,7 @@ def test_the_text_of_a_hostile_bus_cannot_control_the_terminal(monkeypatch, impa
             output = b""
             while not output.endswith(b"end\r\n"):
                 output += shown.read(65536)
-            assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n|intentbus: 1 published)", output.decode()), words
+            assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)", output.decode()), words
     for number, handler in keep:
         signal.signal(number, handler)
 
@@ -11406,7 +12072,7 @@ BAD_COMMANDS = (
     case("publish too large", "publish g @{dir}/large.json", 6, "262144"),
     case("publish with no key file", "publish g 1 --key-file {dir}/missing", 2, "{dir}/missing"),
     case("publish with an unknown key", "publish g 1 --key-file {dir}/wrong.key", 4, "this is not the key owner of the bus."),
-    case("publish to no URL", "publish g 1 --url bus.example.com", 2, "http://HOST:PORT"),
+    case("publish to no URL", "publish g 1 --url bus.example.com", 2, "http://HOST:PORT", "write http://bus.example.com or https://"),
     case("publish to a broken URL", "publish g 1 --url http://[::1", 2, "http://[::1"),
     case("publish to no port", "publish g 1 --url http://127.0.0.1:99999", 2, "99999"),
     case("publish to a port in words", "publish g 1 --url http://127.0.0.1:http", 2, "127.0.0.1:http"),
@@ -11510,7 +12176,7 @@ def test_an_unreachable_bus_is_exit_5(monkeypatch, capsys, tmp_path):
     with socket.socket() as nobody:     # bound, but not listening: connections are refused
         nobody.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
-        for arguments in (["publish", "g", "1"], ["status", NOBODY], ["list"], ["work", "--drain"], ["cancel", NOBODY]):
+        for arguments in (["publish", "g", "1"], ["status", NOBODY], ["list"], ["work", "--any", "--drain"], ["cancel", NOBODY]):
             code = intentbus.main([*arguments, "--url", url])
             assert_complaint((code, *capsys.readouterr()), 5, url, "cannot be reached")
 
@@ -11556,7 +12222,8 @@ def test_a_machine_that_has_joined_a_bus_needs_no_flags(served, home):
     code, out, words = run("join", served.url, letters.strip(), **nothing)
     assert (code, out) == (0, "") and f"joined {served.url} as phone, role work" in words
     assert run("list", **nothing)[0] == 0
-    assert_complaint(run("publish", "g", "1", **nothing), 4, "This key may work only")
+    assert_complaint(run("publish", "g", "1", **nothing), 4, "This key may work only", "one of the role publish or both")
+    assert_complaint(run("keys", "list", **nothing), 4, "Authentication required: this needs the owner key")
 
 
 def test_join_refuses_to_fetch_a_key_in_plain_text(home):
@@ -11657,7 +12324,7 @@ def test_a_key_for_one_thing_from_the_command_line(served):
 
 def test_keys_need_an_admin(started):
     bus = started(keys=dict(admin_secret=ADMIN_SECRET))
-    assert_complaint(at(bus, "keys", "add", "x"), 4, "Authentication required")
+    assert_complaint(at(bus, "keys", "add", "x"), 4, "Authentication required: this needs the bus's BUS_ADMIN_SECRET")
     code, key, _ = at(bus, "keys", "add", "x", BUS_ADMIN_SECRET=ADMIN_SECRET)
     assert code == 0 and bus.ask("GET", "/intents", key=key.strip()).status == 200
 
@@ -12020,6 +12687,29 @@ def test_the_python_session_of_the_readme(serve):
 def test_the_readme_starts_bus_and_tests_with_one_line_each():
     assert blocks("sh")[:2] == ["python3 intentbus.py serve\n", "python3 -m venv .venv && .venv/bin/pip install -q pytest "
                                 "&& .venv/bin/python -m pytest -q\n"]
+
+
+@pytest.mark.parametrize("path", ["/", "/dashboard", "/admin"])
+def test_short_paths_lead_a_browser_to_the_dashboard(strict, path):
+    answer = strict.ask("GET", path, key=None, Accept="text/html,*/*;q=0.8")
+    assert answer.status == 302 and answer.body.endswith(b"\n")
+    for place in ("http://h", "https://h/bus"):     # the bus itself, and a proxy that has it below a path
+        assert urllib.parse.urljoin(place + path, answer.headers["location"]) == place + "/admin/dashboard"
+    assert_common_headers(answer)
+    assert strict.ask("GET", "/", key=None, Accept="*/*").body == intentbus.HOME.encode()
+
+
+def test_every_json_answer_ends_with_a_line_feed(served):
+    id, seen = served.publish(goal="g"), collections.Counter()
+    for method, path, _, _ in intentbus.ROUTES:
+        answer = served.ask(method, path.replace("*", id), {} if method != "GET" else None)
+        if answer.headers.get("content-type") == "application/json":
+            seen[answer.status < 300] += 1
+            assert answer.body.endswith((b"}\n", b"]\n")), path
+    assert seen[True] > 9 and seen[False] > 9
+    for place in (f"/result/{id}", "/publish/g"):
+        answer = served.ask("GET" if "result" in place else "POST", place, None, Accept="text/plain")
+        assert answer.status in (200, 201) and not answer.body.endswith(b"\n")     # it is bare, for a shell's $()
 
 
 def test_the_readme_names_every_route_and_field():
@@ -12873,6 +13563,11 @@ def test_a_publish_is_one_round_trip_and_a_claim_two(buses, tmp_path):
     assert round_trips(lambda: claimed.append(verbs.claim("g", claim_token=os.urandom(16).hex()))) == 2
     assert round_trips(lambda: verbs.fulfill(claimed[-1].id, claimed.pop().claim_token)) == 2
     assert round_trips(verbs.get_status, verbs.publish("g", 3).id) == 1
+    limited = intentbus.OWNER._replace(key_id="k", admin=False, limits=intentbus.Limits(100, 10 ** 6))
+    assert round_trips(lambda: verbs.publish("g", 4, caller=limited)) == 3
+    verbs.publish("paused", 5, priority=1000)
+    verbs.limit("paused", paused=True)
+    assert round_trips(verbs.claim) == 2 and round_trips(verbs.claim, "paused") == 2
     way.close()
 
 
@@ -12941,6 +13636,20 @@ def test_limits_hold_over_several_buses(buses, capsys):
     within = list(itertools.dropwhile(lambda claimed: claimed[0] > 3 or claimed[1] > 2, seen))
     assert within and all(claimed[0] <= 3 and claimed[1] <= 2 for claimed in within)
     assert "deadlock" not in capsys.readouterr().err
+
+
+@ON_POSTGRES
+def test_a_limit_waits_for_claims_that_do_not_know_of_it(buses):
+    one, other = buses(), buses()
+    one.publish()
+    claim = one.api.bus.wanted("g")
+    with one.api.bus.store.transaction() as tx:
+        intent = tx.claimable(claim.lanes, "owner")
+        tx.update(intent, intent.claimed(tx.now, intentbus.hash_token(claim.token), 60, "owner", "owner", None, "w"))
+        limited = in_thread(other.client.limit, "g", running=1)
+        waiting = "SELECT pid FROM pg_locks WHERE NOT granted AND relation = to_regclass(%s)"
+        wait_until(lambda: limited.ended() or postgres(waiting, [f"{schema_of(other.db)}.limits"]))
+    assert limited().claimed == 1
 
 
 @ON_POSTGRES

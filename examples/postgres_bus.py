@@ -94,7 +94,6 @@ READY = f"""
     ORDER BY {ORDER}
     LIMIT    {CANDIDATES}
 """
-OF_PUBLISHER = " AND visibility = 'public' AND owner = wanted.publisher"
 CLAIMED = """
     SELECT COUNT(*)
     FROM   intents
@@ -104,46 +103,16 @@ CLAIMED = """
     AND    goal = limits.goal
 """
 FIRST_FREE = f"""
-    WITH RECURSIVE full_goals (goal) AS MATERIALIZED (
-        SELECT goal
+    WITH RECURSIVE limited (goal, is_full) AS MATERIALIZED (
+        SELECT goal, paused = 1 OR running <= ({CLAIMED}) OR goal = ANY (:without::TEXT[])
         FROM   limits
         WHERE  namespace = :namespace
-        AND    (paused = 1 OR running <= ({CLAIMED}))
-        UNION ALL
-        SELECT unnest(:without::TEXT[])
-    ), wanted (lane, stop, publisher) AS (     -- one step in the index for each lane
-        SELECT start COLLATE "C", stop, NULL
-        FROM   unnest(:starts::TEXT[], :stops::TEXT[]) AS ranges (start, stop)
-        UNION ALL     -- beside full goals, places are looked through lane by lane
-        SELECT place || chr(9), place || chr(10), NULLIF(publisher, '')
-        FROM   unnest(:places::TEXT[] || :public_places::TEXT[],
-                      array_fill(''::TEXT, ARRAY[cardinality(:places::TEXT[])]) || :publishers::TEXT[]) AS ranges (place, publisher)
-        WHERE  EXISTS (SELECT FROM full_goals)
-        UNION ALL
-        SELECT (SELECT MIN(lane) FROM intents WHERE ready = 1 AND lane > wanted.lane AND lane < stop), stop, publisher
-        FROM   wanted
-        WHERE  lane IS NOT NULL
-    ), candidates AS (
-        SELECT     ready.*
-        FROM       wanted
-        CROSS JOIN LATERAL ({READY.format(column="lane", more="")}) AS ready
-        WHERE      split_part(wanted.lane, chr(9), 5) NOT IN (SELECT goal FROM full_goals)
-        AND        COALESCE(wanted.publisher, split_part(wanted.lane, chr(9), 6)) = split_part(wanted.lane, chr(9), 6)
-        UNION ALL
-        SELECT     ready.*
-        FROM       unnest(:places::TEXT[]) AS wanted (place)
-        CROSS JOIN LATERAL ({READY.format(column="place", more="")}) AS ready
-        WHERE      NOT EXISTS (SELECT FROM full_goals)
-        UNION ALL
-        SELECT     ready.*
-        FROM       unnest(:public_places::TEXT[], :publishers::TEXT[]) AS wanted (place, publisher)
-        CROSS JOIN LATERAL ({READY.format(column="place", more=OF_PUBLISHER)}) AS ready
-        WHERE      NOT EXISTS (SELECT FROM full_goals)
+    ), {{candidates}}
         ORDER BY   {ORDER}
         LIMIT      {CANDIDATES}
     )
-    SELECT    best.lane AS best, EXISTS (SELECT FROM limits WHERE namespace = free.namespace AND goal = free.goal), free.*
-    FROM      (SELECT lane FROM candidates LIMIT 1) AS best
+    SELECT    seen.best, seen.any_full, free.goal = ANY (ARRAY(SELECT goal FROM limited)), free.*
+    FROM      (SELECT (SELECT lane FROM candidates LIMIT 1), EXISTS (SELECT FROM limited WHERE is_full)) AS seen (best, any_full)
     LEFT JOIN (     -- the first candidate that no other transaction holds
         SELECT     free.*
         FROM       candidates
@@ -152,7 +121,36 @@ FIRST_FREE = f"""
         ) AS free
         LIMIT      1
     ) AS free ON TRUE
+    WHERE     seen.best IS NOT NULL
+    OR        seen.any_full
 """
+FIRST_FREE_BY_LANE = FIRST_FREE.format(candidates=f"""
+    wanted (lane, stop) AS (     -- one step in the index for each lane
+        SELECT start COLLATE "C", stop
+        FROM   unnest(:starts::TEXT[], :stops::TEXT[]) AS ranges (start, stop)
+        UNION ALL
+        SELECT (SELECT MIN(lane) FROM intents WHERE ready = 1 AND lane > wanted.lane AND lane < stop), stop
+        FROM   wanted
+        WHERE  lane IS NOT NULL
+    ), candidates AS (
+        SELECT     ready.*
+        FROM       wanted
+        CROSS JOIN LATERAL ({READY.format(column="lane", more="")}) AS ready
+        WHERE      :publisher IN ('', split_part(wanted.lane, chr(9), 6))
+        AND        split_part(wanted.lane, chr(9), 5) <> ALL (ARRAY(SELECT goal FROM limited WHERE is_full))
+""")
+FIRST_FREE_BY_PLACE = FIRST_FREE.format(candidates=f"""
+    candidates AS (     -- none if a goal is full, whose intents could be the first ones of a place
+        SELECT     ready.*
+        FROM       unnest(:places::TEXT[]) AS wanted (place)
+        CROSS JOIN LATERAL ({READY.format(column="place", more="")}) AS ready
+        WHERE      NOT EXISTS (SELECT FROM limited WHERE is_full)
+        UNION ALL
+        SELECT     ready.*
+        FROM       unnest(:public_places::TEXT[]) AS wanted (place)
+        CROSS JOIN LATERAL ({READY.format(column="place", more=" AND visibility = 'public' AND owner = :publisher")}) AS ready
+        WHERE      NOT EXISTS (SELECT FROM limited WHERE is_full)
+""")
 ROOM = f"""
     SELECT goal
     FROM   limits
@@ -179,27 +177,25 @@ TIME_AND_BUSES = """
     )
 """
 LOCK = "SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))"     # until the transaction has ended
-LOCK_SHARED, TRY_LOCK = LOCK.replace("_xact_lock", "_xact_lock_shared"), LOCK.replace("pg_", "pg_try_")
+TRY_LOCK = LOCK.replace("pg_", "pg_try_")
+KNOW_LIMITS = "LOCK TABLE limits IN ROW SHARE MODE"     # of a claim: no limit changes before its transaction has ended
+CHANGE_LIMITS = "LOCK TABLE limits IN EXCLUSIVE MODE"     # waits for all claims
 NOTIFY = "SELECT pg_notify(:channel, notice) FROM unnest(:notices::TEXT[]) AS notice"
 
 
 @functools.lru_cache(maxsize=256)
-def wanted_values(lanes):
-    """Return the values of FIRST_FREE for the lanes of a claim."""
-    wanted = {name: [] for name in ("starts", "stops", "places", "public_places", "publishers")}
-    wanted["namespace"] = lanes[0].partition("\t")[0]
-    for lane in lanes:
-        place, goal, publisher = lane.rsplit("\t", 2)
-        if goal:
-            start, stop = (lane, lane) if publisher else intentbus.lane_range(lane)
-            wanted["starts"].append(start)
-            wanted["stops"].append(stop)
-        elif publisher:
-            wanted["public_places"].append(place)
-            wanted["publishers"].append(publisher)
-        else:
-            wanted["places"].append(place)
-    return wanted
+def first_free(lanes, by_lane):
+    """Return the statement that finds the first free intent for the lanes of a claim, and its values.
+
+    Lanes without a goal are looked through by place, or by lane: beside goals that are full.
+    """
+    namespace, *_, publisher = lanes[-1].split("\t")     # the last lane is public; its publisher is that of the claim, if any
+    if by_lane:
+        starts, stops = zip(*map(intentbus.lane_range, lanes))
+        return FIRST_FREE_BY_LANE, dict(namespace=namespace, publisher=publisher, starts=starts, stops=stops)
+    places, public_places = ([lane.rsplit("\t", 2)[0] for lane in lanes if lane.endswith("\t") is any_publisher]
+                             for any_publisher in (True, False))
+    return FIRST_FREE_BY_PLACE, dict(namespace=namespace, publisher=publisher, places=places, public_places=public_places)
 
 
 class PostgresTransaction(intentbus.Transaction):
@@ -215,24 +211,27 @@ class PostgresTransaction(intentbus.Transaction):
 
         An intent of a limited goal takes two: other buses may have claimed others meanwhile, and one counts at a time.
         """
-        without = []     # goals
-        asked = [(FIRST_FREE, dict(wanted_values(tuple(lanes)), without=without))]
+        database, asked, without = self._store.database, [], []     # without: goals
         if token_hash:
             self._db.keep(LOCK, dict(name=token_hash))     # the same claim may be under way at another bus
-            asked.insert(0, (CLAIMED_WITH, dict(token_hash=token_hash, key_id=key_id)))
-        self._db.keep(LOCK_SHARED, dict(name=self._of_limits()))     # no limit changes before this block has ended
+            asked.append((CLAIMED_WITH, dict(token_hash=token_hash, key_id=key_id)))
+        self._db.keep(KNOW_LIMITS)
+        best, by_lane = None, database.goals_full or bool(lanes[0].split("\t")[4])     # if it names a goal
         for _ in range(LOOKS):
-            *claimed, found = self._db.each(*asked)
+            statement, values = first_free(lanes, by_lane)
+            *claimed, found = self._db.each(*asked, (statement, dict(values, without=without)))
             if claimed and claimed[0]:
                 return Intent(zip(COLUMNS, claimed[0][0]))
-            if not found:
+            seen, full, limited, *columns = found[0] if found else (None, False, False)
+            best, database.goals_full = seen or best, full
+            if not seen and (by_lane or not full):
                 return None
-            best, limited, *columns = found[0]
             intent = Intent(zip(COLUMNS, columns), **{"limited": 1} if limited else {})
             if intent.id and (not limited or self._is_within(intent, wait=not without)):
                 return intent
-            without += [intent.goal] if intent.id else []
-        self._store.database.passed_over.add(best)
+            by_lane = by_lane or full or limited
+            without += [intent.goal] if limited else []
+        database.passed_over.add(best)
 
     def twin(self, intent, statuses=tuple(TWIN)):
         """Do as in Transaction; a publish waits for others of unique values.
@@ -244,7 +243,7 @@ class PostgresTransaction(intentbus.Transaction):
             self._db.keep(LOCK, dict(name=f"{self._store.database.channel} unique"))
         return super().twin(intent, statuses)
 
-    def _has_room(self, intent):
+    def _has_room(self, of):
         return True     # claimable() finds out
 
     def _is_within(self, intent, wait):
@@ -252,20 +251,16 @@ class PostgresTransaction(intentbus.Transaction):
 
         Only the first such lock of a block may be waited for: two blocks could wait for each other.
         """
-        name = self._of_limits(intent.namespace, intent.goal)
+        name = "\t".join((self._store.database.channel, "limits", intent.namespace, intent.goal))
         (locked,), room = self._db.each((LOCK if wait else TRY_LOCK, dict(name=name)),
                                         (ROOM, dict(namespace=intent.namespace, goal=intent.goal)))
         if locked[0] is False:
             self._store.database.passed_over.add(intent.lane)
         return locked[0] is not False and bool(room)
 
-    def _of_limits(self, *goal):
-        """Return the name of the lock of all limits, or of that of a goal."""
-        return "\t".join((self._store.database.channel, "limits", *goal))
-
     def limit(self, namespace, goal):
         """Do as in Transaction, once all claims have ended that do not know of the change."""
-        self._db.keep(LOCK, dict(name=self._of_limits()))
+        self._db.keep(CHANGE_LIMITS)
         return super().limit(namespace, goal)
 
     def next_due(self):
@@ -337,7 +332,7 @@ class Connection(psycopg.Connection):
         """Return a value as it is written in SQL."""
         if isinstance(value, str):
             return self._quoted(storable(value).encode())
-        if isinstance(value, list):
+        if isinstance(value, (list, tuple)):
             return b"ARRAY[" + b", ".join(map(self._literal, value)) + b"]::TEXT[]"
         return b"NULL" if value is None else repr(value).encode()
 
@@ -435,6 +430,7 @@ class PostgresDatabase:
         """Connect, and create the tables if there are none; raises SetupError."""
         self.clock, self.rounds, self.token_bucket = PostgresClock(), Threads, functools.partial(SharedTokenBucket, self)
         self.passed_over = set()     # lanes of intents that claims found locked
+        self.goals_full = False      # whether the last claim found a goal that was; the next one expects the same
         self.others = set()          # backends through which other buses listen
         self.missed = False          # whether other buses may have done what this one was not told
         self.on_remote_moves, self.on_close = lambda moves: setattr(self, "missed", True), lambda: None     # in any thread
