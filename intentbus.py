@@ -52,6 +52,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bisect
 import codecs
 import collections
 import contextlib
@@ -63,6 +64,7 @@ import hmac
 import io
 import itertools
 import json
+import math
 import operator
 import os
 import queue
@@ -153,12 +155,21 @@ KEY_GOALS = 64                      # of a limited key: a claim without a goal a
 EVENTS = 1000                       # events kept in memory for watchers
 WORKERS = 10_000                    # workers kept in memory, each with its name and lanes
 WORKER_SECONDS = 300                # a worker unseen for this long is no longer listed, unless it holds a lease
+GONE_WORKERS = 100                  # silent workers that stay listed as gone, for GONE_SECONDS
+GONE_SECONDS = 86400                # a worker that is not missed after a day was stopped on purpose
 WORKER_LANES = 512                  # lanes of one worker: twice as many as the largest claim has
 GOAL_SECONDS = 366 * 86400          # how long the bus remembers that a goal has had a worker
 KNOWN_GOALS = 1000                  # such goals of an owner, the latest
 EVENTS_PAGE = 250                   # events of one answer: at most 2 MB
 HISTORY_MINUTES = 1440              # of the dashboard's chart: at most three rows a minute
 WAITING_LANES = 200                 # lanes the summary looks at for the longest waiting intents: 20 us each
+WAITING_ROWS = 20_000               # waiting intents that the summary counts by goal, about 1 ms
+RUNNING_ROWS = 2000                 # claimed intents that it counts by goal, about 3 ms
+FIGURE_MINUTES = 10                 # the step of the history by goal
+FIGURE_GOALS = 200                  # goals in one step of it, and in a summary
+FIGURE_SECONDS = 10                 # how long the summary reuses what it has read of it: 5 ms for ten busy goals
+STEPS_PER_DOUBLING = 4              # of durations in it: a percentile is right to 9 %
+PREVIEW_CHARACTERS = 500            # of a payload in a list
 RECHECK_SECONDS = 1                 # between two rounds of housekeeping; another program's writes show this soon
 CLEAN_SECONDS = 10                  # between two searches for rows past their retention
 CLOCK_JUMP_SECONDS = 2              # NTP slews smaller differences; a larger one means that the clock was set
@@ -802,7 +813,11 @@ FEATURES = """
     );
     ALTER TABLE intents ADD COLUMN limited INTEGER;     -- 1 once a limit of its goal counts its claims
     ALTER TABLE intents ADD COLUMN stream INTEGER;     -- 1 if the publisher wants the handler's output while it runs
-    CREATE INDEX intents_limited ON intents (namespace, goal) WHERE limited = 1 AND status = 'claimed'
+    CREATE INDEX intents_limited ON intents (namespace, goal) WHERE limited = 1 AND status = 'claimed';
+    CREATE TABLE goal_history (     -- events by goal, with durations as "waited" or "ran" and a step
+        minute INTEGER, namespace TEXT, goal TEXT, event TEXT, times INTEGER NOT NULL,
+        PRIMARY KEY (minute, namespace, goal, event)
+    )
 """
 MIGRATIONS = (SCHEMA, MORE_INDEXES, HISTORY, PLACES, SIZES, FEATURES)     # the n-th leads to version n; a released one never changes
 APPLICATION_ID = 0x1B05     # in the header of the file: it is a database of intentbus
@@ -1774,6 +1789,16 @@ class Transaction(Reads):
         self._db.execute("DELETE FROM history WHERE minute < :oldest",
                          dict(oldest=max(event["minute"] for event in events) - HISTORY_MINUTES))
 
+    def count_figures(self, figures, now):
+        """Add to the history by goal: {"minute", "namespace", "goal", "event", "times"} of each; old ones are deleted."""
+        self._db.executemany("""
+            INSERT INTO goal_history (minute, namespace, goal, event, times)
+            VALUES      (:minute, :namespace, :goal, :event, :times)
+            ON CONFLICT (minute, namespace, goal, event) DO UPDATE
+            SET         times = goal_history.times + excluded.times
+        """, figures)
+        self._db.execute("DELETE FROM goal_history WHERE minute < :oldest", dict(oldest=int(now // 60) - HISTORY_MINUTES))
+
 
 class Store(Reads):
     """The intents, keys and memos of a bus, in committed state; transaction() begins a block that changes them.
@@ -1869,6 +1894,28 @@ class Store(Reads):
         """Yield (minute of Unix time, event, times) from a minute on."""
         return self._rows("SELECT minute, event, times FROM history WHERE minute >= :since ORDER BY minute, event",
                           dict(since=since))
+
+    def figures(self, day, hour):
+        """Return (namespace, goal, event, times since a minute, times since a later one) of the history by goal."""
+        return list(self._rows("""
+            SELECT   namespace, goal, event, SUM(times), SUM(CASE WHEN minute >= :hour THEN times ELSE 0 END)
+            FROM     goal_history
+            WHERE    minute >= :day
+            GROUP BY namespace, goal, event
+        """, dict(day=day, hour=hour)))
+
+    def number_ready(self, lane, most):
+        """Return how many intents are ready in a lane, at most that many."""
+        return self._first("SELECT COUNT(*) FROM (SELECT 1 FROM intents WHERE ready = 1 AND lane = :lane LIMIT :most) AS waiting",
+                           lane=lane, most=most)[0]
+
+    def running(self, most):
+        """Yield (namespace, goal, owner, number) of the claimed intents, of which at most that many are counted."""
+        return self._rows("""
+            SELECT   namespace, goal, owner, COUNT(*)
+            FROM     (SELECT namespace, goal, owner FROM intents WHERE status = 'claimed' LIMIT :most) AS claimed
+            GROUP BY namespace, goal, owner
+        """, dict(most=most))
 
     def longest_ready(self, most):
         """Return the longest ready intent of each lane and priority, for at most that many of these."""
@@ -2056,6 +2103,8 @@ EVENT_FIELDS = (
     "id", "namespace", "goal", "status", "claim_attempts", "worker_id", "worker", "last_error", "owner", "claim_owner", "schedule",
 )
 EVENT_VALUES = operator.itemgetter(*EVENT_FIELDS)
+LOST_OR_FAILED = ("failed", "lost", "dead")
+FIGURES = ("claimed", "fulfilled", *LOST_OR_FAILED)     # the events that are counted by goal
 COUNTED = dict(published="published", chained="published", scheduled="published", fulfilled="fulfilled", failed="failed", lost="failed",
                dead="failed")
 
@@ -2072,13 +2121,16 @@ class WorkerRegistry:
         self._free_at = {}                            # (key id, name): when its next empty claim is free of charge
         self._serving = collections.Counter()         # lane: number of workers that ask for it
         self._holders = {}                            # id of an intent: the worker that holds it
+        self._gone = collections.OrderedDict()        # (key id, name): worker that fell silent, the latest last
 
     def see(self, now, caller, name, worker_id, namespace, goals, lanes, version):
         """Note that a worker asks for work of these goals, or of any."""
         key = caller.key_id, name
         worker = self._workers.get(key)
         if worker is None:
-            self._workers[key] = worker = types.SimpleNamespace(key=key, owner=caller.owner, goals={}, lanes={}, asked=None, running={})
+            worker = self._workers[key] = types.SimpleNamespace(
+                key=key, owner=caller.owner, goals={}, lanes={}, asked=None, running={}, since=now, fulfilled=0, failed=0)
+            self._gone.pop(key, None)
         worker.id, worker.namespace, worker.version = worker_id, namespace, version
         if worker.asked is not lanes:     # claims with the same fields have the same tuple
             self._serve(worker, goals, lanes)
@@ -2099,14 +2151,16 @@ class WorkerRegistry:
         if worker is not self._holders.get(intent.id):
             self.free(intent.id)
             if worker and len(worker.running) < JOBS:
-                worker.running[intent.id] = intent.goal
+                worker.running[intent.id] = intent.goal, intent.claimed_at
                 self._holders[intent.id] = worker
 
-    def free(self, intent_id):
-        """Note that an intent is not claimed, or no longer."""
+    def free(self, intent_id, event=None):
+        """Note that an intent is not claimed, or no longer; the event tells how its attempt ended."""
         worker = self._holders.pop(intent_id, None)
         if worker:
             del worker.running[intent_id]
+            worker.fulfilled += event == "fulfilled"
+            worker.failed += event in LOST_OR_FAILED
 
     def free_all(self):
         """Forget which worker holds which intent: an extension tells it again."""
@@ -2129,21 +2183,34 @@ class WorkerRegistry:
         for worker in list(itertools.takewhile(lambda worker: abs(now - worker.last_seen) >= WORKER_SECONDS, self._workers.values())):
             if not worker.running:
                 self._forget(worker)
+                self._gone[worker.key] = worker
+        while self._gone and (len(self._gone) > GONE_WORKERS
+                              or abs(now - next(iter(self._gone.values())).last_seen) >= GONE_SECONDS):
+            self._gone.popitem(last=False)
 
     def forget_key(self, key_id):
         """Forget the workers of a key that was revoked."""
         for name in list(self._of_key.get(key_id, ())):
             self._forget(self._workers[key_id, name])
+        for key in [key for key in self._gone if key[0] == key_id]:
+            del self._gone[key]
 
-    def seen(self, owner=None, goals=None, most=None):
-        """Return the workers of an owner, or of all, the latest seen first; with goals, as far as they have to do with these."""
-        there = [worker for worker in reversed(list(self._workers.values())) if owner in (None, worker.owner)
+    def seen(self, owner=None, goals=None, most=None, gone=False):
+        """Return the workers of an owner, or of all, the latest seen first; with goals, as far as they have to do with these.
+
+        With gone, those that have fallen silent. running_since are the times of claim of the intents in running.
+        """
+        there = [worker for worker in reversed(list((self._gone if gone else self._workers).values())) if owner in (None, worker.owner)
                  and (goals is None or not worker.goals or not worker.goals.keys().isdisjoint(goals))]
-        return [Record(name=worker.key[1], id=worker.id, owner=worker.owner, namespace=worker.namespace,
-                       goals=[goal for goal in list(worker.goals) if goals is None or goal in goals],
-                       last_seen=worker.last_seen, version=worker.version,
-                       running=[intent_id for intent_id, goal in list(worker.running.items()) if goals is None or goal in goals])
-                for worker in there[:most]]
+        found = []
+        for worker in there[:most]:
+            running = [(intent_id, since) for intent_id, (goal, since) in list(worker.running.items()) if goals is None or goal in goals]
+            found.append(Record(
+                name=worker.key[1], id=worker.id, owner=worker.owner, namespace=worker.namespace,
+                goals=[goal for goal in list(worker.goals) if goals is None or goal in goals],
+                last_seen=worker.last_seen, version=worker.version, running=[intent_id for intent_id, _ in running],
+                running_since=[since for _, since in running], since=worker.since, fulfilled=worker.fulfilled, failed=worker.failed))
+        return found
 
     def listening(self, lane):
         """Return how many workers ask for the intents of a lane."""
@@ -2194,14 +2261,29 @@ class WorkerRegistry:
             del self._of_key[key_id]
 
 
+def step_of(seconds):
+    """Return the step of a duration: STEPS_PER_DOUBLING of them double it."""
+    return round(STEPS_PER_DOUBLING * math.log2(max(seconds, 0.001)))
+
+
+def percentiles(steps, *parts):
+    """Return the seconds within which each part of the durations lies, given how often each step occurs; None without any."""
+    ordered, number = sorted(steps.items()), sum(steps.values())
+    counts = list(itertools.accumulate(times for _, times in ordered))
+    return [float(f"{2 ** (ordered[bisect.bisect_left(counts, part * number)][0] / STEPS_PER_DOUBLING):.3g}")
+            for part in parts] if number else None
+
+
 class EventLog:
-    """The last EVENTS events, each with a number; and how often each kind happened, by the minute."""
+    """The last EVENTS events, each with a number; and how often each kind happened, by the minute, and by goal."""
 
     def __init__(self, now):
         self._events = collections.deque(maxlen=EVENTS)
         self._pages = {}                         # (newest, number, owner, goals): the answer of after()
         self.newest = int(now * 1000)            # number of the newest event; it grows over restarts
         self.minutes = collections.Counter()     # (minute of Unix time, kind): times, until they are stored
+        self.figures = collections.Counter()     # (minute, namespace, goal, kind): likewise, by FIGURE_MINUTES
+        self._goals = [0, set()]                 # the minute of the step, and its goals
 
     def record(self, now, moves, count=True):
         """Take in the events of moves; count them unless another bus does."""
@@ -2212,10 +2294,28 @@ class EventLog:
                 self._events.append((self.newest, now, event, EVENT_VALUES(intent)))     # not its payload
                 if count and event in COUNTED:
                     self.minutes[int(now // 60), COUNTED[event]] += 1
+                if count and event in FIGURES:
+                    self._count_figure(int(now // 60), intent, event)
 
-    def stored(self, counted):
+    def _count_figure(self, minute, intent, event):
+        """Count an event by goal, with how long the intent has waited or run; FIGURE_GOALS of a step at most."""
+        minute, goal = minute - minute % FIGURE_MINUTES, (intent.namespace, intent.goal)
+        if minute != self._goals[0]:
+            self._goals = [minute, set()]
+        if goal not in self._goals[1] and len(self._goals[1]) >= FIGURE_GOALS:
+            return
+        self._goals[1].add(goal)
+        if event != "claimed":
+            self.figures[(minute, *goal, COUNTED[event])] += 1
+        if event == "claimed":
+            self.figures[(minute, *goal, f"waited {step_of(intent.claimed_at - intent.run_at)}")] += 1
+        elif event == "fulfilled" and intent.claimed_at:
+            self.figures[(minute, *goal, f"ran {step_of(intent.completed_at - intent.claimed_at)}")] += 1
+
+    def stored(self, counted, figures):
         """Drop counts that are stored."""
         self.minutes -= counted
+        self.figures -= figures
 
     def after(self, number, owner=None, goals=None):
         """Return up to EVENTS_PAGE events after a number, and how many are dropped since then.
@@ -2458,7 +2558,8 @@ class Bus:
         self._known_goals = set()     # (owner, namespace, goal) of goals that are on record as having had a worker
         self._tallies = {}            # publisher: Tally, of issued keys that have published
         self._kept = [0, 0]           # ended intents are kept that many seconds longer, until a time
-        self._clean_at = self._history_at = self._note_at = 0     # by time.monotonic(), as the next one
+        self._figures = []            # what the summary has read of the history by goal
+        self._clean_at = self._history_at = self._note_at = self._figures_at = 0     # by time.monotonic(), as the next one
         self._written_at = -FOREVER     # when something was written last
         self.on_news = lambda moves: None
         store.now, store.on_commit = self.clock.now, self._committed
@@ -2652,6 +2753,15 @@ class Bus:
             del schedule["payload"]
             schedule.update(json.loads(schedule.pop("fields")), paused=schedule.next_run_at is None)
         return Record(schedules=found)
+
+    def pause_schedule(self, name, paused, owner=None, *, caller=OWNER):
+        """Leave out the runs of a schedule, or end its pause; return as schedule() does; raises NotFound."""
+        with self.store.transaction() as tx:
+            schedule = self._scheduled(tx, name, owner, caller)
+            schedule["next_run_at"] = None if paused else next_run(schedule, tx.now)
+            tx.set_schedule(schedule)
+            tx.after_commit(setattr, self, "next_due", 0)
+        return Record(name=name, next_run_at=schedule.next_run_at, status="paused" if paused else "scheduled")
 
     def unschedule(self, name, owner=None, *, caller=OWNER):
         """Delete a schedule; raises NotFound. Its intents stay."""
@@ -2911,13 +3021,16 @@ class Bus:
         return Record(found, ended=intent.ended)
 
     @sliced
-    def list(self, *, status=None, goal=None, namespace=None, limit=50, before=None, payload=False, search=None, caller=OWNER):
+    def list(self, *, status=None, goal=None, namespace=None, limit=50, before=None, payload=False, preview=0, search=None,
+             caller=OWNER):
         """Return {"intents": newest first, "next": the value of before for the next page, or None}.
+
+        preview is how many characters of the payloads, as JSON, to add.
 
         A page may be short and still have a next one: it looks at LIST_ROWS intents, and holds PAGE_BYTES of payloads. Only
         intents with the text of search in goal, id or payload are in it; then it looks through SEARCH_BYTES of payloads.
         """
-        if (payload or search) and not caller.payloads:
+        if (payload or preview or search) and not caller.payloads:
             raise Forbidden("This key may not see payloads.")
         goals, now = caller.narrowed(goal and (goal,), NotFound), self.clock.now()
         which = caller.sees, status, among(goals), namespace
@@ -2934,6 +3047,8 @@ class Bus:
                 if payload:
                     intents[-1]["payload"] = json.loads(row.payload)
                     room -= len(row.payload)
+                if preview:
+                    intents[-1]["preview"] = row.payload[:preview]
             if not search or looked == before:
                 return Record(intents=intents, next=floor)
             if unread <= 0:
@@ -3009,20 +3124,22 @@ class Bus:
             return tx.ready_lanes(namespace, goal)
 
     @sliced
-    def purge(self, confirm=False, namespace=None, goal=None, status=None, count=False, until=None, *, caller=OWNER):
-        """Delete all intents of a namespace, goal and status, or of every one, if confirm is true.
+    def purge(self, confirm=False, namespace=None, goal=None, status=None, count=False, until=None, ids=None, *, caller=OWNER):
+        """Delete all intents of a namespace, goal and status, of every one, or of these ids, if confirm is true.
 
         With count, return {"number", "until"} instead. To delete no others than those that were counted, pass that until:
         later ones, and those that have ended since then, are left.
         """
         return (yield from self._confirmed("deleted", self._delete_all, confirm, count, until, DEAD if status == "dead" else ANY,
-                                           namespace=namespace, goals=among(goal and (goal,)), status=status))
+                                           ids=ids, namespace=namespace, goals=among(goal and (goal,)), status=status))
 
     @sliced
-    def cancel_many(self, goal, confirm=False, namespace=None, count=False, until=None, *, caller=OWNER):
-        """Cancel all unfinished intents of a goal, as purge() deletes them."""
+    def cancel_many(self, goal=None, confirm=False, namespace=None, count=False, until=None, status=None, ids=None, *, caller=OWNER):
+        """Cancel all unfinished intents of a goal, or of a status, or of these ids, as purge() deletes them."""
+        if goal is None and status is None and ids is None:
+            raise Invalid("goal is required, or status, or ids.", code="invalid_goal")
         return (yield from self._confirmed("cancelled", self._cancel_all, confirm, count, until, NOT_ENDED,
-                                           namespace=namespace, goals=among((goal,))))
+                                           ids=ids, namespace=namespace, goals=among(goal and (goal,)), status=status))
 
     def _confirmed(self, done, change, confirm, count, until, kind, **which):
         if not (confirm or count):
@@ -3121,7 +3238,8 @@ class Bus:
     def summary(self, minutes=60, *, caller=OWNER):
         """Return counts, workers, sizes, and the history of the last minutes, in steps of ten above 60.
 
-        Intents by namespace and status; for each waiting goal, since when (run_at) and how many workers listen; workers;
+        Intents by namespace and status; for each waiting goal, since when (run_at) and how many workers listen; workers, and
+        those that are gone; goals: see _by_goal();
         history as [[minute of Unix time, event, times]]; sizes in bytes; the number of issued keys. A viewer's is about what
         it sees: the history, which is not kept for each owner, is empty then, and the counts, which are not kept for each goal.
         """
@@ -3132,19 +3250,68 @@ class Bus:
                 states[status] = states.get(status, 0) + number
         database_bytes, wal_bytes = self.store.database.sizes()
         limits = [limit for limit in self.limits().limits if caller.may_use(limit.goal)] if whole else []
+        ready = [intent for intent in self.store.longest_ready(WAITING_LANES) if caller.may_see(intent.goal, intent.owner)]
+        workers = functools.partial(self.registry.seen, caller.sees, caller.goals, WAITING_LANES)
         return Record(version=__version__, now=now, intents=intents, keys=sum(map(caller.oversees, self.store.keys())),
-                      database_bytes=database_bytes, wal_bytes=wal_bytes, waiting=self._longest_waiting(caller),
-                      workers=self.registry.seen(caller.sees, caller.goals, WAITING_LANES),
+                      database_bytes=database_bytes, wal_bytes=wal_bytes, waiting=self._longest_waiting(ready),
+                      goals=self._by_goal(ready, limits, caller), workers=workers(), gone=workers(gone=True),
                       limits=limits, history=self._past(int(now // 60) - minutes + 1, 1 if minutes <= 60 else 10) if whole else [])
 
-    def _longest_waiting(self, caller):
+    def _longest_waiting(self, ready):
         """Return {"namespace", "goal", "run_at", "listening"} of each goal that waits, as of its longest waiting intent."""
         waiting = {}
-        for intent in sorted(self.store.longest_ready(WAITING_LANES), key=operator.attrgetter("run_at")):
-            if caller.may_see(intent.goal, intent.owner):
-                waiting.setdefault((intent.namespace, intent.goal), intent)
+        for intent in sorted(ready, key=operator.attrgetter("run_at")):
+            waiting.setdefault((intent.namespace, intent.goal), intent)
         return [Record(namespace=namespace, goal=goal, run_at=intent.run_at,
                        listening=self.registry.listening(intent.lane)) for (namespace, goal), intent in waiting.items()]
+
+    def _by_goal(self, ready, limits, caller):
+        """Return the figures of up to FIGURE_GOALS goals, the busiest first.
+
+        waiting and running are how many there are now, of the WAITING_ROWS and RUNNING_ROWS that are counted; run_at is of the
+        longest waiting. Of all owners, and so only for who sees everyone's: how many were fulfilled and how many attempts
+        failed in the last hour and the last day; in how many seconds half of them, and 95 %, were claimed, and were done.
+        """
+        goals = collections.defaultdict(lambda: dict(
+            waiting=0, running=0, run_at=None, limit=None, paused=False, fulfilled=[0, 0], failed=[0, 0], waited=None, ran=None))
+        for intent in sorted(ready, key=operator.attrgetter("run_at"), reverse=True):
+            goals[intent.namespace, intent.goal]["run_at"] = intent.run_at
+        room = WAITING_ROWS
+        for lane, intent in {intent.lane: intent for intent in ready}.items():
+            number = self.store.number_ready(lane, room)
+            goals[intent.namespace, intent.goal]["waiting"] += number
+            room -= number
+        for namespace, goal, owner, number in self.store.running(RUNNING_ROWS):
+            if caller.may_see(goal, owner):
+                goals[namespace, goal]["running"] += number
+        for limit in limits:
+            goals[limit.namespace, limit.goal].update(limit=limit.running, paused=limit.paused)
+        for place, figures in self._goal_history().items() if caller.sees is None else ():
+            if caller.may_use(place[1]):
+                goals[place].update(figures)
+        found = [Record(figures, namespace=namespace, goal=goal) for (namespace, goal), figures in goals.items()]
+        found.sort(key=lambda of: (-of.waiting - of.running, -sum(of.fulfilled + of.failed), of.goal, of.namespace))
+        return found[:FIGURE_GOALS]
+
+    def _goal_history(self):
+        """Return the figures by (namespace, goal) that come from events of the last day."""
+        minute = int(self.clock.now() // 60)
+        day, hour = minute - HISTORY_MINUTES, minute - 60
+        if time.monotonic() >= self._figures_at:
+            self._figures, self._figures_at = self.store.figures(day, hour), time.monotonic() + FIGURE_SECONDS
+        events = [(namespace, goal, event, times, times if minute >= hour else 0)     # those that are not stored yet
+                  for (minute, namespace, goal, event), times in list(self.log.figures.items()) if minute >= day]
+        goals, steps = collections.defaultdict(dict), collections.defaultdict(collections.Counter)
+        for namespace, goal, event, in_day, in_hour in [*self._figures, *events]:
+            kind, _, step = event.partition(" ")
+            if step:
+                steps[namespace, goal, kind][int(step)] += in_day
+            else:
+                before = goals[namespace, goal].get(kind, (0, 0))
+                goals[namespace, goal][kind] = [before[0] + in_hour, before[1] + in_day]
+        for (namespace, goal, kind), counted in steps.items():
+            goals[namespace, goal][kind] = percentiles(counted, 0.5, 0.95)
+        return goals
 
     def _past(self, since, step):
         """Return [[minute, event, times]] of the minutes of Unix time from one on, added up by that many minutes."""
@@ -3275,11 +3442,12 @@ class Bus:
         """Take in moves of intents that are on disk, made by this bus or by another on the same database."""
         now = self.clock.now()
         self.log.record(now, moves, count=ours)
-        for intent, _ in moves:
+        for intent, event in moves:
             if intent.due_at is not None and intent.due_at < self.next_due:
                 self.next_due = intent.due_at
             if intent.status != "claimed":
-                self.registry.free(intent.id)
+                cancelled = intent.get("claim_token_hash", "") is None     # another bus does not tell it
+                self.registry.free(intent.id, None if cancelled else event)
                 self.live.end(now, intent.id)
             elif ours:
                 self.registry.hold(intent)
@@ -3337,7 +3505,7 @@ class Bus:
         delay = min(self.next_due - self.clock.now(), self._clean_at - now)
         if self.next_due < FOREVER:
             delay = min(delay, self._note_at - now)
-        if self.log.minutes:
+        if self.log.minutes or self.log.figures:
             delay = min(delay, self._history_at - now)
         return delay
 
@@ -3352,7 +3520,7 @@ class Bus:
             if self._clean_at <= now:
                 full = max(self._clean(tx).values()) >= SLICE_ROWS
                 self._clean_at = now + (0 if full else CLEAN_SECONDS)
-            if self._history_at <= now and self.log.minutes:
+            if self._history_at <= now and (self.log.minutes or self.log.figures):
                 self._store_history(tx)
                 self._history_at = now + USAGE_SECONDS
             if self._note_at <= now and self.next_due < FOREVER:
@@ -3362,7 +3530,7 @@ class Bus:
     def close(self):
         """Store the history and the time, which are kept in memory."""
         with self.store.transaction() as tx:
-            if self.log.minutes:
+            if self.log.minutes or self.log.figures:
                 self._store_history(tx)
             self._note_time(tx)
 
@@ -3377,9 +3545,14 @@ class Bus:
         return {f"{kind}_deleted": kinds[kind] for kind in ("fulfilled", "dead", "store", "idempotency", "nonces")}
 
     def _store_history(self, tx):
-        counted = collections.Counter(self.log.minutes)
-        tx.count_events([dict(minute=minute, event=event, times=times) for (minute, event), times in sorted(counted.items())])
-        tx.after_commit(self.log.stored, counted)
+        counted, figures = collections.Counter(self.log.minutes), collections.Counter(self.log.figures)
+        if counted:
+            tx.count_events([dict(minute=minute, event=event, times=times) for (minute, event), times in sorted(counted.items())])
+        if figures:
+            tx.count_figures([dict(zip(("minute", "namespace", "goal", "event"), figure), times=times)
+                              for figure, times in sorted(figures.items())], tx.now)
+        tx.after_commit(self.log.stored, counted, figures)
+        tx.after_commit(setattr, self, "_figures_at", 0)
 
     def _note_time(self, tx, step=0):
         """Store the time, with a step of the wall clock added."""
@@ -3647,8 +3820,8 @@ class Keys:
 
     def presents_admin(self, request):
         """Return whether a request has an admin's credentials, right or wrong, rather than a key."""
-        return "x-admin-token" in request.headers or bool(
-            self._dashboard_password) and basic_credentials(request.headers)[0] == "admin"
+        return "x-admin-token" in request.headers or basic_credentials(request.headers)[0] == "admin" and (
+            bool(self._dashboard_password) or self._has_admin_secret(request))
 
     def presents_right_admin(self, request):
         """Return whether the head of a request has an admin's credentials; raises Unauthorized for wrong ones.
@@ -4140,6 +4313,7 @@ SCHEDULE = Fields({
     "paused": (boolean, False),
     "owner": (text_of(1, 64), None),
 }, optional=OPTIONAL)
+PAUSE_SCHEDULE = Fields({"paused": (boolean, REQUIRED), "owner": (text_of(1, 64), None)})     # alone: all else stays as it is
 CLAIM_QUERY = {
     "goal": (list_of(text_of(1, 256)), None),
     "namespace": (namespace_word, "default"),
@@ -4173,14 +4347,17 @@ LIST = Fields({
     "limit": (from_query(integer_from(1, 500)), 50),
     "before": (must_be("the id of an intent", lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{1,32}", value)), None),
     "payload": (from_query(integer_from(0, 1)), 0),
+    "preview": (from_query(integer_from(0, PREVIEW_CHARACTERS)), 0),
     "search": (text_of(1, 256), None),
 })
 STATUSES = ("open", "claimed", "fulfilled", "dead")
 WHICH = {"goal": GOAL, "namespace": (namespace_word, None), "until": (number_from(0, 2 ** 40), None)}
 RETRY = Fields({**WHICH, "count": (boolean, False), "limit": (integer_from(1, 1000), 1000)})
-SWEEP = Fields({**WHICH, "action": (choice("count", "retry", "delete"), REQUIRED), "ids": (list_of(string), None)})
-PURGE = Fields({**WHICH, "count": (boolean, False), "confirm": (boolean, False), "status": (choice(*STATUSES), None)})
-CANCEL = Fields({**WHICH, "count": (boolean, False), "confirm": (boolean, False), "goal": (text_of(1, 256), REQUIRED)})
+IDS = {"ids": (list_of(string), None)}
+SWEEP = Fields({**WHICH, **IDS, "action": (choice("count", "retry", "delete"), REQUIRED)})
+CONFIRMED = {**WHICH, **IDS, "count": (boolean, False), "confirm": (boolean, False)}
+PURGE = Fields({**CONFIRMED, "status": (choice(*STATUSES), None)})
+CANCEL = Fields({**CONFIRMED, "status": (choice("open", "claimed"), None)})
 SUMMARY = Fields({"minutes": (from_query(integer_from(1, HISTORY_MINUTES)), 60)})
 SET = Fields({"value": (anything, REQUIRED), "ttl": (number_from(1, 86400), VALUE_TTL_SECONDS), "if_absent": (boolean, False)})
 SET_QUERY = Fields({
@@ -4311,257 +4488,425 @@ def content_policy(page):
 
 
 DASHBOARD = Html(r"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>intentbus</title>
-<link rel="icon" href="data:,">
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
+<title>intentbus</title><link rel="icon" href="data:,">
 <style>
 :root { --ground: #f6f7f9; --card: #fff; --ink: #1a2130; --soft: #566074; --line: #dde1e8; --main: #1f5fd0; --bad: #b3261e;
-        --good: #176b39; --wait: #8a5200; --on: #fff; }
-@media (prefers-color-scheme: dark) {
-  :root { --ground: #12151b; --card: #1b2029; --ink: #e7eaf0; --soft: #a2acbd; --line: #323a48; --main: #8ab4ff; --bad: #ff9c93;
-          --good: #7fd6a0; --wait: #f2bd6b; --on: #0d1526; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.45 system-ui, sans-serif; overflow-wrap: anywhere; }
-header, main { max-width: 1080px; margin: 0 auto; padding: 0 16px; }
-header { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 16px; padding-top: 8px; }
-header b { font-size: 18px; }
-nav { display: flex; flex-wrap: wrap; gap: 4px; }
-nav a, .tabs a { padding: 10px 12px; min-height: 44px; border-radius: 8px; color: var(--soft); text-decoration: none; }
-nav a[aria-current], .tabs a[aria-current] { color: var(--ink); font-weight: 600; box-shadow: inset 0 -3px var(--main); border-radius: 8px 8px 0 0; }
-#said { min-height: 24px; color: var(--soft); font-size: 14px; margin: 4px 0; }
-#said.bad { color: var(--bad); font-weight: 600; }
-h1 { font-size: 20px; margin: 12px 0 8px; } h2 { font-size: 16px; margin: 0 0 8px; }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 16px; margin: 0 0 16px; }
-.counts { display: grid; grid-template-columns: repeat(auto-fit, minmax(125px, 1fr)); gap: 8px; padding: 0; border: 0; background: none; }
-.counts a { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 12px; text-decoration: none; color: var(--soft); }
-.counts strong { display: block; font-size: 26px; line-height: 1.2; color: var(--ink); font-variant-numeric: tabular-nums; }
-.cols { display: grid; gap: 0 16px; grid-template-columns: repeat(auto-fit, minmax(min(320px, 100%), 1fr)); align-items: start; }
-.row { display: grid; gap: 2px 12px; grid-template-columns: 2fr 1fr 1fr 2fr 3fr; padding: 12px 4px; min-height: 44px; border-top: 1px solid var(--line);
-       color: inherit; text-decoration: none; align-items: center; }
-.row.two { grid-template-columns: 1fr auto; } .row.pick { grid-template-columns: 44px 1fr; padding: 0; } .row.pick .row { border: 0; }
-.row:first-of-type { border-top: 0; } a.row:hover { background: var(--ground); }
-.row b { font-weight: 600; } small, .soft { color: var(--soft); font-size: 14px; }
-.bad { color: var(--bad); } .good { color: var(--good); } .wait { color: var(--wait); }
-a { color: var(--main); }
-button, input, select, textarea { font: inherit; min-height: 44px; border-radius: 8px; border: 1px solid var(--line); padding: 8px 12px;
-        background: var(--card); color: inherit; max-width: 100%; }
-button { cursor: pointer; color: var(--main); border-color: currentColor; } button.main { background: var(--main); color: var(--on); }
-button.bad { color: var(--bad); } button:disabled { opacity: .5; cursor: default; }
-input[type=checkbox] { width: 22px; height: 22px; min-height: 0; margin: 11px; accent-color: var(--main); }
-textarea { width: 100%; min-height: 110px; font-family: ui-monospace, monospace; font-size: 14px; }
-form, .bar { display: flex; flex-wrap: wrap; gap: 8px; align-items: end; margin: 8px 0; }
-label { display: grid; gap: 2px; font-size: 14px; color: var(--soft); flex: 1 1 150px; } label.wide { flex-basis: 100%; }
-label input, label select, label textarea { width: 100%; color: var(--ink); font-size: 16px; }
-pre { background: var(--ground); border-radius: 8px; padding: 12px; margin: 4px 0 12px; white-space: pre-wrap; font-size: 14px; max-height: 420px; overflow: auto; }
-dl { display: grid; grid-template-columns: minmax(96px, auto) 1fr; gap: 6px 16px; margin: 0; } dt { color: var(--soft); } dd { margin: 0; }
-svg { width: 100%; height: 160px; display: block; } .axis { display: flex; justify-content: space-between; margin: 0; } svg .grid { stroke: var(--line); }
-polyline { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke; stroke: var(--main); } .fulfilled { stroke: var(--good); stroke-dasharray: 7 3; } .failed { stroke: var(--bad); stroke-dasharray: 2 3; }
-.legend span { margin-right: 16px; display: inline-block; } .legend svg { display: inline-block; width: 28px; height: 8px; }
-:focus-visible { outline: 3px solid var(--main); outline-offset: 2px; }
-@media (max-width: 600px) { nav, .tabs { gap: 0; } nav a, .tabs a { padding: 10px 7px; font-size: 15px; } .row { grid-template-columns: 1fr auto; } .row > :nth-child(n+4) { grid-column: 1 / -1; } header, main { padding: 0 12px; } }
-</style>
-</head>
-<body>
-<header><b>intentbus</b><nav aria-label="Pages"></nav></header>
-<main><p id="said" role="status"></p><div id="view"></div></main>
+--good: #176b39; --wait: #8a5200; --on: #fff; }
+@media (prefers-color-scheme: dark) { :root { --ground: #12151b; --card: #1b2029; --ink: #e7eaf0; --soft: #a2acbd; --line:
+#323a48; --main: #8ab4ff; --bad: #ff9c93; --good: #7fd6a0; --wait: #f2bd6b; --on: #0d1526; } }
+* { box-sizing: border-box; } body { margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.4 system-ui,
+sans-serif; overflow-wrap: anywhere; } header, main { max-width: 1560px; margin: 0 auto; padding: 0 16px; } header { display:
+flex; flex-wrap: wrap; align-items: center; padding-top: 6px; min-height: 50px; } header b { font-size: 18px; margin-right:
+16px; } nav { display: flex; flex: 1; } #out button { border: 0; background: none; } nav a { padding: 11px 12px; min-height:
+44px; white-space: nowrap; color: var(--soft); text-decoration: none; } nav a[aria-current] { color: var(--ink); font-weight:
+600; box-shadow: inset 0 -3px var(--main); } h1 { font-size: 20px; margin: 0; } h2 { font-size: 16px; margin: 0 0 8px; } small {
+display: block; } p { margin: 4px 0; } section, .counts a { background: var(--card); border: 1px solid var(--line);
+border-radius: 10px; } section { padding: 14px 16px; margin: 0 0 14px; } .counts a { padding: 8px 14px; color: var(--soft);
+text-decoration: none; } .counts { display: grid; grid-template-columns: repeat(4, 1fr); gap: 8px; padding: 0; border: 0;
+background: none; } .counts strong { display: block; font-size: 26px; line-height: 1.2; color: var(--ink); } .cols { display:
+grid; gap: 0 14px; grid-template-columns: repeat(auto-fit, minmax(min(400px, 100%), 1fr)); align-items: start; } small, code,
+.soft, .bar label, form label { color: var(--soft); font-size: 13px; } code, pre, textarea { font-family: ui-monospace,
+monospace; } .bad, .counts .bad { color: var(--bad); } .good { color: var(--good); } .wait { color: var(--wait); } #said {
+min-height: 22px; } a { color: var(--main); } td, dd, pre, h1 { unicode-bidi: isolate; } time, dd a, td a, small a { padding:
+13px 0; position: relative; z-index: 1; } time { cursor: pointer; } table { width: 100%; border-collapse: collapse; font-size:
+14px; font-variant-numeric: tabular-nums; } th { color: var(--soft); font-size: 12px; font-weight: 500; text-align: left;
+padding: 2px 12px 6px 0; white-space: nowrap; } td { border-top: 1px solid var(--line); padding: 2px 12px 2px 0; height: 44px; }
+td:last-child { padding-right: 0; } tbody tr { position: relative; } tbody tr:hover { background: var(--ground); } .few, td.act,
+td.head small { white-space: nowrap; } td.wide, td.cut { width: 45%; max-width: 0; } td.cut { width: 18%; } td.head { max-width:
+260px; } td.act { text-align: right; } td.wide > *, td.cut > *, a.row b { display: block; overflow: hidden; text-overflow:
+ellipsis; white-space: nowrap; } a.row { display: flex; flex-direction: column; justify-content: center; min-height: 44px;
+padding: 0; color: inherit; text-decoration: none; position: static; } a.row::after { content: ""; position: absolute; inset: 0;
+} button, input, select, textarea { font: inherit; min-height: 44px; border-radius: 8px; border: 1px solid var(--line); padding:
+8px 12px; background: var(--card); color: inherit; max-width: 100%; } button { cursor: pointer; color: var(--main);
+border-color: currentColor; } button.main { background: var(--main); color: var(--on); } button.bad { color: var(--bad); } td
+button { border-color: var(--line); min-width: 84px; } td button, td input { position: relative; z-index: 1; margin-left: 6px; }
+input[type=checkbox] { width: 22px; height: 22px; min-height: 0; margin: 11px; accent-color: var(--main); } form, .bar {
+display: flex; flex-wrap: wrap; gap: 8px; align-items: end; } .bar { align-items: center; margin: 8px 0; } form label { display:
+grid; gap: 2px; flex: 1 1 150px; } form label.whole { flex-basis: 100%; } textarea { min-height: 110px; } label input, label
+select, label textarea { width: 100%; color: var(--ink); font-size: 16px; } label.tick { display: flex; align-items: center;
+flex: none; min-height: 44px; } pre { background: var(--ground); border-radius: 8px; padding: 10px 12px; margin: 4px 0 12px;
+white-space: pre-wrap; font-size: 13px; max-height: 420px; overflow: auto; } .code { font: 700 clamp(44px, 13vw, 170px)/1.2
+ui-monospace, monospace; text-align: center; white-space: nowrap; } dl { display: grid; grid-template-columns: minmax(96px,
+auto) 1fr; gap: 6px 16px; margin: 0; } dt { color: var(--soft); } dd { margin: 0; } ol { list-style: none; margin: 0; padding:
+0; } li { border-left: 3px solid var(--line); padding: 0 0 14px 14px; } li:last-child { padding-bottom: 0; } li.bad, li.good {
+border-color: currentColor; } li > small, li > time { color: var(--soft); } li pre { margin: 6px 0 0; } progress { width: 100%;
+accent-color: var(--main); } svg { width: 100%; height: 170px; display: block; touch-action: pan-y; } svg text { fill:
+var(--soft); font-size: 12px; } svg line { stroke: var(--line); } svg line.at { stroke: var(--soft); } .axis { display: flex;
+justify-content: space-between; } polyline { fill: none; stroke-width: 2; stroke: var(--main); vector-effect:
+non-scaling-stroke; } .fulfilled { stroke: var(--good); stroke-dasharray: 7 3; } .failed { stroke: var(--bad); stroke-dasharray:
+2 3; } .legend span { margin-right: 16px; display: inline-block; } .legend svg { display: inline-block; width: 28px; height:
+8px; } :focus-visible { outline: 3px solid var(--main); outline-offset: 2px; }
+@media (max-width: 760px) { header, main { padding: 0 10px; } header b { flex: 1; } nav { order: 1; flex: 1 0 100%; flex-wrap:
+wrap; font-size: 14px; } nav a { padding: 11px 5px; } .counts { grid-template-columns: repeat(2, 1fr); } section { padding:
+12px; } thead { display: none; } table, tbody, td, td.wide, td.cut { display: block; border: 0; padding: 0; height: auto;
+max-width: none; } tr { display: flex; flex-wrap: wrap; gap: 4px 14px; border-top: 1px solid var(--line); padding: 8px 0; } td {
+flex: 1 1 40%; min-width: 0; } tbody tr:first-child { border-top: 0; } td:empty { display: none; } td.head { order: -2; flex: 1
+1 75%; } td.pick { order: -1; } td.wide, td.cut, td.act { flex-basis: 100%; } td.wide, td.cut { order: 1; } td.cut > * {
+display: inline; white-space: normal; } .few, td.pick { flex: none; } td.act { text-align: left; white-space: normal; } td.act
+button { margin: 4px 6px 4px 0; } td:not(.head, .wide, .act)::before { content: attr(data-title) " "; display: block; font-size:
+12px; color: var(--soft); } td.few:not(.tag)::before { content: none; } td.tag::before, td.cut::before { display: inline; } }
+</style></head><body>
+<header><b>intentbus</b><nav aria-label="Pages"></nav><div id="out"></div></header>
+<main><p id="said" class="soft" role="status"></p><div id="view"></div></main>
 <script>
 "use strict";
-const $ = selector => document.querySelector(selector);
-const put = (node, ...kids) => (node.replaceChildren(...kids.flat(9).filter(kid => kid !== null && kid !== undefined && kid !== "")), node);
+const $ = selector => document.querySelector(selector), absent = kid => kid === "" || kid === false || kid == null;
+const put = (node, ...kids) => (node.replaceChildren(...kids.flat(9).filter(kid => !absent(kid))), node);
 function make(name, about, ...kids) {
-  const [tag, ...classes] = name.split("."), svg = /^(svg|polyline|line)$/.test(tag);
-  const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+  const [tag, ...classes] = name.split("."), svg = /^(svg|polyline|line|text)$/.test(tag) && "http://www.w3.org/2000/svg";
+  const node = svg ? document.createElementNS(svg, tag) : document.createElement(tag);
   if (classes.length) node.setAttribute("class", classes.join(" "));
-  for (const [key, value] of Object.entries(about || {}))
+  for (const [key, value] of Object.entries(about))
     if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
-    else if (value !== null && value !== false && value !== undefined) node.setAttribute(key, value === true ? "" : value);
-  return put(node, kids);
-}
-const pages = [["", "Home"], ["intents", "Intents"], ["dead", "Dead"], ["keys", "Keys"], ["publish", "Publish"]];
-const units = [[86400, "d"], [3600, "h"], [60, "m"], [1, "s"]], LATE = 300, PAGE = 50;
-let skew = 0, drawn = 0;
-const now = () => Date.now() / 1000 + skew;
-function span(seconds) {
-  const [size, unit] = units.find(([size]) => Math.abs(seconds) >= size) || units[3];
-  return Math.floor(Math.abs(seconds) / size) + unit;
-}
-const exact = at => new Date(at * 1000).toLocaleString();
-const when = at => at === null || at === undefined ? "never" :
-  make("time", { datetime: new Date(at * 1000).toISOString(), title: exact(at) }, at > now() + 1 ? "in " + span(at - now()) : span(now() - at) + " ago");
-const size = bytes => bytes < 1e6 ? Math.ceil(bytes / 1e3) + " kB" : (bytes / 1e6).toFixed(1) + " MB";
-const short = text => text.length > 60 ? text.slice(0, 60) + "…" : text;
-const firstLine = text => (text || "").split("\n")[0].slice(0, 200);
-const plural = (number, word) => number.toLocaleString("en") + " " + word + (number === 1 ? "" : "s");
-const place = (path, query) => "#" + path + "?" + new URLSearchParams(Object.entries(query).filter(([, value]) => value));
-function say(words, bad) { $("#said").textContent = words; $("#said").className = bad ? "bad" : ""; }
+    else if (!absent(value)) node.setAttribute(key, value === true ? "" : value);
+  return put(node, kids); }
+const pages = { "": "Home", intents: "Intents", schedules: "Schedules", workers: "Workers", keys: "Keys", publish: "Publish" };
+const units = [[86400, "d"], [3600, "h"], [60, "m"], [1, "s"]], LATE = 300, PAGE = 50, OUTPUT = 65536, COUNTED = 20000;
+let skew = 0, drawn = 0, me = null, goals = [], inFull = false, live = {}, keepsWords = false;
+const now = () => Date.now() / 1000 + skew, exact = at => new Date(at * 1000).toLocaleString();
+const unit = seconds => units.find(([size]) => Math.abs(seconds) >= size) || units[3];
+const span = seconds => Math.floor(Math.abs(seconds) / unit(seconds)[0]) + unit(seconds)[1];
+function took(seconds) {
+  if (seconds < 60) return seconds < 1 ? Math.round(seconds * 1000) + " ms" : +seconds.toFixed(seconds < 10 ? 1 : 0) + " s";
+  const rest = Math.floor(seconds % unit(seconds)[0]);
+  return span(seconds) + (rest ? " " + span(rest) : ""); }
+const ago = at => at > now() + 1 ? "in " + span(at - now()) : span(now() - at) + " ago";
+const when = at => at == null ? "never" : make("time", { title: exact(at), datetime: new Date(at * 1000).toISOString() },
+    inFull ? exact(at) : ago(at));
+const bytes = number => number < 1e6 ? Math.ceil(number / 1e3) + " kB" : (number / 1e6).toFixed(1) + " MB";
+const short = (text, most = 60) => text.length > most ? text.slice(0, most) + "…" : text;
+const figure = number => number.toLocaleString("en");
+const plural = (number, word) => figure(number) + " " + word + (number === 1 ? "" : "s");
+const given = query => Object.fromEntries(Object.entries(query).filter(([, value]) => value));
+const place = (path, query) => "#" + path + "?" + new URLSearchParams(given(query));
+function say(words, bad) { $("#said").textContent = words; $("#said").className = bad ? "bad" : "soft"; }
 
-// Numbers of payloads and results stay as they are written: JavaScript would round 9007199254740993, and write 3 for 3.0.
-const exactly = text => JSON.parse(text, (name, value, from) => typeof value === "number" && from && JSON.rawJSON ? JSON.rawJSON(from.source) : value);
-async function ask(path, body, read) {
-  let answer, text, found;
+// Numbers stay as they are written, as marked text: JavaScript would round 9007199254740993, and write 3 for 3.0.
+const mark = "number " + Math.random() + " ", marked = RegExp('"' + mark + '([^"]*)"', "g");
+const tokens = /"(?:[^"\\]|\\.)*"|-?[0-9][0-9.eE+-]*/g, marking = part => part[0] === '"' ? part : '"' + mark + part + '"';
+const exactly = text => (JSON.parse(text), JSON.parse(text.replace(tokens, marking)));
+const write = (value, indent) => JSON.stringify(value, null, indent).replace(marked, "$1");
+function payloadIn(text) {
+  try { return exactly(text); } catch (error) { throw new Error("The payload is not JSON: " + error.message); } }
+
+// The key stays in this tab, and the browser asks for none in a box of its own. The page may stand below a path, /bus/ say.
+const base = location.origin + location.pathname.replace(/\/+admin\/+dashboard\/*$/, "");
+const basic = words => ({ Authorization: "Basic " + btoa(String.fromCharCode(...new TextEncoder().encode(words))) });
+const { username, password } = new URL(document.baseURI), inAddress = decodeURIComponent(username + ":" + password);
+let key = password ? basic(inAddress) : JSON.parse(sessionStorage.getItem("key"));
+function keep(headers, caller) {
+  [key, me] = [headers, caller];
+  if (key) sessionStorage.setItem("key", JSON.stringify(key)); else sessionStorage.removeItem("key"); }
+async function ask(path, body, read = JSON.parse, headers = key) {
+  const sent = body === undefined ? {} : { method: "POST", body: write(body) };
+  if (sent.body) headers = { ...headers, "Content-Type": "application/json" }; let answer, text, found;
   try {
-    answer = await fetch(location.origin + path, body === undefined ? {} : { method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" } });
-    text = await answer.text();
-    found = JSON.parse(text);
-  } catch (error) { throw new Error("The bus does not answer; the page shows old data."); }
-  if (!answer.ok) throw new Error(found.error.message);
-  return read ? read(text) : found;
-}
-async function act(words, path, body, then) {
-  try { const found = await ask(path, body); say(words); await (then || draw)(found); } catch (error) { say(error.message, true); }
-}
+    answer = await fetch(base + path, { ...sent, credentials: "omit", headers }); text = await answer.text();
+    found = read(text); } catch (error) { throw new Error("The bus does not answer; the page shows old data."); }
+  if (!answer.ok) throw Object.assign(new Error(JSON.parse(text).error.message), { status: answer.status });
+  return found; }
+async function summary(minutes = 1, headers = key) {
+  const found = await ask("/admin/summary?minutes=" + minutes, undefined, JSON.parse, headers);
+  [skew, goals] = [found.now - Date.now() / 1000, found.goals];
+  return found; }
+const trying = action => async () => { try { await action(); } catch (error) { say(error.message, true); } };
+const act = (words, path, body, then = draw) => trying(async () => {
+  const found = await ask(path, typeof body === "function" ? body() : body); say(words); await then(found);
+})();
 const button = (words, press, kind = "") => make("button" + kind, { type: "button", onclick: press }, words);
-const empty = words => make("p.soft", {}, words);
+const sure = (question, ...rest) => () => confirm(question) && act(...rest);
+const go = hash => { keepsWords = true; location.hash = hash; }, visit = made => go("intent/" + made.id);
+const soft = words => make("p.soft", {}, words), show = id => make("a", { href: "#intent/" + id }, id.slice(0, 12) + "…");
 const box = (title, ...kids) => make("section", { "aria-label": title }, make("h2", {}, title), kids);
-const badge = status => make("span." + ({ dead: "bad", fulfilled: "good", open: "wait" }[status] || "soft"), {}, status);
-
+const list = entries => make("dl", {}, entries.map(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
+const state = status => make("span." + ({ dead: "bad", fulfilled: "good", open: "wait" }[status] || "soft"), {}, status);
+const tabs = (words, shown, entries, link) => make("nav.tabs", { "aria-label": words }, entries.map(([value, word]) => make("a",
+    { href: link(value), "aria-current": value === shown && "true" }, word)));
+const field = (words, name, about, kind = "") => make("label" + kind, {}, words, make("input", { name, ...about }));
+const area = text => make("label.whole", {}, "Payload, as JSON", make("textarea", { name: "payload" }, text));
+const goalField = about => [field("Goal", "goal", { maxlength: 256, list: "goals", ...about }),
+    make("datalist", { id: "goals" }, [...new Set(goals.map(of => of.goal))].map(value => make("option", { value })))];
+const valuesOf = form => Object.fromEntries([...new FormData(form)].map(([name, value]) => [name, value.trim()]));
+const form = (send, ...kids) => make("form", { onsubmit: event => { event.preventDefault();
+  send(valuesOf(event.target), event.submitter); } }, kids);
+// A table on a wide screen; on a narrow one each row is a card. A column: title, what a cell shows of a row, its classes.
+function table(title, columns, rows, none) {
+  const head = columns.map(([words]) => make("th", { scope: "col" }, words));
+  const cells = row => columns.map(([words, shows, kind = ""]) => make("td" + kind, { "data-title": words }, shows(row)));
+  return rows.length ? make("table", { "aria-label": title }, make("thead", {}, make("tr", {}, head)),
+      make("tbody", {}, rows.map(row => make("tr", {}, cells(row))))) : soft(none); }
+// A scale of 1, 10, 100: one spike does not flatten all else. The values of a moment show on hover and on tap.
 function plot(history, hours) {
-  const wide = 600, tall = 140, step = hours === 1 ? 1 : 10, points = hours * 60 / step;
-  const last = Math.floor(now() / 60 / step), series = { published: [], fulfilled: [], failed: [] };
-  for (const name in series) series[name] = Array(points).fill(0);
+  const wide = $("main").clientWidth - 66, tall = 170, step = hours === 1 ? 1 : 10, points = hours * 60 / step;
+  const first = Math.floor(now() / 60 / step) - points + 1, series = { published: [], fulfilled: [], failed: [] };
+  for (const name in series) series[name].push(...Array(points).fill(0));
   for (const [minute, name, times] of history) {
-    const at = points - 1 - (last - Math.floor(minute / step));
-    if (at >= 0 && at < points && series[name]) series[name][at] += times;
-  }
-  const top = Math.max(1, ...Object.values(series).flat()), total = list => list.reduce((sum, more) => sum + more, 0);
-  const line = (name, list) => make("polyline." + name, { points: list.map((times, at) =>
-    (at * wide / (points - 1)).toFixed(1) + "," + (tall - 4 - times * (tall - 8) / top).toFixed(1)).join(" ") });
-  const words = Object.entries(series).map(([name, list]) => total(list) + " " + name).join(", ");
-  return [make("p.soft.axis", {}, make("span", {}, top.toLocaleString("en") + " per " + (step === 1 ? "minute" : "10 minutes"))),
-    make("svg", { viewBox: "0 0 600 140", preserveAspectRatio: "none", role: "img", "aria-label": words },
-    [0, .5, 1].map(part => make("line.grid", { x1: 0, x2: wide, y1: tall - 4 - part * (tall - 8), y2: tall - 4 - part * (tall - 8) })),
-    Object.entries(series).map(([name, list]) => line(name, list))),
-    make("p.soft.axis", {}, make("span", {}, hours + " h ago"), make("span", {}, "now")),
-    make("p.legend.soft", {}, Object.entries(series).map(([name, list]) => make("span", {},
-      make("svg", { viewBox: "0 0 28 8", "aria-hidden": true }, make("polyline." + name, { points: "0,4 28,4" })), " " + total(list).toLocaleString("en") + " " + name)))];
-}
-
+    const at = Math.floor(minute / step) - first;
+    if (series[name]?.[at] >= 0) series[name][at] += times; }
+  const entries = Object.entries(series), top = Math.max(1, ...Object.values(series).flat());
+  const x = at => (at * wide / (points - 1)).toFixed(1), sum = list => list.reduce((total, times) => total + times);
+  const y = times => (tall - 4 - Math.log1p(times) * (tall - 22) / Math.log1p(top)).toFixed(1);
+  const legend = make("p.legend.soft", {}), cursor = make("line.at", { y1: 0, y2: tall, visibility: "hidden" });
+  const tell = at => put(legend, at >= 0 && make("span", {}, exact((first + at) * step * 60)), entries.map(([name,
+      list]) => make("span", {}, make("svg", { viewBox: "0 0 28 8", "aria-hidden": true }, make("polyline." + name,
+      { points: "0,4 28,4" })), " " + figure(at >= 0 ? list[at] : sum(list)) + " " + name)));
+  const touch = event => {
+    const { left, width } = event.currentTarget.getBoundingClientRect(), part = (event.clientX - left) / width;
+    const at = Math.min(points - 1, Math.max(0, Math.round(part * (points - 1))));
+    for (const name of ["x1", "x2"]) cursor.setAttribute(name, x(at)); cursor.setAttribute("visibility", "visible"); tell(at);
+  }; const leave = event => event.pointerType === "mouse" && (cursor.setAttribute("visibility", "hidden"), tell());
+  return [make("svg.graph", { viewBox: `0 0 ${wide} ${tall}`, preserveAspectRatio: "none", role: "img",
+      "aria-label": tell().textContent, onpointermove: touch, onpointerdown: touch, onpointerleave: leave },
+      [1, 10, 100, 1e3, 1e4, 1e5].filter(tick => tick < top / 2).concat(top).map(tick => [ make("line",
+      { x1: 0, x2: wide, y1: y(tick), y2: y(tick) }), make("text", { x: 0, y: y(tick) - 3 }, figure(tick))]),
+      entries.map(([name, list]) => make("polyline." + name, { points: list.map((times, at) => x(at) + "," +
+      y(times)).join(" ") })), cursor), make("p.soft.axis", {}, [hours + " h ago", "per " + (step === 1 ? "minute" :
+      "10 minutes"), "now"].map( words => make("span", {}, words))), legend]; }
+// What a handler prints while it runs; nothing if the bus refuses. If it does not answer, the next refresh tries again.
+async function follow(id) {
+  const output = make("pre", { id: "output" }), told = soft(), bar = make("progress", { max: 100 });
+  const node = make("section", { "aria-label": "Output", hidden: true }, make("h2", {}, "Output"), told, bar, output);
+  const mine = live = { id, node };
+  for (let next = 0, attempt = null, ended = false; live === mine && !ended;) try {
+    const found = await ask("/output/" + id + "?after=" + next + "&wait=20");
+    if (attempt !== found.attempt) output.textContent = ""; ({ attempt, next, ended } = found);
+    const missed = found.missed ? "[" + plural(found.missed, "byte") + " left out]\n" : "";
+    output.textContent = (output.textContent + missed + found.output).slice(-OUTPUT);
+    [output.hidden, bar.hidden, bar.value] = [!output.textContent, found.percent == null, found.percent || 0];
+    put(told, found.percent != null && found.percent + " % ", found.message); node.hidden = output.hidden && !told.textContent;
+    output.scrollTop = output.scrollHeight; await new Promise(go => setTimeout(go, 1000)); } catch (error) {
+    if (!error.status && live === mine) live = {};
+    return; }
+  if (live === mine) draw(true); }
+function timeline(of) {
+  const item = (kind, title, at, ...rest) => make("li" + kind, {}, make("b", {}, title), " ", when(at), rest);
+  const by = (worker, from, to) => make("small", {}, worker, from && to ? ", for " + took(to - from) : null);
+  const client = of.caused_by ? ["by the end of ", show(of.caused_by)] : "by key " + of.publisher;
+  const origin = of.schedule ? "by schedule " + of.schedule : client;
+  const told = of.history.some(attempt => attempt.error === of.last_error), pre = text => text && make("pre", {}, text);
+  return make("ol", {}, item("", "Published", of.created_at, make("small", {}, origin)),
+      of.history.map(attempt => item(attempt.outcome === "released" ? "" : ".bad", "Attempt " + attempt.attempt + " " +
+      attempt.outcome, attempt.ended_at, by(attempt.worker, attempt.claimed_at, attempt.ended_at), pre(attempt.error))),
+      of.status === "claimed" && item("", "Attempt " + of.claim_attempts + " runs, since", of.claimed_at, by(of.worker),
+      make("small", {}, "lease ends ", when(of.claim_expires_at))), of.status === "open" && item("", of.run_at > now() ? "Due" :
+      "Waits since", of.run_at), of.status === "fulfilled" && item(".good", "Fulfilled", of.completed_at,
+      by(of.worker, of.claimed_at, of.completed_at)), of.status === "dead" && item(".bad", "Dead", of.completed_at, told ?
+      null : pre(of.last_error))); }
+const FIELDS = { namespace: "default", priority: 100, ttl: 604800, max_attempts: 3, backoff_base: 5, target_worker: null,
+  required_capability: null, unique: null, on_success: null, on_failure: null };
+function command(of, payload) {
+  const quote = text => /^[\w.:-]+$/.test(text) ? text : "'" + text.replaceAll("'", "'\\''") + "'";
+  const flag = name => "--" + name.replace(/^(target|required)_|_base$/, "").replace("_", "-") + "=" + quote(String(of[name]));
+  const flags = Object.keys(FIELDS).filter(name => of[name] !== FIELDS[name]).map(flag);
+  if (of.status === "open" && of.run_at > now()) flags.push("--delay=" + Math.ceil(of.run_at - now()));
+  if (of.visibility === "public") flags.push("--public");
+  return ["python3 intentbus.py publish", ...flags, "--", quote(of.goal), quote(write(payload))].join(" "); }
+function byGoal(rows) {
+  const several = new Set(rows.map(of => of.namespace)).size > 1, times = pair => pair && pair.map(took).join(" / ");
+  const both = (pair, kind) => make("span" + (pair[1] ? kind : ".soft"), {}, pair.map(figure).join(" / "));
+  const set = (of, words, about) => act(words, "/limit/" + encodeURIComponent(of.goal), { ...about, namespace: of.namespace });
+  const pause = of => set(of, of.paused ? "It goes on." : "It is paused.", { paused: !of.paused }); const limit = of => {
+    const number = prompt("How many intents of " + of.goal + " may run at once? Empty: any number.", of.limit || "");
+    if (number !== null) set(of, "The limit is set.", { running: number.trim() ? +number : null }); };
+  return table("Goals", [["Goal", of => make("a.row", { href: place("intents", { goal: of.goal, namespace: of.namespace }) },
+      make("b", { title: of.goal }, short(of.goal)), several && make("small", {}, of.namespace)), ".head"],
+      ["Waiting", of => [figure(of.waiting), of.waiting >= COUNTED && "+", of.run_at && make("small" +
+      (now() - of.run_at > LATE ? ".bad" : ""), {}, "oldest ", when(of.run_at))]], ["Running", of => [figure(of.running),
+      of.limit && " of " + of.limit, of.paused && make("small.wait", {}, "paused")]], ["Done, hour / day",
+      of => both(of.fulfilled, ".good")], ["Failed, hour / day", of => both(of.failed, ".bad")], ["Waited, p50 / p95",
+      of => times(of.waited)], ["Ran, p50 / p95", of => times(of.ran)], ["", of => me.admin && [button("Limit",
+      () => limit(of)), button(of.paused ? "Resume" : "Pause", () => pause(of))], ".act"]], rows,
+      "Nothing waits, and nothing was done in the last day. The page Publish makes an intent."); }
 const views = {
   async ""(query) {
-    const hours = query.get("hours") === "24" ? 24 : 1, late = at => now() - at > LATE;
-    const sum = await ask("/admin/summary?minutes=" + hours * 60), counts = { open: 0, claimed: 0, fulfilled: 0, dead: 0 };
-    skew = sum.now - Date.now() / 1000;
+    const hours = query.get("hours") === "24" ? 24 : 1, sum = await summary(hours * 60),
+        alone = sum.waiting.filter(of => !of.listening);
+    const counts = { open: 0, claimed: 0, fulfilled: 0, dead: 0 },
+        busy = sum.workers.filter(worker => worker.running.length).length;
     for (const states of Object.values(sum.intents)) for (const status in states) counts[status] += states[status];
-    const unattended = sum.waiting.filter(goal => !goal.listening);
-    return [
-      make("section.counts", { "aria-label": "Intents by state" }, Object.entries(counts).map(([status, number]) =>
-        make("a", { href: status === "dead" ? "#dead" : place("intents", { status }) },
-          make("strong" + (status === "dead" && number ? ".bad" : ""), { id: "count-" + status }, number.toLocaleString("en")), status))),
-      unattended.length ? make("section", { "aria-label": "No worker" }, make("b.bad", {}, "⚠ No worker for "),
-        unattended.slice(0, 5).map((goal, at) => [at ? ", " : "", make("a", { href: place("intents", { status: "open", goal: goal.goal }) }, short(goal.goal))]),
-        unattended.length > 5 ? " and " + plural(unattended.length - 5, "more goal") : "", ".",
-        make("br"), make("small", {}, "Start one: python3 intentbus.py work --goal GOAL -- ./handler.sh")) : null,
-      box("What happened", make("div.tabs.bar", {}, [[1, "last hour"], [24, "last day"]].map(([number, words]) =>
-        make("a", { href: place("", { hours: number }), "aria-current": hours === number && "true" }, words))), plot(sum.history, hours)),
-      make("div.cols", {},
-        box("Waiting longest", sum.waiting.length ? sum.waiting.slice(0, 12).map(goal => make("a.row.two", { href: place("intents", { status: "open", goal: goal.goal, namespace: goal.namespace }) },
-          make("span", {}, make("b", { title: goal.goal }, short(goal.goal)), make("br"), make("small", {}, goal.namespace + ", " + (goal.listening ? plural(goal.listening, "worker") : "no worker"))),
-          make("span" + (late(goal.run_at) ? ".bad" : ""), {}, late(goal.run_at) ? "late: " : "", when(goal.run_at)))) : empty("Nothing waits. Publish something on the page Publish.")),
-        box("Workers", sum.workers.length ? sum.workers.slice(0, 12).map(worker => make(worker.running.length ? "a.row.two" : "div.row.two", { href: worker.running.length ? "#intent/" + worker.running[0] : null },
-          make("span", {}, make("b", {}, worker.name), make("br"), make("small", {}, (worker.goals.join(", ") || "any goal") + (worker.running.length ? ", at " + worker.running[0].slice(0, 12) + "…" : "")
-            + (worker.running.length > 1 ? " and " + (worker.running.length - 1) + " more" : ""))),
-          make("span", {}, when(worker.last_seen)))) : empty("No worker in the last five minutes. Start one: python3 intentbus.py work --goal GOAL -- ./handler.sh"),
-          sum.workers.length > 12 ? empty("and " + (sum.workers.length - 12) + " more") : null),
-        box("The bus", make("dl", {}, [["version", sum.version], ["database", size(sum.database_bytes) + ", log " + size(sum.wal_bytes)],
-          ["held requests", sum.held_requests], ["issued keys", sum.keys],
-          ["clock", exact(sum.now) + (Math.abs(skew) > 2 ? ", " + span(skew) + (skew > 0 ? " ahead of" : " behind") + " this browser" : "")]].map(
-          ([name, value]) => [make("dt", {}, name), make("dd", {}, String(value))]))))];
-  },
-  async intents(query) { return list(query, query.get("status") || "open"); },
-  async dead(query) { return list(query, "dead"); },
+    return [make("section.counts", { "aria-label": "Intents by state" }, Object.entries(counts).map(([status,
+        number]) => make("a", { href: place("intents", { status }) }, make("strong" + (status === "dead" && number ? ".bad" :
+        ""), { id: "count-" + status }, figure(number)), status))), alone.length > 0 && make("section",
+        { "aria-label": "No worker" }, make("b.bad", {}, "⚠ No worker for "), alone.slice(0,
+        5).map(({ goal }, at) => [at > 0 && ", ", make("a", { href: place("intents", { goal }) }, short(goal))]),
+        alone.length > 5 && " and " + plural(alone.length - 5, "more goal"), ".",
+        make("small", {}, "Start one: python3 intentbus.py work --goal GOAL -- ./handler.sh")), box("Goals", byGoal(sum.goals)),
+        box("What happened", tabs("Period", hours, [[1, "last hour"], [24, "last day"]], number => place("",
+        { hours: number })), plot(sum.history, hours)), box("The bus", list([["version", sum.version], ["workers",
+        make("a", { href: "#workers" }, sum.workers.length + ", " + busy + " at work")],
+        ["database", bytes(sum.database_bytes) + ", log " + bytes(sum.wal_bytes)], ["issued keys", figure(sum.keys)],
+        ["held requests", figure(sum.held_requests)], ["clock", exact(sum.now)]]))]; },
   async intent(query, id) {
-    const [intent, { payload = "This key sees no payloads.", result = payload }] = await ask("/admin/intents/" + encodeURIComponent(id), undefined, text => [JSON.parse(text), exactly(text)]);
-    const quote = text => "'" + text.replaceAll("'", "'\\''") + "'";
-    const flags = [["namespace", "default"], ["priority", 100], ["max_attempts", 3], ["target_worker", null], ["required_capability", null], ["unique", null], ["on_success", null], ["on_failure", null]].filter(
-      ([name, usual]) => intent[name] !== usual).map(([name]) => " --" + ({ target_worker: "worker", required_capability: "capability" }[name] || name.replace("_", "-")) + " " + quote(String(intent[name])));
-    const line = "python3 intentbus.py publish" + flags.join("") + (intent.visibility === "public" ? " --public" : "") + " -- " + quote(intent.goal) + " " + quote(JSON.stringify(payload));
-    return [make("section", {}, make("h1", {}, intent.goal), make("p", {}, badge(intent.status), make("small", {}, " " + intent.id)),
-      make("div.bar", {},
-        intent.status === "dead" ? button("Retry", () => act("It is open again.", "/admin/intents/" + id + "/retry", {}), ".main") : null,
-        /open|claimed/.test(intent.status) ? button("Cancel", () => confirm("Cancel this intent?") && act("It is cancelled.", "/admin/intents/" + id + "/cancel", {}), ".bad") : null,
-        button("Copy as command", () => navigator.clipboard ? navigator.clipboard.writeText(line).then(() => say("Copied.")) : say("Copy it from below.")))),
-      intent.last_error ? box("Last error", make("pre.bad", {}, intent.last_error)) : null,
-      box("Payload", make("pre", { id: "payload" }, JSON.stringify(payload, null, 2)),
-        intent.status === "fulfilled" ? [make("h2", {}, "Result"), make("pre", { id: "result" }, intent.result_type === "text" && "result" in intent ? intent.result : JSON.stringify(result, null, 2))] : null,
-        make("h2", {}, "Command"), make("pre", { id: "command" }, line)),
-      box("Details", make("dl", {}, [["namespace", intent.namespace], ["owner", intent.owner + ", " + intent.visibility], ["priority", intent.priority],
-        ["attempts", intent.claim_attempts + " of " + intent.max_attempts], ["worker", intent.worker || "none yet"], ["claimed", when(intent.claimed_at)], ["created", when(intent.created_at)],
-        ["due", when(intent.run_at)], ["lease ends", intent.claim_expires_at ? when(intent.claim_expires_at) : "no lease"], ["expires", when(intent.expires_at)],
-        ["unique", intent.unique ?? "no"], ["published by", intent.caused_by ? make("a", { href: "#intent/" + intent.caused_by }, "the end of " + intent.caused_by.slice(0, 16)) : "a client"],
-        ["ended", when(intent.completed_at)]].map(([name, value]) => [make("dt", {}, name), make("dd", {}, value instanceof Node ? value : String(value))])))];
-  },
+    const both = text => [JSON.parse(text), exactly(text)], names = ["goal", "visibility", ...Object.keys(FIELDS)];
+    const [of, { payload, result }] = await ask("/admin/intents/" + encodeURIComponent(id), undefined, both),
+        seen = "payload" in of;
+    const path = "/admin/intents/" + of.id, line = seen && command(of, payload), ended = /fulfilled|dead/.test(of.status);
+    const copy = { payload, ...Object.fromEntries(names.map(name => [name, of[name]])) };
+    const ours = of.status === "dead" || of.owner === me.owner || of.visibility === "public";
+    const again = () => of.status === "dead" ? act("It is open again.", path + "/retry", {}) :
+        act("Published.", "/admin/intents", copy, visit);
+    const pasted = () => navigator.clipboard ? navigator.clipboard.writeText(line).then(() => say("Copied.")) :
+        say("Copy it from below.");
+    if (of.status === "claimed" && live.id !== of.id) follow(of.id);
+    return [make("section", {}, make("h1", {}, of.goal), make("p", {}, state(of.status), make("small", {}, of.id)),
+        me.admin && make("div.bar", {}, ended && ours && button("Run again", again, ".main"), !ended && button("Cancel",
+        sure("Cancel this intent?", "It is cancelled.", path + "/cancel", {}), ".bad"),
+        button("Delete", sure("Delete this intent for good?", "It is deleted.", "/admin/purge", { ids: [of.id], confirm: true },
+        () => go("intents")), ".bad"), button("Copy as command", pasted))), live.id === of.id && live.node, make("div.cols", {},
+        make("div", {}, box("What happened", timeline(of)), box("Details", list([["owner", of.owner + ", " + of.visibility],
+        ["attempts", of.claim_attempts + " of " + of.max_attempts], ["expires", when(of.expires_at)],
+        ...["namespace", "priority", "unique", "target_worker", "required_capability", "on_success",
+        "on_failure"].filter(name => of[name] != null).map(name => [name.replace("_", " "), String(of[name])])]))),
+        box("Payload", make("pre", { id: "payload" }, seen ? write(payload, 2) : "This key sees no payloads."),
+        seen && [ of.status === "fulfilled" && [make("h2", {}, "Result"), make("pre", { id: "result" },
+        of.result_type === "text" ? of.result : write(result, 2))], make("h2", {}, "Command"), make("pre", { id: "command" },
+        line)]))]; },
+  async schedules() {
+    const { schedules } = await ask("/schedules"), whose = of => ({ owner: of.owner });
+    const path = (verb, of) => "/" + verb + "/" + encodeURIComponent(of.name);
+    const seconds = (number, letter) => number * (units.find(([, word]) => word === letter) || [1])[0];
+    const add = of => act("It is scheduled.", path("schedule", of), () => {
+      const every = of.when.match(/^(\d+) *([smhd]?)$/), timezone = of.timezone || null;
+      return { goal: of.goal, payload: payloadIn(of.payload), ...(every ? { every: seconds(every[1], every[2]) } :
+          { cron: of.when, timezone }) }; });
+    const pause = of => act(of.paused ? "It goes on." : "It is paused.", path("schedule", of),
+        { ...whose(of), paused: !of.paused });
+    const runs = of => of.cron ? [make("code", {}, of.cron), make("small", {}, of.timezone)] : "every " + took(of.every);
+    return [box("Schedules", table("Schedules", [["Name", of => [make("b", {}, short(of.name)), make("small", {}, of.owner)],
+        ".head"], ["Goal", of => short(of.goal)], ["Runs", runs], ["Next", of => of.paused ? make("span.wait", {}, "paused") :
+        when(of.next_run_at)], ["Last", of => [when(of.last_run_at), of.last_id && make("small", {}, show(of.last_id))]],
+        ["", of => me.admin && [button("Run now", () => act("Published.", path("run", of), whose(of), visit)),
+        button(of.paused ? "Resume" : "Pause", () => pause(of)), button("Delete", sure("Delete the schedule " + of.name + "?",
+        "It is deleted.", path("unschedule", of), whose(of)), ".bad")], ".act"]], schedules, "Nothing is scheduled.")),
+        me.admin && box("Add a schedule", form(add, field("Name", "name", { required: true, maxlength: 128 }),
+        goalField({ required: true }), field("Each 10m, or @daily, or 0 7 * * 1-5", "when", { required: true }),
+        field("Time zone, for cron", "timezone", { placeholder: "of the bus" }), area("{}"), make("button.main", {},
+        "Add schedule")))]; },
+  async workers() {
+    const sum = await summary(), each = of => of.running.map((id, at) => make("div", {}, show(id), " ",
+        when(of.running_since[at])));
+    const runs = of => [each(of).slice(0, 3), of.running.length > 3 && "of " + of.running.length,
+        !of.running.length && "nothing"];
+    const columns = [["Worker", of => [make("b", {}, short(of.name)), make("small", {}, of.owner, of.version && ", " +
+        of.version)], ".head"], ["Goals", of => short(of.goals.join(", ") || "any goal", 90)],
+        ["Done", of => figure(of.fulfilled)], ["Failed", of => make("span" + (of.failed ? ".bad" : ""), {}, figure(of.failed))],
+        ["Came", of => when(of.since)], ["Last seen", of => when(of.last_seen)]];
+    return [box("Workers", table("Workers", [...columns, ["Runs", runs]], sum.workers,
+        "No worker in the last five minutes. Start one: python3 intentbus.py work --goal GOAL -- ./handler.sh")),
+        sum.gone.length > 0 && box("Gone within a day", table("Gone", columns, sum.gone))]; },
   async keys() {
-    const keys = await ask("/admin/keys"), name = make("input", { name: "name", required: true, maxlength: 64 }), owner = make("input", { name: "owner", value: "owner", required: true, maxlength: 64 });
-    const role = make("select", { name: "role" }, ["both", "publish", "work"].map(word => make("option", {}, word)));
-    const add = event => { event.preventDefault(); act("The key is made. Copy it now: it is shown only here.", "/admin/generate_key", { name: name.value, owner: owner.value, role: role.value },
-      async made => { await draw(); $("#view").prepend(box("New key for " + made.name, make("pre", { id: "made" }, made.api_key))); }); };
-    return [box("Add a key", make("form", { onsubmit: add }, make("label", {}, "Name", name), make("label", {}, "Owner", owner), make("label", {}, "Role", role), make("button.main", {}, "Add key"))),
-      box("Issued keys", keys.length ? keys.map(key => make("div.row.two", {}, make("span", {}, make("b", {}, key.name || "unnamed"), make("br"),
-        make("small", {}, key.role + ", owner " + key.owner + ", " + plural(key.total_requests, "request") + ", last used ", when(key.last_used_at), ", " + key.key_id)),
-        button("Revoke", () => confirm("Revoke the key " + key.name + "? What uses it stops working.") && act("It is revoked.", "/admin/revoke_key", { key_id: key.key_id }), ".bad"))) :
-        empty("No key is issued. Add one above for each machine, or run: python3 intentbus.py keys invite NAME"))];
-  },
+    const keys = await ask("/admin/keys"), tell = async (...parts) => { await draw(); $("#view").prepend(box(...parts)); };
+    const grant = ({ name, owner, role, goals, days, payloads }) => ({ name, owner, role, payloads: payloads !== undefined,
+        goals: goals ? goals.split(",").map(goal => goal.trim()) : null, expires_at: days ? now() + days * 86400 : null });
+    const add = of => act("The key is made. Copy it now: it is shown only here.", "/admin/generate_key", grant(of),
+        made => tell("New key for " + made.name, make("pre", { id: "made" }, made.api_key)));
+    const invite = of => act("The invitation is made.", "/admin/invite", grant(of), made => tell("Invitation for " + made.name,
+        make("p.code", { id: "code" }, made.code), make("p", {}, "It ends ", when(made.expires_at), ". On the other machine:"),
+        make("pre", {}, "python3 intentbus.py join " + base + " " + made.code)));
+    const needed = { required: true, maxlength: 64 }, roles = ["both", "publish", "work", "viewer"];
+    return [me.admin && box("Add a key", form((of, pressed) => (pressed?.value === "key" ? add : invite)(of),
+        field("Name", "name", needed), field("Owner", "owner", { value: "owner", ...needed }), make("label", {}, "Role",
+        make("select", { name: "role" }, roles.map(role => make("option", {}, role)))), field("Goals, if not all: a, b",
+        "goals"), field("Days, if it ends", "days", { type: "number", min: 1 }), field("viewer sees payloads", "payloads",
+        { type: "checkbox" }, ".tick"), make("button.main", { value: "code" }, "Invite"), make("button", { value: "key" },
+        "Add key"))), box("Issued keys", table("Issued keys", [["Name", of => [make("b", {}, of.name || "unnamed"),
+        make("small", {}, of.key_id)], ".head"], ["Role", of => of.role + (of.payloads ? ", with payloads" : "")],
+        ["Owner", of => of.owner], ["Goals", of => of.goals ? short(of.goals.join(", ")) : "all"],
+        ["Ends", of => when(of.expires_at)], ["Requests", of => figure(of.total_requests)],
+        ["Last used", of => when(of.last_used_at)], ["", of => me.admin && button("Revoke", sure("Revoke the key " + of.name +
+        "? What uses it stops working.", "It is revoked.", "/admin/revoke_key", { key_id: of.key_id }), ".bad"), ".act"]], keys,
+        "No key is issued. Invite each machine, here or with: python3 intentbus.py keys invite NAME"))]; },
   async publish(query) {
-    const goal = make("input", { required: true, maxlength: 256, value: query.get("goal") || "hello" }), payload = make("textarea", { required: true, spellcheck: "false" }, '{"name": "world"}');
-    const send = event => { event.preventDefault(); let value;
-      try { value = exactly(payload.value); } catch (error) { return say("The payload is not JSON: " + error.message, true); }
-      act("Published.", "/admin/intents", { goal: goal.value, payload: value }, made => { location.hash = "intent/" + made.id; }); };
-    return [box("Publish a test intent", make("form", { onsubmit: send }, make("label.wide", {}, "Goal", goal), make("label.wide", {}, "Payload, as JSON", payload), make("button.main", {}, "Publish")))];
-  },
-};
-
-async function list(query, status) {
-  const which = { status, goal: query.get("goal") || "", namespace: query.get("namespace") || "" }, dead = status === "dead";
-  const page = await ask("/admin/intents?" + new URLSearchParams(Object.entries({ ...which, before: query.get("before"), limit: PAGE }).filter(([, value]) => value)));
-  const field = (name, words) => make("label", {}, words, make("input", { name, value: which[name] || "" })), picked = new Set();
-  const find = event => { event.preventDefault(); const form = new FormData(event.target), id = form.get("id").trim();
-    location.hash = id ? "intent/" + id : place(dead ? "dead" : "intents", { status: dead ? "" : status, goal: form.get("goal"), namespace: form.get("namespace") }); };
-  const filter = { goal: which.goal || null, namespace: which.namespace || null };
-  const sweep = (action, which, done) => async () => { try {
-    const counted = await ask("/admin/dead", { action: "count", ...which });
-    if (!counted.number) return say("There are none.");
-    if (confirm(action[0].toUpperCase() + action.slice(1) + " " + plural(counted.number, "dead intent") + "?"))
-      await act("", "/admin/dead", { action, ...which, until: counted.until }, async found => { await draw(); say(plural(found.number, "intent") + " " + done + "."); });
-  } catch (error) { say(error.message, true); } };
-  const some = (action, done) => () => picked.size ? sweep(action, { ids: [...picked] }, done)() : say("Tick some first.");
-  const row = intent => make("a.row", { href: "#intent/" + intent.id }, make("span", {}, make("b", { title: intent.goal }, short(intent.goal)), make("br"), make("small", {}, intent.id.slice(0, 12) + "… " + intent.namespace)),
-    make("small", {}, when(status === "delayed" ? intent.run_at : intent.created_at)), make("small", {}, intent.claim_attempts + "/" + intent.max_attempts + " attempts"),
-    make("small", {}, intent.worker || ""), make("small" + (intent.last_error ? ".bad" : ""), {}, firstLine(intent.last_error)));
-  const tick = id => make("input", { type: "checkbox", "aria-label": "select " + id, onchange: event => event.target.checked ? picked.add(id) : picked.delete(id) });
-  return [dead ? null : make("div.tabs.bar", { role: "navigation", "aria-label": "States" }, ["open", "delayed", "claimed", "fulfilled"].map(word =>
-      make("a", { href: place("intents", { ...which, status: word }), "aria-current": word === status && "true" }, word)), make("a", { href: place("dead", filter.goal ? which : {}) }, "dead")),
-    make("section", { "aria-label": "Filter" }, make("form", { onsubmit: find }, field("goal", "Goal"), field("namespace", "Namespace"), field("id", "Id"), make("button.main", {}, "Show"))),
-    dead ? make("div.bar", {}, button("Retry selected", some("retry", "retried")), button("Delete selected", some("delete", "deleted"), ".bad"),
-      button("Retry all" + (filter.goal || filter.namespace ? " that match" : ""), sweep("retry", filter, "retried")),
-      button("Delete all" + (filter.goal || filter.namespace ? " that match" : ""), sweep("delete", filter, "deleted"), ".bad")) : null,
-    make("section", { "aria-label": "Intents" }, page.intents.length ? page.intents.map(intent => dead ? make("div.row.pick", {}, tick(intent.id), row(intent)) : row(intent)) :
-      empty(dead ? "Nothing is dead here. What fails for good, or too often, is listed on this page." : "No intent is " + status + (page.next ? " among the newest 10,000." : ". The page Publish makes one."))),
-    make("div.bar", {}, query.get("before") ? make("a", { href: place(dead ? "dead" : "intents", which) }, "Newest") : null,
-      page.next ? make("a.next", { href: place(dead ? "dead" : "intents", { ...which, before: page.next }) }, "Older") : null)];
-}
-
+    const send = of => act("Published.", "/admin/intents", () => ({ goal: of.goal, payload: payloadIn(of.payload) }), visit);
+    return [box("Publish an intent", form(send, goalField({ required: true, value: query.get("goal") || "hello" }),
+        area('{"name": "world"}'), make("button.main", {}, "Publish")))]; },
+  async intents(query) {
+    const which = Object.fromEntries(["status", "goal", "namespace", "search"].map(name => [name, query.get(name) || ""]));
+    const { search, ...filter } = which, { status } = which, before = query.get("before"), preview = me.payloads && 200;
+    const get = about => ask("/admin/intents?" + new URLSearchParams(given({ limit: PAGE, preview, ...about })));
+    const end = /^[0-9a-f]{4,32}$/.test(search) && !before && (BigInt("0x" + search) + 1n).toString(16).padStart(search.length,
+        0);
+    const byId = end ? (await get({ before: end })).intents.filter(of => of.id.startsWith(search)) : [];
+    const page = me.payloads || !search ? await get({ ...which, before }) : { intents: [], next: null };
+    const intents = [...byId, ...page.intents.filter(of => !byId.some(other => other.id === of.id))];
+    return [tabs("States", status, ["", "open", "delayed", "claimed", "fulfilled", "dead"].map(word => [word, word || "all"]),
+        value => place("intents", { ...which, status: value })), make("section", { "aria-label": "Filter" },
+        form(of => { location.hash = place("intents", { status, ...of }); }, goalField({ value: which.goal }),
+        field("Search: id, part of goal, payload", "search", { value: search, type: "search" }), field("Namespace", "namespace",
+        { value: which.namespace }), make("button.main", {}, "Show"))), intentsTable(intents, status,
+        status === "delayed" || search ? null : given(filter), page.next ? "None is among the newest 10,000." :
+        "There is none."), make("div.bar", {}, before && make("a", { href: place("intents", which) }, "Newest"),
+        page.next && make("a.next", { href: place("intents", { ...which, before: page.next }) }, "Older"))];
+  }, };
+// Intents with the actions on those that are ticked, or on all that match a filter, on any page; counted first.
+function intentsTable(intents, status, filter, none) {
+  const box = about => make("input", { type: "checkbox", ...about }), every = box(), untick = () => { every.checked = false; };
+  const ticks = intents.map(({ id }) => box({ "aria-label": "select " + id, value: id, onchange: untick }));
+  const all = box({ onchange: () => { untick(); for (const tick of ticks) tick.checked = all.checked; } });
+  const sweep = (verb, done, path, count = { count: true }, change = { confirm: true }) => trying(async () => {
+    const ids = ticks.filter(tick => tick.checked).map(tick => tick.value);
+    if (!every.checked && !ids.length) return say("Tick some first.");
+    const { status, ...rest } = every.checked ? filter : { ids }, some = count.action ? rest : { status, ...rest };
+    const { number, until } = await ask(path, { ...some, ...count });
+    if (!number) say("There are none.");
+    else if (confirm(verb + " " + plural(number, "intent") + "?")) await act("", path, { ...some, ...change, until },
+        async found => {
+      await draw(); say(plural(found.number ?? found.deleted ?? found.cancelled, "intent") + " " + done + "."); }); });
+  const until = of => of.completed_at || of.status === "claimed" && now();
+  const spent = of => of.claimed_at && until(of) && took(until(of) - of.claimed_at);
+  const moment = of => of.completed_at ? when(of.completed_at) : of.status === "claimed" ? ["since ", when(of.claimed_at)] :
+      [of.run_at > now() ? "due " : "waits since ", when(of.run_at)];
+  const error = of => of.status !== "fulfilled" && of.last_error && make("small.bad", {}, of.last_error.split("\n")[0]);
+  return [me.admin && intents.length > 0 && make("div.bar", {}, make("label.tick", {}, all, "Select all"),
+      filter && make("label.tick", {}, every, "All that match, on every page"), /^$|dead/.test(status) && button("Retry",
+      sweep("Retry", "retried", "/admin/dead", { action: "count" }, { action: "retry" })),
+      /^$|open|delayed|claimed/.test(status) && button("Cancel", sweep("Cancel", "cancelled", "/admin/cancel"), ".bad"),
+      button("Delete", sweep("Delete for good", "deleted", "/admin/purge"), ".bad")),
+      make("section", { "aria-label": "Intents" }, table("Intents", [...(me.admin ? [["", of => ticks[intents.indexOf(of)],
+      ".pick"]] : []), ["Goal", of => make("a.row", { href: "#intent/" + of.id }, make("b", { title: of.goal }, short(of.goal)),
+      make("small", {}, of.id.slice(0, 12) + "…" + (of.namespace === "default" ? "" : " " + of.namespace))), ".head"],
+      ["State", of => state(of.status), ".few"], ["Payload", of => [of.preview && make("code", {}, of.preview), error(of)],
+      ".wide"], ["Worker", of => of.worker && make("span", {}, of.worker), ".cut"], ["Attempts", of => of.claim_attempts + "/" +
+      of.max_attempts, ".few.tag"], ["Took", spent, ".few.tag"], ["When", moment, ".few"]], intents, none))]; }
+function signIn(words = "With the owner key of this bus, from ~/.apikey on its machine, or with its DASHBOARD_PASSWORD.") {
+  const send = async ({ key }) => {
+    const plain = /^[!-~]+$/.test(key) ? [{ Authorization: "Bearer " + key }, { "X-Admin-Token": key }] : [];
+    for (const headers of [...plain, basic("admin:" + key)])
+      try { keep(headers, (await summary(1, headers)).caller); say(""); return draw(); } catch (error) {
+        keep(null, null);
+        say(error.status === 401 || error.status === 403 ? "This key does not open the dashboard." : error.message, true); } };
+  for (const place of ["nav", "#out"]) put($(place));
+  put($("#view"), box("Sign in", make("p", {}, words),
+      soft("A viewer's key looks, and changes nothing: intentbus.py keys add NAME --role viewer"), form(send,
+      make("input", { value: "admin", autocomplete: "username", hidden: true }), field("Key", "key", { type: "password",
+      required: true, autocomplete: "current-password" }), make("button.main", {}, "Sign in")))); }
 async function draw(quietly) {
   const [path, search] = location.hash.slice(1).split("?"), [name, id] = path.split("/"), turn = ++drawn;
-  put($("nav"), pages.map(([page, words]) => make("a", { href: "#" + page, "aria-current": (page === name || page === "intents" && name === "intent") && "page" }, words)));
+  if (!key) return signIn();
   try {
+    if (!me || !quietly) keep(key, (await summary()).caller);
     const found = await (views[name] || views[""])(new URLSearchParams(search), id && decodeURIComponent(id));
     if (turn !== drawn) return;
-    put($("#view"), found);
-    if (quietly && $("#said").className) say("");
-  } catch (error) { say(error.message + " (" + new Date().toLocaleTimeString() + ")", true); }
-}
-const idle = () => !document.hidden && !location.hash.match(/keys|publish/) && !$("#view input:checked") && !$("#view").contains(document.activeElement?.closest("input, textarea, select"));
-addEventListener("hashchange", () => { say(""); draw(); scrollTo(0, 0); });
-document.addEventListener("visibilitychange", () => idle() && draw(true));
-setInterval(() => idle() && draw(true), 4000);
+    if (name !== "intent") live = {};
+    put($("nav"), Object.entries(pages).filter(([page]) => page !== "publish" || me.admin).map(([page, words]) => make("a",
+        { href: "#" + page, "aria-current": (page === name || page === "intents" && name === "intent") && "page" }, words)));
+    put($("#out"), button("Sign out", () => { keep(null, null); say(""); draw(); })); put($("#view"), found);
+    if (quietly && $("#said").className === "bad") say(""); } catch (error) {
+    if (error.status !== 401) return say(error.message + " (" + new Date().toLocaleTimeString() + ")", true); keep(null, null);
+    signIn("This key does not open the dashboard, or no longer."); } }
+const inUse = "#view input:checked, #view :focus-visible, #view svg:hover", onForm = /^#(keys|publish)/;
+const idle = () => key && !document.hidden && !onForm.test(location.hash) && !$(inUse);
+// A tap on a time shows this one and all others to the second.
+document.addEventListener("click", event => {
+  if (!event.target.closest("time")) return; inFull = !inFull;
+  for (const node of document.querySelectorAll("time")) node.textContent = inFull ? node.title :
+      ago(Date.parse(node.dateTime) / 1000); });
+addEventListener("hashchange", () => { if (!keepsWords) say(""); keepsWords = false; draw(); scrollTo(0, 0); });
+document.addEventListener("visibilitychange", () => idle() && draw(true)); setInterval(() => idle() && draw(true), 4000);
 draw();
-</script>
-</body>
-</html>
+</script></body></html>
 """)
 
 
@@ -4827,6 +5172,9 @@ def nothing_to_claim(api, request, wanted):
 
 def schedule_endpoint(api, request, name):
     validate(SCHEDULE_NAME, {"name": name})
+    body = request.json()
+    if isinstance(body, dict) and "paused" in body and not body.keys() - PAUSE_SCHEDULE.keys():
+        return 200, api.bus.pause_schedule(name, **request.fields(PAUSE_SCHEDULE), caller=request.caller)
     answer = api.bus.schedule(name, **request.fields(SCHEDULE), caller=request.caller)
     return 200 if answer.status == "replaced" else 201, answer
 
@@ -5006,7 +5354,7 @@ ROUTES = (
     ("POST", "/admin/purge",            "admin",   advancing("purge", PURGE)),
     ("POST", "/admin/cancel",           "admin",   advancing("cancel_many", CANCEL)),
     ("POST", "/admin/cleanup",          "admin",   advancing("cleanup")),
-    ("GET",  "/admin/dashboard",        "view",    lambda api, request: (200, DASHBOARD)),
+    ("GET",  "/admin/dashboard",        None,      lambda api, request: (200, DASHBOARD)),
     ("GET",  "/admin/intents",          "view",    advancing("list", LIST, Request.parameters)),
     ("POST", "/admin/intents",          "admin",   publish_endpoint),
     ("GET",  "/admin/intents/*",        "view",    of_intent(with_query("inspect"))),
@@ -5188,8 +5536,9 @@ class API:
         return not request.reads or request.endpoint is health_endpoint
 
     def summary(self, caller=OWNER, minutes=60):
-        """Return the summary of the bus, with the number of held requests."""
-        return Record(self.bus.summary(minutes, caller=caller), held_requests=len(self.waiting))
+        """Return the summary of the bus, with the number of held requests, and what the caller may do."""
+        return Record(self.bus.summary(minutes, caller=caller), held_requests=len(self.waiting),
+                      caller=Record(owner=caller.owner, role=caller.role, admin=caller.admin, payloads=caller.payloads))
 
     def housekeeping(self):
         """Do the work that is due besides requests."""
@@ -7014,15 +7363,17 @@ STATE = {**dict.fromkeys(STATUS_FIELDS, UNSURE), "id": ANSWER_ID, "status": TEXT
 ATTEMPT = answer_of(attempt=COUNT, outcome=TEXT, ended_at=MOMENT, claimed_at=PERHAPS_A_MOMENT, worker=UNSURE, error=UNSURE)
 RESULT_STATE = dict(STATE, result=UNSURE, result_type=UNSURE, history=(array_of(ATTEMPT), ()))     # older buses have no history
 LISTED_INTENT = answer_of(id=ANSWER_ID, status=TEXT, goal=TEXT, claim_attempts=COUNT, max_attempts=COUNT, created_at=MOMENT,
-                          last_error=UNSURE, worker=UNSURE)
+                          last_error=UNSURE, worker=UNSURE, preview=UNSURE)
 LISTED_WORKER = answer_of(owner=TEXT, last_seen=MOMENT, goals=(array_of(string), REQUIRED), name=UNSURE, id=UNSURE, version=UNSURE,
-                          running=(array_of(string), ()))
+                          running=(array_of(string), ()), running_since=(array_of(MOMENT[0]), ()), since=PERHAPS_A_MOMENT,
+                          fulfilled=UNSURE, failed=UNSURE)
 LISTED_EVENT = answer_of(event=TEXT, time=MOMENT, id=UNSURE, goal=UNSURE, status=UNSURE, worker_id=UNSURE, worker=UNSURE,
                          last_error=UNSURE)
 ONE_GOAL = dict(namespace=TEXT, goal=TEXT, run_at=PERHAPS_A_MOMENT)
-GOAL_FIGURES = answer_of(**ONE_GOAL, waiting=COUNT, running=COUNT, limit=UNSURE, paused=UNSURE, fulfilled=(array_of(COUNT[0]), ()),
-                         failed=(array_of(COUNT[0]), ()))
 GOAL_LIMIT = answer_of(namespace=TEXT, goal=TEXT, running=UNSURE, paused=TRUTH, claimed=COUNT)
+GOAL_FIGURES = answer_of(namespace=TEXT, goal=TEXT, waiting=COUNT, running=COUNT, run_at=PERHAPS_A_MOMENT, limit=UNSURE,
+                         paused=TRUTH, fulfilled=(array_of(COUNT[0]), REQUIRED), failed=(array_of(COUNT[0]), REQUIRED),
+                         waited=UNSURE, ran=UNSURE)
 LISTED_SCHEDULE = answer_of(name=TEXT, owner=TEXT, goal=TEXT, every=(number_from(1, 2 ** 40), None), cron=(string, None),
                             timezone=(string, None), made_at=MOMENT, next_run_at=PERHAPS_A_MOMENT, last_run_at=PERHAPS_A_MOMENT, last_id=UNSURE)
 PERHAPS_GOALS = (array_of(string), None)
@@ -7069,7 +7420,8 @@ ANSWERS = {     # of a bus, to a method and path: an answer without these fields
     "POST /admin/cancel": counted_or(cancelled=COUNT),
     "GET /admin/summary": answer_of(
         intents=(must_be("objects", lambda value: isinstance(value, dict) and all(isinstance(of, dict) for of in value.values())), REQUIRED),
-        goals=(array_of(GOAL_FIGURES), ()), waiting=(array_of(answer_of(**ONE_GOAL)), ()), workers=(array_of(LISTED_WORKER), ())),
+        goals=(array_of(GOAL_FIGURES), ()), waiting=(array_of(answer_of(**ONE_GOAL)), ()), workers=(array_of(LISTED_WORKER), ()),
+        gone=(array_of(LISTED_WORKER), ())),
 }
 ANY_ANSWER = answer_of()     # to other requests
 MAY_BE_EMPTY = ("POST /claim",)     # 204
@@ -7641,10 +7993,10 @@ class IntentClient:
         return self.get_result(intent_id)
 
     def list(self, *, status: ListedStatus | None = None, goal: str | None = None, namespace: str | None = None, limit: int = 50,
-             before: str | None = None, payload: bool = False, search: str | None = None) -> Page:
+             before: str | None = None, payload: bool = False, preview: int = 0, search: str | None = None) -> Page:
         """Return {"intents", "next"}, newest first; next is the value of before for the next page, or None."""
         return self.request("GET", "/intents", query=dict(status=status, goal=goal, namespace=namespace, limit=limit, search=search,
-                                                          before=before, payload="1" if payload else None))
+                                                          before=before, payload="1" if payload else None, preview=preview or None))
 
     def workers(self) -> Record:
         """Return {"workers"}: the workers that lately asked for work, the latest first."""

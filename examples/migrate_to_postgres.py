@@ -29,6 +29,7 @@ TABLES = {     # the columns by which rows are ordered, and the others
                           "revoked_at")),
     "memos": (("kind", "owner", "key"), ("value", "expires_at", "size")),
     "history": (("minute", "event"), ("times",)),
+    "goal_history": (("minute", "namespace", "goal", "event"), ("times",)),
     "limits": (("namespace", "goal"), ("running", "paused")),
     "tallies": (("namespace", "publisher", "status"), ("intents", "bytes")),
 }
@@ -65,7 +66,7 @@ def counts(run):
     """Return the number of intents of each status, and of rows in each other table that is copied as it is."""
     found, kinds = dict(run("SELECT status, COUNT(*) FROM intents GROUP BY status")), "', '".join(OF_ONE_BUS)
     for table, which in (("schedules", "1 = 1"), ("keys", "1 = 1"), ("memos", f"kind NOT IN ('{kinds}')"), ("history", "1 = 1"),
-                         ("limits", "1 = 1")):
+                         ("goal_history", "1 = 1"), ("limits", "1 = 1")):
         (found[table],), = run(f"SELECT COUNT(*) FROM {table} WHERE {which}")
     return found
 
@@ -76,7 +77,7 @@ def copy_all(source, target, db):
                          ("memos", "kind IN ('store', 'idempotency', 'invitation')")):
         if list(db.execute(f"SELECT 1 FROM {table} WHERE {which} LIMIT 1")):
             raise SetupError(f"{target.path} has intents, keys or values already; give this an empty database.")
-    for table, column in (("memos", "kind"), ("history", "minute")):     # of a bus that was started there and did nothing
+    for table, column in (("memos", "kind"), ("history", "minute"), ("goal_history", "minute")):     # of a bus that was started there and did nothing
         list(db.execute(f"DELETE FROM {table} RETURNING {column}"))
     for table in TABLES:
         copied = 0
