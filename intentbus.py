@@ -10447,15 +10447,19 @@ def backup_command(options):
 MADE_BY = "made by install, deleted by uninstall"     # in each file that install makes, so that it touches no other
 LAUNCHER = """{start}
 # Starts {library}; {made_by}.
+import gc
 import os
 import sys
 
 sys.path.insert(0, os.path.dirname({library!r}))
+gc.disable()
 try:
     from intentbus import main
 except ModuleNotFoundError:
     sys.exit("intentbus: " + {library!r} + " is gone; run install of intentbus.py again")
-os._exit(main())     # all is written; to take the interpreter apart would cost 6 ms
+gc.freeze()     # the module stays until the end: to look for garbage in it would cost a publish 2 ms
+gc.enable()
+os._exit(main())     # main has flushed stdout and stderr, and threads are daemons: to take the interpreter apart would cost 4 ms
 """
 COMPLETIONS = {     # by shell: its file, how the shell finds it, and the content
     "bash": ("{data}/bash-completion/completions/intentbus", "the next shell has it, if bash-completion is installed; otherwise add this "
