@@ -45,6 +45,11 @@ The parts, top to bottom; each uses only the parts above it:
     20. Commands      the command line
 """
 
+# The public names are typed, for users whose checkers are strict; the rest is not.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-any-generics, no-check-untyped-defs, no-warn-return-any
+# pyright: basic, analyzeUnannotatedFunctions=false
+from __future__ import annotations
+
 import argparse
 import base64
 import bisect
@@ -76,8 +81,14 @@ import urllib.parse
 import warnings
 
 __version__ = "1.0.0"
-__all__ = ["API", "Bus", "Clock", "Database", "Error", "Intent", "IntentClient", "Keys", "Record", "Reject", "Store",
+__all__ = ["API", "Bus", "Clock", "Database", "Error", "Intent", "IntentClient", "Keys", "Lease", "Record", "Reject", "Store",
            "Worker", "listen", "main"]
+
+TYPE_CHECKING = False     # type checkers take it for true; importing typing would cost each start 4 ms
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from types import FrameType
+    from typing import Any, Literal, Union
 
 
 # ---- 1. Settings ----
@@ -228,6 +239,7 @@ KEY_FILE = "~/.apikey"
 FOLDER = "~/.intentbus"             # of the files of a machine
 CONFIG_FILE = f"{FOLDER}/config.json"
 SPOOL_FILE = f"{FOLDER}/spool.db"
+LIBRARY_FILE = "~/.local/lib/intentbus/intentbus.py"     # the copy of this file that the launcher of install starts
 SPOOL_CHECK_SECONDS = 0.02          # between two looks whether another process still sends the spool
 SPOOL_LOCK_SECONDS = 30             # how long a process waits for another that writes to the spool
 POSIX = os.name == "posix"          # or Windows
@@ -248,6 +260,8 @@ JOBS = 256                          # of one worker; each is a thread and a prog
 SHOWING_SECONDS = 1                 # long work shows on a terminal how far it is, that late and that often
 COLUMN_WIDTH = 10                   # of a table's column that gives way; narrower ones are left out
 DOCTOR_SECONDS = 10                 # for the bus to answer a doctor
+COMPLETION_SECONDS = 1              # for the bus to answer a shell, whose user has pressed Tab
+COMPLETION_INTENTS = 200            # the newest, whose goals and ids a shell completes
 KEY_ENDS_SECONDS = 7 * 86400        # a doctor warns that long before a key ends: time to bring a new one to a machine
 LIMIT_WAIT_SECONDS = 3600           # a doctor warns of intents that wait for longer because their goal is at its limit
 TERMUX_SECONDS = 10                 # for Termux:API to answer; without its app it never does
@@ -275,7 +289,8 @@ class Error(Exception):
     status, code = 500, "internal_error"
     delay_seconds = 0
 
-    def __init__(self, message="Something went wrong inside the bus; its log has the details.", code=None, headers=(), **details):
+    def __init__(self, message: str = "Something went wrong inside the bus; its log has the details.", code: str | None = None,
+                 headers: Iterable[tuple[str, str]] = (), **details: Any) -> None:
         super().__init__(message)
         self.code = code or self.code
         self.headers, self.details = headers, details
@@ -419,18 +434,18 @@ def without_mark(data):
     return data[3:] if data.startswith(codecs.BOM_UTF8) else data
 
 
-class Record(dict):
+class Record(dict[str, "Any"]):
     """A dict whose keys read as attributes too: record["id"] is record.id."""
 
     __slots__ = ()
 
-    def __getattr__(self, key):
+    def __getattr__(self, key: str) -> Any:
         try:
             return self[key]
         except KeyError:
             raise AttributeError(f"there is no {key} in this {type(self).__name__}") from None
 
-    def pick(self, keys):
+    def pick(self, keys: Iterable[str]) -> Record:
         """Return a record of these keys only."""
         return Record({key: self[key] for key in keys})
 
@@ -2461,7 +2476,7 @@ class LiveOutput:
 # changes something is one block of the round; a verb that looks reads committed state, and changes nothing.
 
 Limits = collections.namedtuple("Limits", "unfinished stored_bytes")
-UNCHANGED = object()     # the default of an argument that can be None
+UNCHANGED: Any = object()     # the default of an argument that can be None
 Claim = collections.namedtuple("Claim", "lanes namespace goals worker_id lease token repeatable worker_name version")
 DEATHS = "intent.dead"     # the goal of the intents that announce deaths
 EVERYONE = "*"             # the owner of a viewer's key that sees the intents of all owners
@@ -7151,18 +7166,22 @@ def read_settings():
 
 
 def write_settings(url, key, ca):
-    """Save the bus that this machine has joined; after a crash, the file has either the old settings or the new ones."""
-    path = in_home(CONFIG_FILE)
+    """Save the bus that this machine has joined."""
+    replace_file(in_home(CONFIG_FILE), to_json(dict(url=url, key=key, ca=ca and os.path.abspath(ca))) + "\n", 0o600)
+
+
+def replace_file(path, text, mode):
+    """Write a file; after a crash, it has either the old text or the new one. Raises SetupError."""
     make_parent_folder(path)
     temporary = f"{path}.{os.getpid()}"
     try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-            file.write(to_json(dict(url=url, key=key, ca=ca and os.path.abspath(ca))) + "\n")
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w", encoding="utf-8") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise SetupError(f"The settings file {path} cannot be written: {error.strerror}.") from error
+        raise SetupError(f"The file {path} cannot be written: {error.strerror}.") from error
 
 
 def is_damage(error):
@@ -7820,6 +7839,77 @@ def process_name(program=None):
     return label(words.encode("ascii", "replace").decode())[:64 - len(number)] + number
 
 
+def present(**fields: Any) -> dict[str, Any]:
+    """Return the fields that are not None; the bus has defaults for the others."""
+    return {field: value for field, value in fields.items() if value is not None}
+
+
+if TYPE_CHECKING:     # what is in the answers; at run time each is a plain Record
+    Goals = Union[str, Sequence[str], None]     # None: any goal
+    Handler = Union[Callable[[Any], object], Callable[[Any, "Lease"], object]]     # the second with_lease
+    Visibility = Literal["private", "public"]
+    ResultType = Literal["json", "text"]
+    Status = Literal["open", "claimed", "fulfilled", "dead"]
+    ListedStatus = Literal[Status, "delayed"]
+
+    class Published(Record):
+        id: str     # None while it is in a spool, with the status "spooled" and the reason
+        status: str
+        namespace: str
+        listening: int | None     # None at an older bus
+        never_claimed: bool | None
+
+    class SeenIntent(Record):
+        id: str
+        namespace: str
+        goal: str
+        priority: int
+        claim_attempts: int
+        max_attempts: int
+        target_worker: str | None
+        required_capability: str | None
+        created_at: float
+        claim_expires_at: float | None
+
+    class Claimed(SeenIntent):
+        payload: Any
+        claim_token: str
+        claim_timeout: float
+
+    class Ended(Record):
+        id: str
+        status: str
+        run_at: float | None
+        next: Claimed | None     # with next_claim
+
+    class Attempt(Record):
+        attempt: int
+        worker: str | None
+        claimed_at: float | None
+        ended_at: float
+        outcome: Literal["failed", "lost", "released"]
+        error: str | None
+
+    class State(SeenIntent):
+        status: Status
+        visibility: Visibility
+        run_at: float
+        completed_at: float | None
+        last_error: str | None
+        claimed_at: float | None
+        worker: str | None
+        schedule: str | None
+
+    class Result(State):
+        result: Any
+        result_type: ResultType | None
+        history: list[Attempt]
+
+    class Page(Record):
+        intents: list[State]
+        next: str | None
+
+
 class IntentClient:
     """A client of a bus: the verbs of Bus, over HTTP.
 
@@ -7835,7 +7925,8 @@ class IntentClient:
     reported, not claimed again.
     """
 
-    def __init__(self, base_url=None, api_key=None, timeout=CLIENT_SECONDS, namespace=None, ca=None, spool=None, send_key=False):
+    def __init__(self, base_url: str | None = None, api_key: str | None = None, timeout: float = CLIENT_SECONDS,
+                 namespace: str | None = None, ca: str | None = None, spool: str | None = None, send_key: bool = False) -> None:
         import urllib.request     # 14 ms with the modules that it loads, which only a client needs
         joined = read_settings()
         given = (base_url or "").strip() or os.environ.get("INTENT_BUS_URL", "").strip()
@@ -7852,7 +7943,7 @@ class IntentClient:
         self._key = key
         self.ca = ca = ca or joined.get("ca")
         self.key_name = key_name(key)
-        self._spooler = spool and Spooler(self, spool, self.key_name)
+        self._spooler = Spooler(self, spool, self.key_name) if spool else None
         local = LOOPBACK.fullmatch(parts.hostname)
         issued = ISSUED.fullmatch(self._key)
         self._key_id = issued[1] if issued else "owner"
@@ -7862,24 +7953,37 @@ class IntentClient:
         self._publisher = self._key if send_key else self._key_id     # older buses know no ids
         self._known_newer = False     # than an Intent Bus 7
         self._clock_offset = 0     # seconds
-        self._proxy, credentials = (None, None) if local else proxy_to(parts)
+        self._proxy, credentials = (None, None) if local else proxy_to(parts)     # type: ignore
         self._opener = urllib.request.OpenerDirector()     # follows no redirects, which would pass the key on
-        self._opener.add_handler(KeptConnection(self._proxy and (self._proxy, credentials), client_tls_context(ca) if ca else None))
+        connection = KeptConnection(self._proxy and (self._proxy, credentials), client_tls_context(ca) if ca else None)
+        self._opener.add_handler(connection)     # type: ignore   # a handler needs no base class, which would have to be imported first
 
     @property
-    def spool(self):
+    def spool(self) -> Any:
         """The Spool, or None; raises SetupError if it cannot be opened."""
-        return self._spooler and self._spooler.spool
+        return self._spooler.spool if self._spooler else None
 
-    def publish(self, goal, payload, *, idempotency_key=None, **fields):
-        """Publish an intent with the fields of Bus.publish; it is stored once, however often the request is repeated."""
-        body = dict(dict(goal=goal, payload=payload, namespace=self.namespace), **fields)
+    def publish(self, goal: str, payload: Any, *, namespace: str | None = None, priority: int | None = None,
+                delay: float | None = None, run_at: float | None = None, ttl: float | None = None, max_attempts: int | None = None,
+                backoff_base: float | None = None, target_worker: str | None = None, required_capability: str | None = None,
+                visibility: Visibility | None = None, unique: str | None = None, replace: bool | None = None,
+                on_success: str | None = None, on_failure: str | None = None, stream: bool | None = None,
+                idempotency_key: str | None = None) -> Published:
+        """Publish an intent; it is stored once, however often the request is repeated.
+
+        delay, ttl and backoff_base are seconds, run_at is Unix seconds; None is the default of the bus.
+        """
+        body = present(goal=goal, namespace=namespace or self.namespace, priority=priority, delay=delay, run_at=run_at, ttl=ttl,
+                     max_attempts=max_attempts, backoff_base=backoff_base, target_worker=target_worker, unique=unique,
+                     required_capability=required_capability, visibility=visibility, replace=replace, on_success=on_success,
+                     on_failure=on_failure, stream=stream)
+        body["payload"] = payload
         answer = self._publish("/intent", body, idempotency_key)
         if body.get("ttl") is not None and answer.id and answer.listening is None:
             warnings.warn(f"{self.base_url} is an older bus, which ignores a ttl: the intent is published without")
         return answer
 
-    def publish_many(self, intents, *, idempotency_key=None):
+    def publish_many(self, intents: Iterable[Mapping[str, Any]], *, idempotency_key: str | None = None) -> Record:
         """Publish up to 1,000 intents, each a dict of the arguments of publish, all or none; return {"ids"}."""
         bodies = [dict({"namespace": self.namespace}, **intent) for intent in intents]
         return self._publish("/intents", bodies, idempotency_key)
@@ -7890,7 +7994,7 @@ class IntentClient:
             raise Invalid("An idempotency key is 1 to 255 printable ASCII characters.", code="invalid_idempotency_key")
         return self._spooler.publish(path, body, key) if self._spooler else self.publish_once(path, body, key)
 
-    def publish_once(self, path, body, idempotency_key, retries=RETRIES):
+    def publish_once(self, path: str, body: Any, idempotency_key: str, retries: int = RETRIES) -> Any:
         """Send a publish, with its idempotency key where the signature covers it, and in the header that older buses read."""
         if path == "/intents":
             return self.request("POST", path, body, query=dict(idempotency_key=idempotency_key), retries=retries)
@@ -7900,12 +8004,13 @@ class IntentClient:
         return self.request("POST", path, dict(body, idempotency_key=idempotency_key), retries=retries,
                             headers={"Idempotency-Key": idempotency_key})
 
-    def flush(self):
+    def flush(self) -> int:
         """Send the spooled requests and return how many the bus accepted; a request that it refuses is not sent again."""
         return self._spooler.flush() if self._spooler else 0
 
-    def claim(self, goal=None, *, namespace=None, publisher=None, worker_id=None, capabilities=(), wait=0, lease=None,
-              claim_token=None, worker_name=None):
+    def claim(self, goal: Goals = None, *, namespace: str | None = None, publisher: str | None = None, worker_id: str | None = None,
+              capabilities: Iterable[str] = (), wait: float = 0, lease: float | None = None, claim_token: str | None = None,
+              worker_name: str | None = None) -> Claimed | None:
         """Claim an intent; return None if there is none within wait seconds.
 
         A claim whose answer is lost is repeated; with a claim_token, 32 to 64 random characters, by the caller only.
@@ -7925,21 +8030,23 @@ class IntentClient:
                     publisher=self._publisher if publisher == self._key else publisher,
                     capabilities=",".join(capabilities) or None)
 
-    def extend_claim(self, intent_id, claim_token=None, seconds=LEASE_SECONDS):
+    def extend_claim(self, intent_id: str, claim_token: str | None = None, seconds: float = LEASE_SECONDS) -> Record:
         """Extend a lease, so that it ends seconds from now; raises NotFound if it is lost."""
         return self.request("POST", f"/extend_claim/{intent_id}", dict(claim_token=claim_token, seconds=seconds), retries=0)
 
-    def progress(self, intent_id, claim_token=None, percent=None, message=None, output=None):
+    def progress(self, intent_id: str, claim_token: str | None = None, percent: float | None = None, message: str | None = None,
+                 output: str | None = None) -> Record:
         """Tell how far the work is, and what it has written, as Bus.progress does; this extends the lease, too."""
         body = dict(claim_token=claim_token, percent=percent, message=message, output=output)
         return self.request("POST", f"/progress/{intent_id}", body, retries=0)
 
-    def step(self, intent_id, claim_token, name, output=None, seconds=None):
+    def step(self, intent_id: str, claim_token: str, name: str, output: str | None = None, seconds: float | None = None) -> Record:
         """Ask whether a step is done, or record it with its output, as Bus.step does; the claim token is the only credential."""
         body = dict(name=name, output=output, seconds=seconds)
         return self.request("POST", f"/step/{intent_id}", body, headers={"X-Claim-Token": claim_token}, retries=0)
 
-    def fulfill(self, intent_id, claim_token=None, result=None, result_type="json", next_claim=None):
+    def fulfill(self, intent_id: str, claim_token: str | None = None, result: Any = None, result_type: ResultType = "json",
+                next_claim: Mapping[str, Any] | None = None) -> Ended:
         """Report that the work is done.
 
         With next_claim, arguments of claim() but wait, the same request claims: next of the answer is an intent or None.
@@ -7947,11 +8054,13 @@ class IntentClient:
         return self._report("fulfill", intent_id, next_claim, self._spooler, claim_token=claim_token, result=result,
                             result_type=result_type)
 
-    def fail(self, intent_id, claim_token=None, error=None, retry=True, next_claim=None):
+    def fail(self, intent_id: str, claim_token: str | None = None, error: str | None = None, retry: bool = True,
+             next_claim: Mapping[str, Any] | None = None) -> Ended:
         """Report that the work has failed; with retry=False the intent is dead at once. next_claim is as in fulfill()."""
         return self._report("fail", intent_id, next_claim, self._spooler, claim_token=claim_token, error=error, retry=retry)
 
-    def release(self, intent_id, claim_token=None, delay=0, next_claim=None):
+    def release(self, intent_id: str, claim_token: str | None = None, delay: float = 0,
+                next_claim: Mapping[str, Any] | None = None) -> Ended:
         """Hand an intent back without counting the attempt; it can be claimed again after delay seconds.
 
         An older bus takes none back; there it is failed for a retry.
@@ -7975,99 +8084,118 @@ class IntentClient:
                                 query=dict(self._claim_query(**wanted), next=1))
         return spooler.report(path, body, intent_id, send) if spooler else send()
 
-    def get_status(self, intent_id):
+    if TYPE_CHECKING:     # the function listen() of part 18
+        def listen(self, goal: Goals, handler: Handler, *, full_envelope: bool = False, with_lease: bool = False,
+                   concurrency: int = 1, lease: float = LEASE_SECONDS, max_jobs: int | None = None, max_time: float | None = None,
+                   drain: bool = False, poll: float = POLL_SECONDS, on_message: Callable[[str], object] = lambda sentence: None,
+                   namespace: str | None = None, publisher: str | None = None, worker_id: str | None = None,
+                   capabilities: Iterable[str] | None = None, worker_name: str | None = None) -> None: ...
+
+    def get_status(self, intent_id: str) -> State:
         """Return the state of an intent."""
         return self.request("GET", f"/status/{intent_id}")
 
-    def get_result(self, intent_id, wait=0):
+    def get_result(self, intent_id: str, wait: float = 0) -> Result:
         """Return the state of an intent with its result, as soon as it has ended or after wait seconds."""
         return self.request("GET", f"/result/{intent_id}", wait=wait)
 
-    def output(self, intent_id, after=0, wait=0):
+    def output(self, intent_id: str, after: int = 0, wait: float = 0) -> Record:
         """Return what the worker of an intent tells while it runs, as Bus.output does; held until there is news for wait seconds."""
         return self.request("GET", f"/output/{intent_id}", query=dict(after=after), wait=wait)
 
-    def inspect(self, intent_id):
+    def inspect(self, intent_id: str) -> Result:
         """Return all that this key may see of an intent: as an admin everything, otherwise the fields of get_result()."""
         with contextlib.suppress(NotFound, OlderBus):     # an older bus does not tell who is an admin
             if secret_in("BUS_ADMIN_SECRET") or secret_in("DASHBOARD_PASSWORD") or self.who_am_i().admin:
                 return self.admin(f"intents/{intent_id}")
         return self.get_result(intent_id)
 
-    def list(self, *, status=None, goal=None, namespace=None, limit=50, before=None, payload=False, preview=0, search=None):
+    def list(self, *, status: ListedStatus | None = None, goal: str | None = None, namespace: str | None = None, limit: int = 50,
+             before: str | None = None, payload: bool = False, preview: int = 0, search: str | None = None) -> Page:
         """Return {"intents", "next"}, newest first; next is the value of before for the next page, or None."""
         return self.request("GET", "/intents", query=dict(status=status, goal=goal, namespace=namespace, limit=limit, search=search,
                                                           before=before, payload="1" if payload else None, preview=preview or None))
 
-    def workers(self):
+    def workers(self) -> Record:
         """Return {"workers"}: the workers that lately asked for work, the latest first."""
         return self.request("GET", "/workers")
 
-    def events(self, after=None, wait=0):
+    def events(self, after: int | None = None, wait: float = 0) -> Record:
         """Return {"events", "next", "missed"}: the events after a number, or from now on; next is the next value of after."""
         return self.request("GET", "/events", query=dict(after=after), wait=wait)
 
-    def who_am_i(self):
+    def who_am_i(self) -> Record:
         """Return {"key_id", "owner", "role", "goals", "expires_at", "payloads", "admin", "now"} of the key of this client."""
         return self.request("GET", "/whoami", retries=0)
 
-    def join(self, code):
+    def join(self, code: str) -> Record:
         """Exchange the code of an invitation for a key; return {"api_key", "key_id", "name", "owner", "role"}."""
         return self.request("POST", "/join", dict(code=code), retries=0)
 
-    def cancel(self, intent_id):
+    def cancel(self, intent_id: str) -> Ended:
         """Cancel an unfinished intent; raises Conflict if it has ended."""
         return self.request("POST", f"/cancel/{intent_id}", retries=0)
 
-    def retry(self, intent_id=None, *, goal=None, namespace=None, limit=1000, count=False, until=None, from_start=False):
-        """Reopen a dead intent, which goes on after its steps that are done, or from_start; or up to limit dead intents of a
-        goal or namespace; or count these, as Bus.retry_many does."""
+    def retry(self, intent_id: str | None = None, *, goal: str | None = None, namespace: str | None = None, limit: int = 1000,
+              count: bool = False, until: float | None = None, from_start: bool = False) -> Record:
+        """Reopen a dead intent, which goes on after its steps that are done, or from_start; or up to limit dead ones of a goal
+        or namespace; or count these, as Bus.retry_many does."""
         if intent_id is not None:
             return self.request("POST", f"/retry/{intent_id}", dict(from_start=True) if from_start else None, retries=0)
         more = {} if not count and until is None else dict(count=count, until=until)     # unknown to older buses
         return self.request("POST", "/retry", dict(more, goal=goal, namespace=namespace, limit=limit), retries=0)
 
-    def schedule(self, name, goal, payload, **fields):
-        """Publish an intent again and again, with the fields of Bus.schedule; return {"name", "next_run_at", "status"}."""
-        return self.request("POST", f"/schedule/{name}", dict(dict(goal=goal, payload=payload, namespace=self.namespace), **fields))
+    def schedule(self, name: str, goal: str, payload: Any, *, every: float | None = None, cron: str | None = None,
+                 timezone: str | None = None, overlap: Literal["skip", "allow"] | None = None, paused: bool | None = None,
+                 owner: str | None = None, namespace: str | None = None, priority: int | None = None, ttl: float | None = None,
+                 max_attempts: int | None = None, backoff_base: float | None = None, target_worker: str | None = None,
+                 required_capability: str | None = None, visibility: Visibility | None = None, on_success: str | None = None,
+                 on_failure: str | None = None, stream: bool | None = None) -> Record:
+        """Publish an intent every so many seconds, or at the times of a cron expression; return {"name", "next_run_at", "status"}."""
+        body = present(goal=goal, namespace=namespace or self.namespace, every=every, cron=cron, timezone=timezone, overlap=overlap,
+                     paused=paused, owner=owner, priority=priority, ttl=ttl, max_attempts=max_attempts, backoff_base=backoff_base,
+                     target_worker=target_worker, required_capability=required_capability, visibility=visibility,
+                     on_success=on_success, on_failure=on_failure, stream=stream)
+        body["payload"] = payload
+        return self.request("POST", f"/schedule/{name}", body)
 
-    def schedules(self, owner=None):
+    def schedules(self, owner: str | None = None) -> Record:
         """Return {"schedules"}, each with next_run_at, last_run_at and the last_id that it published."""
         return self.request("GET", "/schedules", query=dict(owner=owner))
 
-    def unschedule(self, name, owner=None):
+    def unschedule(self, name: str, owner: str | None = None) -> Record:
         """Delete a schedule; raises NotFound."""
         return self.request("POST", f"/unschedule/{name}", dict(owner=owner), retries=0)
 
-    def run(self, name, owner=None):
+    def run(self, name: str, owner: str | None = None) -> Published:
         """Publish the intent of a schedule now, besides its runs, and return {"id", "status", "namespace"}."""
         return self.request("POST", f"/run/{name}", dict(owner=owner), retries=0)
 
-    def set(self, key, value, ttl=VALUE_TTL_SECONDS, if_absent=False):
+    def set(self, key: str, value: Any, ttl: float = VALUE_TTL_SECONDS, if_absent: bool = False) -> Record:
         """Store a JSON value for ttl seconds; with if_absent, raises Conflict if the key is taken, so it serves as a lock."""
         if if_absent:
             self._require_newer("store it though the key may be taken")
         body = dict(value=value, ttl=ttl, if_absent=if_absent)
         return self.request("POST", f"/set/{key}", body, retries=0 if if_absent else RETRIES)
 
-    def get(self, key):
+    def get(self, key: str) -> Any:
         """Return the value of a key; raises NotFound."""
         return self.request("GET", f"/get/{key}").value
 
-    def delete(self, key):
+    def delete(self, key: str) -> Record:
         """Delete a key; return {"deleted"}, whether it had a value."""
         return self.request("POST", f"/delete/{key}", retries=0)
 
-    def limit(self, goal, running=UNCHANGED, paused=None, namespace=None):
+    def limit(self, goal: str, running: int | None = UNCHANGED, paused: bool | None = None, namespace: str | None = None) -> Record:
         """Let at most `running` intents of a goal be claimed at once, None for any number; or pause it, or end its pause."""
         changes = {} if running is UNCHANGED else dict(running=running)
         return self._as_admin("POST", f"/limit/{goal}", dict(changes, paused=paused, namespace=namespace or self.namespace))
 
-    def limits(self):
+    def limits(self) -> Record:
         """Return {"limits"}: of each goal that is limited or paused, in any namespace, with the number of claimed intents."""
         return self._as_admin("GET", "/limits")
 
-    def admin(self, verb, **body):
+    def admin(self, verb: str, **body: Any) -> Any:
         """Call /admin/VERB; by GET if there is no body."""
         body = {field: value for field, value in body.items() if value is not None}
         if verb == "purge" and body.keys() - {"confirm", "namespace"}:     # an older bus, which would ignore these, has no summary
@@ -8094,7 +8222,8 @@ class IntentClient:
         except (NotFound, OlderBus) as error:
             raise OlderBus(f"{self.base_url} is an older bus, which would {consequence}.") from error
 
-    def request(self, method, path, body=None, *, query=None, headers=None, wait=0, retries=RETRIES):
+    def request(self, method: str, path: str, body: Any = None, *, query: Mapping[str, Any] | None = None,
+                headers: Mapping[str, str] | None = None, wait: float = 0, retries: int = RETRIES) -> Any:
         """Send a request, again after a transient error; return the answer, or None for 204.
 
         The bus may hold the request for wait seconds. The answer is a Record, or a list of Records.
@@ -8260,30 +8389,30 @@ class Lease:
     `broken` is None, or the reason why the handler must end: the lease is "lost", or the worker is "stopped".
     """
 
-    def __init__(self, bus, intent, seconds):
+    def __init__(self, bus: Bus | IntentClient, intent: Claimed, seconds: float) -> None:
         self._bus, self._holder, self._seconds = bus, (intent.id, intent.claim_token), seconds
         self._due = steady_clock() + seconds / 3     # when it is to be extended
-        self._news = {}             # what the bus has not been told yet: percent, message, output
+        self._news: dict[str, Any] = {}             # what the bus has not been told yet: percent, message, output
         self._news_lock = threading.Lock()
         self._pause, self._told_at = PROGRESS_SECONDS, -FOREVER
         self._calling = threading.Lock()     # held while the bus is called
         self._steps = set()         # names of those that the handler has asked for
         self._started = time.monotonic()
-        self.broken = None
+        self.broken: str | None = None
 
-    def age(self):
+    def age(self) -> str:
         """Return the seconds since the intent was claimed, as words."""
         return f"{time.monotonic() - self._started:.1f} s"
 
-    def progress(self, percent=None, message=None):
+    def progress(self, percent: float | None = None, message: str | None = None) -> None:
         """Tell how far the work is, from 0 to 100 and in words, for people to see; it takes no time, and may be called often."""
         self._note(percent=percent, message=message)
 
-    def write(self, text):
+    def write(self, text: str) -> None:
         """Add to the output that people see while the handler runs; of much at once, the end."""
         self._note(output=text)
 
-    def step(self, name, function):
+    def step(self, name: str, function: Callable[[], Any]) -> Any:
         """Return the value of a step: of function(), called once an intent, however often this is tried; any JSON value.
 
         It is called again if this machine dies after it, and before the bus has recorded the value.
@@ -8300,7 +8429,7 @@ class Lease:
         except (Invalid, Conflict) as error:
             raise Reject(f"The step {name} cannot be recorded: {error}") from error
 
-    def keep(self):
+    def keep(self) -> None:
         """Call the bus if that is due, in a thread: a slow bus must not hold up the other leases."""
         now = steady_clock()
         due = now >= self._due or self._news and now >= self._told_at + self._pause
@@ -8310,7 +8439,7 @@ class Lease:
             except RuntimeError:     # there is no memory for one
                 self._call()
 
-    def tell_the_rest(self):
+    def tell_the_rest(self) -> None:
         """Tell the bus what it has not been told, before the outcome is reported; without success if it is away."""
         self._calling.acquire()     # once a call that has begun is over
         if not self._news or self.broken:
@@ -8370,11 +8499,15 @@ class Worker:
     the intent. Any other exception is trouble of this machine: the worker releases the intent and stops.
     """
 
-    def __init__(self, bus, goal, handler, *, concurrency=1, lease=LEASE_SECONDS, max_jobs=None, max_time=None,
-                 drain=False, poll=POLL_SECONDS, on_message=lambda sentence: None, **claim):
+    def __init__(self, bus: Bus | IntentClient, goal: Goals, handler: Callable[[Claimed, Lease], tuple[Any, ResultType]], *,
+                 concurrency: int = 1, lease: float = LEASE_SECONDS, max_jobs: int | None = None, max_time: float | None = None,
+                 drain: bool = False, poll: float = POLL_SECONDS, on_message: Callable[[str], object] = lambda sentence: None,
+                 namespace: str | None = None, publisher: str | None = None, worker_id: str | None = None,
+                 capabilities: Iterable[str] | None = None, worker_name: str | None = None) -> None:
         self._bus = bus
         self._handler = handler
-        self._wanted = dict(claim, goal=goal, lease=lease)
+        self._wanted = present(goal=goal, lease=lease, namespace=namespace, publisher=publisher, worker_id=worker_id,
+                             capabilities=capabilities and list(capabilities), worker_name=worker_name)
         self._lease_seconds = lease
         self._drain = drain
         self._poll = poll
@@ -8382,15 +8515,15 @@ class Worker:
         self._jobs = threading.Semaphore(max_jobs or sys.maxsize)     # one permit for each intent that may still be claimed
         self._deadline = time.monotonic() + (max_time or float("inf"))
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(concurrency)]
-        self._running = {}     # thread: (lease, intent)
-        self._ended = queue.SimpleQueue()     # gets an item when a handler or a thread ends, to wake run()
-        self._over = []                       # an item for each thread that has ended, save its last steps
+        self._running: dict[int, tuple[Lease, Claimed]] = {}     # by thread
+        self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()     # gets an item when a handler or a thread ends, to wake run()
+        self._over: list[None] = []     # an item for each thread that has ended, save its last steps
         self._stopping = threading.Event()
         self._failure = None
         self._trouble = None     # of the latest claim, in words
-        self.signals = []     # numbers of the signals that interrupted the worker
+        self.signals: list[int] = []     # numbers of the signals that interrupted the worker
 
-    def run(self):
+    def run(self) -> None:
         """Work until an option, interrupt() or Ctrl-C ends the worker.
 
         Raises the Error that stops it, BrokenPipeError if the reader of its output is gone, or SetupError for other trouble.
@@ -8405,7 +8538,7 @@ class Worker:
         if self._failure:
             raise SetupError(f"The worker cannot go on: {reason_of(self._failure)}.") from self._failure
 
-    def interrupt(self, signal_number=signal.SIGINT, frame=None):
+    def interrupt(self, signal_number: int = signal.SIGINT, frame: FrameType | None = None) -> None:
         """Claim nothing more and let handlers finish; when called again, end them and release their intents.
 
         HUP never counts as a second time: a terminal that closes sends it, and then its shell once more.
@@ -8577,11 +8710,16 @@ def consequence_of(answer, error, retry=True):
     return f"{when}: {lines[0]}" if len(lines) == 1 else f"{when}: {lines[0].partition(': ')[0]}: {lines[-1]}"
 
 
-def listen(bus, goal, handler, *, full_envelope=False, with_lease=False, **options):
+def listen(bus: Bus | IntentClient, goal: Goals, handler: Handler, *, full_envelope: bool = False, with_lease: bool = False,
+           concurrency: int = 1, lease: float = LEASE_SECONDS, max_jobs: int | None = None, max_time: float | None = None,
+           drain: bool = False, poll: float = POLL_SECONDS, on_message: Callable[[str], object] = lambda sentence: None,
+           namespace: str | None = None, publisher: str | None = None, worker_id: str | None = None,
+           capabilities: Iterable[str] | None = None, worker_name: str | None = None) -> None:
     """Call handler(payload) for each intent of a goal, until Ctrl-C; with full_envelope, handler(intent).
 
-    With with_lease, it gets the Lease as its second argument, to tell of its progress. It returns the result, any JSON value. False or an exception fails the intent, Reject fails it for good. options are
-    those of Worker and of claim.
+    With with_lease, it gets the Lease as its second argument, to tell of its progress. It returns the result, any JSON
+    value. False or an exception fails the intent, Reject fails it for good. The other arguments are those of Worker and of
+    claim.
     """
     def run(intent, lease):
         try:
@@ -8594,10 +8732,12 @@ def listen(bus, goal, handler, *, full_envelope=False, with_lease=False, **optio
         if result is False:
             raise HandlerFailed("The handler returned False.")
         return result, "json"
-    Worker(bus, goal, run, **options).run()
+    Worker(bus, goal, run, concurrency=concurrency, lease=lease, max_jobs=max_jobs, max_time=max_time, drain=drain, poll=poll,
+           on_message=on_message, namespace=namespace, publisher=publisher, worker_id=worker_id, capabilities=capabilities,
+           worker_name=worker_name).run()
 
 
-IntentClient.listen = listen     # added here, since it needs the Worker
+IntentClient.listen = listen     # type: ignore   # added here, since it needs the Worker
 
 SECRET_VARIABLES = ("INTENT_API_KEY", "BUS_SECRET", "BUS_ADMIN_SECRET", "DASHBOARD_PASSWORD", "BUS_METRICS_TOKEN")
 CTRL_BREAK_EVENT = 1     # the SIGTERM of Windows; the module signal has it only there
@@ -9180,16 +9320,17 @@ GROUPS = (
     ("schedule", ("schedule", "schedules", "unschedule", "run")),
     ("limit", ("limit", "pause", "resume", "limits")),
     ("repair", ("cancel", "retry", "purge", "doctor", "backup")),
-    ("keys and machines", ("keys add", "keys invite", "keys list", "keys revoke", "join")),
+    ("keys and machines", ("keys add", "keys invite", "keys list", "keys revoke", "join", "install", "uninstall")),
     ("store values", ("set", "get", "del")),
 )
 EXIT_CODES = {400: 2, 401: 4, 403: 4, 404: 3, 409: 1, 413: 6, 422: 6, 429: 6}     # by the HTTP status of the error
-INVOCATION = f"{os.path.basename(sys.executable or 'python')} {os.path.basename(__file__)}"     # how a person starts it
+INVOCATION = ("intentbus" if sys.argv and os.path.basename(sys.argv[0]) == "intentbus" else     # how a person starts it
+              f"{os.path.basename(sys.executable or 'python')} {os.path.basename(__file__)}")
 UNIT_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 DURATION = r"\d{1,9}(\.\d{1,9})?|(\d{1,9}(\.\d{1,9})?[smhdw])+"
 UNPRINTABLE = r"[^\n\t\x20-\x7e\xa0-\U0010ffff]"     # characters that can control a terminal; compiled late, which takes 3 ms
 STATE_COLORS = {"claimed": 33, "fulfilled": 32, "dead": 31, "failed": 31, "lost": 31, "skipped": 33, "paused": 33, "has ended": 31}     # ANSI
-COMMANDS = {}     # name: (function, examples, flags)
+COMMANDS: dict[str, tuple[Any, ...]] = {}     # name: (function, examples, flags)
 
 
 def escape(text, characters=CONTROL):
@@ -10562,6 +10703,143 @@ def backup_command(options):
         raise SetupError(f"{source} cannot be copied to {options.file}: {reason}.") from error
 
 
+MADE_BY = "made by install, deleted by uninstall"     # in each file that install makes, so that it touches no other
+LAUNCHER = """{start}
+# Starts {library}; {made_by}.
+import gc
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname({library!r}))
+gc.disable()
+try:
+    from intentbus import main
+except ModuleNotFoundError:
+    sys.exit("intentbus: " + {library!r} + " is gone; run install of intentbus.py again")
+gc.freeze()     # the module stays until the end: to look for garbage in it would cost a publish 2 ms
+gc.enable()
+os._exit(main())     # main has flushed stdout and stderr, and threads are daemons: to take the interpreter apart would cost 4 ms
+"""
+COMPLETIONS = {     # by shell: its file, how the shell finds it, and the content
+    "bash": ("{data}/bash-completion/completions/intentbus", "the next shell has it, if bash-completion is installed; otherwise add this "
+             "line to ~/.bashrc: . {file}", r"""
+_intentbus() {
+    local word
+    COMPREPLY=()
+    while IFS=$'\t' read -r word _; do
+        printf -v word %q "$word"
+        COMPREPLY+=("$word")
+    done < <(intentbus complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)
+}
+complete -o default -F _intentbus intentbus
+"""),
+    "zsh": ("{data}/zsh/site-functions/_intentbus", "add this line to ~/.zshrc, above compinit: fpath=({folder} $fpath)", r"""
+local line
+local -a found
+for line in ${(f)"$(intentbus complete "${(@)words[2,CURRENT]}" 2>/dev/null)"}; do
+    found+=("${${line%%$'\t'*}//:/\\:}:${line#*$'\t'}")
+done
+if (( $#found )); then _describe intentbus found; else _files; fi
+"""),
+    "fish": ("{config}/fish/completions/intentbus.fish", "the next shell has it", r"""
+function __intentbus_complete
+    set -l words (commandline -opc) (commandline -ct)
+    intentbus complete $words[2..-1] 2>/dev/null
+    or __fish_complete_path (commandline -ct)
+end
+complete -c intentbus -f -a '(__intentbus_complete)'
+"""),
+}
+
+
+def installed_file(shell=None):
+    """Return the path of the completion for a shell, or of the launcher, in a folder that PATH should have."""
+    prefix = os.environ.get("PREFIX") if in_termux() else None
+    place = COMPLETIONS[shell][0] if shell else f"{prefix or '~/.local'}/bin/intentbus"
+    return in_home(place.format(data=os.environ.get("XDG_DATA_HOME") or "~/.local/share",
+                                config=os.environ.get("XDG_CONFIG_HOME") or "~/.config"))
+
+
+def text_at(path):
+    """Return the text of a file, "" if there is none; raises SetupError."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise SetupError(f"The file {path} cannot be read: {error.strerror}.") from error
+
+
+def is_ours(path):
+    """Return whether there is a file that install has made; raises SetupError if it is another program's."""
+    text = text_at(path)
+    if MADE_BY not in text and os.path.lexists(path):
+        raise SetupError(f"{path} is another program's: rename or delete it first.")
+    return bool(text)
+
+
+def launcher_start():
+    """Return the start of the launcher, which names the Python; not that of a virtual environment, which may be deleted."""
+    python = sys.executable if sys.prefix == sys.base_prefix else os.path.realpath(sys.executable)
+    if re.fullmatch(r"\S{1,120}", python):
+        return f"#!{python}"
+    return f"""#!/bin/sh\n'''exec' "{python}" "$0" "$@"\n' '''"""     # Linux takes 127 characters there, and no space
+
+
+@command("install", ["install", "install --completion bash"],
+         flag("--completion", choices=tuple(COMPLETIONS), help="let this shell complete commands, flags, goals and ids, too"))
+def install_command(options):
+    """Put the command intentbus into ~/.local/bin, or in Termux $PREFIX/bin: a compiled copy of this file, which starts faster.
+
+    This file may be moved or changed then: the copy, in ~/.local/lib/intentbus, stays until another version is installed.
+    """
+    if not POSIX or not sys.executable:
+        raise SetupError("install makes launchers for POSIX systems. On Windows, start the compiled module with python -m intentbus, in "
+                         "the folder of intentbus.py.")
+    import py_compile
+    import shutil
+    launcher, library, text = installed_file(), in_home(LIBRARY_FILE), text_at(__file__)
+    texts = {launcher: LAUNCHER.format(start=launcher_start(), library=library, made_by=MADE_BY)}
+    older = re.search('^__version__ = "(.*)"$', text_at(library), re.M)
+    hints = [f"{launcher} starts {library}, a copy of {__version__}" + (f" in place of {older[1]}" if older and older[1] != __version__ else "")]
+    if shell := options.completion:
+        file, (_, hint, script) = installed_file(shell), COMPLETIONS[shell]
+        texts[file] = f"#compdef intentbus\n# {MADE_BY}{script}"     # the first line is for zsh
+        hints.append(f"{file} completes it in {shell}: " + hint.format(file=file, folder=os.path.dirname(file)))
+    for path in texts:
+        is_ours(path)
+    replace_file(library, text, 0o644)
+    with contextlib.suppress(OSError):     # the launcher compiles it then
+        py_compile.compile(library, doraise=True)
+    for path, content in texts.items():
+        replace_file(path, content, 0o755 if path == launcher else 0o644)
+    found, folder = shutil.which("intentbus"), os.path.dirname(launcher)
+    if folder not in os.environ.get("PATH", "").split(os.pathsep):
+        hints.append(f'{folder} is not in PATH: add this line to ~/.profile and log in again: export PATH="{folder}:$PATH"')
+    elif found and found != launcher:
+        hints.append(f"{found} comes before it in PATH")
+    for hint in hints:
+        log(hint)
+
+
+@command("uninstall", ["uninstall"])
+def uninstall_command(options):
+    """Delete the launcher, its copy of intentbus.py and the completions; exit 3 if there are none. Keys and the spool stay."""
+    import shutil
+    folder = os.path.dirname(in_home(LIBRARY_FILE))
+    made = [path for path in map(installed_file, (None, *COMPLETIONS)) if os.path.lexists(path) and is_ours(path)]
+    made += [folder] if os.path.exists(folder) else []
+    if not made:
+        raise NotFound("Nothing is installed.")
+    try:
+        for path in made:
+            (shutil.rmtree if path == folder else os.remove)(path)
+            log(f"deleted {path}")
+    except OSError as error:
+        raise SetupError(f"{error.filename} cannot be deleted: {error.strerror}.") from error
+
+
 def suggestion(word, names):
     """Return the end of a sentence about an unknown word: the names that it may stand for, if there are any."""
     import difflib
@@ -10574,7 +10852,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, name):
         function, self._examples, flags = COMMANDS[name]
-        super().__init__(f"intentbus.py {name}", description=function.__doc__)
+        super().__init__(f"{INVOCATION.split()[-1]} {name}", description=function.__doc__)
         self._flags = [flag for names, _ in flags for flag in names]
         for names, settings in flags:
             self.add_argument(*names, **settings)
@@ -10582,6 +10860,7 @@ class Parser(argparse.ArgumentParser):
     def parse(self, words):
         """Return the options in a command line; flags may stand anywhere before "--"."""
         self._words = itertools.takewhile("--".__ne__, words)
+        self.usage = ""     # which would take 3 ms to format, and is not shown
         return self.parse_args(words) if "--" in words else self.parse_intermixed_args(words)
 
     def error(self, message):
@@ -10597,9 +10876,14 @@ class Parser(argparse.ArgumentParser):
         return f"examples:\n{examples}\n{super().format_help()}"
 
 
+def summary_of(name):
+    """Return the first clause of a command's help."""
+    return re.split(r"[:;.](?:\s|$)", COMMANDS[name][0].__doc__)[0]
+
+
 def summaries(names):
     """Return a line about each of these commands."""
-    return ["  {:12} {}".format(name, re.split(r"[:;.](?:\s|$)", COMMANDS[name][0].__doc__)[0]) for name in names]
+    return ["  {:12} {}".format(name, summary_of(name)) for name in names]
 
 
 def overview():
@@ -10649,11 +10933,72 @@ def find_command(words):
     raise Invalid(f"There is no command {words[0]!r}{suggestion(words[0], COMMANDS) or '; --help lists the commands.'}")
 
 
+def known_goals(bus, name):
+    """Yield (goal, description) for a shell to complete."""
+    workers = bus.request("GET", "/workers", retries=0).workers
+    yield from ((goal, f"served by {worker.name}") for worker in workers for goal in worker.goals)
+    intents = bus.request("GET", "/intents", query=dict(limit=COMPLETION_INTENTS), retries=0).intents
+    yield from ((intent.goal, "") for intent in intents)
+
+
+def known_ids(bus, name):
+    """Yield (id, description) of intents that a command can change or show."""
+    for status in {"cancel": ("open", "claimed"), "retry": ("dead",)}.get(name, (None,)):
+        intents = bus.request("GET", "/intents", query=dict(limit=COMPLETION_INTENTS, status=status), retries=0).intents
+        yield from ((intent.id, f"{intent.goal}, {intent.status}") for intent in intents)
+
+
+KNOWN = {"goal": known_goals, "--goal": known_goals, "--on-success": known_goals, "--on-failure": known_goals, "id": known_ids}
+
+
+def following(name, words, begun):
+    """Yield (word, description) of the words that may follow those of a command."""
+    flags = {flag: settings for names, settings in COMMANDS[name][2] for flag in names if flag.startswith("-")}
+    places = [names[0] for names, _ in COMMANDS[name][2] if not names[0].startswith("-")]
+    values = {}
+    wanted = None     # the flag whose value comes next
+    for word in join_wait(words)[0]:
+        if wanted:
+            values[wanted], wanted = word, None
+        elif word in flags:
+            wanted = word if flags[word].get("action", "append") == "append" else None
+        elif not word.startswith("-"):
+            places = places[1:]
+    if begun.startswith("-") and not wanted:
+        yield from ((flag, settings["help"]) for flag, settings in flags.items())
+    wanted = wanted or next(iter(places), None)
+    yield from ((choice, "") for choice in flags.get(wanted, {}).get("choices") or ())
+    if wanted in KNOWN and "--" not in words:
+        options = {option: values.get(f"--{option.replace('_', '-')}") for option in ("url", "key_file", "namespace", "ca")}
+        bus = open_client(argparse.Namespace(**options, send_key="--send-key" in words), COMPLETION_SECONDS)
+        yield from KNOWN[wanted](bus, name)
+
+
+def print_completions(words):
+    """Print the words that may stand in place of the begun last one in a command line, with descriptions; return 1 if there is none."""
+    words = [re.sub(r"\\(.)", r"\1", word) for word in words]     # shells pass them as they were typed
+    before, begun = [word for word in words[:-1] if word != "="], words[-1].lstrip("=")     # bash makes = a word
+    name, rest = next(((name, before[len(name.split()):]) for name in COMMANDS if before[:len(name.split())] == name.split()),
+                      (None, None))
+    if name:
+        found = following(name, rest, begun)
+    else:
+        found = ((name.split()[len(before)], summary_of(name)) for name in COMMANDS if name.split()[:len(before)] == before)
+    found = {word: about for word, about in found if word.startswith(begun)}
+    for word, about in found.items():
+        print_result(f"{escape(word)}\t{escape(about)}")
+    return 0 if found else 1
+
+
 def run_command(words, open_store):
     """Run the command in a command line; return its exit code."""
     if not words:
         print(overview(), file=sys.stderr)
         raise Invalid("A COMMAND is missing.")
+    if words[0] == "complete":     # a shell that install --completion has prepared asks; the user's next line shows any error
+        with contextlib.suppress(Error, OSError):
+            return print_completions(words[1:] or [""])
+        return 1
     end = words.index("--") if "--" in words else len(words)
     words, program = words[:end], words[end:]
     if words[:1] in (["version"], ["--version"]):
@@ -10718,7 +11063,7 @@ def discard_unwritten(*streams):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def main(arguments=None, open_store=sqlite_store):
+def main(arguments: Sequence[str] | None = None, open_store: Callable[[str | None], Store] = sqlite_store) -> int:
     """Run a command line, of sys.argv by default; return the exit code, and log an error as one sentence.
 
     open_store returns the Store of serve, given the value of --db or None.
@@ -10727,7 +11072,7 @@ def main(arguments=None, open_store=sqlite_store):
         start_child_of_init()
     open_missing_streams()
     warnings.showwarning = lambda message, *_: log(message)
-    if hasattr(sys.stdout, "reconfigure"):     # for characters that stdout cannot encode
+    if isinstance(sys.stdout, io.TextIOWrapper):     # for characters that stdout cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return run_command(sys.argv[1:] if arguments is None else arguments, open_store)

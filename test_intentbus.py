@@ -2,8 +2,8 @@
 
 They run the real thing: a server on port 0, processes, a SQLite file; and they see it from outside: over HTTP, or with a
 connection of their own to the file. INTENTBUS_TEST_SLOW=1 adds the slow tests. INTENTBUS_TEST_CLIENTS names a directory of
-virtual environments with the published clients. INTENTBUS_TEST_POSTGRES is the DSN of a PostgreSQL server for a second run
-of the same tests. .ci/run sets all three.
+virtual environments with the published clients, INTENTBUS_TEST_CHECKERS the directory of the programs mypy and pyright.
+INTENTBUS_TEST_POSTGRES is the DSN of a PostgreSQL server for a second run of the same tests. .ci/run sets all of them.
 """
 
 import argparse
@@ -61,7 +61,7 @@ from pathlib import Path
 import pytest
 
 import intentbus
-from intentbus import API, Bus, Caller, Database, Intent, IntentClient, Keys, Record, Reject, Store, Worker, listen
+from intentbus import API, Bus, Caller, Database, Intent, IntentClient, Keys, Lease, Record, Reject, Store, Worker, listen
 
 # ---- Tools of the tests ----
 
@@ -1766,10 +1766,11 @@ def test_only_the_standard_library_is_imported():
     assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names
 
 
-def test_a_publish_pays_for_no_server_and_no_database():
-    code = ("import sys, intentbus; intentbus.IntentClient('http://127.0.0.1:9', 'k')\n"
-            "print({'sqlite3', 'http.server', 'socketserver', 'subprocess'} & set(sys.modules))")
-    assert run_python("-c", code).stdout == "set()\n"
+def test_a_publish_loads_no_module_that_only_others_need(served):
+    code = ("import sys, intentbus; code = intentbus.main(['publish', 'g', '1'])\n"
+            "print(code, {'sqlite3', 'http.server', 'socketserver', 'subprocess', 'typing'} & set(sys.modules))")
+    found = run_python("-S", "-c", code, env=dict(os.environ, INTENT_BUS_URL=served.url, INTENT_API_KEY=KEY))
+    assert found.stdout.splitlines()[1:] == ["0 set()"], found
 
 
 def test_every_setting_says_its_reason():
@@ -9780,7 +9781,7 @@ def test_a_report_ignores_fields_that_it_does_not_know(served, report):
 def test_random_requests_are_answered_or_refused_with_a_reason(tmp_path):
     serve = Serve(tmp_path, *FUZZED)
     statuses = fuzzing(serve, seed=3, number=200)
-    assert {200, 201, 400, 401, 403, 404} <= set(statuses), statuses
+    assert {200, 400, 401, 403, 404} <= set(statuses), statuses
     code, _, errors = serve.stop()
     assert code == 0 and "Traceback" not in errors
 
@@ -10250,19 +10251,79 @@ def test_the_client_has_the_verbs_and_answers_of_the_bus(served):
 
 
 def test_the_verbs_of_bus_and_client_take_the_same_arguments():
-    verbs = ("publish", "claim", "extend_claim", "fulfill", "fail", "release", "get_status", "get_result", "inspect", "list", "cancel",
-             "retry", "workers", "events", "schedules", "unschedule", "run", "limit", "limits")
+    verbs = ("publish", "claim", "extend_claim", "progress", "fulfill", "fail", "release", "get_status", "get_result", "output", "inspect",
+             "list", "cancel", "retry", "workers", "events", "schedule", "schedules", "unschedule", "run", "limit", "limits")
+    fields = {"publish": intentbus.PUBLISH, "schedule": intentbus.SCHEDULE, "claim": inspect.signature(Bus.wanted).parameters}
     for verb in verbs:
         ours, theirs = (inspect.signature(getattr(kind, verb)).parameters for kind in (Bus, IntentClient))
-        ours = {**ours, **(inspect.signature(Bus.wanted).parameters if verb == "claim" else {})}
-        assert set(theirs) - {"fields", "wait"} <= set(ours), verb
-        assert verb == "publish" or set(ours) - {"caller", "fields", "version"} <= set(theirs), verb
+        assert {*theirs} - {"wait"} == {*ours, *fields.get(verb, ())} - {"caller", "fields", "version", "reward"}, verb
+
+
+def test_all_that_a_user_calls_has_types():
+    called = [intentbus.listen, intentbus.main, Worker.__init__, Worker.run, Worker.interrupt, IntentClient.__init__, intentbus.Error.__init__,
+              Lease.progress, Lease.write, *(function for name, function in vars(IntentClient).items() if name[0] != "_" and inspect.isfunction(function))]
+    for function in called:
+        missing = [name for name, found in inspect.signature(function).parameters.items() if found.annotation is found.empty]
+        assert missing in ([], ["self"]) and "return" in function.__annotations__, function.__name__
+    defined = {ast.unparse(node.args).replace("self", "bus: Bus | IntentClient") for node in ast.walk(TREE) if getattr(node, "name", "") == "listen"}
+    assert len(defined) == 1
+
+
+TYPED = """# pyright: strict
+from intentbus import IntentClient, Lease, Record, Reject, Worker, listen
+
+bus = IntentClient(spool="spool.db")
+published: str = bus.publish("resize", {"file": "a.jpg"}, priority=5, ttl=60, unique="x", replace=True, stream=True).id
+print([attempt.outcome for attempt in bus.get_result(published, wait=10).history])
+print([intent.id for intent in bus.list(status="delayed", limit=3).intents])
+if claimed := bus.claim(["a", "b"], wait=20):
+    following = bus.fulfill(claimed.id, claimed.claim_token, {"size": 5}, next_claim=dict(goal="a")).next
+    print(following and following.payload)
+bus.limit("resize", None)
+def handler(payload: str) -> int:
+    if not payload:
+        raise Reject("empty")
+    return len(payload)
+def slow_handler(payload: str, lease: Lease) -> None:
+    lease.progress(50, "half")
+bus.listen("resize", handler, max_jobs=1, on_message=print)
+bus.listen("resize", slow_handler, with_lease=True)
+print(bus.output(published, after=3, wait=10).percent, bus.progress(published, message="late").followed)
+listen(bus, ["resize"], handler, concurrency=4)
+Worker(bus, "resize", lambda intent, lease: (intent.id + lease.age(), "json")).run()
+owner: Record = bus.who_am_i().owner
+bus.publish("x")     # wrong
+bus.publish("x", 1, priority="high")     # wrong
+bus.publish("x", 1, priorty=1)     # wrong
+bus.list(status="opened")     # wrong
+bus.claim(goal=5)     # wrong
+bus.fulfill(published, result_type="xml")     # wrong
+bus.schedule("n", "g", 1, overlap="x")     # wrong
+bus.listen("g", handler, max_job=1)     # wrong
+bus.listen("g", lambda: 5)     # wrong
+bus.progress(published, percent="5")     # wrong
+bus.publish("x", 1).id.items()     # wrong
+IntentClient(timeout="5")     # wrong
+"""
+
+
+@pytest.mark.skipif(not os.environ.get("INTENTBUS_TEST_CHECKERS"), reason="INTENTBUS_TEST_CHECKERS is not set")
+@pytest.mark.parametrize("checker", ["mypy --strict", "pyright --level error"])
+def test_type_checkers_find_the_wrong_calls_and_no_other(tmp_path, checker):
+    (tmp_path / "program.py").write_text(TYPED)
+    shutil.copy(PROGRAM, tmp_path)
+    program, *options = checker.split()
+    said = subprocess.run([Path(os.environ["INTENTBUS_TEST_CHECKERS"]) / program, *options, "program.py", "intentbus.py"],
+                          cwd=tmp_path, capture_output=True, text=True).stdout
+    wrong = [number for number, line in enumerate(TYPED.splitlines(), 1) if line.endswith("# wrong")]
+    assert sorted({int(line) for line in re.findall(r"program\.py:(\d+)(?::\d+)?(?: -|:) error", said)}) == wrong, said
+    assert not re.search(r"intentbus\.py:\d+(?::\d+)?(?: -|:) error", said), said
 
 
 @pytest.mark.parametrize("cause, kind, code", [
     (lambda c: c.get_status("0" * 32), intentbus.NotFound, "not_found"),
     (lambda c: c.publish("", 1), intentbus.Invalid, "invalid_goal"),
-    (lambda c: c.publish("g", 1, priorty=1), intentbus.Invalid, "invalid_request"),
+    (lambda c: c.request("POST", "/intent", dict(goal="g", payload=1, priorty=1)), intentbus.Invalid, "invalid_request"),
     (lambda c: c.publish("g", "x" * 300_000), intentbus.PayloadTooLarge, "payload_too_large"),
     (lambda c: c.cancel(c.claim("g").id) and c.cancel(c.list().intents[0].id), intentbus.Conflict, "conflict"),
 ])
@@ -12174,6 +12235,145 @@ def test_every_command_and_flag_has_help_and_is_in_the_readme(serve):
     assert "(default 1m)" in serve.run("work", "--help").stdout
 
 
+def install_at(home, *options, file=PROGRAM, python=sys.executable, **environment):
+    """Run install of a file; return what it says, and its launcher, as a function that returns the finished process."""
+    environment = {**os.environ, "HOME": str(home), "PATH": f"{home}/.local/bin:/usr/bin:/bin", **environment}
+    for name in ("PYTHONPATH", "PYTHONPYCACHEPREFIX", "XDG_DATA_HOME", "XDG_CONFIG_HOME"):
+        environment.pop(name, None)
+    ran = functools.partial(subprocess.run, env=environment, cwd=home, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=30)
+    said = ran([python, file, "install", *options])
+    return said, lambda *words: ran(["intentbus", *words])
+
+
+@POSIX
+def test_the_launcher_outlives_the_file_and_is_compiled(home, tmp_path):
+    copy = shutil.copy(PROGRAM, tmp_path / "moved.py")
+    said, launcher = install_at(home, file=copy)
+    os.remove(copy)
+    folder = home / ".local" / "lib" / "intentbus"
+    assert said.returncode == 0 and said.stderr.endswith(f"starts {folder}/intentbus.py, a copy of {intentbus.__version__}\n"), said
+    assert launcher("--version").stdout == f"intentbus {intentbus.__version__}\n" and list((folder / "__pycache__").glob("intentbus.*.pyc"))
+    refused = launcher("publish")
+    assert refused.returncode == 2 and refused.stderr.endswith("; see intentbus publish --help.\n")
+    assert "\n  intentbus publish " in launcher("publish", "--help").stdout
+    shutil.rmtree(folder)
+    gone = launcher("--version")
+    assert gone.returncode == 1 and re.fullmatch("intentbus: .*/intentbus.py is gone; run install of intentbus.py again\n", gone.stderr)
+
+
+@SLOW
+@POSIX
+def test_install_of_a_newer_version_replaces_the_older(home):
+    install_at(home)
+    (home / "newer.py").write_text(SOURCE.replace(f'__version__ = "{intentbus.__version__}"', '__version__ = "9.9"'))
+    said, launcher = install_at(home, file=home / "newer.py")
+    assert f"a copy of 9.9 in place of {intentbus.__version__}" in said.stderr and launcher("--version").stdout == "intentbus 9.9\n"
+    assert launcher("install").stderr.endswith("intentbus.py, a copy of 9.9\n") and launcher("--version").stdout == "intentbus 9.9\n"
+
+
+@SLOW
+@POSIX
+def test_install_says_what_keeps_a_shell_from_the_launcher(home, tmp_path):
+    (tmp_path / "a b").mkdir()
+    os.symlink(os.path.realpath(sys.executable), tmp_path / "a b" / "python")     # no #! line can name it
+    said, _ = install_at(home, python=tmp_path / "a b" / "python")
+    assert subprocess.run([home / ".local/bin/intentbus", "--version"], capture_output=True).stdout.startswith(b"intentbus "), said
+    assert "PATH" not in said.stderr
+    other = script(tmp_path, "#!/bin/sh\n", "intentbus")
+    said, _ = install_at(home, PATH=f"{tmp_path}:{home}/.local/bin")
+    assert f"{other} comes before it in PATH" in said.stderr
+    said, _ = install_at(home, PATH="/bin", PREFIX=str(tmp_path / "com.termux"))
+    bin_ = tmp_path / "com.termux" / "bin"
+    assert (bin_ / "intentbus").exists() and f'log in again: export PATH="{bin_}:$PATH"\n' in said.stderr
+
+
+@POSIX
+def test_install_and_uninstall_touch_no_file_of_others(home, monkeypatch, capsys):
+    (home / ".local" / "bin").mkdir(parents=True)
+    launcher, mine = home / ".local" / "bin" / "intentbus", home / ".config" / "fish" / "completions" / "mine.fish"
+    launcher.write_text("#!/bin/sh\n")
+    assert [intentbus.main([command]) for command in ("install", "uninstall")] == [2, 2] and launcher.read_text() == "#!/bin/sh\n"
+    assert capsys.readouterr().err.count("is another program's: rename or delete it first.") == 2
+    launcher.unlink()
+    assert not (home / ".local" / "lib").exists()
+    for shell in ("bash", "zsh", "fish"):
+        assert intentbus.main(["install", "--completion", shell]) == 0
+    mine.write_text("")
+    assert intentbus.main(["uninstall"]) == 0 and [path for path in home.rglob("*") if path.is_file()] == [mine]
+    assert intentbus.main(["uninstall"]) == 3
+    monkeypatch.setenv("HOME", "/proc")     # not even root can write there
+    assert intentbus.main(["install"]) == 2 and "The folder /proc/.local/lib/intentbus cannot be created: " in capsys.readouterr().err
+
+
+def completed(capsys, *words):
+    capsys.readouterr()
+    code = intentbus.main(["complete", *words])
+    found = capsys.readouterr()
+    assert found.err == "" and code == (0 if found.out else 1)     # silent, whatever goes wrong
+    return [line.partition("\t")[0] for line in found.out.splitlines()]
+
+
+def test_commands_flags_goals_and_ids_are_completed(served, home, monkeypatch, capsys):
+    first, second = (served.client.publish(goal, 1).id for goal in ("tidy", "tidy up"))
+    served.client.claim("wash")
+    dead = served.client.publish("lost", 1).id
+    served.client.cancel(dead)
+    monkeypatch.setenv("INTENT_BUS_URL", served.url)
+    monkeypatch.setenv("INTENT_API_KEY", KEY)
+    for words, found in ((["canc"], ["cancel"]), (["keys", "i"], ["invite"]), (["key"], ["keys"]), (["publish", "x", "--on-s"], ["--on-success"]),
+                         (["keys", "add", "x", "--role", ""], ["publish", "work", "both", "viewer"]), (["work", "--"], [
+                             "--goal", "--jobs"]), (["publish", "ti"], ["tidy up", "tidy"]), (["work", "-j", "2", "--goal", "w"], ["wash"]),
+                         (["publish", "--on-failure", "=", "lo"], ["lost"]), (["retry", ""], [dead]), (["result", "--json", first[:20]], [first]),
+                         (["cancel", ""], [second, first]), (["work", "--", "ti"], []), (["publish", "x", "y", ""], []), (["nothing", ""], []),
+                         (["unpause", "--url", ""], []), (["status", "--url", "http://127.0.0.1:9", ""], [])):
+        assert [word for word in completed(capsys, *words) if words != ["work", "--"] or word in found] == found, words
+    assert set(completed(capsys)) == {name.split()[0] for name in intentbus.COMMANDS}
+    monkeypatch.setenv("INTENT_API_KEY", "wrong")
+    assert completed(capsys, "publish", "") == []
+
+
+def typed(arguments, environment, *steps):
+    """Type each (keys, shown) on the terminal of a program, and wait until it has shown that."""
+    import pty
+    process, terminal = pty.fork()
+    if not process:
+        os.execvpe(arguments[0], arguments, environment)
+    try:
+        for keys, shown in steps:
+            os.write(terminal, keys.encode())
+            seen = bytearray()
+            while shown not in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.decode(errors="replace")):
+                assert select.select([terminal], [], [], PATIENCE_SECONDS)[0], (keys, seen)
+                seen += os.read(terminal, 65536)
+    finally:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        os.close(terminal)
+
+
+@SLOW
+@POSIX
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_each_shell_completes_at_the_tab_key(serve, shell):
+    if not shutil.which(shell):
+        pytest.skip(f"{shell} is not on this machine")
+    said, launcher = install_at(serve.home, "--completion", shell, INTENT_BUS_URL=serve.url)
+    id = launcher("publish", f"tidy {shell}", "1").stdout.strip()
+    environment = dict(serve.env, TERM="dumb" if shell == "fish" else "xterm", PATH=f"{serve.home}/.local/bin:{os.environ['PATH']}")
+    environment.pop("PYTHONPATH")
+    wanted = (("canc", "cancel"), ("keys inv", "invite"), ("publish --on-f", "--on-failure"), (f"publish tidy\\ {shell[:2]}", f"tidy\\ {shell}"),
+              (f"status {id[:20]}", id))
+    if shell == "fish":
+        for begun, whole in wanted:
+            found = subprocess.run(["fish", "-c", "complete -C $argv", f"intentbus {begun}"], env=environment, capture_output=True, text=True)
+            assert found.stdout.split("\t")[0].strip() == whole.replace("\\", ""), found
+        return
+    sourced = re.search(r"line to ~/\.bashrc: (.*)|above compinit: (.*)", said.stderr)
+    ready = {"bash": f"{sourced[1]}; echo rea''dy\n", "zsh": f"{sourced[2]}; autoload -Uz compinit; compinit -u -D; echo rea''dy\n"}[shell]
+    typed({"bash": ["bash", "--norc", "-i"], "zsh": ["zsh", "-f", "-i"]}[shell], environment, (ready, "ready"),
+          *((f"\x15intentbus {begun}\t", f"{whole} ") for begun, whole in wanted))
+
+
 @pytest.mark.parametrize("words, seconds", [("90", 90), ("90s", 90), ("1.5m", 90), ("2h", 7200), ("7d", 604800), ("1h30m", 5400),
                                             ("1w", 604800), ("1d1.5h10s", 91810)])
 def test_durations(words, seconds):
@@ -13448,7 +13648,11 @@ def termux(serve):
             path.mkdir(parents=True)
         scripts = {name: f'echo "{name} $*" >>"$HOME/recorded"' for name in (
             "pkg", "ssh", "termux-notification", "termux-wake-lock", "termux-battery-status")}
-        scripts["scp"] = f'mkdir intentbus && cp -r "{PROGRAM}" "{HERE}/examples" intentbus'
+        there = root / "there" / "intentbus"     # the home of the bus, with more than a phone needs
+        shutil.copytree(HERE / "examples", there / "examples")
+        shutil.copy(PROGRAM, there)
+        (there / "intentbus.db").write_text("secret")
+        scripts["scp"] = f'[ "$1" != -r ] || shift; here=$PWD; cd "{there.parent}" && cp -r ${{1#*:}} "$here/$2"'
         scripts["python3"] = f'exec "{sys.executable}" "$@"'
         for name, script in scripts.items():
             (bin_ / name).write_text(f"#!/bin/sh\n{script}\n")
@@ -13500,6 +13704,8 @@ def test_the_walk_through_on_a_phone_matches_the_readme(serve, termux):
     recorded = (house / "recorded").read_text().splitlines()
     assert "termux-wake-lock " in recorded and "termux-notification --title nas --content The backup is done." in recorded
     assert list((house.parent / "usr" / "tmp").iterdir()) == []
+    copied = {path.name for path in (house / "intentbus").rglob("*") if path.is_file()}
+    assert copied == {"intentbus.py", *(path.name for path in (HERE / "examples").glob("*.sh"))}
 
 
 @SLOW
@@ -13521,6 +13727,51 @@ def test_the_boot_script_starts_and_restarts_the_worker(serve, termux):
     process.communicate()
     assert (house / "starts").read_text() == "start\nstart\n" and f"{id} fulfilled" in (house / "intentbus.log").read_text()
     assert "termux-wake-lock " in (house / "recorded").read_text().splitlines()
+
+
+TUNNEL = """#!{python}
+import os, socket, sys, threading
+
+here, host, there = sys.argv[sys.argv.index("-L") + 1].split(":")
+with open(os.path.expanduser("~/tunnels"), "a") as file:
+    file.write(str(os.getpid()) + chr(10))
+
+def pump(source, target):
+    while data := source.recv(65536):
+        target.sendall(data)
+
+listener = socket.create_server(("127.0.0.1", int(here)))
+while True:
+    near, far = listener.accept()[0], socket.create_connection((host, int(there)))
+    for ends in ((near, far), (far, near)):
+        threading.Thread(target=pump, args=ends, daemon=True).start()
+"""
+
+
+@SLOW
+@POSIX
+def test_the_boot_script_opens_a_killed_tunnel_again(serve, termux):
+    house, start = termux
+    start("scp -r here:intentbus .").wait(20)
+    script(house.parent / "usr" / "bin", TUNNEL.format(python=sys.executable), "ssh")
+    script(house.parent / "usr" / "bin", f'#!/bin/sh\necho $$ >"$HOME/worker"\nexec "{sys.executable}" "$@"\n', "python3")
+    key = serve.run("keys", "add", "phone", "--role", "work").stdout.strip()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = start(f"INTENT_API_KEY={key} INTENT_BUS_URL=http://127.0.0.1:{port} INTENTBUS_PORTS={port}:127.0.0.1:{serve.port} "
+                    "INTENTBUS_TUNNEL=you@bus INTENTBUS_PAUSE=0 exec sh intentbus/examples/termux_boot.sh")
+    tunnels = lambda: [int(line) for line in (house / "tunnels").read_text().splitlines()] if (house / "tunnels").exists() else []
+    for killed in range(3):
+        wait_until(lambda: len(tunnels()) > killed)
+        id = serve.run("publish", "send_notification", f"message={killed}").stdout.strip()
+        wait_until(lambda: serve.run("status", id).stdout == "fulfilled\n")
+        if killed < 2:
+            os.kill(tunnels()[-1], signal.SIGKILL)
+    os.kill(int((house / "worker").read_text()), signal.SIGTERM)
+    assert process.wait(60) == 143 and len(tunnels()) == 3
+    process.communicate()
+    wait_until(lambda: not Path(f"/proc/{tunnels()[-1]}").exists())     # the tunnel ends with the script
+    assert (house / "intentbus.log").read_text().count("the tunnel to you@bus has ended; it is opened again") == 2
 
 
 @POSIX

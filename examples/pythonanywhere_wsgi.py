@@ -5,9 +5,10 @@
 3. Click the link "WSGI configuration file", replace its content by this file, save, and click "Reload".
 4. Open https://YOU.pythonanywhere.com/health. This first request creates the owner key: in a Bash console, cat ~/.apikey
 
-On your own machine, put this key into ~/.apikey (mode 600), and set INTENT_BUS_URL=https://YOU.pythonanywhere.com; keys invite
-then prints codes for other machines. A free account answers one request at a time, so claims cannot wait there: workers ask
-again every few seconds (work --poll). Use one worker process only.
+The owner key stays there. For each of your machines, add a key at https://YOU.pythonanywhere.com/admin/dashboard (user admin,
+password the owner key). On that machine, put it into ~/.apikey (mode 600), and set INTENT_BUS_URL=https://YOU.pythonanywhere.com.
+A free account answers one request at a time, so claims cannot wait there: workers ask again every few seconds (work --poll).
+Use one worker process only.
 """
 
 import os
