@@ -72,7 +72,7 @@ def checked(schema, values):
 
 
 @tool(True, ["id"], wait=WAIT,
-      id=dict(type="string", pattern="[0-9A-Za-z_-]{8,128}", description="the id of an intent, or its first 8 or more digits"))
+      id=dict(type="string", pattern="^[0-9A-Za-z_-]{8,128}$", description="the id of an intent, or its first 8 or more digits"))
 def show_intent(bus, cancelled, id, wait=0):
     """Show an intent: its status, result or last_error, worker, and in "history" the attempts that did not succeed."""
     deadline = time.monotonic() + wait
@@ -93,7 +93,7 @@ def show_intent(bus, cancelled, id, wait=0):
       target_worker=dict(type="string", description="the id of the only worker that may claim it"),
       required_capability=dict(type="string", description="a capability that its worker must have"),
       unique=dict(type="string", description="while the goal has an unfinished intent of this value, the answer is about that"),
-      idempotency_key=dict(type="string", pattern="[ -~]{1,255}", description="calls with the same key and arguments publish once"))
+      idempotency_key=dict(type="string", pattern="^[ -~]{1,255}$", description="calls with the same key and arguments publish once"))
 def publish_intent(bus, cancelled, goal, payload, wait=0, idempotency_key=None, **fields):
     """Publish an intent: have a worker of a goal do something with a payload.
 
