@@ -7755,7 +7755,8 @@ def test_wrong_progress_is_refused_and_changes_nothing(served, body, word):
     assert served.client.output(claim.id).attempt is None
 
 
-def test_a_reader_waits_for_news_and_the_worker_knows_of_it(served):
+def test_a_reader_waits_for_news_and_the_worker_knows_of_it(served, monkeypatch):
+    monkeypatch.setattr(intentbus, "PROGRESS_SECONDS", 0.01)
     served.publish()
     claim = served.client.claim("g")
     path, seen = f"/output/{claim.id[:16]}?wait=60&after=", 0
@@ -8764,6 +8765,7 @@ def test_a_bus_with_just_enough_descriptors_answers(tmp_path):
     assert bus.stop()[0] == 0
 
 
+@SLOW
 def test_a_bus_without_descriptors_ends_well(served, monkeypatch):
     monkeypatch.setattr(intentbus, "ACCEPT_PAUSE_SECONDS", 0.01)
     with occupied(served.db) if served.database == "sqlite" else contextlib.nullcontext():
@@ -9413,6 +9415,7 @@ def test_a_stopping_bus_finishes_the_requests_it_has_begun(tmp_path):
     serve.process.communicate()
 
 
+@SLOW
 @POSIX
 @LINUX
 def test_a_stopping_bus_waits_neither_for_a_client_nor_the_file(tmp_path):
@@ -9508,6 +9511,7 @@ def test_wsgi_answers_are_valid(wsgi, monkeypatch, method, target, status):
     assert_common_headers(response)
 
 
+@SLOW
 @pytest.mark.parametrize("settings, environ, target, status", [
     (dict(BUS_MAINTENANCE_MODE="1", BUS_ADMIN_SECRET="s"), {}, "/intents", 503),
     (dict(BUS_MAINTENANCE_MODE="1"), {}, "/intents", 200),
@@ -9654,6 +9658,7 @@ def test_a_flood_of_handshakes_delays_a_client_by_few_of_them(encrypted, address
     assert [b"client" in data for data in order].index(True) < 5 * intentbus.HANDSHAKES
 
 
+@SLOW
 def test_tls_from_the_command_line(tmp_path, certificates):
     cert, key = certificates[0]
     serve = Serve(tmp_path, "--tls-cert", cert, "--tls-key", key)
@@ -9917,6 +9922,7 @@ def test_a_bus_with_a_file_gone_accepts_and_loses_nothing(started, happens, end,
     assert served.ask("POST", "/intent", a_publish()).status == 201
 
 
+@SLOW
 @POSIX
 @pytest.mark.parametrize("end", ("-wal", "-shm"))
 def test_a_bus_without_its_log_loses_nothing_at_a_kill(tmp_path, end):
@@ -10027,6 +10033,7 @@ def test_an_unusable_spool_is_reported(tmp_path):
         intentbus.Spool(tmp_path / "file" / "spool.db")
 
 
+@SLOW
 @pytest.mark.parametrize("damage", [
     lambda path: path.write_text("no database, and long enough to be read as the head of one" * 20),
     lambda path: path.write_bytes(path.read_bytes()[:4096] + b"\xff" * (path.stat().st_size - 4096)),
@@ -11273,7 +11280,7 @@ def test_an_attempt_goes_on_after_the_steps_that_are_done(served, command, tmp_p
 @pytest.mark.parametrize("text, status, words", [
     (f"{STEP} a -- true; {STEP} a -- true", "open", "exit code 2: intentbus: This run has a step 'a' already"),
     (f"{STEP} a -- head -c 65537 /dev/zero", "open", "exit code 1: intentbus: the step is not recorded: its output is no text of at most 65536"),
-    (f"{STEP} a -- printf '\\377'", "open", "exit code 1: intentbus: the step is not recorded: its output is no text of"),
+    pytest.param(f"{STEP} a -- printf '\\377'", "open", "exit code 1: intentbus: the step is not recorded: its output is no text of", marks=SLOW),
     (f"{STEP} a -- no-such-program || exit 9", "open", "exit code 9: intentbus: no-such-program cannot be run: No such file"),
     (f"TMPDIR=. INTENT_CLAIM_TOKEN=wrong {STEP} a -- true", "open", None),
     (f"INTENT_BUS_URL=http://127.0.0.1:9 INTENT_CLAIM_TIMEOUT=0 {STEP} a -- true", "open", None),
@@ -11824,6 +11831,7 @@ def test_a_session_from_publish_to_result(serve):
     assert json.loads(serve.run("status", id, "--json").stdout)["status"] == "fulfilled"
 
 
+@SLOW
 @POSIX
 def test_publish_wait_is_a_remote_command(serve):
     worker = serve.start("work", "--goal", "remote", "-j", "2", "--", "sh", "-c", 'echo "$INTENT_PAYLOAD_say"; exit "{code}"')
@@ -11839,6 +11847,7 @@ def test_publish_wait_is_a_remote_command(serve):
     worker.communicate()
 
 
+@SLOW
 @pytest.mark.parametrize("words, wait", [
     ("publish g 5 --wait 0.1s", True), ("publish g a=1 --wait 0.1s", True), ("publish g --wait 0.1s 5", True), ("result {id} --wait 0.1", True),
     ("result --wait 0.1 {id}", True), ("result --wait=0.1 {id}", True), ("publish g --wait 50", False),
@@ -11954,6 +11963,7 @@ def test_trouble_of_the_worker_costs_no_intent_an_attempt(started, tmp_path, set
     assert {(intent.status, intent.claim_attempts) for intent in found[done:]} == {("open", 0)} and done <= 1 and "Traceback" not in words
 
 
+@SLOW
 @POSIX
 def test_the_commands_tell_who_works_and_who_is_missing(serve, tmp_path):
     fifo, id = tmp_path / "go", serve.publish(goal="who")
@@ -11976,6 +11986,7 @@ def test_the_commands_tell_who_works_and_who_is_missing(serve, tmp_path):
         worker.communicate(timeout=10)
 
 
+@SLOW
 def test_cancel_retry_and_list_from_the_command_line(serve):
     id = serve.run("publish", "c", "1").stdout.strip()
     assert serve.run("cancel", id).stdout == "dead\n"
@@ -12723,6 +12734,7 @@ def outcomes(shared, place):
         return dict(zip(lines, pool.map(outcome, lines)))
 
 
+@SLOW
 @ON_A_FILE
 @pytest.mark.parametrize("words, expected", BAD_COMMANDS)
 def test_a_failed_command_says_why_in_one_sentence(strict, place, outcomes, words, expected):
@@ -12814,6 +12826,7 @@ def test_a_server_that_is_not_a_bus_is_exit_5(monkeypatch, capsys, answer):
     assert_complaint((code, *capsys.readouterr()), 5, "http://127.0.0.1")
 
 
+@SLOW
 def test_a_machine_that_has_joined_a_bus_needs_no_flags(served, home):
     code, letters, words = at(served, "keys", "invite", "phone", "--role", "work")
     assert code == 0 and "for phone, role work: valid until" in words
@@ -12896,6 +12909,7 @@ def test_watch_follows_the_bus_over_a_restart(served, home):
     watching.communicate()
 
 
+@SLOW
 def test_keys_are_added_listed_and_revoked(served):
     code, key, words = at(served, "keys", "add", "laptop", "--owner", "ann", "--role", "work")
     key, key_id = key.strip(), re.search("id (\\w+)", words)[1]
@@ -12970,6 +12984,7 @@ def test_a_kept_and_a_replaced_intent_are_reported(served, home, monkeypatch, ca
     assert out == f'{{"id":"{first}"}}\n' * 2 and "2 times, an unfinished intent has this unique value" in err
 
 
+@SLOW
 def test_schedules_from_the_command_line(served):
     code, out, said = at(served, "schedule", "nightly", "backup", "host=nas", "--every", "1d", "--ttl", "6h", "--public")
     schedule, = served.client.schedules().schedules
@@ -13014,6 +13029,7 @@ def test_the_runs_of_a_schedule_are_events_and_counted(started, clock):
     assert minutes == {"published": 1}
 
 
+@SLOW
 @pytest.mark.parametrize("flag, payload", [("--lines", str), ("--jsonl", int)])
 def test_a_line_of_stdin_is_an_intent(served, flag, payload):
     lines = "\n".join(map(str, range(2500)))
@@ -13270,6 +13286,7 @@ def test_a_failed_backup_overwrites_and_leaves_nothing(served, tmp_path):
 # ---- The README and the examples ----
 
 
+@SLOW
 @POSIX
 @pytest.mark.parametrize("words", ["hello name=world", "curl -sS"])
 def test_the_shell_sessions_of_the_readme(serve, words):
@@ -13421,6 +13438,7 @@ def test_cron_publishes_disk_figures_and_the_handler_notifies(serve):
     assert shell(serve, "examples/cron_publish.sh 0 /", INTENT_BUS_URL="ftp://x", **bare).returncode == 1
 
 
+@SLOW
 @POSIX
 @pytest.mark.parametrize("payload, status, line", [
     ('{"message": "a\\nb\\u001b[2J", "title": "-t"}', "fulfilled", "-t: a b [2J"),
@@ -13834,6 +13852,7 @@ def test_the_readme_on_schedules(serve):
     assert serve.run("unschedule", "nightly").returncode == 0
 
 
+@SLOW
 @POSIX
 def test_the_readme_on_keys(serve):
     words = {}
