@@ -2273,6 +2273,7 @@ def test_readers_do_not_let_the_write_ahead_log_grow_without_end(started, monkey
     assert max(lengths) < 2 * 400_000 < 40 * 40_000 < os.path.getsize(served.db) + 400_000
 
 
+@SLOW
 @ON_A_FILE
 def test_many_slow_reads_share_a_few_connections(sqlite_work, started, monkeypatch):
     served, pause = started(), threading.Event()
@@ -2291,6 +2292,7 @@ def test_a_second_bus_on_the_same_file_is_refused(served, tmp_path):
             open_store("sqlite", path)
 
 
+@SLOW
 def test_a_bus_starts_on_the_file_of_a_killed_one(tmp_path):
     serve = Serve(tmp_path, "--db", "bus.db")
     intent_id = serve.publish()
@@ -9593,6 +9595,7 @@ def test_a_client_that_trusts_the_certificate_talks_tls(encrypted, certificates)
     assert late().payload == 2
 
 
+@SLOW
 def test_an_untrusted_certificate_is_reported_by_the_client(encrypted, certificates, impatient):
     for ca in (None, certificates[1][0]):
         with pytest.raises(intentbus.Unreachable, match="cannot be reached: .*certificate") as caught:
@@ -9714,6 +9717,7 @@ def test_a_renewed_certificate_is_served_to_new_connections(started, installed, 
     wait_until(lambda: certificate_of(bus.port) == old)
 
 
+@SLOW
 @POSIX
 def test_a_hangup_signal_loads_the_certificate_again(tmp_path, installed, certificates):
     bus, (old, new) = Serve(tmp_path, "--tls-cert", installed[0], "--tls-key", installed[1]), map(texts, certificates)
@@ -10484,6 +10488,7 @@ def test_every_answer_is_checked_for_its_fields(impatient, status, body, accepte
             VERBS[verb](bus)
 
 
+@SLOW
 def test_joining_a_server_that_is_no_bus_saves_nothing(home):
     for body in (b'{"api_key": null, "name": null, "role": null}', b'{"api_key": "a b", "name": "n", "role": "r"}', b"{}"):
         with Fake("201 Created", body) as fake:
@@ -11347,6 +11352,7 @@ def test_a_program_that_cannot_run_stops_the_worker(served, tmp_path, text, sent
         intentbus.Program(["./nothing.sh"])
 
 
+@SLOW
 def test_a_worker_continues_when_the_bus_comes_back(served, impatient, monkeypatch):
     said, done = [], []
     served.stop()
@@ -11467,6 +11473,7 @@ def test_a_daemon_that_holds_its_output_costs_a_worker_nothing(served, tmp_path)
             os.kill(pid, signal.SIGKILL)
 
 
+@SLOW
 @POSIX     # SIGHUP has the number of CTRL_BREAK_EVENT
 def test_on_windows_a_program_is_ended_with_its_children(served, monkeypatch, tmp_path):
     script(tmp_path, f'#!/bin/sh\necho "$@" >"{tmp_path}/ended"\n', "taskkill")
@@ -11587,6 +11594,7 @@ def dated_certificate(folder, start, end):
     return str(folder / "dated.pem"), str(folder / "dated.key")
 
 
+@SLOW
 def test_the_doctor_checks_the_key_and_its_role(home, served):
     assert "No key: join the bus" in examine(home, "--url", served.url)[1]["key", "bad"]
     code, found = examine(home, "--url", served.url, INTENT_API_KEY="wrong")
@@ -11794,6 +11802,7 @@ def test_a_bus_that_starts_says_what_works(store, home, monkeypatch, capsys, url
     assert f"publish --url {url}" in said and "another" not in said
 
 
+@SLOW
 @POSIX
 def test_a_bus_on_all_addresses_names_one_that_works(tmp_path):
     serve = Serve(tmp_path, "--host", "0.0.0.0")
@@ -11927,6 +11936,7 @@ def test_a_time_of_day_is_the_next_one_of_this_machine(monkeypatch, now, text, e
         time.tzset()
 
 
+@SLOW
 def test_work_without_a_program_prints_the_payloads(serve):
     for number in (1, 2):
         serve.run("publish", "print", f"n:={number}")
@@ -12037,6 +12047,7 @@ def test_show_tells_a_key_what_it_may_see(started, home, monkeypatch, capsys):
         assert (intentbus.main(["show", id]), "payload" in capsys.readouterr().out) == (code, payload)
 
 
+@SLOW
 @pytest.mark.parametrize("words, code, output", [
     ("status", 0, "open"), ("show", 0, "id  "), ("result", 3, ""), ("result --wait=0.1s", 124, ""), ("cancel", 0, "dead"), ("retry", 1, "")])
 def test_commands_tell_which_intent_the_first_digits_mean(served, home, monkeypatch, capsys, words, code, output):
@@ -12257,6 +12268,7 @@ def install_at(home, *options, file=PROGRAM, python=sys.executable, **environmen
     return said, lambda *words: ran(["intentbus", *words])
 
 
+@SLOW
 @POSIX
 def test_the_launcher_outlives_the_file_and_is_compiled(home, tmp_path):
     copy = shutil.copy(PROGRAM, tmp_path / "moved.py")
@@ -12299,6 +12311,7 @@ def test_install_says_what_keeps_a_shell_from_the_launcher(home, tmp_path):
     assert (bin_ / "intentbus").exists() and f'log in again: export PATH="{bin_}:$PATH"\n' in said.stderr
 
 
+@SLOW
 @POSIX
 def test_install_and_uninstall_touch_no_file_of_others(home, monkeypatch, capsys):
     (home / ".local" / "bin").mkdir(parents=True)
@@ -12845,6 +12858,7 @@ def test_join_refuses_to_fetch_a_key_in_plain_text(home):
     assert_complaint(run("join", "http://bus.invalid", "0000-0000", "--plain"), 5, "cannot be reached")
 
 
+@SLOW
 def test_publish_spool_keeps_intents_and_flush_sends_them(served, home):
     served.stop()
     settings = dict(INTENT_BUS_URL=served.url, INTENT_API_KEY=KEY)
@@ -12923,6 +12937,7 @@ def test_keys_are_added_listed_and_revoked(served):
     assert served.ask("POST", "/claim", key=key).status == 401 and served.ask("GET", "/admin/keys").json == []
 
 
+@SLOW
 def test_a_key_for_one_thing_from_the_command_line(served):
     limits = "--role", "work", "--goal", "g", "--goal", "h", "--expires", "90d"
     assert at(served, "keys", "add", "phone", *limits)[0] == 0
@@ -13080,6 +13095,7 @@ def test_bulks_of_one_time_are_claimed_in_their_order(bus):
     assert [bus.claim("g").payload for _ in range(100)] == list(range(100))
 
 
+@SLOW
 def test_lines_of_a_stream_are_sent_before_it_ends(served):
     code = ("import intentbus, sys; intentbus.STREAM_SECONDS = intentbus.RETRY_SECONDS = 0.01; "
             "sys.exit(intentbus.main(['publish', 'g', '--lines']))")
@@ -13108,6 +13124,7 @@ def test_lines_that_cannot_be_published_publish_nothing(strict, words, stdin):
     assert_complaint(at(strict, "publish", "g", *words, stdin=stdin), 2)
 
 
+@SLOW
 def test_repeated_lines_with_an_idempotency_key_are_stored_once(served):
     first, second = (at(served, "publish", "g", "--lines", "--idempotency-key", "nightly", stdin=b"a\n" * 1500) for _ in "12")
     assert first[:2] == second[:2] and len(set(first[1].split())) == 1500
@@ -15560,6 +15577,7 @@ def test_a_worker_of_the_1_x_protocol_sends_no_token(serve):
     assert (found["status"], found["last_error"], found["claim_attempts"]) == ("open", "no paper", 1)
 
 
+@SLOW
 @POSIX
 @CURL
 def test_a_worker_without_a_required_token_is_refused(tmp_path):
