@@ -8396,7 +8396,7 @@ class Lease:
         self._news_lock = threading.Lock()
         self._pause, self._told_at = PROGRESS_SECONDS, -FOREVER
         self._calling = threading.Lock()     # held while the bus is called
-        self._steps = set()         # names of those that the handler has asked for
+        self._steps: set[str] = set()     # names of those that the handler has asked for
         self._started = time.monotonic()
         self.broken: str | None = None
 

@@ -706,7 +706,7 @@ class Threads:
         for move in moves:
             if move.intent.ready:
                 self._offer(move.intent.lane)
-            elif move.intent.ended:
+            elif move.intent.ended or move.event is None:     # it has ended, or its worker has told of its progress
                 self.attempt_all(move.intent.id)
         if self._loop.waiting and (changed := {(move.intent.namespace, move.intent.goal): move.event == "limited"
                                                for move in moves if intentbus.makes_room(move)}):
