@@ -2403,17 +2403,17 @@ class LiveOutput:
     def require_pause(self, now, intent_id):
         """Raise RateLimited if the worker of an intent tells of it more often than each PROGRESS_SECONDS."""
         if 0 < self._next_at.get(intent_id, 0) - now <= PROGRESS_SECONDS:
-            raise RateLimited(f"Tell of the progress of an intent once in {PROGRESS_SECONDS} s at most.", "progress_limited")
+            raise RateLimited(f"Progress of an intent may be reported once in {PROGRESS_SECONDS} s.", "progress_limited")
         self._next_at[intent_id] = now + PROGRESS_SECONDS
 
     def tell(self, key_id, intent, percent, message, output):
         """Take in what the worker of an intent tells; None leaves percent or message as it was."""
         before = self._forget(intent.id)
-        if before and before.attempt == intent.claim_attempts:
+        if before and before.claimed_at == intent.claimed_at:
             told = before
-        else:
-            told = types.SimpleNamespace(attempt=intent.claim_attempts, percent=None, message=None, output=bytearray(),
-                                         start=before.start + len(before.output) if before else 0)
+        else:     # of another claim: a release or a retry gives the number of an attempt again
+            told = types.SimpleNamespace(attempt=intent.claim_attempts, claimed_at=intent.claimed_at, percent=None, message=None,
+                                         output=bytearray(), start=before.start + len(before.output) if before else 0)
         told.key_id, told.ended_at = key_id, None
         told.percent = told.percent if percent is None else percent
         told.message = told.message if message is None else message[:PROGRESS_CHARACTERS]
@@ -2846,10 +2846,10 @@ class Bus:
             raise Forbidden("Only an admin may name another owner.")
         return owner or caller.owner
 
-    def _publisher_of(self, schedule):
-        """Return the key that made a schedule, with its limits; it may be revoked by now."""
-        limits = None if schedule.publisher == OWNER.key_id else self.issued_limits
-        return Caller(schedule.publisher, schedule.owner, "publish", False, limits)
+    def _publisher_of(self, made):
+        """Return the key that made a schedule or an intent, with its limits; it may be revoked by now."""
+        limits = None if made.publisher == OWNER.key_id else self.issued_limits
+        return Caller(made.publisher, made.owner, "publish", False, limits)
 
     def _intent_of(self, tx, schedule):
         fields = dict(json.loads(schedule.fields), goal=schedule.goal, payload=json.loads(schedule.payload), schedule=schedule.name)
@@ -3007,8 +3007,10 @@ class Bus:
             if output is None:
                 return Record(done=False)
             if (intent.steps or 0) >= STEPS or tx.step_bytes(intent.id) + ROW_BYTES + bytes_of(output) > STEPS_BYTES:
-                raise Conflict(f"An intent may have {STEPS} steps, which take {STEPS_BYTES} bytes with {ROW_BYTES} for each.", "too_many_steps")
+                raise Conflict(f"An intent may have {STEPS} steps, and {STEPS_BYTES} bytes of their output, with {ROW_BYTES} more for each; "
+                               "write output to a file, and print its name.", "too_many_steps")
             tx.add_step(intent, name, output, seconds)
+            self._require_bytes(tx, self._publisher_of(intent), of_a_report=True)
         return Record(done=True)
 
     # With next_claim, a Claim, a report claims the next intent in its transaction: the intent that take() returns is `next` of the answer.
@@ -3374,8 +3376,11 @@ class Bus:
         """Return the figures by (namespace, goal) that come from events of the last day."""
         minute = int(self.clock.now() // 60)
         day, hour = minute - HISTORY_MINUTES, minute - 60
-        if time.monotonic() >= self._figures_at:
-            self._figures, self._figures_at = self.store.figures(day, hour), time.monotonic() + FIGURE_SECONDS
+        began = time.monotonic()
+        if began >= self._figures_at:
+            self._figures = self.store.figures(day, hour)
+            took = time.monotonic() - began
+            self._figures_at = began + max(FIGURE_SECONDS, 100 * took)     # it holds up the loop for 1 % of the time at most
         events = [(namespace, goal, event, times, times if minute >= hour else 0)     # those that are not stored yet
                   for (minute, namespace, goal, event), times in list(self.log.figures.items()) if minute >= day]
         goals, steps = collections.defaultdict(dict), collections.defaultdict(collections.Counter)
@@ -3629,7 +3634,8 @@ class Bus:
             tx.count_figures([dict(zip(("minute", "namespace", "goal", "event"), figure), times=times)
                               for figure, times in sorted(figures.items())], tx.now)
         tx.after_commit(self.log.stored, counted, figures)
-        tx.after_commit(setattr, self, "_figures_at", 0)
+        if time.monotonic() < self._figures_at:     # until the summary reads them again
+            tx.after_commit(self._figures.extend, [(*figure[1:], times, times) for figure, times in figures.items()])
 
     def _note_time(self, tx, step=0):
         """Store the time, with a step of the wall clock added."""
@@ -4700,8 +4706,7 @@ const base = location.origin + location.pathname.replace(/\/+admin\/+dashboard\/
 const basic = words => ({ Authorization: "Basic " + btoa(String.fromCharCode(...new TextEncoder().encode(words))) });
 const { username, password } = new URL(document.baseURI), inAddress = decodeURIComponent(username + ":" + password);
 let key = password ? basic(inAddress) : JSON.parse(sessionStorage.getItem("key"));
-function keep(headers, caller) {
-  [key, me] = [headers, caller];
+function keep(headers, caller) { [key, me] = [headers, caller];
   if (key) sessionStorage.setItem("key", JSON.stringify(key)); else sessionStorage.removeItem("key"); }
 async function ask(path, body, read = JSON.parse, headers = key) {
   const sent = body === undefined ? {} : { method: "POST", body: write(body) };
@@ -4717,8 +4722,7 @@ async function summary(minutes = 1, headers = key) {
   return found; }
 const trying = action => async () => { try { await action(); } catch (error) { say(error.message, true); } };
 const act = (words, path, body, then = draw) => trying(async () => {
-  const found = await ask(path, typeof body === "function" ? body() : body); say(words); await then(found);
-})();
+  const found = await ask(path, typeof body === "function" ? body() : body); say(words); await then(found); })();
 const button = (words, press, kind = "") => make("button" + kind, { type: "button", onclick: press }, words);
 const sure = (question, ...rest) => () => confirm(question) && act(...rest);
 const go = hash => { keepsWords = true; location.hash = hash; }, visit = made => go("intent/" + made.id);
@@ -4746,8 +4750,7 @@ function plot(history, hours) {
   const wide = $("main").clientWidth - 66, tall = 170, step = hours === 1 ? 1 : 10, points = hours * 60 / step;
   const first = Math.floor(now() / 60 / step) - points + 1, series = { published: [], fulfilled: [], failed: [] };
   for (const name in series) series[name].push(...Array(points).fill(0));
-  for (const [minute, name, times] of history) {
-    const at = Math.floor(minute / step) - first;
+  for (const [minute, name, times] of history) { const at = Math.floor(minute / step) - first;
     if (series[name]?.[at] >= 0) series[name][at] += times; }
   const entries = Object.entries(series), top = Math.max(1, ...Object.values(series).flat());
   const x = at => (at * wide / (points - 1)).toFixed(1), sum = list => list.reduce((total, times) => total + times);
@@ -4777,12 +4780,11 @@ async function follow(id) {
     const found = await ask("/output/" + id + "?after=" + next + "&wait=20");
     if (attempt !== found.attempt) output.textContent = ""; ({ attempt, next, ended } = found);
     const missed = found.missed ? "[" + plural(found.missed, "byte") + " left out]\n" : "";
-    output.textContent = (output.textContent + missed + found.output).slice(-OUTPUT);
+    output.textContent = (output.textContent + missed + (found.output || "")).slice(-OUTPUT);
     [output.hidden, bar.hidden, bar.value] = [!output.textContent, found.percent == null, found.percent || 0];
     put(told, found.percent != null && found.percent + " % ", found.message); node.hidden = output.hidden && !told.textContent;
     output.scrollTop = output.scrollHeight; await new Promise(go => setTimeout(go, 1000)); } catch (error) {
-    if (!error.status && live === mine) live = {};
-    return; }
+    if (!error.status && live === mine) live = {}; return; }
   if (live === mine) draw(true); }
 function timeline(of) {
   const item = (kind, title, at, ...rest) => make("li" + kind, {}, make("b", {}, title), " ", when(at), rest);
@@ -4790,10 +4792,14 @@ function timeline(of) {
   const client = of.caused_by ? ["by the end of ", show(of.caused_by)] : "by key " + of.publisher;
   const origin = of.schedule ? "by schedule " + of.schedule : client;
   const told = of.history.some(attempt => attempt.error === of.last_error), pre = text => text && make("pre", {}, text);
+  const attempts = of.history.map(attempt => [attempt.ended_at, item(attempt.outcome === "released" ? "" : ".bad", "Attempt " +
+      attempt.attempt + " " + attempt.outcome, attempt.ended_at, by(attempt.worker, attempt.claimed_at, attempt.ended_at),
+      pre(attempt.error))]);
+  const steps = of.steps.map(step => [step.done_at, item("", "Step " + step.name, step.done_at, make("small", {}, "attempt " +
+      step.attempt + (step.seconds == null ? "" : ", " + took(step.seconds))))]);
   return make("ol", {}, item("", "Published", of.created_at, make("small", {}, origin)),
-      of.history.map(attempt => item(attempt.outcome === "released" ? "" : ".bad", "Attempt " + attempt.attempt + " " +
-      attempt.outcome, attempt.ended_at, by(attempt.worker, attempt.claimed_at, attempt.ended_at), pre(attempt.error))),
-      of.status === "claimed" && item("", "Attempt " + of.claim_attempts + " runs, since", of.claimed_at, by(of.worker),
+      attempts.concat(steps).sort((one, other) => one[0] - other[0]).map(([, node]) => node), of.status ===
+      "claimed" && item("", "Attempt " + of.claim_attempts + " runs, since", of.claimed_at, by(of.worker),
       make("small", {}, "lease ends ", when(of.claim_expires_at))), of.status === "open" && item("", of.run_at > now() ? "Due" :
       "Waits since", of.run_at), of.status === "fulfilled" && item(".good", "Fulfilled", of.completed_at,
       by(of.worker, of.claimed_at, of.completed_at)), of.status === "dead" && item(".bad", "Dead", of.completed_at, told ?
@@ -4813,7 +4819,8 @@ function byGoal(rows) {
   const set = (of, words, about) => act(words, "/limit/" + encodeURIComponent(of.goal), { ...about, namespace: of.namespace });
   const pause = of => set(of, of.paused ? "It goes on." : "It is paused.", { paused: !of.paused }); const limit = of => {
     const number = prompt("How many intents of " + of.goal + " may run at once? Empty: any number.", of.limit || "");
-    if (number !== null) set(of, "The limit is set.", { running: number.trim() ? +number : null }); };
+    if (number !== null) set(of, "The limit is set.", { running: /^ *[0-9]+ *$/.test(number) ? +number :
+      number.trim() || null }); };
   return table("Goals", [["Goal", of => make("a.row", { href: place("intents", { goal: of.goal, namespace: of.namespace }) },
       make("b", { title: of.goal }, short(of.goal)), several && make("small", {}, of.namespace)), ".head"],
       ["Waiting", of => [figure(of.waiting), of.waiting >= COUNTED && "+", of.run_at && make("small" +
@@ -4942,8 +4949,7 @@ const views = {
         { value: which.namespace }), make("button.main", {}, "Show"))), intentsTable(intents, status,
         status === "delayed" || search ? null : given(filter), page.next ? "None is among the newest 10,000." :
         "There is none."), make("div.bar", {}, before && make("a", { href: place("intents", which) }, "Newest"),
-        page.next && make("a.next", { href: place("intents", { ...which, before: page.next }) }, "Older"))];
-  }, };
+        page.next && make("a.next", { href: place("intents", { ...which, before: page.next }) }, "Older"))]; }, };
 // Intents with the actions on those that are ticked, or on all that match a filter, on any page; counted first.
 function intentsTable(intents, status, filter, none) {
   const box = about => make("input", { type: "checkbox", ...about }), every = box(), untick = () => { every.checked = false; };
@@ -8513,7 +8519,7 @@ class Worker:
         self._poll = poll
         self._log = on_message
         self._jobs = threading.Semaphore(max_jobs or sys.maxsize)     # one permit for each intent that may still be claimed
-        self._deadline = time.monotonic() + (max_time or float("inf"))
+        self._deadline = time.monotonic() + (float("inf") if max_time is None else max_time)
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(concurrency)]
         self._running: dict[int, tuple[Lease, Claimed]] = {}     # by thread
         self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()     # gets an item when a handler or a thread ends, to wake run()
@@ -10265,6 +10271,8 @@ def output_command(bus, options):
 
     The bus is told of intents published with --follow and by workers with --stream, and keeps it in memory for an hour.
     """
+    if options.follow and options.json:
+        raise Invalid("output takes either --follow or --json.")
     if options.follow:
         follow_output(bus, options.id, FOREVER, sys.stdout)
         return print_outcome(options, Record(bus.get_result(options.id), result=None))
@@ -10329,8 +10337,9 @@ def step_command(options):
     """In a handler: run a program once an intent, however often that is tried; once it has ended with 0, later attempts skip it.
 
     Its stdout, text of at most 64 KiB, is recorded and printed again. Another exit code is passed on, and the step runs again
-    in the next attempt. 75: the bus is away, or the lease lost; end the handler with it, and the attempt does not count. The
-    program may run twice if the machine dies after it and before the record; its files are on this machine only.
+    in the next attempt. Exit code 75 means that the bus is away or the lease is lost: let the handler exit with 75, too, and
+    the intent is released. The program may run twice if the machine dies after it and before the record; its files are on
+    this machine only.
     """
     intent_id, token = (os.environ.get(f"INTENT_{name}") for name in ("ID", "CLAIM_TOKEN"))
     if not (intent_id and token):
@@ -10347,6 +10356,9 @@ def step_command(options):
         output, known = step_once(bus, intent_id, token, lease_seconds, options.name, functools.partial(run_step, options.program))
     except StepFailed as failed:
         return failed.code
+    except PayloadTooLarge as error:
+        log(f"the step is not recorded: {error} Write its output to a file, and print its name.")
+        return 1
     except (NotFound, Postpone) as error:
         log(error)
         return POSTPONED
@@ -10456,7 +10468,7 @@ def sweep(bus, options, verb, question, **which):
 
 
 @bus_command("cancel", ["cancel 01a20a3bf4423c55cce77efa455c0ada", "cancel --goal resize"],
-             flag("id", nargs="?", help="the id that publish printed"),
+             flag(*ID[0], **ID[1], nargs="?"),
              flag("--goal", help="all unfinished intents with this goal, as an admin"), YES, JSON)
 def cancel_command(bus, options):
     """Cancel an unfinished intent, or all of a goal; a worker that has claimed it stops."""
@@ -10592,9 +10604,10 @@ def delete_command(bus, options):
 
 def grant_in(options):
     """Return the fields of the key that the flags of NEW_KEY describe; an older bus knows the first three."""
-    limits = dict(goals=options.goal, expires_at=options.expires and time.time() + options.expires, payloads=options.payloads)
+    expires_at = None if options.expires is None else time.time() + options.expires
+    limits = dict(goals=options.goal, expires_at=expires_at, payloads=options.payloads or None)
     return dict(name=options.name, owner=options.owner, role=options.role,
-                **{field: value for field, value in limits.items() if value})
+                **{field: value for field, value in limits.items() if value is not None})
 
 
 @bus_command("keys add", ["keys add phone --role work --goal send_notification --expires 90d", "keys add wall --role viewer"],
@@ -10809,6 +10822,8 @@ def install_command(options):
         hints.append(f"{file} completes it in {shell}: " + hint.format(file=file, folder=os.path.dirname(file)))
     for path in texts:
         is_ours(path)
+    if os.path.lexists(library) and "def install_command" not in text_at(library):
+        raise SetupError(f"{library} is another program's: rename or delete it first.")
     replace_file(library, text, 0o644)
     with contextlib.suppress(OSError):     # the launcher compiles it then
         py_compile.compile(library, doraise=True)
@@ -10825,19 +10840,25 @@ def install_command(options):
 
 @command("uninstall", ["uninstall"])
 def uninstall_command(options):
-    """Delete the launcher, its copy of intentbus.py and the completions; exit 3 if there are none. Keys and the spool stay."""
-    import shutil
-    folder = os.path.dirname(in_home(LIBRARY_FILE))
-    made = [path for path in map(installed_file, (None, *COMPLETIONS)) if os.path.lexists(path) and is_ours(path)]
-    made += [folder] if os.path.exists(folder) else []
+    """Delete the launcher, its copy of intentbus.py and the completions; exit 3 if there are none. All other files stay."""
+    import glob
+    library = in_home(LIBRARY_FILE)
+    folder, module = os.path.split(library)
+    compiled = glob.glob(os.path.join(glob.escape(folder), "__pycache__", module.replace(".py", ".*.pyc")))
+    launcher, *completions = (path for path in map(installed_file, (None, *COMPLETIONS)))
+    made = [path for path in (launcher, *completions) if os.path.lexists(path) and is_ours(path)]
+    made += [path for path in (*compiled, library) if launcher in made and os.path.lexists(path)]
     if not made:
         raise NotFound("Nothing is installed.")
     try:
         for path in made:
-            (shutil.rmtree if path == folder else os.remove)(path)
+            os.remove(path)
             log(f"deleted {path}")
     except OSError as error:
         raise SetupError(f"{error.filename} cannot be deleted: {error.strerror}.") from error
+    for empty in (os.path.join(folder, "__pycache__"), folder):
+        with contextlib.suppress(OSError):     # it is not empty
+            os.rmdir(empty)
 
 
 def suggestion(word, names):

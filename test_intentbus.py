@@ -7169,10 +7169,9 @@ def test_the_output_of_a_running_intent_is_shown(page, served):
     page.sees("40 %", "half", "<b>two</b>")
     wait_until(lambda: progress_at(served, claim, dict(percent=50, output="three")))
     page.sees("50 %", "two", "three")
+    served.client.step(claim.id, claim.claim_token, "fetch <b>", "x", 1.5)
     served.client.fulfill(claim.id, claim.claim_token)
-    page.sees("fulfilled")
-    page.open(served.page + "#")
-    page.sees("What happened")
+    page.sees("fulfilled", "Step fetch <b>", "attempt 1, 1.5 s")
 
 
 @in_a_browser
@@ -7683,6 +7682,17 @@ def test_output_goes_on_where_the_reader_was(bus, clock):
     assert bus.output(claim.id).ended
 
 
+def test_progress_of_a_claim_before_is_not_that_of_the_next(bus, clock):
+    bus.publish("g", 1)
+    for give_back, said in ((bus.release, "one"), (lambda id, token: (bus.fail(id, token, retry=False), bus.retry(id)), "two"), (bus.fulfill, "three")):
+        claim = bus.claim("g")
+        bus.progress(**told_of(claim, percent=80 if said == "one" else None, output=said))
+        told = bus.output(claim.id)
+        assert (told.attempt, told.output, told.percent) == (1, said, 80 if said == "one" else None)
+        give_back(claim.id, claim.claim_token)
+        clock.pass_(1)
+
+
 def test_the_end_of_long_output_is_kept(bus, clock):
     bus.publish("g", 1)
     claim = bus.claim("g")
@@ -7860,6 +7870,19 @@ def test_steps_of_an_intent_have_bounds(bus, monkeypatch):
     with pytest.raises(intentbus.Conflict, match="3 steps"):
         bus.step(claim.id, claim.claim_token, "d", "x")
     assert bus.step(claim.id, claim.claim_token, "c").output == "x"
+
+
+def test_steps_count_for_the_publisher_and_have_its_bound(started):
+    bus = started(keys=dict(limits=intentbus.Limits(10, 20_000)))
+    ann, bob = (IntentClient(bus.url, bus.issue(owner).api_key) for owner in ("ann", "bob"))
+    ann.publish("g", 1, visibility="public")
+    claim = bob.claim("g")
+    for name in "abc":
+        assert bob.step(claim.id, claim.claim_token, name, "x" * 10_000).done
+    with pytest.raises(intentbus.RateLimited, match="bytes stored"):
+        bob.step(claim.id, claim.claim_token, "d", "x" * 10_000)
+    assert not bob.step(claim.id, claim.claim_token, "d").done
+    assert bob.fulfill(claim.id, claim.claim_token, "done").ok
 
 
 def test_a_claim_token_is_the_only_credential_of_a_step(started):
@@ -12324,8 +12347,11 @@ def test_install_and_uninstall_touch_no_file_of_others(home, monkeypatch, capsys
     for shell in ("bash", "zsh", "fish"):
         assert intentbus.main(["install", "--completion", shell]) == 0
     mine.write_text("")
-    assert intentbus.main(["uninstall"]) == 0 and [path for path in home.rglob("*") if path.is_file()] == [mine]
-    assert intentbus.main(["uninstall"]) == 3
+    (database := home / ".local" / "lib" / "intentbus" / "intentbus.db").write_text("")
+    assert intentbus.main(["uninstall"]) == 0 and {path for path in home.rglob("*") if path.is_file()} == {mine, database}
+    (copy := database.with_name("intentbus.py")).write_text("mine")
+    assert intentbus.main(["uninstall"]) == 3 and copy.exists()
+    assert intentbus.main(["install"]) == 2 and copy.read_text() == "mine" and f"{copy} is another program's" in capsys.readouterr().err
     monkeypatch.setenv("HOME", "/proc")     # not even root can write there
     assert intentbus.main(["install"]) == 2 and "The folder /proc/.local/lib/intentbus cannot be created: " in capsys.readouterr().err
 
@@ -12921,6 +12947,11 @@ def test_watch_follows_the_bus_over_a_restart(served, home):
     watching.send_signal(signal.SIGINT)
     assert watching.wait(20) == 130
     watching.communicate()
+
+
+def test_a_key_that_would_have_ended_already_is_refused(served):
+    assert_complaint(at(served, "keys", "add", "x", "--expires", "0s"), 2, "expires_at must be Unix seconds to come")
+    assert served.client.admin("keys") == []
 
 
 @SLOW

@@ -7,7 +7,6 @@ The assistant's program starts it, with a configuration such as
 
     {"mcpServers": {"intentbus": {"command": "python3", "args": ["/home/ann/intentbus/examples/mcp_server.py"],
                                   "env": {"INTENT_BUS_URL": "https://bus.example", "INTENT_API_KEY": "tk_..."}}}}
-
 Without env it uses the bus joined, otherwise the bus on this machine. The assistant may do whatever the key may do, so create
 a key for it that is limited to some goals: keys add assistant --role both --goal send_notification.
 
@@ -199,6 +198,7 @@ class AssistantServer:
         deadline = time.monotonic() + 1     # programs kill the server 2 s after they have closed stdin
         for _, thread in tuple(self._calls.values()):
             thread.join(max(0, deadline - time.monotonic()))
+        self._lock.acquire(timeout=1)     # no thread writes while Python ends
 
     def _receive(self, method, request_id, params):
         if method == "notifications/cancelled" and isinstance(params, dict):
@@ -230,9 +230,9 @@ class AssistantServer:
         except Error as error:
             answer = {"result": dict(content=[dict(type="text", text=str(error))], isError=True, **stamp)}
         finally:     # the thread prints any other exception
-            self._calls.pop(request_id, None)
             if not cancelled.is_set():
                 self._send(request_id, **answer)
+            self._calls.pop(request_id, None)
 
     def _send(self, request_id, **answer):
         with self._lock, contextlib.suppress(BrokenPipeError):     # the end of stdin follows
