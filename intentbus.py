@@ -9858,8 +9858,8 @@ def log_startup(options, url, database, key_source, other):
         log(database.warning)
     if not options.tls_cert and options.host not in ("127.0.0.1", "::1", "localhost"):
         log("other machines can reach this bus over plain HTTP; put a TLS proxy or a tunnel in front of it")
-    who = "as admin with DASHBOARD_PASSWORD" if os.environ.get("DASHBOARD_PASSWORD") else \
-        "with a viewer's key" if os.environ.get("BUS_ADMIN_SECRET") else "as admin with the owner key"
+    who = "with DASHBOARD_PASSWORD" if os.environ.get("DASHBOARD_PASSWORD") else \
+        "with a viewer's key" if os.environ.get("BUS_ADMIN_SECRET") else "with the owner key"
     log(f"the dashboard is at {url}/admin/dashboard; sign in {who}")
     log("next, in two other terminals:")
     where = "" if url == URL and not os.path.exists(os.path.expanduser(CONFIG_FILE)) else f" --url {url}"

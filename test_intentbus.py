@@ -11797,7 +11797,7 @@ def test_serve_makes_a_key_prints_its_url_and_exits_0(tmp_path):
     code, output, errors = serve.stop()
     assert (code, output) == (0, "") and "Traceback" not in errors
     assert "the key is new, in ~/.apikey" in errors and f"publish --url {serve.url} hello name=world" in errors
-    assert f"the dashboard is at {serve.url}/admin/dashboard; sign in as admin with the owner key\n" in errors
+    assert f"the dashboard is at {serve.url}/admin/dashboard; sign in with the owner key\n" in errors
     assert sorted(path.name for path in tmp_path.iterdir()) == [".apikey", ".intentbus", "intentbus.db", "intentbus.db.lock"]
     with contextlib.closing(sqlite3.connect(tmp_path / "intentbus.db")) as db:
         assert db.execute("SELECT id FROM intents").fetchall() == [(published.stdout.strip(),)]
@@ -11807,9 +11807,9 @@ def test_serve_makes_a_key_prints_its_url_and_exits_0(tmp_path):
 
 
 @pytest.mark.parametrize("url, key_file, environment, words", [
-    ("http://127.0.0.1:8787", "~/.apikey", {}, ["publish hello name=world", "sign in as admin with the owner key"]),
+    ("http://127.0.0.1:8787", "~/.apikey", {}, ["publish hello name=world", "sign in with the owner key"]),
     ("http://127.0.0.1:9", "~/.apikey", {}, ["publish --url http://127.0.0.1:9 hello"]),
-    ("https://h:8787", "k", {"DASHBOARD_PASSWORD": "x"}, ["publish --url https://h:8787 --key-file k hello", "sign in as admin with DASHBOARD_PASSWORD"]),
+    ("https://h:8787", "k", {"DASHBOARD_PASSWORD": "x"}, ["publish --url https://h:8787 --key-file k hello", "sign in with DASHBOARD_PASSWORD"]),
     ("http://127.0.0.1:8787", "k", {"BUS_SECRET": KEY, "BUS_ADMIN_SECRET": "x"}, ["publish hello name", "sign in with a viewer's key"])])
 def test_a_bus_that_starts_says_what_works(store, home, monkeypatch, capsys, url, key_file, environment, words):
     for variable, value in environment.items():
