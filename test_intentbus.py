@@ -10978,8 +10978,8 @@ EXIT_CODES = range(256) if os.environ.get("INTENTBUS_TEST_SLOW") else (*range(10
 def test_every_exit_code_has_its_outcome(served, tmp_path):
     codes = [code for code in EXIT_CODES if code not in (126, 127)]     # these two stop the worker
     ids = served.client.publish_many([a_publish(payload={"code": code}) for code in codes]).ids
+    work(served, "g", intentbus.Program([script(tmp_path, '#!/bin/sh\nexit "$1"\n'), "{code}"]), concurrency=8)
     expected = {0: ("fulfilled", None), 75: ("open", None), 100: ("dead", "The handler rejected it with exit code 100.")}
-    expected = {0: ("fulfilled", None), 100: ("dead", "The handler rejected it with exit code 100.")}
     found = {intent.id: (intent.status, intent.last_error) for intent in served.client.list(limit=500).intents}
     assert [found[id] for id in ids] == [expected.get(code, ("open", f"exit code {code}")) for code in codes]
 
