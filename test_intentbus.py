@@ -7261,8 +7261,8 @@ def test_intents_are_found_by_goal_id_and_text(page, served):
         page.fill(search=text)
         page.sees(there[:12])
         wait_until(lambda: gone[:12] not in page.text().replace(there[:12], "") or first[:12] == second[:12])
-        assert page.run("return document.querySelectorAll('a.row').length") == len(
-            {"resize": "12", first[:4]: "123"}.get(text, "1")), text
+        rows = len({"resize": "12", first[:4]: "123"}.get(text, "1"))
+        wait_until(lambda: page.run("return document.querySelectorAll('a.row').length") == rows)
     page.fill(search="", goal="backup")
     page.sees("nas")
     page.run("location.hash = 'intents?search=nowhere'")
