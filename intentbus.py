@@ -116,11 +116,11 @@ BULK_INTENTS = 1000                 # of one request: other requests wait for it
 IDEMPOTENCY_SECONDS = 86400         # publishers retry within a day
 PROGRESS_SECONDS = 1                # between two reports of progress of an intent: people read no faster
 PROGRESS_CHARACTERS = 200           # of the words for it: one line
-LIVE_BYTES = 2 ** 16                # of what a handler writes while it runs, kept in memory: its end
+LIVE_BYTES = 2 ** 16                # the end of a handler's live output, kept in memory
 LIVE_CHARACTERS = 2 ** 15           # of it in one request: with six bytes each, as JSON, it is within BODY_BYTES
 LIVE_TOTAL_BYTES = 2 ** 24          # of all intents; the key with most loses its oldest first
 LIVE_SECONDS = 3600                 # how long that is kept after the attempt
-LIVE_READERS = 10_000               # intents of which somebody is known to read it
+LIVE_READERS = 10_000               # intents whose live output is being read
 STEP_BYTES = 2 ** 16                # of the output of a durable step: a file's name, not its content
 STEPS_BYTES = 2 ** 20               # of all steps of an intent
 STEPS = 1000                        # of an intent
@@ -170,7 +170,7 @@ WAITING_ROWS = 20_000               # waiting intents that the summary counts by
 RUNNING_ROWS = 2000                 # claimed intents that it counts by goal, about 3 ms
 FIGURE_MINUTES = 10                 # the step of the history by goal
 FIGURE_GOALS = 200                  # goals in one step of it, and in a summary
-FIGURE_SECONDS = 10                 # how long the summary reuses what it has read of it: 5 ms for ten busy goals
+FIGURE_SECONDS = 10                 # how long the summary reuses the figures it has read: 5 ms for ten busy goals
 STEPS_PER_DOUBLING = 4              # of durations in it: a percentile is right to 9 %
 PREVIEW_CHARACTERS = 500            # of a payload in a list
 RECHECK_SECONDS = 1                 # between two rounds of housekeeping; another program's writes show this soon
@@ -10164,6 +10164,16 @@ def flush_command(options):
     return 1 if refused and not options.discard else 0
 
 
+def usable_spool():
+    """Return the path of the spool; if it cannot be used, log why, and return None."""
+    try:
+        Spool()
+        return SPOOL_FILE
+    except SetupError as error:
+        log(f"{error} An outcome that cannot be reported will be lost.")
+        return None
+
+
 @command("work", ["work --goal send_notification -- ./handler.sh",
                   "work --goal resize -j 4 -- convert {file} -resize 50% {out}",
                   "work --goal backup --drain --timeout 1h -- ./backup.sh"],
@@ -10211,13 +10221,7 @@ def work_command(options):
     may_sleep = options.max_jobs or options.drain or options.max_time or options.no_wake_lock
     if not may_sleep and in_termux() and run_quietly("termux-wake-lock", timeout=TERMUX_SECONDS):
         log("the phone stays awake until you run termux-wake-unlock (or start with --no-wake-lock)")
-    spool = SPOOL_FILE
-    try:
-        Spool()
-    except SetupError as error:
-        spool = None
-        log(f"{error} An outcome that cannot be reported will be lost.")
-    bus = open_client(options, spool=spool)
+    bus = open_client(options, spool=usable_spool())
     variables.update(BUS_URL=bus.base_url, BUS_CA=bus.ca or "")
     worker = Worker(bus, options.goal, handler,
                     on_message=lambda sentence: log(f"{time.strftime('%H:%M:%S')} {sentence}"),
