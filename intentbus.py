@@ -254,10 +254,10 @@ LEASE_CHECK_SECONDS = 1             # a worker whose phone slept notices a lost 
 POLL_SECONDS = 5                    # between two claims at a server that does not hold them
 PUBLISH_WAIT_SECONDS = 300          # default of publish --wait
 SWEEP_SECONDS = 3600                # for the bus to delete or cancel intents: a million take some minutes
-STREAM_SECONDS = 1                  # publish --lines sends the lines of a stream that soon
+STREAM_SECONDS = 1                  # how long publish --lines collects lines before it sends them
 READ_AHEAD_LINES = 100              # of stdin, at most 25 MB
 JOBS = 256                          # of one worker; each is a thread and a program
-SHOWING_SECONDS = 1                 # long work shows on a terminal how far it is, that late and that often
+SHOWING_SECONDS = 1                 # how soon, and then how often, long work shows its progress on a terminal
 COLUMN_WIDTH = 10                   # of a table's column that gives way; narrower ones are left out
 DOCTOR_SECONDS = 10                 # for the bus to answer a doctor
 COMPLETION_SECONDS = 1              # for the bus to answer a shell, whose user has pressed Tab
@@ -356,8 +356,6 @@ UNPUBLISHED = {**UNCLAIMED, **PUBLISH_DEFAULTS}
 Change = collections.namedtuple("Change", "event columns callback detail", defaults=(None, None))
 
 to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode     # compact text
-
-
 SHORT_ID = re.compile(f"[0-9a-f]{{{SHORT_ID_DIGITS},31}}")     # the first digits of an id
 
 
@@ -606,7 +604,7 @@ for attribute in COLUMNS:     # attributes as a Record has them, but ten times a
 
 
 # ---- 4. Schedule ----
-# When a schedule runs: pure functions of its row and a time. Cron expressions are those of crontab(5) of Vixie cron.
+# When a schedule runs: pure functions of its row and a time. Cron expressions are as in crontab(5) of Vixie cron.
 
 CRON_FIELDS = (     # name, lowest and highest number, names of the numbers from the lowest on
     ("minute", 0, 59, ""), ("hour", 0, 23, ""), ("day of month", 1, 31, ""),
@@ -836,7 +834,8 @@ STEPS_TABLE = """
         PRIMARY KEY (intent, name)
     )
 """
-MIGRATIONS = (SCHEMA, MORE_INDEXES, HISTORY, PLACES, SIZES, FEATURES, STEPS_TABLE)     # the n-th leads to version n; a released one never changes
+# the n-th leads to version n; a released one never changes
+MIGRATIONS = (SCHEMA, MORE_INDEXES, HISTORY, PLACES, SIZES, FEATURES, STEPS_TABLE)
 APPLICATION_ID = 0x1B05     # in the header of the file: it is a database of intentbus
 
 
@@ -1624,7 +1623,7 @@ class Transaction(Reads):
         return not limit or not limit.paused and (limit.running is None or self.claimed_of(of.namespace, of.goal) < limit.running)
 
     def ready_lanes(self, namespace, goal):
-        """Return the lanes of a goal in which intents are ready, if it has room, the one with the first intent first."""
+        """Return the lanes of a goal in which intents are ready, in the order of these intents; none if its limit leaves no room."""
         found, (start, end) = [], range_under(namespace)
         while head := self._intent(HEAD_OF_NEXT_LANE, start=start, end=end):     # one lookup for each place
             found += self._heads(f"{head.place}\t{goal}\t")
@@ -1698,7 +1697,7 @@ class Transaction(Reads):
             tally.add(*kind)
         return tally
 
-    def bytes_of(self, *publishers):
+    def stored_bytes(self, *publishers):
         """Return the bytes in the stored tallies of two publishers."""
         return self._first(BYTES_OF, first=publishers[0], second=publishers[1])[0] or 0
 
@@ -1960,7 +1959,7 @@ class Store(Reads):
                            lane=lane, most=most)[0]
 
     def running(self, most):
-        """Yield (namespace, goal, owner, number) of the claimed intents, of which at most that many are counted."""
+        """Yield (namespace, goal, owner, number) of the claimed intents; it counts `most` of them at most."""
         return self._rows("""
             SELECT   namespace, goal, owner, COUNT(*)
             FROM     (SELECT namespace, goal, owner FROM intents WHERE status = 'claimed' LIMIT :most) AS claimed
@@ -2389,13 +2388,13 @@ class EventLog:
 
 
 class LiveOutput:
-    """What workers tell of an attempt while it runs: how far it is, and the end of what its handler writes.
+    """News of attempts while they run: how far each is, and the end of its handler's output.
 
     It counts for the worker's key. Numbers of bytes go on over all attempts of an intent that are known.
     """
 
     def __init__(self):
-        self._told = collections.OrderedDict()     # id of an intent: what was told of its latest attempt, the latest told last
+        self._told = collections.OrderedDict()     # id of an intent: the news of its latest attempt, the newest last
         self._sizes = collections.Counter()        # id of a key: bytes
         self._next_at = {}                         # id of an intent: when its worker may tell more
         self._read_until = {}                      # id of an intent: how long somebody reads
@@ -2430,7 +2429,7 @@ class LiveOutput:
             self._forget(next(intent_id for intent_id, told in self._told.items() if told.key_id == largest))
 
     def after(self, intent_id, number):
-        """Return what is known of an intent: all but "ended" in the answer of Bus.output()."""
+        """Return the news of an intent, with its output after a number of bytes: the answer of Bus.output() without "ended"."""
         told = self._told.get(intent_id)
         if told is None:
             return Record(attempt=None, output="", next=0, missed=0, percent=None, message=None)
@@ -2456,7 +2455,7 @@ class LiveOutput:
             self._told[intent_id].ended_at = now
 
     def forget_old(self, now):
-        """Forget what was told of attempts that ended LIVE_SECONDS ago, pauses that are over, and readers that are gone."""
+        """Forget attempts that ended LIVE_SECONDS ago, pauses that are over, and readers that are gone."""
         for intent_id in [intent_id for intent_id, told in self._told.items()
                           if told.ended_at is not None and abs(now - told.ended_at) >= LIVE_SECONDS]:
             self._forget(intent_id)
@@ -2467,7 +2466,7 @@ class LiveOutput:
         told = self._told.pop(intent_id, None)
         if told:
             self._sizes[told.key_id] -= ROW_BYTES + len(told.output)
-            self._sizes += collections.Counter()     # drops those that are 0
+            self._sizes += collections.Counter()     # drops the zeros
         return told
 
 
@@ -2510,7 +2509,7 @@ class Caller(collections.namedtuple("Caller", "key_id owner role admin limits go
         return self.sees in (None, key.owner) and (self.goals is None or set(key.goals or [None]) <= set(self.goals))
 
     def narrowed(self, goals, refusal=Forbidden):
-        """Return the goals that a request for these means: if it names none, those of the key; raises refusal for others.
+        """Return the goals that a request for these means: if it names none, the key's own; raises refusal for others.
 
         Each verb that takes a goal asks this. None stands for any goal.
         """
@@ -2552,7 +2551,7 @@ def require_at_most(most, number, words):
 
 
 def told_of(intent, claim):
-    """Return what a worker is told of its claim, besides naming fields and payload."""
+    """Return the fields of a claim that its worker gets besides naming fields and payload."""
     told = intent.pick(CLAIM_FIELDS)
     told.update(claim_token=claim.token, claim_timeout=int(claim.lease))
     if intent.stream:
@@ -2561,7 +2560,7 @@ def told_of(intent, claim):
 
 
 def goals_of(fields):
-    """Return the goals that a publish with these fields may publish to: its own, and those of its callbacks."""
+    """Return the goals to which a publish with these fields leads: its own, and its callbacks'."""
     return [goal for goal in map(fields.get, ("goal", "on_success", "on_failure")) if goal]
 
 
@@ -2711,7 +2710,7 @@ class Bus:
     def _stored_bytes(self, tx, *publishers):
         """Return the bytes of a key and of its owner's values; on a shared database, without additions of other requests that run now."""
         if self.store.database.shared:
-            return tx.bytes_of(*publishers) + sum(size for publisher, *_, size in tx.counted if publisher in publishers)
+            return tx.stored_bytes(*publishers) + sum(size for publisher, *_, size in tx.counted if publisher in publishers)
         return sum(part.bytes for publisher in publishers for part in self._parts(tx, publisher))
 
     def _tally(self, tx, publisher):
@@ -2779,7 +2778,7 @@ class Bus:
 
     def schedule(self, name, goal, payload, *, every=None, cron=None, timezone=None, overlap="skip", paused=False, owner=None,
                  caller=OWNER, **fields):
-        """Publish an intent every so many seconds, or at the times of a cron expression; return {"name", "next_run_at", "status"}.
+        """Publish an intent each `every` seconds, or at the times of a cron expression; return {"name", "next_run_at", "status"}.
 
         The status is "replaced" if the owner had a schedule of that name. fields are those of publish, but delay, run_at and
         idempotency_key. With overlap "skip", a run is left out while the intent of the run before is unfinished.
@@ -3069,7 +3068,7 @@ class Bus:
         number = "too many" if len(rows) > LIST_ROWS else len(seen)
         if number not in (0, 1):
             raise Conflict(f"{digits} fits {number} intents; give more digits of the id.", "ambiguous")
-        return seen[0] if seen else digits     # of which there is no intent
+        return seen[0] if seen else digits     # for which the verb raises NotFound
 
     def get_status(self, intent_id, *, caller=OWNER):
         """Return the state of an intent, without payload and result."""
@@ -3197,7 +3196,7 @@ class Bus:
         return Record(limit._asdict(), paused=bool(limit.paused), claimed=claimed)
 
     def ready_lanes(self, namespace, goal):
-        """Return the lanes in which intents of a goal are ready, of which some may be claimed now."""
+        """Return the lanes in which intents of a goal are ready, if its limit leaves room for more."""
         with self.store.transaction() as tx:
             return tx.ready_lanes(namespace, goal)
 
@@ -3317,10 +3316,10 @@ class Bus:
     def summary(self, minutes=60, *, caller=OWNER):
         """Return counts, workers, sizes, and the history of the last minutes, in steps of ten above 60.
 
-        Intents by namespace and status; for each waiting goal, since when (run_at) and how many workers listen; workers, and
-        those that are gone; goals: see _by_goal();
-        history as [[minute of Unix time, event, times]]; sizes in bytes; the number of issued keys. A viewer's is about what
-        it sees: the history, which is not kept for each owner, is empty then, and the counts, which are not kept for each goal.
+        intents are numbers by namespace and status; waiting has, for each waiting goal, since when (run_at) and how many workers
+        listen; goals are those of _by_goal(); workers are listed, and gone ones apart; history is [[minute of Unix time, event,
+        times]]; sizes are in bytes; keys is the number of issued keys. A viewer gets only what it may see: no history, which is
+        not kept by owner, and, if its key is for some goals, no intents, which are not counted by goal.
         """
         now, intents, whole = self.clock.now(), {}, caller.sees is None and caller.goals is None
         for namespace, _, status, number, _ in self.store.tallies(caller.sees):
@@ -3381,7 +3380,7 @@ class Bus:
             self._figures = self.store.figures(day, hour)
             took = time.monotonic() - began
             self._figures_at = began + max(FIGURE_SECONDS, 100 * took)     # it holds up the loop for 1 % of the time at most
-        events = [(namespace, goal, event, times, times if minute >= hour else 0)     # those that are not stored yet
+        events = [(namespace, goal, event, times, times if minute >= hour else 0)     # not stored yet
                   for (minute, namespace, goal, event), times in list(self.log.figures.items()) if minute >= day]
         goals, steps = collections.defaultdict(dict), collections.defaultdict(collections.Counter)
         for namespace, goal, event, in_day, in_hour in [*self._figures, *events]:
@@ -5487,7 +5486,7 @@ ROLES = {
     "both": ("publish", "work", "step", "look", "manage", "keep"),
     "viewer": ("look", "view"),
 }
-ROLE_WORDS = {"both": "publish and work", "viewer": "look"}     # what a role may do, unless its name says it
+ROLE_WORDS = {"both": "publish and work", "viewer": "look"}     # for a role whose name does not say its rights
 REPORTS = ("/extend_claim/", "/progress/", "/fulfill/", "/fail/", "/release/")     # answered before the claims of their round
 OPEN_OVER_HTTP = ("/", "/health")                                    # where https is enforced
 OPEN_IN_MAINTENANCE = (*OPEN_OVER_HTTP, "/metrics")                  # to everybody; admins are let in everywhere
@@ -6141,7 +6140,7 @@ class Connection:
         return self.tls.encrypt(data) if self.tls else data
 
     def _push(self, data):
-        """Send bytes, and keep those that the socket does not take."""
+        """Send bytes, and keep the rest that the socket does not take."""
         self.outgoing = b"".join((self.outgoing, data)) if self.outgoing else data
         if self.outgoing and not self.closed:
             self._flush()
@@ -7479,7 +7478,8 @@ CHANGED = answer_of(id=ANSWER_ID, status=TEXT)
 STATE = {**dict.fromkeys(STATUS_FIELDS, UNSURE), "id": ANSWER_ID, "status": TEXT, "claimed_at": PERHAPS_A_MOMENT}
 ATTEMPT = answer_of(attempt=COUNT, outcome=TEXT, ended_at=MOMENT, claimed_at=PERHAPS_A_MOMENT, worker=UNSURE, error=UNSURE)
 DONE_STEP = answer_of(name=TEXT, attempt=COUNT, seconds=(number_from(0, 2 ** 40), None), done_at=MOMENT)
-RESULT_STATE = dict(STATE, steps=(array_of(DONE_STEP), ()), result=UNSURE, result_type=UNSURE, history=(array_of(ATTEMPT), ()))     # older buses have no history
+RESULT_STATE = dict(STATE, result=UNSURE, result_type=UNSURE, history=(array_of(ATTEMPT), ()),     # which older buses do not have
+                    steps=(array_of(DONE_STEP), ()))
 LISTED_INTENT = answer_of(id=ANSWER_ID, status=TEXT, goal=TEXT, claim_attempts=COUNT, max_attempts=COUNT, created_at=MOMENT,
                           last_error=UNSURE, worker=UNSURE, preview=UNSURE)
 LISTED_WORKER = answer_of(owner=TEXT, last_seen=MOMENT, goals=(array_of(string), REQUIRED), name=UNSURE, id=UNSURE, version=UNSURE,
@@ -7830,7 +7830,7 @@ class Spooler:
         self.spool.remove(number)
 
 
-IGNORED = {     # by an Intent Bus 7, with what it would do
+IGNORED = {     # fields that an Intent Bus 7 ignores, with the consequence
     "run_at": "ignore run_at; pass a delay",
     "unique": "store it beside others of its unique value",
     "on_success": "publish nothing at its end",
@@ -7850,7 +7850,7 @@ def present(**fields: Any) -> dict[str, Any]:
     return {field: value for field, value in fields.items() if value is not None}
 
 
-if TYPE_CHECKING:     # what is in the answers; at run time each is a plain Record
+if TYPE_CHECKING:     # the fields of answers; at run time each is a plain Record
     Goals = Union[str, Sequence[str], None]     # None: any goal
     Handler = Union[Callable[[Any], object], Callable[[Any, "Lease"], object]]     # the second with_lease
     Visibility = Literal["private", "public"]
@@ -8042,7 +8042,7 @@ class IntentClient:
 
     def progress(self, intent_id: str, claim_token: str | None = None, percent: float | None = None, message: str | None = None,
                  output: str | None = None) -> Record:
-        """Tell how far the work is, and what it has written, as Bus.progress does; this extends the lease, too."""
+        """Tell the progress and the new output of the work, as Bus.progress does; this extends the lease, too."""
         body = dict(claim_token=claim_token, percent=percent, message=message, output=output)
         return self.request("POST", f"/progress/{intent_id}", body, retries=0)
 
@@ -8144,8 +8144,10 @@ class IntentClient:
 
     def retry(self, intent_id: str | None = None, *, goal: str | None = None, namespace: str | None = None, limit: int = 1000,
               count: bool = False, until: float | None = None, from_start: bool = False) -> Record:
-        """Reopen a dead intent, which goes on after its steps that are done, or from_start; or up to limit dead ones of a goal
-        or namespace; or count these, as Bus.retry_many does."""
+        """Reopen a dead intent; without an id, reopen up to limit dead ones of a goal or namespace, as Bus.retry_many does.
+
+        Steps that are done stay done, unless from_start is true.
+        """
         if intent_id is not None:
             return self.request("POST", f"/retry/{intent_id}", dict(from_start=True) if from_start else None, retries=0)
         more = {} if not count and until is None else dict(count=count, until=until)     # unknown to older buses
@@ -8157,7 +8159,7 @@ class IntentClient:
                  max_attempts: int | None = None, backoff_base: float | None = None, target_worker: str | None = None,
                  required_capability: str | None = None, visibility: Visibility | None = None, on_success: str | None = None,
                  on_failure: str | None = None, stream: bool | None = None) -> Record:
-        """Publish an intent every so many seconds, or at the times of a cron expression; return {"name", "next_run_at", "status"}."""
+        """Publish an intent each `every` seconds, or at the times of a cron expression; return {"name", "next_run_at", "status"}."""
         body = present(goal=goal, namespace=namespace or self.namespace, every=every, cron=cron, timezone=timezone, overlap=overlap,
                      paused=paused, owner=owner, priority=priority, ttl=ttl, max_attempts=max_attempts, backoff_base=backoff_base,
                      target_worker=target_worker, required_capability=required_capability, visibility=visibility,
@@ -8398,11 +8400,11 @@ class Lease:
     def __init__(self, bus: Bus | IntentClient, intent: Claimed, seconds: float) -> None:
         self._bus, self._holder, self._seconds = bus, (intent.id, intent.claim_token), seconds
         self._due = steady_clock() + seconds / 3     # when it is to be extended
-        self._news: dict[str, Any] = {}             # what the bus has not been told yet: percent, message, output
+        self._news: dict[str, Any] = {}             # not told to the bus yet: percent, message, output
         self._news_lock = threading.Lock()
         self._pause, self._told_at = PROGRESS_SECONDS, -FOREVER
         self._calling = threading.Lock()     # held while the bus is called
-        self._steps: set[str] = set()     # names of those that the handler has asked for
+        self._steps: set[str] = set()     # names of the steps in this run
         self._started = time.monotonic()
         self.broken: str | None = None
 
@@ -8411,7 +8413,7 @@ class Lease:
         return f"{time.monotonic() - self._started:.1f} s"
 
     def progress(self, percent: float | None = None, message: str | None = None) -> None:
-        """Tell how far the work is, from 0 to 100 and in words, for people to see; it takes no time, and may be called often."""
+        """Tell people how far the work is, from 0 to 100 and as a message; it takes no time, and may be called often."""
         self._note(percent=percent, message=message)
 
     def write(self, text: str) -> None:
@@ -8446,7 +8448,7 @@ class Lease:
                 self._call()
 
     def tell_the_rest(self) -> None:
-        """Tell the bus what it has not been told, before the outcome is reported; without success if it is away."""
+        """Tell the bus the rest of the news, before the outcome is reported; if the bus is away, the rest is dropped."""
         self._calling.acquire()     # once a call that has begun is over
         if not self._news or self.broken:
             return self._calling.release()
@@ -8526,7 +8528,7 @@ class Worker:
         self._over: list[None] = []     # an item for each thread that has ended, save its last steps
         self._stopping = threading.Event()
         self._failure = None
-        self._trouble = None     # of the latest claim, in words
+        self._trouble = None     # of the latest claim, as a sentence
         self.signals: list[int] = []     # numbers of the signals that interrupted the worker
 
     def run(self) -> None:
@@ -8911,16 +8913,16 @@ class OutputReader:
 
 
 class StderrFilter:
-    """Takes what a program writes to stderr: lines with progress out of it, and all else on to a function, as it comes."""
+    """Splits the stderr of a program as it comes: lines with progress go to the lease, all else to a function."""
 
     def __init__(self, lease, show, stream):
-        """show(data) gets all else and, at the end, no data; stream tells whether the lease gets it, too."""
+        """show(data) gets all but progress and, at the end, no data; stream tells whether the lease gets it, too."""
         self._lease, self._show, self._stream = lease, show, stream
         self._begun, self._at_start = b"", True     # the begin of a line that may tell progress
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def __call__(self, data):
-        """Take data, or none at the end of the pipe; return what is not progress."""
+        """Take data, or none at the end of the pipe; return it without progress."""
         *lines, last = (self._begun + data).split(b"\n")
         passed = []
         for line in lines:
@@ -8939,7 +8941,7 @@ class StderrFilter:
         return passed
 
     def end(self):
-        """Pass on what is left."""
+        """Pass the rest on."""
         self(b"")
         self._show(b"")
 
@@ -8956,11 +8958,11 @@ class Program:
     """A handler that runs a program: payload on stdin, result on stdout. The README has the contract.
 
     timeout and kill_after are seconds, max_output bytes; result says how to read stdout: auto, json, text or none.
-    tell(verb, pid) is called when a process has started and when it has ended, show(intent, data) with what it writes to
-    stderr besides progress, and with no data at the end, on_message(sentence) when output was cut. variables are those that
-    lead its steps to the bus, without INTENT_ in front. With stream, this is told
-    to the bus of every intent, not only of those whose publisher wants it. Raises SetupError if there is no such
-    program, or if it is a batch file of Windows with placeholders: cmd.exe could take a field for commands.
+    tell(verb, pid) is called when a process has started and when it has ended, show(intent, data) for its stderr without
+    progress, and with no data at the end, on_message(sentence) when output was cut. With stream, the bus is told the stderr
+    of every intent, not only where the publisher wants it. variables, without INTENT_ in front, lead its steps to the bus.
+    Raises SetupError if there is no such program, or if it is a batch file of Windows with placeholders: cmd.exe could take
+    a field for commands.
     """
 
     def __init__(self, arguments, timeout=HANDLER_SECONDS, kill_after=KILL_AFTER_SECONDS, max_output=OUTPUT_BYTES,
@@ -9686,7 +9688,7 @@ def due_or_age(intent):
 
 
 def end_of_key(key):
-    """Return when a key ends, in words; None for never."""
+    """Return when a key ends, such as "ends in 5d"; None for never."""
     return key.expires_at and ("has ended" if key.expires_at <= time.time() else f"ends {relative_time(key.expires_at)}")
 
 
@@ -10519,7 +10521,7 @@ def limit_command(bus, options):
 
 @bus_command("pause", ["pause backup"], LIMITED_GOAL_FLAG, *TABLE)
 def pause_command(bus, options):
-    """Pause a goal: its intents wait until resume; those that run go on."""
+    """Pause a goal: its intents wait until resume; running ones go on."""
     Table(options, LIMIT_TABLE).print([bus.limit(options.goal, paused=True)])
 
 
@@ -10565,7 +10567,7 @@ def schedule_command(options):
 
 @bus_command("schedules", ["schedules"], OF_OWNER_FLAG, *TABLE)
 def schedules_command(bus, options):
-    """List the schedules: name, goal, every or cron, next run, last run and its id. Times are those of this machine."""
+    """List the schedules: name, goal, every or cron, next run, last run and its id. Times are in this machine's time zone."""
     Table(options, SCHEDULE_TABLE).print(bus.schedules(options.owner).schedules)
 
 
@@ -10682,7 +10684,7 @@ def stats_command(bus, options):
              flag("--goal", help="only intents with this goal"),
              flag("--status", choices=STATUSES, help="only intents with this status"), YES)
 def purge_command(bus, options):
-    """Delete all intents, or those of a --namespace, goal and status, for good; prints their number."""
+    """Delete intents for good, all of them or only some, by a --namespace, goal and status; prints their number."""
     print_result(sweep(bus, options, "purge", "Delete for good", goal=options.goal, status=options.status,
                        namespace=options.namespace).deleted)
 
@@ -10920,7 +10922,7 @@ def overview():
 
 
 def help_about(words):
-    """Return the help of the command in a command line, or of those that begin with its first word, or of the program."""
+    """Return the help of a command, of a group of commands such as keys, or, without words, of the program."""
     several = [name for name in COMMANDS if words and name.startswith(f"{words[0]} ")]
     if several and " ".join(words[:2]) not in several:
         return "\n".join(summaries(several))
@@ -10977,7 +10979,7 @@ KNOWN = {"goal": known_goals, "--goal": known_goals, "--on-success": known_goals
 
 
 def following(name, words, begun):
-    """Yield (word, description) of the words that may follow those of a command."""
+    """Yield (word, description) of the words that may come next in the command line of a command."""
     flags = {flag: settings for names, settings in COMMANDS[name][2] for flag in names if flag.startswith("-")}
     places = [names[0] for names, _ in COMMANDS[name][2] if not names[0].startswith("-")]
     values = {}
