@@ -8787,10 +8787,15 @@ def handler_environment(intent, bus_variables):
     return variables
 
 
-def steps_folder(claim_token):
-    """Return the folder in which a run of a handler notes the names of its steps; its worker deletes it."""
+def run_name(claim_token):
+    """Return a name for the run of a handler, which does not reveal the claim token."""
+    return hash_token(claim_token)[:32]
+
+
+def steps_folder(run):
+    """Return the folder in which a run notes the names of its steps; its worker or the Guardian deletes it."""
     import tempfile
-    return os.path.join(tempfile.gettempdir(), f"intentbus-steps-{hash_token(claim_token)[:32]}")
+    return os.path.join(tempfile.gettempdir(), f"intentbus-steps-{run}")
 
 
 def run_quietly(*arguments, timeout=None):
@@ -8832,27 +8837,28 @@ def process_group_options():
 
 
 class Guardian:
-    """A shell that outlives a killed worker, and then ends the programs which the worker still ran; not on Windows.
+    """A shell that outlives a killed worker, then ends its programs and deletes the folders of their steps; not on Windows.
 
-    The worker writes to it which processes start and end. Its input ends with the worker, however that ends.
+    The worker tells it of each program that starts or ends, as PID/RUN. Its input ends with the worker, however that ends.
     """
 
     SCRIPT = """trap '' HUP INT TERM
         running=' '
-        while read -r verb pid; do
+        while read -r verb program; do
             case $verb in
-                started) running="$running$pid " ;;
-                ended) running="${running%%" $pid "*} ${running#*" $pid "}" ;;
+                started) running="$running$program " ;;
+                ended) running="${running%%" $program "*} ${running#*" $program "}" ;;
             esac
         done
-        end() { for pid in $running; do kill -s "$1" -- "-$pid"; done; }
+        end() { for program in $running; do kill -s "$1" -- "-${program%/*}"; done; }
         end TERM
         [ "$running" = ' ' ] || sleep "$1"
         end KILL
+        for program in $running; do rm -rf "$2${program#*/}"; done
     """
 
     def __init__(self, kill_after):
-        self._arguments = ["sh", "-c", self.SCRIPT, "guardian", f"{kill_after:.0f}"]
+        self._arguments = ["sh", "-c", self.SCRIPT, "guardian", f"{kill_after:.0f}", steps_folder("")]
         self._process = None
 
     def __enter__(self):
@@ -8866,11 +8872,11 @@ class Guardian:
             self._process.stdin.close()
             self._process.wait()
 
-    def tell(self, verb, pid):
-        """Tell that a process has started or ended."""
+    def tell(self, verb, program):
+        """Tell that a program, as PID/RUN, has started or ended."""
         with contextlib.suppress(OSError):     # it was killed
             if self._process:
-                os.write(self._process.stdin.fileno(), f"{verb} {pid}\n".encode())
+                os.write(self._process.stdin.fileno(), f"{verb} {program}\n".encode())
 
 
 class OutputReader:
@@ -8958,7 +8964,7 @@ class Program:
     """A handler that runs a program: payload on stdin, result on stdout. The README has the contract.
 
     timeout and kill_after are seconds, max_output bytes; result says how to read stdout: auto, json, text or none.
-    tell(verb, pid) is called when a process has started and when it has ended, show(intent, data) for its stderr without
+    tell("started" or "ended", "PID/RUN") is called for each process, see run_name(); show(intent, data) for its stderr without
     progress, and with no data at the end, on_message(sentence) when output was cut. With stream, the bus is told the stderr
     of every intent, not only where the publisher wants it. variables, without INTENT_ in front, lead its steps to the bus.
     Raises SetupError if there is no such program, or if it is a batch file of Windows with placeholders: cmd.exe could take
@@ -8966,7 +8972,7 @@ class Program:
     """
 
     def __init__(self, arguments, timeout=HANDLER_SECONDS, kill_after=KILL_AFTER_SECONDS, max_output=OUTPUT_BYTES,
-                 result="auto", tell=lambda verb, pid: None, show=lambda intent, data: None, on_message=lambda sentence: None,
+                 result="auto", tell=lambda verb, program: None, show=lambda intent, data: None, on_message=lambda sentence: None,
                  stream=False, variables=()):
         import shutil
         self._program = shutil.which(arguments[0])
@@ -8989,20 +8995,20 @@ class Program:
 
     def __call__(self, intent, lease):
         import shutil
-        reader = OutputReader()
+        reader, run = OutputReader(), run_name(intent.claim_token)
         process = self._start(intent)
         stderr = StderrFilter(lease, functools.partial(self._show, intent), self._stream or intent.get("stream"))
         with reader:
             try:
-                self._tell("started", process.pid)
+                self._tell("started", f"{process.pid}/{run}")
                 output = reader.collect(process.stdout, excess=slice(self._max_output + 1, None))     # one more shows a cut
                 errors = reader.collect(process.stderr, slice(None, -STDERR_BYTES), stderr)
                 reason = self._wait(process, reader, lease)
             finally:
                 self._signal(process, "SIGKILL")     # ends the children that the program left behind
                 process.wait()
-                self._tell("ended", process.pid)
-                shutil.rmtree(steps_folder(intent.claim_token), ignore_errors=True)
+                shutil.rmtree(steps_folder(run), ignore_errors=True)
+                self._tell("ended", f"{process.pid}/{run}")
             deadline = time.monotonic() + PIPE_SECONDS     # a process in another session may hold the pipes, and write
             while time.monotonic() < deadline and reader.read(WATCH_SECONDS):
                 pass
@@ -10350,7 +10356,7 @@ def step_command(options):
     intent_id, token = (os.environ.get(f"INTENT_{name}") for name in ("ID", "CLAIM_TOKEN"))
     if not (intent_id and token):
         raise SetupError("step works only in a handler that work has started, where INTENT_ID and INTENT_CLAIM_TOKEN are set.")
-    folder = steps_folder(token)
+    folder = steps_folder(run_name(token))
     os.makedirs(folder, 0o700, exist_ok=True)
     try:
         os.close(os.open(os.path.join(folder, hash_token(options.name)), os.O_CREAT | os.O_EXCL))

@@ -11295,7 +11295,7 @@ def test_an_attempt_goes_on_after_the_steps_that_are_done(served, command, tmp_p
     program = intentbus.Program([script(tmp_path, text)], variables=dict(
         PYTHON=sys.executable, BUS_PROGRAM=PROGRAM, BUS_URL=served.url))
     work(served, "g", program)
-    assert not os.path.exists(intentbus.steps_folder((tmp_path / "token").read_text()))
+    assert not os.path.exists(intentbus.steps_folder(intentbus.run_name((tmp_path / "token").read_text())))
     assert served.client.get_status(id).last_error == "exit code 7" and ran.read_text() == "one\ntwo\n"
     served.client.cancel(id), served.client.retry(id)
     work(served, "g", intentbus.Program([script(tmp_path, text.replace("-gt 1", "-gt 0"))], variables=dict(
@@ -12146,17 +12146,21 @@ def test_a_terminal_that_closes_lets_a_worker_finish(serve, tmp_path, ignored):
 
 @LINUX
 @pytest.mark.parametrize("text", ["exec sleep 60", "trap '' TERM; sleep 60 & sleep 60; sleep 60"], ids=["ends", "ignores TERM"])
-def test_a_killed_worker_leaves_no_program_running(serve, text):
+def test_a_killed_worker_leaves_no_program_and_no_folder(serve, tmp_path, text):
     ids = serve.client.publish_many([a_publish(goal="orphan") for _ in range(3)]).ids
-    worker = serve.start("work", "--goal", "orphan", "-j", "2", "--kill-after", "0.1s", "--", "sh", "-c",
-                         f"[ $INTENT_ID = {ids[0]} ] && exit; echo up >&2; {text}")
+    folder = tmp_path / "temporary files"
+    folder.mkdir()
+    worker = subprocess.Popen(
+        [*COMMAND, "work", "--goal", "orphan", "-j", "2", "--kill-after", "0.1s", "--", "sh", "-c",
+         f"[ $INTENT_ID = {ids[0]} ] && exit; {STEP} up -- true && echo up >&2; {text}"],
+        cwd=serve.home, env=dict(serve.env, TMPDIR=str(folder)), text=True, stderr=subprocess.PIPE)
     up = 0
     while up < 2:     # the worker passes it on once its guardian knows of the program
         up += "up" in worker.stderr.readline()
-    assert all(left_behind(id) for id in ids[1:])
+    assert all(left_behind(id) for id in ids[1:]) and len(list(folder.iterdir())) == 2
     worker.kill()
     worker.communicate()
-    wait_until(lambda: not any(left_behind(id) for id in ids), seconds=30)
+    wait_until(lambda: not any(left_behind(id) for id in ids) and not list(folder.iterdir()), seconds=30)
 
 
 @pytest.fixture
