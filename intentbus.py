@@ -2177,9 +2177,8 @@ class WorkerRegistry:
         key = caller.key_id, name
         worker = self._workers.get(key)
         if worker is None:
-            worker = self._workers[key] = types.SimpleNamespace(
+            worker = self._workers[key] = self._gone.pop(key, None) or types.SimpleNamespace(
                 key=key, owner=caller.owner, goals={}, lanes={}, asked=None, running={}, since=now, fulfilled=0, failed=0)
-            self._gone.pop(key, None)
         worker.id, worker.namespace, worker.version = worker_id, namespace, version
         if worker.asked is not lanes:     # claims with the same fields have the same tuple
             self._serve(worker, goals, lanes)
@@ -2230,12 +2229,17 @@ class WorkerRegistry:
     def forget_silent(self, now):
         """Forget workers that are silent for longer than WORKER_SECONDS and hold no lease."""
         for worker in list(itertools.takewhile(lambda worker: abs(now - worker.last_seen) >= WORKER_SECONDS, self._workers.values())):
-            if not worker.running:
-                self._forget(worker)
-                self._gone[worker.key] = worker
+            self.leave(*worker.key)
         while self._gone and (len(self._gone) > GONE_WORKERS
                               or abs(now - next(iter(self._gone.values())).last_seen) >= GONE_SECONDS):
             self._gone.popitem(last=False)
+
+    def leave(self, key_id, name):
+        """Note that a worker is gone, unless it holds a lease; it may come back."""
+        worker = self._workers.get((key_id, name))
+        if worker and not worker.running:
+            self._forget(worker)
+            self._gone[worker.key] = worker
 
     def forget_key(self, key_id):
         """Forget the workers of a key that was revoked."""
@@ -2288,7 +2292,7 @@ class WorkerRegistry:
             self._serving[lane] -= 1
             if not self._serving[lane]:
                 del self._serving[lane]
-        worker.lanes, worker.goals = {}, {}
+        worker.asked, worker.lanes, worker.goals = None, {}, {}
 
     def _make_room(self, caller):
         """Forget the workers that are silent for longest, of a key that has more than it may have, or of all."""
@@ -4027,7 +4031,7 @@ class Keys:
         key_id = issued[1] if issued else key_id or ""
         with self._store.transaction() as tx:
             if not tx.revoke_key(key_id):
-                raise NotFound("There is no such key.")
+                raise NotFound("There is no key with this id; keys list shows the ids.")
             tx.after_commit(self._callers.pop, key_id, None)
             tx.after_commit(self.on_revoked, key_id)
         return key_id
@@ -4127,7 +4131,7 @@ class Keys:
 
     def _no_admin(self, request):
         """Return the error for credentials that are not an admin's."""
-        needed = "the owner key" if self._owner.admin else "the bus's BUS_ADMIN_SECRET or DASHBOARD_PASSWORD"
+        needed = "the owner key, which is on the machine of the bus" if self._owner.admin else "the bus's BUS_ADMIN_SECRET or DASHBOARD_PASSWORD"
         return self._failed(request, Unauthorized(f"Authentication required: this needs {needed}.",
                                                   headers=[("WWW-Authenticate", 'Basic realm="Intent Bus"')]))
 
@@ -5105,6 +5109,11 @@ class Request:
         accepted = self.headers.get("accept", "").lower()
         return "text/plain" in accepted and "application/json" not in accepted
 
+    @property
+    def abandoned(self):
+        """Whether the client has closed the connection before the answer."""
+        return self.connection is not None and self.connection.eof
+
     def json(self):
         """Return the value of the body; an empty one counts as {}."""
         return from_json(self.body) if self.body.strip() else {}
@@ -5275,9 +5284,14 @@ def step_endpoint(api, request, intent_id):
 
 
 def nothing_to_claim(api, request, wanted):
-    """Answer a claim that has found nothing: it is free of charge, or, if they are many, costs by the lanes it looks at."""
+    """Answer a claim that has found nothing: it is free of charge, or, if they are many, costs by the lanes it looks at.
+
+    A worker that has closed the connection meanwhile is gone, and the claim is not free.
+    """
     caller = request.caller
-    if caller.limits:
+    if request.abandoned:
+        api.bus.registry.leave(caller.key_id, wanted.worker_name)
+    elif caller.limits:
         free = api.bus.registry.next_is_free(api.bus.clock.now(), caller.key_id, wanted.worker_name)
         api.keys.charge(caller, -1 if free else len(wanted.lanes) // LANES_PER_TOKEN)
     return 204, None
@@ -5677,7 +5691,7 @@ class API:
             caller = request.caller
             if not caller.admin and request.who not in ROLES[caller.role]:
                 able = " or ".join(role for role in ROLES if request.who in ROLES[role])
-                raise Forbidden(f"This key may {ROLE_WORDS.get(caller.role, caller.role)} only; this needs one of the role {able}.")
+                raise Forbidden(f"This key has the role {caller.role}; this needs a key with the role {able}.")
             if caller.goals and request.who == "keep":
                 raise Forbidden("A key for some goals has no key-value store.")
         return self._response(request, request.endpoint(self, request, *request.place))
@@ -6523,10 +6537,12 @@ class Loop:
     daemon_threads = True
     allow_reuse_address = POSIX     # elsewhere a second server could take the port
 
-    def open(self, api, limit, access_log, trust_proxy, certificate):
-        """Take the API to serve, the number of connections, and the options of http_server."""
-        self.api, self._limit, self._access_log, self._trust_proxy = api, limit, access_log, trust_proxy
-        self._certificate, self._renewing, self._renew_now, self._renew_at = certificate, False, False, 0
+    limit = certificate = None     # the number of connections, and the Certificate; bound_server() sets them
+
+    def open(self, api, access_log=False, trust_proxy=False):
+        """Take the API to serve, and the options of http_server."""
+        self.api, self._access_log, self._trust_proxy = api, access_log, trust_proxy
+        self._renewing, self._renew_now, self._renew_at = False, False, 0
         self.now, self._turned_at, self.stopping = time.monotonic(), steady_clock(), False
         self.waiting, self.heads = api.waiting, {}     # heads: parsed headers by their bytes, of known callers
         self.ready = {}                             # connections with bytes that are not parsed yet: None, in order
@@ -6615,10 +6631,10 @@ class Loop:
         if self.now >= self._house_due_at:
             self._housekeeping_at = self.now + RECHECK_SECONDS     # earlier, if it succeeds
             self.rounds.keep_house(self._housekeeping)
-        if self._certificate and not self._renewing and (self._renew_now or self.now >= self._renew_at):
+        if self.certificate and not self._renewing and (self._renew_now or self.now >= self._renew_at):
             at_once, self._renew_now, self._renewing = self._renew_now, False, True
             self._renew_at = self.now + CERTIFICATE_SECONDS
-            self.in_thread(functools.partial(self._certificate.renew, at_once), self._renewed)
+            self.in_thread(functools.partial(self.certificate.renew, at_once), self._renewed)
 
     def _look_at_database(self, bus):
         database = bus.store.database
@@ -6752,9 +6768,9 @@ class Loop:
         sock.setblocking(False)
         with contextlib.suppress(OSError):     # the client is gone already
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if len(self._connections) >= self._limit and not self._make_room():
+        if len(self._connections) >= self.limit and not self._make_room():
             return self._turn_away(sock)
-        connection = Connection(self, sock, plain_address(address[0]), self._certificate and Tls(self._certificate.context))
+        connection = Connection(self, sock, plain_address(address[0]), self.certificate and Tls(self.certificate.context))
         self._connections.add(connection)
         self.may_evict(connection)
         self.watch(connection, READ)
@@ -6772,7 +6788,7 @@ class Loop:
             next(iter(self._evictable)).close()
             return True
         held = self.waiting.of_largest_caller()
-        if len(held) > self._limit // 4:     # a key that has few is not to blame
+        if len(held) > self.limit // 4:     # a key that has few is not to blame
             held[0].request.connection.last = True
             self.expire(held[0])
         return False
@@ -6868,7 +6884,7 @@ class Loop:
 
     def origin(self, headers, peer):
         """Return where a request comes from, as arguments of Request."""
-        return origin(headers, peer, bool(self._certificate), self._trust_proxy)
+        return origin(headers, peer, bool(self.certificate), self._trust_proxy)
 
     def admit(self, request, block):
         """Let the API look at a head; keep its headers for the next request, if its key is checked."""
@@ -6985,11 +7001,10 @@ def connection_limit():
     return min(CONNECTIONS, soft - SPARE_FILES)
 
 
-def http_server(api, host="127.0.0.1", port=8787, access_log=False, trust_proxy=False, tls=None):
-    """Return a Server that is bound to host and port; port 0 picks a free one, see its server_port.
+def bound_server(host="127.0.0.1", port=8787, tls=None):
+    """Return a Server that is bound to host and port, to be opened with an API; raises SetupError if it cannot serve there.
 
-    access_log writes a line for each request, trust_proxy believes X-Forwarded-*, tls is (certificate file, key file). Call
-    serve_forever() in one thread and close() in another. Raises SetupError if it cannot serve with these.
+    Port 0 picks a free one, see its server_port; tls is (certificate file, key file).
     """
     from http.server import ThreadingHTTPServer     # not at the top: it would slow down every publish
     if not host.strip():     # to the system, an empty one means all addresses
@@ -7001,9 +7016,22 @@ def http_server(api, host="127.0.0.1", port=8787, access_log=False, trust_proxy=
     try:
         server = server_class((host, port), None)
     except (OSError, OverflowError) as error:
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            raise SetupError(f"Port {port} of {host} is in use, perhaps by a bus that is running; a second bus needs another --port and "
+                             "another --db.") from error
         reason = getattr(error, "strerror", None) or error
         raise SetupError(f"The bus cannot listen on {host} port {port}: {reason}; choose another --port.") from error
-    server.open(api, limit, access_log, trust_proxy, certificate)
+    server.limit, server.certificate = limit, certificate
+    return server
+
+
+def http_server(api, host="127.0.0.1", port=8787, access_log=False, trust_proxy=False, tls=None):
+    """Return a bound_server() that serves an API: call serve_forever() in one thread and close() in another.
+
+    access_log writes a line for each request, trust_proxy believes X-Forwarded-*.
+    """
+    server = bound_server(host, port, tls)
+    server.open(api, access_log, trust_proxy)
     return server
 
 
@@ -7381,7 +7409,7 @@ def client_tls_context(ca):
 
 NO_HTTP = "If the bus serves https, its URL begins with https://; otherwise check the port, and any proxy or tunnel on the way."
 CURES = {     # by the class of an error, and for a certificate by its code in OpenSSL
-    "ConnectionRefusedError": "Nothing listens there: start the bus with serve, or the tunnel that leads to it.",
+    "ConnectionRefusedError": "Nothing listens there: check host and port, and start the bus with serve, or the tunnel that leads to it.",
     "gaierror": "That name is not known: check its spelling, and whether this machine is online.",
     "SSLError": "That port does not speak https: check the port or, for a bus without https, write http:// in its URL.",
     "timeout": "Nothing answers in time: a firewall is in the way, or that machine is off or slow.",
@@ -8320,7 +8348,10 @@ class IntentClient:
         error_class = ERRORS.get(status, Unavailable if status in (502, 504) else Error)     # a proxy sends 502 and 504
         message = error.message
         if message == "Bad signature":
-            message += f": this is not the key {self._key_id} of the bus."
+            message += f": the key in use is not the bus's key with the id {self._key_id}."
+        if message == "Invalid API key." and self._key_id != "owner":
+            message += (f" The bus does not know {self._key_id}: it was revoked or has expired, or another database is in use there. "
+                        "Join the bus again with a new code from keys invite.")
         if message.startswith("Missing API key") and "X-Key-ID" in self._identity:
             message = ("Missing API key: over plain http only its id is sent, and this bus takes the key alone. Use https, or pass "
                        "--send-key if you trust the network and all users of its machine.")
@@ -8559,7 +8590,7 @@ class Worker:
     def _wind_down(self):
         self._stopping.set()
         if self._running:
-            self._log(f"finishing {len(self._running)} more; interrupt again to release them")
+            self._log(f"finishing {len(self._running)} running; interrupt again to end and release them")
         self._wait_while(lambda: self._running and len(self.signals) < 2)
         for lease, _ in list(self._running.values()):
             lease.broken = lease.broken or "stopped"
@@ -8858,13 +8889,13 @@ class Guardian:
     """
 
     def __init__(self, kill_after):
-        self._arguments = ["sh", "-c", self.SCRIPT, "guardian", f"{kill_after:.0f}", steps_folder("")]
+        self._arguments = ["sh", "-c", self.SCRIPT, "guardian", f"{kill_after:.0f}"]
         self._process = None
 
     def __enter__(self):
         import subprocess
         with contextlib.suppress(OSError):     # without a guardian, too, a worker can work
-            self._process = POSIX and subprocess.Popen(self._arguments, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            self._process = POSIX and subprocess.Popen([*self._arguments, steps_folder("")], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
                                                        stderr=subprocess.DEVNULL, **process_group_options())
 
     def __exit__(self, *error):
@@ -8977,7 +9008,8 @@ class Program:
         import shutil
         self._program = shutil.which(arguments[0])
         if not self._program:
-            raise SetupError(f"There is no program {arguments[0]!r} that can be run; check its path, and run chmod +x on it.")
+            cure = "run chmod +x on it" if os.path.exists(arguments[0]) else "check its path"
+            raise SetupError(f"There is no program {arguments[0]!r} that can be run; {cure}.")
         self._arguments = arguments[1:]
         batch_file = not POSIX and self._program.rstrip(". ").lower().endswith((".bat", ".cmd"))
         if batch_file and any(field for argument in self._arguments for _, field in PLACEHOLDER.findall(argument)):
@@ -9041,7 +9073,7 @@ class Program:
         while process.poll() is None:
             overdue = time.monotonic() >= deadline
             if not reason and (lease.broken or overdue):
-                reason = lease.broken or f"timed out after {self._timeout:g} s"
+                reason = lease.broken or f"timed out after {self._timeout:g} s, the limit of --timeout"
                 self._signal(process, "SIGTERM")
                 deadline = time.monotonic() + self.kill_after
             elif overdue:
@@ -9180,7 +9212,8 @@ def check_bus(options):
     else:
         yield ok("bus", f"{bus.base_url} answers.")
         only = f", for {', '.join(me.goals)} only" if me.goals else ""
-        yield ok("key", f"It is {me.key_id}, of the owner {me.owner}, and may {ROLE_WORDS.get(me.role, me.role)}{only}.")
+        named = "The owner key" if me.key_id == OWNER.key_id else f"The key {me.key_id} of the owner {me.owner}"
+        yield ok("key", f"{named} may {ROLE_WORDS.get(me.role, me.role)}{only}.")
         if me.expires_at is not None and me.expires_at < me.now + KEY_ENDS_SECONDS:
             yield note("key", time.strftime("It ends at %Y-%m-%d %H:%M; join the bus again before, with a new code from keys invite.",
                                             time.localtime(me.expires_at)))
@@ -9206,7 +9239,7 @@ def check_work(options):
         for schedule in bus.schedules().schedules:
             if schedule.next_run_at is not None:     # else it is paused
                 yield from check_schedule(bus, schedule, workers, me.now)
-        yield from check_limits(bus.limits().limits, bus.admin("summary").waiting, me.now)
+        yield from check_waiting(bus.limits().limits, bus.admin("summary").waiting, me.now)
         for key in bus.admin("keys"):
             if key.key_id != me.key_id and me.now < (key.expires_at or 0) < me.now + KEY_ENDS_SECONDS:
                 yield note("keys", f"The key {key.name or key.key_id} ends at {moment(key.expires_at)}; keys invite makes a new one.")
@@ -9234,8 +9267,12 @@ def check_schedule(bus, schedule, workers, now):
         yield bad("schedule", f"{who} has left out each run since {moment(due)}; {why}.")
 
 
-def check_limits(limits, waiting, now):
-    """Check for intents that wait because their goal is paused, or for long at its limit."""
+def check_waiting(limits, waiting, now):
+    """Check for intents that wait because no worker is there, or because their goal is paused, or for long at its limit."""
+    for goal in waiting:
+        if not goal.get("listening"):
+            yield note("goal", f"{goal.goal} has an intent that waits since {moment(goal.run_at)}, and no worker is there for it; "
+                               "start one, or check the spelling.")
     since = {(goal.namespace, goal.goal): goal.run_at for goal in waiting}
     for limit in limits:
         at = since.get((limit.namespace, limit.goal))
@@ -9285,7 +9322,7 @@ def check_spool(options):
     if refused:
         yield bad("spool", f"A bus refused {refused} requests for good; flush shows them, flush --discard deletes them.")
     elif pending:
-        yield note("spool", f"{pending} requests wait to be sent; flush sends them.")
+        yield note("spool", f"Requests that wait to be sent: {pending}; flush sends them.")
     else:
         yield ok("spool", "No request waits to be sent.")
 
@@ -9317,17 +9354,19 @@ CHECKS = (check_versions, check_bus, check_work, check_database, check_spool, ch
 # ---- 20. Commands ----
 # The command line. Examples and flags stand on a command's function, its docstring is the help; messages go to stderr.
 
-INTRODUCTION = """intentbus: say "do this" here, have it done there.
+INTRODUCTION = """intentbus: publish a job on one machine, and a worker on another one does it.
 
   {0} serve                                 # the bus: HTTP in front of a SQLite file
-  {0} work --goal notify -- ./handler.sh    # a worker, anywhere: runs a program for each job
-  {0} publish notify message="hi"           # from cron, a shell, a script
+  {0} work --goal hello -- echo "{{name}}"    # a worker, anywhere: runs a program for each job
+  {0} publish hello name=world              # from cron, a shell, a script
 """
 EPILOG = """
-COMMAND --help shows examples and flags, --version shows the version. Data goes to stdout, messages go to stderr.
+COMMAND --help shows examples and flags, --version shows the version.
+Data goes to stdout, messages go to stderr.
 
-exit codes: 0 success; 1 the intent is dead, or a conflict; 2 wrong usage or setup; 3 not found; 4 refused;
-5 bus unreachable; 6 over a limit; 124 timed out; 129, 130, 143 stopped by a signal"""
+exit codes: 0 success; 1 the intent is dead, or a conflict; 2 wrong usage or
+setup; 3 not found; 4 refused; 5 bus unreachable; 6 over a limit; 124 timed out;
+129, 130, 143 stopped by a signal"""
 GROUPS = (
     ("run", ("serve", "publish", "work", "progress", "step", "flush")),
     ("inspect", ("status", "result", "output", "show", "list", "workers", "watch", "stats")),
@@ -9603,7 +9642,7 @@ def local_time(text):
     except (ValueError, OverflowError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a local time such as 07:00 or 2026-12-24T18:00") from error
     if times[-1] <= now.timestamp():
-        raise argparse.ArgumentTypeError(f"{text} is over")
+        raise argparse.ArgumentTypeError(f"{text} is in the past")
     return next(moment for moment in times if moment > now.timestamp())
 
 
@@ -9623,6 +9662,10 @@ def positive_int(text):
 
 def flag(*names, **settings):
     """Return an argument of a command, as (names, settings) of add_argument; a default is added to the help."""
+    if settings.get("type") is duration:
+        settings.setdefault("metavar", "DURATION")
+    elif "dest" in settings and settings.get("action", "append") == "append":     # argparse would show the name of the field
+        settings.setdefault("metavar", names[0].lstrip("-").upper())
     if default := settings.get("default"):
         settings["help"] += f" (default {format_duration(default) if settings.get('type') is duration else default})"
     return names, settings
@@ -9668,7 +9711,7 @@ NEW_KEY = (
     flag("--expires", type=duration, metavar="DURATION", help="how long the key is valid"),
     flag("--payloads", action="store_true", help="let a viewer see payloads and results"),
 )
-PAYLOAD = flag("payload", nargs="*", help="JSON, text, @FILE, - or nothing for stdin, or pairs: name=text, name=@FILE, name:=json")
+PAYLOAD = flag("payload", nargs="*", default=[], help="JSON, text, @FILE, - or nothing for stdin, or pairs: name=text, name=@FILE, name:=json")
 OF_OWNER_FLAG = flag("--owner", help="the owner of the schedule, if you are an admin (default the key's)")
 INTENT_FLAGS = (
     flag("--priority", type=int, help="0 to 1000; higher is claimed first (default 100)"),
@@ -9681,7 +9724,7 @@ INTENT_FLAGS = (
     flag("--on-success", metavar="GOAL", help="when it is fulfilled, publish an intent of this goal with its result"),
     flag("--on-failure", metavar="GOAL", help="when it is dead, but not cancelled, publish an intent of this goal with its error"),
 )
-WAIT = flag("--wait", type=lambda text: duration(text) if text else PUBLISH_WAIT_SECONDS, metavar="=DURATION",
+WAIT = flag("--wait", type=lambda text: duration(text) if text else PUBLISH_WAIT_SECONDS, metavar="[=DURATION]",
             help="wait until it has ended (5m if no DURATION is given) and print its result; exit 1 if it is dead")
 FOLLOW = flag("-f", "--follow", action="store_true", help="print what its handler writes to stderr as it comes, until it has ended, "
                                                           "then the result; exit 1 if it is dead")
@@ -9703,10 +9746,10 @@ INTENT_TABLE = (
     Column("status", spec="9", state=True),
     Column("tries", lambda intent: f"{intent.claim_attempts}/{intent.max_attempts}", yields=5),
     Column("age", lambda intent: format_duration(time.time() - intent.created_at), ">4", due_or_age, yields=4),
-    Column("goal", yields=1),
+    Column("goal", yields=2),
     Column("worker", yields=6),
     Column("error", lambda intent: intent.last_error, yields=3),
-    Column("payload", lambda intent: to_json(intent.payload) if "payload" in intent else None, yields=2),
+    Column("payload", lambda intent: to_json(intent.payload) if "payload" in intent else None, yields=1),
 )
 WORKER_TABLE = (
     Column("seen", lambda worker: format_duration(time.time() - worker.last_seen), ">4", lambda worker: relative_time(worker.last_seen)),
@@ -9818,16 +9861,15 @@ def serve_command(options):
         raise Invalid("--tls-key needs --tls-cert.")
     key, key_source = find_owner_key(options.key_file)
     other = other_database(options)
-    store = options.open_store(options.db)
-    try:
-        api = api_of(store, key, options.require_claim_token, options.retention, options.rate_limit,
-                     Limits(options.max_unfinished, options.max_stored), options.max_body, options.require_signatures, options.announce_dead)
-        server = http_server(api, options.host, options.port, options.log,
-                             options.trust_proxy or switched_on("BUS_TRUST_PROXY"),
-                             options.tls_cert and (options.tls_cert, options.tls_key or options.tls_cert))
-    except Error:
-        store.close()
-        raise
+    with contextlib.ExitStack() as undo:
+        server = bound_server(options.host, options.port, options.tls_cert and (options.tls_cert, options.tls_key or options.tls_cert))
+        undo.callback(server.server_close)
+        store = options.open_store(options.db)     # later, so that a taken port leaves no new database
+        undo.callback(store.close)
+        server.open(api_of(store, key, options.require_claim_token, options.retention, options.rate_limit,
+                           Limits(options.max_unfinished, options.max_stored), options.max_body, options.require_signatures,
+                           options.announce_dead), options.log, options.trust_proxy or switched_on("BUS_TRUST_PROXY"))
+        undo.pop_all()
     deadline = threading.Timer(EXIT_SECONDS, os._exit, [0])     # for a database that no longer answers
     deadline.daemon = True
 
@@ -9861,7 +9903,7 @@ def log_startup(options, url, database, key_source, other):
     """Log the state of a bus that has just started, and the next commands to try."""
     log(f"{__version__}, database {database.path}, the key is {key_source}")
     if other:
-        log(f"this database is new; another one is there, to be used with --db {other}")
+        log(f"warning: this database is new and empty; to go on with the one of an earlier start, use --db {other}")
     if database.warning:
         log(database.warning)
     if not options.tls_cert and options.host not in ("127.0.0.1", "::1", "localhost"):
@@ -9916,14 +9958,18 @@ def publish_command(options):
         log(f"no worker has ever claimed {options.goal!r}; check the spelling (workers lists who is there)")
     elif (options.target_worker or options.required_capability) and answer.get("listening") == 0:
         log("no worker that may claim it is there now; check its --worker and --capability (workers lists who is there)")
+    elif answer.get("listening") == 0 and (waits or sys.stderr.isatty()):
+        log(f"no worker for {options.goal!r} is there now; it waits for one")
+    if options.run_at and sys.stderr.isatty():
+        log(f"it can be claimed from {moment(options.run_at)} on")
     if waits:
         try:
             if options.follow:
                 options.wait = FOREVER if options.wait is None else options.wait
                 follow_output(bus, answer.id, time.monotonic() + options.wait, sys.stderr)
             return wait_for_result(bus, answer.id, options)
-        except KeyboardInterrupt:
-            log(f"{answer.id} goes on; ask again with: result {answer.id}")
+        except (KeyboardInterrupt, *TRANSIENT):
+            log(f"{answer.id} goes on; ask for it with: {INVOCATION} result {answer.id}")
             raise
     if options.json or answer.id:
         print_answer(options, answer, "id")
@@ -10080,7 +10126,7 @@ def wait_for_result(bus, intent_id, options):
         if intent.status in ("fulfilled", "dead"):
             return print_outcome(options, intent)
         if time.monotonic() >= deadline:
-            log(f"{intent_id} is still {intent.status}; ask again with: result {intent_id}")
+            log(f"{intent_id} is still {intent.status}; ask for it with: {INVOCATION} result {intent_id}")
             return 124
         time.sleep(max(0, min(1, until - time.monotonic())))     # this bus may not hold requests
 
@@ -10182,7 +10228,7 @@ def usable_spool():
         return None
 
 
-@command("work", ["work --goal send_notification -- ./handler.sh",
+@command("work", ["work --goal send_notification -- ./examples/handler.sh",
                   "work --goal resize -j 4 -- convert {file} -resize 50% {out}",
                   "work --goal backup --drain --timeout 1h -- ./backup.sh"],
          *CONNECTION,
@@ -10214,8 +10260,8 @@ def work_command(options):
     "::progress 40 copying" on stderr tells how far it is. Without a program, work prints each payload.
     """
     if not (options.goal or options.any or options.program) or options.goal and options.any:
-        raise Invalid("work needs either --goal GOAL or, for any goal, --any; and a program after --, or it prints each payload and "
-                      "fulfils the intent.")
+        raise Invalid("work needs --goal GOAL, or --any for any goal, and the program to run after --; without a program, it prints each "
+                      "payload and fulfils the intent.")
     guardian = Guardian(options.kill_after)
     relay = StderrRelay(options.jobs > 1)
     handler, variables = print_payload, dict(PYTHON=sys.executable, BUS_PROGRAM=os.path.abspath(__file__))
@@ -10239,6 +10285,8 @@ def work_command(options):
     for signal_number in filter(None, (signal.SIGINT, signal.SIGTERM, HANGUP)):
         if signal.getsignal(signal_number) != signal.SIG_IGN:     # under nohup, HUP stays ignored
             signal.signal(signal_number, worker.interrupt)
+    if sys.stderr.isatty():
+        log(f"{' and '.join(options.goal or ['any goal'])}: waiting for intents at {bus.base_url}; Ctrl-C stops")
     with guardian if options.program else contextlib.nullcontext():
         worker.run()
     relay.flush()
@@ -10260,7 +10308,7 @@ def status_command(bus, options):
         return
     if intent.worker:
         at = time.strftime(" at %Y-%m-%d %H:%M:%S", time.localtime(intent.claimed_at)) if intent.claimed_at else ""
-        log(f"claimed by {intent.worker}{at}")
+        log(f"{'' if intent.status == 'claimed' else 'last '}claimed by {intent.worker}{at}")
     if reason := intent.last_error or intent.get("error"):
         log(reason)
 
@@ -10279,7 +10327,7 @@ def result_command(bus, options):
 @bus_command("output", ["output 01a20a3bf4423c55cce77efa455c0ada -f"], ID,
              flag("-f", "--follow", action="store_true", help="go on until it has ended; exit 1 if it is dead"), JSON)
 def output_command(bus, options):
-    """Print what the handler of an intent has written to stderr in its latest attempt, if the bus was told: its last 64 KiB.
+    """Print the stderr of an intent's handler: of its latest attempt, the last 64 KiB, if the bus was told.
 
     The bus is told of intents published with --follow and by workers with --stream, and keeps it in memory for an hour.
     """
@@ -10301,7 +10349,7 @@ def output_command(bus, options):
          flag("percent", type=percentage, help="how far the work is, from 0 to 100"),
          flag("message", nargs="*", help="what it is doing"))
 def progress_command(options):
-    """In a handler: tell how far it is, for publish --follow, output -f, show and the dashboard. It writes a line to stderr."""
+    """In a handler, tell how far it is: for publish --follow, output -f, show and the dashboard. It writes a line to stderr."""
     message = " ".join(" ".join(options.message).split())
     sys.stderr.buffer.write(PROGRESS_MARK + f"{options.percent:g} {message}".strip().encode(errors="replace") + b"\n")
     sys.stderr.flush()
@@ -10346,9 +10394,9 @@ def run_step(program):
          flag("name", help="a name of your own, once in each run"),
          flag("program", nargs="+", help="the program of the step and its arguments, after --"))
 def step_command(options):
-    """In a handler: run a program once an intent, however often that is tried; once it has ended with 0, later attempts skip it.
+    """In a handler, run a program once an intent: once it has ended with 0, later attempts skip it, and print its stdout again.
 
-    Its stdout, text of at most 64 KiB, is recorded and printed again. Another exit code is passed on, and the step runs again
+    Its stdout, text of at most 64 KiB, is recorded. Another exit code is passed on, and the step runs again
     in the next attempt. Exit code 75 means that the bus is away or the lease is lost: let the handler exit with 75, too, and
     the intent is released. The program may run twice if the machine dies after it and before the record; its files are on
     this machine only.
@@ -10461,7 +10509,7 @@ def watch_command(bus, options):
 
 def agreed(options, question, counted):
     """Ask whether to do something to the intents that were counted, unless --yes was given; return until of the count."""
-    question = f"{question} {counted.number} intent{'s' if counted.number != 1 else ''}?"
+    question = question.format(f"{counted.number} intent{'s' if counted.number != 1 else ''}")
     if not options.yes and not (sys.stdin and sys.stdin.isatty()):
         raise Invalid(f"{question} There is no terminal to ask at; confirm it with --yes.")
     if not options.yes:
@@ -10488,7 +10536,7 @@ def cancel_command(bus, options):
         raise Invalid("cancel needs an id, or --goal GOAL.")
     if options.id:
         return print_answer(options, bus.cancel(options.id), "status")
-    print_answer(options, sweep(bus, options, "cancel", "Cancel", goal=options.goal, namespace=options.namespace), "cancelled")
+    print_answer(options, sweep(bus, options, "cancel", "Cancel {}?", goal=options.goal, namespace=options.namespace), "cancelled")
 
 
 @bus_command("retry", ["retry 01a20a3bf4423c55cce77efa455c0ada", "retry --goal resize"],
@@ -10506,7 +10554,7 @@ def retry_command(bus, options):
         return print_answer(options, bus.retry(options.id, from_start=options.from_start), "status")
     which, slices, left = dict(goal=options.goal, namespace=options.namespace), [], options.limit or sys.maxsize
     counted = bus.retry(count=True, **which)
-    which["until"] = agreed(options, "Retry", counted)     # intents that die again meanwhile are left
+    which["until"] = agreed(options, "Retry {}?", counted)     # intents that die again meanwhile are left
     with showing(lambda _: f"{sum(slices)} of {counted.number} retried"):
         while left > 0 and (not slices or slices[-1]):
             slices.append(bus.retry(limit=min(left, 1000), **which).retried)
@@ -10519,7 +10567,7 @@ LIMITED_GOAL_FLAG = flag("goal", help="the goal of the intents")
 
 @bus_command("limit", ["limit backup 1", "limit backup none"], LIMITED_GOAL_FLAG,
              flag("running", type=lambda text: None if text == "none" else positive_int(text), metavar="N",
-                  help="how many may run at once, over all workers; none for any number"), *TABLE)
+                  help="how many may run at once, over all workers, 1 or more; none for any number; pause lets none start"), *TABLE)
 def limit_command(bus, options):
     """Limit how many intents of a goal run at once; a limit outlives a pause."""
     Table(options, LIMIT_TABLE).print([bus.limit(options.goal, running=options.running)])
@@ -10558,9 +10606,11 @@ def schedule_command(options):
     """Publish an intent again and again; prints the time of the next run. To change or resume a schedule, give it again."""
     fields = {name: value for name, value in vars(options).items() if value is not None and name in SCHEDULE}
     fields["payload"] = read_payload(options.payload)
+    if (options.every is None) == (options.cron is None):
+        raise Invalid('schedule needs either --every DURATION or --cron "M H D M W".')
     if not options.dry_run:
         answer = open_client(options).schedule(options.name, **fields)
-        log(f"{options.name} is {answer.status}")
+        log(f"{options.name} is {answer.status}; the next run by the clock of this machine:")
         return print_result(to_json(answer) if options.json else moment(answer.next_run_at) or "paused")
     at = time.time()
     schedule = Record(validate(SCHEDULE, fields), made_at=at)
@@ -10639,7 +10689,7 @@ def keys_invite_command(bus, options):
     """Print a code with which another machine can join the bus: once, within ten minutes."""
     made = bus.admin("invite", **grant_in(options))
     expiry = time.strftime("%H:%M", time.localtime(made.expires_at))
-    log(f"for {made.name}, role {made.role}: valid until {expiry}, once. On the other machine: join URL CODE")
+    log(f"for {made.name}, role {made.role}: valid until {expiry}, once. On the other machine: {INVOCATION} join URL {made.code}")
     print_result(made.code)
 
 
@@ -10653,7 +10703,7 @@ def keys_list_command(bus, options):
 def keys_revoke_command(bus, options):
     """Revoke an issued key."""
     if made := bus.admin("revoke_key", key_id=options.key_id).schedules:
-        log(f"{made} schedules that it made go on; unschedule ends one")
+        log(f"{made} of its schedules still run; unschedule deletes one")
 
 
 @command("join", ["join https://bus.example.com K7Q2-9MXW", "join http://100.101.102.103:8787 K7Q2-9MXW --plain"],
@@ -10661,6 +10711,8 @@ def keys_revoke_command(bus, options):
          flag("--plain", action="store_true", help="allow plain http, because a VPN encrypts the connection"))
 def join_command(options):
     """Join a bus: exchange a code for a key and save both the URL and the key, so that commands need no flags."""
+    if "://" in options.code:
+        raise Invalid("join takes the URL first, then the code.")
     bus = IntentClient(options.url, "none", ca=options.ca)
     if not (bus.secure or options.plain):
         raise SetupError("The key would cross the network unencrypted. Join over https, or through a tunnel that ends on "
@@ -10669,6 +10721,8 @@ def join_command(options):
     made = bus.join(options.code)
     write_settings(bus.base_url, made.api_key, options.ca)
     log(f"joined {bus.base_url} as {made.name}, role {made.role}; the key is in {CONFIG_FILE}")
+    if os.path.exists(in_home(KEY_FILE)):
+        log(f"from now on, commands use it in place of {KEY_FILE}; with --key-file {KEY_FILE} they use that one")
 
 
 @bus_command("stats", ["stats", "stats --json"], *TABLE)
@@ -10690,8 +10744,8 @@ def stats_command(bus, options):
              flag("--goal", help="only intents with this goal"),
              flag("--status", choices=STATUSES, help="only intents with this status"), YES)
 def purge_command(bus, options):
-    """Delete intents for good, all of them or only some, by a --namespace, goal and status; prints their number."""
-    print_result(sweep(bus, options, "purge", "Delete for good", goal=options.goal, status=options.status,
+    """Delete all intents for good; --namespace, --goal and --status choose some of them. Prints their number."""
+    print_result(sweep(bus, options, "purge", "Delete {} for good?", goal=options.goal, status=options.status,
                        namespace=options.namespace).deleted)
 
 
@@ -10876,7 +10930,8 @@ def uninstall_command(options):
 def suggestion(word, names):
     """Return the end of a sentence about an unknown word: the names that it may stand for, if there are any."""
     import difflib
-    near = [name for name in names if name.startswith(word + " ")] or difflib.get_close_matches(word, names, 1)
+    firsts = [name.partition(" ")[0] for name in names]     # of keys add, keys list and so on
+    near = [name for name in names if name.startswith(word + " ")] or difflib.get_close_matches(word, [*names, *firsts], 1)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
@@ -10885,9 +10940,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, name):
         function, self._examples, flags = COMMANDS[name]
-        super().__init__(f"{INVOCATION.split()[-1]} {name}", description=function.__doc__)
+        super().__init__(f"{INVOCATION} {name}", description=function.__doc__)
         self._flags = [flag for names, _ in flags for flag in names]
-        for names, settings in flags:
+        for names, settings in sorted(flags, key=CONNECTION.__contains__):     # the flags of all commands come last
             self.add_argument(*names, **settings)
 
     def parse(self, words):
@@ -11026,8 +11081,8 @@ def print_completions(words):
 def run_command(words, open_store):
     """Run the command in a command line; return its exit code."""
     if not words:
-        print(overview(), file=sys.stderr)
-        raise Invalid("A COMMAND is missing.")
+        print(INTRODUCTION.format(INVOCATION), file=sys.stderr)
+        raise Invalid("A COMMAND is missing; --help lists the commands.")
     if words[0] == "complete":     # a shell that install --completion has prepared asks; the user's next line shows any error
         with contextlib.suppress(Error, OSError):
             return print_completions(words[1:] or [""])

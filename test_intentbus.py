@@ -2285,6 +2285,12 @@ def test_many_slow_reads_share_a_few_connections(sqlite_work, started, monkeypat
 
 @POSIX
 @ON_A_FILE
+def test_a_taken_port_leaves_no_new_database(served, home):
+    found = run("serve", "--port", str(served.port), "--db", "new.db")
+    assert_complaint(found, 2, f"Port {served.port} of 127.0.0.1 is in use", "another --port and another --db")
+    assert not os.path.exists("new.db")
+
+
 def test_a_second_bus_on_the_same_file_is_refused(served, tmp_path):
     os.symlink(served.db, tmp_path / "link.db")
     for path in (served.db, tmp_path / "link.db"):
@@ -3526,6 +3532,23 @@ def test_a_worker_that_falls_silent_is_gone_for_a_day(bus, clock):
         clock.pass_(intentbus.GONE_SECONDS / 2)
         tend(bus)
         assert [worker.owner for worker in bus.summary().gone] == owners
+
+
+def test_a_waiting_worker_whose_connection_ends_is_gone(started, clock):
+    bus = started(clock=clock)
+
+    def workers():
+        return {worker.name: worker.since for worker in bus.client.workers().workers}
+    begun = clock.wall
+    for leaving in range(2):
+        claim = bus.begin("POST", "/claim?goal=g&wait=30", X_Worker_Name="w")
+        bus.holds(1)
+        clock.pass_(10)
+        assert workers() == {"w": begun}, "it has come back"
+        claim.close()
+        wait_until(lambda: not workers())
+        assert [worker.name for worker in bus.client.admin("summary").gone] == ["w"]
+    assert bus.client.publish("g", 1).listening == 0
 
 
 def names(bus, **caller):
@@ -6023,7 +6046,7 @@ def test_a_viewer_looks_and_changes_nothing(served):
             assert answer.status in (200, 404) or path.startswith(("/get/", "/metrics", "/limits")) or "payload=1" in path, path
             assert not {b"g!", b"g?"} & set(re.findall(rb"g[!?]", answer.body)), path
     assert tables_of(served)["intents"] == before
-    assert_refusal(served.ask("POST", "/intent", a_publish(), viewer), 403, "forbidden", "This key may look only", "one of the role publish or both.")
+    assert_refusal(served.ask("POST", "/intent", a_publish(), viewer), 403, "forbidden", "This key has the role viewer", "a key with the role publish or both.")
 
 
 @pytest.mark.parametrize("settings", [{}, dict(dashboard_password="pw")], ids=repr)
@@ -6268,6 +6291,17 @@ def test_an_issued_key_is_rate_limited(started):
     assert bus.ask("POST", "/intent", a_publish(), key).status == 429
     assert bus.ask("GET", "/intents", key=bus.issue().api_key).status == 200
     assert [bus.ask("GET", "/intents").status for _ in range(10)] == [200] * 10
+
+
+def test_a_claim_that_its_client_abandons_is_not_free(started):
+    bus = started(keys=dict(rate=3))
+    key = bus.issue().api_key
+    for _ in range(3):
+        claim = bus.begin("POST", "/claim?goal=g&wait=30", key=key, X_Worker_Name="w")
+        bus.holds(1)
+        claim.close()
+        bus.holds(0)
+    assert bus.ask("POST", "/claim?goal=g", key=key).status == 429
 
 
 def test_an_empty_claim_of_each_worker_is_free_once_a_second(started, clock, monkeypatch):
@@ -10147,7 +10181,7 @@ def test_a_refused_request_is_set_aside_and_blocks_no_other(served, tmp_path):
 def test_a_publish_refused_at_once_is_raised_and_not_spooled(served, tmp_path):
     with pytest.raises(intentbus.Invalid, match="priority must be"):
         spooling(served, tmp_path).publish("g", 1, priority=5000)
-    with pytest.raises(intentbus.Forbidden, match="Bad signature: this is not the key owner of the bus."):
+    with pytest.raises(intentbus.Forbidden, match="Bad signature: the key in use is not the bus's key with the id owner."):
         IntentClient(served.url, "wrong", spool=tmp_path / "spool.db").publish("g", 1)
     with pytest.raises(intentbus.Invalid, match="cannot be sent as JSON"):
         spooling(served, tmp_path).publish("g", {1, 2})
@@ -10185,7 +10219,7 @@ def test_a_spooled_publish_that_fails_does_not_block_claims(served, tmp_path):
     assert bus.claim("g").payload == "there" and bus.flush() == 0 and len(bus.spool.pending(served.url)) == 1
     bus.spool.redirect(bus.base_url, bus.key_name)
     assert bus.claim("g") is None and len(bus.spool.pending(served.url)) == 1
-    with pytest.raises(intentbus.Forbidden, match="may work only"):
+    with pytest.raises(intentbus.Forbidden, match="This key has the role work"):
         bus.flush()
 
 
@@ -11543,7 +11577,7 @@ def test_the_doctor_finds_nothing_wrong_with_a_good_setup(home, served):
     intentbus.write_settings(served.url, KEY, None)
     code, found = examine(home, "--db", served.db)
     assert code == 0 and [level for _, level in found] == ["ok"] * 5
-    assert found["key", "ok"] == "It is owner, of the owner owner, and may publish and work."
+    assert found["key", "ok"] == "The owner key may publish and work."
 
 
 def page_server():
@@ -11562,7 +11596,7 @@ def page_server():
 
 
 @pytest.mark.parametrize("url, about, words", [
-    (lambda served: "http://127.0.0.1:9", "bus", "Connection refused. Nothing listens there: start the bus with serve"),
+    (lambda served: "http://127.0.0.1:9", "bus", "Connection refused. Nothing listens there: check host and port, and start the bus with serve"),
     (lambda served: "http://no.such.name.invalid", "bus", "That name is not known"),
     (lambda served: page_server(), "bus", "a proxy page answered"),
     (lambda served: served.url.replace("http", "https"), "bus", "That port does not speak https"),
@@ -11687,17 +11721,21 @@ def test_the_doctor_finds_a_schedule_whose_time_zone_is_gone(check_work):
     assert ["time zone" in words and "pip install tzdata" in words for level, _, words in check() if level == "bad"] == [True]
 
 
-def test_the_doctor_finds_intents_that_a_limit_keeps_waiting(check_work, clock):
+def test_the_doctor_finds_intents_that_keep_waiting(check_work, clock):
     bus, check = check_work
     bus.client.limit("held", paused=True)
     bus.client.limit("full", running=1)
     bus.publish(goal="full")
+    words = f"full has an intent that waits since {intentbus.moment(clock.wall)}, and no worker is there for it; start one, or check the spelling."
+    assert check() == [("note", "goal", words)]
+    assert bus.client.claim("held") is None
+    claimed = bus.client.claim("full", lease=3600)
     assert check() == []     # nothing waits at a pause, nor for long
     since = intentbus.moment(clock.wall)
     for goal in ("held", "full"):
         bus.publish(goal=goal)
     clock.pass_(2000)
-    assert bus.client.claim("full", lease=3600)
+    bus.client.extend_claim(claimed.id, claimed.claim_token, 3600)
     words = f"held is paused, and has an intent that waits since {since}; resume held lets it start."
     assert check() == [("note", "limit", words)]
     clock.pass_(1700)
@@ -11818,7 +11856,7 @@ def test_a_bus_that_starts_says_what_works(store, home, monkeypatch, capsys, url
     options = argparse.Namespace(tls_cert=None, host="127.0.0.1", key_file=key_file)
     intentbus.log_startup(options, url, store.database, "new", "/elsewhere/intentbus.db")
     said = capsys.readouterr().err
-    assert not [word for word in [*words, f"the dashboard is at {url}/admin/dashboard", "another one is there, to be used with --db /elsewhere"]
+    assert not [word for word in [*words, f"the dashboard is at {url}/admin/dashboard", "this database is new and empty", "use --db /elsewhere"]
                 if word not in said], said
     intentbus.write_settings("http://other", KEY, None)     # commands without --url go there
     intentbus.log_startup(options, url, store.database, "new", None)
@@ -11874,7 +11912,7 @@ def test_publish_wait_is_a_remote_command(serve):
     bad = serve.run("publish", "--wait=20s", "remote", "say=no", "code:=100")
     assert (bad.returncode, bad.stdout) == (1, "") and "is dead: The handler rejected it" in bad.stderr
     late = serve.run("publish", "nobody", "1", "--wait=0.1s")
-    assert late.returncode == 124 and "is still open; ask again with: result " in late.stderr
+    assert late.returncode == 124 and f"is still open; ask for it with: {intentbus.INVOCATION} result " in late.stderr
     worker.terminate()
     assert worker.wait(10) == 143
     worker.communicate()
@@ -11889,13 +11927,24 @@ def test_wait_takes_the_next_word_if_it_can_be_nothing_else(served, command, wor
     id = served.publish(payload=1)
     found = command(*words.format(id=id, digits="1" * 8).split())
     if wait:
-        assert found[0] == 124 and "is still open; ask again with: result " in found[2]
+        assert found[0] == 124 and f"is still open; ask for it with: {intentbus.INVOCATION} result " in found[2]
         assert set(map(str, served.payloads())) <= {"1", "5", "{'a': '1'}", "{}"}
     elif wait is None:     # an id that looks like a duration
         assert_complaint(found, 3 if "=" not in words else 2)
     else:
         assert_complaint(found, 2, "write --wait=50, or put the payload first")
         assert served.payloads() == [1]
+
+
+@POSIX
+def test_on_a_terminal_a_publisher_is_told_that_no_worker_is_there(served):
+    commands = "publish g 1", "work --goal g --once", "publish g 1 --at 07:00"
+    first, worked, second = on_terminal(served, 100, *commands)
+    assert "no worker has ever claimed 'g'" in first and f"intentbus: g: waiting for intents at {served.url}; Ctrl-C stops\n" in worked
+    assert "it can be claimed from" in second and "07:00:00 on" in second
+    served.restart()     # forgets the worker
+    absent, = on_terminal(served, 100, "publish g 1")
+    assert "intentbus: no worker for 'g' is there now; it waits for one\n" in absent
 
 
 @POSIX
@@ -11906,7 +11955,7 @@ def test_a_wait_that_is_interrupted_tells_the_id(served, home):
     waiting.send_signal(signal.SIGINT)
     out, err = waiting.communicate(timeout=20)
     id = served.client.list().intents[0].id
-    assert (waiting.returncode, out) == (130, "") and err.endswith(f"{id} goes on; ask again with: result {id}\n")
+    assert (waiting.returncode, out) == (130, "") and err.endswith(f"{id} goes on; ask for it with: {intentbus.INVOCATION} result {id}\n")
 
 
 WAYS_TO_SAY = (     # words, stdin or None, payload
@@ -12101,7 +12150,7 @@ def test_the_first_signal_finishes_work_the_second_releases_it(serve, tmp_path):
     worker = serve.start("work", "--goal", "slow", "--", "sh", "-c", f"touch {started}; cat {fifo}")
     wait_until(started.exists)
     worker.terminate()
-    assert "finishing 1 more" in worker.stderr.readline()
+    assert "finishing 1 running" in worker.stderr.readline()
     fifo.write_text("finished")
     assert worker.wait(10) == 143
     worker.communicate()
@@ -12112,7 +12161,7 @@ def test_the_first_signal_finishes_work_the_second_releases_it(serve, tmp_path):
     worker = serve.start("work", "--goal", "slow", "--", "sh", "-c", f"touch {started}; cat {fifo}")
     wait_until(started.exists)
     worker.send_signal(signal.SIGINT)
-    assert "finishing 1 more" in worker.stderr.readline()
+    assert "finishing 1 running" in worker.stderr.readline()
     worker.send_signal(signal.SIGINT)
     assert worker.wait(10) == 130
     worker.communicate()
@@ -12134,7 +12183,7 @@ def test_a_terminal_that_closes_lets_a_worker_finish(serve, tmp_path, ignored):
     for _ in range(2):     # the terminal sends it, and then the shell
         worker.send_signal(signal.SIGHUP)
     if not ignored:
-        assert "finishing 1 more" in worker.stderr.readline()
+        assert "finishing 1 running" in worker.stderr.readline()
     for _ in range(1 + ignored):
         wait_until(started.exists)
         started.unlink()
@@ -12225,11 +12274,12 @@ def test_the_containers_of_the_readme_run_a_bus_and_its_worker(tmp_path):
     serve.stop()
 
 
-def test_without_a_command_the_overview_lists_every_command():
+def test_the_start_is_shown_and_help_lists_every_command():
     code, out, err = run()
-    assert_complaint((code, out, err), 2, "A COMMAND is missing.")
+    assert_complaint((code, out, err), 2, "A COMMAND is missing; --help lists the commands.")
+    start = err.rpartition("intentbus: ")[0].rstrip()
     code, out, _ = run("--help")
-    assert code == 0 and err.startswith(out) and sum(len(names) for _, names in intentbus.GROUPS) == len(intentbus.COMMANDS)
+    assert code == 0 and out.startswith(start) and "publish hello" in start and sum(len(names) for _, names in intentbus.GROUPS) == len(intentbus.COMMANDS)
     for name in intentbus.COMMANDS:
         assert re.search(rf"^  {name} +[A-Z]", out, re.M), name
     assert all(len(line) <= 115 for line in out.splitlines())
@@ -12267,7 +12317,7 @@ def test_flags_may_stand_before_the_command(served, command):
 
 
 @pytest.mark.parametrize("words, start", [
-    ("help", "intentbus: say"), ("--help", "intentbus: say"), ("help publish", "examples:"), ("publish --help", "examples:"),
+    ("help", "intentbus: publish a job"), ("--help", "intentbus: publish a job"), ("help publish", "examples:"), ("publish --help", "examples:"),
     ("--json publish g -h", "examples:"), ("help keys add", "examples:"), ("keys --help", "  keys add "), ("help keys", "  keys add "),
     ("version", f"intentbus {intentbus.__version__}"), ("--version", f"intentbus {intentbus.__version__}")])
 def test_help_and_version_are_commands_and_flags(capsys, words, start):
@@ -12712,7 +12762,7 @@ BAD_COMMANDS = (
     case("publish a pair of a missing file", "publish g a=@{dir}/missing", 2, "{dir}/missing", "--text"),
     case("publish two texts", "publish g --text a=1 b=2", 2, "one text"),
     case("publish at no time", "publish g 1 --at 25:00", 2, "--at", "'25:00'", "07:00"),
-    case("publish at a time that is over", "publish g 1 --at 2020-01-01T00:00", 2, "--at", "over"),
+    case("publish at a time that is over", "publish g 1 --at 2020-01-01T00:00", 2, "--at", "past"),
     case("publish at a time after a delay", "publish g 1 --at 07:00 --delay 1h", 2, "run_at", "delay"),
     case("publish a pair of bad JSON", "publish g a:=b", 2, "'b'"),
     case("publish a missing file", "publish g @{dir}/missing", 2, "{dir}/missing"),
@@ -12727,7 +12777,7 @@ BAD_COMMANDS = (
     case("publish with a bad namespace", "publish g 1 --namespace a/b", 2, "namespace", "64"),
     case("publish too large", "publish g @{dir}/large.json", 6, "262144"),
     case("publish with no key file", "publish g 1 --key-file {dir}/missing", 2, "{dir}/missing"),
-    case("publish with an unknown key", "publish g 1 --key-file {dir}/wrong.key", 4, "this is not the key owner of the bus."),
+    case("publish with an unknown key", "publish g 1 --key-file {dir}/wrong.key", 4, "the key in use is not the bus's key with the id owner."),
     case("publish to no URL", "publish g 1 --url bus.example.com", 2, "http://HOST:PORT", "write http://bus.example.com or https://"),
     case("publish to a broken URL", "publish g 1 --url http://[::1", 2, "http://[::1"),
     case("publish to no port", "publish g 1 --url http://127.0.0.1:99999", 2, "99999"),
@@ -12738,7 +12788,7 @@ BAD_COMMANDS = (
     case("work with a short lease", "work --goal g --lease 5s", 2, "--lease", "10s", "1h"),
     case("work with no jobs", "work --goal g -j 0", 2, "-j", "1"),
     case("work with an unknown result", "work --goal g --result xml", 2, "--result", "json"),
-    case("work with an unknown key", "work --goal g --drain --key-file {dir}/wrong.key", 4, "this is not the key owner of the bus."),
+    case("work with an unknown key", "work --goal g --drain --key-file {dir}/wrong.key", 4, "the key in use is not the bus's key with the id owner."),
     case("work with a bad goal", "work --drain --goal " + "g" * 257, 2, "goal", "256"),
     case("work for no goal, as of an unset variable", "work --drain --goal=", 2, "goal"),
     case("schedule at no time", "schedule s g 1", 2, "either every, in seconds, or cron"),
@@ -12748,14 +12798,14 @@ BAD_COMMANDS = (
     case("unschedule nothing", "unschedule s", 3, "no schedule s"), case("run nothing", "run s", 3, "no schedule s"),
     case("status of nothing", "status", 2, "id"),
     case("status of an unknown id", "status {nobody}", 3, "{nobody}"),
-    case("status with an unknown key", "status {nobody} --key-file {dir}/wrong.key", 4, "this is not the key owner of the bus."),
+    case("status with an unknown key", "status {nobody} --key-file {dir}/wrong.key", 4, "the key in use is not the bus's key with the id owner."),
     case("result of nothing", "result", 2, "id"),
     case("result of an unknown id", "result {nobody}", 3, "{nobody}"),
     case("result with a bad wait", "result {nobody} --wait=x", 2, "--wait"),
     case("list of an unknown status", "list --status done", 2, "--status", "open"),
     case("list with no limit", "list --limit 0", 2, "--limit"),
     case("list with an argument", "list extra", 2, "extra"),
-    case("list with an unknown key", "list --key-file {dir}/wrong.key", 4, "this is not the key owner of the bus."),
+    case("list with an unknown key", "list --key-file {dir}/wrong.key", 4, "the key in use is not the bus's key with the id owner."),
     case("cancel nothing", "cancel", 2, "id"),
     case("cancel an unknown id", "cancel {nobody}", 3, "{nobody}"),
     case("retry nothing", "retry", 2, "--goal", "--all"),
@@ -12880,8 +12930,16 @@ def test_a_machine_that_has_joined_a_bus_needs_no_flags(served, home):
     code, out, words = run("join", served.url, letters.strip(), **nothing)
     assert (code, out) == (0, "") and f"joined {served.url} as phone, role work" in words
     assert run("list", **nothing)[0] == 0
-    assert_complaint(run("publish", "g", "1", **nothing), 4, "This key may work only", "one of the role publish or both")
+    assert_complaint(run("publish", "g", "1", **nothing), 4, "This key has the role work", "a key with the role publish or both")
     assert_complaint(run("keys", "list", **nothing), 4, "Authentication required: this needs the owner key")
+
+
+def test_join_warns_who_has_another_key_already(served, home):
+    (home / ".apikey").write_text(KEY)
+    code, out, err = run("join", served.url, served.client.admin("invite", name="nas").code)
+    assert (code, out) == (0, "") and "with --key-file ~/.apikey they use that one" in err
+    assert run("keys", "list", "--key-file", "~/.apikey")[0] == 0 and run("keys", "list")[0] == 4
+    assert_complaint(run("join", "K7Q2-9MXW", served.url), 2, "the URL first, then the code")
 
 
 def test_join_refuses_to_fetch_a_key_in_plain_text(home):
@@ -13209,14 +13267,14 @@ def test_stats_and_purge(served, command):
     served.publish(namespace="n1")
     code, out, _ = command("stats")
     assert code == 0 and json.loads(out)["intents"] == {"default": {"open": 1}, "n1": {"open": 1}}
-    assert_complaint(command("purge"), 2, "Delete for good 2 intents?", "no terminal", "--yes")
+    assert_complaint(command("purge"), 2, "Delete 2 intents for good?", "no terminal", "--yes")
     assert command("purge", "--yes", "--namespace", "n1")[:2] == (0, "1\n")
     assert command("purge", "--yes")[:2] == (0, "1\n") and served.statuses() == []
 
 
 MANY = (     # commands that change many intents: what they ask, what stays if the answer is yes, and what they print
     ("cancel --goal a", "Cancel 1 intent?", ["dead", "open", "dead"]),
-    ("purge --goal a --status dead", "Delete for good 1 intent?", ["open", "open"]),
+    ("purge --goal a --status dead", "Delete 1 intent for good?", ["open", "open"]),
     ("retry --goal a", "Retry 1 intent?", ["open", "open", "open"]),
     ("retry --all", "Retry 1 intent?", ["open", "open", "open"]),
 )
@@ -13530,10 +13588,14 @@ def test_cron_publishes_disk_figures_and_the_handler_notifies(serve):
 @POSIX
 @pytest.mark.parametrize("payload, status, line", [
     ('{"message": "a\\nb\\u001b[2J", "title": "-t"}', "fulfilled", "-t: a b [2J"),
-    ('{"title": "x"}', "dead", None),
+    ('The "backup"\nis \\done', "fulfilled", 'intentbus: The "backup" is \\done'),
+    ('{"title": "x", "text": 1}', "fulfilled", 'x: {"title":"x","text":1}'),
+    ('{"goal": "backup", "status": "dead", "error": "exit code 3"}', "fulfilled", "backup: failed: exit code 3"),
+    ('{"goal": "backup", "status": "fulfilled", "result": null}', "fulfilled", "backup: done"),
+    ('{}', "dead", None), ('""', "dead", None),
 ])
-def test_the_notification_handler(serve, payload, status, line):
-    notified = serve.home / f"{status}.log"
+def test_the_notification_handler(serve, tmp_path, payload, status, line):
+    notified = tmp_path / "notified.log"
     id = serve.run("publish", "notify", payload).stdout.strip()
     shell(serve, f"{sys.executable} intentbus.py work --goal notify --drain -- ./examples/handler.sh",
           INTENTBUS_NOTIFY_FILE=str(notified), PATH="/usr/bin:/bin", DISPLAY="")

@@ -3,13 +3,21 @@
 #
 #   python intentbus.py work --goal send_notification -- ./examples/handler.sh
 #
-# The payload is {"message": "The backup is done.", "title": "nas"}; the title is optional. Or it is that of an intent which
-# publish --on-success or --on-failure has made. The file is INTENTBUS_NOTIFY_FILE, or ~/notifications.log. A phone needs
-# pkg install termux-api and the app Termux:API.
+# The payload is {"message": "The backup is done.", "title": "nas"}, whose title is optional, or a text, or the payload of an
+# intent that publish --on-success or --on-failure has made. Any other payload is shown as JSON. The file is
+# INTENTBUS_NOTIFY_FILE, or ~/notifications.log. A phone needs pkg install termux-api and the app Termux:API.
 
 title=${INTENT_PAYLOAD_title:-${INTENT_PAYLOAD_goal:-intentbus}}
+case ${INTENT_PAYLOAD_status:-} in fulfilled) end="done" ;; dead) end="failed" ;; *) end= ;; esac
 outcome=${INTENT_PAYLOAD_error:-${INTENT_PAYLOAD_result:-}}
-message=${INTENT_PAYLOAD_message:-${INTENT_PAYLOAD_status:-}${outcome:+: $outcome}}
+message=${INTENT_PAYLOAD_message:-$end${end:+${outcome:+: $outcome}}}
+if [ -z "$message" ]; then
+    case ${INTENT_PAYLOAD:-} in
+        '' | '{}' | '""' | null) ;;
+        '"'*) message=$(printf '%s\n' "$INTENT_PAYLOAD" | sed 's/^"//; s/"$//; s/\\[nrt]/ /g; s/\\\(.\)/\1/g') ;;     # a JSON string
+        *) message=$INTENT_PAYLOAD ;;
+    esac
+fi
 file=${INTENTBUS_NOTIFY_FILE:-$HOME/notifications.log}
 
 phone() {
@@ -27,7 +35,7 @@ line() {        # one line, even if the message has several
 }
 
 if [ -z "$message" ]; then
-    echo 'The payload has no message; send {"message": "..."}.' >&2
+    echo 'The payload is empty; send a text, or {"message": "..."}.' >&2
     exit 100    # no retry: another attempt would find the same payload
 fi
 
