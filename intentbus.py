@@ -5129,7 +5129,7 @@ class Request:
 
 
 def dashboard_redirect(api, request):
-    return 302, Redirect("admin/dashboard")
+    return 302, Redirect("../" * (request.path.count("/") - 1) + "admin/dashboard")     # relative: a proxy may have the bus below a path
 
 
 def home_endpoint(api, request):
@@ -5443,7 +5443,9 @@ ROUTES = (
     ("POST", "/fail/*",                 "work",    reporting("fail", FAIL)),
     ("POST", "/release/*",              "work",    reporting("release", RELEASE)),
     ("GET",  "/status/*",               "look",    of_intent(with_query("get_status", ANYTHING))),
+    ("GET",  "/dashboard/",             None,      dashboard_redirect),
     ("GET",  "/result/*",               "look",    of_intent(result_endpoint)),
+    ("GET",  "/admin/",                 None,      dashboard_redirect),
     ("GET",  "/output/*",               "look",    of_intent(output_endpoint)),
     ("GET",  "/intents",                "look",    advancing("list", LIST, Request.parameters)),
     ("GET",  "/workers",                "look",    with_query("workers", ANYTHING)),
@@ -5484,6 +5486,7 @@ ROUTES = (
 ROLES = {
     "publish": ("publish", "look", "manage", "keep"),
     "work": ("work", "step", "look", "keep"),
+    ("GET",  "/admin/dashboard/",       None,      dashboard_redirect),
     "both": ("publish", "work", "step", "look", "manage", "keep"),
     "viewer": ("look", "view"),
 }

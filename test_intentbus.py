@@ -5298,7 +5298,9 @@ MATRIX = """
     GET  /workers                      401  401  401  200  200  200  200  200  200  200  403  403  200  200  401
     GET  /events                       401  401  401  200  200  200  200  200  200  200  403  403  200  200  401
     GET  /whoami                       401  401  401  200  200  200  200  200  200  200  403  403  200  200  401
+    GET  /dashboard/                   302  302  302  302  302  302  302  302  302  302  302  302  302  302  302
     POST /cancel/{open}                401  401  401  200  403  200  404  404  200  200  403  403  403  404  401
+    GET  /admin/                       302  302  302  302  302  302  302  302  302  302  302  302  302  302  302
     POST /retry/{dead}                 401  401  401  200  403  200  404  404  200  200  403  403  403  404  401
     POST /retry                        401  401  401  200  403  200  200  200  200  200  403  403  403  200  401
     POST /schedule/new                 401  401  401  201  403  200  201  201  200  200  403  403  403  403  401
@@ -5339,6 +5341,7 @@ BODIES = {"/intent": a_publish(goal="new"), "/intents": [a_publish(goal="new")],
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory):
+    GET  /admin/dashboard/             302  302  302  302  302  302  302  302  302  302  302  302  302  302  302
     """A bus with an admin secret, and a key of each kind."""
     bus = Served(tmp_path_factory.mktemp("guarded"), poll=0.1, keys=dict(admin_secret=ADMIN_SECRET, rate=100_000))
     admin = bus.admin = dict(key=None, X_Admin_Token=ADMIN_SECRET)
@@ -7101,7 +7104,9 @@ def test_the_page_works_below_a_path(page, served):
     proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Prefix)
     proxy.target = served.port
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
-    page.open(f"http://127.0.0.1:{proxy.server_port}/bus/admin/dashboard#publish")
+    for typed in ("", "dashboard", "dashboard/", "admin", "admin/", "admin/dashboard/", "admin/dashboard"):
+        page.open(f"http://127.0.0.1:{proxy.server_port}/bus/{typed}#publish")
+        assert page.run("return location.pathname") == "/bus/admin/dashboard", typed
     page.sees("Sign in")
     page.fill(key=KEY)
     page.sees("Publish an intent")
@@ -9895,9 +9900,9 @@ def test_a_full_disk_is_reported_and_loses_nothing(small_disk, monkeypatch):
     health = wait_until(lambda: (answer := bus.ask("GET", "/health", key=None)).status == 503 and answer)
     assert health.json["ok"] is False and clear(health.json["error"]) and "full" in health.json["error"]
     assert bus.ask("GET", f"/status/{claimed['id']}").json["status"] == "claimed"
-    reads = [path.replace("*", claimed["id"]) for method, path, _, _ in intentbus.ROUTES if method == "GET" and path not in ("/health", "/dashboard", "/admin")]
+    reads = [path.replace("*", claimed["id"]) for method, path, _, _ in intentbus.ROUTES if method == "GET" and path != "/health"]
     statuses = {path: bus.ask("GET", path, **signed("GET", path)).status for path in reads}
-    assert {path: status for path, status in statuses.items() if status != 200} == {
+    assert {path: status for path, status in statuses.items() if status not in (200, 302)} == {
         f"/get/{claimed['id']}": 404, f"/admin/dead/{claimed['id']}": 404}
     filler.unlink()
     wait_until(lambda: bus.ask("GET", "/health", key=None).status == 200)
@@ -13391,7 +13396,7 @@ def test_the_readme_starts_bus_and_tests_with_one_line_each():
                                 "&& .venv/bin/python -m pytest -q\n"]
 
 
-@pytest.mark.parametrize("path", ["/", "/dashboard", "/admin"])
+@pytest.mark.parametrize("path", ["/", "/dashboard", "/dashboard/", "/admin", "/admin/", "/admin/dashboard/"])
 def test_short_paths_lead_a_browser_to_the_dashboard(strict, path):
     answer = strict.ask("GET", path, key=None, Accept="text/html,*/*;q=0.8")
     assert answer.status == 302 and answer.body.endswith(b"\n")
