@@ -169,7 +169,7 @@ WAITING_LANES = 200                 # lanes the summary looks at for the longest
 WAITING_ROWS = 20_000               # waiting intents that the summary counts by goal, about 1 ms
 RUNNING_ROWS = 2000                 # claimed intents that it counts by goal, about 3 ms
 FIGURE_MINUTES = 10                 # the step of the history by goal
-FIGURE_GOALS = 200                  # goals in one step of it, and in a summary
+FIGURE_GOALS = 200                  # goals in a summary, and in one step of it: an owner leaves half of the room to others
 FIGURE_SECONDS = 10                 # how long the summary reuses the figures it has read: 5 ms for ten busy goals
 STEPS_PER_DOUBLING = 4              # of durations in it: a percentile is right to 9 %
 PREVIEW_CHARACTERS = 500            # of a payload in a list
@@ -1840,10 +1840,13 @@ class Transaction(Reads):
                          dict(oldest=max(event["minute"] for event in events) - HISTORY_MINUTES))
 
     def count_figures(self, figures, now):
-        """Add to the history by goal: {"minute", "namespace", "goal", "event", "times"} of each; old ones are deleted."""
+        """Add to the history by goal: {"minute", "owner", "namespace", "goal", "event", "times"} of each; old ones are deleted.
+
+        The owner stands behind the namespace, in its column, since no namespace holds a space; an earlier version stored none.
+        """
         self._db.executemany("""
             INSERT INTO goal_history (minute, namespace, goal, event, times)
-            VALUES      (:minute, :namespace, :goal, :event, :times)
+            VALUES      (:minute, :namespace || ' ' || :owner, :goal, :event, :times)
             ON CONFLICT (minute, namespace, goal, event) DO UPDATE
             SET         times = goal_history.times + excluded.times
         """, figures)
@@ -1946,13 +1949,14 @@ class Store(Reads):
                           dict(since=since))
 
     def figures(self, day, hour):
-        """Return (namespace, goal, event, times since a minute, times since a later one) of the history by goal."""
-        return list(self._rows("""
+        """Return (owner, namespace, goal, event, times since a minute, times since a later one) of the history by goal."""
+        rows = self._rows("""
             SELECT   namespace, goal, event, SUM(times), SUM(CASE WHEN minute >= :hour THEN times ELSE 0 END)
             FROM     goal_history
             WHERE    minute >= :day
             GROUP BY namespace, goal, event
-        """, dict(day=day, hour=hour)))
+        """, dict(day=day, hour=hour))
+        return [(owner, namespace, *counted) for place, *counted in rows for namespace, _, owner in [place.partition(" ")]]
 
     def number_ready(self, lane, most):
         """Return how many intents are ready in a lane, at most that many."""
@@ -2154,6 +2158,7 @@ EVENT_FIELDS = (
 )
 EVENT_VALUES = operator.itemgetter(*EVENT_FIELDS)
 LOST_OR_FAILED = ("failed", "lost", "dead")
+GOAL_VALUES = operator.itemgetter("owner", "namespace", "goal")
 FIGURES = ("claimed", "fulfilled", *LOST_OR_FAILED)     # the events that are counted by goal
 COUNTED = dict(published="published", chained="published", scheduled="published", fulfilled="fulfilled", failed="failed", lost="failed",
                dead="failed")
@@ -2332,8 +2337,10 @@ class EventLog:
         self._pages = {}                         # (newest, number, owner, goals): the answer of after()
         self.newest = int(now * 1000)            # number of the newest event; it grows over restarts
         self.minutes = collections.Counter()     # (minute of Unix time, kind): times, until they are stored
-        self.figures = collections.Counter()     # (minute, namespace, goal, kind): likewise, by FIGURE_MINUTES
-        self._goals = [0, set()]                 # the minute of the step, and its goals
+        self.figures = collections.Counter()     # (minute, owner, namespace, goal, kind): likewise, by FIGURE_MINUTES
+        self._step = None                        # the minute in which the step of the figures begins
+        self._goals = set()                      # the (owner, namespace, goal) that are counted in it
+        self._owned = collections.Counter()      # owner: how many of these
 
     def record(self, now, moves, count=True):
         """Take in the events of moves; count them unless another bus does."""
@@ -2348,13 +2355,18 @@ class EventLog:
                     self._count_figure(int(now // 60), intent, event)
 
     def _count_figure(self, minute, intent, event):
-        """Count an event by goal, with how long the intent has waited or run; FIGURE_GOALS of a step at most."""
-        minute, goal = minute - minute % FIGURE_MINUTES, (intent.namespace, intent.goal)
-        if minute != self._goals[0]:
-            self._goals = [minute, set()]
-        if goal not in self._goals[1] and len(self._goals[1]) >= FIGURE_GOALS:
-            return
-        self._goals[1].add(goal)
+        """Count an event by goal, with how long the intent has waited or run.
+
+        A step has room for FIGURE_GOALS goals. An owner gets room while it has less than is free, so that some is left to others.
+        """
+        minute, goal = minute - minute % FIGURE_MINUTES, GOAL_VALUES(intent)
+        if minute != self._step:
+            self._step, self._goals, self._owned = minute, set(), collections.Counter()
+        if goal not in self._goals:
+            if self._owned[intent.owner] >= FIGURE_GOALS - len(self._goals):
+                return
+            self._goals.add(goal)
+            self._owned[intent.owner] += 1
         if event != "claimed":
             self.figures[(minute, *goal, COUNTED[event])] += 1
         if event == "claimed":
@@ -3348,8 +3360,8 @@ class Bus:
         """Return the figures of up to FIGURE_GOALS goals, the busiest first.
 
         waiting and running are how many there are now, of the WAITING_ROWS and RUNNING_ROWS that are counted; run_at is of the
-        longest waiting. Of all owners, and so only for who sees everyone's: how many were fulfilled and how many attempts
-        failed in the last hour and the last day; in how many seconds half of them, and 95 %, were claimed, and were done.
+        longest waiting; then how many were fulfilled and how many attempts failed in the last hour and the last day; in how
+        many seconds half of them, and 95 %, were claimed, and were done. All are of the intents that the caller sees.
         """
         goals = collections.defaultdict(lambda: dict(
             waiting=0, running=0, run_at=None, limit=None, paused=False, fulfilled=[0, 0], failed=[0, 0], waited=None, ran=None))
@@ -3365,15 +3377,14 @@ class Bus:
                 goals[namespace, goal]["running"] += number
         for limit in limits:
             goals[limit.namespace, limit.goal].update(limit=limit.running, paused=limit.paused)
-        for place, figures in self._goal_history().items() if caller.sees is None else ():
-            if caller.may_use(place[1]):
-                goals[place].update(figures)
+        for place, figures in self._goal_history(caller).items():
+            goals[place].update(figures)
         found = [Record(figures, namespace=namespace, goal=goal) for (namespace, goal), figures in goals.items()]
         found.sort(key=lambda of: (-of.waiting - of.running, -sum(of.fulfilled + of.failed), of.goal, of.namespace))
         return found[:FIGURE_GOALS]
 
-    def _goal_history(self):
-        """Return the figures by (namespace, goal) that come from events of the last day."""
+    def _goal_history(self, caller):
+        """Return the figures by (namespace, goal) that come from events of the last day, of the intents that the caller sees."""
         minute = int(self.clock.now() // 60)
         day, hour = minute - HISTORY_MINUTES, minute - 60
         began = time.monotonic()
@@ -3381,11 +3392,14 @@ class Bus:
             self._figures = self.store.figures(day, hour)
             took = time.monotonic() - began
             self._figures_at = began + max(FIGURE_SECONDS, 100 * took)     # it holds up the loop for 1 % of the time at most
-        events = [(namespace, goal, event, times, times if minute >= hour else 0)     # those that are not stored yet
-                  for (minute, namespace, goal, event), times in list(self.log.figures.items()) if minute >= day]
+        events = [(*figure, times, times if minute >= hour else 0)     # those that are not stored yet
+                  for (minute, *figure), times in list(self.log.figures.items()) if minute >= day]
         goals, steps = collections.defaultdict(dict), collections.defaultdict(collections.Counter)
-        for namespace, goal, event, in_day, in_hour in [*self._figures, *events]:
+        may_see = functools.lru_cache(None)(caller.may_see)
+        for owner, namespace, goal, event, in_day, in_hour in [*self._figures, *events]:
             kind, _, step = event.partition(" ")
+            if not may_see(goal, owner):
+                continue
             if step:
                 steps[namespace, goal, kind][int(step)] += in_day
             else:
@@ -3631,7 +3645,7 @@ class Bus:
         if counted:
             tx.count_events([dict(minute=minute, event=event, times=times) for (minute, event), times in sorted(counted.items())])
         if figures:
-            tx.count_figures([dict(zip(("minute", "namespace", "goal", "event"), figure), times=times)
+            tx.count_figures([dict(zip(("minute", "owner", "namespace", "goal", "event"), figure), times=times)
                               for figure, times in sorted(figures.items())], tx.now)
         tx.after_commit(self.log.stored, counted, figures)
         if time.monotonic() < self._figures_at:     # until the summary reads them again
@@ -4833,19 +4847,19 @@ function byGoal(rows) {
 const views = {
   async ""(query) {
     const hours = query.get("hours") === "24" ? 24 : 1, sum = await summary(hours * 60),
-        alone = sum.waiting.filter(of => !of.listening);
-    const counts = { open: 0, claimed: 0, fulfilled: 0, dead: 0 },
-        busy = sum.workers.filter(worker => worker.running.length).length;
+        alone = sum.waiting.filter(of => !of.listening), busy = sum.workers.filter(worker => worker.running.length).length;
+    const counts = { open: 0, claimed: 0, fulfilled: 0, dead: 0 }, known = me.admin || Object.keys(sum.intents).length;
     for (const states of Object.values(sum.intents)) for (const status in states) counts[status] += states[status];
     return [make("section.counts", { "aria-label": "Intents by state" }, Object.entries(counts).map(([status,
         number]) => make("a", { href: place("intents", { status }) }, make("strong" + (status === "dead" && number ? ".bad" :
-        ""), { id: "count-" + status }, figure(number)), status))), alone.length > 0 && make("section",
+        ""), { id: "count-" + status }, known ? figure(number) : "–"), status))), alone.length > 0 && make("section",
         { "aria-label": "No worker" }, make("b.bad", {}, "⚠ No worker for "), alone.slice(0,
         5).map(({ goal }, at) => [at > 0 && ", ", make("a", { href: place("intents", { goal }) }, short(goal))]),
         alone.length > 5 && " and " + plural(alone.length - 5, "more goal"), ".",
         make("small", {}, "Start one: python3 intentbus.py work --goal GOAL -- ./handler.sh")), box("Goals", byGoal(sum.goals)),
-        box("What happened", tabs("Period", hours, [[1, "last hour"], [24, "last day"]], number => place("",
-        { hours: number })), plot(sum.history, hours)), box("The bus", list([["version", sum.version], ["workers",
+        box("What happened", me.admin || sum.history.length ? [tabs("Period", hours, [[1, "last hour"], [24, "last day"]],
+        number => place("", { hours: number })), plot(sum.history, hours)] : soft("No events to show; the chart is for keys " +
+        "that see all owners and goals.")), box("The bus", list([["version", sum.version], ["workers",
         make("a", { href: "#workers" }, sum.workers.length + ", " + busy + " at work")],
         ["database", bytes(sum.database_bytes) + ", log " + bytes(sum.wal_bytes)], ["issued keys", figure(sum.keys)],
         ["held requests", figure(sum.held_requests)], ["clock", exact(sum.now)]]))]; },

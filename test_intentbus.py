@@ -3871,13 +3871,32 @@ def test_figures_by_goal_are_of_what_the_caller_may_see(bus):
             bus.publish(goal, 1, caller=caller)
         bus.claim("h", caller=caller)
     hers = figures(bus, caller=ALICE._replace(role="viewer"))
-    assert {goal: (of.waiting, of.running, of.fulfilled) for (_, goal), of in hers.items()} == {"g": (1, 0, [0, 0]), "h": (0, 1, [0, 0])}
+    assert {goal: (of.waiting, of.running, of.fulfilled) for (_, goal), of in hers.items()} == {"g": (1, 0, [1, 1]), "h": (0, 1, [1, 1])}
+    assert all(of.ran and of.waited for of in hers.values())
+    tend(bus)
+    assert figures(bus, caller=ALICE) == hers, "they are stored by owner"
     wall = ALICE._replace(role="viewer", owner="*", goals=("h",))
     assert [(of.goal, of.running, of.fulfilled) for of in bus.summary(caller=wall).goals] == [("h", 2, [2, 2])]
 
 
+def test_figures_of_an_earlier_version_are_of_all_owners(store, clock):
+    with store.transaction() as tx:     # such a version stored no owner: nothing, or a space, follows the namespace
+        tx.count_figures([dict(minute=int(clock.wall // 60), owner="", namespace="default", goal="g", event="fulfilled", times=3)], clock.wall)
+    bus = assembled(store, clock=clock).bus
+    assert figures(bus)["default", "g"].fulfilled == [3, 3] and figures(bus, caller=ALICE) == {}
+
+
+def test_an_owner_of_many_goals_leaves_places_to_others(bus, monkeypatch):
+    monkeypatch.setattr(intentbus, "FIGURE_GOALS", 8)
+    for caller, number in ((ALICE, 20), (BOB, 20), (ALICE, 20), (CAROL, 1)):
+        for goal in range(number):
+            bus.publish(f"goal {goal}", 1, caller=caller)
+            bus.fulfill(bus.claim(f"goal {goal}", caller=caller).id, caller=caller)
+    assert [len([of for of in figures(bus, caller=caller).values() if any(of.fulfilled)]) for caller in (ALICE, BOB, CAROL)] == [4, 2, 1]
+
+
 def test_figures_are_kept_and_counted_up_to_bounds(bus, monkeypatch):
-    for name, number in (("FIGURE_GOALS", 3), ("WAITING_ROWS", 4), ("RUNNING_ROWS", 2)):
+    for name, number in (("FIGURE_GOALS", 4), ("WAITING_ROWS", 4), ("RUNNING_ROWS", 2)):
         monkeypatch.setattr(intentbus, name, number)
     for number in range(5):
         bus.publish(f"goal {number}", 1)
@@ -3885,15 +3904,16 @@ def test_figures_are_kept_and_counted_up_to_bounds(bus, monkeypatch):
         bus.publish_many([dict(goal=f"goal {number}", payload=1)] * 3)
         bus.claim(f"goal {number}")
     found = bus.summary().goals
-    assert len(found) == 3 and sum(of.waiting for of in found) <= 4 and sum(of.running for of in found) <= 2
+    assert len(found) == 4 and sum(of.waiting for of in found) <= 4 and sum(of.running for of in found) <= 2
     tend(bus)
-    assert len({row[:2] for row in bus.store.figures(0, 0)}) == 3
+    assert len({row[:3] for row in bus.store.figures(0, 0)}) == 2
 
 
 # ---- 10. Bus ----
 
 ALICE = Caller("k1", "alice", "both", False, None)
 BOB = Caller("k2", "bob", "both", False, None)
+CAROL = Caller("k3", "carol", "both", False, None)
 
 
 def test_an_intent_reaches_a_worker_and_its_result_the_publisher(bus):
@@ -7353,7 +7373,7 @@ def test_the_page_is_for_viewers_too(page, served):
     ids, key = of_each_state(served, "g"), served.issue("owner", "viewer", "wall").api_key
     served.ask("POST", "/schedule/s", a_publish(every=60))
     place = served.url.replace("//", f"//admin:{key}@") + "/admin/dashboard"
-    for view, words in (("#", ["Waiting", "oldest"]), ("#intents", ["fulfilled", "g"]), ("#intent/" + ids.fulfilled, ["This key sees no payloads."]),
+    for view, words in (("#", ["Waiting", "oldest", "1 / 1", "No events to show; the chart is for keys that see all owners"]), ("#intents", ["fulfilled", "g"]), ("#intent/" + ids.fulfilled, ["This key sees no payloads."]),
                         ("#intent/" + ids.open, ["Waits since"]), ("#keys", ["wall", "viewer"]), ("#schedules", ["every 1m"]), ("#workers", ["Came"])):
         page.open("about:blank")
         page.open(place + view)
@@ -7362,6 +7382,9 @@ def test_the_page_is_for_viewers_too(page, served):
             ["Show"] if view == "#intents" else []), view
         assert "g!" not in page.text() and "g?" not in page.text() and "Publish" not in page.run("return document.querySelector('nav').innerText")
     assert {key.total_requests > 3 for key in served.client.admin("keys")} == {True}
+    key = served.issue("*", "viewer", "some", dict(goals=["g"])).api_key     # such counts are not kept for each goal
+    page.open(served.url.replace("//", f"//admin:{key}@") + "/admin/dashboard#")
+    page.sees("\u2013\nopen", "1 / 1")
 
 
 @in_a_browser
