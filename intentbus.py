@@ -10310,7 +10310,7 @@ def output_command(bus, options):
          flag("percent", type=percentage, help="how far the work is, from 0 to 100"),
          flag("message", nargs="*", help="what it is doing"))
 def progress_command(options):
-    """In a handler: tell how far it is, for publish --follow, output -f, show and the dashboard. It writes a line to stderr."""
+    """Tell from a handler how far it is: publish --follow, output -f, show and the dashboard show that. It writes a line to stderr."""
     message = " ".join(" ".join(options.message).split())
     sys.stderr.buffer.write(PROGRESS_MARK + f"{options.percent:g} {message}".strip().encode(errors="replace") + b"\n")
     sys.stderr.flush()
@@ -10355,7 +10355,7 @@ def run_step(program):
          flag("name", help="a name of your own, once in each run"),
          flag("program", nargs="+", help="the program of the step and its arguments, after --"))
 def step_command(options):
-    """In a handler: run a program once an intent, however often that is tried; once it has ended with 0, later attempts skip it.
+    """Run a program in a handler once an intent, however often that is tried; once it has ended with 0, later attempts skip it.
 
     Its stdout, text of at most 64 KiB, is recorded and printed again. Another exit code is passed on, and the step runs again
     in the next attempt. Exit code 75 means that the bus is away or the lease is lost: let the handler exit with 75, too, and
@@ -10758,12 +10758,24 @@ COMPLETIONS = {     # by shell: its file, how the shell finds it, and the conten
     "bash": ("{data}/bash-completion/completions/intentbus", "the next shell has it, if bash-completion is installed; otherwise add this "
              "line to ~/.bashrc: . {file}", r"""
 _intentbus() {
-    local word
+    local word typed found rest=$COMP_LINE count=0 words=("")
     COMPREPLY=()
-    while IFS=$'\t' read -r word _; do
-        printf -v word %q "$word"
-        COMPREPLY+=("$word")
-    done < <(intentbus complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)
+    for word in "${COMP_WORDS[@]:0:COMP_CWORD+1}"; do     # bash splits words at : and = too
+        if [[ $rest == [[:space:]]* ]]; then
+            ((++count))
+            rest=${rest#"${rest%%[![:space:]]*}"}
+        fi
+        words[count]+=$word
+        rest=${rest#"$word"}
+    done
+    typed=${words[count]}
+    [[ $word == *[!:=]* ]] || word=
+    [[ $typed != *@"$word" ]] || word=@$word
+    typed=${typed%"$word"}     # bash keeps this, and replaces the rest of the word
+    while IFS=$'\t' read -r found _; do
+        [[ $word == [\"\']* ]] || printf -v found %q "$found"
+        COMPREPLY+=("${found#"$typed"}")
+    done < <(intentbus complete "${words[@]:1}" 2>/dev/null)
 }
 complete -o default -F _intentbus intentbus
 """),
@@ -10771,7 +10783,7 @@ complete -o default -F _intentbus intentbus
 local line
 local -a found
 for line in ${(f)"$(intentbus complete "${(@)words[2,CURRENT]}" 2>/dev/null)"}; do
-    found+=("${${line%%$'\t'*}//:/\\:}:${line#*$'\t'}")
+    found+=("${${${line%%$'\t'*}//\\/\\\\}//:/\\:}:${line#*$'\t'}")
 done
 if (( $#found )); then _describe intentbus found; else _files; fi
 """),
@@ -10938,7 +10950,7 @@ def overview():
 
 def help_about(words):
     """Return the help of the command in a command line, or of those that begin with its first word, or of the program."""
-    several = [name for name in COMMANDS if words and name.startswith(f"{words[0]} ")]
+    several = [f"{words[0]} {kind}" for kind in kinds_of(words[0])] if words else []
     if several and " ".join(words[:2]) not in several:
         return "\n".join(summaries(several))
     return Parser(find_command(words)[0]).format_help() if words else overview()
@@ -10954,6 +10966,11 @@ def join_wait(words):
         else:
             joined.append("--wait=" if word == "--wait" else word)
     return joined, apart
+def kinds_of(word):
+    """Return the second words of the commands that begin with a word."""
+    return [name.partition(" ")[2] for name in COMMANDS if name.startswith(f"{word} ")]
+
+
 
 
 def find_command(words):
@@ -10979,8 +10996,6 @@ def known_goals(bus, name):
     """Yield (goal, description) for a shell to complete."""
     workers = bus.request("GET", "/workers", retries=0).workers
     yield from ((goal, f"served by {worker.name}") for worker in workers for goal in worker.goals)
-    intents = bus.request("GET", "/intents", query=dict(limit=COMPLETION_INTENTS), retries=0).intents
-    yield from ((intent.goal, "") for intent in intents)
 
 
 def known_ids(bus, name):
@@ -10995,6 +11010,8 @@ KNOWN = {"goal": known_goals, "--goal": known_goals, "--on-success": known_goals
 
 def following(name, words, begun):
     """Yield (word, description) of the words that may follow those of a command."""
+    intents = bus.request("GET", "/intents", query=dict(limit=COMPLETION_INTENTS), retries=0).intents
+    yield from ((intent.goal, "has intents") for intent in intents)
     flags = {flag: settings for names, settings in COMMANDS[name][2] for flag in names if flag.startswith("-")}
     places = [names[0] for names, _ in COMMANDS[name][2] if not names[0].startswith("-")]
     values = {}
@@ -11002,24 +11019,28 @@ def following(name, words, begun):
     for word in join_wait(words)[0]:
         if wanted:
             values[wanted], wanted = word, None
-        elif word in flags:
-            wanted = word if flags[word].get("action", "append") == "append" else None
+        elif option in takers:
+            values[option], wanted = value, None if is_whole else option
         elif not word.startswith("-"):
             places = places[1:]
     if begun.startswith("-") and not wanted:
         yield from ((flag, settings["help"]) for flag, settings in flags.items())
-    wanted = wanted or next(iter(places), None)
-    yield from ((choice, "") for choice in flags.get(wanted, {}).get("choices") or ())
+    option, is_whole, _ = begun.partition("=")
+    start = f"{option}=" if is_whole and option in takers and not wanted else ""
+    wanted = wanted or (option if start else next(iter(places), None))
+    yield from ((start + choice, flags[wanted]["help"]) for choice in flags.get(wanted, {}).get("choices") or ())
     if wanted in KNOWN and "--" not in words:
         options = {option: values.get(f"--{option.replace('_', '-')}") for option in ("url", "key_file", "namespace", "ca")}
         bus = open_client(argparse.Namespace(**options, send_key="--send-key" in words), COMPLETION_SECONDS)
-        yield from KNOWN[wanted](bus, name)
+        yield from ((start + word, about) for word, about in KNOWN[wanted](bus, name))
+    takers = [flag for flag, settings in flags.items() if settings.get("action", "append") == "append"]     # of a value
 
 
 def print_completions(words):
     """Print the words that may stand in place of the begun last one in a command line, with descriptions; return 1 if there is none."""
-    words = [re.sub(r"\\(.)", r"\1", word) for word in words]     # shells pass them as they were typed
-    before, begun = [word for word in words[:-1] if word != "="], words[-1].lstrip("=")     # bash makes = a word
+        option, is_whole, value = word.partition("=")
+    words = [re.sub(r"""\\(.)|["']""", r"\1", word) for word in words]     # shells pass them as they were typed
+    *before, begun = words
     name, rest = next(((name, before[len(name.split()):]) for name in COMMANDS if before[:len(name.split())] == name.split()),
                       (None, None))
     if name:
@@ -11044,6 +11065,8 @@ def run_command(words, open_store):
     end = words.index("--") if "--" in words else len(words)
     words, program = words[:end], words[end:]
     if words[:1] in (["version"], ["--version"]):
+        if not before:
+            found = ((word, ", ".join(kinds_of(word)) or about) for word, about in found)
         print(f"intentbus {__version__}")
         return 0
     asked = [word for word in words if word not in ("-h", "--help")]

@@ -12403,11 +12403,17 @@ def test_commands_flags_goals_and_ids_are_completed(served, home, monkeypatch, c
     for words, found in ((["canc"], ["cancel"]), (["keys", "i"], ["invite"]), (["key"], ["keys"]), (["publish", "x", "--on-s"], ["--on-success"]),
                          (["keys", "add", "x", "--role", ""], ["publish", "work", "both", "viewer"]), (["work", "--"], [
                              "--goal", "--jobs"]), (["publish", "ti"], ["tidy up", "tidy"]), (["work", "-j", "2", "--goal", "w"], ["wash"]),
-                         (["publish", "--on-failure", "=", "lo"], ["lost"]), (["retry", ""], [dead]), (["result", "--json", first[:20]], [first]),
+                         (["publish", "--on-failure=lo"], ["--on-failure=lost"]), (["keys", "add", "x", "--role=v"], ["--role=viewer"]),
+                         (["publish", f"--url={served.url}", '"tidy u'], ["tidy up"]), (["publish", "--wait="], []), (["retry", ""], [dead]), (["result", "--json", first[:20]], [first]),
                          (["cancel", ""], [second, first]), (["work", "--", "ti"], []), (["publish", "x", "y", ""], []), (["nothing", ""], []),
                          (["unpause", "--url", ""], []), (["status", "--url", "http://127.0.0.1:9", ""], [])):
         assert [word for word in completed(capsys, *words) if words != ["work", "--"] or word in found] == found, words
     assert set(completed(capsys)) == {name.split()[0] for name in intentbus.COMMANDS}
+    for words in ([""], ["keys", ""], ["work", "-"], ["keys", "add", "x", "--role", ""], ["publish", ""], ["status", ""]):
+        assert intentbus.main(["complete", *words]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert "keys\tadd, invite, list, revoke" in told and any(re.match("wash\tserved by ", line) for line in told)
+    assert not [line for line in told if len(line.partition("\t")[2].split()) < 2 or line.endswith("In a handler")]
     monkeypatch.setenv("INTENT_API_KEY", "wrong")
     assert completed(capsys, "publish", "") == []
 
@@ -12439,10 +12445,13 @@ def test_each_shell_completes_at_the_tab_key(serve, shell):
         pytest.skip(f"{shell} is not on this machine")
     said, launcher = install_at(serve.home, "--completion", shell, INTENT_BUS_URL=serve.url)
     id = launcher("publish", f"tidy {shell}", "1").stdout.strip()
+    for goal in ("a:attic", "a=b", "a@c"):
+        launcher("publish", goal, "1")
     environment = dict(serve.env, TERM="dumb" if shell == "fish" else "xterm", PATH=f"{serve.home}/.local/bin:{os.environ['PATH']}")
     environment.pop("PYTHONPATH")
     wanted = (("canc", "cancel"), ("keys inv", "invite"), ("publish --on-f", "--on-failure"), (f"publish tidy\\ {shell[:2]}", f"tidy\\ {shell}"),
-              (f"status {id[:20]}", id))
+              (f"status {id[:20]}", id), ("publish a:a", "a:attic"), ("publish a:", "a:attic"), ("publish a=", "a=b"), ("publish a@c", "a@c"),
+              ("work --goal=a:at", "--goal=a:attic"), ("work --goal a:at", "a:attic"))
     if shell == "fish":
         for begun, whole in wanted:
             found = subprocess.run(["fish", "-c", "complete -C $argv", f"intentbus {begun}"], env=environment, capture_output=True, text=True)
