@@ -5443,7 +5443,9 @@ ROUTES = (
     # method, path                      who may     endpoint
     ("GET",  "/",                       None,      home_endpoint),
     ("GET",  "/dashboard",              None,      dashboard_redirect),
+    ("GET",  "/dashboard/",             None,      dashboard_redirect),
     ("GET",  "/admin",                  None,      dashboard_redirect),
+    ("GET",  "/admin/",                 None,      dashboard_redirect),
     ("GET",  "/health",                 None,      health_endpoint),
     ("POST", "/intent",                 "publish", publish_endpoint),
     ("POST", "/publish/*",              "publish", publish_payload_endpoint),
@@ -5457,9 +5459,7 @@ ROUTES = (
     ("POST", "/fail/*",                 "work",    reporting("fail", FAIL)),
     ("POST", "/release/*",              "work",    reporting("release", RELEASE)),
     ("GET",  "/status/*",               "look",    of_intent(with_query("get_status", ANYTHING))),
-    ("GET",  "/dashboard/",             None,      dashboard_redirect),
     ("GET",  "/result/*",               "look",    of_intent(result_endpoint)),
-    ("GET",  "/admin/",                 None,      dashboard_redirect),
     ("GET",  "/output/*",               "look",    of_intent(output_endpoint)),
     ("GET",  "/intents",                "look",    advancing("list", LIST, Request.parameters)),
     ("GET",  "/workers",                "look",    with_query("workers", ANYTHING)),
@@ -5486,6 +5486,7 @@ ROUTES = (
     ("POST", "/admin/cancel",           "admin",   advancing("cancel_many", CANCEL)),
     ("POST", "/admin/cleanup",          "admin",   advancing("cleanup")),
     ("GET",  "/admin/dashboard",        None,      lambda api, request: (200, DASHBOARD)),
+    ("GET",  "/admin/dashboard/",       None,      dashboard_redirect),
     ("GET",  "/admin/intents",          "view",    advancing("list", LIST, Request.parameters)),
     ("POST", "/admin/intents",          "admin",   publish_endpoint),
     ("GET",  "/admin/intents/*",        "view",    of_intent(with_query("inspect"))),
@@ -5500,7 +5501,6 @@ ROUTES = (
 ROLES = {
     "publish": ("publish", "look", "manage", "keep"),
     "work": ("work", "step", "look", "keep"),
-    ("GET",  "/admin/dashboard/",       None,      dashboard_redirect),
     "both": ("publish", "work", "step", "look", "manage", "keep"),
     "viewer": ("look", "view"),
 }
@@ -9480,8 +9480,10 @@ class Table:
         plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not (POSIX or "WT_SESSION" in os.environ)
         self._colored = options.color == "always" or options.color == "auto" and self._terminal and not plain
 
-    def print(self, records):
-        """Print some records."""
+    def print(self, records, none=None):
+        """Print some records. If there are none, tell so on a terminal, in these words."""
+        if none and not records and self._terminal:
+            log(none)
         if self._json:
             for record in records:
                 print_result(to_json(record))
@@ -9694,6 +9696,14 @@ WAIT = flag("--wait", type=lambda text: duration(text) if text else PUBLISH_WAIT
             help="wait until it has ended (5m if no DURATION is given) and print its result; exit 1 if it is dead")
 FOLLOW = flag("-f", "--follow", action="store_true", help="print what its handler writes to stderr as it comes, until it has ended, "
                                                           "then the result; exit 1 if it is dead")
+
+
+NO_WORKERS = "no workers in the last five minutes; start one: {}"
+
+
+def example_of(name):
+    """Return the first example of a command, as a person types it."""
+    return f"{INVOCATION} {COMMANDS[name][1][0]}"
 
 
 def due_or_age(intent):
@@ -10304,6 +10314,8 @@ def output_command(bus, options):
         log(words)
     if told.output:
         print_result(told.output[:-1] if told.output.endswith("\n") else told.output)
+    elif sys.stdout.isatty():
+        log("no output is known; publish with --follow, or start the worker with --stream")
 
 
 @command("progress", ["progress 40 copying"],
@@ -10436,12 +10448,14 @@ def described(intent, now):
 def list_command(bus, options):
     """List intents, newest first: id, status, attempts, age, goal, worker, last error, payload."""
     table = Table(options, INTENT_TABLE)
+    narrowed = [f"--{name} {value}" for name in ("status", "goal", "search", "namespace") if (value := getattr(options, name))]
+    none = f"no intents with {' '.join(narrowed)}" if narrowed else f"no intents; publish one: {example_of('publish')}"
     left = options.limit
     before = None
     while left > 0:
         page = bus.list(status=options.status, goal=options.goal, namespace=options.namespace, limit=min(left, 500),
                         before=before, payload=options.payload, search=options.search)
-        table.print(page.intents)
+        table.print(page.intents, left == options.limit and not page.next and none)
         before = page.next
         left = left - len(page.intents) if before else 0
 
@@ -10452,13 +10466,14 @@ def workers_command(bus, options):
 
     The columns: last seen, owner, name (host, program and process id), id, version, goals, intents that it runs.
     """
-    Table(options, WORKER_TABLE).print(bus.workers().workers)
+    Table(options, WORKER_TABLE).print(bus.workers().workers, NO_WORKERS.format(example_of("work")))
 
 
 @bus_command("watch", ["watch", """watch --json | jq -c 'select(.event == "dead")'"""], *TABLE)
 def watch_command(bus, options):
     """Print the events on the bus as they happen, until Ctrl-C: time, event, intent, goal, worker, error."""
     table = Table(options, EVENT_TABLE)
+    table.print([], "waiting for events, until Ctrl-C")
     after = bus.events().next
     for page in pages(lambda: bus.events(after, wait=CLAIM_WAIT_SECONDS)):
         if page.missed:
@@ -10549,7 +10564,7 @@ def resume_command(bus, options):
 @bus_command("limits", ["limits"], *TABLE)
 def limits_command(bus, options):
     """List the goals that are limited or paused: namespace, goal, how many run, paused."""
-    Table(options, LIMIT_TABLE).print(bus.limits().limits)
+    Table(options, LIMIT_TABLE).print(bus.limits().limits, f"no goal is limited or paused; limit one: {example_of('limit')}")
 
 
 @command("schedule", ["schedule nightly backup host=nas --every 1d --ttl 6h",
@@ -10583,7 +10598,8 @@ def schedule_command(options):
 @bus_command("schedules", ["schedules"], OF_OWNER_FLAG, *TABLE)
 def schedules_command(bus, options):
     """List the schedules: name, goal, every or cron, next run, last run and its id. Times are those of this machine."""
-    Table(options, SCHEDULE_TABLE).print(bus.schedules(options.owner).schedules)
+    none = f"no schedules of the owner {options.owner}" if options.owner else f"no schedules; add one: {example_of('schedule')}"
+    Table(options, SCHEDULE_TABLE).print(bus.schedules(options.owner).schedules, none)
 
 
 @bus_command("unschedule", ["unschedule nightly"], flag("name", help="the name of the schedule"), OF_OWNER_FLAG)
@@ -10655,7 +10671,7 @@ def keys_invite_command(bus, options):
 @bus_command("keys list", ["keys list"], *TABLE)
 def keys_list_command(bus, options):
     """List the issued keys: id, role, owner, requests, last use, name, goals, end."""
-    Table(options, KEY_TABLE).print(bus.admin("keys"))
+    Table(options, KEY_TABLE).print(bus.admin("keys"), f"no issued keys; invite a machine: {example_of('keys invite')}")
 
 
 @bus_command("keys revoke", ["keys revoke 267ecfd48ae038ad"], flag("key_id", help="the id that keys list prints"))
@@ -10687,9 +10703,11 @@ def stats_command(bus, options):
     if options.json or not sys.stdout.isatty():
         summary.pop("history", None)     # the data of a chart
         return print_result(json.dumps(summary, indent=2))
-    for columns, records in ((GOAL_TABLE, summary.goals or summary.waiting), (WORKER_TABLE, summary.workers)):
+    none = f"nothing waits, runs or was done in the last day; publish an intent: {example_of('publish')}"
+    for columns, records, none in ((GOAL_TABLE, summary.goals or summary.waiting, none),
+                                   (WORKER_TABLE, summary.workers, NO_WORKERS.format(example_of("work")))):
+        Table(options, columns).print(records, none)
         if records:
-            Table(options, columns).print(records)
             print_line("")
     for namespace, states in summary.intents.items():
         print_result(f"{namespace}: {', '.join(f'{number} {status}' for status, number in states.items())}")
@@ -10948,6 +10966,11 @@ def overview():
     return "\n".join(lines) + EPILOG
 
 
+def kinds_of(word):
+    """Return the second words of the commands that begin with a word."""
+    return [name.partition(" ")[2] for name in COMMANDS if name.startswith(f"{word} ")]
+
+
 def help_about(words):
     """Return the help of the command in a command line, or of those that begin with its first word, or of the program."""
     several = [f"{words[0]} {kind}" for kind in kinds_of(words[0])] if words else []
@@ -10966,11 +10989,6 @@ def join_wait(words):
         else:
             joined.append("--wait=" if word == "--wait" else word)
     return joined, apart
-def kinds_of(word):
-    """Return the second words of the commands that begin with a word."""
-    return [name.partition(" ")[2] for name in COMMANDS if name.startswith(f"{word} ")]
-
-
 
 
 def find_command(words):
@@ -10994,6 +11012,8 @@ def find_command(words):
 
 def known_goals(bus, name):
     """Yield (goal, description) for a shell to complete."""
+    intents = bus.request("GET", "/intents", query=dict(limit=COMPLETION_INTENTS), retries=0).intents
+    yield from ((intent.goal, "has intents") for intent in intents)
     workers = bus.request("GET", "/workers", retries=0).workers
     yield from ((goal, f"served by {worker.name}") for worker in workers for goal in worker.goals)
 
@@ -11010,13 +11030,13 @@ KNOWN = {"goal": known_goals, "--goal": known_goals, "--on-success": known_goals
 
 def following(name, words, begun):
     """Yield (word, description) of the words that may follow those of a command."""
-    intents = bus.request("GET", "/intents", query=dict(limit=COMPLETION_INTENTS), retries=0).intents
-    yield from ((intent.goal, "has intents") for intent in intents)
     flags = {flag: settings for names, settings in COMMANDS[name][2] for flag in names if flag.startswith("-")}
+    takers = [flag for flag, settings in flags.items() if settings.get("action", "append") == "append"]     # of a value
     places = [names[0] for names, _ in COMMANDS[name][2] if not names[0].startswith("-")]
     values = {}
     wanted = None     # the flag whose value comes next
     for word in join_wait(words)[0]:
+        option, is_whole, value = word.partition("=")
         if wanted:
             values[wanted], wanted = word, None
         elif option in takers:
@@ -11033,12 +11053,10 @@ def following(name, words, begun):
         options = {option: values.get(f"--{option.replace('_', '-')}") for option in ("url", "key_file", "namespace", "ca")}
         bus = open_client(argparse.Namespace(**options, send_key="--send-key" in words), COMPLETION_SECONDS)
         yield from ((start + word, about) for word, about in KNOWN[wanted](bus, name))
-    takers = [flag for flag, settings in flags.items() if settings.get("action", "append") == "append"]     # of a value
 
 
 def print_completions(words):
     """Print the words that may stand in place of the begun last one in a command line, with descriptions; return 1 if there is none."""
-        option, is_whole, value = word.partition("=")
     words = [re.sub(r"""\\(.)|["']""", r"\1", word) for word in words]     # shells pass them as they were typed
     *before, begun = words
     name, rest = next(((name, before[len(name.split()):]) for name in COMMANDS if before[:len(name.split())] == name.split()),
@@ -11047,6 +11065,8 @@ def print_completions(words):
         found = following(name, rest, begun)
     else:
         found = ((name.split()[len(before)], summary_of(name)) for name in COMMANDS if name.split()[:len(before)] == before)
+        if not before:
+            found = ((word, ", ".join(kinds_of(word)) or about) for word, about in found)
     found = {word: about for word, about in found if word.startswith(begun)}
     for word, about in found.items():
         print_result(f"{escape(word)}\t{escape(about)}")
@@ -11065,8 +11085,6 @@ def run_command(words, open_store):
     end = words.index("--") if "--" in words else len(words)
     words, program = words[:end], words[end:]
     if words[:1] in (["version"], ["--version"]):
-        if not before:
-            found = ((word, ", ".join(kinds_of(word)) or about) for word, about in found)
         print(f"intentbus {__version__}")
         return 0
     asked = [word for word in words if word not in ("-h", "--help")]

@@ -5298,7 +5298,9 @@ MATRIX = """
                                       none unkn revo publ work both othe owne admi sign forg repl view limi expi
     GET  /                             200  200  200  200  200  200  200  200  200  200  200  200  200  200  200
     GET  /dashboard                    302  302  302  302  302  302  302  302  302  302  302  302  302  302  302
+    GET  /dashboard/                   302  302  302  302  302  302  302  302  302  302  302  302  302  302  302
     GET  /admin                        302  302  302  302  302  302  302  302  302  302  302  302  302  302  302
+    GET  /admin/                       302  302  302  302  302  302  302  302  302  302  302  302  302  302  302
     GET  /health                       200  200  200  200  200  200  200  200  200  200  200  200  200  200  200
     POST /intent                       401  401  401  201  403  201  201  201  401  201  403  403  403  403  401
     POST /publish/new                  401  401  401  201  403  201  201  201  401  201  403  403  403  403  401
@@ -5318,9 +5320,7 @@ MATRIX = """
     GET  /workers                      401  401  401  200  200  200  200  200  200  200  403  403  200  200  401
     GET  /events                       401  401  401  200  200  200  200  200  200  200  403  403  200  200  401
     GET  /whoami                       401  401  401  200  200  200  200  200  200  200  403  403  200  200  401
-    GET  /dashboard/                   302  302  302  302  302  302  302  302  302  302  302  302  302  302  302
     POST /cancel/{open}                401  401  401  200  403  200  404  404  200  200  403  403  403  404  401
-    GET  /admin/                       302  302  302  302  302  302  302  302  302  302  302  302  302  302  302
     POST /retry/{dead}                 401  401  401  200  403  200  404  404  200  200  403  403  403  404  401
     POST /retry                        401  401  401  200  403  200  200  200  200  200  403  403  403  200  401
     POST /schedule/new                 401  401  401  201  403  200  201  201  200  200  403  403  403  403  401
@@ -5341,6 +5341,7 @@ MATRIX = """
     POST /admin/cancel                 401  401  401  401  401  401  401  401  400  401  401  401  401  401  401
     POST /admin/cleanup                401  401  401  401  401  401  401  401  200  401  401  401  401  401  401
     GET  /admin/dashboard              200  200  200  200  200  200  200  200  200  200  200  200  200  200  200
+    GET  /admin/dashboard/             302  302  302  302  302  302  302  302  302  302  302  302  302  302  302
     GET  /admin/intents                401  401  401  401  401  401  401  401  200  401  401  401  200  401  401
     POST /admin/intents                401  401  401  401  401  401  401  401  201  401  401  401  401  401  401
     GET  /admin/intents/{open}         401  401  401  401  401  401  401  401  200  401  401  401  200  401  401
@@ -5361,7 +5362,6 @@ BODIES = {"/intent": a_publish(goal="new"), "/intents": [a_publish(goal="new")],
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory):
-    GET  /admin/dashboard/             302  302  302  302  302  302  302  302  302  302  302  302  302  302  302
     """A bus with an admin secret, and a key of each kind."""
     bus = Served(tmp_path_factory.mktemp("guarded"), poll=0.1, keys=dict(admin_secret=ADMIN_SECRET, rate=100_000))
     admin = bus.admin = dict(key=None, X_Admin_Token=ADMIN_SECRET)
@@ -12535,6 +12535,28 @@ def test_tables_on_a_terminal_fit_its_width(served, columns):
 
 
 @POSIX
+def test_an_empty_list_says_so_on_a_terminal_alone(served, command):
+    id = served.publish(namespace="other")
+    lists = {"list --namespace none": "no intents with --namespace none", "list --status dead --goal g": "no intents with --status dead --goal g",
+             "list --search x --limit 1 --json": "no intents with --search x", f"output {id}": "no output is known; publish with --follow",
+             "workers": "no workers in the last five minutes; start one: ", "limits": "no goal is limited or paused; limit one: ",
+             "keys list": "no issued keys; invite a machine: ", "schedules": "no schedules; add one: ",
+             "schedules --owner ann": "no schedules of the owner ann", "purge --yes": "1", "list": "no intents; publish one: "}
+    outputs = on_terminal(served, 80, *lists, "stats")
+    for (words, start), output in zip(lists.items(), outputs):
+        assert output.startswith(start if words == "purge --yes" else f"intentbus: {start}") and output.count("\n") == 1, words
+        assert words.startswith(("purge", "output")) or command(*words.split()) == (0, "", "")
+        if start.endswith(": "):
+            example = output.partition(f": {intentbus.INVOCATION} ")[2].rstrip()
+            assert example in [line for _, examples, _ in intentbus.COMMANDS.values() for line in examples], words
+    assert re.fullmatch("intentbus: nothing waits, runs or was done .*\nintentbus: no workers .*\n", outputs[-1])
+    served.publish()
+    assert on_terminal(served, 80, "list --limit 1")[0].count("\n") == 2, "a table needs no such words"
+    environment = dict(os.environ, INTENT_BUS_URL=served.url, INTENT_API_KEY=KEY)
+    typed([sys.executable, str(HERE / "intentbus.py"), "watch"], environment, ("", "waiting for events, until Ctrl-C"))
+
+
+@POSIX
 def test_states_are_coloured_where_it_is_wanted(served, command, monkeypatch):
     served.client.cancel(served.publish())
     monkeypatch.setenv("TERM", "xterm")
@@ -12590,7 +12612,7 @@ def test_stats_on_a_terminal_show_the_figures_of_each_goal(monkeypatch, home):
     assert [[cell.strip() for cell in line if cell] for line in lines] == [
         ["namespace", "goal", "waiting", "running", "limit", "done 1h/1d", "failed 1h/1d", "oldest due"],
         *[["default", goal, "3", "1", *limit, "2/40", "0/1", "5m ago"] for goal, limit in (("a", []), ("b", ["2"]), ("c", ["paused"]))],
-        [], ["default: 9 open"]]
+        [], [f"intentbus: {intentbus.NO_WORKERS.format(intentbus.example_of('work'))}"], ["default: 9 open"]]
 
 
 @ON_A_FILE
