@@ -5143,7 +5143,7 @@ class Request:
 
 
 def dashboard_redirect(api, request):
-    return 302, Redirect("../" * (request.path.count("/") - 1) + "admin/dashboard")     # relative: a proxy may have the bus below a path
+    return 302, Redirect("../" * (request.path.count("/") - 1) + "admin/dashboard")     # relative, for a proxy that adds a path
 
 
 def home_endpoint(api, request):
@@ -10322,7 +10322,7 @@ def output_command(bus, options):
          flag("percent", type=percentage, help="how far the work is, from 0 to 100"),
          flag("message", nargs="*", help="what it is doing"))
 def progress_command(options):
-    """Tell from a handler how far it is: publish --follow, output -f, show and the dashboard show that. It writes a line to stderr."""
+    """Tell from a handler how far it is: for publish --follow, output -f, show and the dashboard. It writes a line to stderr."""
     message = " ".join(" ".join(options.message).split())
     sys.stderr.buffer.write(PROGRESS_MARK + f"{options.percent:g} {message}".strip().encode(errors="replace") + b"\n")
     sys.stderr.flush()
