@@ -169,7 +169,7 @@ WAITING_LANES = 200                 # lanes the summary looks at for the longest
 WAITING_ROWS = 20_000               # waiting intents that the summary counts by goal, about 1 ms
 RUNNING_ROWS = 2000                 # claimed intents that it counts by goal, about 3 ms
 FIGURE_MINUTES = 10                 # the step of the history by goal
-FIGURE_GOALS = 200                  # goals in one step of it, and in a summary
+FIGURE_GOALS = 200                  # goals in a summary, and in one step of it: an owner leaves half of the room to others
 FIGURE_SECONDS = 10                 # how long the summary reuses the figures it has read: 5 ms for ten busy goals
 STEPS_PER_DOUBLING = 4              # of durations in it: a percentile is right to 9 %
 PREVIEW_CHARACTERS = 500            # of a payload in a list
@@ -1839,10 +1839,13 @@ class Transaction(Reads):
                          dict(oldest=max(event["minute"] for event in events) - HISTORY_MINUTES))
 
     def count_figures(self, figures, now):
-        """Add to the history by goal: {"minute", "namespace", "goal", "event", "times"} of each; old ones are deleted."""
+        """Add to the history by goal: {"minute", "owner", "namespace", "goal", "event", "times"} of each; old ones are deleted.
+
+        The owner stands behind the namespace, in its column, since no namespace holds a space; an earlier version stored none.
+        """
         self._db.executemany("""
             INSERT INTO goal_history (minute, namespace, goal, event, times)
-            VALUES      (:minute, :namespace, :goal, :event, :times)
+            VALUES      (:minute, :namespace || ' ' || :owner, :goal, :event, :times)
             ON CONFLICT (minute, namespace, goal, event) DO UPDATE
             SET         times = goal_history.times + excluded.times
         """, figures)
@@ -1945,13 +1948,14 @@ class Store(Reads):
                           dict(since=since))
 
     def figures(self, day, hour):
-        """Return (namespace, goal, event, times since a minute, times since a later one) of the history by goal."""
-        return list(self._rows("""
+        """Return (owner, namespace, goal, event, times since a minute, times since a later one) of the history by goal."""
+        rows = self._rows("""
             SELECT   namespace, goal, event, SUM(times), SUM(CASE WHEN minute >= :hour THEN times ELSE 0 END)
             FROM     goal_history
             WHERE    minute >= :day
             GROUP BY namespace, goal, event
-        """, dict(day=day, hour=hour)))
+        """, dict(day=day, hour=hour))
+        return [(owner, namespace, *counted) for place, *counted in rows for namespace, _, owner in [place.partition(" ")]]
 
     def number_ready(self, lane, most):
         """Return how many intents are ready in a lane, at most that many."""
@@ -2153,6 +2157,7 @@ EVENT_FIELDS = (
 )
 EVENT_VALUES = operator.itemgetter(*EVENT_FIELDS)
 LOST_OR_FAILED = ("failed", "lost", "dead")
+GOAL_VALUES = operator.itemgetter("owner", "namespace", "goal")
 FIGURES = ("claimed", "fulfilled", *LOST_OR_FAILED)     # the events that are counted by goal
 COUNTED = dict(published="published", chained="published", scheduled="published", fulfilled="fulfilled", failed="failed", lost="failed",
                dead="failed")
@@ -2335,8 +2340,10 @@ class EventLog:
         self._pages = {}                         # (newest, number, owner, goals): the answer of after()
         self.newest = int(now * 1000)            # number of the newest event; it grows over restarts
         self.minutes = collections.Counter()     # (minute of Unix time, kind): times, until they are stored
-        self.figures = collections.Counter()     # (minute, namespace, goal, kind): likewise, by FIGURE_MINUTES
-        self._goals = [0, set()]                 # the minute of the step, and its goals
+        self.figures = collections.Counter()     # (minute, owner, namespace, goal, kind): likewise, by FIGURE_MINUTES
+        self._step = None                        # the minute in which the step of the figures begins
+        self._goals = set()                      # the (owner, namespace, goal) that are counted in it
+        self._owned = collections.Counter()      # owner: how many of these
 
     def record(self, now, moves, count=True):
         """Take in the events of moves; count them unless another bus does."""
@@ -2351,13 +2358,18 @@ class EventLog:
                     self._count_figure(int(now // 60), intent, event)
 
     def _count_figure(self, minute, intent, event):
-        """Count an event by goal, with how long the intent has waited or run; FIGURE_GOALS of a step at most."""
-        minute, goal = minute - minute % FIGURE_MINUTES, (intent.namespace, intent.goal)
-        if minute != self._goals[0]:
-            self._goals = [minute, set()]
-        if goal not in self._goals[1] and len(self._goals[1]) >= FIGURE_GOALS:
-            return
-        self._goals[1].add(goal)
+        """Count an event by goal, with how long the intent has waited or run.
+
+        A step has room for FIGURE_GOALS goals. An owner gets room while it has less than is free, so that some is left to others.
+        """
+        minute, goal = minute - minute % FIGURE_MINUTES, GOAL_VALUES(intent)
+        if minute != self._step:
+            self._step, self._goals, self._owned = minute, set(), collections.Counter()
+        if goal not in self._goals:
+            if self._owned[intent.owner] >= FIGURE_GOALS - len(self._goals):
+                return
+            self._goals.add(goal)
+            self._owned[intent.owner] += 1
         if event != "claimed":
             self.figures[(minute, *goal, COUNTED[event])] += 1
         if event == "claimed":
@@ -3351,8 +3363,8 @@ class Bus:
         """Return the figures of up to FIGURE_GOALS goals, the busiest first.
 
         waiting and running are how many there are now, of the WAITING_ROWS and RUNNING_ROWS that are counted; run_at is of the
-        longest waiting. Of all owners, and so only for who sees everyone's: how many were fulfilled and how many attempts
-        failed in the last hour and the last day; in how many seconds half of them, and 95 %, were claimed, and were done.
+        longest waiting; then how many were fulfilled and how many attempts failed in the last hour and the last day; in how
+        many seconds half of them, and 95 %, were claimed, and were done. All are of the intents that the caller sees.
         """
         goals = collections.defaultdict(lambda: dict(
             waiting=0, running=0, run_at=None, limit=None, paused=False, fulfilled=[0, 0], failed=[0, 0], waited=None, ran=None))
@@ -3368,15 +3380,14 @@ class Bus:
                 goals[namespace, goal]["running"] += number
         for limit in limits:
             goals[limit.namespace, limit.goal].update(limit=limit.running, paused=limit.paused)
-        for place, figures in self._goal_history().items() if caller.sees is None else ():
-            if caller.may_use(place[1]):
-                goals[place].update(figures)
+        for place, figures in self._goal_history(caller).items():
+            goals[place].update(figures)
         found = [Record(figures, namespace=namespace, goal=goal) for (namespace, goal), figures in goals.items()]
         found.sort(key=lambda of: (-of.waiting - of.running, -sum(of.fulfilled + of.failed), of.goal, of.namespace))
         return found[:FIGURE_GOALS]
 
-    def _goal_history(self):
-        """Return the figures by (namespace, goal) that come from events of the last day."""
+    def _goal_history(self, caller):
+        """Return the figures by (namespace, goal) that come from events of the last day, of the intents that the caller sees."""
         minute = int(self.clock.now() // 60)
         day, hour = minute - HISTORY_MINUTES, minute - 60
         began = time.monotonic()
@@ -3384,11 +3395,14 @@ class Bus:
             self._figures = self.store.figures(day, hour)
             took = time.monotonic() - began
             self._figures_at = began + max(FIGURE_SECONDS, 100 * took)     # it holds up the loop for 1 % of the time at most
-        events = [(namespace, goal, event, times, times if minute >= hour else 0)     # not stored yet
-                  for (minute, namespace, goal, event), times in list(self.log.figures.items()) if minute >= day]
+        events = [(*figure, times, times if minute >= hour else 0)     # not stored yet
+                  for (minute, *figure), times in list(self.log.figures.items()) if minute >= day]
         goals, steps = collections.defaultdict(dict), collections.defaultdict(collections.Counter)
-        for namespace, goal, event, in_day, in_hour in [*self._figures, *events]:
+        may_see = functools.lru_cache(None)(caller.may_see)
+        for owner, namespace, goal, event, in_day, in_hour in [*self._figures, *events]:
             kind, _, step = event.partition(" ")
+            if not may_see(goal, owner):
+                continue
             if step:
                 steps[namespace, goal, kind][int(step)] += in_day
             else:
@@ -3634,7 +3648,7 @@ class Bus:
         if counted:
             tx.count_events([dict(minute=minute, event=event, times=times) for (minute, event), times in sorted(counted.items())])
         if figures:
-            tx.count_figures([dict(zip(("minute", "namespace", "goal", "event"), figure), times=times)
+            tx.count_figures([dict(zip(("minute", "owner", "namespace", "goal", "event"), figure), times=times)
                               for figure, times in sorted(figures.items())], tx.now)
         tx.after_commit(self.log.stored, counted, figures)
         if time.monotonic() < self._figures_at:     # until the summary reads them again
@@ -4836,19 +4850,19 @@ function byGoal(rows) {
 const views = {
   async ""(query) {
     const hours = query.get("hours") === "24" ? 24 : 1, sum = await summary(hours * 60),
-        alone = sum.waiting.filter(of => !of.listening);
-    const counts = { open: 0, claimed: 0, fulfilled: 0, dead: 0 },
-        busy = sum.workers.filter(worker => worker.running.length).length;
+        alone = sum.waiting.filter(of => !of.listening), busy = sum.workers.filter(worker => worker.running.length).length;
+    const counts = { open: 0, claimed: 0, fulfilled: 0, dead: 0 }, known = me.admin || Object.keys(sum.intents).length;
     for (const states of Object.values(sum.intents)) for (const status in states) counts[status] += states[status];
     return [make("section.counts", { "aria-label": "Intents by state" }, Object.entries(counts).map(([status,
         number]) => make("a", { href: place("intents", { status }) }, make("strong" + (status === "dead" && number ? ".bad" :
-        ""), { id: "count-" + status }, figure(number)), status))), alone.length > 0 && make("section",
+        ""), { id: "count-" + status }, known ? figure(number) : "–"), status))), alone.length > 0 && make("section",
         { "aria-label": "No worker" }, make("b.bad", {}, "⚠ No worker for "), alone.slice(0,
         5).map(({ goal }, at) => [at > 0 && ", ", make("a", { href: place("intents", { goal }) }, short(goal))]),
         alone.length > 5 && " and " + plural(alone.length - 5, "more goal"), ".",
         make("small", {}, "Start one: python3 intentbus.py work --goal GOAL -- ./handler.sh")), box("Goals", byGoal(sum.goals)),
-        box("What happened", tabs("Period", hours, [[1, "last hour"], [24, "last day"]], number => place("",
-        { hours: number })), plot(sum.history, hours)), box("The bus", list([["version", sum.version], ["workers",
+        box("What happened", me.admin || sum.history.length ? [tabs("Period", hours, [[1, "last hour"], [24, "last day"]],
+        number => place("", { hours: number })), plot(sum.history, hours)] : soft("No events to show; the chart is for keys " +
+        "that see all owners and goals.")), box("The bus", list([["version", sum.version], ["workers",
         make("a", { href: "#workers" }, sum.workers.length + ", " + busy + " at work")],
         ["database", bytes(sum.database_bytes) + ", log " + bytes(sum.wal_bytes)], ["issued keys", figure(sum.keys)],
         ["held requests", figure(sum.held_requests)], ["clock", exact(sum.now)]]))]; },
@@ -5137,7 +5151,7 @@ class Request:
 
 
 def dashboard_redirect(api, request):
-    return 302, Redirect("admin/dashboard")
+    return 302, Redirect("../" * (request.path.count("/") - 1) + "admin/dashboard")     # relative, for a proxy that adds a path
 
 
 def home_endpoint(api, request):
@@ -5442,7 +5456,9 @@ ROUTES = (
     # method, path                      who may     endpoint
     ("GET",  "/",                       None,      home_endpoint),
     ("GET",  "/dashboard",              None,      dashboard_redirect),
+    ("GET",  "/dashboard/",             None,      dashboard_redirect),
     ("GET",  "/admin",                  None,      dashboard_redirect),
+    ("GET",  "/admin/",                 None,      dashboard_redirect),
     ("GET",  "/health",                 None,      health_endpoint),
     ("POST", "/intent",                 "publish", publish_endpoint),
     ("POST", "/publish/*",              "publish", publish_payload_endpoint),
@@ -5483,6 +5499,7 @@ ROUTES = (
     ("POST", "/admin/cancel",           "admin",   advancing("cancel_many", CANCEL)),
     ("POST", "/admin/cleanup",          "admin",   advancing("cleanup")),
     ("GET",  "/admin/dashboard",        None,      lambda api, request: (200, DASHBOARD)),
+    ("GET",  "/admin/dashboard/",       None,      dashboard_redirect),
     ("GET",  "/admin/intents",          "view",    advancing("list", LIST, Request.parameters)),
     ("POST", "/admin/intents",          "admin",   publish_endpoint),
     ("GET",  "/admin/intents/*",        "view",    of_intent(with_query("inspect"))),
@@ -9510,8 +9527,10 @@ class Table:
         plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not (POSIX or "WT_SESSION" in os.environ)
         self._colored = options.color == "always" or options.color == "auto" and self._terminal and not plain
 
-    def print(self, records):
-        """Print some records."""
+    def print(self, records, none=None):
+        """Print some records. If there are none, tell so on a terminal, in these words."""
+        if none and not records and self._terminal:
+            log(none)
         if self._json:
             for record in records:
                 print_result(to_json(record))
@@ -9728,6 +9747,14 @@ WAIT = flag("--wait", type=lambda text: duration(text) if text else PUBLISH_WAIT
             help="wait until it has ended (5m if no DURATION is given) and print its result; exit 1 if it is dead")
 FOLLOW = flag("-f", "--follow", action="store_true", help="print what its handler writes to stderr as it comes, until it has ended, "
                                                           "then the result; exit 1 if it is dead")
+
+
+NO_WORKERS = "no workers in the last five minutes; start one: {}"
+
+
+def example_of(name):
+    """Return the first example of a command, as a person types it."""
+    return f"{INVOCATION} {COMMANDS[name][1][0]}"
 
 
 def due_or_age(intent):
@@ -10343,13 +10370,15 @@ def output_command(bus, options):
         log(words)
     if told.output:
         print_result(told.output[:-1] if told.output.endswith("\n") else told.output)
+    elif sys.stdout.isatty():
+        log("no output is known; publish with --follow, or start the worker with --stream")
 
 
 @command("progress", ["progress 40 copying"],
          flag("percent", type=percentage, help="how far the work is, from 0 to 100"),
          flag("message", nargs="*", help="what it is doing"))
 def progress_command(options):
-    """In a handler, tell how far it is: for publish --follow, output -f, show and the dashboard. It writes a line to stderr."""
+    """Tell from a handler how far it is: for publish --follow, output -f, show and the dashboard. It writes a line to stderr."""
     message = " ".join(" ".join(options.message).split())
     sys.stderr.buffer.write(PROGRESS_MARK + f"{options.percent:g} {message}".strip().encode(errors="replace") + b"\n")
     sys.stderr.flush()
@@ -10394,10 +10423,10 @@ def run_step(program):
          flag("name", help="a name of your own, once in each run"),
          flag("program", nargs="+", help="the program of the step and its arguments, after --"))
 def step_command(options):
-    """In a handler, run a program once an intent: once it has ended with 0, later attempts skip it, and print its stdout again.
+    """Run a program in a handler once for all attempts of an intent: once it has ended with 0, later attempts skip it.
 
-    Its stdout, text of at most 64 KiB, is recorded. Another exit code is passed on, and the step runs again
-    in the next attempt. Exit code 75 means that the bus is away or the lease is lost: let the handler exit with 75, too, and
+    Its stdout, text of at most 64 KiB, is recorded, and printed again then. Another exit code is passed on, and the step runs
+    again in the next attempt. Exit code 75 means that the bus is away or the lease is lost: let the handler exit with 75, too, and
     the intent is released. The program may run twice if the machine dies after it and before the record; its files are on
     this machine only.
     """
@@ -10475,12 +10504,14 @@ def described(intent, now):
 def list_command(bus, options):
     """List intents, newest first: id, status, attempts, age, goal, worker, last error, payload."""
     table = Table(options, INTENT_TABLE)
+    narrowed = [f"--{name} {value}" for name in ("status", "goal", "search", "namespace") if (value := getattr(options, name))]
+    none = f"no intents with {' '.join(narrowed)}" if narrowed else f"no intents; publish one: {example_of('publish')}"
     left = options.limit
     before = None
     while left > 0:
         page = bus.list(status=options.status, goal=options.goal, namespace=options.namespace, limit=min(left, 500),
                         before=before, payload=options.payload, search=options.search)
-        table.print(page.intents)
+        table.print(page.intents, left == options.limit and not page.next and none)
         before = page.next
         left = left - len(page.intents) if before else 0
 
@@ -10491,13 +10522,14 @@ def workers_command(bus, options):
 
     The columns: last seen, owner, name (host, program and process id), id, version, goals, intents that it runs.
     """
-    Table(options, WORKER_TABLE).print(bus.workers().workers)
+    Table(options, WORKER_TABLE).print(bus.workers().workers, NO_WORKERS.format(example_of("work")))
 
 
 @bus_command("watch", ["watch", """watch --json | jq -c 'select(.event == "dead")'"""], *TABLE)
 def watch_command(bus, options):
     """Print the events on the bus as they happen, until Ctrl-C: time, event, intent, goal, worker, error."""
     table = Table(options, EVENT_TABLE)
+    table.print([], "waiting for events, until Ctrl-C")
     after = bus.events().next
     for page in pages(lambda: bus.events(after, wait=CLAIM_WAIT_SECONDS)):
         if page.missed:
@@ -10588,7 +10620,7 @@ def resume_command(bus, options):
 @bus_command("limits", ["limits"], *TABLE)
 def limits_command(bus, options):
     """List the goals that are limited or paused: namespace, goal, how many run, paused."""
-    Table(options, LIMIT_TABLE).print(bus.limits().limits)
+    Table(options, LIMIT_TABLE).print(bus.limits().limits, f"no goal is limited or paused; limit one: {example_of('limit')}")
 
 
 @command("schedule", ["schedule nightly backup host=nas --every 1d --ttl 6h",
@@ -10624,7 +10656,8 @@ def schedule_command(options):
 @bus_command("schedules", ["schedules"], OF_OWNER_FLAG, *TABLE)
 def schedules_command(bus, options):
     """List the schedules: name, goal, every or cron, next run, last run and its id. Times are in this machine's time zone."""
-    Table(options, SCHEDULE_TABLE).print(bus.schedules(options.owner).schedules)
+    none = f"no schedules of the owner {options.owner}" if options.owner else f"no schedules; add one: {example_of('schedule')}"
+    Table(options, SCHEDULE_TABLE).print(bus.schedules(options.owner).schedules, none)
 
 
 @bus_command("unschedule", ["unschedule nightly"], flag("name", help="the name of the schedule"), OF_OWNER_FLAG)
@@ -10696,7 +10729,7 @@ def keys_invite_command(bus, options):
 @bus_command("keys list", ["keys list"], *TABLE)
 def keys_list_command(bus, options):
     """List the issued keys: id, role, owner, requests, last use, name, goals, end."""
-    Table(options, KEY_TABLE).print(bus.admin("keys"))
+    Table(options, KEY_TABLE).print(bus.admin("keys"), f"no issued keys; invite a machine: {example_of('keys invite')}")
 
 
 @bus_command("keys revoke", ["keys revoke 267ecfd48ae038ad"], flag("key_id", help="the id that keys list prints"))
@@ -10732,9 +10765,11 @@ def stats_command(bus, options):
     if options.json or not sys.stdout.isatty():
         summary.pop("history", None)     # the data of a chart
         return print_result(json.dumps(summary, indent=2))
-    for columns, records in ((GOAL_TABLE, summary.goals or summary.waiting), (WORKER_TABLE, summary.workers)):
+    none = f"nothing waits, runs or was done in the last day; publish an intent: {example_of('publish')}"
+    for columns, records, none in ((GOAL_TABLE, summary.goals or summary.waiting, none),
+                                   (WORKER_TABLE, summary.workers, NO_WORKERS.format(example_of("work")))):
+        Table(options, columns).print(records, none)
         if records:
-            Table(options, columns).print(records)
             print_line("")
     for namespace, states in summary.intents.items():
         print_result(f"{namespace}: {', '.join(f'{number} {status}' for status, number in states.items())}")
@@ -10803,12 +10838,24 @@ COMPLETIONS = {     # by shell: its file, how the shell finds it, and the conten
     "bash": ("{data}/bash-completion/completions/intentbus", "the next shell has it, if bash-completion is installed; otherwise add this "
              "line to ~/.bashrc: . {file}", r"""
 _intentbus() {
-    local word
+    local word typed found rest=$COMP_LINE count=0 words=("")
     COMPREPLY=()
-    while IFS=$'\t' read -r word _; do
-        printf -v word %q "$word"
-        COMPREPLY+=("$word")
-    done < <(intentbus complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)
+    for word in "${COMP_WORDS[@]:0:COMP_CWORD+1}"; do     # bash splits words at : and = too
+        if [[ $rest == [[:space:]]* ]]; then
+            ((++count))
+            rest=${rest#"${rest%%[![:space:]]*}"}
+        fi
+        words[count]+=$word
+        rest=${rest#"$word"}
+    done
+    typed=${words[count]}
+    [[ $word == *[!:=]* ]] || word=
+    [[ $typed != *@"$word" ]] || word=@$word
+    typed=${typed%"$word"}     # bash keeps this, and replaces the rest of the word
+    while IFS=$'\t' read -r found _; do
+        [[ $word == [\"\']* ]] || printf -v found %q "$found"
+        COMPREPLY+=("${found#"$typed"}")
+    done < <(intentbus complete "${words[@]:1}" 2>/dev/null)
 }
 complete -o default -F _intentbus intentbus
 """),
@@ -10816,7 +10863,7 @@ complete -o default -F _intentbus intentbus
 local line
 local -a found
 for line in ${(f)"$(intentbus complete "${(@)words[2,CURRENT]}" 2>/dev/null)"}; do
-    found+=("${${line%%$'\t'*}//:/\\:}:${line#*$'\t'}")
+    found+=("${${${line%%$'\t'*}//\\/\\\\}//:/\\:}:${line#*$'\t'}")
 done
 if (( $#found )); then _describe intentbus found; else _files; fi
 """),
@@ -10982,9 +11029,14 @@ def overview():
     return "\n".join(lines) + EPILOG
 
 
+def kinds_of(word):
+    """Return the second words of the commands that begin with a word."""
+    return [name.partition(" ")[2] for name in COMMANDS if name.startswith(f"{word} ")]
+
+
 def help_about(words):
     """Return the help of a command, of a group of commands such as keys, or, without words, of the program."""
-    several = [name for name in COMMANDS if words and name.startswith(f"{words[0]} ")]
+    several = [f"{words[0]} {kind}" for kind in kinds_of(words[0])] if words else []
     if several and " ".join(words[:2]) not in several:
         return "\n".join(summaries(several))
     return Parser(find_command(words)[0]).format_help() if words else overview()
@@ -11023,10 +11075,10 @@ def find_command(words):
 
 def known_goals(bus, name):
     """Yield (goal, description) for a shell to complete."""
+    intents = bus.request("GET", "/intents", query=dict(limit=COMPLETION_INTENTS), retries=0).intents
+    yield from ((intent.goal, "has intents") for intent in intents)
     workers = bus.request("GET", "/workers", retries=0).workers
     yield from ((goal, f"served by {worker.name}") for worker in workers for goal in worker.goals)
-    intents = bus.request("GET", "/intents", query=dict(limit=COMPLETION_INTENTS), retries=0).intents
-    yield from ((intent.goal, "") for intent in intents)
 
 
 def known_ids(bus, name):
@@ -11042,36 +11094,42 @@ KNOWN = {"goal": known_goals, "--goal": known_goals, "--on-success": known_goals
 def following(name, words, begun):
     """Yield (word, description) of the words that may come next in the command line of a command."""
     flags = {flag: settings for names, settings in COMMANDS[name][2] for flag in names if flag.startswith("-")}
+    takers = [flag for flag, settings in flags.items() if settings.get("action", "append") == "append"]     # of a value
     places = [names[0] for names, _ in COMMANDS[name][2] if not names[0].startswith("-")]
     values = {}
     wanted = None     # the flag whose value comes next
     for word in join_wait(words)[0]:
+        option, is_whole, value = word.partition("=")
         if wanted:
             values[wanted], wanted = word, None
-        elif word in flags:
-            wanted = word if flags[word].get("action", "append") == "append" else None
+        elif option in takers:
+            values[option], wanted = value, None if is_whole else option
         elif not word.startswith("-"):
             places = places[1:]
     if begun.startswith("-") and not wanted:
         yield from ((flag, settings["help"]) for flag, settings in flags.items())
-    wanted = wanted or next(iter(places), None)
-    yield from ((choice, "") for choice in flags.get(wanted, {}).get("choices") or ())
+    option, is_whole, _ = begun.partition("=")
+    start = f"{option}=" if is_whole and option in takers and not wanted else ""
+    wanted = wanted or (option if start else next(iter(places), None))
+    yield from ((start + choice, flags[wanted]["help"]) for choice in flags.get(wanted, {}).get("choices") or ())
     if wanted in KNOWN and "--" not in words:
         options = {option: values.get(f"--{option.replace('_', '-')}") for option in ("url", "key_file", "namespace", "ca")}
         bus = open_client(argparse.Namespace(**options, send_key="--send-key" in words), COMPLETION_SECONDS)
-        yield from KNOWN[wanted](bus, name)
+        yield from ((start + word, about) for word, about in KNOWN[wanted](bus, name))
 
 
 def print_completions(words):
     """Print the words that may stand in place of the begun last one in a command line, with descriptions; return 1 if there is none."""
-    words = [re.sub(r"\\(.)", r"\1", word) for word in words]     # shells pass them as they were typed
-    before, begun = [word for word in words[:-1] if word != "="], words[-1].lstrip("=")     # bash makes = a word
+    words = [re.sub(r"""\\(.)|["']""", r"\1", word) for word in words]     # shells pass them as they were typed
+    *before, begun = words
     name, rest = next(((name, before[len(name.split()):]) for name in COMMANDS if before[:len(name.split())] == name.split()),
                       (None, None))
     if name:
         found = following(name, rest, begun)
     else:
         found = ((name.split()[len(before)], summary_of(name)) for name in COMMANDS if name.split()[:len(before)] == before)
+        if not before:
+            found = ((word, ", ".join(kinds_of(word)) or about) for word, about in found)
     found = {word: about for word, about in found if word.startswith(begun)}
     for word, about in found.items():
         print_result(f"{escape(word)}\t{escape(about)}")

@@ -3894,13 +3894,32 @@ def test_figures_by_goal_are_of_what_the_caller_may_see(bus):
             bus.publish(goal, 1, caller=caller)
         bus.claim("h", caller=caller)
     hers = figures(bus, caller=ALICE._replace(role="viewer"))
-    assert {goal: (of.waiting, of.running, of.fulfilled) for (_, goal), of in hers.items()} == {"g": (1, 0, [0, 0]), "h": (0, 1, [0, 0])}
+    assert {goal: (of.waiting, of.running, of.fulfilled) for (_, goal), of in hers.items()} == {"g": (1, 0, [1, 1]), "h": (0, 1, [1, 1])}
+    assert all(of.ran and of.waited for of in hers.values())
+    tend(bus)
+    assert figures(bus, caller=ALICE) == hers, "they are stored by owner"
     wall = ALICE._replace(role="viewer", owner="*", goals=("h",))
     assert [(of.goal, of.running, of.fulfilled) for of in bus.summary(caller=wall).goals] == [("h", 2, [2, 2])]
 
 
+def test_figures_of_an_earlier_version_are_of_all_owners(store, clock):
+    with store.transaction() as tx:     # such a version stored no owner: nothing, or a space, follows the namespace
+        tx.count_figures([dict(minute=int(clock.wall // 60), owner="", namespace="default", goal="g", event="fulfilled", times=3)], clock.wall)
+    bus = assembled(store, clock=clock).bus
+    assert figures(bus)["default", "g"].fulfilled == [3, 3] and figures(bus, caller=ALICE) == {}
+
+
+def test_an_owner_of_many_goals_leaves_places_to_others(bus, monkeypatch):
+    monkeypatch.setattr(intentbus, "FIGURE_GOALS", 8)
+    for caller, number in ((ALICE, 20), (BOB, 20), (ALICE, 20), (CAROL, 1)):
+        for goal in range(number):
+            bus.publish(f"goal {goal}", 1, caller=caller)
+            bus.fulfill(bus.claim(f"goal {goal}", caller=caller).id, caller=caller)
+    assert [len([of for of in figures(bus, caller=caller).values() if any(of.fulfilled)]) for caller in (ALICE, BOB, CAROL)] == [4, 2, 1]
+
+
 def test_figures_are_kept_and_counted_up_to_bounds(bus, monkeypatch):
-    for name, number in (("FIGURE_GOALS", 3), ("WAITING_ROWS", 4), ("RUNNING_ROWS", 2)):
+    for name, number in (("FIGURE_GOALS", 4), ("WAITING_ROWS", 4), ("RUNNING_ROWS", 2)):
         monkeypatch.setattr(intentbus, name, number)
     for number in range(5):
         bus.publish(f"goal {number}", 1)
@@ -3908,15 +3927,16 @@ def test_figures_are_kept_and_counted_up_to_bounds(bus, monkeypatch):
         bus.publish_many([dict(goal=f"goal {number}", payload=1)] * 3)
         bus.claim(f"goal {number}")
     found = bus.summary().goals
-    assert len(found) == 3 and sum(of.waiting for of in found) <= 4 and sum(of.running for of in found) <= 2
+    assert len(found) == 4 and sum(of.waiting for of in found) <= 4 and sum(of.running for of in found) <= 2
     tend(bus)
-    assert len({row[:2] for row in bus.store.figures(0, 0)}) == 3
+    assert len({row[:3] for row in bus.store.figures(0, 0)}) == 2
 
 
 # ---- 10. Bus ----
 
 ALICE = Caller("k1", "alice", "both", False, None)
 BOB = Caller("k2", "bob", "both", False, None)
+CAROL = Caller("k3", "carol", "both", False, None)
 
 
 def test_an_intent_reaches_a_worker_and_its_result_the_publisher(bus):
@@ -5301,7 +5321,9 @@ MATRIX = """
                                       none unkn revo publ work both othe owne admi sign forg repl view limi expi
     GET  /                             200  200  200  200  200  200  200  200  200  200  200  200  200  200  200
     GET  /dashboard                    302  302  302  302  302  302  302  302  302  302  302  302  302  302  302
+    GET  /dashboard/                   302  302  302  302  302  302  302  302  302  302  302  302  302  302  302
     GET  /admin                        302  302  302  302  302  302  302  302  302  302  302  302  302  302  302
+    GET  /admin/                       302  302  302  302  302  302  302  302  302  302  302  302  302  302  302
     GET  /health                       200  200  200  200  200  200  200  200  200  200  200  200  200  200  200
     POST /intent                       401  401  401  201  403  201  201  201  401  201  403  403  403  403  401
     POST /publish/new                  401  401  401  201  403  201  201  201  401  201  403  403  403  403  401
@@ -5342,6 +5364,7 @@ MATRIX = """
     POST /admin/cancel                 401  401  401  401  401  401  401  401  400  401  401  401  401  401  401
     POST /admin/cleanup                401  401  401  401  401  401  401  401  200  401  401  401  401  401  401
     GET  /admin/dashboard              200  200  200  200  200  200  200  200  200  200  200  200  200  200  200
+    GET  /admin/dashboard/             302  302  302  302  302  302  302  302  302  302  302  302  302  302  302
     GET  /admin/intents                401  401  401  401  401  401  401  401  200  401  401  401  200  401  401
     POST /admin/intents                401  401  401  401  401  401  401  401  201  401  401  401  401  401  401
     GET  /admin/intents/{open}         401  401  401  401  401  401  401  401  200  401  401  401  200  401  401
@@ -7135,7 +7158,9 @@ def test_the_page_works_below_a_path(page, served):
     proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Prefix)
     proxy.target = served.port
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
-    page.open(f"http://127.0.0.1:{proxy.server_port}/bus/admin/dashboard#publish")
+    for typed in ("", "dashboard", "dashboard/", "admin", "admin/", "admin/dashboard/", "admin/dashboard"):
+        page.open(f"http://127.0.0.1:{proxy.server_port}/bus/{typed}#publish")
+        assert page.run("return location.pathname") == "/bus/admin/dashboard", typed
     page.sees("Sign in")
     page.fill(key=KEY)
     page.sees("Publish an intent")
@@ -7382,7 +7407,7 @@ def test_the_page_is_for_viewers_too(page, served):
     ids, key = of_each_state(served, "g"), served.issue("owner", "viewer", "wall").api_key
     served.ask("POST", "/schedule/s", a_publish(every=60))
     place = served.url.replace("//", f"//admin:{key}@") + "/admin/dashboard"
-    for view, words in (("#", ["Waiting", "oldest"]), ("#intents", ["fulfilled", "g"]), ("#intent/" + ids.fulfilled, ["This key sees no payloads."]),
+    for view, words in (("#", ["Waiting", "oldest", "1 / 1", "No events to show; the chart is for keys that see all owners"]), ("#intents", ["fulfilled", "g"]), ("#intent/" + ids.fulfilled, ["This key sees no payloads."]),
                         ("#intent/" + ids.open, ["Waits since"]), ("#keys", ["wall", "viewer"]), ("#schedules", ["every 1m"]), ("#workers", ["Came"])):
         page.open("about:blank")
         page.open(place + view)
@@ -7391,6 +7416,9 @@ def test_the_page_is_for_viewers_too(page, served):
             ["Show"] if view == "#intents" else []), view
         assert "g!" not in page.text() and "g?" not in page.text() and "Publish" not in page.run("return document.querySelector('nav').innerText")
     assert {key.total_requests > 3 for key in served.client.admin("keys")} == {True}
+    key = served.issue("*", "viewer", "some", dict(goals=["g"])).api_key     # such counts are not kept for each goal
+    page.open(served.url.replace("//", f"//admin:{key}@") + "/admin/dashboard#")
+    page.sees("\u2013\nopen", "1 / 1")
 
 
 @in_a_browser
@@ -9929,9 +9957,9 @@ def test_a_full_disk_is_reported_and_loses_nothing(small_disk, monkeypatch):
     health = wait_until(lambda: (answer := bus.ask("GET", "/health", key=None)).status == 503 and answer)
     assert health.json["ok"] is False and clear(health.json["error"]) and "full" in health.json["error"]
     assert bus.ask("GET", f"/status/{claimed['id']}").json["status"] == "claimed"
-    reads = [path.replace("*", claimed["id"]) for method, path, _, _ in intentbus.ROUTES if method == "GET" and path not in ("/health", "/dashboard", "/admin")]
+    reads = [path.replace("*", claimed["id"]) for method, path, _, _ in intentbus.ROUTES if method == "GET" and path != "/health"]
     statuses = {path: bus.ask("GET", path, **signed("GET", path)).status for path in reads}
-    assert {path: status for path, status in statuses.items() if status != 200} == {
+    assert {path: status for path, status in statuses.items() if status not in (200, 302)} == {
         f"/get/{claimed['id']}": 404, f"/admin/dead/{claimed['id']}": 404}
     filler.unlink()
     wait_until(lambda: bus.ask("GET", "/health", key=None).status == 200)
@@ -12206,7 +12234,8 @@ def test_a_killed_worker_leaves_no_program_and_no_folder(serve, tmp_path, text):
     up = 0
     while up < 2:     # the worker passes it on once its guardian knows of the program
         up += "up" in worker.stderr.readline()
-    assert all(left_behind(id) for id in ids[1:]) and len(list(folder.iterdir())) == 2
+    wait_until(lambda: all(left_behind(id) for id in ids[1:]))     # a process that starts another program has no environment
+    assert len(list(folder.iterdir())) == 2
     worker.kill()
     worker.communicate()
     wait_until(lambda: not any(left_behind(id) for id in ids) and not list(folder.iterdir()), seconds=30)
@@ -12429,11 +12458,17 @@ def test_commands_flags_goals_and_ids_are_completed(served, home, monkeypatch, c
     for words, found in ((["canc"], ["cancel"]), (["keys", "i"], ["invite"]), (["key"], ["keys"]), (["publish", "x", "--on-s"], ["--on-success"]),
                          (["keys", "add", "x", "--role", ""], ["publish", "work", "both", "viewer"]), (["work", "--"], [
                              "--goal", "--jobs"]), (["publish", "ti"], ["tidy up", "tidy"]), (["work", "-j", "2", "--goal", "w"], ["wash"]),
-                         (["publish", "--on-failure", "=", "lo"], ["lost"]), (["retry", ""], [dead]), (["result", "--json", first[:20]], [first]),
+                         (["publish", "--on-failure=lo"], ["--on-failure=lost"]), (["keys", "add", "x", "--role=v"], ["--role=viewer"]),
+                         (["publish", f"--url={served.url}", '"tidy u'], ["tidy up"]), (["publish", "--wait="], []), (["retry", ""], [dead]), (["result", "--json", first[:20]], [first]),
                          (["cancel", ""], [second, first]), (["work", "--", "ti"], []), (["publish", "x", "y", ""], []), (["nothing", ""], []),
                          (["unpause", "--url", ""], []), (["status", "--url", "http://127.0.0.1:9", ""], [])):
         assert [word for word in completed(capsys, *words) if words != ["work", "--"] or word in found] == found, words
     assert set(completed(capsys)) == {name.split()[0] for name in intentbus.COMMANDS}
+    for words in ([""], ["keys", ""], ["work", "-"], ["keys", "add", "x", "--role", ""], ["publish", ""], ["status", ""]):
+        assert intentbus.main(["complete", *words]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert "keys\tadd, invite, list, revoke" in told and any(re.match("wash\tserved by ", line) for line in told)
+    assert not [line for line in told if len(line.partition("\t")[2].split()) < 2 or line.endswith("In a handler")]
     monkeypatch.setenv("INTENT_API_KEY", "wrong")
     assert completed(capsys, "publish", "") == []
 
@@ -12465,10 +12500,13 @@ def test_each_shell_completes_at_the_tab_key(serve, shell):
         pytest.skip(f"{shell} is not on this machine")
     said, launcher = install_at(serve.home, "--completion", shell, INTENT_BUS_URL=serve.url)
     id = launcher("publish", f"tidy {shell}", "1").stdout.strip()
+    for goal in ("a:attic", "a=b", "a@c"):
+        launcher("publish", goal, "1")
     environment = dict(serve.env, TERM="dumb" if shell == "fish" else "xterm", PATH=f"{serve.home}/.local/bin:{os.environ['PATH']}")
     environment.pop("PYTHONPATH")
     wanted = (("canc", "cancel"), ("keys inv", "invite"), ("publish --on-f", "--on-failure"), (f"publish tidy\\ {shell[:2]}", f"tidy\\ {shell}"),
-              (f"status {id[:20]}", id))
+              (f"status {id[:20]}", id), ("publish a:a", "a:attic"), ("publish a:", "a:attic"), ("publish a=", "a=b"), ("publish a@c", "a@c"),
+              ("work --goal=a:at", "--goal=a:attic"), ("work --goal a:at", "a:attic"))
     if shell == "fish":
         for begun, whole in wanted:
             found = subprocess.run(["fish", "-c", "complete -C $argv", f"intentbus {begun}"], env=environment, capture_output=True, text=True)
@@ -12552,6 +12590,28 @@ def test_tables_on_a_terminal_fit_its_width(served, columns):
 
 
 @POSIX
+def test_an_empty_list_says_so_on_a_terminal_alone(served, command):
+    id = served.publish(namespace="other")
+    lists = {"list --namespace none": "no intents with --namespace none", "list --status dead --goal g": "no intents with --status dead --goal g",
+             "list --search x --limit 1 --json": "no intents with --search x", f"output {id}": "no output is known; publish with --follow",
+             "workers": "no workers in the last five minutes; start one: ", "limits": "no goal is limited or paused; limit one: ",
+             "keys list": "no issued keys; invite a machine: ", "schedules": "no schedules; add one: ",
+             "schedules --owner ann": "no schedules of the owner ann", "purge --yes": "1", "list": "no intents; publish one: "}
+    outputs = on_terminal(served, 80, *lists, "stats")
+    for (words, start), output in zip(lists.items(), outputs):
+        assert output.startswith(start if words == "purge --yes" else f"intentbus: {start}") and output.count("\n") == 1, words
+        assert words.startswith(("purge", "output")) or command(*words.split()) == (0, "", "")
+        if start.endswith(": "):
+            example = output.partition(f": {intentbus.INVOCATION} ")[2].rstrip()
+            assert example in [line for _, examples, _ in intentbus.COMMANDS.values() for line in examples], words
+    assert re.fullmatch("intentbus: nothing waits, runs or was done .*\nintentbus: no workers .*\n", outputs[-1])
+    served.publish()
+    assert on_terminal(served, 80, "list --limit 1")[0].count("\n") == 2, "a table needs no such words"
+    environment = dict(os.environ, INTENT_BUS_URL=served.url, INTENT_API_KEY=KEY)
+    typed([sys.executable, str(HERE / "intentbus.py"), "watch"], environment, ("", "waiting for events, until Ctrl-C"))
+
+
+@POSIX
 def test_states_are_coloured_where_it_is_wanted(served, command, monkeypatch):
     served.client.cancel(served.publish())
     monkeypatch.setenv("TERM", "xterm")
@@ -12607,7 +12667,7 @@ def test_stats_on_a_terminal_show_the_figures_of_each_goal(monkeypatch, home):
     assert [[cell.strip() for cell in line if cell] for line in lines] == [
         ["namespace", "goal", "waiting", "running", "limit", "done 1h/1d", "failed 1h/1d", "oldest due"],
         *[["default", goal, "3", "1", *limit, "2/40", "0/1", "5m ago"] for goal, limit in (("a", []), ("b", ["2"]), ("c", ["paused"]))],
-        [], ["default: 9 open"]]
+        [], [f"intentbus: {intentbus.NO_WORKERS.format(intentbus.example_of('work'))}"], ["default: 9 open"]]
 
 
 @ON_A_FILE
@@ -13453,7 +13513,7 @@ def test_the_readme_starts_bus_and_tests_with_one_line_each():
                                 "&& .venv/bin/python -m pytest -q\n"]
 
 
-@pytest.mark.parametrize("path", ["/", "/dashboard", "/admin"])
+@pytest.mark.parametrize("path", ["/", "/dashboard", "/dashboard/", "/admin", "/admin/", "/admin/dashboard/"])
 def test_short_paths_lead_a_browser_to_the_dashboard(strict, path):
     answer = strict.ask("GET", path, key=None, Accept="text/html,*/*;q=0.8")
     assert answer.status == 302 and answer.body.endswith(b"\n")
