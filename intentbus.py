@@ -9604,6 +9604,14 @@ def padded(text, width, spec):
     return space + text if spec.startswith(">") else text + space
 
 
+def folded(text):
+    """Return a text as it is, or for a terminal in lines that end between words."""
+    import shutil
+    import textwrap
+    width = shutil.get_terminal_size().columns
+    return textwrap.fill(text, width, subsequent_indent=" " * 6, break_long_words=False) if sys.stdout.isatty() else text
+
+
 @contextlib.contextmanager
 def showing(words):
     """While long work is done, show words(seconds so far) on a terminal, on a line that is erased at the end."""
@@ -10789,7 +10797,7 @@ def doctor_command(options):
     """Look for common problems and print their cures; exit 1 if one is bad."""
     findings = [Record(finding._asdict()) for check in CHECKS for finding in check(options)]
     for finding in findings:
-        print_result(to_json(finding) if options.json else escape(f"{finding.level:4}  {finding.about:8}  {finding.words}"))
+        print_result(to_json(finding) if options.json else folded(escape(f"{finding.level:4}  {finding.about:8}  {finding.words}")))
     return int(any(finding.level == "bad" for finding in findings))
 
 
@@ -11088,7 +11096,19 @@ def known_ids(bus, name):
         yield from ((intent.id, f"{intent.goal}, {intent.status}") for intent in intents)
 
 
-KNOWN = {"goal": known_goals, "--goal": known_goals, "--on-success": known_goals, "--on-failure": known_goals, "id": known_ids}
+def known_names(bus, name):
+    """Yield (name, description) of the schedules that a command is about."""
+    if name in ("schedule", "unschedule", "run"):
+        yield from ((schedule.name, f"publishes {schedule.goal}") for schedule in bus.schedules().schedules)
+
+
+def known_keys(bus, name):
+    """Yield (id, description) of the issued keys."""
+    yield from ((key.key_id, f"{key.name or 'unnamed'}, {key.role}") for key in bus.admin("keys"))
+
+
+KNOWN = {"goal": known_goals, "--goal": known_goals, "--on-success": known_goals, "--on-failure": known_goals, "id": known_ids,
+         "name": known_names, "key_id": known_keys}
 
 
 def following(name, words, begun):
@@ -11121,7 +11141,7 @@ def following(name, words, begun):
 def print_completions(words):
     """Print the words that may stand in place of the begun last one in a command line, with descriptions; return 1 if there is none."""
     words = [re.sub(r"""\\(.)|["']""", r"\1", word) for word in words]     # shells pass them as they were typed
-    *before, begun = words
+    *before, begun = words[words[:1] == ["help"] and len(words) > 1:]
     name, rest = next(((name, before[len(name.split()):]) for name in COMMANDS if before[:len(name.split())] == name.split()),
                       (None, None))
     if name:

@@ -12453,9 +12453,12 @@ def test_commands_flags_goals_and_ids_are_completed(served, home, monkeypatch, c
     served.client.claim("wash")
     dead = served.client.publish("lost", 1).id
     served.client.cancel(dead)
+    served.client.schedule("nightly", "tidy", 1, every=60)
+    key_id = served.issue(name="phone").key_id
     monkeypatch.setenv("INTENT_BUS_URL", served.url)
     monkeypatch.setenv("INTENT_API_KEY", KEY)
-    for words, found in ((["canc"], ["cancel"]), (["keys", "i"], ["invite"]), (["key"], ["keys"]), (["publish", "x", "--on-s"], ["--on-success"]),
+    for words, found in ((["canc"], ["cancel"]), (["help", "canc"], ["cancel"]), (["run", ""], ["nightly"]),
+                         (["keys", "revoke", ""], [key_id]), (["keys", "add", ""], []), (["keys", "i"], ["invite"]), (["key"], ["keys"]), (["publish", "x", "--on-s"], ["--on-success"]),
                          (["keys", "add", "x", "--role", ""], ["publish", "work", "both", "viewer"]), (["work", "--"], [
                              "--goal", "--jobs"]), (["publish", "ti"], ["tidy up", "tidy"]), (["work", "-j", "2", "--goal", "w"], ["wash"]),
                          (["publish", "--on-failure=lo"], ["--on-failure=lost"]), (["keys", "add", "x", "--role=v"], ["--role=viewer"]),
