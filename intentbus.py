@@ -9230,7 +9230,7 @@ def check_bus(options):
         yield ok("bus", f"{bus.base_url} answers.")
         only = f", for {', '.join(me.goals)} only" if me.goals else ""
         named = "The owner key" if me.key_id == OWNER.key_id else f"The key {me.key_id} of the owner {me.owner}"
-        yield ok("key", f"{named} may {ROLE_WORDS.get(me.role, me.role)}{only}.")
+        yield ok("key", f"{named} may {'do everything' if me.admin else ROLE_WORDS.get(me.role, me.role)}{only}.")
         if me.expires_at is not None and me.expires_at < me.now + KEY_ENDS_SECONDS:
             yield note("key", time.strftime("It ends at %Y-%m-%d %H:%M; join the bus again before, with a new code from keys invite.",
                                             time.localtime(me.expires_at)))
@@ -9757,7 +9757,7 @@ FOLLOW = flag("-f", "--follow", action="store_true", help="print what its handle
                                                           "then the result; exit 1 if it is dead")
 
 
-NO_WORKERS = "no workers in the last five minutes; start one: {}"
+NO_WORKERS = "no workers are there; start one: {}"
 
 
 def example_of(name):

@@ -11605,7 +11605,7 @@ def test_the_doctor_finds_nothing_wrong_with_a_good_setup(home, served):
     intentbus.write_settings(served.url, KEY, None)
     code, found = examine(home, "--db", served.db)
     assert code == 0 and [level for _, level in found] == ["ok"] * 5
-    assert found["key", "ok"] == "The owner key may publish and work."
+    assert found["key", "ok"] == "The owner key may do everything."
 
 
 def page_server():
@@ -12597,7 +12597,7 @@ def test_an_empty_list_says_so_on_a_terminal_alone(served, command):
     id = served.publish(namespace="other")
     lists = {"list --namespace none": "no intents with --namespace none", "list --status dead --goal g": "no intents with --status dead --goal g",
              "list --search x --limit 1 --json": "no intents with --search x", f"output {id}": "no output is known; publish with --follow",
-             "workers": "no workers in the last five minutes; start one: ", "limits": "no goal is limited or paused; limit one: ",
+             "workers": "no workers are there; start one: ", "limits": "no goal is limited or paused; limit one: ",
              "keys list": "no issued keys; invite a machine: ", "schedules": "no schedules; add one: ",
              "schedules --owner ann": "no schedules of the owner ann", "purge --yes": "1", "list": "no intents; publish one: "}
     outputs = on_terminal(served, 80, *lists, "stats")
