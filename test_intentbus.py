@@ -2283,14 +2283,14 @@ def test_many_slow_reads_share_a_few_connections(sqlite_work, started, monkeypat
     assert sqlite_work.connections == 2     # one writes, one reads
 
 
-@POSIX
-@ON_A_FILE
 def test_a_taken_port_leaves_no_new_database(served, home):
     found = run("serve", "--port", str(served.port), "--db", "new.db")
     assert_complaint(found, 2, f"Port {served.port} of 127.0.0.1 is in use", "another --port and another --db")
     assert not os.path.exists("new.db")
 
 
+@POSIX
+@ON_A_FILE
 def test_a_second_bus_on_the_same_file_is_refused(served, tmp_path):
     os.symlink(served.db, tmp_path / "link.db")
     for path in (served.db, tmp_path / "link.db"):
