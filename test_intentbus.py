@@ -37,7 +37,6 @@ import shlex
 import shutil
 import signal
 import socket
-import socketserver
 import sqlite3
 import ssl
 import stat
@@ -132,6 +131,12 @@ def at_once(number, function):
     for index in range(number):
         threading.Thread(target=run, args=(index,), daemon=True).start()
     return [results.get(timeout=PATIENCE_SECONDS) for _ in range(number)]
+
+
+def free_port():
+    """Return the number of a port that is free now."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
 
 
 class Clock:
@@ -685,7 +690,7 @@ def read_answers(sock, methods):
 class Serve(Reachable):
     """A bus as a program, in a directory and HOME of its own; with key=None it makes its own key."""
 
-    def __init__(self, home, *arguments, key=KEY, program=(PROGRAM, "serve"), **environment):
+    def __init__(self, home, *arguments, key=KEY, program=(*COMMAND[1:], "serve"), **environment):
         self.env = dict(os.environ, HOME=str(home), PYTHONUNBUFFERED="1")
         for name in ("INTENT_API_KEY", "INTENT_BUS_URL", "INTENT_BUS_NAMESPACE", "BUS_SECRET", "BUS_DB_PATH"):
             self.env.pop(name, None)
@@ -810,34 +815,6 @@ def closing(request):
     return request.replace(b"HTTP/1.1\r\n", b"HTTP/1.1\r\nConnection: close\r\n", 1)
 
 
-class Proxy:
-    """Passes requests on to a server, and drops the first answers."""
-
-    def __init__(self, port, drop=0):
-        self.port, self.drop, self.passed = port, drop, 0
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        threading.Thread(target=self.run, daemon=True).start()
-
-    def run(self):
-        with contextlib.suppress(OSError):
-            while True:
-                with self.listener.accept()[0] as near, socket.create_connection(("127.0.0.1", self.port)) as far:
-                    answer = self.answer(near, far)
-                    self.passed += 1
-                    if self.passed > self.drop:
-                        near.sendall(answer)
-
-    def answer(self, near, far):
-        near.settimeout(0.2)     # urllib sends a body right behind its headers
-        with contextlib.suppress(TimeoutError, socket.timeout):
-            while data := near.recv(65536):
-                far.sendall(closing(data) if b"HTTP/1.1\r\n" in data else data)
-                if b"\r\n\r\n" in data and b"Content-Length: 0" in data or data.endswith(b"}"):
-                    break
-        return b"".join(iter(lambda: far.recv(65536), b""))
-
-
 class Weather:
     """Passes requests on to a server, and does to each what fate(path) names; met counts the fates.
 
@@ -913,6 +890,12 @@ class Weather:
             return received(far)
 
 
+def lose_answers(number):
+    """Return the fate of requests whose first ones lose their answers."""
+    fates = iter(["answer lost"] * number)
+    return lambda path: next(fates, "ok")
+
+
 @pytest.fixture
 def weather(served):
     """Start proxies before the server; each is closed at the end."""
@@ -955,11 +938,11 @@ class Fake:
 
 
 class Forwarder:
-    """A port in front of others: each connection goes to the next one that listens; cut() ends all and refuses new ones."""
+    """A port in front of others: each connection goes to the next one that listens; cut() ends all, and open = False refuses them."""
 
     def __init__(self, *ports):
         self.ports, self.links, self.listener = collections.deque(ports), set(), socket.create_server(("127.0.0.1", 0))
-        self.port, self.open = self.listener.getsockname()[1], True
+        self.port, self.open, self.accepted = self.listener.getsockname()[1], True, 0
         self.first_bytes = collections.Counter()     # how often what went through, either way, began with a byte
         threading.Thread(target=self.accept, daemon=True).start()
 
@@ -974,6 +957,7 @@ class Forwarder:
         if not far:
             return near.close()
         with near, far:
+            self.accepted += 1
             self.links |= {near, far}
             back = threading.Thread(target=self.carry, args=(far, near), daemon=True)
             back.start()
@@ -999,12 +983,12 @@ class Forwarder:
                 link.shutdown(socket.SHUT_RDWR)
 
     def cut(self):
-        self.open = False
         for link in list(self.links):
             with contextlib.suppress(OSError):
                 link.shutdown(socket.SHUT_RDWR)
 
     def close(self):
+        self.open = False
         self.cut()
         self.listener.close()
 
@@ -1210,8 +1194,7 @@ class Browser:
     """Chromium without a window, driven over the WebDriver protocol (W3C)."""
 
     def __init__(self, folder):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.base = f"http://127.0.0.1:{free.getsockname()[1]}"
+        self.base = f"http://127.0.0.1:{free_port()}"
         self.process = subprocess.Popen(["chromedriver", f"--port={self.base.rpartition(':')[2]}"], stdout=subprocess.DEVNULL,
                                         stderr=subprocess.DEVNULL, env=dict(os.environ, HOME=str(folder)))
         wait_until(self.ready)
@@ -1643,8 +1626,7 @@ class Cluster:
 
     def __init__(self, folder, primary=None):
         self.folder, self.data = folder, f"{folder}/{'standby' if primary else 'primary'}"
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         if primary:
             self.run("pg_basebackup", "-D", self.data, "-R", "-h", "127.0.0.1", "-p", str(primary.port), "-U", "bus")
         else:
@@ -2442,8 +2424,7 @@ def test_a_database_of_the_version_before_migrates_under_load(tmp_path):
         db.executemany(f"INSERT INTO intents ({', '.join(columns)}) VALUES (:{', :'.join(columns)})", intents)
         db.execute("INSERT INTO tallies (namespace, publisher, status, intents) VALUES ('default', 'owner', 'open', ?)", [len(old)])
         db.commit()
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     client, done, handed_out = IntentClient(f"http://127.0.0.1:{port}", KEY), [], iter(new)
     worker = Worker(client, "g", lambda intent, lease: (done.append(intent.payload), "json"), concurrency=4, poll=0.05,
                     max_jobs=len(old) + len(new))
@@ -3004,7 +2985,6 @@ def test_a_claim_attempted_in_vain_gets_the_next_intent(started, monkeypatch):
         publish = served.begin("POST", "/intent", a_publish())
         wait_until(lambda: not unread(served.port))
         db.execute("COMMIT")
-    claim.settimeout(5)
     assert claimed_by(claim).id == response_on(publish).json["id"]
 
 
@@ -3013,11 +2993,10 @@ def test_a_claim_that_is_woken_in_vain_keeps_its_place(quick_rechecks, served):
     claims = [served.hold("POST", "/claim?goal=g&wait=60") for _ in range(8)]
     with contextlib.closing(sqlite3.connect(served.db)) as db:
         db.execute("CREATE TABLE of_another_program (a)")     # every claim looks once more
-    watch = served.hold("GET", "/events?wait=0.3")     # time for rechecks
+    watch = served.begin("GET", "/events?wait=0.2")     # time for rechecks
     assert response_on(watch).json["events"] == [] and served.holds(8)
     for claim in claims:
         intent_id = served.publish()
-        claim.settimeout(1)
         assert claimed_by(claim).id == intent_id
 
 
@@ -3346,8 +3325,9 @@ def test_a_held_result_is_answered_by_a_death(started, clock, quick_rechecks, en
 
 def test_a_held_result_of_a_deleted_intent_is_not_found(served):
     intent_id = served.publish()
-    result = served.hold("GET", f"/result/{intent_id}?wait=0.3")
+    result = served.hold("GET", f"/result/{intent_id}?wait=60")
     served.ask("POST", "/admin/purge", {"confirm": True})
+    served.stop()     # this ends the wait early
     assert response_on(result).status == 404
 
 
@@ -10113,9 +10093,8 @@ def test_spooled_intents_arrive_once_and_in_order(served, tmp_path):
     assert spooling(served, tmp_path).flush() == 0
 
 
-def test_a_spooled_publish_with_a_lost_answer_is_stored_once(served, tmp_path):
-    proxy = Proxy(served.port, drop=1)
-    bus = IntentClient(proxy.url, KEY, spool=tmp_path / "spool.db")
+def test_a_spooled_publish_with_a_lost_answer_is_stored_once(served, weather, tmp_path):
+    bus = IntentClient(weather(lose_answers(1)).url, KEY, spool=tmp_path / "spool.db")
     assert bus.publish("g", 1).status == "spooled" and bus.flush() == 1
     assert len(served.client.list().intents) == 1
 
@@ -10368,16 +10347,16 @@ def test_the_client_raises_the_errors_of_the_bus(served, cause, kind, code):
     assert (type(caught.value), caught.value.code) == (kind, code) and str(caught.value).endswith(".")
 
 
-def test_a_lost_answer_to_a_publish_stores_no_second_intent(served, impatient):
-    proxy = Proxy(served.port, drop=3)
+def test_a_lost_answer_to_a_publish_stores_no_second_intent(served, weather, impatient):
+    proxy = weather(lose_answers(3))
     answer = IntentClient(proxy.url, KEY).publish("g", 1)
-    assert [intent.id for intent in served.client.list().intents] == [answer.id] and proxy.passed == 4
+    assert [intent.id for intent in served.client.list().intents] == [answer.id] and proxy.met == {"answer lost": 3, "ok": 1}
 
 
-def test_a_lost_answer_to_a_report_is_asked_for_again(served, impatient):
+def test_a_lost_answer_to_a_report_is_asked_for_again(served, weather, impatient):
     served.client.publish("g", 1)
     intent = served.client.claim("g")
-    assert IntentClient(Proxy(served.port, drop=2).url, KEY).fulfill(intent.id, intent.claim_token, 5).ok
+    assert IntentClient(weather(lose_answers(2)).url, KEY).fulfill(intent.id, intent.claim_token, 5).ok
     assert served.client.get_result(intent.id).result == 5
 
 
@@ -10426,8 +10405,7 @@ def test_a_claim_repeated_after_its_expiry_takes_the_next_intent(bus, clock):
 
 
 def test_a_bus_that_stays_away_is_unreachable(impatient):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     with pytest.raises(intentbus.Unreachable, match=f"The bus at http://127.0.0.1:{port} cannot be reached: Connection refused"):
         IntentClient(f"http://127.0.0.1:{port}", KEY).get_status("x")
 
@@ -10541,51 +10519,18 @@ def test_an_answer_is_read_up_to_a_bound(served, monkeypatch):
     assert served.client.who_am_i().owner == "owner"
 
 
-class Relay(socketserver.ThreadingTCPServer):
-    """Passes bytes between clients and a server, counts connections, and can cut them."""
-
-    daemon_threads = True
-
-    def __init__(self, port):
-        self.port, self.open, self.accepted = port, [], 0
-        super().__init__(("127.0.0.1", 0), None)
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-    def finish_request(self, near, address):
-        far = socket.create_connection(("127.0.0.1", self.port))
-        self.accepted += 1
-        self.open += [near, far]
-        back = in_thread(self.copy, far, near)
-        self.copy(near, far)
-        back()
-
-    def copy(self, source, target):
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                target.sendall(data)
-            target.shutdown(socket.SHUT_RDWR)
-        return True
-
-    def cut(self):
-        for sock in self.open:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-        self.open.clear()
-
-
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_a_thread_keeps_one_connection_and_replaces_a_stale_one(started, tmp_path, scheme):
     files = certificate(tmp_path, "x") if scheme == "https" else None
     served = started(server=dict(tls=files))
-    with Relay(served.port) as relay:
-        bus = IntentClient(f"{scheme}://127.0.0.1:{relay.server_address[1]}", KEY, ca=files and files[0])
+    with contextlib.closing(Forwarder(served.port)) as way:
+        bus = IntentClient(f"{scheme}://127.0.0.1:{way.port}", KEY, ca=files and files[0])
         for number in range(3):
             bus.publish("g", number)
-        assert relay.accepted == 1
-        relay.cut()
-        assert not bus.delete("k").deleted and relay.accepted == 2     # which is not repeated, for it is not safe
-        assert at_once(2, lambda _: bus.who_am_i().owner) == ["owner"] * 2 and relay.accepted == 4
-        relay.shutdown()
+        assert way.accepted == 1
+        way.cut()
+        assert not bus.delete("k").deleted and way.accepted == 2     # which is not repeated, for it is not safe
+        assert at_once(2, lambda _: bus.who_am_i().owner) == ["owner"] * 2 and way.accepted == 4
 
 
 @pytest.mark.parametrize("status", ["301 Moved", "302 Found", "303 See Other", "307 Temporary", "308 Permanent"])
@@ -11274,11 +11219,11 @@ def test_a_remote_command_is_followed_from_its_output_to_its_outcome(serve, tmp_
     (("publish", "g", "1", "--follow", "--spool"), "--spool excludes"), (("publish", "g", "--lines", "--follow"), "--follow"),
     (("progress", "101"), "from 0 to 100"), (("progress", "half"), "from 0 to 100"), (("output",), "id"),
 ])
-def test_what_cannot_be_followed_is_refused_in_words(served, words, complaint):
-    assert_complaint(at(served, *words, stdin=b"x\n"), 2, complaint)
+def test_what_cannot_be_followed_is_refused_in_words(command, words, complaint):
+    assert_complaint(command(*words), 2, complaint)
 
 
-STEP = '"$INTENT_PYTHON" "$INTENT_BUS_PROGRAM" step'
+STEP = f"{shlex.join(COMMAND)} step"
 
 
 @POSIX
@@ -11292,14 +11237,12 @@ def test_an_attempt_goes_on_after_the_steps_that_are_done(served, command, tmp_p
         echo "$one"
     """
     id = served.publish(backoff_base=1)
-    program = intentbus.Program([script(tmp_path, text)], variables=dict(
-        PYTHON=sys.executable, BUS_PROGRAM=PROGRAM, BUS_URL=served.url))
+    program = intentbus.Program([script(tmp_path, text)], variables=dict(BUS_URL=served.url))
     work(served, "g", program)
     assert not os.path.exists(intentbus.steps_folder((tmp_path / "token").read_text()))
     assert served.client.get_status(id).last_error == "exit code 7" and ran.read_text() == "one\ntwo\n"
     served.client.cancel(id), served.client.retry(id)
-    work(served, "g", intentbus.Program([script(tmp_path, text.replace("-gt 1", "-gt 0"))], variables=dict(
-        PYTHON=sys.executable, BUS_PROGRAM=PROGRAM, BUS_URL=served.url)))
+    work(served, "g", intentbus.Program([script(tmp_path, text.replace("-gt 1", "-gt 0"))], variables=dict(BUS_URL=served.url)))
     assert served.client.get_result(id).result == "a\n\u00e4" and ran.read_text() == "one\ntwo\ntwo\n"
     assert re.search(r"^step one +attempt 1, 0\.\d s\nstep two +attempt 1, 0\.\d s$", command("show", id)[1], re.M)
     assert command("retry", "--goal", "g", "--from-start")[0] == 2
@@ -11320,8 +11263,7 @@ def test_a_step_that_cannot_be_done_says_why(served, tmp_path, monkeypatch, text
     monkeypatch.setenv("INTENT_API_KEY", KEY)
     monkeypatch.chdir(tmp_path)
     id = served.publish()
-    work(served, "g", intentbus.Program([script(tmp_path, "#!/bin/sh\n" + text)], variables=dict(
-        PYTHON=sys.executable, BUS_PROGRAM=PROGRAM, BUS_URL=served.url)))
+    work(served, "g", intentbus.Program([script(tmp_path, "#!/bin/sh\n" + text)], variables=dict(BUS_URL=served.url)))
     found = served.client.get_result(id)
     assert found.status == status and (found.last_error or "").startswith(words or "")
     if status == "open" and not words:
@@ -11546,25 +11488,10 @@ def test_the_doctor_finds_nothing_wrong_with_a_good_setup(home, served):
     assert found["key", "ok"] == "It is owner, of the owner owner, and may publish and work."
 
 
-def page_server():
-    """Start a web server that is not a bus, and return its URL."""
-    class Page(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(b"<html>Please sign in")
-
-        def log_message(self, *words):
-            pass
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    return f"http://127.0.0.1:{server.server_port}"
-
-
 @pytest.mark.parametrize("url, about, words", [
     (lambda served: "http://127.0.0.1:9", "bus", "Connection refused. Nothing listens there: start the bus with serve"),
     (lambda served: "http://no.such.name.invalid", "bus", "That name is not known"),
-    (lambda served: page_server(), "bus", "a proxy page answered"),
+    (lambda served: Fake(body=b"<html>Please sign in").url, "bus", "a proxy page answered"),
     (lambda served: served.url.replace("http", "https"), "bus", "That port does not speak https"),
     (lambda served: "ftp://x", "key", "The URL of a bus is http://HOST:PORT"),
 ])
@@ -13457,8 +13384,7 @@ def test_backups_in_steps_survive_two_hundred_kills(tmp_path):
             sleep 0.1
             exec {shutil.which(name)} "$@"
         """, name)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     serving = Serve(tmp_path, "--db", "bus.db", "--port", str(port))
     wanted = dict(goal="backup", payload={"folder": str(photos), "to": str(nas)}, max_attempts=20, backoff_base=1)
     ids = serving.client.publish_many([wanted] * 60).ids
@@ -13677,8 +13603,8 @@ def test_an_assistant_publishes_and_reads_the_result(served):
         assert refused["isError"] and "goal" in refused["content"][0]["text"]
 
 
-def test_an_assistant_publishes_once_though_an_answer_is_lost(served):
-    with Assistant(served, "--url", Proxy(served.port, drop=1).url) as assistant:
+def test_an_assistant_publishes_once_though_an_answer_is_lost(served, weather):
+    with Assistant(served, "--url", weather(lose_answers(1)).url) as assistant:
         lost = assistant.ask("tools/call", name="publish_intent", arguments=dict(goal="g", payload=1))
         key = re.search("cannot be reached.*idempotency_key '([0-9a-f]{32})'", lost["content"][0]["text"])[1]
         assert lost["isError"] and served.payloads() == [1]
@@ -14071,8 +13997,7 @@ def test_the_boot_script_opens_a_killed_tunnel_again(serve, termux):
     script(house.parent / "usr" / "bin", TUNNEL.format(python=sys.executable), "ssh")
     script(house.parent / "usr" / "bin", f'#!/bin/sh\necho $$ >"$HOME/worker"\nexec "{sys.executable}" "$@"\n', "python3")
     key = serve.run("keys", "add", "phone", "--role", "work").stdout.strip()
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     process = start(f"INTENT_API_KEY={key} INTENT_BUS_URL=http://127.0.0.1:{port} INTENTBUS_PORTS={port}:127.0.0.1:{serve.port} "
                     "INTENTBUS_TUNNEL=you@bus INTENTBUS_PAUSE=0 exec sh intentbus/examples/termux_boot.sh")
     tunnels = lambda: [int(line) for line in (house / "tunnels").read_text().splitlines()] if (house / "tunnels").exists() else []
@@ -14393,6 +14318,7 @@ def test_a_bus_recovers_from_the_loss_of_its_database(tmp_path):
     bus = Served(tmp_path, lambda _: examples("postgres_bus").open_store(at_server(way.port, direct)))
     kept = bus.publish()
     claim = bus.hold("POST", "/claim?goal=other&wait=60")
+    way.open = False
     way.cut()
     refused = bus.ask("POST", "/intent", a_publish())
     assert_refusal(refused, 503, "database_busy", "PostgreSQL")
@@ -15165,8 +15091,8 @@ def test_the_client_works_with_an_original_bus(original, tmp_path):
 
 
 def test_a_repeated_publish_is_stored_once_at_an_original_bus(impatient):
-    with Original() as bus:
-        assert IntentClient(Proxy(bus.server_port, drop=1).url, KEY, send_key=True).publish("g", 1).id in bus.intents
+    with Original() as bus, contextlib.closing(Weather(bus.server_port, lose_answers(1))) as proxy:
+        assert IntentClient(proxy.url, KEY, send_key=True).publish("g", 1).id in bus.intents
         assert len(bus.intents) == 1 and len(bus.asked) == 2
 
 
