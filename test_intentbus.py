@@ -728,6 +728,11 @@ class Serve(Reachable):
         return self.process.communicate(timeout=10)[1]
 
 
+def serving(statements):
+    """Return the arguments of a Python that runs statements, and then a bus as a program."""
+    return "-c", f"import sys, intentbus; {statements}; sys.exit(intentbus.main(['serve', *sys.argv[1:]]))"
+
+
 @pytest.fixture(scope="module")
 def serve(tmp_path_factory):
     serve = Serve(tmp_path_factory.mktemp("home"))
@@ -1443,9 +1448,9 @@ def unread(port):
     """Return the number of bytes and connections that the server on a port has not received yet; 0 where this is unknown."""
     if not os.path.exists("/proc/net/tcp"):
         return 0
-    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    return sum(int(row[4].partition(":")[2], 16) for row in rows
-               if row[1].endswith(f":{port:04X}") and row[3] in ("01", "0A"))     # established, listening
+    queues = re.findall(rf": \w+:{port:04X} \w+:\w+ (?:01|0A) \w+:(\w+)",     # established, listening
+                        Path("/proc/net/tcp").read_text())
+    return sum(int(queue, 16) for queue in queues)
 
 
 def memory(process):
@@ -2056,8 +2061,8 @@ def on_a_watched_disk(tmp_path_factory):
     Syncing fails while the file fault exists, and hangs while the file hold exists.
     """
     home = tmp_path_factory.mktemp("disk")
-    serve = Serve(home, "--db", "bus.db", DISK_IMAGES=str(home / "images"), DISK_FAULT=str(home / "fault"),
-                  DISK_HOLD=str(home / "hold"), **preloaded(DISK))
+    serve = Serve(home, "--db", "bus.db", program=serving("intentbus.HEALTH_SECONDS = 0.05"), DISK_IMAGES=str(home / "images"),
+                  DISK_FAULT=str(home / "fault"), DISK_HOLD=str(home / "hold"), **preloaded(DISK))
     serve.images, serve.fault, serve.hold_disk = home / "images", home / "fault", home / "hold"
     yield serve
     serve.kill()
@@ -2483,7 +2488,7 @@ def test_a_killed_migration_leaves_the_file_unchanged(tmp_path):
 @SLOW
 def test_no_shared_memory_works_with_a_warning(tmp_path):
     bus = Serve(tmp_path, **preloaded(NO_SHARED_MEMORY))
-    id = bus.run("publish", "g", "1").stdout.strip()
+    id = bus.publish(goal="g")
     assert bus.run("work", "--goal", "g", "--once").stdout == "1\n"
     assert bus.run("status", id).stdout == "fulfilled\n"
     with contextlib.closing(sqlite3.connect(tmp_path / "intentbus.db")) as db:
@@ -6819,9 +6824,8 @@ def test_a_report_that_waited_for_the_file_finds_its_lease(started, clock, monke
 @SLOW
 @POSIX
 def test_leases_are_spared_after_the_bus_was_stopped_for_a_while(tmp_path):
-    code = ("import intentbus; intentbus.STALL_SECONDS = 0.05; intentbus.LEASE_RANGE_SECONDS = (0.2, 60)\n"
-            "intentbus.CLAIM['lease'] = float; intentbus.main(['serve', '--port', '0', '--db', 'bus.db'])")
-    bus = Serve(tmp_path, program=("-c", code))
+    bus = Serve(tmp_path, program=serving("intentbus.STALL_SECONDS = 0.05; intentbus.LEASE_RANGE_SECONDS = (0.2, 60); "
+                                          "intentbus.CLAIM['lease'] = float"))
     bus.publish()
     claim = bus.ask("POST", "/claim?lease=0.5").json
     os.kill(bus.process.pid, signal.SIGSTOP)
@@ -8746,22 +8750,21 @@ def test_a_stopped_bus_keeps_no_descriptor(started):
 
 
 def with_descriptors(number):
-    """Return the code of a bus that may open this number of files."""
-    return (f"import resource, intentbus; resource.setrlimit(resource.RLIMIT_NOFILE, ({number}, {number}))\n"
-            "raise SystemExit(intentbus.main(['serve', '--port', '0']))")
+    """Return the arguments of a Python that runs a bus which may open this number of files."""
+    return serving(f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({number}, {number}))")
 
 
 @LINUX
 @pytest.mark.parametrize("number", [64, 95])
 def test_a_bus_with_too_few_descriptors_does_not_start(tmp_path, number):
     environment = dict(os.environ, HOME=str(tmp_path), BUS_DB_PATH=str(tmp_path / "bus.db"))
-    done = run_python("-c", with_descriptors(number), env=environment)
+    done = run_python(*with_descriptors(number), "--port", "0", env=environment)
     assert_complaint((done.returncode, done.stdout, done.stderr), 2, "needs 96 open files", f"may have {number}", "ulimit -n")
 
 
 @LINUX
 def test_a_bus_with_just_enough_descriptors_answers(tmp_path):
-    bus = Serve(tmp_path, program=("-c", with_descriptors(96)))
+    bus = Serve(tmp_path, program=with_descriptors(96))
     with contextlib.ExitStack() as stack:
         for _ in range(200):     # silent ones, which make room
             stack.enter_context(bus.connect())
@@ -9243,8 +9246,7 @@ def test_health_is_answered_while_a_commit_hangs(on_a_watched_disk):
 
 @SLOW
 def test_health_says_when_the_disk_hangs(tmp_path):
-    code = "import intentbus; intentbus.STALLED_SECONDS = 0; intentbus.main(['serve', '--port', '0', '--db', 'bus.db'])"
-    bus = Serve(tmp_path, program=("-c", code), DISK_HOLD=str(tmp_path / "hold"), **preloaded(DISK))
+    bus = Serve(tmp_path, program=serving("intentbus.STALLED_SECONDS = 0"), DISK_HOLD=str(tmp_path / "hold"), **preloaded(DISK))
     slow_down(bus, tmp_path / "hold")
     (tmp_path / "hold").touch()
     publish = bus.begin("POST", "/intent", a_publish())
@@ -11016,8 +11018,8 @@ def test_a_relative_program_path_starts_at_the_workers_directory(served, tmp_pat
 def test_a_program_has_no_terminal_to_change(serve):
     import pty
     ours, theirs = pty.openpty()
-    id = serve.run("publish", "tty", "1").stdout.strip()
-    worker = subprocess.run(["setsid", "-c", "-w", sys.executable, PROGRAM, "work", "--goal", "tty", "--once", "--", "sh", "-c",
+    id = serve.publish(goal="tty")
+    worker = subprocess.run(["setsid", "-c", "-w", *COMMAND, "work", "--goal", "tty", "--once", "--", "sh", "-c",
                              "(stty -echo </dev/tty) && echo changed; test -t 0 || test -t 1 || test -t 2 || echo none"], env=serve.env,
                             stdin=theirs, stdout=theirs, stderr=theirs, timeout=20)
     assert worker.returncode == 0 and serve.run("result", id).stdout == "none\n"
@@ -11071,7 +11073,7 @@ def test_a_cut_result_says_so_and_cut_json_is_dead(served, tmp_path, how, limit,
 
 @POSIX
 def test_stderr_of_a_handler_is_passed_on_as_it_comes(serve, tmp_path):
-    fifo, id = tmp_path / "go", serve.run("publish", "loud", "1").stdout.strip()
+    fifo, id = tmp_path / "go", serve.publish(goal="loud")
     os.mkfifo(fifo)
     worker = serve.start("work", "--goal", "loud", "--once", "--", "sh", "-c",
                          f"printf '\\033[1mbegun\n' >&2; cat {fifo}; printf 50%% >&2; exit 1")
@@ -11084,7 +11086,7 @@ def test_stderr_of_a_handler_is_passed_on_as_it_comes(serve, tmp_path):
 
 @POSIX
 def test_stderr_of_several_handlers_comes_in_labelled_lines(serve, tmp_path):
-    ids = [serve.run("publish", "louder", word).stdout.strip() for word in ('"a"', '"b"')]
+    ids = [serve.publish(goal="louder", payload=word) for word in "ab"]
     worker = serve.start("work", "--goal", "louder", "-j", "2", "--max-jobs", "2", "--", "sh", "-c",
                          "printf 'one\n\r%s' {payload} >&2; head -c 200000 /dev/zero | tr '\\0' x >&2")
     lines = [line for line in worker.communicate(timeout=20)[1].splitlines() if not line.startswith("intentbus: ")]
@@ -11295,9 +11297,9 @@ def test_steps_of_a_python_handler_are_json_values(served):
 @SLOW
 @POSIX
 def test_stderr_that_cannot_be_passed_on_delays_no_handler(serve, tmp_path):
-    id = serve.run("publish", "loudest", "1").stdout.strip()
+    id = serve.publish(goal="loudest")
     worker = serve.start("work", "--goal", "loudest", "--once", "--", "sh", "-c", "yes | head -c 20000000 >&2")
-    wait_until(lambda: serve.run("status", id).stdout == "fulfilled\n")     # although its stderr is not read
+    wait_until(lambda: serve.client.get_status(id).status == "fulfilled")     # although its stderr is not read
     said = worker.communicate(timeout=20)[1]
     left_out, = re.findall(r"^intentbus: (\d+) bytes that handlers wrote to stderr were left out$", said, re.M)
     assert said.count("y\n") * 2 + int(left_out) == 20_000_000 and worker.returncode == 0
@@ -11781,7 +11783,7 @@ def test_a_new_database_beside_an_older_one_is_noticed(home, monkeypatch, tmp_pa
 
 def test_a_session_from_publish_to_result(serve):
     id = serve.run("publish", "greet", "name=Ada", "times:=2").stdout.strip()
-    assert serve.run("status", id).stdout == "open\n"
+    assert serve.client.get_status(id).status == "open"
     result = serve.run("result", id)
     assert (result.returncode, result.stdout) == (3, "") and "is still open" in result.stderr
     work = serve.run("work", "--goal", "greet", "--drain", "--", "echo", "hello {name} {times}")
@@ -11949,7 +11951,7 @@ def test_the_commands_tell_who_works_and_who_is_missing(serve, tmp_path):
 
 @SLOW
 def test_cancel_retry_and_list_from_the_command_line(serve):
-    id = serve.run("publish", "c", "1").stdout.strip()
+    id = serve.publish(goal="c")
     assert serve.run("cancel", id).stdout == "dead\n"
     assert serve.run("cancel", id).returncode == 1
     assert "Cancelled" in serve.run("list", "--status", "dead", "--limit", "1").stdout
@@ -12024,7 +12026,7 @@ def test_the_first_signal_finishes_work_the_second_releases_it(serve, tmp_path):
     fifo = tmp_path / "go"
     os.mkfifo(fifo)
     started = tmp_path / "started"
-    id = serve.run("publish", "slow", "1").stdout.strip()
+    id = serve.publish(goal="slow")
     worker = serve.start("work", "--goal", "slow", "--", "sh", "-c", f"touch {started}; cat {fifo}")
     wait_until(started.exists)
     worker.terminate()
@@ -12032,7 +12034,7 @@ def test_the_first_signal_finishes_work_the_second_releases_it(serve, tmp_path):
     fifo.write_text("finished")
     assert worker.wait(10) == 143
     worker.communicate()
-    assert serve.run("result", id).stdout == "finished\n"
+    assert serve.client.get_result(id).result == "finished"
 
     started.unlink()
     id = serve.run("publish", "slow", "2").stdout.strip()
@@ -12043,8 +12045,8 @@ def test_the_first_signal_finishes_work_the_second_releases_it(serve, tmp_path):
     worker.send_signal(signal.SIGINT)
     assert worker.wait(10) == 130
     worker.communicate()
-    status = json.loads(serve.run("status", id, "--json").stdout)
-    assert (status["status"], status["claim_attempts"]) == ("open", 0)
+    found = serve.client.get_status(id)
+    assert (found.status, found.claim_attempts) == ("open", 0)
 
 
 @SLOW
@@ -12053,7 +12055,7 @@ def test_the_first_signal_finishes_work_the_second_releases_it(serve, tmp_path):
 def test_a_terminal_that_closes_lets_a_worker_finish(serve, tmp_path, ignored):
     fifo, started, goal = tmp_path / "go", tmp_path / "started", f"hangup {ignored}"
     os.mkfifo(fifo)
-    ids = [serve.run("publish", goal, "1").stdout.strip() for _ in range(2)]
+    ids = [serve.publish(goal=goal) for _ in range(2)]
     trap = "trap '' HUP; " if ignored else ""
     worker = subprocess.Popen(["sh", "-c", f"{trap}exec {shlex.join(COMMAND)} work --goal '{goal}' --max-jobs 2 -- "
                                f"sh -c 'touch {started}; cat {fifo}'"], env=serve.env, stderr=subprocess.PIPE, text=True)
@@ -12365,12 +12367,11 @@ def test_a_wrong_duration_is_refused_with_examples(words):
         intentbus.duration(words)
 
 
-def test_printed_text_cannot_control_the_terminal(serve):
-    client = serve.client
+def test_printed_text_cannot_control_the_terminal(served, command):
+    client = served.client
     intent = client.publish("escape", 1) and client.claim("escape")
     client.fail(intent.id, intent.claim_token, "\x1b]0;owned\x07\x1b[2J\nsecond line", retry=False)
-    for output in (serve.run("list", "--status", "dead").stdout, serve.run("result", intent.id).stderr,
-                   serve.run("show", intent.id).stdout):
+    for output in (command("list", "--status", "dead")[1], command("result", intent.id)[2], command("show", intent.id)[1]):
         assert "\\x1b]0;owned\\x07" in output and not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", output)
 
 
@@ -12383,7 +12384,7 @@ def test_a_result_is_escaped_on_a_terminal_and_raw_in_a_pipe(serve):
     client.fulfill(id, intent.claim_token, "\x1b[2Jtwo\nlines\t\x9b31mä", "text")
     assert serve.run("result", id).stdout == "\x1b[2Jtwo\nlines\t\x9b31mä\n"
     ours, theirs = pty.openpty()
-    done = subprocess.run([sys.executable, PROGRAM, "result", id], env=dict(serve.env, PYTHONIOENCODING="utf-8"), stdout=theirs,
+    done = subprocess.run([*COMMAND, "result", id], env=dict(serve.env, PYTHONIOENCODING="utf-8"), stdout=theirs,
                           stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=20)
     os.close(theirs)
     assert done.returncode == 0 and os.read(ours, 1000).decode() == "\\x1b[2Jtwo\r\nlines\t\\x9b31mä\r\n"
@@ -12559,10 +12560,10 @@ def test_the_text_of_a_hostile_bus_cannot_control_the_terminal(monkeypatch, impa
 
 @SLOW
 def test_text_that_stdout_cannot_encode_is_printed_escaped(serve):
-    id = serve.run("publish", "tick", '"✓"').stdout.strip()
+    id = serve.publish(goal="tick", payload="✓")
     assert serve.run("work", "--goal", "tick", "--once", "--", "cat").returncode == 0
     for encoding, printed in (("ascii", b'"\\u2713"\n'), ("utf-8", '"✓"\n'.encode())):
-        done = subprocess.run([sys.executable, PROGRAM, "result", id, "--json"], env=dict(serve.env, PYTHONIOENCODING=encoding),
+        done = subprocess.run([*COMMAND, "result", id, "--json"], env=dict(serve.env, PYTHONIOENCODING=encoding),
                               capture_output=True, timeout=20)
         assert (done.returncode, printed[1:-2] in done.stdout) == (0, True)
 
@@ -12765,7 +12766,7 @@ def test_commands_work_on_a_machine_with_a_wrong_clock(started, tmp_path, capsys
     bus = started(keys=dict(require_signatures=True), server=dict(access_log=True))
     (tmp_path / "sitecustomize.py").write_text(f"import time\nright = time.time\ntime.time = lambda: right() + {skew}\n")
     wrong = dict(PYTHONPATH=str(tmp_path), HOME=str(tmp_path))
-    worker = subprocess.Popen([sys.executable, PROGRAM, "work", "--goal", "g", "--once", "--", "cat"], stderr=subprocess.PIPE,
+    worker = subprocess.Popen([*COMMAND, "work", "--goal", "g", "--once", "--", "cat"], stderr=subprocess.PIPE,
                               env=dict(os.environ, INTENT_API_KEY=KEY, INTENT_BUS_URL=bus.url, **wrong))
     wait_until(lambda: bus.client.workers().workers)
     code, output, errors = at(bus, "publish", "g", "5", "--wait", **wrong)
@@ -13718,7 +13719,7 @@ def test_a_worker_of_curl_and_a_shell(serve):
     done = shell(serve, "examples/curl_worker.sh curl cat", ONCE="1", **of_windows)
     assert done.returncode == 0, done.stderr
     assert json.loads(serve.run("result", id).stdout)["payload"] == {"claim_token": "00", "text": 'a"b\\n'}
-    id = serve.run("publish", "curl", "1").stdout.strip()
+    id = serve.publish(goal="curl")
     shell(serve, "examples/curl_worker.sh curl sh -c 'echo no >&2; exit 100'", ONCE="1")
     assert "exit code 100\nno" in json.loads(serve.run("status", id, "--json").stdout)["last_error"]
 
@@ -13745,7 +13746,7 @@ def test_a_request_signed_by_a_shell_carries_no_key(tmp_path, kind):
         found = shell(serve, f"examples/signed_request.sh GET /status/{id}", **environment)
         assert json.loads(found.stdout)["goal"] == "é"
         assert shell(serve, f"printf '{{}}' | examples/signed_request.sh POST /cancel/{id} -", **environment).returncode == 0
-        assert serve.run("status", id).stdout == "dead\n"
+        assert serve.client.get_status(id).status == "dead"
         seen = (tmp_path / "seen").read_text()
         assert key not in seen and f"X-Key-ID: {key[3:19] if kind == 'issued' else 'owner'}\n" in seen
         of_windows = dict(environment, INTENT_API_KEY=key + "\r", INTENT_BUS_URL=serve.url + "\r")
@@ -13937,7 +13938,7 @@ def test_the_walk_through_on_a_phone_matches_the_readme(serve, termux):
     published = re.search(r"publish (.*) --spool", publish)[1]
     id = serve.run("publish", *shlex.split(published)).stdout.strip()
     try:
-        wait_until(lambda: serve.run("status", id).stdout == "fulfilled\n")
+        wait_until(lambda: serve.client.get_status(id).status == "fulfilled")
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         said = process.communicate(timeout=30)[0]
@@ -13964,7 +13965,7 @@ def test_the_boot_script_starts_and_restarts_the_worker(serve, termux):
     """)
     id = serve.run("publish", "send_notification", "message=booted").stdout.strip()
     process = start("INTENTBUS_PAUSE=0 sh intentbus/examples/termux_boot.sh")
-    assert process.wait(60) == 0 and serve.run("status", id).stdout == "fulfilled\n"
+    assert process.wait(60) == 0 and serve.client.get_status(id).status == "fulfilled"
     process.communicate()
     assert (house / "starts").read_text() == "start\nstart\n" and f"{id} fulfilled" in (house / "intentbus.log").read_text()
     assert "termux-wake-lock " in (house / "recorded").read_text().splitlines()
@@ -14004,7 +14005,7 @@ def test_the_boot_script_opens_a_killed_tunnel_again(serve, termux):
     for killed in range(3):
         wait_until(lambda: len(tunnels()) > killed)
         id = serve.run("publish", "send_notification", f"message={killed}").stdout.strip()
-        wait_until(lambda: serve.run("status", id).stdout == "fulfilled\n")
+        wait_until(lambda: serve.client.get_status(id).status == "fulfilled")
         if killed < 2:
             os.kill(tunnels()[-1], signal.SIGKILL)
     os.kill(int((house / "worker").read_text()), signal.SIGTERM)
@@ -15491,9 +15492,9 @@ def test_a_published_command_line_works(old_bus, version):
 def test_a_published_worker_runs_until_ctrl_c(old_bus, version):
     worker = subprocess.Popen(published_tool(version, TOOL, "listen", f"loop {version}", "--interval", "0.2"), env=old_bus.env,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    ids = [old_bus.run("publish", f"loop {version}", "1").stdout.strip() for _ in range(2)]
+    ids = [old_bus.publish(goal=f"loop {version}") for _ in range(2)]
     for id in ids:
-        wait_until(lambda: old_bus.run("status", id).stdout == "fulfilled\n")
+        wait_until(lambda: old_bus.client.get_status(id).status == "fulfilled")
     worker.send_signal(signal.SIGINT)
     output, _ = worker.communicate(timeout=10)
     assert worker.returncode == 0, output
@@ -15561,7 +15562,7 @@ def test_a_worker_of_the_1_x_protocol_sends_no_token(serve):
     done = shell(serve, OLD_WORKER)
     assert done.returncode == 0, done.stdout + done.stderr
     fulfilled, failed = done.stdout.split()[-2:]
-    assert serve.run("status", fulfilled).stdout == "fulfilled\n"
+    assert serve.client.get_status(fulfilled).status == "fulfilled"
     found = json.loads(serve.run("status", failed, "--json").stdout)
     assert (found["status"], found["last_error"], found["claim_attempts"]) == ("open", "no paper", 1)
 
@@ -15902,7 +15903,7 @@ def test_eight_workers_do_ten_thousand_intents_once_each(serve, tmp_path):
 @POSIX
 def test_the_intent_of_a_killed_worker_is_done_within_a_lease(serve, tmp_path):
     started = tmp_path / "started"
-    id = serve.run("publish", "kill", "1").stdout.strip()
+    id = serve.publish(goal="kill")
     first = serve.start("work", "--goal", "kill", "--lease", "10s", "--", "sh", "-c", f"echo $$ > {started}; exec sleep 60")
     wait_until(lambda: started.exists() and started.read_text())
     first.kill()
@@ -15947,7 +15948,7 @@ def test_lost_answers_cost_no_intent_and_no_second_run(served, weather, impatien
     program = script(tmp_path, f'#!/bin/sh\necho "$INTENT_ID $INTENT_ATTEMPT" >> {log}\n'
                                '[ $(($1 % 5)) != 0 ] || [ "$INTENT_ATTEMPT" -gt 1 ]\n')
     jobs = [sum(1 + (n % 5 == 0) for n in range(odd, number, 2)) for odd in (0, 1)]
-    worker = subprocess.Popen([sys.executable, PROGRAM, "work", "--goal", "work", "-j", "16", "--poll", "0.1", "--max-jobs",
+    worker = subprocess.Popen([*COMMAND, "work", "--goal", "work", "-j", "16", "--poll", "0.1", "--max-jobs",
                                str(jobs[0]), "--", program, "{payload}"], stderr=subprocess.DEVNULL,
                               env=dict(os.environ, INTENT_API_KEY=KEY, INTENT_BUS_URL=proxy.url, HOME=str(tmp_path)))
     try:
