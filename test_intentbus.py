@@ -719,13 +719,13 @@ class Serve(Reachable):
         """Terminate it; return its exit code, stdout and stderr."""
         if self.process.poll() is None:
             self.process.terminate()
-        output, errors = self.process.communicate(timeout=10)
+        output, errors = self.process.communicate(timeout=PATIENCE_SECONDS)
         return self.process.returncode, output, errors
 
     def kill(self):
         """Kill it; return its stderr."""
         self.process.kill()
-        return self.process.communicate(timeout=10)[1]
+        return self.process.communicate(timeout=PATIENCE_SECONDS)[1]
 
 
 def serving(statements):
@@ -748,7 +748,7 @@ def run(*arguments, stdin=b"", **environment):
     """Run a command as a process; return its exit code, stdout and stderr."""
     env = dict({name: value for name, value in os.environ.items() if not name.startswith(("INTENT_", "BUS_"))}, **environment)
     try:
-        done = subprocess.run([*COMMAND, *arguments], input=stdin, env=env, capture_output=True, timeout=10)
+        done = subprocess.run([*COMMAND, *arguments], input=stdin, env=env, capture_output=True, timeout=PATIENCE_SECONDS)
     except subprocess.TimeoutExpired:
         return None, "", "It did not end."
     return done.returncode, done.stdout.decode(), done.stderr.decode(errors="replace")
@@ -1215,7 +1215,7 @@ class Browser:
     def close(self):
         self.ask("DELETE", "")
         self.process.terminate()
-        self.process.wait(10)
+        self.process.wait(PATIENCE_SECONDS)
 
     def ask(self, method, path, body=None):
         data = json.dumps(body if body is not None else {}).encode() if method == "POST" else None
@@ -3422,7 +3422,7 @@ def test_a_held_claim_is_answered_when_a_delay_ends(no_rechecks, served):
 
 def test_several_delays_end_on_time(no_rechecks, served):
     claims = [served.hold("POST", "/claim?goal=g&wait=60") for _ in range(4)]
-    delays = [0.2, 0.05, 0.1, 0.15]
+    delays = [0.12, 0.03, 0.06, 0.09]
     for delay in delays:
         served.publish(payload=delay, delay=delay)
     intents = [claimed_by(claim) for claim in claims]
@@ -3430,7 +3430,7 @@ def test_several_delays_end_on_time(no_rechecks, served):
 
 
 def test_a_delay_ends_on_time_across_a_restart(no_rechecks, served):
-    intent_id = served.publish(delay=0.3)
+    intent_id = served.publish(delay=0.15)
     served.restart()
     assert claimed_by(served.begin("POST", "/claim?goal=g&wait=60")).id == intent_id
 
@@ -10850,11 +10850,9 @@ def test_each_end_of_a_program_has_its_outcome(served, tmp_path, monkeypatch, te
     ({"to": "-rf\nnewline"}, "x{to}y", "x-rf\nnewliney"),
     ({"n": 1.5, "b": True, "z": None}, "{n},{b},{z}", "1.5,true,"),
     ({"list": [1, {"a": 2}]}, "{list}", '[1,{"a":2}]'),
-    ({"id": "x"}, "{goal} {payload} {{payload}} {} {a-b} ${HOME}", 'g {"id":"x"} {payload} {} {a-b} $HOME-is-missing'),
+    ({"id": "x"}, "{goal} {payload} {{payload}} {} {a-b}", 'g {"id":"x"} {payload} {} {a-b}'),
 ], ids=range(5))
 def test_fields_of_the_payload_become_one_argument_each(served, tmp_path, payload, argument, expected):
-    if "missing" in expected:
-        argument, expected = argument.replace(" ${HOME}", ""), expected.replace(" $HOME-is-missing", "")
     found = run_handler(served, tmp_path, "printf '%s|' \"$@\"", payload, [argument, "end"], result="text")
     assert found.result == f"{expected}|end|"
 
@@ -10918,16 +10916,6 @@ def test_a_wild_program_gets_its_outcome_and_leaves_nothing(serve, tmp_path, mon
     assert (found.status, found.result if status == "fulfilled" else found.last_error) == (status, outcome)
     wait_until(lambda: not left_behind(found.id))
     wait_until(lambda: open_files() <= files)
-
-
-@SLOW
-@POSIX
-def test_a_program_outside_its_session_blocks_no_worker(served, tmp_path):
-    if not shutil.which("setsid"):
-        pytest.skip("setsid is not on this machine")
-    found = run_handler(served, tmp_path, f"setsid sleep 60 & echo $! > {tmp_path}/pid; sleep 0.1; echo done", 1)
-    assert (found.status, found.result) == ("fulfilled", "done")
-    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
 
 
 @POSIX
@@ -11052,10 +11040,10 @@ def test_stderr_of_several_handlers_comes_in_labelled_lines(serve, tmp_path):
 @pytest.mark.parametrize("text, shown, percent, message", [
     ("printf 'a\\n::progress 40 copying it\\nb' >&2", "a\nb", 40, "copying it"),
     ("printf '::progress 1 x\\r\\n::progress 99.5%%' >&2", "", 99.5, ""),
-    ("printf '::pro' >&2; sleep 0.2; printf 'gress 7 y' >&2", "", 7, "y"),
-    ("printf '::prose' >&2; sleep 0.2; printf '\\n::progress 101\\n::progress x\\n ::progress 5' >&2",
+    ("printf '::pro' >&2; sleep 0.05; printf 'gress 7 y' >&2", "", 7, "y"),
+    ("printf '::prose' >&2; sleep 0.05; printf '\\n::progress 101\\n::progress x\\n ::progress 5' >&2",
      "::prose\n::progress 101\n::progress x\n ::progress 5", None, None),
-    (f"{' '.join(COMMAND)} progress 12.5 'a  b' '\n'c; printf 'z\\344\\303' >&2; sleep 0.2; printf '\\244' >&2", "z\ufffd\u00e4", 12.5, "a b c"),
+    (f"{' '.join(COMMAND)} progress 12.5 'a  b' '\n'c; printf 'z\\344\\303' >&2; sleep 0.05; printf '\\244' >&2", "z\ufffd\u00e4", 12.5, "a b c"),
 ], ids=range(5))
 def test_progress_lines_are_told_and_the_rest_is_output(served, tmp_path, text, shown, percent, message):
     intent_id, passed_on = served.client.publish("g", 1, stream=True).id, []
@@ -11386,7 +11374,8 @@ def test_a_daemon_that_holds_its_output_costs_a_worker_nothing(served, tmp_path)
     for pid in daemons:
         os.kill(pid, 0)     # it still runs
     try:
-        assert {intent.status for intent in served.client.list().intents} == {"fulfilled"} and len(daemons) == 8
+        found = [served.client.get_result(intent.id) for intent in served.client.list().intents]
+        assert {(intent.status, intent.result) for intent in found} == {("fulfilled", "done")} and len(daemons) == 8
         wait_until(lambda: all(now <= then for now, then in zip(costs(), before)), seconds=20)
     finally:
         for pid in daemons:
@@ -11684,7 +11673,7 @@ def test_serve_makes_a_key_prints_its_url_and_exits_0(tmp_path):
     with contextlib.closing(sqlite3.connect(tmp_path / "intentbus.db")) as db:
         assert db.execute("SELECT id FROM intents").fetchall() == [(published.stdout.strip(),)]
     claim.terminate()
-    assert claim.wait(10) == 143
+    assert claim.wait(PATIENCE_SECONDS) == 143
     claim.communicate()
 
 
@@ -11757,7 +11746,7 @@ def test_publish_wait_is_a_remote_command(serve):
     late = serve.run("publish", "nobody", "1", "--wait=0.1s")
     assert late.returncode == 124 and "is still open; ask again with: result " in late.stderr
     worker.terminate()
-    assert worker.wait(10) == 143
+    assert worker.wait(PATIENCE_SECONDS) == 143
     worker.communicate()
 
 
@@ -11898,7 +11887,7 @@ def test_the_commands_tell_who_works_and_who_is_missing(serve, tmp_path):
     assert running in serve.run("list", "--goal", "who").stdout and id not in str(serve.client.workers())
     for worker in workers:
         worker.terminate()
-        worker.communicate(timeout=10)
+        worker.communicate(timeout=PATIENCE_SECONDS)
 
 
 @SLOW
@@ -11984,7 +11973,7 @@ def test_the_first_signal_finishes_work_the_second_releases_it(serve, tmp_path):
     worker.terminate()
     assert "finishing 1 more" in worker.stderr.readline()
     fifo.write_text("finished")
-    assert worker.wait(10) == 143
+    assert worker.wait(PATIENCE_SECONDS) == 143
     worker.communicate()
     assert serve.client.get_result(id).result == "finished"
 
@@ -11995,7 +11984,7 @@ def test_the_first_signal_finishes_work_the_second_releases_it(serve, tmp_path):
     worker.send_signal(signal.SIGINT)
     assert "finishing 1 more" in worker.stderr.readline()
     worker.send_signal(signal.SIGINT)
-    assert worker.wait(10) == 130
+    assert worker.wait(PATIENCE_SECONDS) == 130
     worker.communicate()
     found = serve.client.get_status(id)
     assert (found.status, found.claim_attempts) == ("open", 0)
@@ -13409,7 +13398,7 @@ def test_the_python_examples_work_together(serve):
     found = subprocess.run([sys.executable, HERE / "examples" / "publisher.py", "to", "be", "or", "notwithstanding"],
                            env=serve.env, capture_output=True, text=True, timeout=60)
     assert (found.returncode, found.stdout) == (0, "4 words, the longest is 'notwithstanding'\n")
-    assert b"fulfilled" in worker.communicate(timeout=10)[1] and worker.returncode == 0
+    assert b"fulfilled" in worker.communicate(timeout=PATIENCE_SECONDS)[1] and worker.returncode == 0
 
 
 class Assistant:
@@ -13727,7 +13716,7 @@ def test_a_remote_shell_runs_the_commands_on_its_list_only(serve):
         assert there.poll() is None
     finally:
         there.terminate()
-        assert there.wait(10) == 143
+        assert there.wait(PATIENCE_SECONDS) == 143
     assert shell(serve, "examples/remote_shell.sh run").returncode == 2
 
 
@@ -15430,7 +15419,7 @@ def test_a_published_worker_runs_until_ctrl_c(old_bus, version):
     for id in ids:
         wait_until(lambda: old_bus.client.get_status(id).status == "fulfilled")
     worker.send_signal(signal.SIGINT)
-    output, _ = worker.communicate(timeout=10)
+    output, _ = worker.communicate(timeout=PATIENCE_SECONDS)
     assert worker.returncode == 0, output
     assert "Protocol Mismatch" not in output and "Traceback" not in output
 
@@ -15829,7 +15818,7 @@ def test_eight_workers_do_ten_thousand_intents_once_each(serve, tmp_path):
     for thread in publishers:
         wait_until(lambda: sum(done.values()) == 10_000, 300)
         thread()
-    assert worker.wait(10) == 0 and listener() and output() is not None and errors() is not None
+    assert worker.wait(PATIENCE_SECONDS) == 0 and listener() and output() is not None and errors() is not None
     assert len(done) == 10_000 and set(done.values()) == {1}
 
 
