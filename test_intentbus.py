@@ -68,9 +68,10 @@ from intentbus import API, Bus, Caller, Database, Intent, IntentClient, Keys, Le
 HERE = Path(__file__).parent
 PROGRAM = str(HERE / "intentbus.py")
 COMMAND = (sys.executable, "-m", "intentbus")     # a module is compiled once, a program each time
-COMPILED = tempfile.TemporaryDirectory()
-os.environ.update(PYTHONPATH=str(HERE), PYTHONPYCACHEPREFIX=COMPILED.name)
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+COMPILED, EMPTY_HOME = tempfile.TemporaryDirectory(), tempfile.TemporaryDirectory()
+os.environ.update(PYTHONPATH=str(HERE), PYTHONPYCACHEPREFIX=COMPILED.name, HOME=EMPTY_HOME.name)
+for variable in [name for name in os.environ if name.startswith(("INTENT_", "BUS_", "DASHBOARD_")) or name == "PYTHONDONTWRITEBYTECODE"]:
+    del os.environ[variable]     # of whoever runs the tests, as is the home
 signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell has a program in the background ignore it
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)     # nohup has it ignored
@@ -692,8 +693,6 @@ class Serve(Reachable):
 
     def __init__(self, home, *arguments, key=KEY, program=(*COMMAND[1:], "serve"), **environment):
         self.env = dict(os.environ, HOME=str(home), PYTHONUNBUFFERED="1")
-        for name in ("INTENT_API_KEY", "INTENT_BUS_URL", "INTENT_BUS_NAMESPACE", "BUS_SECRET", "BUS_DB_PATH"):
-            self.env.pop(name, None)
         self.home = home
         if key and not (home / ".apikey").exists():
             (home / ".apikey").write_text(key)
@@ -757,6 +756,22 @@ def run(*arguments, stdin=b"", **environment):
 def at(bus, *arguments, stdin=b"", **environment):
     """Run a command against a bus; return its exit code, stdout and stderr."""
     return run(*arguments, stdin=stdin, INTENT_BUS_URL=bus.url, **dict(dict(INTENT_API_KEY=KEY), **environment))
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A HOME of the test's own."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def command(served, home, monkeypatch, capsys):
+    """Run commands in this process against a bus; return the exit code, stdout and stderr."""
+    monkeypatch.setenv("INTENT_BUS_URL", served.url)
+    monkeypatch.setenv("INTENT_API_KEY", KEY)
+    return lambda *words: (intentbus.main(list(words)), *capsys.readouterr())
 
 
 @contextlib.contextmanager
@@ -1002,16 +1017,6 @@ class Forwarder:
 def impatient(monkeypatch):
     monkeypatch.setattr(intentbus, "RETRY_SECONDS", 0.01)
     monkeypatch.setattr(intentbus, "RETRY_MAX_SECONDS", 0.01)
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    """An empty HOME, and no settings in the environment."""
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    (tmp_path / "home").mkdir()
-    for name in ("INTENT_BUS_URL", "INTENT_API_KEY", "INTENT_BUS_NAMESPACE"):
-        monkeypatch.delenv(name, raising=False)
-    return tmp_path / "home"
 
 
 @pytest.fixture
@@ -1301,8 +1306,6 @@ class QuietHandler(wsgiref.simple_server.WSGIRequestHandler):
 @pytest.fixture
 def wsgi(tmp_path, monkeypatch):
     """A function that calls intentbus.application, which has a file of its own."""
-    for name in [name for name in os.environ if name.startswith(("BUS_", "DASHBOARD_"))]:
-        monkeypatch.delenv(name)
     monkeypatch.setenv("BUS_DB_PATH", str(tmp_path / "wsgi.db"))
     monkeypatch.setenv("BUS_SECRET", KEY)
     application = intentbus.application
@@ -11789,9 +11792,7 @@ WAYS_TO_SAY = (     # words, stdin or None, payload
 )
 
 
-def test_the_ways_to_say_a_payload(served, home, monkeypatch, capsys):
-    monkeypatch.setenv("INTENT_BUS_URL", served.url)
-    monkeypatch.setenv("INTENT_API_KEY", KEY)
+def test_the_ways_to_say_a_payload(served, command, home, monkeypatch):
     monkeypatch.chdir(home)
     Path("file.json").write_text('{"from": "file"}')
     Path("text.txt").write_text("\ufeffcaf\xe9\n", encoding="utf-8")
@@ -11799,10 +11800,10 @@ def test_the_ways_to_say_a_payload(served, home, monkeypatch, capsys):
         Path("stdin").write_bytes((stdin or "").encode())
         with open("stdin") as file:
             monkeypatch.setattr(sys, "stdin", file if stdin is not None else None)
-            assert intentbus.main(["publish", "ways", *words, "--priority", "9", "--delay", "2h", "--capability", "x"]) == 0
-        said, intent = capsys.readouterr(), served.client.list(goal="ways", payload=True, limit=1).intents[0]
-        assert (intent.id + "\n", intent.payload, intent.priority, intent.required_capability) == (said.out, payload, 9, "x"), words
-        assert ("published as text" in said.err) == (str(payload)[:1] in ("{", "[") and isinstance(payload, str) and "--text" not in words)
+            code, out, err = command("publish", "ways", *words, "--priority", "9", "--delay", "2h", "--capability", "x")
+        intent = served.client.list(goal="ways", payload=True, limit=1).intents[0]
+        assert (code, out) == (0, intent.id + "\n") and (intent.payload, intent.priority, intent.required_capability) == (payload, 9, "x"), words
+        assert ("published as text" in err) == (str(payload)[:1] in ("{", "[") and isinstance(payload, str) and "--text" not in words)
         assert round(intent.run_at - intent.created_at) == 7200
 
 
@@ -11814,7 +11815,6 @@ def test_the_ways_to_say_a_payload(served, home, monkeypatch, capsys):
     ("2026-10-31 12:00:00", "07:00", "2026-11-01 07:00"), ("2026-03-08 00:00:00", "02:30", "2026-03-08 03:30"),
 ])
 def test_a_time_of_day_is_the_next_one_of_this_machine(monkeypatch, now, text, expected):
-    import datetime
     def unix(moment):
         return time.mktime(time.strptime(f"{moment}:00"[:19], "%Y-%m-%d %H:%M:%S"))
     monkeypatch.setenv("TZ", "EST5EDT,M3.2.0,M11.1.0")
@@ -11901,14 +11901,13 @@ def test_cancel_retry_and_list_from_the_command_line(serve):
     assert serve.run("cancel", "0" * 32).returncode == 3
 
 
-def test_show_tells_all_about_an_intent(served, home, monkeypatch, capsys):
+def test_show_tells_all_about_an_intent(served, command):
     def shown():
         """Return what show prints for people, by its labels, with N s for each time."""
-        assert intentbus.main(["show", id]) == 0
-        lines = capsys.readouterr().out.replace("\n" + " " * 20, " | ").splitlines()
+        code, out, _ = command("show", id)
+        assert code == 0
+        lines = out.replace("\n" + " " * 20, " | ").splitlines()
         return {line[:20].strip(): re.sub(r"\d+\.\d s", "N s", line[20:]) for line in lines}
-    monkeypatch.setenv("INTENT_BUS_URL", served.url)
-    monkeypatch.setenv("INTENT_API_KEY", KEY)
     id, client = served.publish(goal="told", payload={"n": [1]}, namespace="n1", max_attempts=4), served.client
     found = shown()
     assert (found["id"], found["status"], found["payload"], found["publisher"]) == (id, "open", '{"n":[1]}', "owner")
@@ -11926,8 +11925,7 @@ def test_show_tells_all_about_an_intent(served, home, monkeypatch, capsys):
         ["dead", "failed, N s, by w0: no | luck", "no | luck", None], ["dead", "lost, N s, by w1: Cancelled", "Cancelled", None],
         ["fulfilled", "fulfilled, N s, by w2", None, '{"done":1}']]
     assert ended[2]["waited"] == ended[2]["ran"] == "N s" and "due" not in ended[2]
-    assert intentbus.main(["show", id, "--json"]) == 0
-    assert [entry["error"] for entry in json.loads(capsys.readouterr().out)["history"]] == ["no\nluck", "Cancelled"]
+    assert [entry["error"] for entry in json.loads(command("show", id, "--json")[1])["history"]] == ["no\nluck", "Cancelled"]
 
 
 def test_show_tells_a_key_what_it_may_see(started, home, monkeypatch, capsys):
@@ -11944,14 +11942,9 @@ def test_show_tells_a_key_what_it_may_see(started, home, monkeypatch, capsys):
 @SLOW
 @pytest.mark.parametrize("words, code, output", [
     ("status", 0, "open"), ("show", 0, "id  "), ("result", 3, ""), ("result --wait=0.1s", 124, ""), ("cancel", 0, "dead"), ("retry", 1, "")])
-def test_commands_tell_which_intent_the_first_digits_mean(served, home, monkeypatch, capsys, words, code, output):
+def test_commands_tell_which_intent_the_first_digits_mean(served, command, words, code, output):
     id, other = served.ask("POST", "/intents", [a_publish(goal=goal) for goal in ("meant", "other")]).json["ids"]
-    monkeypatch.setenv("INTENT_BUS_URL", served.url)
-    monkeypatch.setenv("INTENT_API_KEY", KEY)
-
-    def do(digits):
-        done = intentbus.main([*words.split(), digits])
-        return (done, *capsys.readouterr())
+    do = functools.partial(command, *words.split())
     found, out, said = do(id[:16])
     assert (found, out.startswith(output), bool(out)) == (code, True, bool(output)), said
     assert said.startswith(f"intentbus: {id[:16]} is {id}, meant\n") and id[:16] not in said.replace(id, "")[len("intentbus: " + id[:16]):]
@@ -12853,30 +12846,24 @@ def test_values_and_locks_from_the_command_line(served):
     assert_complaint(at(served, "get", "lock"), 3, "lock")
 
 
-def test_callbacks_of_a_publish_are_flags(served, home, monkeypatch):
-    monkeypatch.setenv("INTENT_BUS_URL", served.url)
-    monkeypatch.setenv("INTENT_API_KEY", KEY)
-    assert intentbus.main(["publish", "g", "new", "--on-success", "good", "--on-failure", "bad"]) == 0
+def test_callbacks_of_a_publish_are_flags(served, command):
+    assert command("publish", "g", "new", "--on-success", "good", "--on-failure", "bad")[0] == 0
     found = served.ask("GET", f"/admin/intents/{served.client.list().intents[0].id}").json
     assert (found["on_success"], found["on_failure"]) == ("good", "bad")
 
 
-def test_a_kept_and_a_replaced_intent_are_reported(served, home, monkeypatch, capsys):
-    monkeypatch.setenv("INTENT_BUS_URL", served.url)
-    monkeypatch.setenv("INTENT_API_KEY", KEY)
+def test_a_kept_and_a_replaced_intent_are_reported(served, command, monkeypatch):
     first = served.publish(unique="nas", priority=1)
     for words, payload, said in ((["--unique", "nas"], 1, "was kept; nothing new is stored: " + first),
                                  (["--unique", "nas", "--replace"], "new", "was waiting, and was replaced: " + first)):
-        assert intentbus.main(["publish", "g", "new", *words]) == 0
-        out, err = capsys.readouterr()
-        assert out == first + "\n" and said in err and served.payloads() == [payload]
-    assert intentbus.main(["publish", "g", "new", "--replace"]) == 2
+        code, out, err = command("publish", "g", "new", *words)
+        assert (code, out) == (0, first + "\n") and said in err and served.payloads() == [payload]
+    assert command("publish", "g", "new", "--replace")[0] == 2
     with open(os.devnull) as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
         monkeypatch.setattr(intentbus, "binary_stdin", lambda: io.BytesIO(b"a\nb\n"))
-        assert intentbus.main(["publish", "g", "--lines", "--unique", "nas", "--json"]) == 0
-    out, err = capsys.readouterr()
-    assert out == f'{{"id":"{first}"}}\n' * 2 and "2 times, an unfinished intent has this unique value" in err
+        code, out, err = command("publish", "g", "--lines", "--unique", "nas", "--json")
+    assert (code, out) == (0, f'{{"id":"{first}"}}\n' * 2) and "2 times, an unfinished intent has this unique value" in err
 
 
 @SLOW
@@ -13016,14 +13003,6 @@ def test_a_worker_of_two_goals_does_both_and_no_other(served):
     code, out, _ = at(served, "work", "--goal", "a", "--goal", "b", "--drain")
     assert (code, sorted(out.split())) == (0, ['"a"', '"b"'])
     assert sorted(served.statuses()) == ["fulfilled", "fulfilled", "open"]
-
-
-@pytest.fixture
-def command(served, monkeypatch, capsys):
-    """Run commands in this process against a bus; return the exit code, stdout and stderr."""
-    monkeypatch.setenv("INTENT_BUS_URL", served.url)
-    monkeypatch.setenv("INTENT_API_KEY", KEY)
-    return lambda *words: (intentbus.main(list(words)), *capsys.readouterr())
 
 
 def test_goals_are_limited_paused_and_resumed(served, command):
