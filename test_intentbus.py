@@ -6854,14 +6854,11 @@ BAD_REQUESTS = (
     case("a schedule, a bad intent", ("POST /schedule/s", a_publish(every=60, ttl=0)), "invalid_ttl"),
     case("a schedule of a long name", ("POST /schedule/" + "s" * 129, a_publish(every=60)), "invalid_name", "128"),
     case("a schedule of no name for people", ("POST /schedule/%0a", a_publish(every=60)), "invalid_name", "control"),
-    case("schedules of a mistyped owner", ("GET /schedules?ower=x", b""), "invalid_request", "'ower'"),
-    case("publish, a mistyped field", ("POST /intent", a_publish(priorty=5)), "invalid_request", "'priorty'", "priority"),
     case("publish, too late", ("POST /intent", a_publish(run_at=2 ** 40)), "invalid_run_at", "366 days"),
     case("publish, a year and two days on", ("POST /intent", a_publish(run_at=time.time() + 368 * 86400)), "invalid_run_at"),
     case("publish, replace of nothing", ("POST /intent", a_publish(replace=True)), "invalid_replace", "unique"),
     case("publish, replace of nothing in a query", ("POST /publish/g?replace=1", b"x"), "invalid_replace", "unique"),
     case("publish, run_at and a delay", ("POST /intent", a_publish(run_at=1, delay=1)), "invalid_run_at", "delay"),
-    case("publish, NaN", ("POST /intent", raw(b"NaN")), "invalid_json", "NaN"),
     case("admin's publish", ("POST /admin/intents", a_publish(goal="")), "invalid_goal", "1", "256"),
     case("extend_claim", (f"POST /extend_claim/{NOBODY}", {"seconds": -1}), "invalid_seconds", "seconds", "number"),
     case("fulfill", (f"POST /fulfill/{NOBODY}", {"result_type": "xml"}), "invalid_result_type", '"json"', '"text"'),
@@ -6876,13 +6873,13 @@ BAD_REQUESTS = (
     *(case(f"limit: {fields}", ("POST /limit/g", fields), *expected) for fields, *expected in (
         ({"running": 0}, "invalid_running", "1", "1000"), ({"running": 1001}, "invalid_running", "1000"),
         ({"running": "none"}, "invalid_running", "whole number"), ({"paused": 1}, "invalid_paused", "true or false"),
-        ({"namespace": "a b"}, "invalid_namespace"), ({"limit": 1}, "invalid_request", "'limit'", "running"))),
+        ({"namespace": "a b"}, "invalid_namespace"))),
     case("limit of a bad goal", (f"POST /limit/{'g' * 257}", {}), "invalid_goal", "256"),
     case("purge", ("POST /admin/purge", {"confirm": 1}), "invalid_confirm", "true or false"),
     case("purge of a status", ("POST /admin/purge", {"confirm": True, "status": "delayed"}), "invalid_status", "open", "dead"),
-    case("cancel of no goal", ("POST /admin/cancel", {"confirm": True}), "invalid_goal", "required"),
+    case("cancel of no goal", ("POST /admin/cancel", {"confirm": True}), "invalid_goal", "required", "status", "ids"),
     case("cancel unconfirmed", ("POST /admin/cancel", {"goal": "g"}), "confirmation_required", "confirm"),
-    case("the dead", ("POST /admin/dead", {"action": "burn"}), "invalid_action", '"count"'),
+    case("the dead", ("POST /admin/dead", {"action": "burn"}), "invalid_action", '"count" or "retry" or "delete"'),
     case("join", ("POST /join", {"code": 7}), "invalid_code", "string"),
     case("claim", ("POST /claim?wait=61", b""), "invalid_wait", "60"),
     case("claim, a parameter twice", ("POST /claim?wait=0&wait=1", b""), "invalid_wait", "twice"),
@@ -7055,7 +7052,6 @@ def test_the_dead_that_were_counted_are_retried_or_deleted(served):
     statuses = {id: served.ask("GET", f"/status/{id}").json.get("status") for id in [*old, late]}
     assert list(statuses.values()) == ["open", "open", None, "dead", None]
     assert served.ask("GET", "/admin/summary").json["intents"]["default"] == {"dead": 1, "open": 2}
-    assert_refusal(served.ask("POST", "/admin/dead", {"action": "burn"}), 400, "invalid_action", '"count" or "retry" or "delete"')
 
 
 def test_ticked_intents_are_counted_then_cancelled_or_deleted(served):
@@ -7071,7 +7067,6 @@ def test_ticked_intents_are_counted_then_cancelled_or_deleted(served):
     assert sweep("/admin/purge", ids=[ids[0], taken], count=True)["number"] == 2
     assert sweep("/admin/purge", ids=[ids[0], taken], confirm=True)["deleted"] == 2
     assert {intent["id"] for intent in served.ask("GET", "/intents").json["intents"]} == {ids[1], *ids[2:], late} - {taken}
-    assert_refusal(served.ask("POST", "/admin/cancel", {"confirm": True}), 400, "invalid_goal", "status", "ids")
 
 
 def test_a_list_shows_the_beginning_of_payloads_digit_by_digit(served):
