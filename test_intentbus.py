@@ -4067,6 +4067,30 @@ def test_a_bus_can_require_claim_tokens(store):
     bus.fulfill(intent.id, intent.claim_token)
 
 
+def test_a_claim_repeated_with_its_token_renews_the_lease(bus, clock):
+    bus.publish("g", 1)
+    bus.publish("g", 2)
+    mine = bus.claim("g", claim_token="t" * 32)
+    clock.pass_(50)
+    again = bus.claim("g", claim_token="t" * 32)
+    assert (again.id, again.claim_attempts, again.claim_token) == (mine.id, 1, "t" * 32)
+    assert again.claim_expires_at == clock.wall + 60
+    assert bus.claim("g", claim_token="t" * 32, caller=BOB) is None
+    other = bus.claim("g", claim_token="u" * 32)
+    assert other.id != mine.id and bus.claim("g") is None
+    clock.pass_(61)
+    assert {bus.claim("g").claim_attempts for _ in range(2)} == {2}     # the leases have ended, and other claims took them
+    assert bus.claim("g", claim_token="t" * 32) is None
+
+
+def test_a_claim_repeated_after_its_expiry_takes_the_next_intent(bus, clock):
+    bus.publish("g", "short", ttl=30, priority=200)
+    bus.publish("g", "long")
+    assert bus.claim("g", claim_token="t" * 32).payload == "short"
+    clock.pass_(31)
+    assert bus.claim("g", claim_token="t" * 32).payload == "long"
+
+
 def test_an_extension_moves_the_end_of_the_lease(bus, clock):
     bus.publish("g", 1)
     intent = bus.claim("g")
@@ -9964,6 +9988,8 @@ def test_settings_come_from_flag_environment_joined_bus_default(home, sent, monk
     def found(*arguments):
         client = IntentClient(*arguments)
         return client.base_url, signer(sent, client.list, (own, "joined", "environment", "flag"))
+    with pytest.raises(intentbus.SetupError, match="No key: join the bus with a code .* or put a key into ~/.apikey or"):
+        IntentClient()
     own = intentbus.make_key()
     assert found() == (intentbus.URL, own)
     intentbus.write_settings("https://joined", "joined", None)
@@ -9971,7 +9997,8 @@ def test_settings_come_from_flag_environment_joined_bus_default(home, sent, monk
     monkeypatch.setenv("INTENT_BUS_URL", "https://environment")
     assert found() == ("https://environment", own), "the key of the bus joined is for that bus only"
     monkeypatch.setenv("INTENT_API_KEY", "environment")
-    assert found() == ("https://environment", "environment")
+    monkeypatch.setenv("INTENT_BUS_NAMESPACE", "home")
+    assert found() == ("https://environment", "environment") and IntentClient().namespace == "home"
     assert found("https://flag/", "flag") == found("https://flag", "flag") == ("https://flag", "flag")
 
 
@@ -10356,30 +10383,6 @@ def test_a_request_spoilt_by_the_network_is_made_good_by_a_retry(served, weather
     assert proxy.met[fate] == 4
 
 
-def test_a_claim_repeated_with_its_token_renews_the_lease(bus, clock):
-    bus.publish("g", 1)
-    bus.publish("g", 2)
-    mine = bus.claim("g", claim_token="t" * 32)
-    clock.pass_(50)
-    again = bus.claim("g", claim_token="t" * 32)
-    assert (again.id, again.claim_attempts, again.claim_token) == (mine.id, 1, "t" * 32)
-    assert again.claim_expires_at == clock.wall + 60
-    assert bus.claim("g", claim_token="t" * 32, caller=BOB) is None
-    other = bus.claim("g", claim_token="u" * 32)
-    assert other.id != mine.id and bus.claim("g") is None
-    clock.pass_(61)
-    assert {bus.claim("g").claim_attempts for _ in range(2)} == {2}     # the leases have ended, and other claims took them
-    assert bus.claim("g", claim_token="t" * 32) is None
-
-
-def test_a_claim_repeated_after_its_expiry_takes_the_next_intent(bus, clock):
-    bus.publish("g", "short", ttl=30, priority=200)
-    bus.publish("g", "long")
-    assert bus.claim("g", claim_token="t" * 32).payload == "short"
-    clock.pass_(31)
-    assert bus.claim("g", claim_token="t" * 32).payload == "long"
-
-
 def test_a_bus_that_stays_away_is_unreachable(impatient):
     port = free_port()
     with pytest.raises(intentbus.Unreachable, match=f"The bus at http://127.0.0.1:{port} cannot be reached: Connection refused"):
@@ -10548,21 +10551,6 @@ def test_retry_of_an_empty_id_retries_nothing(served):
     with pytest.raises(intentbus.NotFound):
         served.client.retry("")
     assert served.client.get_status(intent_id).status == "dead"
-
-
-def test_the_client_finds_its_settings(sent, monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("INTENT_BUS_URL", "http://127.0.0.1:1/")
-    monkeypatch.setenv("INTENT_BUS_NAMESPACE", "home")
-    monkeypatch.delenv("INTENT_API_KEY", raising=False)
-    with pytest.raises(intentbus.SetupError, match="No key: join the bus with a code .* or put a key into ~/.apikey or"):
-        IntentClient()
-    key = intentbus.make_key()
-    found = IntentClient()
-    assert (found.base_url, found.namespace) == ("http://127.0.0.1:1", "home")
-    assert signer(sent, found.list, ("wrong", key)) == key
-    with pytest.raises(intentbus.SetupError, match="The URL of a bus is http://HOST:PORT"):
-        IntentClient("ftp://x")
 
 
 ENCRYPTED = ("https://bus.example", "https://10.0.0.1", "https://127.0.0.1:8787", "HTTPS://LOCALHOST")
