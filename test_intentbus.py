@@ -135,9 +135,11 @@ def at_once(number, function):
 
 
 def free_port():
-    """Return the number of a port that is free now."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
+    """Return a port that is free, and stays so while nothing listens there: the system gives connections only higher ones."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("there is no free port")
 
 
 class Clock:
@@ -13263,7 +13265,8 @@ def test_backups_in_steps_survive_two_hundred_kills(tmp_path):
         (photos / f"{number}.jpg").write_bytes(chance.randbytes(20_000))
     for name in ("tar", "gzip", "cp"):     # each tells of its start, and takes its time
         script(programs, f"""#!/bin/sh
-            echo "$INTENT_ID {name} $BACKUP_MACHINE $(date +%s.%N)" >>{tmp_path}/ran
+            now=$(date +%s.%N) || exit     # it may be killed, too
+            echo "$INTENT_ID {name} $BACKUP_MACHINE $now" >>{tmp_path}/ran
             sleep 0.1
             exec {shutil.which(name)} "$@"
         """, name)
