@@ -1485,12 +1485,13 @@ def open_files():
     return sum("socket:" not in os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd"))
 
 
-def left_behind(intent_id):
-    """Return the running processes that were started for an intent."""
+def left_behind(*variables):
+    """Return the running processes with these in their environment, such as INTENT_ID=ID."""
     found = []
     for folder in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if folder.name.isdigit() and f"INTENT_ID={intent_id}".encode() in (folder / "environ").read_bytes():
+            environment = folder.name.isdigit() and (folder / "environ").read_bytes()
+            if environment and all(variable.encode() in environment for variable in variables):
                 found.append(int(folder.name))
     return found
 
@@ -10909,7 +10910,7 @@ def test_a_wild_program_gets_its_outcome_and_leaves_nothing(serve, tmp_path, mon
     found = run_handler(serve, tmp_path, text, "x" * 250_000, timeout=0.4 if "0.4" in str(outcome) else 30, kill_after=0.1,
                         max_output=1000)
     assert (found.status, found.result if status == "fulfilled" else found.last_error) == (status, outcome)
-    wait_until(lambda: not left_behind(found.id))
+    wait_until(lambda: not left_behind(f"INTENT_ID={found.id}"))
     wait_until(lambda: open_files() <= files)
 
 
@@ -12008,10 +12009,10 @@ def test_a_killed_worker_leaves_no_program_running(serve, text):
     up = 0
     while up < 2:     # the worker passes it on once its guardian knows of the program
         up += "up" in worker.stderr.readline()
-    assert all(left_behind(id) for id in ids[1:])
+    assert all(left_behind(f"INTENT_ID={id}") for id in ids[1:])
     worker.kill()
     worker.communicate()
-    wait_until(lambda: not any(left_behind(id) for id in ids), seconds=30)
+    wait_until(lambda: not any(left_behind(f"INTENT_ID={id}") for id in ids), seconds=30)
 
 
 @pytest.fixture
@@ -13285,7 +13286,7 @@ def test_backups_in_steps_survive_two_hundred_kills(tmp_path):
         victim = chance.choices(("handler", "worker", "bus"), (16, 1, 3))[0]
         if victim == "handler":
             with contextlib.suppress(ProcessLookupError, IndexError):
-                os.kill(chance.choice(left_behind("")), signal.SIGKILL)     # of any intent
+                os.kill(chance.choice(left_behind("INTENT_ID=", f"BACKUP_WORK={tmp_path}")), signal.SIGKILL)
                 kills[victim] += 1
         elif victim == "worker":
             number = chance.randrange(2)
