@@ -8961,7 +8961,7 @@ BIG = "x" * 200_000
 def test_a_client_that_reads_slowly_makes_room(started, monkeypatch):
     monkeypatch.setattr(intentbus, "CONNECTIONS", 5)
     bus = started()
-    for _ in range(50):
+    for _ in range(20):
         bus.publish(payload=BIG)
     with contextlib.ExitStack() as stack:
         slow = [stack.enter_context(bus.connect()) for _ in range(5)]
