@@ -70,8 +70,9 @@ PROGRAM = str(HERE / "intentbus.py")
 COMMAND = (sys.executable, "-m", "intentbus")     # a module is compiled once, a program each time
 COMPILED, EMPTY_HOME = tempfile.TemporaryDirectory(), tempfile.TemporaryDirectory()
 os.environ.update(PYTHONPATH=str(HERE), PYTHONPYCACHEPREFIX=COMPILED.name, HOME=EMPTY_HOME.name)
-for variable in [name for name in os.environ if name.startswith(("INTENT_", "BUS_", "DASHBOARD_")) or name == "PYTHONDONTWRITEBYTECODE"]:
-    del os.environ[variable]     # of whoever runs the tests, as is the home
+for variable in list(os.environ):     # no setting of the shell that runs the tests reaches them
+    if variable.startswith(("INTENT_", "BUS_", "DASHBOARD_")) or variable == "PYTHONDONTWRITEBYTECODE":
+        del os.environ[variable]
 signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell has a program in the background ignore it
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)     # nohup has it ignored
@@ -135,7 +136,7 @@ def at_once(number, function):
 
 
 def free_port():
-    """Return a port that is free, and stays so while nothing listens there: the system gives connections only higher ones."""
+    """Return a free port for a server that may start there again: the system gives connections only higher ones."""
     for port in random.sample(range(20_000, 32_000), 100):
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
@@ -402,7 +403,8 @@ class Reachable:
     def ended_key(self, **headers):
         """Issue a key that ends in a moment, and return it once it has ended."""
         def issued():     # refused if a busy machine takes longer than that
-            answer = self.ask("POST", "/admin/generate_key", dict(owner="ann", role="both", expires_at=time.time() + 0.05), **headers)
+            wanted = dict(owner="ann", role="both", expires_at=time.time() + 0.05)
+            answer = self.ask("POST", "/admin/generate_key", wanted, **headers)
             return answer.status == 201 and answer.json["api_key"]
         key = wait_until(issued)
         wait_until(lambda: self.ask("GET", "/whoami", key=key).status == 401)
@@ -922,7 +924,7 @@ class Weather:
 
 
 def lose_answers(number):
-    """Return the fate of requests whose first ones lose their answers."""
+    """Return a fate: the first answers are lost."""
     fates = iter(["answer lost"] * number)
     return lambda path: next(fates, "ok")
 
@@ -969,7 +971,7 @@ class Fake:
 
 
 class Forwarder:
-    """A port in front of others: each connection goes to the next one that listens; cut() ends all, and open = False refuses them."""
+    """A port in front of others: each connection goes to the next one that listens; cut() ends all, open = False refuses new ones."""
 
     def __init__(self, *ports):
         self.ports, self.links, self.listener = collections.deque(ports), set(), socket.create_server(("127.0.0.1", 0))
@@ -1243,7 +1245,7 @@ class Browser:
         return self.ask("POST", "/execute/sync", {"script": script, "args": arguments})
 
     def open(self, url):
-        """Load a page; what was shown before is gone, so that no test sees that."""
+        """Load a page from a blank one, so that no test sees the page before."""
         for place in ("about:blank", url):
             self.ask("POST", "/url", {"url": place})
 
@@ -1486,7 +1488,7 @@ def open_files():
 
 
 def left_behind(*variables):
-    """Return the running processes with these in their environment, such as INTENT_ID=ID."""
+    """Return the running processes that have all these variables, such as INTENT_ID=ID, in their environment."""
     found = []
     for folder in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
@@ -3962,7 +3964,7 @@ def test_figures_are_kept_and_counted_up_to_bounds(bus, monkeypatch):
 # ---- 10. Bus ----
 
 def a_caller(**fields):
-    """Return a caller, who is Alice with her key but for these fields."""
+    """Return a caller: Alice with her key, with these fields changed."""
     return Caller(**dict(dict(key_id="k1", owner="alice", role="both", admin=False, limits=None), **fields))
 
 
