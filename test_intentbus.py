@@ -10661,7 +10661,7 @@ def test_a_client_corrects_its_clock(tmp_path, monkeypatch):
 # ---- 18. Worker ----
 
 def test_a_worker_pauses_at_a_bus_that_holds_no_claims():
-    poll = 0.1
+    poll = 0.05
     with Fake("204 No Content", b"") as bus:
         client, began = IntentClient(bus.url, KEY), time.monotonic()
         in_thread(listen, client, "g", print, poll=poll, max_time=1)
@@ -10696,7 +10696,7 @@ def test_an_error_in_one_thread_ends_a_worker():
 
 
 def test_a_worker_pauses_after_an_error_that_may_pass(monkeypatch):
-    asked, poll = [], 0.1
+    asked, poll = [], 0.05
 
     class Away:
         def claim(self, *goals, **fields):
