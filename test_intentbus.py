@@ -37,7 +37,6 @@ import shlex
 import shutil
 import signal
 import socket
-import socketserver
 import sqlite3
 import ssl
 import stat
@@ -69,9 +68,11 @@ from intentbus import API, Bus, Caller, Database, Intent, IntentClient, Keys, Le
 HERE = Path(__file__).parent
 PROGRAM = str(HERE / "intentbus.py")
 COMMAND = (sys.executable, "-m", "intentbus")     # a module is compiled once, a program each time
-COMPILED = tempfile.TemporaryDirectory()
-os.environ.update(PYTHONPATH=str(HERE), PYTHONPYCACHEPREFIX=COMPILED.name)
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+COMPILED, EMPTY_HOME = tempfile.TemporaryDirectory(), tempfile.TemporaryDirectory()
+os.environ.update(PYTHONPATH=str(HERE), PYTHONPYCACHEPREFIX=COMPILED.name, HOME=EMPTY_HOME.name)
+for variable in list(os.environ):     # no setting of the shell that runs the tests reaches them
+    if variable.startswith(("INTENT_", "BUS_", "DASHBOARD_")) or variable == "PYTHONDONTWRITEBYTECODE":
+        del os.environ[variable]
 signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell has a program in the background ignore it
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)     # nohup has it ignored
@@ -84,7 +85,7 @@ ADMIN_SECRET = "a" * 40
 NOBODY = "0" * 32     # an id that does not exist
 SLOW = pytest.mark.skipif(not os.environ.get("INTENTBUS_TEST_SLOW"), reason="INTENTBUS_TEST_SLOW is not set")
 POSIX = pytest.mark.skipif(os.name != "posix", reason="process groups and signals of POSIX")
-LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc, prlimit, /dev/full")
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc, 127.0.0.0/8, prlimit, /dev/full")
 CURL = pytest.mark.skipif(not shutil.which("curl"), reason="curl is not on this machine")
 OPENSSL = pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not on this machine")
 
@@ -132,6 +133,14 @@ def at_once(number, function):
     for index in range(number):
         threading.Thread(target=run, args=(index,), daemon=True).start()
     return [results.get(timeout=PATIENCE_SECONDS) for _ in range(number)]
+
+
+def free_port():
+    """Return a free port for a server that may start there again: the system gives connections only higher ones."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("there is no free port")
 
 
 class Clock:
@@ -390,6 +399,16 @@ class Reachable:
         made = self.ask("POST", "/admin/generate_key", dict(grant, owner=owner, role=role, name=name), **headers)
         assert made.status == 201, made.body
         return Record(made.json)
+
+    def ended_key(self, **headers):
+        """Issue a key that ends in a moment, and return it once it has ended."""
+        def issued():     # refused if a busy machine takes longer than that
+            wanted = dict(owner="ann", role="both", expires_at=time.time() + 0.05)
+            answer = self.ask("POST", "/admin/generate_key", wanted, **headers)
+            return answer.status == 201 and answer.json["api_key"]
+        key = wait_until(issued)
+        wait_until(lambda: self.ask("GET", "/whoami", key=key).status == 401)
+        return key
 
     def held(self):
         """Return how many requests the bus holds."""
@@ -685,10 +704,8 @@ def read_answers(sock, methods):
 class Serve(Reachable):
     """A bus as a program, in a directory and HOME of its own; with key=None it makes its own key."""
 
-    def __init__(self, home, *arguments, key=KEY, program=(PROGRAM, "serve"), **environment):
+    def __init__(self, home, *arguments, key=KEY, program=(*COMMAND[1:], "serve"), **environment):
         self.env = dict(os.environ, HOME=str(home), PYTHONUNBUFFERED="1")
-        for name in ("INTENT_API_KEY", "INTENT_BUS_URL", "INTENT_BUS_NAMESPACE", "BUS_SECRET", "BUS_DB_PATH"):
-            self.env.pop(name, None)
         self.home = home
         if key and not (home / ".apikey").exists():
             (home / ".apikey").write_text(key)
@@ -714,13 +731,18 @@ class Serve(Reachable):
         """Terminate it; return its exit code, stdout and stderr."""
         if self.process.poll() is None:
             self.process.terminate()
-        output, errors = self.process.communicate(timeout=10)
+        output, errors = self.process.communicate(timeout=PATIENCE_SECONDS)
         return self.process.returncode, output, errors
 
     def kill(self):
         """Kill it; return its stderr."""
         self.process.kill()
-        return self.process.communicate(timeout=10)[1]
+        return self.process.communicate(timeout=PATIENCE_SECONDS)[1]
+
+
+def serving(statements):
+    """Return the arguments of a Python that runs statements, and then a bus as a program."""
+    return "-c", f"import sys, intentbus; {statements}; sys.exit(intentbus.main(['serve', *sys.argv[1:]]))"
 
 
 @pytest.fixture(scope="module")
@@ -738,7 +760,7 @@ def run(*arguments, stdin=b"", **environment):
     """Run a command as a process; return its exit code, stdout and stderr."""
     env = dict({name: value for name, value in os.environ.items() if not name.startswith(("INTENT_", "BUS_"))}, **environment)
     try:
-        done = subprocess.run([*COMMAND, *arguments], input=stdin, env=env, capture_output=True, timeout=10)
+        done = subprocess.run([*COMMAND, *arguments], input=stdin, env=env, capture_output=True, timeout=PATIENCE_SECONDS)
     except subprocess.TimeoutExpired:
         return None, "", "It did not end."
     return done.returncode, done.stdout.decode(), done.stderr.decode(errors="replace")
@@ -747,6 +769,22 @@ def run(*arguments, stdin=b"", **environment):
 def at(bus, *arguments, stdin=b"", **environment):
     """Run a command against a bus; return its exit code, stdout and stderr."""
     return run(*arguments, stdin=stdin, INTENT_BUS_URL=bus.url, **dict(dict(INTENT_API_KEY=KEY), **environment))
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A HOME of the test's own."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def command(served, home, monkeypatch, capsys):
+    """Run commands in this process against a bus; return the exit code, stdout and stderr."""
+    monkeypatch.setenv("INTENT_BUS_URL", served.url)
+    monkeypatch.setenv("INTENT_API_KEY", KEY)
+    return lambda *words: (intentbus.main(list(words)), *capsys.readouterr())
 
 
 @contextlib.contextmanager
@@ -759,10 +797,10 @@ def terminal(columns=80):
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with open(ours, "rb", 0) as screen, open(theirs, "w", encoding="utf-8") as file:
         def shown(end):
-            output = ""
-            while not output.endswith(end):
+            data = b""     # a read may end within a letter or a line end
+            while not (output := data.decode(errors="replace").replace("\r\n", "\n")).endswith(end):
                 assert select.select([screen], [], [], PATIENCE_SECONDS)[0], f"the screen shows {output!r}"
-                output += screen.read(65536).decode().replace("\r\n", "\n")
+                data += screen.read(65536)
             return output
         yield file, shown
 
@@ -808,34 +846,6 @@ def shell(serve, command, **environment):
 def closing(request):
     """Return a request with a header that ends its connection."""
     return request.replace(b"HTTP/1.1\r\n", b"HTTP/1.1\r\nConnection: close\r\n", 1)
-
-
-class Proxy:
-    """Passes requests on to a server, and drops the first answers."""
-
-    def __init__(self, port, drop=0):
-        self.port, self.drop, self.passed = port, drop, 0
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        threading.Thread(target=self.run, daemon=True).start()
-
-    def run(self):
-        with contextlib.suppress(OSError):
-            while True:
-                with self.listener.accept()[0] as near, socket.create_connection(("127.0.0.1", self.port)) as far:
-                    answer = self.answer(near, far)
-                    self.passed += 1
-                    if self.passed > self.drop:
-                        near.sendall(answer)
-
-    def answer(self, near, far):
-        near.settimeout(0.2)     # urllib sends a body right behind its headers
-        with contextlib.suppress(TimeoutError, socket.timeout):
-            while data := near.recv(65536):
-                far.sendall(closing(data) if b"HTTP/1.1\r\n" in data else data)
-                if b"\r\n\r\n" in data and b"Content-Length: 0" in data or data.endswith(b"}"):
-                    break
-        return b"".join(iter(lambda: far.recv(65536), b""))
 
 
 class Weather:
@@ -913,6 +923,12 @@ class Weather:
             return received(far)
 
 
+def lose_answers(number):
+    """Return a fate: the first answers are lost."""
+    fates = iter(["answer lost"] * number)
+    return lambda path: next(fates, "ok")
+
+
 @pytest.fixture
 def weather(served):
     """Start proxies before the server; each is closed at the end."""
@@ -955,11 +971,11 @@ class Fake:
 
 
 class Forwarder:
-    """A port in front of others: each connection goes to the next one that listens; cut() ends all and refuses new ones."""
+    """A port in front of others: each connection goes to the next one that listens; cut() ends all, open = False refuses new ones."""
 
     def __init__(self, *ports):
         self.ports, self.links, self.listener = collections.deque(ports), set(), socket.create_server(("127.0.0.1", 0))
-        self.port, self.open = self.listener.getsockname()[1], True
+        self.port, self.open, self.accepted = self.listener.getsockname()[1], True, 0
         self.first_bytes = collections.Counter()     # how often what went through, either way, began with a byte
         threading.Thread(target=self.accept, daemon=True).start()
 
@@ -974,6 +990,7 @@ class Forwarder:
         if not far:
             return near.close()
         with near, far:
+            self.accepted += 1
             self.links |= {near, far}
             back = threading.Thread(target=self.carry, args=(far, near), daemon=True)
             back.start()
@@ -999,12 +1016,12 @@ class Forwarder:
                 link.shutdown(socket.SHUT_RDWR)
 
     def cut(self):
-        self.open = False
         for link in list(self.links):
             with contextlib.suppress(OSError):
                 link.shutdown(socket.SHUT_RDWR)
 
     def close(self):
+        self.open = False
         self.cut()
         self.listener.close()
 
@@ -1013,16 +1030,6 @@ class Forwarder:
 def impatient(monkeypatch):
     monkeypatch.setattr(intentbus, "RETRY_SECONDS", 0.01)
     monkeypatch.setattr(intentbus, "RETRY_MAX_SECONDS", 0.01)
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    """An empty HOME, and no settings in the environment."""
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    (tmp_path / "home").mkdir()
-    for name in ("INTENT_BUS_URL", "INTENT_API_KEY", "INTENT_BUS_NAMESPACE"):
-        monkeypatch.delenv(name, raising=False)
-    return tmp_path / "home"
 
 
 @pytest.fixture
@@ -1210,8 +1217,7 @@ class Browser:
     """Chromium without a window, driven over the WebDriver protocol (W3C)."""
 
     def __init__(self, folder):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.base = f"http://127.0.0.1:{free.getsockname()[1]}"
+        self.base = f"http://127.0.0.1:{free_port()}"
         self.process = subprocess.Popen(["chromedriver", f"--port={self.base.rpartition(':')[2]}"], stdout=subprocess.DEVNULL,
                                         stderr=subprocess.DEVNULL, env=dict(os.environ, HOME=str(folder)))
         wait_until(self.ready)
@@ -1227,7 +1233,7 @@ class Browser:
     def close(self):
         self.ask("DELETE", "")
         self.process.terminate()
-        self.process.wait(10)
+        self.process.wait(PATIENCE_SECONDS)
 
     def ask(self, method, path, body=None):
         data = json.dumps(body if body is not None else {}).encode() if method == "POST" else None
@@ -1239,7 +1245,9 @@ class Browser:
         return self.ask("POST", "/execute/sync", {"script": script, "args": arguments})
 
     def open(self, url):
-        self.ask("POST", "/url", {"url": url})
+        """Load a page from a blank one, so that no test sees the page before."""
+        for place in ("about:blank", url):
+            self.ask("POST", "/url", {"url": place})
 
     def size(self, width, height, dark=False):
         """Emulate a screen of that size, in light or dark."""
@@ -1283,9 +1291,6 @@ class Browser:
         """Return the messages on the console since the last call."""
         return [entry["message"] for entry in self.ask("POST", "/se/log", {"type": "browser"})]
 
-    def shot(self, path):
-        Path(path).write_bytes(base64.b64decode(self.ask("GET", "/screenshot")))
-
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
@@ -1316,8 +1321,6 @@ class QuietHandler(wsgiref.simple_server.WSGIRequestHandler):
 @pytest.fixture
 def wsgi(tmp_path, monkeypatch):
     """A function that calls intentbus.application, which has a file of its own."""
-    for name in [name for name in os.environ if name.startswith(("BUS_", "DASHBOARD_"))]:
-        monkeypatch.delenv(name)
     monkeypatch.setenv("BUS_DB_PATH", str(tmp_path / "wsgi.db"))
     monkeypatch.setenv("BUS_SECRET", KEY)
     application = intentbus.application
@@ -1459,16 +1462,13 @@ def fill_up(place):
     return filler
 
 
-LINUX = pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="only Linux says what has been received")
-
-
 def unread(port):
     """Return the number of bytes and connections that the server on a port has not received yet; 0 where this is unknown."""
     if not os.path.exists("/proc/net/tcp"):
         return 0
-    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    return sum(int(row[4].partition(":")[2], 16) for row in rows
-               if row[1].endswith(f":{port:04X}") and row[3] in ("01", "0A"))     # established, listening
+    queues = re.findall(rf": \w+:{port:04X} \w+:\w+ (?:01|0A) \w+:(\w+)",     # established, listening
+                        Path("/proc/net/tcp").read_text())
+    return sum(int(queue, 16) for queue in queues)
 
 
 def memory(process):
@@ -1487,12 +1487,13 @@ def open_files():
     return sum("socket:" not in os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd"))
 
 
-def left_behind(intent_id):
-    """Return the running processes that were started for an intent."""
+def left_behind(*variables):
+    """Return the running processes that have all these variables, such as INTENT_ID=ID, in their environment."""
     found = []
     for folder in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if folder.name.isdigit() and f"INTENT_ID={intent_id}".encode() in (folder / "environ").read_bytes():
+            environment = folder.name.isdigit() and (folder / "environ").read_bytes()
+            if environment and all(variable.encode() in environment for variable in variables):
                 found.append(int(folder.name))
     return found
 
@@ -1649,8 +1650,7 @@ class Cluster:
 
     def __init__(self, folder, primary=None):
         self.folder, self.data = folder, f"{folder}/{'standby' if primary else 'primary'}"
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         if primary:
             self.run("pg_basebackup", "-D", self.data, "-R", "-h", "127.0.0.1", "-p", str(primary.port), "-U", "bus")
         else:
@@ -1739,6 +1739,11 @@ def test_the_map_in_the_docstring_is_the_outline_of_the_module():
     in_docstring = re.findall(r"^ +(\d+)\. (\w+(?: \w+)*)", intentbus.__doc__, re.M)
     assert [(int(number), name) for number, name in in_docstring] == [part[:2] for part in parts()]
     assert [number for number, _, _ in parts()] == list(range(1, 21))
+
+
+def test_the_tests_stand_under_the_headings_of_the_module():
+    headings = re.findall(r"^# ---- (\d+)\. (.+) ----$", Path(__file__).read_text(), re.M)
+    assert [(int(number), name) for number, name in headings[1:]] == [part[:2] for part in parts()[2:]]
 
 
 def test_each_part_uses_only_the_parts_above_it():
@@ -2064,13 +2069,25 @@ def test_the_runs_of_a_schedule_are_a_grid_without_drift(every):
 # ---- 5. Database ----
 
 @ON_A_FILE
-def test_the_file_is_private_and_readable_with_any_sql_tool(served):
+def test_the_file_is_readable_with_any_sql_tool(served):
     served.publish()
-    assert stat.S_IMODE(os.stat(served.db).st_mode) == 0o600 or os.name != "posix"
     with contextlib.closing(sqlite3.connect(served.db)) as db:
         assert db.execute("SELECT goal, status, priority, payload FROM intents").fetchall() == [("g", "open", 100, "1")]
         assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         assert db.execute("PRAGMA user_version").fetchone() == (len(intentbus.MIGRATIONS),)
+
+
+@ON_A_FILE
+@POSIX
+def test_no_other_user_can_open_a_file_of_the_bus(started):
+    bus = started()
+    bus.publish()
+    bus.stop()
+    os.chmod(bus.db + ".lock", 0o644)     # as earlier versions made it
+    bus.start()
+    bus.publish()
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in Path(bus.db).parent.glob("bus.db*")}
+    assert modes == dict.fromkeys(("bus.db", "bus.db-wal", "bus.db-shm", "bus.db.lock"), 0o600)
 
 
 @pytest.fixture(scope="module")
@@ -2080,8 +2097,8 @@ def on_a_watched_disk(tmp_path_factory):
     Syncing fails while the file fault exists, and hangs while the file hold exists.
     """
     home = tmp_path_factory.mktemp("disk")
-    serve = Serve(home, "--db", "bus.db", DISK_IMAGES=str(home / "images"), DISK_FAULT=str(home / "fault"),
-                  DISK_HOLD=str(home / "hold"), **preloaded(DISK))
+    serve = Serve(home, "--db", "bus.db", program=serving("intentbus.HEALTH_SECONDS = 0.05"), DISK_IMAGES=str(home / "images"),
+                  DISK_FAULT=str(home / "fault"), DISK_HOLD=str(home / "hold"), **preloaded(DISK))
     serve.images, serve.fault, serve.hold_disk = home / "images", home / "fault", home / "hold"
     yield serve
     serve.kill()
@@ -2312,6 +2329,7 @@ def test_a_bus_starts_on_the_file_of_a_killed_one(tmp_path):
 
 @pytest.mark.parametrize("prepare, sentence", [
     (f"PRAGMA application_id = {intentbus.APPLICATION_ID}; PRAGMA user_version = 999", "was written by a newer intentbus \\(schema 999"),
+    ("PRAGMA user_version = 999", "newer"), ("CREATE TABLE recipes (name)", "belongs to another program"),
     ("CREATE TABLE recipes (name); PRAGMA user_version = 1", "belongs to another program"),
 ])
 def test_a_file_of_another_program_is_refused_and_left_alone(tmp_path, prepare, sentence):
@@ -2326,11 +2344,68 @@ def test_a_file_of_another_program_is_refused_and_left_alone(tmp_path, prepare, 
 
 
 def test_a_file_that_is_not_a_database_is_refused(tmp_path):
-    (tmp_path / "notes.txt").write_text("milk, bread, and a lot of other things that are no database " * 20)
+    notes = "milk, bread, and a lot of other things that are no database " * 20
+    (tmp_path / "notes.txt").write_text(notes)
     with pytest.raises(intentbus.SetupError, match="cannot be used: file is not a database"):
         open_store("sqlite", tmp_path / "notes.txt")
+    assert (tmp_path / "notes.txt").read_text() == notes
     with pytest.raises(intentbus.SetupError, match="cannot be opened: No such file or directory"):
         open_store("sqlite", tmp_path / "nowhere" / "bus.db")
+
+
+@ON_A_FILE
+def test_a_damaged_file_is_reported_and_accepts_nothing(started):
+    bus = started()
+    for _ in range(200):
+        bus.publish(payload="x" * 1000)
+    bus.stop()
+    with open(bus.db, "r+b") as file:
+        file.seek(40 * 4096)     # behind the pages of the schema
+        file.write(os.urandom(100 * 4096))
+    with contextlib.suppress(intentbus.Unavailable):     # the start may fail
+        bus = Served(Path(bus.db).parent)
+        answers = [bus.ask("POST", "/intent", a_publish()), bus.ask("POST", "/claim"), bus.ask("GET", "/intents")]
+        assert {answer.status for answer in answers} & {503} and not {answer.status for answer in answers} & {500}
+        for answer in answers:
+            assert answer.status < 300 or assert_refusal(answer, 503, "database_busy", "cannot be used") is None
+        bus.stop()
+
+
+@ON_A_FILE
+@POSIX
+@pytest.mark.parametrize("end", ("", "-wal", "-shm"))
+@pytest.mark.parametrize("happens", ("deleted", "replaced"))
+def test_a_bus_with_a_file_gone_accepts_and_loses_nothing(started, happens, end, quick_rechecks):
+    served = started()
+    kept, path = [served.publish(), served.publish()], served.db + end
+    os.rename(path, path + ".away")
+    if happens == "replaced":
+        shutil.copy(path + ".away", path)
+    for target, body in (("/intent", a_publish()), ("/claim", b"")):
+        refused = served.ask("POST", target, body)
+        assert_refusal(refused, 503, "database_busy", f"The file {path} of", "deleted or replaced", "restart")
+    assert served.ask("GET", "/health", key=None).json["error"].startswith(f"The file {path} of")
+    if not end or happens == "replaced":     # the right one is put back
+        os.rename(path + ".away", path)
+        assert served.ask("POST", "/claim").json["id"] == kept[0]
+        wait_until(lambda: served.ask("GET", "/health", key=None).status == 200)
+    served.restart()
+    assert [intent.id for intent in reversed(served.client.list().intents)] == kept
+    assert served.ask("POST", "/intent", a_publish()).status == 201
+
+
+@SLOW
+@POSIX
+@pytest.mark.parametrize("end", ("-wal", "-shm"))
+def test_a_bus_without_its_log_loses_nothing_at_a_kill(tmp_path, end):
+    bus = Serve(tmp_path)
+    kept = [bus.publish() for _ in range(20)]
+    os.remove(tmp_path / f"intentbus.db{end}")
+    assert_refusal(bus.ask("POST", "/intent", a_publish()), 503, "database_busy", "deleted")
+    bus.kill()
+    with contextlib.closing(sqlite3.connect(tmp_path / "intentbus.db")) as db:
+        assert [id for id, in db.execute("SELECT id FROM intents ORDER BY id")] == kept
+        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
 
 VERSION_1 = """
@@ -2454,8 +2529,7 @@ def test_a_database_of_the_version_before_migrates_under_load(tmp_path):
         db.executemany(f"INSERT INTO intents ({', '.join(columns)}) VALUES (:{', :'.join(columns)})", intents)
         db.execute("INSERT INTO tallies (namespace, publisher, status, intents) VALUES ('default', 'owner', 'open', ?)", [len(old)])
         db.commit()
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     client, done, handed_out = IntentClient(f"http://127.0.0.1:{port}", KEY), [], iter(new)
     worker = Worker(client, "g", lambda intent, lease: (done.append(intent.payload), "json"), concurrency=4, poll=0.05,
                     max_jobs=len(old) + len(new))
@@ -2514,7 +2588,7 @@ def test_a_killed_migration_leaves_the_file_unchanged(tmp_path):
 @SLOW
 def test_no_shared_memory_works_with_a_warning(tmp_path):
     bus = Serve(tmp_path, **preloaded(NO_SHARED_MEMORY))
-    id = bus.run("publish", "g", "1").stdout.strip()
+    id = bus.publish(goal="g")
     assert bus.run("work", "--goal", "g", "--once").stdout == "1\n"
     assert bus.run("status", id).stdout == "fulfilled\n"
     with contextlib.closing(sqlite3.connect(tmp_path / "intentbus.db")) as db:
@@ -2976,8 +3050,6 @@ def test_random_clock_settings_change_no_lease_delay_or_expiry(tmp_path, seed):
 
 # ---- 8. Waiting ----
 
-# -- Waiting --
-
 def test_a_publish_answers_one_held_claim_and_leaves_the_others(served):
     claims = [served.hold("POST", f"/claim?wait=60{goal}") for goal in ("&goal=g", "", "&goal=other")]
     ids = [served.publish()]
@@ -3016,7 +3088,6 @@ def test_a_claim_attempted_in_vain_gets_the_next_intent(started, monkeypatch):
         publish = served.begin("POST", "/intent", a_publish())
         wait_until(lambda: not unread(served.port))
         db.execute("COMMIT")
-    claim.settimeout(5)
     assert claimed_by(claim).id == response_on(publish).json["id"]
 
 
@@ -3025,11 +3096,10 @@ def test_a_claim_that_is_woken_in_vain_keeps_its_place(quick_rechecks, served):
     claims = [served.hold("POST", "/claim?goal=g&wait=60") for _ in range(8)]
     with contextlib.closing(sqlite3.connect(served.db)) as db:
         db.execute("CREATE TABLE of_another_program (a)")     # every claim looks once more
-    watch = served.hold("GET", "/events?wait=0.3")     # time for rechecks
+    watch = served.begin("GET", "/events?wait=0.2")     # time for rechecks
     assert response_on(watch).json["events"] == [] and served.holds(8)
     for claim in claims:
         intent_id = served.publish()
-        claim.settimeout(1)
         assert claimed_by(claim).id == intent_id
 
 
@@ -3358,8 +3428,9 @@ def test_a_held_result_is_answered_by_a_death(started, clock, quick_rechecks, en
 
 def test_a_held_result_of_a_deleted_intent_is_not_found(served):
     intent_id = served.publish()
-    result = served.hold("GET", f"/result/{intent_id}?wait=0.3")
+    result = served.hold("GET", f"/result/{intent_id}?wait=60")
     served.ask("POST", "/admin/purge", {"confirm": True})
+    served.stop()     # this ends the wait early
     assert response_on(result).status == 404
 
 
@@ -3376,7 +3447,7 @@ def test_a_held_claim_is_answered_when_a_delay_ends(no_rechecks, served):
 
 def test_several_delays_end_on_time(no_rechecks, served):
     claims = [served.hold("POST", "/claim?goal=g&wait=60") for _ in range(4)]
-    delays = [0.2, 0.05, 0.1, 0.15]
+    delays = [0.12, 0.03, 0.06, 0.09]
     for delay in delays:
         served.publish(payload=delay, delay=delay)
     intents = [claimed_by(claim) for claim in claims]
@@ -3384,7 +3455,7 @@ def test_several_delays_end_on_time(no_rechecks, served):
 
 
 def test_a_delay_ends_on_time_across_a_restart(no_rechecks, served):
-    intent_id = served.publish(delay=0.3)
+    intent_id = served.publish(delay=0.15)
     served.restart()
     assert claimed_by(served.begin("POST", "/claim?goal=g&wait=60")).id == intent_id
 
@@ -3593,7 +3664,7 @@ def test_what_a_worker_runs_is_shown_until_it_ends(bus, clock, end, holder):
     def holders():
         return {id: worker.name for worker in bus.workers().workers for id in worker.running}
     ended, kept = (bus.publish("g", 1, namespace=namespace).id for namespace in ("n", "default"))
-    claim = bus.claim("g", namespace="n", worker_name="w", lease=600, caller=Caller("k1", "owner", "both", True, None))
+    claim = bus.claim("g", namespace="n", worker_name="w", lease=600, caller=a_caller(owner="owner", admin=True))
     bus.claim("g", worker_name="v", lease=3600)
     clock.pass_(599)
     tend(bus)
@@ -3658,7 +3729,7 @@ def test_the_number_of_remembered_workers_is_bounded(bus, monkeypatch):
 def test_the_workers_and_goals_of_an_issued_key_are_bounded(bus, monkeypatch):
     monkeypatch.setattr(intentbus, "KEY_WORKERS", 3)
     monkeypatch.setattr(intentbus, "KEY_LANES", 40)     # four for each goal
-    capped = BOB._replace(limits=intentbus.Limits(100, 10 ** 6))
+    capped = a_caller(key_id="k2", owner="bob", limits=intentbus.Limits(100, 10 ** 6))
 
     def seen(caller):
         return [worker.id for worker in bus.workers(caller=caller).workers]
@@ -3893,12 +3964,12 @@ def test_figures_by_goal_are_of_what_the_caller_may_see(bus):
             bus.fulfill(bus.claim(goal, caller=caller).id, caller=caller)
             bus.publish(goal, 1, caller=caller)
         bus.claim("h", caller=caller)
-    hers = figures(bus, caller=ALICE._replace(role="viewer"))
+    hers = figures(bus, caller=a_caller(role="viewer"))
     assert {goal: (of.waiting, of.running, of.fulfilled) for (_, goal), of in hers.items()} == {"g": (1, 0, [1, 1]), "h": (0, 1, [1, 1])}
     assert all(of.ran and of.waited for of in hers.values())
     tend(bus)
     assert figures(bus, caller=ALICE) == hers, "they are stored by owner"
-    wall = ALICE._replace(role="viewer", owner="*", goals=("h",))
+    wall = a_caller(role="viewer", owner="*", goals=("h",))
     assert [(of.goal, of.running, of.fulfilled) for of in bus.summary(caller=wall).goals] == [("h", 2, [2, 2])]
 
 
@@ -3934,9 +4005,12 @@ def test_figures_are_kept_and_counted_up_to_bounds(bus, monkeypatch):
 
 # ---- 10. Bus ----
 
-ALICE = Caller("k1", "alice", "both", False, None)
-BOB = Caller("k2", "bob", "both", False, None)
-CAROL = Caller("k3", "carol", "both", False, None)
+def a_caller(**fields):
+    """Return a caller: Alice with her key, with these fields changed."""
+    return Caller(**dict(dict(key_id="k1", owner="alice", role="both", admin=False, limits=None), **fields))
+
+
+ALICE, BOB, CAROL = a_caller(), a_caller(key_id="k2", owner="bob"), a_caller(key_id="k3", owner="carol")
 
 
 def test_an_intent_reaches_a_worker_and_its_result_the_publisher(bus):
@@ -4042,6 +4116,30 @@ def test_a_bus_can_require_claim_tokens(store):
     bus.fulfill(intent.id, intent.claim_token)
 
 
+def test_a_claim_repeated_with_its_token_renews_the_lease(bus, clock):
+    bus.publish("g", 1)
+    bus.publish("g", 2)
+    mine = bus.claim("g", claim_token="t" * 32)
+    clock.pass_(50)
+    again = bus.claim("g", claim_token="t" * 32)
+    assert (again.id, again.claim_attempts, again.claim_token) == (mine.id, 1, "t" * 32)
+    assert again.claim_expires_at == clock.wall + 60
+    assert bus.claim("g", claim_token="t" * 32, caller=BOB) is None
+    other = bus.claim("g", claim_token="u" * 32)
+    assert other.id != mine.id and bus.claim("g") is None
+    clock.pass_(61)
+    assert {bus.claim("g").claim_attempts for _ in range(2)} == {2}     # the leases have ended, and other claims took them
+    assert bus.claim("g", claim_token="t" * 32) is None
+
+
+def test_a_claim_repeated_after_its_expiry_takes_the_next_intent(bus, clock):
+    bus.publish("g", "short", ttl=30, priority=200)
+    bus.publish("g", "long")
+    assert bus.claim("g", claim_token="t" * 32).payload == "short"
+    clock.pass_(31)
+    assert bus.claim("g", claim_token="t" * 32).payload == "long"
+
+
 def test_an_extension_moves_the_end_of_the_lease(bus, clock):
     bus.publish("g", 1)
     intent = bus.claim("g")
@@ -4051,6 +4149,57 @@ def test_an_extension_moves_the_end_of_the_lease(bus, clock):
     assert bus.claim("g") is None
     clock.pass_(1)
     assert bus.claim("g").id == intent.id
+
+
+@ON_A_FILE     # other buses on a shared database were there
+@pytest.mark.parametrize("lease, grace", [(10, 10), (3600, 30)])
+def test_a_lease_that_ran_out_while_the_bus_was_away_is_spared(started, clock, lease, grace):
+    bus = started(clock=clock)
+    bus.publish()
+    claim = bus.ask("POST", f"/claim?lease={lease}").json
+    bus.stop()
+    clock.pass_(lease + 100)
+    bus.start()
+    assert bus.ask("POST", "/claim").status == 204
+    found = bus.ask("GET", f"/status/{claim['id']}").json
+    assert (found["status"], found["claim_expires_at"]) == ("claimed", clock.wall + grace)
+    clock.pass_(grace - 1)
+    assert bus.ask("POST", "/claim").status == 204
+    token = {"claim_token": claim["claim_token"]}
+    assert bus.ask("POST", f"/extend_claim/{claim['id']}", token).status == 200
+    clock.pass_(61)
+    assert bus.ask("POST", "/claim").json["claim_attempts"] == 2
+
+
+@ON_A_FILE
+def test_a_report_that_waited_for_the_file_finds_its_lease(started, clock, monkeypatch):
+    monkeypatch.setattr(intentbus, "STALL_SECONDS", 0)
+    bus = started(clock=clock)
+    bus.publish()
+    claim = bus.ask("POST", "/claim?lease=10").json
+    with occupied(bus.db):
+        report = bus.begin("POST", f"/extend_claim/{claim['id']}", {"claim_token": claim["claim_token"]})
+        wait_until(lambda: not unread(bus.port))
+        other = bus.begin("POST", "/claim")
+        clock.pass_(11)
+    assert response_on(report).status == 200 and response_on(other).status == 204
+
+
+@SLOW
+@POSIX
+def test_leases_are_spared_after_the_bus_was_stopped_for_a_while(tmp_path):
+    bus = Serve(tmp_path, program=serving("intentbus.STALL_SECONDS = 0.05; intentbus.LEASE_RANGE_SECONDS = (0.2, 60); "
+                                          "intentbus.CLAIM['lease'] = float"))
+    bus.publish()
+    claim = bus.ask("POST", "/claim?lease=0.5").json
+    os.kill(bus.process.pid, signal.SIGSTOP)
+    until = time.time() + 0.6
+    wait_until(lambda: time.time() > until)
+    other = bus.begin("POST", "/claim")
+    os.kill(bus.process.pid, signal.SIGCONT)
+    assert response_on(other).status == 204
+    assert bus.ask("POST", f"/fulfill/{claim['id']}", {"claim_token": claim["claim_token"]}).status == 200
+    assert bus.ask("GET", f"/status/{claim['id']}").json["claim_attempts"] == 1
 
 
 def test_a_failed_intent_is_retried_until_no_attempt_is_left(bus, clock):
@@ -4230,13 +4379,38 @@ def test_rows_past_their_retention_are_deleted_without_a_pause(no_rechecks, star
     wait_until(lambda: bus.statuses() == [])
 
 
+def test_a_publish_after_a_purge_is_stored_again(bus, clock):
+    def publish(key):
+        return bus.publish("g", 1, idempotency_key=key).id
+    for forget in (lambda: bus.purge(confirm=True), lambda: bus.sweep_dead("delete")):
+        first, many = publish("a"), bus.publish_many([dict(goal="g", payload=1)] * 2, idempotency_key="b").ids
+        for intent_id in (first, *many):
+            bus.cancel(intent_id)
+        assert publish("a") == first
+        forget()
+        assert publish("a") != first and bus.publish_many([dict(goal="g", payload=1)] * 2, idempotency_key="b").ids != many
+        bus.purge(confirm=True)
+
+
+def test_what_retention_deletes_is_not_published_again(store, clock):
+    bus = started_bus(store, clock, retention=3600)
+    first = bus.publish("g", 1, idempotency_key="a").id
+    bus.cancel(first)
+    clock.pass_(7200)
+    tend(bus)
+    assert bus.list().intents == [] and bus.publish("g", 1, idempotency_key="a").id == first
+
+
 def test_a_cleanup_counts_the_deaths_of_claimed_and_open(bus, clock):
-    for goal in ("claimed", "open", "open"):
+    for goal in ("expired", "open", "open"):
         bus.publish(goal, 1, ttl=10)
-    bus.claim("claimed")
+    bus.publish("lost", 1, max_attempts=1)
+    assert bus.claim("expired") and bus.claim("lost")
     clock.pass_(10)
-    counts = bus.cleanup()
-    assert (counts.expired_claims_dead, counts.expired_open_dead) == (1, 2)
+    assert bus.cleanup().pick(("expired_open_dead", "expired_claims_dead")) == dict(expired_open_dead=2, expired_claims_dead=1)
+    clock.pass_(51)
+    assert bus.cleanup().pick(("expired_open_dead", "expired_claims_dead")) == dict(expired_open_dead=0, expired_claims_dead=1)
+    assert not any(bus.cleanup().values())
 
 
 def test_intents_are_claimed_by_priority_then_time(bus, clock):
@@ -4305,7 +4479,7 @@ def test_a_limit_holds_and_hides_no_other_intent(bus, clock, seed):
             assert limits[goal].claimed == list(running.values()).count(goal)
         elif act == "end" and running:
             intent_id = chance.choice(list(running))
-            worker = intentbus.OWNER._replace(owner=bus.inspect(intent_id).claim_owner)
+            worker = a_caller(owner=bus.inspect(intent_id).claim_owner, admin=True)
             assert chance.choice((bus.fulfill, bus.cancel, bus.release, bus.fail))(intent_id, caller=worker)
             del running[intent_id]
         elif act == "claim":
@@ -4408,7 +4582,7 @@ def test_the_first_digits_of_an_id_are_of_an_intent_that_is_seen(bus, clock, mon
         with contextlib.suppress(intentbus.Conflict):
             return bus.whole_id(digits, caller=caller)
         return "ambiguous"
-    owners = {"alice": ALICE, "bob": BOB, "carol": BOB._replace(owner="carol"), "admin": intentbus.OWNER}
+    owners = {"alice": ALICE, "bob": BOB, "carol": a_caller(owner="carol"), "admin": intentbus.OWNER}
     alices, bobs, public = (bus.publish(goal, 1, visibility=visibility, caller=owner).id for goal, visibility, owner in (
         ("g", "private", ALICE), ("g", "private", BOB), ("p", "public", ALICE)))
     clock.pass_(70)
@@ -4539,14 +4713,14 @@ def test_a_unique_intent_is_kept_until_it_has_ended(bus, clock, delay):
 def test_a_value_is_unique_within_owner_namespace_and_goal(bus, fields, caller):
     unique(bus, caller=ALICE)
     assert unique(bus, caller=caller, **fields)[1] == "published"
-    assert unique(bus, caller=ALICE._replace(key_id="another"))[1] == "kept"
+    assert unique(bus, caller=a_caller(key_id="another"))[1] == "kept"
 
 
 def test_a_replaced_intent_is_as_if_published_now(bus, store, clock):
     fields = dict(priority=7, delay=30, ttl=60, max_attempts=5, backoff_base=9, target_worker="w", required_capability="c", visibility="public")
     first, _ = unique(bus, "x" * 5000, caller=LIMITED, idempotency_key="k", **fields)
     clock.pass_(5)
-    another = LIMITED._replace(key_id="k3")
+    another = a_caller(key_id="k3", limits=LIMITED.limits)
     assert unique(bus, 2, replace=True, caller=another) == (first, "replaced")
     plain = bus.publish("g", 2, caller=another).id
     one, other = (dict(bus.inspect(intent_id), id=None, unique=None) for intent_id in (first, plain))
@@ -4673,7 +4847,7 @@ def test_a_unique_publish_at_the_cap_is_refused_only_if_stored(bus):
     limited(bus.publish, "g", 5, unique="4")
     limited(bus.publish, "g", "x" * 10 ** 6, unique="1", replace=True)
     assert [bus.inspect(intent.id).payload for intent in bus.list().intents] == [3, 2, 5, 0]
-    unique(bus, 6, unique="shared", caller=LIMITED._replace(key_id="k3"))
+    unique(bus, 6, unique="shared", caller=a_caller(key_id="k3", limits=LIMITED.limits))
     limited(bus.publish, "g", 7, unique="shared", replace=True)     # it would be this key's from now on
     dead = unique(bus, 8, unique="1", caller=LIMITED)[0]
     bus.cancel(dead)
@@ -4866,9 +5040,6 @@ def test_a_search_goes_on_while_another_program_holds_the_file(served, monkeypat
         assert len(served.ask("GET", "/intents?search=g").json["intents"]) == 30
 
 
-# ---- 10. Keys ----
-
-
 # -- Schedules --
 
 def news(bus, start):
@@ -4986,7 +5157,7 @@ def test_a_run_may_overlap_the_one_before_if_that_is_allowed(bus, clock):
 def test_a_run_is_skipped_while_its_publisher_is_at_its_cap(store, clock, limits, words):
     limits = intentbus.Limits(**dict(dict(unfinished=10, stored_bytes=10 ** 6), **limits))
     bus = assembled(store, clock=clock, keys=dict(limits=limits)).bus
-    caller = ALICE._replace(limits=limits)
+    caller = a_caller(limits=limits)
     bus.schedule("s", "g", 1, every=60, overlap="allow", caller=caller)
     bus.publish("other", 1, caller=caller)
     bus.publish("other", 1, caller=BOB)
@@ -5060,7 +5231,7 @@ def test_a_run_may_be_asked_for_besides(bus, clock):
 
 
 def test_a_schedule_belongs_to_an_owner(bus):
-    other_key = ALICE._replace(key_id="k3")
+    other_key = a_caller(key_id="k3")
     bus.schedule("s", "g", 1, every=60, caller=ALICE)
     bus.schedule("s", "g", 2, every=60, caller=BOB)
     bus.schedule("s", "g", 3, every=60, owner="carol")
@@ -5391,9 +5562,8 @@ def guarded(tmp_path_factory):
     bus.issued = {name: bus.issue(owner, role, **admin).api_key for name, owner, role in (
         ("publish", "ann", "publish"), ("work", "ann", "work"), ("both", "ann", "both"), ("other", "bob", "both"),
         ("revoked", "ann", "both"), ("viewer", "ann", "viewer"))}
-    for name, grant in (("limited", dict(goals=["else"])), ("expired", dict(expires_at=time.time() + 0.05))):
-        bus.issued[name] = bus.issue("ann", "both", name, grant, **admin).api_key
-    wait_until(lambda: bus.ask("GET", "/whoami", key=bus.issued["expired"]).status == 401)
+    bus.issued["limited"] = bus.issue("ann", grant=dict(goals=["else"]), **admin).api_key
+    bus.issued["expired"] = bus.ended_key(**admin)
     assert bus.ask("POST", "/admin/revoke_key", {"api_key": bus.issued["revoked"]}, **admin).status == 200
     yield bus
     bus.stop()
@@ -6119,17 +6289,6 @@ def test_keys_of_one_owner_share_their_private_intents(started):
     assert bus.ask("GET", f"/result/{intent_id}", key=first).json["status"] == "fulfilled"
 
 
-@pytest.mark.parametrize("state", ["open", "claimed", "dead"])
-@pytest.mark.parametrize("method, path", [route[:2] for route in intentbus.ROUTES if route[1].endswith("/*")
-                                          and not route[1].startswith(("/admin", "/set", "/get", "/delete", "/schedule", "/publish", "/limit", "/step"))])
-def test_anothers_intent_is_answered_like_an_unknown_id(guarded, method, path, state):
-    intent_id, key = prepared(guarded, state), guarded.issued["other"]
-    for body in (b"", {"claim_token": "wrong"} if path.startswith(intentbus.REPORTS) else {}):
-        theirs, nobodys = (guarded.ask(method, path.replace("*", id), body, key) for id in (intent_id, NOBODY))
-        assert theirs.status == nobodys.status == 404
-        assert theirs.body.decode().replace(intent_id, NOBODY) == nobodys.body.decode()
-
-
 ODD_IDS = ("x", "0", NOBODY[1:], NOBODY + "0", "A" * 32, "%00", "..%2f..", "'%20OR%201=1--", "%1b%5b2J", "%F0%9F%98%80", "x" * 300)
 WITH_AN_ID = [route[:2] for route in intentbus.ROUTES if "*" in route[1] and not route[1].startswith(("/set", "/get", "/delete", "/schedule", "/publish"))]
 
@@ -6150,14 +6309,17 @@ def test_anothers_intent_cannot_be_told_from_an_unknown_id(started, tokens, visi
     bus.ask("POST", f"/cancel/{next(id for id in ids if id != claimed)}", key=ann)
     before = tables_of(bus)["intents"]
     for method, path in WITH_AN_ID:
+        statuses = set()
         for body, query in ((b"", ""), ({"claim_token": "0" * 32}, ""), (b"", "?wait=30"))[:3 if path == "/result/*" else 2]:
             asked = {id: bus.ask(method, path.replace("*", id) + query, body, bob)
                      for id in (NOBODY, *ids, *ODD_IDS * (not body and not query))}
             status, said, headers = facts(asked[NOBODY])
+            statuses.add(status)
             for id, response in asked.items():
                 named = intentbus.to_json(urllib.parse.unquote(id))[1:-1]
                 expected = status, said.replace(NOBODY.encode(), named.encode()), headers
                 assert facts(response) == expected, (method, path, body, id)
+        assert ("/admin" in path or path in ("/limit/*", "/step/*")) == (404 not in statuses), path
     assert tables_of(bus)["intents"] == before and bus.holds(0)
 
 
@@ -6263,19 +6425,13 @@ def test_issued_keys_survive_a_restart_but_not_a_new_owner_key(started):
     assert [bus.ask("GET", "/intents", key=key).status for key in (kept.api_key, KEY, "another" * 8)] == [401, 401, 200]
 
 
-def test_the_usage_of_a_key_survives_a_restart(started):
-    bus = started()
-    key = bus.issue().api_key
-    bus.ask("GET", "/intents", key=key)
-    bus.restart()
-    assert [listed["total_requests"] for listed in bus.ask("GET", "/admin/keys").json] == [1]
-
-
 def test_concurrent_requests_of_a_key_are_all_counted(started):
     bus = started()
     key = bus.issue().api_key
     at_once(10, lambda index: [bus.ask("GET", "/intents", key=key) for _ in range(10)])
-    assert [listed["total_requests"] for listed in bus.ask("GET", "/admin/keys").json] == [100]
+    for _ in range(2):     # before and after a restart
+        assert [listed["total_requests"] for listed in bus.ask("GET", "/admin/keys").json] == [100]
+        bus.restart()
 
 
 @ON_A_FILE
@@ -6311,6 +6467,7 @@ def test_an_issued_key_is_rate_limited(started):
     assert [bus.ask("GET", "/intents", key=key).status for _ in range(3)] == [200] * 3
     refused = bus.ask("GET", "/intents", key=key)
     assert_refusal(refused, 429, "rate_limited")
+    assert 1 < int(refused.headers["retry-after"]) <= 21     # for one more of 3 a minute
     assert bus.ask("POST", "/intent", a_publish(), key).status == 429
     assert bus.ask("GET", "/intents", key=bus.issue().api_key).status == 200
     assert [bus.ask("GET", "/intents").status for _ in range(10)] == [200] * 10
@@ -6353,14 +6510,6 @@ def test_an_empty_claim_that_is_not_free_costs_by_its_lanes(started, clock):
     assert [bus.ask("GET", "/intents", key=key).status for _ in range(59)] == [200] * 59
 
 
-def test_a_rate_limited_request_says_when_to_retry(started):
-    bus = started(keys=dict(rate=3))
-    key = bus.issue().api_key
-    while (response := bus.ask("GET", "/intents", key=key)).status != 429:
-        pass
-    assert 1 < int(response.headers["retry-after"]) <= 21     # for one more of 3 a minute
-
-
 def test_the_unfinished_intents_of_an_issued_key_are_limited(started, monkeypatch):
     monkeypatch.setattr(intentbus, "UNFINISHED", 3)
     bus = started()
@@ -6378,7 +6527,7 @@ def test_the_unfinished_intents_of_an_issued_key_are_limited(started, monkeypatc
     assert bus.ask("POST", "/intents", [a_publish()] * 10).status == 201
 
 
-LIMITED = ALICE._replace(limits=intentbus.Limits(unfinished=4, stored_bytes=10 ** 6))
+LIMITED = a_caller(limits=intentbus.Limits(unfinished=4, stored_bytes=10 ** 6))
 
 
 def limited(function, *args, **kwargs):
@@ -6406,7 +6555,7 @@ def test_an_intent_that_is_retried_counts_as_unfinished(bus):
 
 
 def test_a_retry_counts_for_the_key_that_published(bus):
-    same_owner = LIMITED._replace(key_id="k3")
+    same_owner = a_caller(key_id="k3", limits=LIMITED.limits)
     dead = [bus.publish("g", 1, caller=LIMITED).id for _ in range(4)]
     for intent_id in dead:
         bus.cancel(intent_id)
@@ -6442,7 +6591,7 @@ def test_the_bytes_that_an_issued_key_stores_are_limited(bus, clock, store):
 
 
 def test_a_result_counts_for_the_key_that_reports_it(bus):
-    worker = LIMITED._replace(key_id="k4", owner="wanda")
+    worker = a_caller(key_id="k4", owner="wanda", limits=LIMITED.limits)
     for _ in range(4):
         bus.publish("g", 1, visibility="public", caller=LIMITED)
     claims = [bus.claim("g", caller=worker) for _ in range(3)]
@@ -6753,6 +6902,29 @@ def test_every_endpoint_refuses_a_body_that_is_not_json(strict, path):
         assert_refusal(strict.ask("POST", path, body), 400, *expected)
 
 
+STRICT = [route[:2] for route in intentbus.ROUTES if route[2] not in (None, "metrics", "step") and not route[1].startswith(intentbus.REPORTS)]
+LENIENT = ("/status/*", "/result/*", "/output/*", "/workers", "/events", "/whoami", "/get/*", "/admin/dashboard")     # which can widen nothing
+
+
+@pytest.mark.parametrize("method, path", [(method, path) for method, path in STRICT if path not in LENIENT])
+def test_a_mistyped_name_is_refused_and_named(strict, method, path):
+    bodies = {"/intents": [a_publish(namespce="n")], "/set/*": {"value": 1, "ifabsent": True}}
+    body = bodies.get(path, {"namespce": "n"}) if method == "POST" else b""
+    for target, data, name in ((path + "?namespce=n", b"", "namespce"), (path, body, "ifabsent" if path == "/set/*" else "namespce")):
+        refused = strict.ask(method, target.replace("*", NOBODY), data)
+        if data or "?" in target:
+            assert_refusal(refused, 400, "invalid_request", f"Unknown {'parameter' if '?' in target else 'field'} '{name}'", "there are:")
+        if path in ("/claim", "/publish/*"):     # the body has no fields
+            break
+
+
+@pytest.mark.parametrize("report", intentbus.REPORTS)
+def test_a_report_ignores_fields_that_it_does_not_know(served, report):
+    served.publish()
+    claim = served.ask("POST", "/claim").json
+    assert served.ask("POST", f"{report}{claim['id']}?more=1", {"claim_token": claim["claim_token"], "more": 1}).status == 200
+
+
 BAD_REQUESTS = (
     case("publish, without a body", ("POST /intent", b""), "invalid_goal", "goal is required"),
     case("publish", ("POST /intent", a_publish(priority=1001)), "invalid_priority", "priority", "0", "1000"),
@@ -6769,14 +6941,11 @@ BAD_REQUESTS = (
     case("a schedule, a bad intent", ("POST /schedule/s", a_publish(every=60, ttl=0)), "invalid_ttl"),
     case("a schedule of a long name", ("POST /schedule/" + "s" * 129, a_publish(every=60)), "invalid_name", "128"),
     case("a schedule of no name for people", ("POST /schedule/%0a", a_publish(every=60)), "invalid_name", "control"),
-    case("schedules of a mistyped owner", ("GET /schedules?ower=x", b""), "invalid_request", "'ower'"),
-    case("publish, a mistyped field", ("POST /intent", a_publish(priorty=5)), "invalid_request", "'priorty'", "priority"),
     case("publish, too late", ("POST /intent", a_publish(run_at=2 ** 40)), "invalid_run_at", "366 days"),
     case("publish, a year and two days on", ("POST /intent", a_publish(run_at=time.time() + 368 * 86400)), "invalid_run_at"),
     case("publish, replace of nothing", ("POST /intent", a_publish(replace=True)), "invalid_replace", "unique"),
     case("publish, replace of nothing in a query", ("POST /publish/g?replace=1", b"x"), "invalid_replace", "unique"),
     case("publish, run_at and a delay", ("POST /intent", a_publish(run_at=1, delay=1)), "invalid_run_at", "delay"),
-    case("publish, NaN", ("POST /intent", raw(b"NaN")), "invalid_json", "NaN"),
     case("admin's publish", ("POST /admin/intents", a_publish(goal="")), "invalid_goal", "1", "256"),
     case("extend_claim", (f"POST /extend_claim/{NOBODY}", {"seconds": -1}), "invalid_seconds", "seconds", "number"),
     case("fulfill", (f"POST /fulfill/{NOBODY}", {"result_type": "xml"}), "invalid_result_type", '"json"', '"text"'),
@@ -6791,13 +6960,13 @@ BAD_REQUESTS = (
     *(case(f"limit: {fields}", ("POST /limit/g", fields), *expected) for fields, *expected in (
         ({"running": 0}, "invalid_running", "1", "1000"), ({"running": 1001}, "invalid_running", "1000"),
         ({"running": "none"}, "invalid_running", "whole number"), ({"paused": 1}, "invalid_paused", "true or false"),
-        ({"namespace": "a b"}, "invalid_namespace"), ({"limit": 1}, "invalid_request", "'limit'", "running"))),
+        ({"namespace": "a b"}, "invalid_namespace"))),
     case("limit of a bad goal", (f"POST /limit/{'g' * 257}", {}), "invalid_goal", "256"),
     case("purge", ("POST /admin/purge", {"confirm": 1}), "invalid_confirm", "true or false"),
     case("purge of a status", ("POST /admin/purge", {"confirm": True, "status": "delayed"}), "invalid_status", "open", "dead"),
-    case("cancel of no goal", ("POST /admin/cancel", {"confirm": True}), "invalid_goal", "required"),
+    case("cancel of no goal", ("POST /admin/cancel", {"confirm": True}), "invalid_goal", "required", "status", "ids"),
     case("cancel unconfirmed", ("POST /admin/cancel", {"goal": "g"}), "confirmation_required", "confirm"),
-    case("the dead", ("POST /admin/dead", {"action": "burn"}), "invalid_action", '"count"'),
+    case("the dead", ("POST /admin/dead", {"action": "burn"}), "invalid_action", '"count" or "retry" or "delete"'),
     case("join", ("POST /join", {"code": 7}), "invalid_code", "string"),
     case("claim", ("POST /claim?wait=61", b""), "invalid_wait", "60"),
     case("claim, a parameter twice", ("POST /claim?wait=0&wait=1", b""), "invalid_wait", "twice"),
@@ -6864,58 +7033,6 @@ def test_a_worker_may_have_any_name_and_capabilities(served, name):
     assert served.ask("GET", "/workers").json["workers"][0]["id"] == re.sub("\t", "?", name)[:64]
 
 
-@ON_A_FILE     # other buses on a shared database were there
-@pytest.mark.parametrize("lease, grace", [(10, 10), (3600, 30)])
-def test_a_lease_that_ran_out_while_the_bus_was_away_is_spared(started, clock, lease, grace):
-    bus = started(clock=clock)
-    bus.publish()
-    claim = bus.ask("POST", f"/claim?lease={lease}").json
-    bus.stop()
-    clock.pass_(lease + 100)
-    bus.start()
-    assert bus.ask("POST", "/claim").status == 204
-    found = bus.ask("GET", f"/status/{claim['id']}").json
-    assert (found["status"], found["claim_expires_at"]) == ("claimed", clock.wall + grace)
-    clock.pass_(grace - 1)
-    assert bus.ask("POST", "/claim").status == 204
-    token = {"claim_token": claim["claim_token"]}
-    assert bus.ask("POST", f"/extend_claim/{claim['id']}", token).status == 200
-    clock.pass_(61)
-    assert bus.ask("POST", "/claim").json["claim_attempts"] == 2
-
-
-@ON_A_FILE
-def test_a_report_that_waited_for_the_file_finds_its_lease(started, clock, monkeypatch):
-    monkeypatch.setattr(intentbus, "STALL_SECONDS", 0)
-    bus = started(clock=clock)
-    bus.publish()
-    claim = bus.ask("POST", "/claim?lease=10").json
-    with occupied(bus.db):
-        report = bus.begin("POST", f"/extend_claim/{claim['id']}", {"claim_token": claim["claim_token"]})
-        wait_until(lambda: not unread(bus.port))
-        other = bus.begin("POST", "/claim")
-        clock.pass_(11)
-    assert response_on(report).status == 200 and response_on(other).status == 204
-
-
-@SLOW
-@POSIX
-def test_leases_are_spared_after_the_bus_was_stopped_for_a_while(tmp_path):
-    code = ("import intentbus; intentbus.STALL_SECONDS = 0.05; intentbus.LEASE_RANGE_SECONDS = (0.2, 60)\n"
-            "intentbus.CLAIM['lease'] = float; intentbus.main(['serve', '--port', '0', '--db', 'bus.db'])")
-    bus = Serve(tmp_path, program=("-c", code))
-    bus.publish()
-    claim = bus.ask("POST", "/claim?lease=0.5").json
-    os.kill(bus.process.pid, signal.SIGSTOP)
-    until = time.time() + 0.6
-    wait_until(lambda: time.time() > until)
-    other = bus.begin("POST", "/claim")
-    os.kill(bus.process.pid, signal.SIGCONT)
-    assert response_on(other).status == 204
-    assert bus.ask("POST", f"/fulfill/{claim['id']}", {"claim_token": claim["claim_token"]}).status == 200
-    assert bus.ask("GET", f"/status/{claim['id']}").json["claim_attempts"] == 1
-
-
 def test_a_null_payload_and_a_byte_order_mark_are_taken(served):
     intent_id = served.ask("POST", "/intent", b'\xef\xbb\xbf{"goal": "g", "payload": null}').json["id"]
     claim = served.ask("POST", "/claim").json
@@ -6942,28 +7059,6 @@ def test_the_error_of_a_failure_may_be_any_json(served, error, stored):
 
 def test_a_key_without_an_owner_is_anonymous(served):
     assert served.ask("POST", "/admin/generate_key").json["owner"] == "anonymous"
-
-
-def test_a_publish_after_a_purge_is_stored_again(bus, clock):
-    def publish(key):
-        return bus.publish("g", 1, idempotency_key=key).id
-    for forget in (lambda: bus.purge(confirm=True), lambda: bus.sweep_dead("delete")):
-        first, many = publish("a"), bus.publish_many([dict(goal="g", payload=1)] * 2, idempotency_key="b").ids
-        for intent_id in (first, *many):
-            bus.cancel(intent_id)
-        assert publish("a") == first
-        forget()
-        assert publish("a") != first and bus.publish_many([dict(goal="g", payload=1)] * 2, idempotency_key="b").ids != many
-        bus.purge(confirm=True)
-
-
-def test_what_retention_deletes_is_not_published_again(store, clock):
-    bus = started_bus(store, clock, retention=3600)
-    first = bus.publish("g", 1, idempotency_key="a").id
-    bus.cancel(first)
-    clock.pass_(7200)
-    tend(bus)
-    assert bus.list().intents == [] and bus.publish("g", 1, idempotency_key="a").id == first
 
 
 def test_the_largest_values_are_accepted(served):
@@ -7016,18 +7111,6 @@ def test_the_page_is_for_anyone_and_loads_nothing_else(served):
     assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() in policy
 
 
-@pytest.mark.parametrize("headers, status", [
-    ({}, 200), ({"Sec_Fetch_Site": "same-origin"}, 200), ({"Sec_Fetch_Site": "none"}, 200), ({"Sec_Fetch_Site": "cross-site"}, 403),
-    ({"Sec_Fetch_Site": "same-site"}, 403), ({"Origin": "http://x"}, 200), ({"Origin": "https://evil"}, 403), ({"Origin": "null"}, 403),
-    ({"Origin": "http://other", "Sec_Fetch_Site": "same-origin"}, 200),
-])
-def test_a_page_of_another_site_can_change_nothing(served, headers, status):
-    for path in ("/admin/purge", f"/admin/intents/{served.publish()}/cancel", "/admin/revoke_key", "/intent"):
-        found = served.ask("POST", path, {"confirm": True, "goal": "g", "payload": 1}, **headers)
-        assert (found.status == 403) == (status == 403), path
-    assert served.ask("GET", "/admin/summary", **headers).status == 200
-
-
 def test_the_data_of_the_dashboard_holds_no_secret(served):
     key = served.ask("POST", "/admin/generate_key", {"owner": "ann"}).json["api_key"]
     served.publish()
@@ -7056,7 +7139,6 @@ def test_the_dead_that_were_counted_are_retried_or_deleted(served):
     statuses = {id: served.ask("GET", f"/status/{id}").json.get("status") for id in [*old, late]}
     assert list(statuses.values()) == ["open", "open", None, "dead", None]
     assert served.ask("GET", "/admin/summary").json["intents"]["default"] == {"dead": 1, "open": 2}
-    assert_refusal(served.ask("POST", "/admin/dead", {"action": "burn"}), 400, "invalid_action", '"count" or "retry" or "delete"')
 
 
 def test_ticked_intents_are_counted_then_cancelled_or_deleted(served):
@@ -7072,7 +7154,6 @@ def test_ticked_intents_are_counted_then_cancelled_or_deleted(served):
     assert sweep("/admin/purge", ids=[ids[0], taken], count=True)["number"] == 2
     assert sweep("/admin/purge", ids=[ids[0], taken], confirm=True)["deleted"] == 2
     assert {intent["id"] for intent in served.ask("GET", "/intents").json["intents"]} == {ids[1], *ids[2:], late} - {taken}
-    assert_refusal(served.ask("POST", "/admin/cancel", {"confirm": True}), 400, "invalid_goal", "status", "ids")
 
 
 def test_a_list_shows_the_beginning_of_payloads_digit_by_digit(served):
@@ -7409,7 +7490,6 @@ def test_the_page_is_for_viewers_too(page, served):
     place = served.url.replace("//", f"//admin:{key}@") + "/admin/dashboard"
     for view, words in (("#", ["Waiting", "oldest", "1 / 1", "No events to show; the chart is for keys that see all owners"]), ("#intents", ["fulfilled", "g"]), ("#intent/" + ids.fulfilled, ["This key sees no payloads."]),
                         ("#intent/" + ids.open, ["Waits since"]), ("#keys", ["wall", "viewer"]), ("#schedules", ["every 1m"]), ("#workers", ["Came"])):
-        page.open("about:blank")
         page.open(place + view)
         page.sees(*words)
         assert page.run("return [...document.querySelectorAll('#view button')].map(node => node.textContent)") == (
@@ -7479,7 +7559,6 @@ def test_hostile_text_in_every_field_stays_text(page, served):
     found = "?goal=" + urllib.parse.quote(XSS[0])
     for place in ("#", "#intents?status=claimed", "#intents?status=dead", "#keys", "#schedules", "#workers", "#intent/" + intent_id, "#intents" + found,
                   "#intents?status=dead&goal=" + urllib.parse.quote(XSS[2]), "#intents" + found.replace("goal", "search"), "#publish" + found):
-        page.open("about:blank")
         page.open(served.page + place)
         page.sees("intentbus")
         wait_until(lambda: page.run("return document.getElementById('view').children.length"))
@@ -7507,7 +7586,6 @@ def test_every_view_fits_its_screen_can_be_touched_and_read(page, served, width,
                   "#schedules", "#workers", ""):
         if not place:     # the page to sign in
             page.run("sessionStorage.clear()")
-        page.open("about:blank")
         page.open(served.page + place if place else served.url + "/admin/dashboard")
         wait_until(lambda: page.run("return document.getElementById('view').children.length"))
         assert page.run("return document.documentElement.scrollWidth") <= width, place
@@ -7796,14 +7874,17 @@ def test_output_is_for_whom_the_result_is_for(bus):
     bus.publish("g", 1, caller=ALICE)
     claim = bus.claim("g", caller=ALICE)
     bus.progress(**told_of(claim, output="secret", percent=5, caller=ALICE))
-    viewer = Caller("v", "alice", "viewer", False, None, payloads=False)
+    viewer = a_caller(role="viewer", payloads=False)
     assert "output" not in bus.output(claim.id, caller=viewer) and bus.output(claim.id, caller=viewer).percent == 5
-    assert bus.output(claim.id, caller=viewer._replace(payloads=True)).output == "secret"
-    for stranger in (BOB, ALICE._replace(goals=("h",))):
+    assert bus.output(claim.id, caller=a_caller(role="viewer", payloads=True)).output == "secret"
+    for owner in ("bob", "alice"):
+        stranger = a_caller(owner=owner, goals=("h",))
         with pytest.raises(intentbus.NotFound, match="There is no intent"):
             bus.output(claim.id, caller=stranger)
         with pytest.raises(intentbus.NotFound):
-            bus.progress(**told_of(claim, caller=stranger._replace(goals=("h",))))
+            bus.progress(**told_of(claim, caller=stranger))
+    with pytest.raises(intentbus.NotFound, match="There is no intent"):
+        bus.output(claim.id, caller=BOB)
 
 
 def test_progress_is_free_once_a_second_and_refused_otherwise(started, clock):
@@ -8423,15 +8504,6 @@ def test_a_cleanup_reports_how_many_of_each_kind_it_deleted(started, clock, no_r
     assert sorted(bus.statuses()) == ["dead", "dead", "open", "open"]
 
 
-def test_a_cleanup_reports_how_many_intents_time_has_ended(bus, clock):
-    bus.publish("left", 1, ttl=10)
-    bus.publish("lost", 1, max_attempts=1)
-    bus.claim("lost")
-    clock.pass_(61)
-    assert bus.cleanup().pick(("expired_open_dead", "expired_claims_dead")) == dict(expired_open_dead=1, expired_claims_dead=1)
-    assert not any(bus.cleanup().values())
-
-
 SAMPLE = re.compile(r'([a-zA-Z_:][a-zA-Z0-9_:]*)'
                     r'(?:\{((?:[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\[\\"n])*"(?:,(?=[a-zA-Z_]))?)+)\})?'
                     r' ([+-]?(?:[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?|Inf)|NaN)')
@@ -8525,6 +8597,18 @@ def test_maintenance_leaves_a_request_the_rights_of_its_key(started):
     bus.restart(api=dict(maintenance=True))
     made = bus.ask("POST", "/intent", a_publish(), ann, X_Admin_Token=ADMIN_SECRET)
     assert made.status == 201 and bus.api.bus.inspect(made.json["id"]).publisher == intentbus.ISSUED.fullmatch(ann)[1]
+
+
+@pytest.mark.parametrize("headers, status", [
+    ({}, 200), ({"Sec_Fetch_Site": "same-origin"}, 200), ({"Sec_Fetch_Site": "none"}, 200), ({"Sec_Fetch_Site": "cross-site"}, 403),
+    ({"Sec_Fetch_Site": "same-site"}, 403), ({"Origin": "http://x"}, 200), ({"Origin": "https://evil"}, 403), ({"Origin": "null"}, 403),
+    ({"Origin": "http://other", "Sec_Fetch_Site": "same-origin"}, 200),
+])
+def test_a_page_of_another_site_can_change_nothing(served, headers, status):
+    for path in ("/admin/purge", f"/admin/intents/{served.publish()}/cancel", "/admin/revoke_key", "/intent"):
+        found = served.ask("POST", path, {"confirm": True, "goal": "g", "payload": 1}, **headers)
+        assert (found.status == 403) == (status == 403), path
+    assert served.ask("GET", "/admin/summary", **headers).status == 200
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT"])
@@ -8767,13 +8851,17 @@ def test_a_wrong_key_is_refused_before_its_body_is_sent(strict):
         assert_refusal(response_on(sock), 401, "unauthorized")
 
 
-def test_bodies_of_unproven_callers_have_a_bound_in_memory(started, monkeypatch):
+@pytest.mark.parametrize("path, body, headers, status", [
+    ("/intent", a_publish(payload="x" * 40_000), lambda body: dict(signed("POST", "/intent", body), X_Key_ID="owner"), 201),
+    ("/join", {"code": "x" * 40_000}, lambda body: {}, 401),
+], ids=["signed", "without any key"])
+def test_bodies_of_unproven_callers_have_a_bound_in_memory(started, monkeypatch, path, body, headers, status):
     monkeypatch.setattr(intentbus, "UNPROVEN_BYTES", 100_000)
-    bus, body = started(), json.dumps(a_publish(payload="x" * 40_000)).encode()
+    bus, body = started(), json.dumps(body).encode()
     with contextlib.ExitStack() as stack:
         halves = []
         for _ in range(5):
-            data = asking("POST", "/intent", body, key=None, X_Key_ID="owner", **signed("POST", "/intent", body))
+            data = asking("POST", path, body, key=None, **headers(body))
             sock = stack.enter_context(bus.connect())
             sock.sendall(data[:-1])
             halves.append((sock, data[-1:]))
@@ -8784,21 +8872,7 @@ def test_bodies_of_unproven_callers_have_a_bound_in_memory(started, monkeypatch)
                 assert sock.recv(1) == b""
         for sock, rest in halves[3:]:
             sock.sendall(rest)
-            assert response_on(sock).status == 201
-
-
-def test_a_body_sent_without_any_key_is_bounded_too(started, monkeypatch):
-    monkeypatch.setattr(intentbus, "UNPROVEN_BYTES", 100_000)
-    bus = started()
-    with contextlib.ExitStack() as stack:
-        halves = [stack.enter_context(bus.connect()) for _ in range(5)]
-        for sock in halves:
-            sock.sendall(asking("POST", "/join", {"code": "x" * 40_000}, key=None)[:-1])
-            wait_until(lambda: not unread(bus.port))
-        assert bus.ask("GET", "/health", key=None).status == 200
-        for sock in halves[:3]:     # the oldest are closed
-            with contextlib.suppress(ConnectionError):
-                assert sock.recv(1) == b""
+            assert response_on(sock).status == status
 
 
 def test_a_refusal_after_a_head_request_has_a_body(served):
@@ -8830,22 +8904,21 @@ def test_a_stopped_bus_keeps_no_descriptor(started):
 
 
 def with_descriptors(number):
-    """Return the code of a bus that may open this number of files."""
-    return (f"import resource, intentbus; resource.setrlimit(resource.RLIMIT_NOFILE, ({number}, {number}))\n"
-            "raise SystemExit(intentbus.main(['serve', '--port', '0']))")
+    """Return the arguments of a Python that runs a bus which may open this number of files."""
+    return serving(f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({number}, {number}))")
 
 
 @LINUX
 @pytest.mark.parametrize("number", [64, 95])
 def test_a_bus_with_too_few_descriptors_does_not_start(tmp_path, number):
     environment = dict(os.environ, HOME=str(tmp_path), BUS_DB_PATH=str(tmp_path / "bus.db"))
-    done = run_python("-c", with_descriptors(number), env=environment)
+    done = run_python(*with_descriptors(number), "--port", "0", env=environment)
     assert_complaint((done.returncode, done.stdout, done.stderr), 2, "needs 96 open files", f"may have {number}", "ulimit -n")
 
 
 @LINUX
 def test_a_bus_with_just_enough_descriptors_answers(tmp_path):
-    bus = Serve(tmp_path, program=("-c", with_descriptors(96)))
+    bus = Serve(tmp_path, program=with_descriptors(96))
     with contextlib.ExitStack() as stack:
         for _ in range(200):     # silent ones, which make room
             stack.enter_context(bus.connect())
@@ -8951,7 +9024,7 @@ BIG = "x" * 200_000
 def test_a_client_that_reads_slowly_makes_room(started, monkeypatch):
     monkeypatch.setattr(intentbus, "CONNECTIONS", 5)
     bus = started()
-    for _ in range(50):
+    for _ in range(20):
         bus.publish(payload=BIG)
     with contextlib.ExitStack() as stack:
         slow = [stack.enter_context(bus.connect()) for _ in range(5)]
@@ -9327,8 +9400,7 @@ def test_health_is_answered_while_a_commit_hangs(on_a_watched_disk):
 
 @SLOW
 def test_health_says_when_the_disk_hangs(tmp_path):
-    code = "import intentbus; intentbus.STALLED_SECONDS = 0; intentbus.main(['serve', '--port', '0', '--db', 'bus.db'])"
-    bus = Serve(tmp_path, program=("-c", code), DISK_HOLD=str(tmp_path / "hold"), **preloaded(DISK))
+    bus = Serve(tmp_path, program=serving("intentbus.STALLED_SECONDS = 0"), DISK_HOLD=str(tmp_path / "hold"), **preloaded(DISK))
     slow_down(bus, tmp_path / "hold")
     (tmp_path / "hold").touch()
     publish = bus.begin("POST", "/intent", a_publish())
@@ -9851,29 +9923,6 @@ def test_at_the_limit_the_longest_idle_connection_makes_room(started, monkeypatc
     assert claimed_by(worker).id == intent_id
 
 
-STRICT = [route[:2] for route in intentbus.ROUTES if route[2] not in (None, "metrics", "step") and not route[1].startswith(intentbus.REPORTS)]
-LENIENT = ("/status/*", "/result/*", "/output/*", "/workers", "/events", "/whoami", "/get/*", "/admin/dashboard")     # which can widen nothing
-
-
-@pytest.mark.parametrize("method, path", [(method, path) for method, path in STRICT if path not in LENIENT])
-def test_a_mistyped_name_is_refused_and_named(strict, method, path):
-    bodies = {"/intents": [a_publish(namespce="n")], "/set/*": {"value": 1, "ifabsent": True}}
-    body = bodies.get(path, {"namespce": "n"}) if method == "POST" else b""
-    for target, data, name in ((path + "?namespce=n", b"", "namespce"), (path, body, "ifabsent" if path == "/set/*" else "namespce")):
-        refused = strict.ask(method, target.replace("*", NOBODY), data)
-        if data or "?" in target:
-            assert_refusal(refused, 400, "invalid_request", f"Unknown {'parameter' if '?' in target else 'field'} '{name}'", "there are:")
-        if path in ("/claim", "/publish/*"):     # the body has no fields
-            break
-
-
-@pytest.mark.parametrize("report", intentbus.REPORTS)
-def test_a_report_ignores_fields_that_it_does_not_know(served, report):
-    served.publish()
-    claim = served.ask("POST", "/claim").json
-    assert served.ask("POST", f"{report}{claim['id']}?more=1", {"claim_token": claim["claim_token"], "more": 1}).status == 200
-
-
 def test_random_requests_are_answered_or_refused_with_a_reason(tmp_path):
     serve = Serve(tmp_path, *FUZZED)
     statuses = fuzzing(serve, seed=3, number=200)
@@ -9989,74 +10038,6 @@ def test_a_worker_outlasts_a_full_disk_at_the_bus(small_disk, impatient, monkeyp
     bus.stop()
 
 
-@ON_A_FILE
-@POSIX
-@pytest.mark.parametrize("end", ("", "-wal", "-shm"))
-@pytest.mark.parametrize("happens", ("deleted", "replaced"))
-def test_a_bus_with_a_file_gone_accepts_and_loses_nothing(started, happens, end, quick_rechecks):
-    served = started()
-    kept, path = [served.publish(), served.publish()], served.db + end
-    os.rename(path, path + ".away")
-    if happens == "replaced":
-        shutil.copy(path + ".away", path)
-    for target, body in (("/intent", a_publish()), ("/claim", b"")):
-        refused = served.ask("POST", target, body)
-        assert_refusal(refused, 503, "database_busy", f"The file {path} of", "deleted or replaced", "restart")
-    assert served.ask("GET", "/health", key=None).json["error"].startswith(f"The file {path} of")
-    if not end or happens == "replaced":     # the right one is put back
-        os.rename(path + ".away", path)
-        assert served.ask("POST", "/claim").json["id"] == kept[0]
-        wait_until(lambda: served.ask("GET", "/health", key=None).status == 200)
-    served.restart()
-    assert [intent.id for intent in reversed(served.client.list().intents)] == kept
-    assert served.ask("POST", "/intent", a_publish()).status == 201
-
-
-@SLOW
-@POSIX
-@pytest.mark.parametrize("end", ("-wal", "-shm"))
-def test_a_bus_without_its_log_loses_nothing_at_a_kill(tmp_path, end):
-    bus = Serve(tmp_path)
-    kept = [bus.publish() for _ in range(20)]
-    os.remove(tmp_path / f"intentbus.db{end}")
-    assert_refusal(bus.ask("POST", "/intent", a_publish()), 503, "database_busy", "deleted")
-    bus.kill()
-    with contextlib.closing(sqlite3.connect(tmp_path / "intentbus.db")) as db:
-        assert [id for id, in db.execute("SELECT id FROM intents ORDER BY id")] == kept
-        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-
-
-@ON_A_FILE
-@POSIX
-def test_no_other_user_can_open_a_file_of_the_bus(started):
-    bus = started()
-    bus.publish()
-    bus.stop()
-    os.chmod(bus.db + ".lock", 0o644)     # as earlier versions made it
-    bus.start()
-    bus.publish()
-    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in Path(bus.db).parent.glob("bus.db*")}
-    assert modes == dict.fromkeys(("bus.db", "bus.db-wal", "bus.db-shm", "bus.db.lock"), 0o600)
-
-
-@ON_A_FILE
-def test_a_damaged_file_is_reported_and_accepts_nothing(started):
-    bus = started()
-    for _ in range(200):
-        bus.publish(payload="x" * 1000)
-    bus.stop()
-    with open(bus.db, "r+b") as file:
-        file.seek(40 * 4096)     # behind the pages of the schema
-        file.write(os.urandom(100 * 4096))
-    with contextlib.suppress(intentbus.Unavailable):     # the start may fail
-        bus = Served(Path(bus.db).parent)
-        answers = [bus.ask("POST", "/intent", a_publish()), bus.ask("POST", "/claim"), bus.ask("GET", "/intents")]
-        assert {answer.status for answer in answers} & {503} and not {answer.status for answer in answers} & {500}
-        for answer in answers:
-            assert answer.status < 300 or assert_refusal(answer, 503, "database_busy", "cannot be used") is None
-        bus.stop()
-
-
 # ---- 16. Local state ----
 
 
@@ -10072,6 +10053,8 @@ def test_settings_come_from_flag_environment_joined_bus_default(home, sent, monk
     def found(*arguments):
         client = IntentClient(*arguments)
         return client.base_url, signer(sent, client.list, (own, "joined", "environment", "flag"))
+    with pytest.raises(intentbus.SetupError, match="No key: join the bus with a code .* or put a key into ~/.apikey or"):
+        IntentClient()
     own = intentbus.make_key()
     assert found() == (intentbus.URL, own)
     intentbus.write_settings("https://joined", "joined", None)
@@ -10079,7 +10062,8 @@ def test_settings_come_from_flag_environment_joined_bus_default(home, sent, monk
     monkeypatch.setenv("INTENT_BUS_URL", "https://environment")
     assert found() == ("https://environment", own), "the key of the bus joined is for that bus only"
     monkeypatch.setenv("INTENT_API_KEY", "environment")
-    assert found() == ("https://environment", "environment")
+    monkeypatch.setenv("INTENT_BUS_NAMESPACE", "home")
+    assert found() == ("https://environment", "environment") and IntentClient().namespace == "home"
     assert found("https://flag/", "flag") == found("https://flag", "flag") == ("https://flag", "flag")
 
 
@@ -10109,7 +10093,7 @@ def test_without_a_home_no_folder_named_tilde_is_made(home, tmp_path, monkeypatc
         assert_complaint((intentbus.main(words.split()), *capsys.readouterr()), 2, "The home folder for ~/", "HOME", "--key-file")
     monkeypatch.setenv("INTENT_API_KEY", KEY)
     assert_complaint((intentbus.main(["list", "--url", nowhere]), *capsys.readouterr()), 5, "cannot be reached")
-    assert_complaint((intentbus.main(["publish", "g", "1", "--spool"]), *capsys.readouterr()), 5, "cannot be stored either", "HOME")
+    assert_complaint((intentbus.main(["publish", "g", "1", "--spool", "--url", nowhere]), *capsys.readouterr()), 5, "cannot be stored either", "HOME")
     if os.name == "posix" and os.getuid() == 0:
         os.chmod(tmp_path, 0o777)
         code = f"import intentbus, os; os.chdir({str(tmp_path)!r}); os.setuid(54321); os.environ.pop('HOME'); intentbus.make_key()"
@@ -10177,9 +10161,8 @@ def test_spooled_intents_arrive_once_and_in_order(served, tmp_path):
     assert spooling(served, tmp_path).flush() == 0
 
 
-def test_a_spooled_publish_with_a_lost_answer_is_stored_once(served, tmp_path):
-    proxy = Proxy(served.port, drop=1)
-    bus = IntentClient(proxy.url, KEY, spool=tmp_path / "spool.db")
+def test_a_spooled_publish_with_a_lost_answer_is_stored_once(served, weather, tmp_path):
+    bus = IntentClient(weather(lose_answers(1)).url, KEY, spool=tmp_path / "spool.db")
     assert bus.publish("g", 1).status == "spooled" and bus.flush() == 1
     assert len(served.client.list().intents) == 1
 
@@ -10432,16 +10415,16 @@ def test_the_client_raises_the_errors_of_the_bus(served, cause, kind, code):
     assert (type(caught.value), caught.value.code) == (kind, code) and str(caught.value).endswith(".")
 
 
-def test_a_lost_answer_to_a_publish_stores_no_second_intent(served, impatient):
-    proxy = Proxy(served.port, drop=3)
+def test_a_lost_answer_to_a_publish_stores_no_second_intent(served, weather, impatient):
+    proxy = weather(lose_answers(3))
     answer = IntentClient(proxy.url, KEY).publish("g", 1)
-    assert [intent.id for intent in served.client.list().intents] == [answer.id] and proxy.passed == 4
+    assert [intent.id for intent in served.client.list().intents] == [answer.id] and proxy.met == {"answer lost": 3, "ok": 1}
 
 
-def test_a_lost_answer_to_a_report_is_asked_for_again(served, impatient):
+def test_a_lost_answer_to_a_report_is_asked_for_again(served, weather, impatient):
     served.client.publish("g", 1)
     intent = served.client.claim("g")
-    assert IntentClient(Proxy(served.port, drop=2).url, KEY).fulfill(intent.id, intent.claim_token, 5).ok
+    assert IntentClient(weather(lose_answers(2)).url, KEY).fulfill(intent.id, intent.claim_token, 5).ok
     assert served.client.get_result(intent.id).result == 5
 
 
@@ -10465,33 +10448,8 @@ def test_a_request_spoilt_by_the_network_is_made_good_by_a_retry(served, weather
     assert proxy.met[fate] == 4
 
 
-def test_a_claim_repeated_with_its_token_renews_the_lease(bus, clock):
-    bus.publish("g", 1)
-    bus.publish("g", 2)
-    mine = bus.claim("g", claim_token="t" * 32)
-    clock.pass_(50)
-    again = bus.claim("g", claim_token="t" * 32)
-    assert (again.id, again.claim_attempts, again.claim_token) == (mine.id, 1, "t" * 32)
-    assert again.claim_expires_at == clock.wall + 60
-    assert bus.claim("g", claim_token="t" * 32, caller=BOB) is None
-    other = bus.claim("g", claim_token="u" * 32)
-    assert other.id != mine.id and bus.claim("g") is None
-    clock.pass_(61)
-    assert {bus.claim("g").claim_attempts for _ in range(2)} == {2}     # the leases have ended, and other claims took them
-    assert bus.claim("g", claim_token="t" * 32) is None
-
-
-def test_a_claim_repeated_after_its_expiry_takes_the_next_intent(bus, clock):
-    bus.publish("g", "short", ttl=30, priority=200)
-    bus.publish("g", "long")
-    assert bus.claim("g", claim_token="t" * 32).payload == "short"
-    clock.pass_(31)
-    assert bus.claim("g", claim_token="t" * 32).payload == "long"
-
-
 def test_a_bus_that_stays_away_is_unreachable(impatient):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     with pytest.raises(intentbus.Unreachable, match=f"The bus at http://127.0.0.1:{port} cannot be reached: Connection refused"):
         IntentClient(f"http://127.0.0.1:{port}", KEY).get_status("x")
 
@@ -10504,16 +10462,9 @@ def test_a_bus_that_stays_away_is_unreachable(impatient):
     (b"", "cannot be reached"),
 ])
 def test_a_server_that_is_not_a_bus_is_recognized(answer, sentence, impatient):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        def answer_all():
-            with contextlib.suppress(OSError):
-                while True:
-                    with listener.accept()[0] as sock:
-                        sock.recv(65536)
-                        sock.sendall(answer)
-        threading.Thread(target=answer_all, daemon=True).start()
-        with pytest.raises(intentbus.Unreachable, match=re.escape(sentence)):
-            IntentClient(f"http://127.0.0.1:{listener.getsockname()[1]}", KEY).get_status("x")
+    with Fake() as fake, pytest.raises(intentbus.Unreachable, match=re.escape(sentence)):
+        fake.answer = answer
+        IntentClient(fake.url, KEY).get_status("x")
 
 
 @pytest.mark.parametrize("status, body", [
@@ -10605,51 +10556,18 @@ def test_an_answer_is_read_up_to_a_bound(served, monkeypatch):
     assert served.client.who_am_i().owner == "owner"
 
 
-class Relay(socketserver.ThreadingTCPServer):
-    """Passes bytes between clients and a server, counts connections, and can cut them."""
-
-    daemon_threads = True
-
-    def __init__(self, port):
-        self.port, self.open, self.accepted = port, [], 0
-        super().__init__(("127.0.0.1", 0), None)
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-    def finish_request(self, near, address):
-        far = socket.create_connection(("127.0.0.1", self.port))
-        self.accepted += 1
-        self.open += [near, far]
-        back = in_thread(self.copy, far, near)
-        self.copy(near, far)
-        back()
-
-    def copy(self, source, target):
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                target.sendall(data)
-            target.shutdown(socket.SHUT_RDWR)
-        return True
-
-    def cut(self):
-        for sock in self.open:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-        self.open.clear()
-
-
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_a_thread_keeps_one_connection_and_replaces_a_stale_one(started, tmp_path, scheme):
     files = certificate(tmp_path, "x") if scheme == "https" else None
     served = started(server=dict(tls=files))
-    with Relay(served.port) as relay:
-        bus = IntentClient(f"{scheme}://127.0.0.1:{relay.server_address[1]}", KEY, ca=files and files[0])
+    with contextlib.closing(Forwarder(served.port)) as way:
+        bus = IntentClient(f"{scheme}://127.0.0.1:{way.port}", KEY, ca=files and files[0])
         for number in range(3):
             bus.publish("g", number)
-        assert relay.accepted == 1
-        relay.cut()
-        assert not bus.delete("k").deleted and relay.accepted == 2     # which is not repeated, for it is not safe
-        assert at_once(2, lambda _: bus.who_am_i().owner) == ["owner"] * 2 and relay.accepted == 4
-        relay.shutdown()
+        assert way.accepted == 1
+        way.cut()
+        assert not bus.delete("k").deleted and way.accepted == 2     # which is not repeated, for it is not safe
+        assert at_once(2, lambda _: bus.who_am_i().owner) == ["owner"] * 2 and way.accepted == 4
 
 
 @pytest.mark.parametrize("status", ["301 Moved", "302 Found", "303 See Other", "307 Temporary", "308 Permanent"])
@@ -10698,21 +10616,6 @@ def test_retry_of_an_empty_id_retries_nothing(served):
     with pytest.raises(intentbus.NotFound):
         served.client.retry("")
     assert served.client.get_status(intent_id).status == "dead"
-
-
-def test_the_client_finds_its_settings(sent, monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("INTENT_BUS_URL", "http://127.0.0.1:1/")
-    monkeypatch.setenv("INTENT_BUS_NAMESPACE", "home")
-    monkeypatch.delenv("INTENT_API_KEY", raising=False)
-    with pytest.raises(intentbus.SetupError, match="No key: join the bus with a code .* or put a key into ~/.apikey or"):
-        IntentClient()
-    key = intentbus.make_key()
-    found = IntentClient()
-    assert (found.base_url, found.namespace) == ("http://127.0.0.1:1", "home")
-    assert signer(sent, found.list, ("wrong", key)) == key
-    with pytest.raises(intentbus.SetupError, match="The URL of a bus is http://HOST:PORT"):
-        IntentClient("ftp://x")
 
 
 ENCRYPTED = ("https://bus.example", "https://10.0.0.1", "https://127.0.0.1:8787", "HTTPS://LOCALHOST")
@@ -10791,20 +10694,22 @@ def test_the_clients_say_everything_in_what_is_signed(sent, tmp_path):
     lambda error: error.update(server_time=error["server_time"] + 310), lambda error: error.update(server_time="1e9"),
     lambda error: error.update(server_time=None),
 ])
-def test_a_client_believes_no_time_without_its_mac(served, monkeypatch, change):
+def test_a_client_believes_no_time_without_its_mac(served, weather, monkeypatch, change):
     right = time.time
     monkeypatch.setattr(time, "time", lambda: right() + 7200 * (threading.current_thread() is threading.main_thread()))
-    answers = []
+    proxy, statuses = weather(lambda path: "a lie"), []
 
-    def lying(self, status, headers, content, *rest, read=IntentClient._read):
-        answer = json.loads(content)
-        change(answer["error"])
-        answers.append(status)
-        return read(self, status, headers, json.dumps(answer).encode(), *rest)
-    monkeypatch.setattr(IntentClient, "_read", lying)
+    def lying(fate, answer):
+        head, _, body = answer.partition(b"\r\n\r\n")
+        refusal = json.loads(body)
+        change(refusal["error"])
+        statuses.append(head.split()[1])
+        body = json.dumps(refusal).encode()
+        return re.sub(rb"(?i)(content-length: )\d+", rb"\g<1>%d" % len(body), head) + b"\r\n\r\n" + body
+    proxy.spoilt = lying
     with pytest.raises(intentbus.Forbidden, match="Stale timestamp"):
-        IntentClient(served.url, KEY).publish("g", 1)
-    assert answers == [403]
+        IntentClient(proxy.url, KEY).publish("g", 1)
+    assert statuses == [b"403"]
 
 
 def test_a_client_corrects_its_clock(tmp_path, monkeypatch):
@@ -10817,7 +10722,7 @@ def test_a_client_corrects_its_clock(tmp_path, monkeypatch):
 # ---- 18. Worker ----
 
 def test_a_worker_pauses_at_a_bus_that_holds_no_claims():
-    poll = 0.1
+    poll = 0.05
     with Fake("204 No Content", b"") as bus:
         client, began = IntentClient(bus.url, KEY), time.monotonic()
         in_thread(listen, client, "g", print, poll=poll, max_time=1)
@@ -10852,7 +10757,7 @@ def test_an_error_in_one_thread_ends_a_worker():
 
 
 def test_a_worker_pauses_after_an_error_that_may_pass(monkeypatch):
-    asked, poll = [], 0.1
+    asked, poll = [], 0.05
 
     class Away:
         def claim(self, *goals, **fields):
@@ -11004,11 +10909,9 @@ def test_each_end_of_a_program_has_its_outcome(served, tmp_path, monkeypatch, te
     ({"to": "-rf\nnewline"}, "x{to}y", "x-rf\nnewliney"),
     ({"n": 1.5, "b": True, "z": None}, "{n},{b},{z}", "1.5,true,"),
     ({"list": [1, {"a": 2}]}, "{list}", '[1,{"a":2}]'),
-    ({"id": "x"}, "{goal} {payload} {{payload}} {} {a-b} ${HOME}", 'g {"id":"x"} {payload} {} {a-b} $HOME-is-missing'),
+    ({"id": "x"}, "{goal} {payload} {{payload}} {} {a-b}", 'g {"id":"x"} {payload} {} {a-b}'),
 ], ids=range(5))
 def test_fields_of_the_payload_become_one_argument_each(served, tmp_path, payload, argument, expected):
-    if "missing" in expected:
-        argument, expected = argument.replace(" ${HOME}", ""), expected.replace(" $HOME-is-missing", "")
     found = run_handler(served, tmp_path, "printf '%s|' \"$@\"", payload, [argument, "end"], result="text")
     assert found.result == f"{expected}|end|"
 
@@ -11070,18 +10973,8 @@ def test_a_wild_program_gets_its_outcome_and_leaves_nothing(serve, tmp_path, mon
     found = run_handler(serve, tmp_path, text, "x" * 250_000, timeout=0.4 if "0.4" in str(outcome) else 30, kill_after=0.1,
                         max_output=1000)
     assert (found.status, found.result if status == "fulfilled" else found.last_error) == (status, outcome)
-    wait_until(lambda: not left_behind(found.id))
+    wait_until(lambda: not left_behind(f"INTENT_ID={found.id}"))
     wait_until(lambda: open_files() <= files)
-
-
-@SLOW
-@POSIX
-def test_a_program_outside_its_session_blocks_no_worker(served, tmp_path):
-    if not shutil.which("setsid"):
-        pytest.skip("setsid is not on this machine")
-    found = run_handler(served, tmp_path, f"setsid sleep 60 & echo $! > {tmp_path}/pid; sleep 0.1; echo done", 1)
-    assert (found.status, found.result) == ("fulfilled", "done")
-    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
 
 
 @POSIX
@@ -11095,22 +10988,13 @@ def test_any_amount_of_any_output_is_a_result(served, tmp_path, text):
 
 
 @POSIX
-@pytest.mark.parametrize("text", ["", "echo no shebang", "#!", "#!/etc/passwd\n"], ids=["empty", "no shebang", "half", "no program"])
-def test_a_file_that_is_not_a_program_costs_no_attempt(served, tmp_path, text):
-    answer = served.client.publish("g", 1)
-    with pytest.raises(intentbus.SetupError, match="cannot be run: .*; check that it starts with #! and is executable"):
-        work(served, "g", intentbus.Program([script(tmp_path, text)]))
-    assert (served.client.get_status(answer.id).status, served.client.get_status(answer.id).claim_attempts) == ("open", 0)
-
-
-@POSIX
 def test_no_executable_program_is_refused_before_a_claim(tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("#!/bin/sh\n")
     (tmp_path / "link").symlink_to("nowhere")
     monkeypatch.chdir(tmp_path)
-    for name in ("./folder", "./file", "./link", "", "\x1b[2J"):
-        with pytest.raises(intentbus.SetupError, match="There is no program .* that can be run") as refused:
+    for name in ("./folder", "./file", "./link", "./nothing.sh", "", "\x1b[2J"):
+        with pytest.raises(intentbus.SetupError, match="There is no program '.*' that can be run") as refused:
             intentbus.Program([name])
         assert "\x1b" not in str(refused.value)
 
@@ -11133,8 +11017,8 @@ def test_a_relative_program_path_starts_at_the_workers_directory(served, tmp_pat
 def test_a_program_has_no_terminal_to_change(serve):
     import pty
     ours, theirs = pty.openpty()
-    id = serve.run("publish", "tty", "1").stdout.strip()
-    worker = subprocess.run(["setsid", "-c", "-w", sys.executable, PROGRAM, "work", "--goal", "tty", "--once", "--", "sh", "-c",
+    id = serve.publish(goal="tty")
+    worker = subprocess.run(["setsid", "-c", "-w", *COMMAND, "work", "--goal", "tty", "--once", "--", "sh", "-c",
                              "(stty -echo </dev/tty) && echo changed; test -t 0 || test -t 1 || test -t 2 || echo none"], env=serve.env,
                             stdin=theirs, stdout=theirs, stderr=theirs, timeout=20)
     assert worker.returncode == 0 and serve.run("result", id).stdout == "none\n"
@@ -11188,7 +11072,7 @@ def test_a_cut_result_says_so_and_cut_json_is_dead(served, tmp_path, how, limit,
 
 @POSIX
 def test_stderr_of_a_handler_is_passed_on_as_it_comes(serve, tmp_path):
-    fifo, id = tmp_path / "go", serve.run("publish", "loud", "1").stdout.strip()
+    fifo, id = tmp_path / "go", serve.publish(goal="loud")
     os.mkfifo(fifo)
     worker = serve.start("work", "--goal", "loud", "--once", "--", "sh", "-c",
                          f"printf '\\033[1mbegun\n' >&2; cat {fifo}; printf 50%% >&2; exit 1")
@@ -11201,7 +11085,7 @@ def test_stderr_of_a_handler_is_passed_on_as_it_comes(serve, tmp_path):
 
 @POSIX
 def test_stderr_of_several_handlers_comes_in_labelled_lines(serve, tmp_path):
-    ids = [serve.run("publish", "louder", word).stdout.strip() for word in ('"a"', '"b"')]
+    ids = [serve.publish(goal="louder", payload=word) for word in "ab"]
     worker = serve.start("work", "--goal", "louder", "-j", "2", "--max-jobs", "2", "--", "sh", "-c",
                          "printf 'one\n\r%s' {payload} >&2; head -c 200000 /dev/zero | tr '\\0' x >&2")
     lines = [line for line in worker.communicate(timeout=20)[1].splitlines() if not line.startswith("intentbus: ")]
@@ -11215,10 +11099,10 @@ def test_stderr_of_several_handlers_comes_in_labelled_lines(serve, tmp_path):
 @pytest.mark.parametrize("text, shown, percent, message", [
     ("printf 'a\\n::progress 40 copying it\\nb' >&2", "a\nb", 40, "copying it"),
     ("printf '::progress 1 x\\r\\n::progress 99.5%%' >&2", "", 99.5, ""),
-    ("printf '::pro' >&2; sleep 0.2; printf 'gress 7 y' >&2", "", 7, "y"),
-    ("printf '::prose' >&2; sleep 0.2; printf '\\n::progress 101\\n::progress x\\n ::progress 5' >&2",
+    ("printf '::pro' >&2; sleep 0.05; printf 'gress 7 y' >&2", "", 7, "y"),
+    ("printf '::prose' >&2; sleep 0.05; printf '\\n::progress 101\\n::progress x\\n ::progress 5' >&2",
      "::prose\n::progress 101\n::progress x\n ::progress 5", None, None),
-    (f"{' '.join(COMMAND)} progress 12.5 'a  b' '\n'c; printf 'z\\344\\303' >&2; sleep 0.2; printf '\\244' >&2", "z\ufffd\u00e4", 12.5, "a b c"),
+    (f"{' '.join(COMMAND)} progress 12.5 'a  b' '\n'c; printf 'z\\344\\303' >&2; sleep 0.05; printf '\\244' >&2", "z\ufffd\u00e4", 12.5, "a b c"),
 ], ids=range(5))
 def test_progress_lines_are_told_and_the_rest_is_output(served, tmp_path, text, shown, percent, message):
     intent_id, passed_on = served.client.publish("g", 1, stream=True).id, []
@@ -11336,11 +11220,11 @@ def test_a_remote_command_is_followed_from_its_output_to_its_outcome(serve, tmp_
     (("publish", "g", "1", "--follow", "--spool"), "--spool excludes"), (("publish", "g", "--lines", "--follow"), "--follow"),
     (("progress", "101"), "from 0 to 100"), (("progress", "half"), "from 0 to 100"), (("output",), "id"),
 ])
-def test_what_cannot_be_followed_is_refused_in_words(served, words, complaint):
-    assert_complaint(at(served, *words, stdin=b"x\n"), 2, complaint)
+def test_what_cannot_be_followed_is_refused_in_words(command, words, complaint):
+    assert_complaint(command(*words), 2, complaint)
 
 
-STEP = '"$INTENT_PYTHON" "$INTENT_BUS_PROGRAM" step'
+STEP = f"{shlex.join(COMMAND)} step"
 
 
 @POSIX
@@ -11354,14 +11238,12 @@ def test_an_attempt_goes_on_after_the_steps_that_are_done(served, command, tmp_p
         echo "$one"
     """
     id = served.publish(backoff_base=1)
-    program = intentbus.Program([script(tmp_path, text)], variables=dict(
-        PYTHON=sys.executable, BUS_PROGRAM=PROGRAM, BUS_URL=served.url))
+    program = intentbus.Program([script(tmp_path, text)], variables=dict(BUS_URL=served.url))
     work(served, "g", program)
     assert not os.path.exists(intentbus.steps_folder(intentbus.run_name((tmp_path / "token").read_text())))
     assert served.client.get_status(id).last_error == "exit code 7" and ran.read_text() == "one\ntwo\n"
     served.client.cancel(id), served.client.retry(id)
-    work(served, "g", intentbus.Program([script(tmp_path, text.replace("-gt 1", "-gt 0"))], variables=dict(
-        PYTHON=sys.executable, BUS_PROGRAM=PROGRAM, BUS_URL=served.url)))
+    work(served, "g", intentbus.Program([script(tmp_path, text.replace("-gt 1", "-gt 0"))], variables=dict(BUS_URL=served.url)))
     assert served.client.get_result(id).result == "a\n\u00e4" and ran.read_text() == "one\ntwo\ntwo\n"
     assert re.search(r"^step one +attempt 1, 0\.\d s\nstep two +attempt 1, 0\.\d s$", command("show", id)[1], re.M)
     assert command("retry", "--goal", "g", "--from-start")[0] == 2
@@ -11382,12 +11264,11 @@ def test_a_step_that_cannot_be_done_says_why(served, tmp_path, monkeypatch, text
     monkeypatch.setenv("INTENT_API_KEY", KEY)
     monkeypatch.chdir(tmp_path)
     id = served.publish()
-    work(served, "g", intentbus.Program([script(tmp_path, "#!/bin/sh\n" + text)], variables=dict(
-        PYTHON=sys.executable, BUS_PROGRAM=PROGRAM, BUS_URL=served.url)))
+    work(served, "g", intentbus.Program([script(tmp_path, "#!/bin/sh\n" + text)], variables=dict(BUS_URL=served.url)))
     found = served.client.get_result(id)
     assert found.status == status and (found.last_error or "").startswith(words or "")
     if status == "open" and not words:
-        assert found.claim_attempts == 0 and found.run_at >= time.time() + 3, "released, not counted, and not at once again"
+        assert found.claim_attempts == 0 and found.run_at >= found.created_at + 3, "released, not counted, and not at once again"
     assert len(served.ask("GET", f"/admin/intents/{id}").json["steps"]) == ("already" in (words or "")), "only the first of two is recorded"
 
 
@@ -11415,9 +11296,9 @@ def test_steps_of_a_python_handler_are_json_values(served):
 @SLOW
 @POSIX
 def test_stderr_that_cannot_be_passed_on_delays_no_handler(serve, tmp_path):
-    id = serve.run("publish", "loudest", "1").stdout.strip()
+    id = serve.publish(goal="loudest")
     worker = serve.start("work", "--goal", "loudest", "--once", "--", "sh", "-c", "yes | head -c 20000000 >&2")
-    wait_until(lambda: serve.run("status", id).stdout == "fulfilled\n")     # although its stderr is not read
+    wait_until(lambda: serve.client.get_status(id).status == "fulfilled")     # although its stderr is not read
     said = worker.communicate(timeout=20)[1]
     left_out, = re.findall(r"^intentbus: (\d+) bytes that handlers wrote to stderr were left out$", said, re.M)
     assert said.count("y\n") * 2 + int(left_out) == 20_000_000 and worker.returncode == 0
@@ -11426,16 +11307,16 @@ def test_stderr_that_cannot_be_passed_on_delays_no_handler(serve, tmp_path):
 @POSIX
 @pytest.mark.parametrize("text, sentence", [
     ("#!/bin/sh\nexit 127\n", "exit code 127, which means it cannot run here"),
-    ("#!/nowhere/sh\n", "cannot be run: No such file or directory; check that it starts with #!"),
+    ("#!/nowhere/sh\n", "cannot be run: No such file or directory; check that it starts with #! and is executable"),
+    *((text, "cannot be run: .*; check that it starts with #! and is executable") for text in ("", "echo no shebang", "#!", "#!/etc/passwd\n")),
     ("\x7fELF nonsense", "cannot be run: Exec format error"),
-])
+], ids=ascii)
 def test_a_program_that_cannot_run_stops_the_worker(served, tmp_path, text, sentence):
     answer = served.client.publish("g", 1)
-    with pytest.raises(intentbus.SetupError, match=re.escape(sentence)):
+    with pytest.raises(intentbus.SetupError, match=sentence):
         work(served, "g", intentbus.Program([script(tmp_path, text)]))
-    assert (served.client.get_status(answer.id).status, served.client.get_status(answer.id).claim_attempts) == ("open", 0)
-    with pytest.raises(intentbus.SetupError, match="There is no program './nothing.sh' that can be run"):
-        intentbus.Program(["./nothing.sh"])
+    found = served.client.get_status(answer.id)
+    assert (found.status, found.claim_attempts) == ("open", 0)
 
 
 @SLOW
@@ -11552,7 +11433,8 @@ def test_a_daemon_that_holds_its_output_costs_a_worker_nothing(served, tmp_path)
     for pid in daemons:
         os.kill(pid, 0)     # it still runs
     try:
-        assert {intent.status for intent in served.client.list().intents} == {"fulfilled"} and len(daemons) == 8
+        found = [served.client.get_result(intent.id) for intent in served.client.list().intents]
+        assert {(intent.status, intent.result) for intent in found} == {("fulfilled", "done")} and len(daemons) == 8
         wait_until(lambda: all(now <= then for now, then in zip(costs(), before)), seconds=20)
     finally:
         for pid in daemons:
@@ -11608,25 +11490,10 @@ def test_the_doctor_finds_nothing_wrong_with_a_good_setup(home, served):
     assert found["key", "ok"] == "The owner key may do everything."
 
 
-def page_server():
-    """Start a web server that is not a bus, and return its URL."""
-    class Page(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(b"<html>Please sign in")
-
-        def log_message(self, *words):
-            pass
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    return f"http://127.0.0.1:{server.server_port}"
-
-
 @pytest.mark.parametrize("url, about, words", [
     (lambda served: "http://127.0.0.1:9", "bus", "Connection refused. Nothing listens there: check host and port, and start the bus with serve"),
     (lambda served: "http://no.such.name.invalid", "bus", "That name is not known"),
-    (lambda served: page_server(), "bus", "a proxy page answered"),
+    (lambda served: Fake(body=b"<html>Please sign in").url, "bus", "a proxy page answered"),
     (lambda served: served.url.replace("http", "https"), "bus", "That port does not speak https"),
     (lambda served: "ftp://x", "key", "The URL of a bus is http://HOST:PORT"),
 ])
@@ -11869,7 +11736,7 @@ def test_serve_makes_a_key_prints_its_url_and_exits_0(tmp_path):
     with contextlib.closing(sqlite3.connect(tmp_path / "intentbus.db")) as db:
         assert db.execute("SELECT id FROM intents").fetchall() == [(published.stdout.strip(),)]
     claim.terminate()
-    assert claim.wait(10) == 143
+    assert claim.wait(PATIENCE_SECONDS) == 143
     claim.communicate()
 
 
@@ -11920,13 +11787,13 @@ def test_a_new_database_beside_an_older_one_is_noticed(home, monkeypatch, tmp_pa
 
 def test_a_session_from_publish_to_result(serve):
     id = serve.run("publish", "greet", "name=Ada", "times:=2").stdout.strip()
-    assert serve.run("status", id).stdout == "open\n"
+    assert serve.client.get_status(id).status == "open"
     result = serve.run("result", id)
     assert (result.returncode, result.stdout) == (3, "") and "is still open" in result.stderr
     work = serve.run("work", "--goal", "greet", "--drain", "--", "echo", "hello {name} {times}")
     assert (work.returncode, work.stdout) == (0, "") and f"{id} fulfilled" in work.stderr
     assert serve.run("result", id).stdout == "hello Ada 2\n"
-    assert re.fullmatch(rf"{id[:16]}  fulfilled  1/3    \ds  greet  \S+ echo \d+\n", serve.run("list", "--goal", "greet").stdout)
+    assert re.fullmatch(rf"{id[:16]}  fulfilled  1/3  +\d+s  greet  \S+ echo \d+\n", serve.run("list", "--goal", "greet").stdout)
     assert json.loads(serve.run("status", id, "--json").stdout)["status"] == "fulfilled"
 
 
@@ -11942,7 +11809,7 @@ def test_publish_wait_is_a_remote_command(serve):
     late = serve.run("publish", "nobody", "1", "--wait=0.1s")
     assert late.returncode == 124 and f"is still open; ask for it with: {intentbus.INVOCATION} result " in late.stderr
     worker.terminate()
-    assert worker.wait(10) == 143
+    assert worker.wait(PATIENCE_SECONDS) == 143
     worker.communicate()
 
 
@@ -11996,9 +11863,7 @@ WAYS_TO_SAY = (     # words, stdin or None, payload
 )
 
 
-def test_the_ways_to_say_a_payload(served, home, monkeypatch, capsys):
-    monkeypatch.setenv("INTENT_BUS_URL", served.url)
-    monkeypatch.setenv("INTENT_API_KEY", KEY)
+def test_the_ways_to_say_a_payload(served, command, home, monkeypatch):
     monkeypatch.chdir(home)
     Path("file.json").write_text('{"from": "file"}')
     Path("text.txt").write_text("\ufeffcaf\xe9\n", encoding="utf-8")
@@ -12006,10 +11871,10 @@ def test_the_ways_to_say_a_payload(served, home, monkeypatch, capsys):
         Path("stdin").write_bytes((stdin or "").encode())
         with open("stdin") as file:
             monkeypatch.setattr(sys, "stdin", file if stdin is not None else None)
-            assert intentbus.main(["publish", "ways", *words, "--priority", "9", "--delay", "2h", "--capability", "x"]) == 0
-        said, intent = capsys.readouterr(), served.client.list(goal="ways", payload=True, limit=1).intents[0]
-        assert (intent.id + "\n", intent.payload, intent.priority, intent.required_capability) == (said.out, payload, 9, "x"), words
-        assert ("published as text" in said.err) == (str(payload)[:1] in ("{", "[") and isinstance(payload, str) and "--text" not in words)
+            code, out, err = command("publish", "ways", *words, "--priority", "9", "--delay", "2h", "--capability", "x")
+        intent = served.client.list(goal="ways", payload=True, limit=1).intents[0]
+        assert (code, out) == (0, intent.id + "\n") and (intent.payload, intent.priority, intent.required_capability) == (payload, 9, "x"), words
+        assert ("published as text" in err) == (str(payload)[:1] in ("{", "[") and isinstance(payload, str) and "--text" not in words)
         assert round(intent.run_at - intent.created_at) == 7200
 
 
@@ -12021,7 +11886,6 @@ def test_the_ways_to_say_a_payload(served, home, monkeypatch, capsys):
     ("2026-10-31 12:00:00", "07:00", "2026-11-01 07:00"), ("2026-03-08 00:00:00", "02:30", "2026-03-08 03:30"),
 ])
 def test_a_time_of_day_is_the_next_one_of_this_machine(monkeypatch, now, text, expected):
-    import datetime
     def unix(moment):
         return time.mktime(time.strptime(f"{moment}:00"[:19], "%Y-%m-%d %H:%M:%S"))
     monkeypatch.setenv("TZ", "EST5EDT,M3.2.0,M11.1.0")
@@ -12094,12 +11958,12 @@ def test_the_commands_tell_who_works_and_who_is_missing(serve, tmp_path):
     assert running in serve.run("list", "--goal", "who").stdout and id not in str(serve.client.workers())
     for worker in workers:
         worker.terminate()
-        worker.communicate(timeout=10)
+        worker.communicate(timeout=PATIENCE_SECONDS)
 
 
 @SLOW
 def test_cancel_retry_and_list_from_the_command_line(serve):
-    id = serve.run("publish", "c", "1").stdout.strip()
+    id = serve.publish(goal="c")
     assert serve.run("cancel", id).stdout == "dead\n"
     assert serve.run("cancel", id).returncode == 1
     assert "Cancelled" in serve.run("list", "--status", "dead", "--limit", "1").stdout
@@ -12108,14 +11972,13 @@ def test_cancel_retry_and_list_from_the_command_line(serve):
     assert serve.run("cancel", "0" * 32).returncode == 3
 
 
-def test_show_tells_all_about_an_intent(served, home, monkeypatch, capsys):
+def test_show_tells_all_about_an_intent(served, command):
     def shown():
         """Return what show prints for people, by its labels, with N s for each time."""
-        assert intentbus.main(["show", id]) == 0
-        lines = capsys.readouterr().out.replace("\n" + " " * 20, " | ").splitlines()
+        code, out, _ = command("show", id)
+        assert code == 0
+        lines = out.replace("\n" + " " * 20, " | ").splitlines()
         return {line[:20].strip(): re.sub(r"\d+\.\d s", "N s", line[20:]) for line in lines}
-    monkeypatch.setenv("INTENT_BUS_URL", served.url)
-    monkeypatch.setenv("INTENT_API_KEY", KEY)
     id, client = served.publish(goal="told", payload={"n": [1]}, namespace="n1", max_attempts=4), served.client
     found = shown()
     assert (found["id"], found["status"], found["payload"], found["publisher"]) == (id, "open", '{"n":[1]}', "owner")
@@ -12133,8 +11996,7 @@ def test_show_tells_all_about_an_intent(served, home, monkeypatch, capsys):
         ["dead", "failed, N s, by w0: no | luck", "no | luck", None], ["dead", "lost, N s, by w1: Cancelled", "Cancelled", None],
         ["fulfilled", "fulfilled, N s, by w2", None, '{"done":1}']]
     assert ended[2]["waited"] == ended[2]["ran"] == "N s" and "due" not in ended[2]
-    assert intentbus.main(["show", id, "--json"]) == 0
-    assert [entry["error"] for entry in json.loads(capsys.readouterr().out)["history"]] == ["no\nluck", "Cancelled"]
+    assert [entry["error"] for entry in json.loads(command("show", id, "--json")[1])["history"]] == ["no\nluck", "Cancelled"]
 
 
 def test_show_tells_a_key_what_it_may_see(started, home, monkeypatch, capsys):
@@ -12151,14 +12013,9 @@ def test_show_tells_a_key_what_it_may_see(started, home, monkeypatch, capsys):
 @SLOW
 @pytest.mark.parametrize("words, code, output", [
     ("status", 0, "open"), ("show", 0, "id  "), ("result", 3, ""), ("result --wait=0.1s", 124, ""), ("cancel", 0, "dead"), ("retry", 1, "")])
-def test_commands_tell_which_intent_the_first_digits_mean(served, home, monkeypatch, capsys, words, code, output):
+def test_commands_tell_which_intent_the_first_digits_mean(served, command, words, code, output):
     id, other = served.ask("POST", "/intents", [a_publish(goal=goal) for goal in ("meant", "other")]).json["ids"]
-    monkeypatch.setenv("INTENT_BUS_URL", served.url)
-    monkeypatch.setenv("INTENT_API_KEY", KEY)
-
-    def do(digits):
-        done = intentbus.main([*words.split(), digits])
-        return (done, *capsys.readouterr())
+    do = functools.partial(command, *words.split())
     found, out, said = do(id[:16])
     assert (found, out.startswith(output), bool(out)) == (code, True, bool(output)), said
     assert said.startswith(f"intentbus: {id[:16]} is {id}, meant\n") and id[:16] not in said.replace(id, "")[len("intentbus: " + id[:16]):]
@@ -12174,15 +12031,15 @@ def test_the_first_signal_finishes_work_the_second_releases_it(serve, tmp_path):
     fifo = tmp_path / "go"
     os.mkfifo(fifo)
     started = tmp_path / "started"
-    id = serve.run("publish", "slow", "1").stdout.strip()
+    id = serve.publish(goal="slow")
     worker = serve.start("work", "--goal", "slow", "--", "sh", "-c", f"touch {started}; cat {fifo}")
     wait_until(started.exists)
     worker.terminate()
     assert "finishing 1 running" in worker.stderr.readline()
     fifo.write_text("finished")
-    assert worker.wait(10) == 143
+    assert worker.wait(PATIENCE_SECONDS) == 143
     worker.communicate()
-    assert serve.run("result", id).stdout == "finished\n"
+    assert serve.client.get_result(id).result == "finished"
 
     started.unlink()
     id = serve.run("publish", "slow", "2").stdout.strip()
@@ -12191,10 +12048,10 @@ def test_the_first_signal_finishes_work_the_second_releases_it(serve, tmp_path):
     worker.send_signal(signal.SIGINT)
     assert "finishing 1 running" in worker.stderr.readline()
     worker.send_signal(signal.SIGINT)
-    assert worker.wait(10) == 130
+    assert worker.wait(PATIENCE_SECONDS) == 130
     worker.communicate()
-    status = json.loads(serve.run("status", id, "--json").stdout)
-    assert (status["status"], status["claim_attempts"]) == ("open", 0)
+    found = serve.client.get_status(id)
+    assert (found.status, found.claim_attempts) == ("open", 0)
 
 
 @SLOW
@@ -12203,7 +12060,7 @@ def test_the_first_signal_finishes_work_the_second_releases_it(serve, tmp_path):
 def test_a_terminal_that_closes_lets_a_worker_finish(serve, tmp_path, ignored):
     fifo, started, goal = tmp_path / "go", tmp_path / "started", f"hangup {ignored}"
     os.mkfifo(fifo)
-    ids = [serve.run("publish", goal, "1").stdout.strip() for _ in range(2)]
+    ids = [serve.publish(goal=goal) for _ in range(2)]
     trap = "trap '' HUP; " if ignored else ""
     worker = subprocess.Popen(["sh", "-c", f"{trap}exec {shlex.join(COMMAND)} work --goal '{goal}' --max-jobs 2 -- "
                                f"sh -c 'touch {started}; cat {fifo}'"], env=serve.env, stderr=subprocess.PIPE, text=True)
@@ -12234,11 +12091,11 @@ def test_a_killed_worker_leaves_no_program_and_no_folder(serve, tmp_path, text):
     up = 0
     while up < 2:     # the worker passes it on once its guardian knows of the program
         up += "up" in worker.stderr.readline()
-    wait_until(lambda: all(left_behind(id) for id in ids[1:]))     # a process that starts another program has no environment
+    wait_until(lambda: all(left_behind(f"INTENT_ID={id}") for id in ids[1:]))     # a process that starts another program has no environment
     assert len(list(folder.iterdir())) == 2
     worker.kill()
     worker.communicate()
-    wait_until(lambda: not any(left_behind(id) for id in ids) and not list(folder.iterdir()), seconds=30)
+    wait_until(lambda: not any(left_behind(f"INTENT_ID={id}") for id in ids) and not list(folder.iterdir()), seconds=30)
 
 
 @pytest.fixture
@@ -12533,29 +12390,25 @@ def test_a_wrong_duration_is_refused_with_examples(words):
         intentbus.duration(words)
 
 
-def test_printed_text_cannot_control_the_terminal(serve):
-    client = serve.client
+def test_printed_text_cannot_control_the_terminal(served, command):
+    client = served.client
     intent = client.publish("escape", 1) and client.claim("escape")
     client.fail(intent.id, intent.claim_token, "\x1b]0;owned\x07\x1b[2J\nsecond line", retry=False)
-    for output in (serve.run("list", "--status", "dead").stdout, serve.run("result", intent.id).stderr,
-                   serve.run("show", intent.id).stdout):
+    for output in (command("list", "--status", "dead")[1], command("result", intent.id)[2], command("show", intent.id)[1]):
         assert "\\x1b]0;owned\\x07" in output and not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", output)
 
 
 @POSIX
 def test_a_result_is_escaped_on_a_terminal_and_raw_in_a_pipe(serve):
-    import pty
     client = serve.client
     id = client.publish("raw", 1).id
     intent = client.claim("raw")
     client.fulfill(id, intent.claim_token, "\x1b[2Jtwo\nlines\t\x9b31mä", "text")
     assert serve.run("result", id).stdout == "\x1b[2Jtwo\nlines\t\x9b31mä\n"
-    ours, theirs = pty.openpty()
-    done = subprocess.run([sys.executable, PROGRAM, "result", id], env=dict(serve.env, PYTHONIOENCODING="utf-8"), stdout=theirs,
-                          stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=20)
-    os.close(theirs)
-    assert done.returncode == 0 and os.read(ours, 1000).decode() == "\\x1b[2Jtwo\r\nlines\t\\x9b31mä\r\n"
-    os.close(ours)
+    with terminal() as (file, shown):
+        done = subprocess.run([*COMMAND, "result", id], env=dict(serve.env, PYTHONIOENCODING="utf-8"), stdout=file,
+                              stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=PATIENCE_SECONDS)
+        assert done.returncode == 0 and shown("mä\n") == "\\x1b[2Jtwo\nlines\t\\x9b31mä\n"
 
 
 SGR = re.compile("\x1b\\[[0-9]*m")     # the escape sequences that colour text
@@ -12723,56 +12576,43 @@ keys revoke x, stats, purge --yes, work --any --once --drain, work --once --drai
 
 @SLOW
 @POSIX
-@pytest.mark.parametrize("answer", [pytest.param(answer, id=name, marks=[] if name in ("its result", "404 Not Found") else SLOW)
-                                    for name, answer in EVIL_ANSWERS.items()])
+@pytest.mark.parametrize("answer", EVIL_ANSWERS.values(), ids=EVIL_ANSWERS)
 def test_the_text_of_a_hostile_bus_cannot_control_the_terminal(monkeypatch, impatient, answer):
-    import pty
-    ours, theirs = pty.openpty()
     keep = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     monkeypatch.setenv("INTENT_API_KEY", KEY)
-    with Fake(answer[0], json.dumps(answer[1]).encode(), *answer[2:]) as fake, open(theirs, "w", encoding="utf-8") as screen, \
-            open(ours, "rb", 0) as shown:
+    with Fake(answer[0], json.dumps(answer[1]).encode(), *answer[2:]) as fake, terminal() as (screen, shown):
         monkeypatch.setenv("INTENT_BUS_URL", fake.url)
         for words in COMMAND_LINES:
-            with monkeypatch.context() as terminal:
-                terminal.setattr(sys, "stdout", screen)
-                terminal.setattr(sys, "stderr", screen)
-                terminal.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"line")))
+            with monkeypatch.context() as streams:
+                streams.setattr(sys, "stdout", screen)
+                streams.setattr(sys, "stderr", screen)
+                streams.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"line")))
                 intentbus.main(words)
                 print("end", file=screen, flush=True)
-            output = b""
-            while not output.endswith(b"end\r\n"):
-                output += shown.read(65536)
-            assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)", output.decode()), words
+            assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", shown("end\n")), words
     for number, handler in keep:
         signal.signal(number, handler)
 
 
 @SLOW
 def test_text_that_stdout_cannot_encode_is_printed_escaped(serve):
-    id = serve.run("publish", "tick", '"✓"').stdout.strip()
+    id = serve.publish(goal="tick", payload="✓")
     assert serve.run("work", "--goal", "tick", "--once", "--", "cat").returncode == 0
     for encoding, printed in (("ascii", b'"\\u2713"\n'), ("utf-8", '"✓"\n'.encode())):
-        done = subprocess.run([sys.executable, PROGRAM, "result", id, "--json"], env=dict(serve.env, PYTHONIOENCODING=encoding),
+        done = subprocess.run([*COMMAND, "result", id, "--json"], env=dict(serve.env, PYTHONIOENCODING=encoding),
                               capture_output=True, timeout=20)
         assert (done.returncode, printed[1:-2] in done.stdout) == (0, True)
-
-
-def foreign_files(folder):
-    """Put files into a folder that are not databases of this bus, and return their paths."""
-    for name, statements in (("newer.db", "PRAGMA user_version = 999"), ("other.db", "CREATE TABLE contacts (name TEXT)"),
-                             ("version1.db", "CREATE TABLE contacts (name TEXT); PRAGMA user_version = 1")):
-        with contextlib.closing(sqlite3.connect(folder / name)) as db:
-            db.executescript(statements)
-    (folder / "text.db").write_text("Dear diary, this is not a database. " * 100)
-    return [folder / name for name in ("newer.db", "other.db", "version1.db", "text.db")]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with files that commands refuse."""
     folder = tmp_path_factory.mktemp("place")
-    foreign_files(folder)
+    for name, statements in (("newer.db", "PRAGMA user_version = 999"), ("other.db", "CREATE TABLE contacts (name TEXT)"),
+                             ("version1.db", "CREATE TABLE contacts (name TEXT); PRAGMA user_version = 1")):
+        with contextlib.closing(sqlite3.connect(folder / name)) as db:
+            db.executescript(statements)
+    (folder / "text.db").write_text("Dear diary, this is not a database. " * 100)
     (folder / "folder").mkdir()
     (folder / "large.json").write_text(json.dumps("x" * 300_000))
     (folder / "latin1.json").write_bytes(b'"caf\xe9"')
@@ -12787,14 +12627,6 @@ def place(tmp_path_factory):
 def fill(words, strict, place):
     """Return a command line of the table with its placeholders filled in."""
     return [word.format(dir=place, port=strict.port, db=strict.db, nobody=NOBODY) for word in words.split()]
-
-
-def test_a_foreign_file_is_left_unchanged(tmp_path):
-    for path in foreign_files(tmp_path):
-        before = path.read_bytes()
-        with pytest.raises(intentbus.SetupError):
-            open_store("sqlite", path)
-        assert path.read_bytes() == before, path.name
 
 
 BAD_COMMANDS = (
@@ -12876,8 +12708,6 @@ BAD_COMMANDS = (
     case("retry an unknown id", "retry {nobody}", 3, "{nobody}"),
     case("retry without asking", "retry --all", 2, "Retry 0 intents?", "--yes"),
 )
-if not os.environ.get("INTENTBUS_TEST_SLOW"):
-    BAD_COMMANDS = BAD_COMMANDS[::3]     # each is a process; the slow run has all
 
 
 @pytest.fixture(scope="module")
@@ -12958,7 +12788,7 @@ def test_commands_work_on_a_machine_with_a_wrong_clock(started, tmp_path, capsys
     bus = started(keys=dict(require_signatures=True), server=dict(access_log=True))
     (tmp_path / "sitecustomize.py").write_text(f"import time\nright = time.time\ntime.time = lambda: right() + {skew}\n")
     wrong = dict(PYTHONPATH=str(tmp_path), HOME=str(tmp_path))
-    worker = subprocess.Popen([sys.executable, PROGRAM, "work", "--goal", "g", "--once", "--", "cat"], stderr=subprocess.PIPE,
+    worker = subprocess.Popen([*COMMAND, "work", "--goal", "g", "--once", "--", "cat"], stderr=subprocess.PIPE,
                               env=dict(os.environ, INTENT_API_KEY=KEY, INTENT_BUS_URL=bus.url, **wrong))
     wait_until(lambda: bus.client.workers().workers)
     code, output, errors = at(bus, "publish", "g", "5", "--wait", **wrong)
@@ -12973,13 +12803,9 @@ def test_commands_work_on_a_machine_with_a_wrong_clock(started, tmp_path, capsys
 def test_a_server_that_is_not_a_bus_is_exit_5(monkeypatch, capsys, answer):
     monkeypatch.setattr(intentbus, "RETRIES", 0)
     monkeypatch.setenv("INTENT_API_KEY", KEY)
-    def answer_once(listener):
-        with listener.accept()[0] as sock:
-            sock.recv(65536)
-            sock.sendall(answer)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        threading.Thread(target=answer_once, args=(listener,), daemon=True).start()
-        code = intentbus.main(["cancel", NOBODY, "--url", f"http://127.0.0.1:{listener.getsockname()[1]}"])
+    with Fake() as fake:
+        fake.answer = answer
+        code = intentbus.main(["cancel", NOBODY, "--url", fake.url])
     assert_complaint((code, *capsys.readouterr()), 5, "http://127.0.0.1")
 
 
@@ -13101,8 +12927,7 @@ def test_a_key_for_one_thing_from_the_command_line(served):
     code = at(served, "keys", "invite", "pad", *limits)[1].strip()
     assert served.ask("POST", "/join", {"code": code}, key=None).status == 201
     viewer = at(served, "keys", "add", "wall", "--role", "viewer", "--owner", "*", "--payloads")[1].strip()
-    ended = served.issue(grant=dict(expires_at=time.time() + 0.05)).api_key
-    wait_until(lambda: served.ask("GET", "/whoami", key=ended).status == 401)
+    served.ended_key()
     lines = [line[18:] for line in at(served, "keys", "list", INTENT_API_KEY=viewer)[1].splitlines()]
     assert lines[:2] == [f"work     owner  0  never  {name}  for g, h  ends in 89d" for name in ("phone", "pad")]
     assert lines[2] == "viewer   *  1  0s  wall" and re.fullmatch(r"both     ann  \d+  \w+  has ended", lines[3])
@@ -13130,30 +12955,24 @@ def test_values_and_locks_from_the_command_line(served):
     assert_complaint(at(served, "get", "lock"), 3, "lock")
 
 
-def test_callbacks_of_a_publish_are_flags(served, home, monkeypatch):
-    monkeypatch.setenv("INTENT_BUS_URL", served.url)
-    monkeypatch.setenv("INTENT_API_KEY", KEY)
-    assert intentbus.main(["publish", "g", "new", "--on-success", "good", "--on-failure", "bad"]) == 0
+def test_callbacks_of_a_publish_are_flags(served, command):
+    assert command("publish", "g", "new", "--on-success", "good", "--on-failure", "bad")[0] == 0
     found = served.ask("GET", f"/admin/intents/{served.client.list().intents[0].id}").json
     assert (found["on_success"], found["on_failure"]) == ("good", "bad")
 
 
-def test_a_kept_and_a_replaced_intent_are_reported(served, home, monkeypatch, capsys):
-    monkeypatch.setenv("INTENT_BUS_URL", served.url)
-    monkeypatch.setenv("INTENT_API_KEY", KEY)
+def test_a_kept_and_a_replaced_intent_are_reported(served, command, monkeypatch):
     first = served.publish(unique="nas", priority=1)
     for words, payload, said in ((["--unique", "nas"], 1, "was kept; nothing new is stored: " + first),
                                  (["--unique", "nas", "--replace"], "new", "was waiting, and was replaced: " + first)):
-        assert intentbus.main(["publish", "g", "new", *words]) == 0
-        out, err = capsys.readouterr()
-        assert out == first + "\n" and said in err and served.payloads() == [payload]
-    assert intentbus.main(["publish", "g", "new", "--replace"]) == 2
+        code, out, err = command("publish", "g", "new", *words)
+        assert (code, out) == (0, first + "\n") and said in err and served.payloads() == [payload]
+    assert command("publish", "g", "new", "--replace")[0] == 2
     with open(os.devnull) as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
         monkeypatch.setattr(intentbus, "binary_stdin", lambda: io.BytesIO(b"a\nb\n"))
-        assert intentbus.main(["publish", "g", "--lines", "--unique", "nas", "--json"]) == 0
-    out, err = capsys.readouterr()
-    assert out == f'{{"id":"{first}"}}\n' * 2 and "2 times, an unfinished intent has this unique value" in err
+        code, out, err = command("publish", "g", "--lines", "--unique", "nas", "--json")
+    assert (code, out) == (0, f'{{"id":"{first}"}}\n' * 2) and "2 times, an unfinished intent has this unique value" in err
 
 
 @SLOW
@@ -13293,14 +13112,6 @@ def test_a_worker_of_two_goals_does_both_and_no_other(served):
     code, out, _ = at(served, "work", "--goal", "a", "--goal", "b", "--drain")
     assert (code, sorted(out.split())) == (0, ['"a"', '"b"'])
     assert sorted(served.statuses()) == ["fulfilled", "fulfilled", "open"]
-
-
-@pytest.fixture
-def command(served, monkeypatch, capsys):
-    """Run commands in this process against a bus; return the exit code, stdout and stderr."""
-    monkeypatch.setenv("INTENT_BUS_URL", served.url)
-    monkeypatch.setenv("INTENT_API_KEY", KEY)
-    return lambda *words: (intentbus.main(list(words)), *capsys.readouterr())
 
 
 def test_goals_are_limited_paused_and_resumed(served, command):
@@ -13591,12 +13402,12 @@ def test_backups_in_steps_survive_two_hundred_kills(tmp_path):
         (photos / f"{number}.jpg").write_bytes(chance.randbytes(20_000))
     for name in ("tar", "gzip", "cp"):     # each tells of its start, and takes its time
         script(programs, f"""#!/bin/sh
-            echo "$INTENT_ID {name} $BACKUP_MACHINE $(date +%s.%N)" >>{tmp_path}/ran
+            now=$(date +%s.%N) || exit     # it may be killed, too
+            echo "$INTENT_ID {name} $BACKUP_MACHINE $now" >>{tmp_path}/ran
             sleep 0.1
             exec {shutil.which(name)} "$@"
         """, name)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     serving = Serve(tmp_path, "--db", "bus.db", "--port", str(port))
     wanted = dict(goal="backup", payload={"folder": str(photos), "to": str(nas)}, max_attempts=20, backoff_base=1)
     ids = serving.client.publish_many([wanted] * 60).ids
@@ -13611,7 +13422,7 @@ def test_backups_in_steps_survive_two_hundred_kills(tmp_path):
         victim = chance.choices(("handler", "worker", "bus"), (16, 1, 3))[0]
         if victim == "handler":
             with contextlib.suppress(ProcessLookupError, IndexError):
-                os.kill(chance.choice(left_behind("")), signal.SIGKILL)     # of any intent
+                os.kill(chance.choice(left_behind("INTENT_ID=", f"BACKUP_WORK={tmp_path}")), signal.SIGKILL)
                 kills[victim] += 1
         elif victim == "worker":
             number = chance.randrange(2)
@@ -13690,7 +13501,7 @@ def test_the_python_examples_work_together(serve):
     found = subprocess.run([sys.executable, HERE / "examples" / "publisher.py", "to", "be", "or", "notwithstanding"],
                            env=serve.env, capture_output=True, text=True, timeout=60)
     assert (found.returncode, found.stdout) == (0, "4 words, the longest is 'notwithstanding'\n")
-    assert b"fulfilled" in worker.communicate(timeout=10)[1] and worker.returncode == 0
+    assert b"fulfilled" in worker.communicate(timeout=PATIENCE_SECONDS)[1] and worker.returncode == 0
 
 
 class Assistant:
@@ -13819,8 +13630,8 @@ def test_an_assistant_publishes_and_reads_the_result(served):
         assert refused["isError"] and "goal" in refused["content"][0]["text"]
 
 
-def test_an_assistant_publishes_once_though_an_answer_is_lost(served):
-    with Assistant(served, "--url", Proxy(served.port, drop=1).url) as assistant:
+def test_an_assistant_publishes_once_though_an_answer_is_lost(served, weather):
+    with Assistant(served, "--url", weather(lose_answers(1)).url) as assistant:
         lost = assistant.ask("tools/call", name="publish_intent", arguments=dict(goal="g", payload=1))
         key = re.search("cannot be reached.*idempotency_key '([0-9a-f]{32})'", lost["content"][0]["text"])[1]
         assert lost["isError"] and served.payloads() == [1]
@@ -13934,7 +13745,7 @@ def test_a_worker_of_curl_and_a_shell(serve):
     done = shell(serve, "examples/curl_worker.sh curl cat", ONCE="1", **of_windows)
     assert done.returncode == 0, done.stderr
     assert json.loads(serve.run("result", id).stdout)["payload"] == {"claim_token": "00", "text": 'a"b\\n'}
-    id = serve.run("publish", "curl", "1").stdout.strip()
+    id = serve.publish(goal="curl")
     shell(serve, "examples/curl_worker.sh curl sh -c 'echo no >&2; exit 100'", ONCE="1")
     assert "exit code 100\nno" in json.loads(serve.run("status", id, "--json").stdout)["last_error"]
 
@@ -14008,7 +13819,7 @@ def test_a_remote_shell_runs_the_commands_on_its_list_only(serve):
         assert there.poll() is None
     finally:
         there.terminate()
-        assert there.wait(10) == 143
+        assert there.wait(PATIENCE_SECONDS) == 143
     assert shell(serve, "examples/remote_shell.sh run").returncode == 2
 
 
@@ -14151,7 +13962,7 @@ def test_the_walk_through_on_a_phone_matches_the_readme(serve, termux):
     published = re.search(r"publish (.*) --spool", publish)[1]
     id = serve.run("publish", *shlex.split(published)).stdout.strip()
     try:
-        wait_until(lambda: serve.run("status", id).stdout == "fulfilled\n")
+        wait_until(lambda: serve.client.get_status(id).status == "fulfilled")
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         said = process.communicate(timeout=30)[0]
@@ -14178,7 +13989,7 @@ def test_the_boot_script_starts_and_restarts_the_worker(serve, termux):
     """)
     id = serve.run("publish", "send_notification", "message=booted").stdout.strip()
     process = start("INTENTBUS_PAUSE=0 sh intentbus/examples/termux_boot.sh")
-    assert process.wait(60) == 0 and serve.run("status", id).stdout == "fulfilled\n"
+    assert process.wait(60) == 0 and serve.client.get_status(id).status == "fulfilled"
     process.communicate()
     assert (house / "starts").read_text() == "start\nstart\n" and f"{id} fulfilled" in (house / "intentbus.log").read_text()
     assert "termux-wake-lock " in (house / "recorded").read_text().splitlines()
@@ -14211,15 +14022,14 @@ def test_the_boot_script_opens_a_killed_tunnel_again(serve, termux):
     script(house.parent / "usr" / "bin", TUNNEL.format(python=sys.executable), "ssh")
     script(house.parent / "usr" / "bin", f'#!/bin/sh\necho $$ >"$HOME/worker"\nexec "{sys.executable}" "$@"\n', "python3")
     key = serve.run("keys", "add", "phone", "--role", "work").stdout.strip()
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     process = start(f"INTENT_API_KEY={key} INTENT_BUS_URL=http://127.0.0.1:{port} INTENTBUS_PORTS={port}:127.0.0.1:{serve.port} "
                     "INTENTBUS_TUNNEL=you@bus INTENTBUS_PAUSE=0 exec sh intentbus/examples/termux_boot.sh")
     tunnels = lambda: [int(line) for line in (house / "tunnels").read_text().splitlines()] if (house / "tunnels").exists() else []
     for killed in range(3):
         wait_until(lambda: len(tunnels()) > killed)
         id = serve.run("publish", "send_notification", f"message={killed}").stdout.strip()
-        wait_until(lambda: serve.run("status", id).stdout == "fulfilled\n")
+        wait_until(lambda: serve.client.get_status(id).status == "fulfilled")
         if killed < 2:
             os.kill(tunnels()[-1], signal.SIGKILL)
     os.kill(int((house / "worker").read_text()), signal.SIGTERM)
@@ -14533,6 +14343,7 @@ def test_a_bus_recovers_from_the_loss_of_its_database(tmp_path):
     bus = Served(tmp_path, lambda _: examples("postgres_bus").open_store(at_server(way.port, direct)))
     kept = bus.publish()
     claim = bus.hold("POST", "/claim?goal=other&wait=60")
+    way.open = False
     way.cut()
     refused = bus.ask("POST", "/intent", a_publish())
     assert_refusal(refused, 503, "database_busy", "PostgreSQL")
@@ -14679,7 +14490,7 @@ def test_a_publish_is_one_round_trip_and_a_claim_two(buses, tmp_path):
     assert round_trips(lambda: claimed.append(verbs.claim("g", claim_token=os.urandom(16).hex()))) == 2
     assert round_trips(lambda: verbs.fulfill(claimed[-1].id, claimed.pop().claim_token)) == 2
     assert round_trips(verbs.get_status, verbs.publish("g", 3).id) == 1
-    limited = intentbus.OWNER._replace(key_id="k", admin=False, limits=intentbus.Limits(100, 10 ** 6))
+    limited = a_caller(owner="owner", limits=intentbus.Limits(100, 10 ** 6))
     assert round_trips(lambda: verbs.publish("g", 4, caller=limited)) == 3
     verbs.publish("paused", 5, priority=1000)
     verbs.limit("paused", paused=True)
@@ -15305,8 +15116,8 @@ def test_the_client_works_with_an_original_bus(original, tmp_path):
 
 
 def test_a_repeated_publish_is_stored_once_at_an_original_bus(impatient):
-    with Original() as bus:
-        assert IntentClient(Proxy(bus.server_port, drop=1).url, KEY, send_key=True).publish("g", 1).id in bus.intents
+    with Original() as bus, contextlib.closing(Weather(bus.server_port, lose_answers(1))) as proxy:
+        assert IntentClient(proxy.url, KEY, send_key=True).publish("g", 1).id in bus.intents
         assert len(bus.intents) == 1 and len(bus.asked) == 2
 
 
@@ -15705,11 +15516,11 @@ def test_a_published_command_line_works(old_bus, version):
 def test_a_published_worker_runs_until_ctrl_c(old_bus, version):
     worker = subprocess.Popen(published_tool(version, TOOL, "listen", f"loop {version}", "--interval", "0.2"), env=old_bus.env,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    ids = [old_bus.run("publish", f"loop {version}", "1").stdout.strip() for _ in range(2)]
+    ids = [old_bus.publish(goal=f"loop {version}") for _ in range(2)]
     for id in ids:
-        wait_until(lambda: old_bus.run("status", id).stdout == "fulfilled\n")
+        wait_until(lambda: old_bus.client.get_status(id).status == "fulfilled")
     worker.send_signal(signal.SIGINT)
-    output, _ = worker.communicate(timeout=10)
+    output, _ = worker.communicate(timeout=PATIENCE_SECONDS)
     assert worker.returncode == 0, output
     assert "Protocol Mismatch" not in output and "Traceback" not in output
 
@@ -15775,7 +15586,7 @@ def test_a_worker_of_the_1_x_protocol_sends_no_token(serve):
     done = shell(serve, OLD_WORKER)
     assert done.returncode == 0, done.stdout + done.stderr
     fulfilled, failed = done.stdout.split()[-2:]
-    assert serve.run("status", fulfilled).stdout == "fulfilled\n"
+    assert serve.client.get_status(fulfilled).status == "fulfilled"
     found = json.loads(serve.run("status", failed, "--json").stdout)
     assert (found["status"], found["last_error"], found["claim_attempts"]) == ("open", "no paper", 1)
 
@@ -16108,7 +15919,7 @@ def test_eight_workers_do_ten_thousand_intents_once_each(serve, tmp_path):
     for thread in publishers:
         wait_until(lambda: sum(done.values()) == 10_000, 300)
         thread()
-    assert worker.wait(10) == 0 and listener() and output() is not None and errors() is not None
+    assert worker.wait(PATIENCE_SECONDS) == 0 and listener() and output() is not None and errors() is not None
     assert len(done) == 10_000 and set(done.values()) == {1}
 
 
@@ -16116,7 +15927,7 @@ def test_eight_workers_do_ten_thousand_intents_once_each(serve, tmp_path):
 @POSIX
 def test_the_intent_of_a_killed_worker_is_done_within_a_lease(serve, tmp_path):
     started = tmp_path / "started"
-    id = serve.run("publish", "kill", "1").stdout.strip()
+    id = serve.publish(goal="kill")
     first = serve.start("work", "--goal", "kill", "--lease", "10s", "--", "sh", "-c", f"echo $$ > {started}; exec sleep 60")
     wait_until(lambda: started.exists() and started.read_text())
     first.kill()
@@ -16161,7 +15972,7 @@ def test_lost_answers_cost_no_intent_and_no_second_run(served, weather, impatien
     program = script(tmp_path, f'#!/bin/sh\necho "$INTENT_ID $INTENT_ATTEMPT" >> {log}\n'
                                '[ $(($1 % 5)) != 0 ] || [ "$INTENT_ATTEMPT" -gt 1 ]\n')
     jobs = [sum(1 + (n % 5 == 0) for n in range(odd, number, 2)) for odd in (0, 1)]
-    worker = subprocess.Popen([sys.executable, PROGRAM, "work", "--goal", "work", "-j", "16", "--poll", "0.1", "--max-jobs",
+    worker = subprocess.Popen([*COMMAND, "work", "--goal", "work", "-j", "16", "--poll", "0.1", "--max-jobs",
                                str(jobs[0]), "--", program, "{payload}"], stderr=subprocess.DEVNULL,
                               env=dict(os.environ, INTENT_API_KEY=KEY, INTENT_BUS_URL=proxy.url, HOME=str(tmp_path)))
     try:
