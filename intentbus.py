@@ -11140,7 +11140,8 @@ def following(name, words, begun):
 
 def print_completions(words):
     """Print the words that may stand in place of the begun last one in a command line, with descriptions; return 1 if there is none."""
-    words = [re.sub(r"""\\(.)|["']""", r"\1", word) for word in words]     # shells pass them as they were typed
+    # shells pass words as they were typed
+    words = [re.sub(r"""\\(.)|["']""", r"\1", word) for word in words]
     *before, begun = words[words[:1] == ["help"] and len(words) > 1:]
     name, rest = next(((name, before[len(name.split()):]) for name in COMMANDS if before[:len(name.split())] == name.split()),
                       (None, None))
