@@ -7999,6 +7999,7 @@ def test_a_replacement_begins_with_no_steps(bus):
     bus.step(id, claim.claim_token, "fetch", "x")
     bus.release(id, claim.claim_token)
     assert bus.publish("g", 2, unique="u", replace=True) == dict(id=id, status="replaced", namespace="default", listening=1)
+    assert list(bus.store.database.read("SELECT name FROM steps")) == []
     assert bus.step(id, bus.claim("g").claim_token, "fetch") == {"done": False}
 
 
@@ -11255,11 +11256,12 @@ def test_an_attempt_goes_on_after_the_steps_that_are_done(served, command, tmp_p
     (f"{STEP} a -- head -c 65537 /dev/zero", "open", "exit code 1: intentbus: the step is not recorded: its output is no text of at most 65536"),
     pytest.param(f"{STEP} a -- printf '\\377'", "open", "exit code 1: intentbus: the step is not recorded: its output is no text of", marks=SLOW),
     (f"{STEP} a -- no-such-program || exit 9", "open", "exit code 9: intentbus: no-such-program cannot be run: No such file"),
+    (f"INTENT_CLAIM_TOKEN= {STEP} a -- true", "open", "exit code 2: intentbus: step works only in a handler that work has started"),
     (f"TMPDIR=. INTENT_CLAIM_TOKEN=wrong {STEP} a -- true", "open", None),
     (f"INTENT_BUS_URL=http://127.0.0.1:9 INTENT_CLAIM_TIMEOUT=0 {STEP} a -- true", "open", None),
     ("exit 75", "open", None),
     ("[ -z \"$INTENT_API_KEY$BUS_SECRET\" ] && [ -n \"$INTENT_CLAIM_TOKEN\" ]", "fulfilled", None),
-], ids=["twice", "long", "binary", "missing", "lost", "away", "postponed", "no key"])
+], ids=["twice", "long", "binary", "missing", "no token", "lost", "away", "postponed", "no key"])
 def test_a_step_that_cannot_be_done_says_why(served, tmp_path, monkeypatch, text, status, words):
     monkeypatch.setenv("INTENT_API_KEY", KEY)
     monkeypatch.chdir(tmp_path)
@@ -11978,6 +11980,7 @@ def test_show_tells_all_about_an_intent(served, command):
         code, out, _ = command("show", id)
         assert code == 0
         lines = out.replace("\n" + " " * 20, " | ").splitlines()
+        assert all(float(seconds) < 60 for seconds in re.findall(r"(\d+\.\d) s", out))
         return {line[:20].strip(): re.sub(r"\d+\.\d s", "N s", line[20:]) for line in lines}
     id, client = served.publish(goal="told", payload={"n": [1]}, namespace="n1", max_attempts=4), served.client
     found = shown()
