@@ -11115,6 +11115,15 @@ def test_progress_lines_are_told_and_the_rest_is_output(served, tmp_path, text, 
     assert served.client.get_status(intent_id).last_error == "exit code 1" + (f": {shown.strip()}" if shown else "")
 
 
+def test_output_waits_for_its_line_only_if_that_may_be_progress():
+    told, shown = [], []
+    lease = types.SimpleNamespace(progress=lambda *news: told.append(news), write=lambda text: None)
+    stderr = intentbus.StderrFilter(lease, shown.append, stream=False)
+    for data, passed in ((b"half", b"half"), (b" a line\n::prog", b" a line\n"), (b"ress 5 x", b""), (b"\n?", b"?"), (b"::progress 6\n", b"::progress 6\n")):
+        assert stderr(data) == passed
+    assert told == [(5, "x")] and shown == [b"half", b" a line\n", b"?", b"::progress 6\n"]
+
+
 @POSIX
 @pytest.mark.parametrize("wanted, always", [(True, False), (False, True), (False, False)])
 def test_output_is_told_if_publisher_or_worker_want_it(served, tmp_path, wanted, always):
@@ -12233,6 +12242,18 @@ def install_at(home, *options, file=PROGRAM, python=sys.executable, **environmen
     ran = functools.partial(subprocess.run, env=environment, cwd=home, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=30)
     said = ran([python, file, "install", *options])
     return said, lambda *words: ran(["intentbus", *words])
+
+
+@pytest.mark.parametrize("shell, variable, place, file", [
+    ("bash", "XDG_DATA_HOME", ".local/share", "bash-completion/completions/intentbus"),
+    ("zsh", "XDG_DATA_HOME", ".local/share", "zsh/site-functions/_intentbus"),
+    ("fish", "XDG_CONFIG_HOME", ".config", "fish/completions/intentbus.fish")])
+def test_completions_go_where_the_shell_looks(home, monkeypatch, shell, variable, place, file):
+    for name in ("XDG_DATA_HOME", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert intentbus.installed_file(shell) == f"{home}/{place}/{file}"
+    monkeypatch.setenv(variable, "/elsewhere")
+    assert intentbus.installed_file(shell) == f"/elsewhere/{file}"
 
 
 @SLOW
