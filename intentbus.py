@@ -2094,6 +2094,7 @@ class Waiting:
         self._held = {}       # key: {held: None}, ordered; an OrderedDict, since a dict is slow to lose its front
         self._of_caller = {}  # id of a caller's key: the same
         self._keys_of = collections.Counter()     # id of a caller's key: number of keys that its requests wait for
+        self._claims_of = collections.Counter()   # (id of a caller's key, name of a worker): number of its claims
         self._numbers, self._size = itertools.count(), 0
 
     def __len__(self):
@@ -2104,6 +2105,7 @@ class Waiting:
         held.number = next(self._numbers)
         self._size += 1
         self._keys_of[held.request.caller.key_id] += len(held.keys)
+        self._claims_of[held.request.caller.key_id, held.request.worker] += 1
         for places, key in self._places(held):
             places.setdefault(key, collections.OrderedDict())[held] = None
 
@@ -2114,6 +2116,10 @@ class Waiting:
         held.number = None
         self._size -= 1
         self._keys_of[held.request.caller.key_id] -= len(held.keys)
+        worker = held.request.caller.key_id, held.request.worker
+        self._claims_of[worker] -= 1
+        if not self._claims_of[worker]:
+            del self._claims_of[worker]
         for places, key in self._places(held):
             del places[key][held]
             if not places[key]:
@@ -2142,6 +2148,10 @@ class Waiting:
     def counts_of(self, key_id):
         """Return how many requests are held for the key of a caller, and how many keys these wait for."""
         return len(self._of_caller.get(key_id, ())), self._keys_of[key_id]
+
+    def claims_of(self, key_id, worker):
+        """Return how many claims of a worker are held, given the id of its key and its name."""
+        return self._claims_of[key_id, worker]
 
     def of_largest_caller(self):
         """Return the requests that are held for the key that has most of them."""
@@ -2221,9 +2231,12 @@ class WorkerRegistry:
             self.free(intent_id)
 
     def next_is_free(self, now, key_id, name):
-        """Return whether a worker's empty claim is free of charge: every FREE_CLAIM_SECONDS, for KEY_WORKERS of a key."""
+        """Return whether a worker's empty claim is free of charge: every FREE_CLAIM_SECONDS, for KEY_WORKERS of a key.
+
+        For those that clients abandon, name is None: a key has one a FREE_CLAIM_SECONDS, whatever names it gives.
+        """
         key = key_id, name
-        if key in self._workers:
+        if name is None or key in self._workers:
             free = abs(now - self._free_at.get(key, 0)) >= FREE_CLAIM_SECONDS
         else:
             free = len(self._of_key.get(key_id, ())) < KEY_WORKERS
@@ -2235,16 +2248,20 @@ class WorkerRegistry:
         """Forget workers that are silent for longer than WORKER_SECONDS and hold no lease."""
         for worker in list(itertools.takewhile(lambda worker: abs(now - worker.last_seen) >= WORKER_SECONDS, self._workers.values())):
             self.leave(*worker.key)
-        while self._gone and (len(self._gone) > GONE_WORKERS
-                              or abs(now - next(iter(self._gone.values())).last_seen) >= GONE_SECONDS):
+        while self._gone and abs(now - next(iter(self._gone.values())).last_seen) >= GONE_SECONDS:
             self._gone.popitem(last=False)
 
     def leave(self, key_id, name):
         """Note that a worker is gone, unless it holds a lease; it may come back."""
         worker = self._workers.get((key_id, name))
         if worker and not worker.running:
+            goals = worker.goals
             self._forget(worker)
+            worker.goals = goals
             self._gone[worker.key] = worker
+        if len(self._gone) > GONE_WORKERS:     # the key with most loses its oldest, so that no key displaces those of others
+            largest, _ = collections.Counter(key_id for key_id, _ in self._gone).most_common(1)[0]
+            del self._gone[next(key for key in self._gone if key[0] == largest)]
 
     def forget_key(self, key_id):
         """Forget the workers of a key that was revoked."""
@@ -5082,7 +5099,7 @@ class Request:
     """
 
     __slots__ = ("method", "raw_path", "path", "query", "headers", "body", "peer", "secure", "local", "may_wait", "id",
-                 "who", "endpoint", "place", "caller", "key_id", "signing_key", "proven", "connection")
+                 "who", "endpoint", "place", "caller", "key_id", "signing_key", "proven", "connection", "worker")
 
     def __init__(self, method, target, headers=None, body=b"", peer="", secure=False, local=False, may_wait=True):
         self.method, self.headers, self.body = method, headers or {}, body
@@ -5091,6 +5108,7 @@ class Request:
         self.who = self.endpoint = self.caller = self.key_id = self.signing_key = None     # until API.admit() and Keys know them
         self.proven = False         # whether its head, or its signature, has shown a right key
         self.connection = None      # where the answer goes, on a Server
+        self.worker = None          # the name of the worker that sends a claim
         self.raw_path, _, self.query = target.partition("?")
         self.path = "/" + self.raw_path.lstrip("/") if self.raw_path.startswith("//") else self.raw_path
         if "%" in target:
@@ -5229,6 +5247,7 @@ def publish_many_endpoint(api, request):
 def claim_endpoint(api, request):
     fields = request.parameters(CLAIM)
     wanted = wanted_in(api, request, fields, request.body and validate(CLAIM_BODY, request.json())["claim_token"])
+    request.worker = wanted.worker_name
     return api.hold(request, wanted.lanes, fields["wait"], functools.partial(take_intent, api, request, wanted),
                     functools.partial(nothing_to_claim, api, request, wanted))
 
@@ -5300,13 +5319,13 @@ def step_endpoint(api, request, intent_id):
 def nothing_to_claim(api, request, wanted):
     """Answer a claim that has found nothing: it is free of charge, or, if they are many, costs by the lanes it looks at.
 
-    A worker that has closed the connection meanwhile is gone, and the claim is not free.
+    A worker that has closed the connection meanwhile is gone, unless another claim of it is held.
     """
-    caller = request.caller
-    if request.abandoned:
-        api.bus.registry.leave(caller.key_id, wanted.worker_name)
-    elif caller.limits:
-        free = api.bus.registry.next_is_free(api.bus.clock.now(), caller.key_id, wanted.worker_name)
+    caller, registry = request.caller, api.bus.registry
+    if request.abandoned and not api.waiting.claims_of(caller.key_id, wanted.worker_name):
+        registry.leave(caller.key_id, wanted.worker_name)
+    if caller.limits:
+        free = registry.next_is_free(api.bus.clock.now(), caller.key_id, None if request.abandoned else wanted.worker_name)
         api.keys.charge(caller, -1 if free else len(wanted.lanes) // LANES_PER_TOKEN)
     return 204, None
 
@@ -6557,7 +6576,11 @@ class Loop:
     limit = certificate = None     # the number of connections, and the Certificate; bound_server() sets them
 
     def open(self, api, access_log=False, trust_proxy=False):
-        """Take the API to serve, and the options of http_server."""
+        """Take the API to serve, and the options of http_server, and listen; raises SetupError if another server does."""
+        try:
+            self.server_activate()
+        except OSError as error:     # on Linux, both may be bound to a port that is to be used again
+            raise no_place(*self.server_address[:2], error) from error
         self.api, self._access_log, self._trust_proxy = api, access_log, trust_proxy
         self._renewing, self._renew_now, self._renew_at = False, False, 0
         self.now, self._turned_at, self.stopping = time.monotonic(), steady_clock(), False
@@ -7019,7 +7042,7 @@ def connection_limit():
 
 
 def bound_server(host="127.0.0.1", port=8787, tls=None):
-    """Return a Server that is bound to host and port, to be opened with an API; raises SetupError if it cannot serve there.
+    """Return a Server that has a host and port, and is to be opened with an API; raises SetupError if it cannot serve there.
 
     Port 0 picks a free one, see its server_port; tls is (certificate file, key file).
     """
@@ -7030,16 +7053,23 @@ def bound_server(host="127.0.0.1", port=8787, tls=None):
     server_class = type("Server", (Loop, ThreadingHTTPServer), {"address_family": family})
     threading.stack_size(STACK_BYTES)
     limit, certificate = connection_limit(), tls and Certificate(*tls)
-    try:
-        server = server_class((host, port), None)
-    except (OSError, OverflowError) as error:
-        if getattr(error, "errno", None) == errno.EADDRINUSE:
-            raise SetupError(f"Port {port} of {host} is in use, perhaps by a bus that is running; a second bus needs another --port and "
-                             "another --db.") from error
-        reason = getattr(error, "strerror", None) or error
-        raise SetupError(f"The bus cannot listen on {host} port {port}: {reason}; choose another --port.") from error
+    server = server_class((host, port), None, bind_and_activate=False)
     server.limit, server.certificate = limit, certificate
+    try:
+        server.server_bind()
+    except (OSError, OverflowError) as error:
+        server.server_close()
+        raise no_place(host, port, error) from error
     return server
+
+
+def no_place(host, port, error):
+    """Return the error for a host and port at which a bus cannot listen."""
+    if getattr(error, "errno", None) == errno.EADDRINUSE:
+        return SetupError(f"Port {port} of {host} is in use, perhaps by a bus that is running; a second bus needs another --port and "
+                          "another --db.")
+    reason = getattr(error, "strerror", None) or error
+    return SetupError(f"The bus cannot listen on {host} port {port}: {reason}; choose another --host or --port.")
 
 
 def http_server(api, host="127.0.0.1", port=8787, access_log=False, trust_proxy=False, tls=None):
@@ -9219,7 +9249,8 @@ def check_bus(options):
         yield bad("bus", str(error))
     except (Unauthorized, Forbidden) as error:
         yield ok("bus", f"{bus.base_url} answers.")
-        yield bad("key", f"The bus refuses this key: {error} Join it again with a new code from keys invite.")
+        cure = "" if "Join the bus again" in str(error) else " Join the bus again with a new code from keys invite."
+        yield bad("key", f"The bus refuses this key: {error}{cure}")
     except (NotFound, OlderBus):
         yield note("bus", f"{bus.base_url} is an older bus, such as Intent Bus 7, where only publish, work, status, result, set and get "
                           "work. For the rest, run serve of this version in its place; it takes the clients of the older one, too.")
@@ -9334,8 +9365,8 @@ def check_spool(options):
         yield bad("spool", str(error))
         return
     for other in others:
-        yield bad("spool", f"{other.number} requests wait for {other.bus} and the key {other.key_name}, not for the URL and key in "
-                           "use; flush --to-this-bus sends them here, flush --discard deletes them.")
+        yield bad("spool", f"Requests that wait for {other.bus} and the key {other.key_name}, not for the URL and key in use: "
+                           f"{other.number}; flush --to-this-bus sends them here, flush --discard deletes them.")
     if refused:
         yield bad("spool", f"A bus refused {refused} requests for good; flush shows them, flush --discard deletes them.")
     elif pending:
@@ -9687,6 +9718,13 @@ def positive_int(text):
     return int(text)
 
 
+def running_number(text):
+    """Parse the number of a limit, from 1 up; none as None."""
+    if text == "0":
+        raise argparse.ArgumentTypeError("0 is no limit; to let none start, use pause")
+    return None if text == "none" else positive_int(text)
+
+
 def flag(*names, **settings):
     """Return an argument of a command, as (names, settings) of add_argument; a default is added to the help."""
     if settings.get("type") is duration:
@@ -9894,13 +9932,14 @@ def serve_command(options):
     """
     if options.tls_key and not options.tls_cert:
         raise Invalid("--tls-key needs --tls-cert.")
-    key, key_source = find_owner_key(options.key_file)
+    secret_in("BUS_SECRET") or read_key(options.key_file)     # raises before anything is made
     other = other_database(options)
     with contextlib.ExitStack() as undo:
         server = bound_server(options.host, options.port, options.tls_cert and (options.tls_cert, options.tls_key or options.tls_cert))
         undo.callback(server.server_close)
         store = options.open_store(options.db)     # later, so that a taken port leaves no new database
         undo.callback(store.close)
+        key, key_source = find_owner_key(options.key_file)     # a new key, too, is made only for a bus that starts
         server.open(api_of(store, key, options.require_claim_token, options.retention, options.rate_limit,
                            Limits(options.max_unfinished, options.max_stored), options.max_body, options.require_signatures,
                            options.announce_dead), options.log, options.trust_proxy or switched_on("BUS_TRUST_PROXY"))
@@ -9937,6 +9976,8 @@ def other_database(options):
 def log_startup(options, url, database, key_source, other):
     """Log the state of a bus that has just started, and the next commands to try."""
     log(f"{__version__}, database {database.path}, the key is {key_source}")
+    if not database.new and key_source.startswith("new"):
+        log("warning: the owner key is new, so the keys that were issued before it are not valid; if that is a mistake, put the old one back")
     if other:
         log(f"warning: this database is new and empty; to go on with the one of an earlier start, use --db {other}")
     if database.warning:
@@ -9993,7 +10034,7 @@ def publish_command(options):
         log(f"no worker has ever claimed {options.goal!r}; check the spelling (workers lists who is there)")
     elif (options.target_worker or options.required_capability) and answer.get("listening") == 0:
         log("no worker that may claim it is there now; check its --worker and --capability (workers lists who is there)")
-    elif answer.get("listening") == 0 and (waits or sys.stderr.isatty()):
+    elif answer.get("listening") == 0 and not (options.delay or options.run_at) and (waits or sys.stderr.isatty()):
         log(f"no worker for {options.goal!r} is there now; it waits for one")
     if options.run_at and sys.stderr.isatty():
         log(f"it can be claimed from {moment(options.run_at)} on")
@@ -10606,8 +10647,7 @@ LIMITED_GOAL_FLAG = flag("goal", help="the goal of the intents")
 
 
 @bus_command("limit", ["limit backup 1", "limit backup none"], LIMITED_GOAL_FLAG,
-             flag("running", type=lambda text: None if text == "none" else positive_int(text), metavar="N",
-                  help="how many may run at once, over all workers, 1 or more; none for any number; pause lets none start"), *TABLE)
+             flag("running", type=running_number, metavar="N", help="how many may run at once, over all workers; none for any number"), *TABLE)
 def limit_command(bus, options):
     """Limit how many intents of a goal run at once; a limit outlives a pause."""
     Table(options, LIMIT_TABLE).print([bus.limit(options.goal, running=options.running)])
@@ -10650,7 +10690,7 @@ def schedule_command(options):
         raise Invalid('schedule needs either --every DURATION or --cron "M H D M W".')
     if not options.dry_run:
         answer = open_client(options).schedule(options.name, **fields)
-        log(f"{options.name} is {answer.status}; the next run by the clock of this machine:")
+        log(f"{options.name} is {answer.status}{', and paused' if options.paused else '; the next run by the clock of this machine:'}")
         return print_result(to_json(answer) if options.json else moment(answer.next_run_at) or "paused")
     at = time.time()
     schedule = Record(validate(SCHEDULE, fields), made_at=at)
@@ -10763,7 +10803,7 @@ def join_command(options):
     write_settings(bus.base_url, made.api_key, options.ca)
     log(f"joined {bus.base_url} as {made.name}, role {made.role}; the key is in {CONFIG_FILE}")
     if os.path.exists(in_home(KEY_FILE)):
-        log(f"from now on, commands use it in place of {KEY_FILE}; with --key-file {KEY_FILE} they use that one")
+        log(f"commands of this account use that key from now on; for the owner key, add --key-file {KEY_FILE}")
 
 
 @bus_command("stats", ["stats", "stats --json"], *TABLE)
@@ -10861,7 +10901,11 @@ _intentbus() {
     [[ $typed != *@"$word" ]] || word=@$word
     typed=${typed%"$word"}     # bash keeps this, and replaces the rest of the word
     while IFS=$'\t' read -r found _; do
-        [[ $word == [\"\']* ]] || printf -v found %q "$found"
+        if [[ $word != [\"\']* ]]; then
+            printf -v found %q "$found"
+        elif [[ $found == *[^[:alnum:]._:@/=+\ -]* ]]; then     # bash inserts it between the quotes as it is
+            continue
+        fi
         COMPREPLY+=("${found#"$typed"}")
     done < <(intentbus complete "${words[@]:1}" 2>/dev/null)
 }

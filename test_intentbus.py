@@ -48,6 +48,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import types
 import unicodedata
 import urllib.error
 import urllib.parse
@@ -2300,10 +2301,12 @@ def test_many_slow_reads_share_a_few_connections(sqlite_work, started, monkeypat
     assert sqlite_work.connections == 2     # one writes, one reads
 
 
-def test_a_taken_port_leaves_no_new_database(served, home):
+def test_a_taken_port_leaves_no_database_and_no_key(served, home):
     found = run("serve", "--port", str(served.port), "--db", "new.db")
     assert_complaint(found, 2, f"Port {served.port} of 127.0.0.1 is in use", "another --port and another --db")
-    assert not os.path.exists("new.db")
+    assert not os.path.exists("new.db") and not (home / ".apikey").exists()
+    assert_complaint(run("serve", "--port", "0", "--db", str(home)), 2, "cannot be opened")
+    assert not (home / ".apikey").exists()
 
 
 @POSIX
@@ -3618,8 +3621,41 @@ def test_a_waiting_worker_whose_connection_ends_is_gone(started, clock):
         assert workers() == {"w": begun}, "it has come back"
         claim.close()
         wait_until(lambda: not workers())
-        assert [worker.name for worker in bus.client.admin("summary").gone] == ["w"]
+        gone, = bus.client.admin("summary").gone
+        assert (gone.name, gone.goals) == ("w", ["g"])
     assert bus.client.publish("g", 1).listening == 0
+
+
+def test_a_worker_is_there_as_long_as_one_of_its_claims_is_held(served):
+    claims = [served.begin("POST", "/claim?goal=g&wait=30", X_Worker_Name="w") for _ in range(3)]
+    served.holds(3)
+    for claim in claims[:2]:
+        claim.close()
+    served.holds(1)
+    assert served.client.publish("other", 1).listening == 0 and list(names(served.client)) == ["w"]
+    assert served.client.publish("g", 1).listening == 1
+    claims[2].close()
+
+
+def test_a_worker_at_work_is_there_though_its_other_claim_ends(served):
+    served.publish(goal="g")
+    assert served.ask("POST", "/claim?goal=g", X_Worker_Name="w").status == 200
+    waiting = served.begin("POST", "/claim?goal=g&wait=30", X_Worker_Name="w")
+    served.holds(1)
+    waiting.close()
+    served.holds(0)
+    assert [len(running) for running in names(served.client).values()] == [1]
+
+
+def test_a_key_displaces_no_gone_worker_of_another(bus, monkeypatch):
+    monkeypatch.setattr(intentbus, "GONE_WORKERS", 4)
+    for caller, number in ((BOB, 1), (ALICE, 9)):
+        for name in map(str, range(number)):
+            bus.claim("g", worker_name=name, caller=caller)
+            bus.registry.leave(caller.key_id, name)
+    assert [(worker.owner, worker.name) for worker in bus.summary().gone] == [("alice", "8"), ("alice", "7"), ("alice", "6"), ("bob", "0")]
+    viewer = a_caller(role="viewer", goals=("h",))
+    assert bus.summary(caller=viewer).gone == []
 
 
 def names(bus, **caller):
@@ -6473,15 +6509,22 @@ def test_an_issued_key_is_rate_limited(started):
     assert [bus.ask("GET", "/intents").status for _ in range(10)] == [200] * 10
 
 
-def test_a_claim_that_its_client_abandons_is_not_free(started):
-    bus = started(keys=dict(rate=3))
+def test_of_claims_that_clients_abandon_one_a_second_is_free(started, clock):
+    bus = started(keys=dict(rate=3), clock=clock)
     key = bus.issue().api_key
-    for _ in range(3):
-        claim = bus.begin("POST", "/claim?goal=g&wait=30", key=key, X_Worker_Name="w")
+
+    def abandon(name):
+        claim = bus.begin("POST", "/claim?goal=g&wait=30", key=key, X_Worker_Name=name)
         bus.holds(1)
         claim.close()
         bus.holds(0)
-    assert bus.ask("POST", "/claim?goal=g", key=key).status == 429
+        wait_until(lambda: name not in names(bus.client))
+    for number in range(4):
+        abandon("w")
+        clock.pass_(1)
+    for number in range(3):     # the first is free
+        abandon(f"w{number}")
+    assert [bus.ask("GET", "/intents", key=key).status for _ in range(2)] == [200, 429]
 
 
 def test_an_empty_claim_of_each_worker_is_free_once_a_second(started, clock, monkeypatch):
@@ -11723,7 +11766,7 @@ def test_the_doctor_reports_the_spool(home):
     number = spool.add("http://x", "/intent", "{}", "key")
     assert [finding.level for finding in intentbus.check_spool(options)] == ["note"]
     spool.add("http://old", "/intent", "{}", "key", key_name="abc")
-    assert "1 requests wait for http://old and the key abc" in next(intentbus.check_spool(options)).words
+    assert "Requests that wait for http://old and the key abc, not for the URL and key in use: 1;" in next(intentbus.check_spool(options)).words
     spool.discard("http://x", "other")
     spool.mark_refused(number, "no")
     assert [finding.level for finding in intentbus.check_spool(options)] == ["bad"]
@@ -12254,6 +12297,16 @@ def test_completions_go_where_the_shell_looks(home, monkeypatch, shell, variable
     assert intentbus.installed_file(shell) == f"{home}/{place}/{file}"
     monkeypatch.setenv(variable, "/elsewhere")
     assert intentbus.installed_file(shell) == f"/elsewhere/{file}"
+
+
+@POSIX
+@pytest.mark.parametrize("typed, offered", [("", ["q2\\'\\;touch\\ PWNED\\;#", "\\$\\(touch\\ PWNED\\)", "tidy\\ up:b"]), ('"', ["tidy up:b"]), ("'", ["tidy up:b"])])
+def test_bash_inserts_nothing_that_ends_a_quote(tmp_path, typed, offered):
+    (tmp_path / "completion").write_text(intentbus.COMPLETIONS["bash"][2])
+    program = """. ./completion; intentbus() { printf '%s\\tabout\\n' "q2';touch PWNED;#" '$(touch PWNED)' "tidy up:b"; }
+        COMP_LINE="intentbus list --goal $1" COMP_WORDS=(intentbus list --goal "$1") COMP_CWORD=3; _intentbus; printf '%s\\n' "${COMPREPLY[@]}" """
+    found = subprocess.run(["bash", "-c", program, "bash", typed], cwd=tmp_path, capture_output=True, text=True)
+    assert (found.stdout.splitlines(), found.stderr) == (offered, "") and not (tmp_path / "PWNED").exists()
 
 
 @SLOW
@@ -12850,7 +12903,7 @@ def test_a_machine_that_has_joined_a_bus_needs_no_flags(served, home):
 def test_join_warns_who_has_another_key_already(served, home):
     (home / ".apikey").write_text(KEY)
     code, out, err = run("join", served.url, served.client.admin("invite", name="nas").code)
-    assert (code, out) == (0, "") and "with --key-file ~/.apikey they use that one" in err
+    assert (code, out) == (0, "") and "for the owner key, add --key-file ~/.apikey" in err
     assert run("keys", "list", "--key-file", "~/.apikey")[0] == 0 and run("keys", "list")[0] == 4
     assert_complaint(run("join", "K7Q2-9MXW", served.url), 2, "the URL first, then the code")
 
@@ -13148,7 +13201,7 @@ def test_goals_are_limited_paused_and_resumed(served, command):
     served.client.claim("a/b c", namespace="n")
     assert command("limits")[1] == "n  a/b c  1 of 1\n"
     assert served.ask("GET", "/admin/summary").json["limits"][0]["claimed"] == 1
-    for words, complaint in ((("limit", "g", "0"), "whole number"), (("limit", "g"), "N"), (("pause",), "goal")):
+    for words, complaint in ((("limit", "g", "0"), "to let none start, use pause"), (("limit", "g"), "N"), (("pause",), "goal")):
         assert_complaint(command(*words), 2, complaint)
 
 
@@ -13496,14 +13549,17 @@ def test_cron_publishes_disk_figures_and_the_handler_notifies(serve):
 @POSIX
 @pytest.mark.parametrize("payload, status, line", [
     ('{"message": "a\\nb\\u001b[2J", "title": "-t"}', "fulfilled", "-t: a b [2J"),
-    ('The "backup"\nis \\done', "fulfilled", 'intentbus: The "backup" is \\done'),
-    ('{"title": "x", "text": 1}', "fulfilled", 'x: {"title":"x","text":1}'),
+    ('The "backup"\nis \\new \x1b[2J\x9b', "fulfilled", 'intentbus: The "backup" is \\new  [2J '),
+    ('{"title": "x", "text": 1}', "fulfilled", 'x: {"title": "x", "text": 1}'),
+    pytest.param('@long', "fulfilled", "intentbus: " + "x" * 4000, id="a long text"),
+    pytest.param('{"message": "' + "y" * 70_000 + '"}', "fulfilled", "intentbus: " + "y" * 4000, id="a long message"),
     ('{"goal": "backup", "status": "dead", "error": "exit code 3"}', "fulfilled", "backup: failed: exit code 3"),
     ('{"goal": "backup", "status": "fulfilled", "result": null}', "fulfilled", "backup: done"),
     ('{}', "dead", None), ('""', "dead", None),
 ])
 def test_the_notification_handler(serve, tmp_path, payload, status, line):
     notified = tmp_path / "notified.log"
+    (serve.home / "long").write_text("x" * 100_000)
     id = serve.run("publish", "notify", payload).stdout.strip()
     shell(serve, f"{sys.executable} intentbus.py work --goal notify --drain -- ./examples/handler.sh",
           INTENTBUS_NOTIFY_FILE=str(notified), PATH="/usr/bin:/bin", DISPLAY="")

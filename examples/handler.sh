@@ -11,12 +11,13 @@ title=${INTENT_PAYLOAD_title:-${INTENT_PAYLOAD_goal:-intentbus}}
 case ${INTENT_PAYLOAD_status:-} in fulfilled) end="done" ;; dead) end="failed" ;; *) end= ;; esac
 outcome=${INTENT_PAYLOAD_error:-${INTENT_PAYLOAD_result:-}}
 message=${INTENT_PAYLOAD_message:-$end${end:+${outcome:+: $outcome}}}
-if [ -z "$message" ]; then
-    case ${INTENT_PAYLOAD:-} in
-        '' | '{}' | '""' | null) ;;
-        '"'*) message=$(printf '%s\n' "$INTENT_PAYLOAD" | sed 's/^"//; s/"$//; s/\\[nrt]/ /g; s/\\\(.\)/\1/g') ;;     # a JSON string
-        *) message=$INTENT_PAYLOAD ;;
-    esac
+if [ -z "$message" ]; then     # read it from stdin, which has the payload as JSON
+    message=$("${INTENT_PYTHON:-python3}" -c '
+import json, sys
+payload = json.load(sys.stdin)
+message = payload.get("message") or payload if isinstance(payload, dict) else payload
+text = message if isinstance(message, str) else json.dumps(message, ensure_ascii=False) if message else ""
+print("".join(" " if letter < " " or "\x7f" <= letter < "\xa0" else letter for letter in text[:4000]))')
 fi
 file=${INTENTBUS_NOTIFY_FILE:-$HOME/notifications.log}
 
