@@ -10035,9 +10035,9 @@ def publish_command(options):
     elif (options.target_worker or options.required_capability) and answer.get("listening") == 0:
         log("no worker that may claim it is there now; check its --worker and --capability (workers lists who is there)")
     elif answer.get("listening") == 0 and not (options.delay or options.run_at) and (waits or sys.stderr.isatty()):
-        log(f"no worker for {options.goal!r} is there now; it waits for one")
+        log(f"no worker for {options.goal!r} is there now; the intent waits for one")
     if options.run_at and sys.stderr.isatty():
-        log(f"it can be claimed from {moment(options.run_at)} on")
+        log(f"the intent can be claimed from {moment(options.run_at)} on")
     if waits:
         try:
             if options.follow:

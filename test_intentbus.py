@@ -10977,7 +10977,7 @@ def test_a_payload_that_fits_no_argument_is_rejected_for_good(served, tmp_path, 
 @pytest.mark.parametrize("text", ["exec sleep 60", "trap '' TERM; sleep 60 & wait; sleep 60"], ids=["ends", "ignores TERM"])
 def test_a_program_that_takes_too_long_is_ended(served, tmp_path, text):
     found = run_handler(served, tmp_path, "echo waiting >&2\n" + text, 1, timeout=0.3, kill_after=0.1)
-    assert (found.status, found.last_error) == ("open", "timed out after 0.3 s: waiting")
+    assert (found.status, found.last_error) == ("open", "timed out after 0.3 s, the limit of --timeout: waiting")
 
 
 EXIT_CODES = range(256) if os.environ.get("INTENTBUS_TEST_SLOW") else (*range(10), 75, *range(97, 104), *range(120, 150), 255)
@@ -11002,9 +11002,9 @@ def test_every_exit_code_has_its_outcome(served, tmp_path):
     ("head -c 100000000 /dev/zero | tr '\\0' x >&2; exit 1", "open", "exit code 1: " + "x" * 1987),
     ("exec >&- 2>&-; sleep 0.2; exit 9", "open", "exit code 9"),
     ("(sleep 60 & sleep 60 &) & echo children", "fulfilled", "children"),
-    ("sleep 60 >/dev/null 2>&1 & exec sleep 60", "open", "timed out after 0.4 s"),
-    ("kill -STOP $$", "open", "timed out after 0.4 s"),
-    ("trap '' TERM INT HUP; while :; do sleep 1; done", "open", "timed out after 0.4 s"),
+    ("sleep 60 >/dev/null 2>&1 & exec sleep 60", "open", "timed out after 0.4 s, the limit of --timeout"),
+    ("kill -STOP $$", "open", "timed out after 0.4 s, the limit of --timeout"),
+    ("trap '' TERM INT HUP; while :; do sleep 1; done", "open", "timed out after 0.4 s, the limit of --timeout"),
     ("kill -SEGV $$", "open", "killed by signal 11"),
     ("kill -TERM 0; sleep 60", "open", "killed by signal 15"),
     ("mkdir gone; cd gone; rmdir ../gone; echo where", "fulfilled", "where"),
@@ -11505,7 +11505,7 @@ def test_on_windows_a_program_is_ended_with_its_children(served, monkeypatch, tm
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     text = "trap 'echo CTRL_BREAK_EVENT >&2; exit 3' HUP\necho $$ >&2\nwhile :; do sleep 0.05; done"
     found = run_handler(served, tmp_path, text, 1, timeout=0.3)
-    said = re.fullmatch(r"timed out after 0\.3 s: (\d+)\nCTRL_BREAK_EVENT", found.last_error)
+    said = re.fullmatch(r"timed out after 0\.3 s, the limit of --timeout: (\d+)\nCTRL_BREAK_EVENT", found.last_error)
     assert (tmp_path / "ended").read_text() == f"/F /T /PID {said[1]}\n"
 
 
@@ -11605,9 +11605,9 @@ def dated_certificate(folder, start, end):
 def test_the_doctor_checks_the_key_and_its_role(home, served):
     assert "No key: join the bus" in examine(home, "--url", served.url)[1]["key", "bad"]
     code, found = examine(home, "--url", served.url, INTENT_API_KEY="wrong")
-    assert code == 1 and "of the bus. Join it again" in found["key", "bad"] and ("bus", "ok") in found
+    assert code == 1 and "id owner. Join the bus again" in found["key", "bad"] and ("bus", "ok") in found
     key = served.ask("POST", "/admin/generate_key", {"owner": "ann", "role": "work"}).json["api_key"]
-    assert "of the owner ann, and may work." in examine(home, "--url", served.url, INTENT_API_KEY=key)[1]["key", "ok"]
+    assert "of the owner ann may work." in examine(home, "--url", served.url, INTENT_API_KEY=key)[1]["key", "ok"]
     if os.name == "posix":
         (home / ".apikey").write_text(KEY)
         (home / ".apikey").chmod(0o644)
@@ -11890,10 +11890,10 @@ def test_on_a_terminal_a_publisher_is_told_that_no_worker_is_there(served):
     commands = "publish g 1", "work --goal g --once", "publish g 1 --at 07:00"
     first, worked, second = on_terminal(served, 100, *commands)
     assert "no worker has ever claimed 'g'" in first and f"intentbus: g: waiting for intents at {served.url}; Ctrl-C stops\n" in worked
-    assert "it can be claimed from" in second and "07:00:00 on" in second
+    assert "the intent can be claimed from" in second and "07:00:00 on" in second
     served.restart()     # forgets the worker
     absent, = on_terminal(served, 100, "publish g 1")
-    assert "intentbus: no worker for 'g' is there now; it waits for one\n" in absent
+    assert "intentbus: no worker for 'g' is there now; the intent waits for one\n" in absent
 
 
 @POSIX
@@ -12709,7 +12709,7 @@ def fill(words, strict, place):
 BAD_COMMANDS = (
     case("no command", "", 2, "COMMAND"),
     case("an unknown command", "frobnicate", 2, "frobnicate"),
-    case("serve: port in use", "serve --port {port} --db {dir}/new1.db", 2, "listen", "{port}", "--port"),
+    case("serve: port in use", "serve --port {port} --db {dir}/new1.db", 2, "is in use", "{port}", "another --port"),
     case("serve: port too high", "serve --port 99999 --db {dir}/new2.db", 2, "99999", "--port"),
     case("serve: port a word", "serve --port http", 2, "--port", "http"),
     case("serve: host empty", "serve --host= --port 0 --db {dir}/new3.db", 2, "--host is empty", "0.0.0.0"),
@@ -12763,7 +12763,7 @@ BAD_COMMANDS = (
     case("work with an unknown key", "work --goal g --drain --key-file {dir}/wrong.key", 4, "the key in use is not the bus's key with the id owner."),
     case("work with a bad goal", "work --drain --goal " + "g" * 257, 2, "goal", "256"),
     case("work for no goal, as of an unset variable", "work --drain --goal=", 2, "goal"),
-    case("schedule at no time", "schedule s g 1", 2, "either every, in seconds, or cron"),
+    case("schedule at no time", "schedule s g 1", 2, "either --every DURATION or --cron"),
     case("schedule at no time of cron", "schedule s g 1 --cron @reboot", 2, "must have five fields", "not '@reboot'"),
     case("schedule in an unknown zone, dry", "schedule s g 1 --cron @daily --timezone Mars/Base --dry-run", 2, "pip install tzdata"),
     case("schedule over a limit, dry", "schedule s g 1 --every 1h --ttl 0s --dry-run", 2, "ttl", "31622400"),
@@ -15596,7 +15596,7 @@ def test_a_published_command_line_works(old_bus, version):
 def test_a_published_worker_runs_until_ctrl_c(old_bus, version):
     worker = subprocess.Popen(published_tool(version, TOOL, "listen", f"loop {version}", "--interval", "0.2"), env=old_bus.env,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    ids = [old_bus.publish(goal=f"loop {version}") for _ in range(2)]
+    ids = [old_bus.run("publish", f"loop {version}", "1").stdout.strip() for _ in range(2)]
     for id in ids:
         wait_until(lambda: old_bus.client.get_status(id).status == "fulfilled")
     worker.send_signal(signal.SIGINT)
