@@ -9260,7 +9260,7 @@ def check_bus(options):
     else:
         yield ok("bus", f"{bus.base_url} answers.")
         only = f", for {', '.join(me.goals)} only" if me.goals else ""
-        named = "The owner key" if me.key_id == OWNER.key_id else f"The key {me.key_id} of the owner {me.owner}"
+        named = "The owner key" if me.key_id == OWNER.key_id else f"The key {me.key_id} (owner: {me.owner})"
         yield ok("key", f"{named} may {'do everything' if me.admin else ROLE_WORDS.get(me.role, me.role)}{only}.")
         if me.expires_at is not None and me.expires_at < me.now + KEY_ENDS_SECONDS:
             yield note("key", time.strftime("It ends at %Y-%m-%d %H:%M; join the bus again before, with a new code from keys invite.",
