@@ -3791,11 +3791,12 @@ def test_known_workers_do_not_slow_a_publish_down(bus):
             sys.setprofile(None)
         return len(calls)
     bus.claim("g", worker_id="w")
-    calls_of_a_publish()     # some lookups are made only once
-    before = calls_of_a_publish()
+    def calls():     # the fewest of three: some lookups are made only once, or from time to time
+        return min(calls_of_a_publish() for _ in range(3))
+    before = calls()
     for number in range(300):
         bus.claim("g", worker_id=f"w{number}")
-    assert 0 < before and calls_of_a_publish() <= before + 10
+    assert 0 < before and calls() <= before + 10
 
 
 def test_each_event_of_an_intent_is_reported_once_in_order(bus, clock):
@@ -7931,18 +7932,18 @@ def test_output_is_for_whom_the_result_is_for(bus):
 
 
 def test_progress_is_free_once_a_second_and_refused_otherwise(started, clock):
-    bus = started(keys=dict(rate=6), clock=clock)
+    bus = started(keys=dict(rate=5), clock=clock)
     key = bus.issue().api_key
     bus.publish(visibility="public")
     claim = bus.ask("POST", "/claim", key=key).json
     def tell():
         return bus.ask("POST", f"/progress/{claim['id']}", {"claim_token": claim["claim_token"], "percent": 1, "colour": 2}, key=key)
-    for _ in range(9):
+    for _ in range(6):     # more than the rate; the time that passes is worth half a token
         assert tell().status == 200
         clock.pass_(1)
     tell()
     assert_refusal(tell(), 429, "progress_limited", "once in 1 s")
-    assert [bus.ask("GET", "/whoami", key=key).status for _ in range(5)] == [200] * 4 + [429], "the claim and the refusal are counted"
+    assert [bus.ask("GET", "/whoami", key=key).status for _ in range(4)] == [200] * 3 + [429], "the claim and the refusal are counted"
 
 
 @pytest.mark.parametrize("body, word", [({"percent": 101}, "percent"), ({"percent": "9"}, "percent"), ({"message": 1}, "message"),
