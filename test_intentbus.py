@@ -456,6 +456,8 @@ class Served(Reachable):
         self.port = self.server.server_port
         self.url = f"http{'s' if serving.get('tls') else ''}://127.0.0.1:{self.port}"
         threading.Thread(target=self.server.serve_forever, args=(self.poll,), daemon=True).start()
+        if self.database == "postgres" and "clock" in options:     # its first housekeeping takes rates, whose clock is another, for expired
+            wait_until(lambda: self.api.bus.housekeeping_delay() > 0)
         return self
 
     def stop(self):
