@@ -2259,7 +2259,7 @@ class WorkerRegistry:
             self._forget(worker)
             worker.goals = goals
             self._gone[worker.key] = worker
-        if len(self._gone) > GONE_WORKERS:     # the key with most loses its oldest, so that no key displaces those of others
+        if len(self._gone) > GONE_WORKERS:     # the key with most loses its oldest, so that no key displaces the workers of another
             largest, _ = collections.Counter(key_id for key_id, _ in self._gone).most_common(1)[0]
             del self._gone[next(key for key in self._gone if key[0] == largest)]
 
