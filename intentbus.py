@@ -5178,10 +5178,10 @@ def home_endpoint(api, request):
 
 def health_endpoint(api, request):
     api.bus.probe()
-    return 200, health_of(api)
+    return 200, health_of()
 
 
-def health_of(api, **problem):
+def health_of(**problem):
     return dict(ok=not problem, ts=int(time.time()), version=__version__, **problem)
 
 
@@ -5294,11 +5294,11 @@ def reporting(verb, fields):
     """Return the endpoint of a report, which claims the next intent, too, if its query says next=1."""
     def endpoint(api, request, intent_id):
         body = request.fields(fields)
-        token = body.pop("next_token")
-        if "next=1" not in request.query.split("&"):
-            return 200, getattr(api.bus, verb)(intent_id, **body, caller=request.caller)
-        wanted = wanted_in(api, request, request.parameters(NEXT_CLAIM), token)
+        token, wants_next = body.pop("next_token"), "next=1" in request.query.split("&")
+        wanted = wanted_in(api, request, request.parameters(NEXT_CLAIM), token) if wants_next else None
         answer = getattr(api.bus, verb)(intent_id, **body, next_claim=wanted, caller=request.caller)
+        if wanted is None:
+            return 200, answer
         intent = answer.pop("next")
         return 200, JsonText(f'{to_json(answer)[:-1]},"next":{claimed_text(intent, wanted) if intent else "null"}}}')
     return endpoint
@@ -5668,7 +5668,7 @@ class API:
         """Return the answer to a request for /health whose round has not ended in HEALTH_SECONDS."""
         def known():
             self.bus.require_progress()
-            return self._response(request, (200, health_of(self)))
+            return 200, health_of()
         return self._guarded(request, known)
 
     def hold(self, request, keys, seconds, attempt, otherwise):
@@ -5691,15 +5691,11 @@ class API:
             log_traceback(f"request {request.id} failed", error)
             return refusal(Error(), request.id)
         if request.endpoint is health_endpoint and isinstance(error, (Unavailable, StorageFull)):
-            return respond(503, health_of(self, error=str(error)), request.id, [("Retry-After", "1")])
+            return respond(503, health_of(error=str(error)), request.id, [("Retry-After", "1")])
         answer = refusal(error, request.id)
         if error.delay_seconds and request.may_wait:
             return Held(request, (), error.delay_seconds, None, lambda: answer)     # slows down guessing
         return answer
-
-    def writes(self, request):
-        """Return whether an admitted request needs a round, since it may change something."""
-        return not request.reads or request.endpoint is health_endpoint
 
     def summary(self, caller=OWNER, minutes=60):
         """Return the summary of the bus, with the number of held requests, and what the caller may do."""
@@ -5730,23 +5726,14 @@ class API:
                 raise Forbidden(f"This key has the role {caller.role}; this needs a key with the role {able}.")
             if caller.goals and request.who == "keep":
                 raise Forbidden("A key for some goals has no key-value store.")
-        return self._response(request, request.endpoint(self, request, *request.place))
+        found = request.endpoint(self, request, *request.place)
+        return self._advance(request, found) if isinstance(found, types.GeneratorType) else found
 
     def _ask_again(self, waiting, answer):
         caller = waiting.request.caller
         if caller and self.keys.current(caller) != caller:     # it has ended, or may do less
             raise Unauthorized("Invalid API key.")
-        found = answer()
-        return found if found is None or isinstance(found, Response) else self._response(waiting.request, found)
-
-    def _response(self, request, found):
-        """Return the Response, Held or Unfinished for the value of an endpoint."""
-        if isinstance(found, types.GeneratorType):
-            found = self._advance(request, found)
-        if isinstance(found, (Held, Unfinished)):
-            return found
-        status, value = found
-        return respond(status, value, request.id, [("Retry-After", "1")] if status == 204 else ())
+        return answer()
 
     def _advance(self, request, running):
         """Advance a long operation for SLICE_SECONDS; return its result, or an Unfinished."""
@@ -5760,8 +5747,13 @@ class API:
             return end.value
 
     def _guarded(self, request, function, *arguments):
+        """Call a function that answers as an endpoint does; return the Response, what goes on later, or None for nothing yet."""
         try:
-            return function(*arguments)
+            found = function(*arguments)
+            if found is None or isinstance(found, (Response, Held, Unfinished)):
+                return found
+            status, value = found
+            return respond(status, value, request.id, [("Retry-After", "1")] if status == 204 else ())
         except RoundLost:
             raise
         except Exception as error:
@@ -6350,7 +6342,7 @@ class Rounds:
     def submit(self, request):
         """Take in a request."""
         jobs = self._reads
-        if self._api.writes(request):
+        if not request.reads or request.endpoint is health_endpoint:     # it may write
             jobs = self._reports if request.path.startswith(REPORTS) else self._writes
         jobs.append(Job(request, functools.partial(self._api.handle, request), self._loop.now, repeatable=True))
 
