@@ -5703,11 +5703,14 @@ class API:
                       caller=Record(owner=caller.owner, role=caller.role, admin=caller.admin, payloads=caller.payloads))
 
     def housekeeping(self):
-        """Do the work that is due besides requests."""
-        if self.bus.housekeeping_delay() <= 0:
-            self.bus.housekeeping()
-        self.keys.forget_nonces()
-        self.keys.write_usage()
+        """Do the work that is due besides requests; return whether it succeeded."""
+        with contextlib.suppress(Error):
+            if self.bus.housekeeping_delay() <= 0:
+                self.bus.housekeeping()
+            self.keys.forget_nonces()
+            self.keys.write_usage()
+            return True
+        return False
 
     def close(self):
         """Store the history, the time and the use of keys, which are kept in memory, if that is possible."""
@@ -6583,8 +6586,9 @@ class Loop:
         self._unproven, self._bodies = Budget(UNPROVEN_BYTES), Budget(BODIES_BYTES, KEY_BODIES_BYTES)
         self._unread, self._keeping = Budget(UNREAD_BYTES, KEY_UNREAD_BYTES), set()     # connections in the first two
         self._shaking = FairQueue(lambda connection: network_of(connection.peer))     # TLS handshakes that wait for a turn
-        self._handshakes = self._tick_at = self._housekeeping_at = self._house_due_at = 0
+        self._handshakes = self._housekeeping_at = self._house_due_at = 0
         self._alarms, self._numbers = [], itertools.count()     # a heap of [when, number, function or None]
+        self._call_at(0, self._tick)
         self._handed = collections.deque()          # (function, result of a thread) for the loop
         self._ended = threading.Event()             # set while no serve_forever() runs
         self._ended.set()
@@ -6626,7 +6630,7 @@ class Loop:
             if not connection.closed and connection.request is None:
                 self._safely(connection.parse)
                 connection.watch_input()
-        while self._alarms and self._alarms[0][0] <= self.now:
+        while self._alarms[0][0] <= self.now:     # there always is one, for _tick
             _, _, alarm = heapq.heappop(self._alarms)
             if alarm:
                 self._safely(alarm)
@@ -6638,8 +6642,7 @@ class Loop:
         self._house_due_at = max(self._housekeeping_at, self.now + self.api.bus.housekeeping_delay())
         if self.ready or self._handed or self._shaking:
             return 0
-        alarm = self._alarms[0][0] if self._alarms else float("inf")
-        return max(0, min(min(alarm, self._tick_at, self._house_due_at) - self.now, self.rounds.delay()))
+        return max(0, min(min(self._alarms[0][0], self._house_due_at) - self.now, self.rounds.delay()))
 
     def _safely(self, function, *arguments):
         """Call a function; an exception is logged and, if it is a method of a connection, closes that one."""
@@ -6652,30 +6655,29 @@ class Loop:
                 owner.close()
 
     def _look_around(self):
-        """Queue housekeeping when it is due; every RECHECK_SECONDS, look at the clock and at the file."""
-        bus = self.api.bus
-        if self.now >= self._tick_at:
-            self._tick_at = self.now + RECHECK_SECONDS
-            bus.registry.forget_silent(bus.clock.now())
-            if bus.store.busy_since is None:
-                with contextlib.suppress(Error):     # requests meet it as well
-                    self._look_at_database(bus)
+        """Queue housekeeping, and have the certificate loaded again, when it is due."""
         if self.now >= self._house_due_at:
             self._housekeeping_at = self.now + RECHECK_SECONDS     # earlier, if it succeeds
-            self.rounds.keep_house(self._housekeeping)
+            self.rounds.keep_house(self.api.housekeeping)
         if self.certificate and not self._renewing and (self._renew_now or self.now >= self._renew_at):
             at_once, self._renew_now, self._renewing = self._renew_now, False, True
             self._renew_at = self.now + CERTIFICATE_SECONDS
             self.in_thread(functools.partial(self.certificate.renew, at_once), self._renewed)
 
-    def _look_at_database(self, bus):
-        database = bus.store.database
-        if database.changed_elsewhere():
-            bus.distrust_memory()
-            self.api.keys.reload()
-            self.rounds.look_again()
-        if bus.clock.step():
-            self.rounds.apart(bus.shift_clock)
+    def _tick(self):
+        """Look at the clock and at the file, every RECHECK_SECONDS."""
+        self._call_at(self.now + RECHECK_SECONDS, self._tick)
+        bus = self.api.bus
+        bus.registry.forget_silent(bus.clock.now())
+        if bus.store.busy_since is not None:
+            return
+        with contextlib.suppress(Error):     # requests meet it as well
+            if bus.store.database.changed_elsewhere():
+                bus.distrust_memory()
+                self.api.keys.reload()
+                self.rounds.look_again()
+            if bus.clock.step():
+                self.rounds.apart(bus.shift_clock)
 
     def _renewed(self, result):
         """Log that the certificate was loaded again, or the error: then the one before stays in use."""
@@ -6684,11 +6686,6 @@ class Loop:
             print(f"intentbus: {str(result).rstrip('.')}; the one before stays in use", file=sys.stderr, flush=True)
         elif result:
             print("intentbus: the TLS certificate was loaded again", file=sys.stderr, flush=True)
-
-    def _housekeeping(self):
-        with contextlib.suppress(Error):
-            self.api.housekeeping()
-            return True
 
     def _drain(self):
         """Accept nothing more; answer held requests now, and running ones once they are done."""
