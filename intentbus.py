@@ -5837,6 +5837,18 @@ def body_length(headers, version, limit):
     return int(length)
 
 
+def origin(headers, peer, secure, trust_proxy):
+    """Return where a request comes from, as arguments of Request, given the address of the peer and whether it used TLS.
+
+    A trusted proxy tells: in the last address of X-Forwarded-For, the one that it has seen itself, and X-Forwarded-Proto.
+    Behind it, nothing is known to be on this machine.
+    """
+    if not trust_proxy:
+        return dict(peer=peer, secure=secure, local=bool(LOOPBACK.fullmatch(peer)))
+    client, scheme = (headers.get(f"x-forwarded-{part}", "").rpartition(",")[2].strip() for part in ("for", "proto"))
+    return dict(peer=plain_address(client) if client else peer, secure=scheme.lower() == "https")
+
+
 class Chunks:
     """Reads a chunked body (RFC 9112, section 7.1) strictly; extensions and trailers are dropped."""
 
@@ -6034,7 +6046,8 @@ class RequestReader:
         self.bodiless = method == "HEAD"
         if self.version == "1" and "host" not in headers:
             raise Invalid("An HTTP/1.1 request needs a Host header.")
-        self.request = Request(method, target, headers, **self._loop.origin(headers, self._peer))
+        self.request = Request(method, target, headers,
+                               **origin(headers, self._peer, bool(self._loop.certificate), self._loop.trust_proxy))
         length = body_length(headers, self.version, self._loop.api.max_body)
         self._body = Chunks(self._loop.api.max_body) if length is None else length
         self._loop.admit(self.request, block)
@@ -6161,7 +6174,7 @@ class Connection:
                 self.loop.arm(self, self.deadline - self.loop.now)
         elif self.held:
             self.loop.expire(self.held)
-        elif self.awaited and not self.answering:
+        elif self.awaited:
             self._refuse(RequestTimeout("The request did not arrive in time."))
         else:
             self.close()
@@ -6271,14 +6284,12 @@ class Budget:
         if not self._of[before]:
             del self._of[before]
 
-    def exceeded(self, account):
-        """Return whether an account, or all together, take more than they may."""
-        return account != OWNER.key_id and self._of[account] > self._account_bytes or self._all > self._total_bytes
-
-    def slowest(self, account):
-        """Return the connection that takes some for longest, of an account that takes too much, or else of all."""
-        too_much = self._of[account] > self._account_bytes and account != OWNER.key_id
-        return next(connection for connection, (name, _) in self._taken.items() if name == account or not too_much)
+    def blamed(self, account):
+        """Return the connection that takes some for longest, of an account or of all, if these take too much; else None."""
+        too_much = account != OWNER.key_id and self._of[account] > self._account_bytes
+        if too_much or self._all > self._total_bytes:
+            return next(connection for connection, (name, _) in self._taken.items() if name == account or not too_much)
+        return None
 
 
 # A job of a round: run() returns a Response, a Held, an Unfinished, or None for nothing yet. request is None for housekeeping;
@@ -6576,7 +6587,7 @@ class Loop:
             self.server_activate()
         except OSError as error:     # on Linux, both may be bound to a port that is to be used again
             raise no_place(*self.server_address[:2], error) from error
-        self.api, self._access_log, self._trust_proxy = api, access_log, trust_proxy
+        self.api, self._access_log, self.trust_proxy = api, access_log, trust_proxy
         self._renewing, self._renew_now, self._renew_at = False, False, 0
         self.now, self._turned_at, self.stopping = time.monotonic(), steady_clock(), False
         self.waiting, self.heads = api.waiting, {}     # heads: parsed headers by their bytes, of known callers
@@ -6843,17 +6854,17 @@ class Loop:
         known = request is not None and request.proven
         self._unproven.take(connection, "", 0 if known else number)
         self._bodies.take(connection, request.account if known else "", number if known else 0)
-        while self._unproven.exceeded(""):
-            self._unproven.slowest("").close()
-        return not (known and self._bodies.exceeded(request.account))
+        while slowest := self._unproven.blamed(""):
+            slowest.close()
+        return not (known and self._bodies.blamed(request.account))
 
     def count_unread(self, connection, number):
         """Account for the bytes of an answer that the client has not read; the slowest reader loses its connection."""
         self._unread.take(connection, connection.account, number)
         if number:
             self._evictable.setdefault(connection)
-            while self._unread.exceeded(connection.account):
-                self._unread.slowest(connection.account).close()
+            while slowest := self._unread.blamed(connection.account):
+                slowest.close()
 
     def may_shake_hands(self, connection):
         """Count a TLS handshake; return whether there is time for it in this turn; else it is queued, by address, the newest first."""
@@ -6911,10 +6922,6 @@ class Loop:
 
     # -- Requests --
 
-    def origin(self, headers, peer):
-        """Return where a request comes from, as arguments of Request."""
-        return origin(headers, peer, bool(self.certificate), self._trust_proxy)
-
     def admit(self, request, block):
         """Let the API look at a head; keep its headers for the next request, if its key is checked."""
         self.api.admit(request)
@@ -6927,11 +6934,7 @@ class Loop:
         """Have a whole request answered; one for /health in time, whatever keeps its round waiting."""
         self.rounds.submit(request)
         if request.endpoint is health_endpoint:
-            self._call_at(time.monotonic() + HEALTH_SECONDS, functools.partial(self._answer_late_health, request))
-
-    def _answer_late_health(self, request):
-        if self.awaits_answer(request):
-            self.deliver(request, self.api.late_health(request))
+            self._call_at(time.monotonic() + HEALTH_SECONDS, lambda: self.deliver(request, self.api.late_health(request)))
 
     def awaits_answer(self, request):
         """Return whether a request still has a client that waits for its answer."""
@@ -6996,18 +6999,6 @@ class Loop:
                                   request_id=request.id)), file=sys.stderr, flush=True)     # ASCII, safe for a terminal
 
 
-def origin(headers, peer, secure, trust_proxy):
-    """Return where a request comes from, as arguments of Request, given the address of the peer and whether it used TLS.
-
-    A trusted proxy tells: in the last address of X-Forwarded-For, the one that it has seen itself, and X-Forwarded-Proto.
-    Behind it, nothing is known to be on this machine.
-    """
-    if not trust_proxy:
-        return dict(peer=peer, secure=secure, local=bool(LOOPBACK.fullmatch(peer)))
-    client, scheme = (headers.get(f"x-forwarded-{part}", "").rpartition(",")[2].strip() for part in ("for", "proto"))
-    return dict(peer=plain_address(client) if client else peer, secure=scheme.lower() == "https")
-
-
 def connection_limit():
     """Return how many connections this process may have, after raising its limit of open files as far as possible.
 
@@ -7015,14 +7006,13 @@ def connection_limit():
     """
     try:
         import resource
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = CONNECTIONS + SPARE_FILES if hard == resource.RLIM_INFINITY else min(CONNECTIONS + SPARE_FILES, hard)
-        if soft != resource.RLIM_INFINITY and soft < wanted:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        soft, hard = (math.inf if limit == resource.RLIM_INFINITY else limit for limit in limits)
+        wanted = min(CONNECTIONS + SPARE_FILES, hard)
+        if soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, limits[1]))
             soft = wanted
     except (ImportError, ValueError, OSError):
-        return CONNECTIONS
-    if soft == resource.RLIM_INFINITY:
         return CONNECTIONS
     if soft < SPARE_FILES + CONNECTIONS_MIN:
         raise SetupError(f"The bus needs {SPARE_FILES + CONNECTIONS_MIN} open files or more, and may have {soft} here; raise "
