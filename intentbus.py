@@ -6124,13 +6124,20 @@ class Connection:
         if self.lingering:
             self._linger()
         elif self.request is None and not self.answering:
-            self.parse()
+            self._parse()
         elif self.held and self.held.keys and self.eof:
             self.loop.expire(self.held)
         elif not self.loop.keep(self, self.request, len(self.reader.data)) or len(self.reader.data) > INPUT_BYTES:
             self.loop.watch(self, self.events & ~READ)
 
-    def parse(self):
+    def on_ready(self):
+        """Parse bytes that are here already, then take in more, unless there is enough for the next requests."""
+        if self.request is None and not self.closed:
+            self._parse()
+            if not self.closed and not self.eof and len(self.reader.data) <= INPUT_BYTES:
+                self.loop.watch(self, self.events | READ)
+
+    def _parse(self):
         """Hand the next request to the loop, if it is whole."""
         try:
             request = self.reader.next()
@@ -6232,13 +6239,8 @@ class Connection:
             self.loop.ready[self] = None     # the selector does not tell of bytes that are here already
             self.loop.watch(self, self.events & ~READ)     # and these come first
         else:
-            self.watch_input()
-            self._await("")
-
-    def watch_input(self):
-        """Take in more, unless there is enough for the next requests."""
-        if not self.closed and not self.eof and len(self.reader.data) <= INPUT_BYTES:
             self.loop.watch(self, self.events | READ)
+            self._await("")
 
     def _linger(self):
         """Wait for the client's end: to close with bytes unread would reset the connection, and lose the answer."""
@@ -6638,9 +6640,7 @@ class Loop:
         self.now = time.monotonic()
         ready, self.ready = self.ready, {}
         for connection in ready:
-            if not connection.closed and connection.request is None:
-                self._safely(connection.parse)
-                connection.watch_input()
+            self._safely(connection.on_ready)
         while self._alarms[0][0] <= self.now:     # there always is one, for _tick
             _, _, alarm = heapq.heappop(self._alarms)
             if alarm:
