@@ -5259,15 +5259,15 @@ def wanted_in(api, request, fields, token):
         lease=fields["lease"], caller=request.caller, **claiming_worker(request, fields, token or None))
 
 
-CLAIM_NAMES = {"worker_id": ("x-worker-id",), "claim_token": ("x-claim-token",),
-               "capabilities": ("x-worker-capabilities", "x-worker-capability")}     # headers of older clients
+CLAIM_FIELD_OF = {"x-worker-id": "worker_id", "x-claim-token": "claim_token", "x-worker-capability": "capabilities",
+                  "x-worker-capabilities": "capabilities"}     # headers of older clients; the later one is taken
 
 
 def claiming_worker(request, fields, token):
     """Return how the worker of a claim describes itself: in the query and the body or, as older clients do, in headers."""
     headers = request.headers
     told = dict(claim_token=token, worker_id=fields["worker_id"], capabilities=fields["capabilities"] or fields["capability"])
-    in_headers = {field: headers[name] for field, names in CLAIM_NAMES.items() for name in reversed(names) if name in headers}
+    in_headers = {field: headers[name] for name, field in CLAIM_FIELD_OF.items() if name in headers}
     if in_headers:
         for field, value in validate(CLAIM_HEADERS, in_headers).items():
             told[field] = same_or_either(field, told[field], value, signed=token)
@@ -5381,10 +5381,6 @@ def who_am_i_endpoint(api, request):
                      now=api.bus.clock.now())
 
 
-def get_endpoint(api, request, key):
-    return 200, {"value": api.bus.get(key, caller=request.caller)}
-
-
 def set_endpoint(api, request, key):
     validate(VALUE_KEY, {"key": key})
     in_query = request.query and not request.body.strip()     # as 1.0 clients send it
@@ -5402,10 +5398,6 @@ def revoke_endpoint(api, request):
     yield
     yield from Bus.end_leases.steps(api.bus, key_id)
     return 200, {"ok": True, "schedules": api.bus.store.number_of_schedules(key_id)}
-
-
-def join_endpoint(api, request):
-    return 201, api.keys.join(request, request.fields(JOIN)["code"])
 
 
 def metrics_endpoint(api, request):
@@ -5507,11 +5499,11 @@ ROUTES = (
     ("POST", "/limit/*",                "admin",   limit_endpoint),
     ("GET",  "/limits",                 "admin",   with_query("limits")),
     ("POST", "/set/*",                  "keep",    set_endpoint),
-    ("GET",  "/get/*",                  "keep",    get_endpoint),
+    ("GET",  "/get/*",                  "keep",    lambda api, request, key: (200, {"value": api.bus.get(key, caller=request.caller)})),
     ("POST", "/delete/*",               "keep",    with_body("delete")),
     ("POST", "/admin/generate_key",     "admin",   issuing("generate")),
     ("POST", "/admin/invite",           "admin",   issuing("invite")),
-    ("POST", "/join",                   None,      join_endpoint),
+    ("POST", "/join",                   None,      lambda api, request: (201, api.keys.join(request, request.fields(JOIN)["code"]))),
     ("POST", "/admin/revoke_key",       "admin",   revoke_endpoint),
     ("GET",  "/admin/keys",             "view",    lambda api, request: (200, api.keys.list(request.caller, **request.parameters(NOTHING)))),
     ("POST", "/admin/purge",            "admin",   advancing("purge", PURGE)),
