@@ -5059,9 +5059,6 @@ draw();
 # Held. An endpoint that is a generator is a long operation: the loop advances it in slices.
 
 Response = collections.namedtuple("Response", "status headers body request_id")
-JSON_TYPE = (("Content-Type", "application/json"),)
-REQUEST_ID = "[A-Za-z0-9_.:-]{1,128}"
-TEXT_TYPE = (("Content-Type", "text/plain; charset=utf-8"),)
 COMMON_HEADERS = (
     ("X-Frame-Options", "DENY"),
     ("X-Content-Type-Options", "nosniff"),
@@ -5078,7 +5075,7 @@ class JsonText(str):
 def request_id_of(headers):
     """Return the X-Request-ID of these headers, or a new one if it is missing or malformed."""
     given = headers.get("x-request-id", "")
-    return given if re.fullmatch(REQUEST_ID, given) else f"{random.getrandbits(64):016x}"
+    return given if re.fullmatch("[A-Za-z0-9_.:-]{1,128}", given) else f"{random.getrandbits(64):016x}"
 
 
 def same_or_either(field, given, header, signed=False):
@@ -5552,15 +5549,14 @@ def respond(status, value, request_id, headers=()):
         return Response(status, headers, b"", request_id)
     if not isinstance(value, str):
         value = JsonText(to_json(value))
+    kind, more = "text/plain; charset=utf-8", ()
     if isinstance(value, JsonText):
-        return Response(status, JSON_TYPE + tuple(headers), value.encode() + b"\n", request_id)     # a shell prompt comes after it
-    if isinstance(value, Redirect):
-        headers = (*headers, ("Location", value))
-        value = f"{value}\n"
-    kind = TEXT_TYPE
-    if isinstance(value, Html):
-        kind = (("Content-Type", "text/html; charset=utf-8"), ("Content-Security-Policy", content_policy(value)))
-    return Response(status, kind + tuple(headers), value.encode(), request_id)
+        kind, value = "application/json", value + "\n"     # a shell prompt comes after it
+    elif isinstance(value, Redirect):
+        more, value = [("Location", value)], value + "\n"
+    elif isinstance(value, Html):
+        kind, more = "text/html; charset=utf-8", [("Content-Security-Policy", content_policy(value))]
+    return Response(status, (("Content-Type", kind), *more, *headers), value.encode(), request_id)
 
 
 def refusal(error, request_id):
