@@ -5586,9 +5586,9 @@ class API:
         bus.issued_limits = keys.limits
         self._routes = {}     # path: {method: (who may, endpoint)}
         for method, path, who, endpoint in ROUTES:
-            self._routes.setdefault(path, {})[method] = who, endpoint
-        self._patterns = [(path, re.compile(re.escape(path).replace(r"\*", "(.+)"), re.DOTALL))
-                          for path in sorted(self._routes, key=len, reverse=True) if "*" in path]
+            for taken in ("GET", "HEAD") if method == "GET" else (method,):
+                self._routes.setdefault(path, {})[taken] = who, endpoint
+        self._starred = [(path, *path.split("*")) for path in sorted(self._routes, key=len, reverse=True) if "*" in path]
 
     def admit(self, request):
         """Find the endpoint of a request, and who sends it, from its head alone; raises the error to answer with."""
@@ -5597,11 +5597,10 @@ class API:
         methods = self._routes.get(place)
         if methods is None:
             raise NotFound("There is no such path on this bus; see the README for all paths.")
-        method = "GET" if request.method == "HEAD" else request.method
-        if method not in methods:
-            allowed = ", ".join(sorted({*methods, *(["HEAD"] if "GET" in methods else [])}))
+        if request.method not in methods:
+            allowed = ", ".join(sorted(methods))
             raise MethodNotAllowed(f"{place} takes {allowed} only.", headers=[("Allow", allowed)])
-        request.who, endpoint = methods[method]
+        request.who, endpoint = methods[request.method]
         if self._maintenance and request.path not in OPEN_IN_MAINTENANCE:
             request.who = request.who or "admin"     # a mere signature has passed the gate: confirm() is to check it
         if request.who:
@@ -5609,13 +5608,12 @@ class API:
         request.endpoint = endpoint
 
     def _place(self, path):
-        """Return the path of a route, and the parts of this path in the place of its stars."""
-        if path in self._routes and "*" not in path:
-            return (path,)
-        first, _, rest = path[1:].partition("/")
-        if rest and f"/{first}/*" in self._routes:
-            return f"/{first}/*", rest
-        return next(((route, match[1]) for route, pattern in self._patterns if (match := pattern.fullmatch(path))), (path,))
+        """Return the path of a route, and the part of this path in the place of its star, if it has one."""
+        if path not in self._routes or "*" in path:
+            for route, before, after in self._starred:
+                if path.startswith(before) and path.endswith(after) and len(path) > len(before) + len(after):
+                    return route, path[len(before):len(path) - len(after)]
+        return (path,)
 
     def _require_open(self, request):
         """Raise the error of a gate that is closed to a request, whether or not there is such a path."""
