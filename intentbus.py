@@ -5201,7 +5201,7 @@ def publish_endpoint(api, request):
 def publish_payload_endpoint(api, request, goal):
     """Publish the body as a payload; the path has the goal, the query the other fields."""
     fields = dict(request.parameters(PUBLISH_QUERY), payload=payload_in(request))
-    return publish_one(api, request, dict(fields, goal=goal[:-1] if goal.endswith("/") else goal))
+    return publish_one(api, request, dict(fields, goal=goal.removesuffix("/")))
 
 
 def publish_one(api, request, body):
@@ -5424,10 +5424,12 @@ def exposition(*families):
 
 
 def calling(read, verb, fields=NOTHING, status=200):
-    """Return the endpoint that calls a verb of the Bus with the fields that read(request, fields) finds."""
+    """Return the endpoint that calls a verb of the Bus, or advances a long one, with the fields that read(request, fields) finds."""
     def endpoint(api, request, *place):
         return status, getattr(api.bus, verb)(*place, **read(request, fields), caller=request.caller)
-    return endpoint
+    def long_endpoint(api, request):
+        return status, (yield from getattr(Bus, verb).steps(api.bus, **read(request, fields), caller=request.caller))
+    return long_endpoint if hasattr(getattr(Bus, verb), "steps") else endpoint
 
 
 def issuing(verb):
@@ -5443,14 +5445,6 @@ def issuing(verb):
     return endpoint
 
 
-def advancing(verb, fields=NOTHING, read=Request.fields):
-    """Return the endpoint that advances a long verb of the Bus with the fields that read(request, fields) finds."""
-    def endpoint(api, request):
-        found = yield from getattr(Bus, verb).steps(api.bus, **read(request, fields), caller=request.caller)
-        return 200, found
-    return endpoint
-
-
 with_body = functools.partial(calling, Request.fields)
 with_query = functools.partial(calling, Request.parameters)
 
@@ -5463,10 +5457,8 @@ def of_intent(endpoint):
 ROUTES = (
     # method, path                      who may     endpoint
     ("GET",  "/",                       None,      home_endpoint),
-    ("GET",  "/dashboard",              None,      dashboard_redirect),
-    ("GET",  "/dashboard/",             None,      dashboard_redirect),
-    ("GET",  "/admin",                  None,      dashboard_redirect),
-    ("GET",  "/admin/",                 None,      dashboard_redirect),
+    *(("GET", path,                     None,      dashboard_redirect)
+      for path in ("/dashboard", "/dashboard/", "/admin", "/admin/")),
     ("GET",  "/health",                 None,      health_endpoint),
     ("POST", "/intent",                 "publish", publish_endpoint),
     ("POST", "/publish/*",              "publish", publish_payload_endpoint),
@@ -5482,13 +5474,13 @@ ROUTES = (
     ("GET",  "/status/*",               "look",    of_intent(with_query("get_status", ANYTHING))),
     ("GET",  "/result/*",               "look",    of_intent(result_endpoint)),
     ("GET",  "/output/*",               "look",    of_intent(output_endpoint)),
-    ("GET",  "/intents",                "look",    advancing("list", LIST, Request.parameters)),
+    ("GET",  "/intents",                "look",    with_query("list", LIST)),
     ("GET",  "/workers",                "look",    with_query("workers", ANYTHING)),
     ("GET",  "/events",                 "look",    events_endpoint),
     ("GET",  "/whoami",                 "look",    who_am_i_endpoint),
     ("POST", "/cancel/*",               "manage",  with_body("cancel")),
     ("POST", "/retry/*",                "manage",  with_body("retry", RETRY_ONE)),
-    ("POST", "/retry",                  "manage",  advancing("retry_many", RETRY)),
+    ("POST", "/retry",                  "manage",  with_body("retry_many", RETRY)),
     ("POST", "/schedule/*",             "manage",  schedule_endpoint),
     ("GET",  "/schedules",              "look",    with_query("schedules", OF_OWNER)),
     ("POST", "/unschedule/*",           "manage",  with_body("unschedule", OF_OWNER)),
@@ -5503,18 +5495,18 @@ ROUTES = (
     ("POST", "/join",                   None,      lambda api, request: (201, api.keys.join(request, request.fields(JOIN)["code"]))),
     ("POST", "/admin/revoke_key",       "admin",   revoke_endpoint),
     ("GET",  "/admin/keys",             "view",    lambda api, request: (200, api.keys.list(request.caller, **request.parameters(NOTHING)))),
-    ("POST", "/admin/purge",            "admin",   advancing("purge", PURGE)),
-    ("POST", "/admin/cancel",           "admin",   advancing("cancel_many", CANCEL)),
-    ("POST", "/admin/cleanup",          "admin",   advancing("cleanup")),
+    ("POST", "/admin/purge",            "admin",   with_body("purge", PURGE)),
+    ("POST", "/admin/cancel",           "admin",   with_body("cancel_many", CANCEL)),
+    ("POST", "/admin/cleanup",          "admin",   with_body("cleanup")),
     ("GET",  "/admin/dashboard",        None,      lambda api, request: (200, DASHBOARD)),
     ("GET",  "/admin/dashboard/",       None,      dashboard_redirect),
-    ("GET",  "/admin/intents",          "view",    advancing("list", LIST, Request.parameters)),
+    ("GET",  "/admin/intents",          "view",    with_query("list", LIST)),
     ("POST", "/admin/intents",          "admin",   publish_endpoint),
     ("GET",  "/admin/intents/*",        "view",    of_intent(with_query("inspect"))),
     ("POST", "/admin/intents/*/cancel", "admin",   with_body("cancel")),
     ("POST", "/admin/intents/*/retry",  "admin",   with_body("retry", RETRY_ONE)),
     ("GET",  "/admin/dead",             "view",    with_query("dead")),
-    ("POST", "/admin/dead",             "admin",   advancing("sweep_dead", SWEEP)),
+    ("POST", "/admin/dead",             "admin",   with_body("sweep_dead", SWEEP)),
     ("GET",  "/admin/dead/*",           "view",    of_intent(with_query("dead_letter"))),
     ("GET",  "/admin/summary",          "view",    lambda api, request: (200, api.summary(request.caller, **request.parameters(SUMMARY)))),
     ("GET",  "/metrics",                "metrics", metrics_endpoint),
