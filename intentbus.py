@@ -5120,7 +5120,7 @@ class Request:
 
     def trim(self):
         """Let go of the body and of all headers but the one that the answer needs."""
-        self.body, self.headers = b"", {name: self.headers[name] for name in ("connection",) if name in self.headers}
+        self.body, self.headers = b"", {"connection": self.headers.get("connection", "")}
 
     @property
     def reads(self):
@@ -5901,24 +5901,31 @@ class Tls:
 
 
 class Certificate:
-    """The certificate of a TLS server, as `context` for its next connections; renew() loads its files again."""
+    """The certificate of a TLS server, as `context` for its next connections."""
 
     def __init__(self, certificate, key):
-        """Load the files; raises SetupError if they cannot be used."""
-        self._files = certificate, key
-        self._loaded = self._seen = self._versions()
-        self.context = self._load()
+        self._files, self._seen, self._loaded = (certificate, key), None, None
+        self.renew(at_once=True)
 
     def renew(self, at_once=False):
-        """Load the files if they have changed, or at once; return whether they were loaded. Raises SetupError, as at first.
+        """Load the files if they have changed, or at once; return whether they were loaded. Raises SetupError if they are of no use.
 
         A change is loaded once the files stay as they are from one call to the next: a renewal writes one after the other.
         """
+        import ssl
         seen, self._seen = self._seen, self._versions()
         if not at_once and (self._seen == self._loaded or self._seen != seen):
             return False
         self._loaded = self._seen
-        self.context = self._load()     # a new one: after a failure, a context that was loaded into again is of no use
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)     # a new one: one that has failed to load files is of no use
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        try:
+            context.load_cert_chain(*self._files)
+        except OSError as error:
+            bad_content = isinstance(error, ssl.SSLError) and "one of them is damaged, or they do not belong together"
+            raise SetupError("The TLS certificate {} and key {} cannot be used: {}.".format(
+                *self._files, bad_content or error.strerror)) from error
+        self.context = context
         return True
 
     def _versions(self):
@@ -5928,18 +5935,6 @@ class Certificate:
                 status = os.stat(path)
                 found.append((status.st_ino, status.st_size, status.st_mtime_ns))
         return found
-
-    def _load(self):
-        import ssl
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        try:
-            context.load_cert_chain(*self._files)
-        except OSError as error:
-            bad_content = isinstance(error, ssl.SSLError) and "one of them is damaged, or they do not belong together"
-            raise SetupError("The TLS certificate {} and key {} cannot be used: {}.".format(
-                *self._files, bad_content or error.strerror)) from error
-        return context
 
 
 def rendered(response, connection="", bodiless=False):
