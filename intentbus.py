@@ -5681,14 +5681,13 @@ class API:
                       caller=Record(owner=caller.owner, role=caller.role, admin=caller.admin, payloads=caller.payloads))
 
     def housekeeping(self):
-        """Do the work that is due besides requests; return whether it succeeded."""
+        """Do the work that is due besides requests; return True if it succeeded."""
         with contextlib.suppress(Error):
             if self.bus.housekeeping_delay() <= 0:
                 self.bus.housekeeping()
             self.keys.forget_nonces()
             self.keys.write_usage()
             return True
-        return False
 
     def close(self):
         """Store the history, the time and the use of keys, which are kept in memory, if that is possible."""
@@ -6576,8 +6575,7 @@ class Loop:
         self._alarms, self._numbers = [], itertools.count()     # a heap of [when, number, function or None]
         self._call_at(0, self._tick)
         self._handed = collections.deque()          # (function, result of a thread) for the loop
-        self._ended = threading.Event()             # set while no serve_forever() runs
-        self._ended.set()
+        self._serving = threading.Lock()            # held while serve_forever() runs
         self._selector = selectors.DefaultSelector()
         self._woken, self.wakeup = socket.socketpair()     # a byte sent to wakeup ends the wait of the loop
         for sock in (self.socket, self._woken, self.wakeup):
@@ -6591,13 +6589,10 @@ class Loop:
 
     def serve_forever(self, poll_interval=None):
         """Serve until stop() or shutdown() is called; then answer running requests, for SHUTDOWN_SECONDS at most."""
-        self._ended.clear()
-        try:
+        with self._serving:
             while not self.stopping:
                 self.turn()
             self._drain()
-        finally:
-            self._ended.set()
 
     def turn(self, longest=float("inf")):
         """Receive from all ready connections, ring due alarms, answer, commit and send; wait for `longest` seconds at most."""
@@ -6697,7 +6692,8 @@ class Loop:
     def shutdown(self):
         """Stop, and wait until serve_forever() has ended."""
         self.stop()
-        self._ended.wait()
+        with self._serving:
+            pass
 
     def close(self):
         """Stop, let go of all sockets, and store the counts that are kept in memory."""
