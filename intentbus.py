@@ -5336,39 +5336,40 @@ def schedule_endpoint(api, request, name):
     return 200 if answer.status == "replaced" else 201, answer
 
 
+def until_news(api, request, key, seconds, look):
+    """Answer with the value of look() -> (whether it is news, value), once it is news or the time is over."""
+    def attempt():
+        is_news, value = look()
+        return (200, value) if is_news else None
+    return api.hold(request, (key,), seconds, attempt, lambda: (200, look()[1]))
+
+
 def result_endpoint(api, request, intent_id):
     plain = request.wants_text     # while it is held, it has no headers
-    def current():
+    def look():
         found = api.bus.get_result(intent_id, caller=request.caller)
-        return found.status, (200, as_text(found.get("result")) if plain else found)     # a viewer may not see it
-    def ended():
-        status, answer = current()
-        return answer if status in ("fulfilled", "dead") else None
-    return api.hold(request, (intent_id,), request.parameters(RESULT)["wait"], ended, lambda: current()[1])
+        return found.status in ("fulfilled", "dead"), as_text(found.get("result")) if plain else found     # a viewer may not see it
+    return until_news(api, request, intent_id, request.parameters(RESULT)["wait"], look)
 
 
 def output_endpoint(api, request, intent_id):
     fields = request.parameters(OUTPUT)
-    def page():
-        return api.bus.output(intent_id, fields["after"], caller=request.caller)
+    page = functools.partial(api.bus.output, intent_id, fields["after"], caller=request.caller)
     asked = page()
     api.bus.live.read(api.bus.clock.now(), intent_id, fields["wait"])
-    def news():
+    def look():
         found = page()
-        return (200, found) if found.next != fields["after"] or found != asked or found.ended else None
-    return api.hold(request, (intent_id,), fields["wait"], news, lambda: (200, page()))
+        return found.next != fields["after"] or found != asked or found.ended, found
+    return until_news(api, request, intent_id, fields["wait"], look)
 
 
 def events_endpoint(api, request):
     fields = request.parameters(EVENTS_QUERY)
     after = api.bus.log.newest if fields["after"] is None else fields["after"]
-    watched = event_key(request.caller.sees)
-    def page():
-        return 200, api.bus.events(after, caller=request.caller)
-    def news():
-        status, found = page()
-        return (status, found) if found.events else None
-    return api.hold(request, (watched,), fields["wait"], news, page)
+    def look():
+        found = api.bus.events(after, caller=request.caller)
+        return found.events, found
+    return until_news(api, request, event_key(request.caller.sees), fields["wait"], look)
 
 
 def who_am_i_endpoint(api, request):
