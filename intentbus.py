@@ -6251,8 +6251,8 @@ class Budget:
             return
         before, taken = self._taken.get(connection, (account, 0))
         self._taken[connection] = account, number
-        self._of.update({before: -taken})
-        self._of.update({account: number})
+        self._of[before] -= taken
+        self._of[account] += number
         self._all += number - taken
         if not number:
             del self._taken[connection]
