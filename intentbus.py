@@ -5755,8 +5755,7 @@ LOOPBACK = re.compile(r"localhost|::1|(::ffff:)?127(\.[0-9]{1,3}){3}")     # nam
 TOKEN_PATTERN = r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)"     # RFC 9110, section 5.6.2
 REQUEST_LINE = TOKEN_PATTERN + r" (?:(?i:https?)://[^/?#\x00-\x20]+([/?]?[!-~]*)|([/*][!-~]*)) HTTP/1\.([01])"
 HEADER_LINE = TOKEN_PATTERN + r":[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)"
-EMPTY_LINES = re.compile(rb"(?:\r\n)*")     # patterns of each request are compiled here, others at first use: a start takes 0.7 ms less
-BARE_LF = re.compile(rb"(?<!\r)\n")
+BARE_LF = re.compile(rb"(?<!\r)\n")     # patterns of each request are compiled here, others at first use: a start takes 0.7 ms less
 CHUNK_SIZE = rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\x00-\x08\x0a-\x1f\x7f]*)?"     # with extensions, which are dropped
 COMMON_LINES = "".join(f"{field}: {value}\r\n" for field, value in COMMON_HEADERS)
 
@@ -5907,7 +5906,7 @@ class Certificate:
         self._files, self._seen, self._loaded = (certificate, key), None, None
         self.renew(at_once=True)
 
-    def renew(self, at_once=False):
+    def renew(self, at_once):
         """Load the files if they have changed, or at once; return whether they were loaded. Raises SetupError if they are of no use.
 
         A change is loaded once the files stay as they are from one call to the next: a renewal writes one after the other.
@@ -5937,7 +5936,7 @@ class Certificate:
         return found
 
 
-def rendered(response, connection="", bodiless=False):
+def rendered(response, connection, bodiless=False):
     """Return the bytes of a response, to be sent at once: in two pieces, Nagle's algorithm can cost 40 ms."""
     lines = "".join([f"{field}: {value}\r\n" for field, value in response.headers])
     if response.status != 204:
@@ -5999,7 +5998,7 @@ class RequestReader:
     def _read_head(self):
         data, self.bodiless = self.data, False
         if data.startswith(b"\r\n"):     # RFC 9112, section 2.2: empty lines before a request are skipped
-            empty = EMPTY_LINES.match(data).end()
+            empty = re.match(rb"(?:\r\n)*", data).end()
             if empty > 2 * HEAD_LINES:
                 raise Invalid("There are too many empty lines before the request.")
             del data[:empty]
@@ -6556,7 +6555,7 @@ class Loop:
 
     limit = certificate = None     # the number of connections, and the Certificate; bound_server() sets them
 
-    def open(self, api, access_log=False, trust_proxy=False):
+    def open(self, api, access_log, trust_proxy):
         """Take the API to serve, and the options of http_server, and listen; raises SetupError if another server does."""
         try:
             self.server_activate()
@@ -6990,10 +6989,10 @@ def connection_limit():
     return min(CONNECTIONS, soft - SPARE_FILES)
 
 
-def bound_server(host="127.0.0.1", port=8787, tls=None):
+def bound_server(host, port, tls):
     """Return a Server that has a host and port, and is to be opened with an API; raises SetupError if it cannot serve there.
 
-    Port 0 picks a free one, see its server_port; tls is (certificate file, key file).
+    Port 0 picks a free one, see its server_port; tls is (certificate file, key file), or None.
     """
     from http.server import ThreadingHTTPServer     # not at the top: it would slow down every publish
     if not host.strip():     # to the system, an empty one means all addresses
