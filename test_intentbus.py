@@ -8803,6 +8803,11 @@ def test_ambiguous_framing_is_refused_and_ends_the_reading(strict, attack, expec
     assert response.headers["connection"] == "close"
 
 
+def test_a_head_in_lines_of_bare_LF_is_refused_at_once(strict):
+    response, = strict.send(b"GET /health HTTP/1.1\nHost: x\n\n")
+    assert_refusal(response, 400, "invalid_request", "CR LF")
+
+
 @pytest.mark.parametrize("target", [b"http://example.com/health", b"http://example.com:80/health?x", b"https://x/health",
                                     b"HTTP://x/health", b"http://x", b"http://x?y"])
 def test_an_absolute_target_is_accepted(strict, target):
