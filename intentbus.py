@@ -5912,7 +5912,11 @@ class Certificate:
         A change is loaded once the files stay as they are from one call to the next: a renewal writes one after the other.
         """
         import ssl
-        seen, self._seen = self._seen, self._versions()
+        seen, self._seen = self._seen, []
+        for path in self._files:
+            with contextlib.suppress(OSError):
+                status = os.stat(path)
+                self._seen.append((status.st_ino, status.st_size, status.st_mtime_ns))
         if not at_once and (self._seen == self._loaded or self._seen != seen):
             return False
         self._loaded = self._seen
@@ -5926,14 +5930,6 @@ class Certificate:
                 *self._files, bad_content or error.strerror)) from error
         self.context = context
         return True
-
-    def _versions(self):
-        found = []
-        for path in self._files:
-            with contextlib.suppress(OSError):
-                status = os.stat(path)
-                found.append((status.st_ino, status.st_size, status.st_mtime_ns))
-        return found
 
 
 def rendered(response, connection, bodiless=False):
