@@ -5257,7 +5257,7 @@ def wanted_in(api, request, fields, token):
 
 
 CLAIM_FIELD_OF = {"x-worker-id": "worker_id", "x-claim-token": "claim_token", "x-worker-capability": "capabilities",
-                  "x-worker-capabilities": "capabilities"}     # headers of older clients; the later one is taken
+                  "x-worker-capabilities": "capabilities"}     # headers of older clients; of two for a field, the later counts
 
 
 def claiming_worker(request, fields, token):
