@@ -10435,39 +10435,28 @@ def progress_command(options):
     sys.stderr.flush()
 
 
-class StepFailed(Exception):
-    """The program of a step has ended with this exit code."""
-
-    def __init__(self, code):
-        super().__init__(f"exit code {code}")
-        self.code = code
-
-
 def run_step(program):
-    """Run the program of a step; return its stdout, which is printed as it comes; raises StepFailed."""
+    """Run the program of a step; return its stdout, which is printed as it comes; raises SystemExit with the exit code."""
     import subprocess
     try:
         process = subprocess.Popen(program, stdout=subprocess.PIPE)
     except OSError as error:
         log(f"{program[0]} cannot be run: {error.strerror}")
-        raise StepFailed(127 if isinstance(error, FileNotFoundError) else 126) from error
+        raise SystemExit(127 if isinstance(error, FileNotFoundError) else 126) from error
     output = bytearray()
     with process:
         while data := process.stdout.read1():
             sys.stdout.buffer.write(data)
             sys.stdout.buffer.flush()
-            output += data[:STEP_BYTES + 1]
-            del output[STEP_BYTES + 1:]
+            output += data
+            del output[STEP_BYTES + 1:]     # one more shows a cut
     if process.returncode:
-        raise StepFailed(process.returncode if process.returncode > 0 else 128 - process.returncode)
-    try:
-        text = output.decode()
-    except UnicodeDecodeError:
-        text = None
-    if text is None or len(output) > STEP_BYTES:
-        log(f"the step is not recorded: its output is no text of at most {STEP_BYTES} bytes; write it to a file, and print its name")
-        raise StepFailed(1)
-    return text
+        raise SystemExit(process.returncode if process.returncode > 0 else 128 - process.returncode)
+    with contextlib.suppress(UnicodeDecodeError):
+        if len(output) <= STEP_BYTES:
+            return output.decode()
+    log(f"the step is not recorded: its output is no text of at most {STEP_BYTES} bytes; write it to a file, and print its name")
+    raise SystemExit(1)
 
 
 @command("step", ['step fetch -- curl -fsS -o data.zip "$url"', "step count -- wc -l data.csv"],
@@ -10481,7 +10470,7 @@ def step_command(options):
     the intent is released. The program may run twice if the machine dies after it and before the record; its files are on
     this machine only.
     """
-    intent_id, token = (os.environ.get(f"INTENT_{name}") for name in ("ID", "CLAIM_TOKEN"))
+    intent_id, token = os.environ.get("INTENT_ID"), os.environ.get("INTENT_CLAIM_TOKEN")
     if not (intent_id and token):
         raise SetupError("step works only in a handler that work has started, where INTENT_ID and INTENT_CLAIM_TOKEN are set.")
     folder = steps_folder(run_name(token))
@@ -10494,8 +10483,8 @@ def step_command(options):
     lease_seconds = float(os.environ.get("INTENT_CLAIM_TIMEOUT") or LEASE_SECONDS)
     try:
         output, known = step_once(bus, intent_id, token, lease_seconds, options.name, functools.partial(run_step, options.program))
-    except StepFailed as failed:
-        return failed.code
+    except SystemExit as ended:
+        return ended.code
     except PayloadTooLarge as error:
         log(f"the step is not recorded: {error} Write its output to a file, and print its name.")
         return 1
