@@ -9410,8 +9410,7 @@ INTRODUCTION = """intentbus: publish a job on one machine, and a worker on anoth
   {0} work --goal hello -- echo "{{name}}"    # a worker, anywhere: runs a program for each job
   {0} publish hello name=world              # from cron, a shell, a script
 """
-EPILOG = """
-COMMAND --help shows examples and flags, --version shows the version.
+EPILOG = """COMMAND --help shows examples and flags, --version shows the version.
 Data goes to stdout, messages go to stderr.
 
 exit codes: 0 success; 1 the intent is dead, or a conflict; 2 wrong usage or
@@ -9891,20 +9890,13 @@ def bus_command(name, examples, *flags):
         def with_client(options):
             bus = open_client(options)
             if re.fullmatch(SHORT_ID, getattr(options, "id", None) or ""):
-                options.id = whole_id(bus, options.id)
+                with contextlib.suppress(NotFound):     # an admin may see the intent; if not, the request of the command tells
+                    intent = bus.get_status(options.id)
+                    log(f"{options.id} is {intent.id}, {intent.goal}")
+                    options.id = intent.id
             return function(bus, options)
         return command(name, examples, *CONNECTION, *flags)(with_client)
     return register
-
-
-def whole_id(bus, digits):
-    """Return the id that begins with these digits, and tell it."""
-    try:
-        intent = bus.get_status(digits)
-    except NotFound:     # the request of the command tells it; an admin may see the intent
-        return digits
-    log(f"{digits} is {intent.id}, {intent.goal}")
-    return intent.id
 
 
 @command("serve", ["serve", "serve --db ~/bus.db --port 9000 --log",
@@ -10615,7 +10607,7 @@ def cancel_command(bus, options):
              flag(*ID[0], **ID[1], nargs="?"),
              flag("--goal", help="all dead intents with this goal"), flag("--all", action="store_true", help="all dead intents"),
              flag("--from-start", action="store_true", help="forget the steps that are done"),
-             flag("--limit", type=positive_int, default=None, metavar="N", help="at most N intents"), YES, JSON)
+             flag("--limit", type=positive_int, metavar="N", help="at most N intents"), YES, JSON)
 def retry_command(bus, options):
     """Reopen a dead intent, or many; prints the new status, or the number of intents."""
     if bool(options.id) + bool(options.goal) + options.all != 1:
@@ -10737,11 +10729,10 @@ def delete_command(bus, options):
 
 
 def grant_in(options):
-    """Return the fields of the key that the flags of NEW_KEY describe; an older bus knows the first three."""
+    """Return the fields of the key that the flags of NEW_KEY describe; an older bus knows the first three, others are None."""
     expires_at = None if options.expires is None else time.time() + options.expires
-    limits = dict(goals=options.goal, expires_at=expires_at, payloads=options.payloads or None)
-    return dict(name=options.name, owner=options.owner, role=options.role,
-                **{field: value for field, value in limits.items() if value is not None})
+    return dict(name=options.name, owner=options.owner, role=options.role, goals=options.goal, expires_at=expires_at,
+                payloads=options.payloads or None)
 
 
 @bus_command("keys add", ["keys add phone --role work --goal send_notification --expires 90d", "keys add wall --role viewer"],
@@ -10976,10 +10967,8 @@ def install_command(options):
         file, (_, hint, script) = installed_file(shell), COMPLETIONS[shell]
         texts[file] = f"#compdef intentbus\n# {MADE_BY}{script}"     # the first line is for zsh
         hints.append(f"{file} completes it in {shell}: " + hint.format(file=file, folder=os.path.dirname(file)))
-    for path in texts:
+    for path in (*texts, library):     # this file has MADE_BY, too
         is_ours(path)
-    if os.path.lexists(library) and "def install_command" not in text_at(library):
-        raise SetupError(f"{library} is another program's: rename or delete it first.")
     replace_file(library, text, 0o644)
     with contextlib.suppress(OSError):     # the launcher compiles it then
         py_compile.compile(library, doraise=True)
@@ -11001,9 +10990,8 @@ def uninstall_command(options):
     library = in_home(LIBRARY_FILE)
     folder, module = os.path.split(library)
     compiled = glob.glob(os.path.join(glob.escape(folder), "__pycache__", module.replace(".py", ".*.pyc")))
-    launcher, *completions = (path for path in map(installed_file, (None, *COMPLETIONS)))
-    made = [path for path in (launcher, *completions) if os.path.lexists(path) and is_ours(path)]
-    made += [path for path in (*compiled, library) if launcher in made and os.path.lexists(path)]
+    made = list(filter(is_ours, map(installed_file, (None, *COMPLETIONS))))
+    made += [path for path in (*compiled, library) if installed_file() in made and os.path.lexists(path)]
     if not made:
         raise NotFound("Nothing is installed.")
     try:
@@ -11060,29 +11048,24 @@ def summary_of(name):
 
 
 def summaries(names):
-    """Return a line about each of these commands."""
-    return ["  {:12} {}".format(name, summary_of(name)) for name in names]
-
-
-def overview():
-    """Return the help of the program: the introduction, and the commands in groups."""
-    lines = [INTRODUCTION.format(INVOCATION)]
-    for title, names in GROUPS:
-        lines += [f"{title}:", *summaries(names), ""]
-    return "\n".join(lines) + EPILOG
+    """Return the lines about some commands."""
+    return "".join(f"  {name:12} {summary_of(name)}\n" for name in names)
 
 
 def kinds_of(word):
-    """Return the second words of the commands that begin with a word."""
-    return [name.partition(" ")[2] for name in COMMANDS if name.startswith(f"{word} ")]
+    """Return the commands that begin with a word and have another one."""
+    return [name for name in COMMANDS if name.startswith(f"{word} ")]
 
 
 def help_about(words):
     """Return the help of a command, of a group of commands such as keys, or, without words, of the program."""
-    several = [f"{words[0]} {kind}" for kind in kinds_of(words[0])] if words else []
-    if several and " ".join(words[:2]) not in several:
-        return "\n".join(summaries(several))
-    return Parser(find_command(words)[0]).format_help() if words else overview()
+    if not words:
+        groups = "".join(f"{title}:\n{summaries(names)}\n" for title, names in GROUPS)
+        return f"{INTRODUCTION.format(INVOCATION)}\n{groups}{EPILOG}"
+    kinds = kinds_of(words[0])
+    if kinds and " ".join(words[:2]) not in kinds:
+        return summaries(kinds).rstrip("\n")
+    return Parser(find_command(words)[0]).format_help()
 
 
 def join_wait(words):
@@ -11185,7 +11168,7 @@ def print_completions(words):
     else:
         found = ((name.split()[len(before)], summary_of(name)) for name in COMMANDS if name.split()[:len(before)] == before)
         if not before:
-            found = ((word, ", ".join(kinds_of(word)) or about) for word, about in found)
+            found = ((word, ", ".join(kind.split()[1] for kind in kinds_of(word)) or about) for word, about in found)
     found = {word: about for word, about in found if word.startswith(begun)}
     for word, about in found.items():
         print_result(f"{escape(word)}\t{escape(about)}")
