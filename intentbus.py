@@ -9470,7 +9470,8 @@ class StderrRelay:
             if begun and (not data or len(begun) > STDERR_LINE_BYTES):
                 lines.append(begun)
                 begun = b""
-            self._add(b"".join(self._labelled(intent, line) for line in lines))
+            label = intent.id[:SHOWN_ID_DIGITS]
+            self._add("".join(f"{label}: {escape(line.decode(errors='replace'), UNPRINTABLE)}\n" for line in lines).encode())
         else:
             self._add(data or begun and b"\n")
             begun = data[-1:].strip(b"\n")
@@ -9483,9 +9484,6 @@ class StderrRelay:
         """Wait until all is written, for PIPE_SECONDS at most."""
         with self._changed:
             self._changed.wait_for(lambda: not self._waiting, PIPE_SECONDS)
-
-    def _labelled(self, intent, line):
-        return f"{intent.id[:SHOWN_ID_DIGITS]}: {escape(line.decode(errors='replace'), UNPRINTABLE)}\n".encode()
 
     def _add(self, text):
         def fits():
@@ -9584,15 +9582,13 @@ class Table:
                 self._widths[column] = max(self._widths[column], least, len(column.header), *map(text_width, texts))
         widths = fitted([self._widths[column] for column in self._columns], [column.yields for column in self._columns],
                         shutil.get_terminal_size().columns)
-        shown = [(column, width) for column, width in zip(self._columns, widths) if width]
-        headers = [column.header for column, _ in shown]
+        headers = [column.header for column, width in zip(self._columns, widths) if width]
         if headers != self._headers:
             self._headers = headers
-            print_line("  ".join(padded(column.header, width, column.spec) for column, width in shown).rstrip())
+            print_line("  ".join(padded(column.header, width, column.spec) for column, width in zip(self._columns, widths) if width).rstrip())
         for row in rows:
-            texts = [text for text, width in zip(row, widths) if width]
             print_line("  ".join(self._painted(column, text, padded(text, width, column.spec))
-                                 for (column, width), text in zip(shown, texts)).rstrip())
+                                 for column, width, text in zip(self._columns, widths, row) if width).rstrip())
 
     def _painted(self, column, text, cell):
         """Return a cell, with its text, in the colour of its state."""
@@ -9761,8 +9757,6 @@ TABLE = (JSON, flag("--color", choices=("auto", "always", "never"), default="aut
                     help="colour states: auto is on a terminal, unless NO_COLOR is set"))
 YES = flag("--yes", action="store_true", help="do not ask")
 STORED_KEY = flag("key", help="the key of the value")
-PUBLISH_FIELDS = ("priority", "delay", "run_at", "ttl", "max_attempts", "backoff_base", "target_worker", "required_capability",
-                  "visibility", "unique", "replace", "on_success", "on_failure", "idempotency_key")
 STORED_OTHERWISE = {     # by the status of a publish
     "kept": "an unfinished intent has this unique value, and was kept; nothing new is stored",
     "replaced": "an intent with this unique value was waiting, and was replaced",
@@ -10010,7 +10004,7 @@ def log_startup(options, url, database, key_source, other):
          flag("--jsonl", action="store_true", help="publish an intent for each line of stdin, with its JSON as payload"))
 def publish_command(options):
     """Publish an intent and print its id. With --lines or --jsonl, up to 1,000 intents are sent in one request."""
-    fields = {name: value for name, value in vars(options).items() if name in PUBLISH_FIELDS and value is not None}
+    fields = given(options, PUBLISH)
     waits = options.follow or options.wait is not None
     if options.spool and waits:
         raise Invalid("--spool excludes --wait and --follow: a stored intent may be sent much later.")
@@ -10019,7 +10013,7 @@ def publish_command(options):
     bus = open_client(options, spool=options.spool)
     if options.lines or options.jsonl:
         return publish_lines(bus, options, fields)
-    answer = bus.publish(options.goal, read_payload(options.payload, options.text), **fields)
+    answer = bus.publish(**dict(fields, payload=read_payload(options.payload, options.text)))
     if answer.get("status") == "spooled":
         log(f"{answer.reason} The intent is stored; the next publish --spool, flush or work sends it.")
     elif answer.get("status") in STORED_OTHERWISE:
@@ -10051,7 +10045,7 @@ def publish_lines(bus, options, fields):
         raise Invalid("--lines and --jsonl read payloads from stdin only, and exclude --wait, --follow and --text.")
     key = fields.pop("idempotency_key", None)
     parse = parse_json if options.jsonl else plain_text
-    intents = (dict(fields, goal=options.goal, payload=parse(line)) for line in binary_stdin() if line.strip())
+    intents = (dict(fields, payload=parse(line)) for line in binary_stdin() if line.strip())
     published = 0
     seconds = float("inf") if key else STREAM_SECONDS     # with a key, the same lines must make the same batches again
     with showing(lambda _: f"{published} published"):
@@ -10093,22 +10087,24 @@ def as_they_come(items):
 def batches(intents, seconds):
     """Yield lists of intents, each of at most BULK_INTENTS, no larger than a request may be, and collected for some seconds."""
     batch = []
-    size = 0
     for intent in as_they_come(intents):
         weight = len(to_json(intent).encode()) + 100     # room for the namespace, which the client adds
-        late = batch and time.monotonic() >= begun + seconds
-        if batch and (late or len(batch) == BULK_INTENTS or size + weight > BODY_BYTES):
+        if batch and (time.monotonic() >= begun + seconds or len(batch) == BULK_INTENTS or size + weight > BODY_BYTES):
             yield batch
             batch = []
-            size = 0
-        if intent is None:
-            continue
-        if not batch:
-            begun = time.monotonic()
-        batch.append(intent)
-        size += weight
+        if intent is not None:
+            if not batch:
+                begun = time.monotonic()
+                size = 0
+            batch.append(intent)
+            size += weight
     if batch:
         yield batch
+
+
+def given(options, fields):
+    """Return those of some fields that a command line gives."""
+    return {name: value for name, value in vars(options).items() if name in fields and value is not None}
 
 
 def binary_stdin():
@@ -10573,13 +10569,14 @@ def watch_command(bus, options):
 
 def agreed(options, question, counted):
     """Ask whether to do something to the intents that were counted, unless --yes was given; return until of the count."""
+    if options.yes:
+        return counted.until
     question = question.format(f"{counted.number} intent{'s' if counted.number != 1 else ''}")
-    if not options.yes and not (sys.stdin and sys.stdin.isatty()):
+    if not (sys.stdin and sys.stdin.isatty()):
         raise Invalid(f"{question} There is no terminal to ask at; confirm it with --yes.")
-    if not options.yes:
-        print(question, "[y/N] ", end="", file=sys.stderr, flush=True)
-        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-            raise Conflict("Nothing was changed.")
+    print(question, "[y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise Conflict("Nothing was changed.")
     return counted.until
 
 
@@ -10667,8 +10664,7 @@ def limits_command(bus, options):
          flag("--dry-run", action="store_true", help="print the next five runs and store nothing"), OF_OWNER_FLAG, *INTENT_FLAGS)
 def schedule_command(options):
     """Publish an intent again and again; prints the time of the next run. To change or resume a schedule, give it again."""
-    fields = {name: value for name, value in vars(options).items() if value is not None and name in SCHEDULE}
-    fields["payload"] = read_payload(options.payload)
+    fields = dict(given(options, SCHEDULE), payload=read_payload(options.payload))
     if (options.every is None) == (options.cron is None):
         raise Invalid('schedule needs either --every DURATION or --cron "M H D M W".')
     if not options.dry_run:
@@ -10817,9 +10813,9 @@ def purge_command(bus, options):
 @command("doctor", ["doctor"], *CONNECTION, DB, JSON)
 def doctor_command(options):
     """Look for common problems and print their cures; exit 1 if one is bad."""
-    findings = [Record(finding._asdict()) for check in CHECKS for finding in check(options)]
+    findings = [finding for check in CHECKS for finding in check(options)]
     for finding in findings:
-        print_result(to_json(finding) if options.json else folded(escape(f"{finding.level:4}  {finding.about:8}  {finding.words}")))
+        print_result(to_json(finding._asdict()) if options.json else folded(escape("{:4}  {:8}  {}".format(*finding))))
     return int(any(finding.level == "bad" for finding in findings))
 
 
@@ -10962,11 +10958,9 @@ def install_command(options):
     launcher, library, text = installed_file(), in_home(LIBRARY_FILE), text_at(__file__)
     texts = {launcher: LAUNCHER.format(start=launcher_start(), library=library, made_by=MADE_BY)}
     older = re.search('^__version__ = "(.*)"$', text_at(library), re.M)
-    hints = [f"{launcher} starts {library}, a copy of {__version__}" + (f" in place of {older[1]}" if older and older[1] != __version__ else "")]
     if shell := options.completion:
         file, (_, hint, script) = installed_file(shell), COMPLETIONS[shell]
         texts[file] = f"#compdef intentbus\n# {MADE_BY}{script}"     # the first line is for zsh
-        hints.append(f"{file} completes it in {shell}: " + hint.format(file=file, folder=os.path.dirname(file)))
     for path in (*texts, library):     # this file has MADE_BY, too
         is_ours(path)
     replace_file(library, text, 0o644)
@@ -10974,13 +10968,14 @@ def install_command(options):
         py_compile.compile(library, doraise=True)
     for path, content in texts.items():
         replace_file(path, content, 0o755 if path == launcher else 0o644)
+    log(f"{launcher} starts {library}, a copy of {__version__}" + (f" in place of {older[1]}" if older and older[1] != __version__ else ""))
+    if shell:
+        log(f"{file} completes it in {shell}: " + hint.format(file=file, folder=os.path.dirname(file)))
     found, folder = shutil.which("intentbus"), os.path.dirname(launcher)
     if folder not in os.environ.get("PATH", "").split(os.pathsep):
-        hints.append(f'{folder} is not in PATH: add this line to ~/.profile and log in again: export PATH="{folder}:$PATH"')
+        log(f'{folder} is not in PATH: add this line to ~/.profile and log in again: export PATH="{folder}:$PATH"')
     elif found and found != launcher:
-        hints.append(f"{found} comes before it in PATH")
-    for hint in hints:
-        log(hint)
+        log(f"{found} comes before it in PATH")
 
 
 @command("uninstall", ["uninstall"])
@@ -11161,11 +11156,9 @@ def print_completions(words):
     # shells pass words as they were typed
     words = [re.sub(r"""\\(.)|["']""", r"\1", word) for word in words]
     *before, begun = words[words[:1] == ["help"] and len(words) > 1:]
-    name, rest = next(((name, before[len(name.split()):]) for name in COMMANDS if before[:len(name.split())] == name.split()),
-                      (None, None))
-    if name:
-        found = following(name, rest, begun)
-    else:
+    try:
+        found = following(*find_command(before), begun)
+    except Invalid:     # no whole command is there yet
         found = ((name.split()[len(before)], summary_of(name)) for name in COMMANDS if name.split()[:len(before)] == before)
         if not before:
             found = ((word, ", ".join(kind.split()[1] for kind in kinds_of(word)) or about) for word, about in found)
