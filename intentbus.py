@@ -9624,20 +9624,11 @@ def text_width(text):
 
 def padded(text, width, spec):
     """Return a text with spaces up to a width, at its start if the spec aligns it to the right; a longer text is cut."""
-    space = " " * (width - text_width(text))
     if text_width(text) > width:
         fits = itertools.takewhile(lambda used: used < width, itertools.accumulate(map(text_width, text)))
         text = text[:sum(1 for _ in fits)] + ("\u2026" if (sys.stdout.encoding or "").lower().startswith("utf") else "~")
-        space = " " * (width - text_width(text))     # half of a wide character may be left
+    space = " " * (width - text_width(text))     # of a cut text, half of a wide character may be left
     return space + text if spec.startswith(">") else text + space
-
-
-def folded(text):
-    """Return a text as it is, or for a terminal in lines that end between words."""
-    import shutil
-    import textwrap
-    width = shutil.get_terminal_size().columns
-    return textwrap.fill(text, width, subsequent_indent=" " * 6, break_long_words=False) if sys.stdout.isatty() else text
 
 
 @contextlib.contextmanager
@@ -9768,7 +9759,7 @@ NEW_KEY = (
     flag("--owner", default="owner", help="the owner whose intents it shares"),
     flag("--role", choices=("publish", "work", "both", "viewer"), default="both", help="what the key may do; a viewer looks only"),
     flag("--goal", action="append", help="the only goal that the key may use; may be repeated"),
-    flag("--expires", type=duration, metavar="DURATION", help="how long the key is valid"),
+    flag("--expires", type=duration, help="how long the key is valid"),
     flag("--payloads", action="store_true", help="let a viewer see payloads and results"),
 )
 PAYLOAD = flag("payload", nargs="*", default=[], help="JSON, text, @FILE, - or nothing for stdin, or pairs: name=text, name=@FILE, name:=json")
@@ -9939,11 +9930,10 @@ def serve_command(options):
         if not server.stopping:
             deadline.start()
         server.stop()
-    for signal_name in ("SIGTERM", "SIGINT", "SIGBREAK"):     # only Windows has SIGBREAK
-        if hasattr(signal, signal_name):
-            signal.signal(getattr(signal, signal_name), stop)
-    if options.tls_cert and hasattr(signal, "SIGHUP"):     # without a certificate, it ends the bus
-        signal.signal(signal.SIGHUP, lambda *_: server.renew_certificate())
+    for signal_number in filter(None, (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGBREAK", None))):     # Windows has that one
+        signal.signal(signal_number, stop)
+    if options.tls_cert and HANGUP:     # without a certificate, it ends the bus
+        signal.signal(HANGUP, lambda *_: server.renew_certificate())
     signal.set_wakeup_fd(server.wakeup.fileno(), warn_on_full_buffer=False)     # on Windows, a signal ends no wait
     scheme, host = "https" if options.tls_cert else "http", f"[{options.host}]" if ":" in options.host else options.host
     print(f"{scheme}://{host}:{server.server_port}", flush=True)
@@ -10613,14 +10603,14 @@ def retry_command(bus, options):
         raise Invalid("--from-start needs an id.")
     if options.id:
         return print_answer(options, bus.retry(options.id, from_start=options.from_start), "status")
-    which, slices, left = dict(goal=options.goal, namespace=options.namespace), [], options.limit or sys.maxsize
+    which = dict(goal=options.goal, namespace=options.namespace)
     counted = bus.retry(count=True, **which)
     which["until"] = agreed(options, "Retry {}?", counted)     # intents that die again meanwhile are left
-    with showing(lambda _: f"{sum(slices)} of {counted.number} retried"):
-        while left > 0 and (not slices or slices[-1]):
-            slices.append(bus.retry(limit=min(left, 1000), **which).retried)
-            left -= slices[-1]
-    print_answer(options, Record(retried=sum(slices)), "retried")
+    limit, retried = options.limit or sys.maxsize, 0
+    with showing(lambda _: f"{retried} of {counted.number} retried"):
+        while retried < limit and (more := bus.retry(limit=min(limit - retried, 1000), **which).retried):
+            retried += more
+    print_answer(options, Record(retried=retried), "retried")
 
 
 LIMITED_GOAL_FLAG = flag("goal", help="the goal of the intents")
@@ -10813,9 +10803,14 @@ def purge_command(bus, options):
 @command("doctor", ["doctor"], *CONNECTION, DB, JSON)
 def doctor_command(options):
     """Look for common problems and print their cures; exit 1 if one is bad."""
+    import shutil
+    import textwrap
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
     findings = [finding for check in CHECKS for finding in check(options)]
     for finding in findings:
-        print_result(to_json(finding._asdict()) if options.json else folded(escape("{:4}  {:8}  {}".format(*finding))))
+        line = escape("{:4}  {:8}  {}".format(*finding))
+        print_result(to_json(finding._asdict()) if options.json else
+                     textwrap.fill(line, width, subsequent_indent=" " * 6, break_long_words=False))
     return int(any(finding.level == "bad" for finding in findings))
 
 
@@ -11170,10 +11165,9 @@ def print_completions(words):
 
 def run_command(words, open_store):
     """Run the command in a command line; return its exit code."""
-    if not words:
+    if not words:     # find_command() says the rest
         print(INTRODUCTION.format(INVOCATION), file=sys.stderr)
-        raise Invalid("A COMMAND is missing; --help lists the commands.")
-    if words[0] == "complete":     # a shell that install --completion has prepared asks; the user's next line shows any error
+    if words[:1] == ["complete"]:     # a shell that install --completion has prepared asks; the user's next line shows any error
         with contextlib.suppress(Error, OSError):
             return print_completions(words[1:] or [""])
         return 1
@@ -11213,15 +11207,15 @@ def start_child_of_init():
 
     Linux sends process 1 no signal that it does not handle, and makes it the parent of all orphans.
     """
-    passed_on = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
-    signal.pthread_sigmask(signal.SIG_BLOCK, passed_on | {signal.SIGCHLD})     # they wait for sigwait()
+    awaited = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD}
+    signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
     child = os.fork()
     if not child:
         os.setsid()     # else Ctrl-C in a terminal would come twice
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on | {signal.SIGCHLD})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, awaited)
         return
     while True:
-        number = signal.sigwait(passed_on | {signal.SIGCHLD})
+        number = signal.sigwait(awaited)
         if number != signal.SIGCHLD:
             os.kill(child, number)
             continue
@@ -11230,15 +11224,6 @@ def start_child_of_init():
             ended, status = os.waitpid(-1, os.WNOHANG)
             if ended == child:
                 os._exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status))
-
-
-def discard_unwritten(*streams):
-    """Discard the unwritten data of streams, since Python would fail on it at its exit."""
-    for stream in streams:
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def main(arguments: Sequence[str] | None = None, open_store: Callable[[str | None], Store] = sqlite_store) -> int:
@@ -11265,7 +11250,11 @@ def main(arguments: Sequence[str] | None = None, open_store: Callable[[str | Non
         log(reason_of(error))
         return 2
     finally:
-        discard_unwritten(sys.stdout, sys.stderr)
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:     # Python would fail on its unwritten data at the exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":
