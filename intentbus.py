@@ -9219,7 +9219,7 @@ def check_versions(options):
     """Check the versions of Python and SQLite."""
     import sqlite3
     versions = f"Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}"
-    if sys.version_info < (3, 9) or sqlite3.sqlite_version_info < (3, 35):
+    if sqlite3.sqlite_version_info < (3, 35):     # an older Python cannot import this module
         yield bad("python", f"This is {versions}; install Python 3.9 and SQLite 3.35, or newer.")
     else:
         yield ok("python", f"{versions}.")
@@ -9758,9 +9758,9 @@ NEW_KEY = (
     flag("name", help="a name for the key, such as that of its machine"),
     flag("--owner", default="owner", help="the owner whose intents it shares"),
     flag("--role", choices=("publish", "work", "both", "viewer"), default="both", help="what the key may do; a viewer looks only"),
-    flag("--goal", action="append", help="the only goal that the key may use; may be repeated"),
-    flag("--expires", type=duration, help="how long the key is valid"),
-    flag("--payloads", action="store_true", help="let a viewer see payloads and results"),
+    flag("--goal", dest="goals", action="append", help="the only goal that the key may use; may be repeated"),
+    flag("--expires", dest="expires_at", metavar="DURATION", type=lambda text: time.time() + duration(text), help="how long the key is valid"),
+    flag("--payloads", action="store_const", const=True, help="let a viewer see payloads and results"),
 )
 PAYLOAD = flag("payload", nargs="*", default=[], help="JSON, text, @FILE, - or nothing for stdin, or pairs: name=text, name=@FILE, name:=json")
 OF_OWNER_FLAG = flag("--owner", help="the owner of the schedule, if you are an admin (default the key's)")
@@ -10714,18 +10714,11 @@ def delete_command(bus, options):
     return 0 if bus.delete(options.key).deleted else 3
 
 
-def grant_in(options):
-    """Return the fields of the key that the flags of NEW_KEY describe; an older bus knows the first three, others are None."""
-    expires_at = None if options.expires is None else time.time() + options.expires
-    return dict(name=options.name, owner=options.owner, role=options.role, goals=options.goal, expires_at=expires_at,
-                payloads=options.payloads or None)
-
-
 @bus_command("keys add", ["keys add phone --role work --goal send_notification --expires 90d", "keys add wall --role viewer"],
              *NEW_KEY)
 def keys_add_command(bus, options):
     """Issue a key and print it; it cannot be shown again. A viewer of all owners has the owner '*'."""
-    made = bus.admin("generate_key", **grant_in(options))
+    made = bus.admin("generate_key", **given(options, KEY_FIELDS))
     about = f"id {made.key_id}, owner {made.owner}, role {made.role}"
     if made.role is None:
         about = "this is an older bus, whose keys have no role: it may publish and work"
@@ -10736,7 +10729,7 @@ def keys_add_command(bus, options):
 @bus_command("keys invite", ["keys invite phone --role work"], *NEW_KEY)
 def keys_invite_command(bus, options):
     """Print a code with which another machine can join the bus: once, within ten minutes."""
-    made = bus.admin("invite", **grant_in(options))
+    made = bus.admin("invite", **given(options, KEY_FIELDS))
     expiry = time.strftime("%H:%M", time.localtime(made.expires_at))
     log(f"for {made.name}, role {made.role}: valid until {expiry}, once. On the other machine: {INVOCATION} join URL {made.code}")
     print_result(made.code)
