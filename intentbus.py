@@ -11100,7 +11100,8 @@ def known_ids(bus, name):
 def known_names(bus, name):
     """Yield (name, description) of the schedules that a command is about."""
     if name in ("schedule", "unschedule", "run"):
-        yield from ((schedule.name, f"publishes {schedule.goal}") for schedule in bus.schedules().schedules)
+        schedules = bus.request("GET", "/schedules", retries=0).schedules
+        yield from ((schedule.name, f"publishes {schedule.goal}") for schedule in schedules)
 
 
 def known_keys(bus, name):
@@ -11136,7 +11137,7 @@ def following(name, words, begun):
     if wanted in KNOWN and "--" not in words:
         options = {option: values.get(f"--{option.replace('_', '-')}") for option in ("url", "key_file", "namespace", "ca")}
         bus = open_client(argparse.Namespace(**options, send_key="--send-key" in words), COMPLETION_SECONDS)
-        yield from ((start + word, about) for word, about in KNOWN[wanted](bus, name))
+        yield from ((start + word, about) for word, about in KNOWN[wanted](bus, name) if start or not word.startswith("-"))
 
 
 def print_completions(words):

@@ -12387,7 +12387,8 @@ def completed(capsys, *words):
 
 def test_commands_flags_goals_and_ids_are_completed(served, home, monkeypatch, capsys):
     first, second = (served.client.publish(goal, 1).id for goal in ("tidy", "tidy up"))
-    served.client.claim("wash")
+    for goal in ("wash", "-wash"):
+        served.client.claim(goal, worker_name=f"the {goal}er")
     dead = served.client.publish("lost", 1).id
     served.client.cancel(dead)
     served.client.schedule("nightly", "tidy", 1, every=60)
@@ -12401,7 +12402,8 @@ def test_commands_flags_goals_and_ids_are_completed(served, home, monkeypatch, c
                          (["publish", "--on-failure=lo"], ["--on-failure=lost"]), (["keys", "add", "x", "--role=v"], ["--role=viewer"]),
                          (["publish", f"--url={served.url}", '"tidy u'], ["tidy up"]), (["publish", "--wait="], []), (["retry", ""], [dead]), (["result", "--json", first[:20]], [first]),
                          (["cancel", ""], [second, first]), (["work", "--", "ti"], []), (["publish", "x", "y", ""], []), (["nothing", ""], []),
-                         (["unpause", "--url", ""], []), (["status", "--url", "http://127.0.0.1:9", ""], [])):
+                         (["unpause", "--url", ""], []), (["status", "--url", "http://127.0.0.1:9", ""], []),
+                         (["publish", "-wa"], []), (["list", "--goal", "-"], []), (["list", "--goal=-"], ["--goal=-wash"])):
         assert [word for word in completed(capsys, *words) if words != ["work", "--"] or word in found] == found, words
     assert set(completed(capsys)) == {name.split()[0] for name in intentbus.COMMANDS}
     for words in ([""], ["keys", ""], ["work", "-"], ["keys", "add", "x", "--role", ""], ["publish", ""], ["status", ""]):
@@ -12411,6 +12413,14 @@ def test_commands_flags_goals_and_ids_are_completed(served, home, monkeypatch, c
     assert not [line for line in told if len(line.partition("\t")[2].split()) < 2 or line.endswith("In a handler")]
     monkeypatch.setenv("INTENT_API_KEY", "wrong")
     assert completed(capsys, "publish", "") == []
+
+
+@pytest.mark.parametrize("words", [("publish", ""), ("status", ""), ("cancel", ""), ("run", ""), ("keys", "revoke", "")], ids=str)
+def test_a_bus_in_trouble_is_asked_once_for_completions(home, monkeypatch, capsys, impatient, words):
+    monkeypatch.setenv("INTENT_API_KEY", KEY)
+    with Fake("503 Service Unavailable", b'{"error": {"code": "database_busy", "message": "Later."}}') as fake:
+        monkeypatch.setenv("INTENT_BUS_URL", fake.url)
+        assert completed(capsys, *words) == [] and len(fake.asked) == 1
 
 
 def typed(arguments, environment, *steps):
