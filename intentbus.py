@@ -9414,8 +9414,9 @@ EPILOG = """COMMAND --help shows examples and flags, --version shows the version
 Data goes to stdout, messages go to stderr.
 
 exit codes: 0 success; 1 the intent is dead, or a conflict; 2 wrong usage or
-setup; 3 not found; 4 refused; 5 bus unreachable; 6 over a limit; 124 timed out;
-129, 130, 143 stopped by a signal"""
+setup; 3 not found, or no result yet; 4 refused; 5 bus unreachable; 6 over a
+limit, or an idempotency key reused for another intent; 124 timed out; 129, 130,
+143 stopped by a signal"""
 GROUPS = (
     ("run", ("serve", "publish", "work", "progress", "step", "flush")),
     ("inspect", ("status", "result", "output", "show", "list", "workers", "watch", "stats")),
@@ -9736,7 +9737,7 @@ CA = flag("--ca", metavar="FILE", help="trust the certificates in this file, bes
 CONNECTION = (
     flag("--url", help=f"the URL of the bus (INTENT_BUS_URL; default the bus joined, else {URL})"),
     flag("--key-file", help=f"the file with the key (or the key in INTENT_API_KEY; default the bus joined, else {KEY_FILE})"),
-    flag("--namespace", help="the namespace on the bus (INTENT_BUS_NAMESPACE; default default)"),
+    flag("--namespace", help="the namespace on the bus (INTENT_BUS_NAMESPACE; default default, or all for list, cancel, retry and purge)"),
     CA,
     flag("--send-key", action="store_true", help="send the key itself over plain http too, as an Intent Bus 7 needs it; who "
                                                  "listens on the way, or has the port, can read and use it"),
@@ -10289,7 +10290,7 @@ def usable_spool():
                   "work --goal backup --drain --timeout 1h -- ./backup.sh"],
          *CONNECTION,
          flag("--goal", action="append", help="a goal to work on; may be repeated"),
-         flag("--any", action="store_true", help="work on any goal (default if there is a program)"),
+         flag("--any", action="store_true", help="work on any goal (default if there is a program and no --goal)"),
          flag("-j", "--jobs", type=positive_int, default=1, metavar="N", help="how many handlers run at the same time"),
          flag("--once", dest="max_jobs", action="store_const", const=1, help="stop after one intent"),
          flag("--max-jobs", type=positive_int, metavar="N", help="stop after N intents"),
@@ -10312,8 +10313,8 @@ def work_command(options):
     """Claim intents and run a program for each: stdin is its payload, stdout becomes its result.
 
     {name} in an argument becomes that field of the payload; {id}, {goal} and {payload} are filled in too. Exit code 0
-    fulfils the intent, 100 rejects it for good, 126 and 127 stop the worker, any other fails it for a retry. A line
-    "::progress 40 copying" on stderr tells how far it is. Without a program, work prints each payload.
+    fulfils the intent, 75 releases it, 100 rejects it for good, 126 and 127 stop the worker, any other fails it for a retry.
+    A line "::progress 40 copying" on stderr tells how far it is. Without a program, work prints each payload.
     """
     if not (options.goal or options.any or options.program) or options.goal and options.any:
         raise Invalid("work needs --goal GOAL, or --any for any goal, and the program to run after --; without a program, it prints each "
@@ -10371,7 +10372,7 @@ def status_command(bus, options):
 
 @bus_command("result", ["result 01a20a3bf4423c55cce77efa455c0ada --wait=10m"], ID, WAIT, JSON)
 def result_command(bus, options):
-    """Print the result of an intent; exit 1 if it is dead, 3 if it has not ended."""
+    """Print the result of an intent; exit 1 if it is dead, 3 if it has not ended, with --wait 124."""
     if options.wait is not None:
         return wait_for_result(bus, options.id, options)
     intent = bus.get_result(options.id)
@@ -10672,7 +10673,10 @@ def schedule_command(options):
 
 @bus_command("schedules", ["schedules"], OF_OWNER_FLAG, *TABLE)
 def schedules_command(bus, options):
-    """List the schedules: name, goal, every or cron, next run, last run and its id. Times are in this machine's time zone."""
+    """List the schedules: name, goal, every or cron, time zone, next run, last run and its id.
+
+    The times of the runs are in this machine's time zone.
+    """
     none = f"no schedules of the owner {options.owner}" if options.owner else f"no schedules; add one: {example_of('schedule')}"
     Table(options, SCHEDULE_TABLE).print(bus.schedules(options.owner).schedules, none)
 
