@@ -9714,11 +9714,16 @@ def running_number(text):
     return None if text == "none" else positive_int(text)
 
 
+def takes_value(settings):
+    """Return whether a flag with these settings of add_argument takes a value."""
+    return settings.get("action", "append") == "append"
+
+
 def flag(*names, **settings):
     """Return an argument of a command, as (names, settings) of add_argument; a default is added to the help."""
     if settings.get("type") is duration:
         settings.setdefault("metavar", "DURATION")
-    elif "dest" in settings and settings.get("action", "append") == "append":     # argparse would show the name of the field
+    elif "dest" in settings and takes_value(settings):     # argparse would show the name of the field
         settings.setdefault("metavar", names[0].lstrip("-").upper())
     if default := settings.get("default"):
         settings["help"] += f" (default {format_duration(default) if settings.get('type') is duration else default})"
@@ -10571,9 +10576,10 @@ def agreed(options, question, counted):
     return counted.until
 
 
-def sweep(bus, options, verb, question, **which):
+def sweep(bus, options, verb, question, status=None):
     """Have a verb of an admin change many intents; without --yes, these are counted first."""
     bus.timeout = SWEEP_SECONDS
+    which = dict(goal=options.goal, namespace=options.namespace, status=status)
     until = None if options.yes else agreed(options, question, bus.admin(verb, count=True, **which))
     with showing(lambda seconds: f"{verb}: {seconds:.0f} s so far"):
         return bus.admin(verb, confirm=True, until=until, **which)
@@ -10588,7 +10594,7 @@ def cancel_command(bus, options):
         raise Invalid("cancel needs an id, or --goal GOAL.")
     if options.id:
         return print_answer(options, bus.cancel(options.id), "status")
-    print_answer(options, sweep(bus, options, "cancel", "Cancel {}?", goal=options.goal, namespace=options.namespace), "cancelled")
+    print_answer(options, sweep(bus, options, "cancel", "Cancel {}?"), "cancelled")
 
 
 @bus_command("retry", ["retry 01a20a3bf4423c55cce77efa455c0ada", "retry --goal resize"],
@@ -10793,8 +10799,7 @@ def stats_command(bus, options):
              flag("--status", choices=STATUSES, help="only intents with this status"), YES)
 def purge_command(bus, options):
     """Delete all intents for good; --namespace, --goal and --status choose some of them. Prints their number."""
-    print_result(sweep(bus, options, "purge", "Delete {} for good?", goal=options.goal, status=options.status,
-                       namespace=options.namespace).deleted)
+    print_result(sweep(bus, options, "purge", "Delete {} for good?", options.status).deleted)
 
 
 @command("doctor", ["doctor"], *CONNECTION, DB, JSON)
@@ -11075,15 +11080,14 @@ def find_command(words):
         name, has_value, _ = words[place].partition("=")
         if name not in kinds:
             raise Invalid(f"There is no flag {name}{suggestion(name, kinds) or '; --help lists the commands.'}")
-        place += 1 if has_value or kinds[name].get("action", "append") != "append" else 2
-    before, words = words[:place], words[place:]
-    for length in (2, 1):
-        name = " ".join(words[:length])
+        place += 2 if takes_value(kinds[name]) and not has_value else 1
+    for end in (place + 2, place + 1):
+        name = " ".join(words[place:end])
         if name in COMMANDS:
-            return name, before + words[length:]
-    if not words:
+            return name, words[:place] + words[end:]
+    if place >= len(words):
         raise Invalid("A COMMAND is missing; --help lists the commands.")
-    raise Invalid(f"There is no command {words[0]!r}{suggestion(words[0], COMMANDS) or '; --help lists the commands.'}")
+    raise Invalid(f"There is no command {words[place]!r}{suggestion(words[place], COMMANDS) or '; --help lists the commands.'}")
 
 
 def known_goals(bus, name):
@@ -11120,8 +11124,8 @@ KNOWN = {"goal": known_goals, "--goal": known_goals, "--on-success": known_goals
 def following(name, words, begun):
     """Yield (word, description) of the words that may come next in the command line of a command."""
     flags = {flag: settings for names, settings in COMMANDS[name][2] for flag in names if flag.startswith("-")}
-    takers = [flag for flag, settings in flags.items() if settings.get("action", "append") == "append"]     # of a value
-    places = [names[0] for names, _ in COMMANDS[name][2] if not names[0].startswith("-")]
+    takers = [flag for flag, settings in flags.items() if takes_value(settings)]
+    places = iter([names[0] for names, _ in COMMANDS[name][2] if not names[0].startswith("-")])
     values = {}
     wanted = None     # the flag whose value comes next
     for word in join_wait(words)[0]:
@@ -11131,12 +11135,12 @@ def following(name, words, begun):
         elif option in takers:
             values[option], wanted = value, None if is_whole else option
         elif not word.startswith("-"):
-            places = places[1:]
+            next(places, None)
     if begun.startswith("-") and not wanted:
         yield from ((flag, settings["help"]) for flag, settings in flags.items())
     option, is_whole, _ = begun.partition("=")
     start = f"{option}=" if is_whole and option in takers and not wanted else ""
-    wanted = wanted or (option if start else next(iter(places), None))
+    wanted = wanted or (option if start else next(places, None))
     yield from ((start + choice, flags[wanted]["help"]) for choice in flags.get(wanted, {}).get("choices") or ())
     if wanted in KNOWN and "--" not in words:
         options = {option: values.get(f"--{option.replace('_', '-')}") for option in ("url", "key_file", "namespace", "ca")}
