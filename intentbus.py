@@ -9256,7 +9256,12 @@ def check_bus(options):
     except (NotFound, OlderBus):
         yield note("bus", f"{bus.base_url} is an older bus, such as Intent Bus 7, where only publish, work, status, result, set and get "
                           "work. For the rest, run serve of this version in its place; it takes the clients of the older one, too.")
-        yield from check_key_at_older(bus)
+        try:
+            bus.get_status("0" * 32)     # no intent has this id
+        except NotFound:
+            yield ok("key", "The bus takes this key.")
+        except Error as error:
+            yield bad("key", f"The bus refuses this key: {error}")
     except Error as error:
         yield bad("bus", f"{bus.base_url} is in trouble: {error}")
     else:
@@ -9268,16 +9273,6 @@ def check_bus(options):
             yield note("key", time.strftime("It ends at %Y-%m-%d %H:%M; join the bus again before, with a new code from keys invite.",
                                             time.localtime(me.expires_at)))
         yield from check_clock(me.now - time.time())
-
-
-def check_key_at_older(bus):
-    """Check whether an older bus takes the key, by a question after an intent that does not exist."""
-    try:
-        bus.get_status("0" * 32)
-    except NotFound:
-        yield ok("key", "The bus takes this key.")
-    except Error as error:
-        yield bad("key", f"The bus refuses this key: {error}")
 
 
 def check_work(options):
@@ -9754,6 +9749,8 @@ TABLE = (JSON, flag("--color", choices=("auto", "always", "never"), default="aut
                     help="colour states: auto is on a terminal, unless NO_COLOR is set"))
 YES = flag("--yes", action="store_true", help="do not ask")
 STORED_KEY = flag("key", help="the key of the value")
+GOAL_FLAG = flag("goal", help="the goal of the intents")
+NAME_FLAG = flag("name", help="the name of the schedule")
 STORED_OTHERWISE = {     # by the status of a publish
     "kept": "an unfinished intent has this unique value, and was kept; nothing new is stored",
     "replaced": "an intent with this unique value was waiting, and was replaced",
@@ -9785,7 +9782,6 @@ WAIT = flag("--wait", type=lambda text: duration(text) if text else PUBLISH_WAIT
             help="wait until it has ended (5m if no DURATION is given) and print its result; exit 1 if it is dead")
 FOLLOW = flag("-f", "--follow", action="store_true", help="print what its handler writes to stderr as it comes, until it has ended, "
                                                           "then the result; exit 1 if it is dead")
-
 
 NO_WORKERS = "no workers are there; start one: {}"
 
@@ -10129,7 +10125,13 @@ def read_payload(words, is_text=False):
     read = plain_text if is_text else json_or_text
     pairs = [re.fullmatch(r"([\w.-]+)(:?=)(.*)", word, re.ASCII | re.DOTALL) for word in words]
     if words and all(pairs) and not is_text:
-        return read_pairs(map(re.Match.groups, pairs))
+        payload = {}
+        for name, equals, value in map(re.Match.groups, pairs):
+            if name in payload:
+                raise Invalid(f"The payload has {name} twice.")
+            value = read_file(value[1:]) if value.startswith("@") else value
+            payload[name] = parse_json(value) if equals == ":=" else plain_text(value)
+        return payload
     if len(words) > 1:
         raise Invalid("The payload is one JSON value, one text (quote them for the shell), or name=text pairs.")
     if words and (is_text or not re.match("-$|@", words[0])):
@@ -10140,17 +10142,6 @@ def read_payload(words, is_text=False):
         return {}
     content = binary_stdin().read()
     return read(content) if content or is_text else {}
-
-
-def read_pairs(pairs):
-    """Return the payload for (name, "=" or ":=", value) of each pair; a value may be @FILE."""
-    payload = {}
-    for name, equals, value in pairs:
-        if name in payload:
-            raise Invalid(f"The payload has {name} twice.")
-        value = read_file(value[1:]) if value.startswith("@") else value
-        payload[name] = parse_json(value) if equals == ":=" else plain_text(value)
-    return payload
 
 
 def json_or_text(content):
@@ -10404,7 +10395,7 @@ def output_command(bus, options):
     if words := described_progress(told):
         log(words)
     if told.output:
-        print_result(told.output[:-1] if told.output.endswith("\n") else told.output)
+        print_result(told.output.removesuffix("\n"))
     elif sys.stdout.isatty():
         log("no output is known; publish with --follow, or start the worker with --stream")
 
@@ -10620,23 +10611,20 @@ def retry_command(bus, options):
     print_answer(options, Record(retried=retried), "retried")
 
 
-LIMITED_GOAL_FLAG = flag("goal", help="the goal of the intents")
-
-
-@bus_command("limit", ["limit backup 1", "limit backup none"], LIMITED_GOAL_FLAG,
+@bus_command("limit", ["limit backup 1", "limit backup none"], GOAL_FLAG,
              flag("running", type=running_number, metavar="N", help="how many may run at once, over all workers; none for any number"), *TABLE)
 def limit_command(bus, options):
     """Limit how many intents of a goal run at once; a limit outlives a pause."""
     Table(options, LIMIT_TABLE).print([bus.limit(options.goal, running=options.running)])
 
 
-@bus_command("pause", ["pause backup"], LIMITED_GOAL_FLAG, *TABLE)
+@bus_command("pause", ["pause backup"], GOAL_FLAG, *TABLE)
 def pause_command(bus, options):
     """Pause a goal: its intents wait until resume; running ones go on."""
     Table(options, LIMIT_TABLE).print([bus.limit(options.goal, paused=True)])
 
 
-@bus_command("resume", ["resume backup"], LIMITED_GOAL_FLAG, *TABLE)
+@bus_command("resume", ["resume backup"], GOAL_FLAG, *TABLE)
 def resume_command(bus, options):
     """End the pause of a goal."""
     Table(options, LIMIT_TABLE).print([bus.limit(options.goal, paused=False)])
@@ -10651,8 +10639,7 @@ def limits_command(bus, options):
 @command("schedule", ["schedule nightly backup host=nas --every 1d --ttl 6h",
                       """schedule report report '{}' --cron "0 7 * * mon-fri" --timezone Europe/Berlin --dry-run"""],
          *CONNECTION,
-         flag("name", help="a name of your own; the schedule that has it already is replaced"),
-         flag("goal", help="the goal of the intents"), PAYLOAD, JSON,
+         flag("name", help="a name of your own; the schedule that has it already is replaced"), GOAL_FLAG, PAYLOAD, JSON,
          flag("--every", type=duration, help="the time from one run to the next, 10s or more"),
          flag("--cron", metavar='"M H D M W"', help="run at these minutes, hours, days of month, months, days of week"),
          flag("--timezone", metavar="ZONE", help="the time zone of --cron, such as Europe/Berlin or UTC (default that of the bus)"),
@@ -10687,13 +10674,13 @@ def schedules_command(bus, options):
     Table(options, SCHEDULE_TABLE).print(bus.schedules(options.owner).schedules, none)
 
 
-@bus_command("unschedule", ["unschedule nightly"], flag("name", help="the name of the schedule"), OF_OWNER_FLAG)
+@bus_command("unschedule", ["unschedule nightly"], NAME_FLAG, OF_OWNER_FLAG)
 def unschedule_command(bus, options):
     """Delete a schedule; exit 3 if there is none. Its intents stay."""
     bus.unschedule(options.name, options.owner)
 
 
-@bus_command("run", ["run nightly"], flag("name", help="the name of the schedule"), OF_OWNER_FLAG, JSON)
+@bus_command("run", ["run nightly"], NAME_FLAG, OF_OWNER_FLAG, JSON)
 def run_schedule_command(bus, options):
     """Publish the intent of a schedule now, besides its runs; prints the id."""
     print_answer(options, bus.run(options.name, options.owner), "id")
@@ -10932,14 +10919,6 @@ def is_ours(path):
     return bool(text)
 
 
-def launcher_start():
-    """Return the start of the launcher, which names the Python; not that of a virtual environment, which may be deleted."""
-    python = sys.executable if sys.prefix == sys.base_prefix else os.path.realpath(sys.executable)
-    if re.fullmatch(r"\S{1,120}", python):
-        return f"#!{python}"
-    return f"""#!/bin/sh\n'''exec' "{python}" "$0" "$@"\n' '''"""     # Linux takes 127 characters there, and no space
-
-
 @command("install", ["install", "install --completion bash"],
          flag("--completion", choices=tuple(COMPLETIONS), help="let this shell complete commands, flags, goals and ids, too"))
 def install_command(options):
@@ -10952,8 +10931,12 @@ def install_command(options):
                          "the folder of intentbus.py.")
     import py_compile
     import shutil
+    python = sys.executable if sys.prefix == sys.base_prefix else os.path.realpath(sys.executable)     # a virtual environment may be deleted
+    start = f"#!{python}"
+    if not re.fullmatch(r"\S{1,120}", python):     # Linux takes 127 characters there, and no space
+        start = f"""#!/bin/sh\n'''exec' "{python}" "$0" "$@"\n' '''"""
     launcher, library, text = installed_file(), in_home(LIBRARY_FILE), text_at(__file__)
-    texts = {launcher: LAUNCHER.format(start=launcher_start(), library=library, made_by=MADE_BY)}
+    texts = {launcher: LAUNCHER.format(start=start, library=library, made_by=MADE_BY)}
     older = re.search('^__version__ = "(.*)"$', text_at(library), re.M)
     if shell := options.completion:
         file, (_, hint, script) = installed_file(shell), COMPLETIONS[shell]
