@@ -9199,7 +9199,7 @@ def open_client(options, timeout=CLIENT_SECONDS, spool=None):
 
 def database_location(options):
     """Return the path or URL of the database for the flags of a command."""
-    return options.db or os.environ.get("BUS_DB_PATH") or "intentbus.db"
+    return options.db or os.environ.get("BUS_DB_PATH", "").rstrip("\r\n") or "intentbus.db"
 
 
 def file_system(path):
@@ -9292,7 +9292,7 @@ def check_work(options):
 
 def check_schedule(bus, schedule, workers, now):
     """Check whether a schedule has a worker, a time zone, and runs that do well."""
-    of_bus = bool(LOOPBACK.fullmatch(urllib.parse.urlsplit(bus.base_url).hostname))     # this machine's local time is the bus's
+    of_bus = LOOPBACK.fullmatch(urllib.parse.urlsplit(bus.base_url).hostname)     # this machine's local time is the bus's
     who, last = f"The schedule {schedule.name}", None
     if not any(worker.get("namespace") == schedule.get("namespace") and schedule.goal in (worker.goals or [schedule.goal])
                for worker in workers):
@@ -9362,13 +9362,15 @@ def check_spool(options):
         yield bad("spool", str(error))
         return
     for other in others:
-        yield bad("spool", f"Requests that wait for {other.bus} and the key {other.key_name}, not for the URL and key in use: "
-                           f"{other.number}; flush --to-this-bus sends them here, flush --discard deletes them.")
+        key = f" and the key {other.key_name}" if other.key_name else ""
+        yield bad("spool", f"Requests that wait for {other.bus}{key}, not for the URL and key in use: {other.number}; "
+                           "flush --to-this-bus sends them here, flush --discard deletes them.")
+        pending -= other.number
     if refused:
         yield bad("spool", f"A bus refused {refused} requests for good; flush shows them, flush --discard deletes them.")
     elif pending:
         yield note("spool", f"Requests that wait to be sent: {pending}; flush sends them.")
-    else:
+    elif not others:
         yield ok("spool", "No request waits to be sent.")
 
 

@@ -11725,6 +11725,8 @@ def test_a_file_of_certificates_that_is_missing_is_named(tmp_path):
 def test_the_doctor_checks_the_place_of_the_database(home, served, monkeypatch):
     asking = argparse.Namespace(db=served.db)
     assert [finding.level for finding in intentbus.check_database(asking)] == ["ok"]
+    monkeypatch.setenv("BUS_DB_PATH", served.db + "\r\n")     # from a file with CR LF, as for serve
+    assert [finding.level for finding in intentbus.check_database(argparse.Namespace(db=None))] == ["ok"]
     os.chmod(served.db, 0o644)
     assert [finding.words for finding in intentbus.check_database(asking)] == [
         f"Others can read {served.db}; run: chmod 600 {served.db}"]
@@ -11773,6 +11775,10 @@ def test_the_doctor_reports_the_spool(home):
     spool.discard("http://x", "other")
     spool.mark_refused(number, "no")
     assert [finding.level for finding in intentbus.check_spool(options)] == ["bad"]
+    spool.discard("http://x", "other")
+    spool.add("http://old", "/intent", "{}", "key")     # of an earlier version, which noted no key
+    (level, _, words), = intentbus.check_spool(options)     # flush sends none of these
+    assert level == "bad" and words.startswith("Requests that wait for http://old, not for the URL and key in use: 1;")
 
 
 # ---- 20. Commands ----
