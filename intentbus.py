@@ -9999,11 +9999,12 @@ def log_startup(options, url, database, key_source, other):
 def publish_command(options):
     """Publish an intent and print its id. With --lines or --jsonl, up to 1,000 intents are sent in one request."""
     fields = given(options, PUBLISH)
-    waits = options.follow or options.wait is not None
-    if options.spool and waits:
-        raise Invalid("--spool excludes --wait and --follow: a stored intent may be sent much later.")
     if options.follow:
         fields["stream"] = True
+        options.wait = FOREVER if options.wait is None else options.wait
+    waits = options.wait is not None
+    if options.spool and waits:
+        raise Invalid("--spool excludes --wait and --follow: a stored intent may be sent much later.")
     bus = open_client(options, spool=options.spool)
     if options.lines or options.jsonl:
         return publish_lines(bus, options, fields)
@@ -10023,7 +10024,6 @@ def publish_command(options):
     if waits:
         try:
             if options.follow:
-                options.wait = FOREVER if options.wait is None else options.wait
                 follow_output(bus, answer.id, time.monotonic() + options.wait, sys.stderr)
             return wait_for_result(bus, answer.id, options)
         except (KeyboardInterrupt, *TRANSIENT):
@@ -10035,7 +10035,7 @@ def publish_command(options):
 
 def publish_lines(bus, options, fields):
     """Publish an intent for each line of stdin and print the ids."""
-    if options.payload or options.wait is not None or options.follow or options.text:
+    if options.payload or options.wait is not None or options.text:
         raise Invalid("--lines and --jsonl read payloads from stdin only, and exclude --wait, --follow and --text.")
     key = fields.pop("idempotency_key", None)
     parse = parse_json if options.jsonl else plain_text
@@ -10188,19 +10188,19 @@ def wait_for_result(bus, intent_id, options):
 
 def follow_output(bus, intent_id, deadline, file):
     """Write what the handler of an intent writes to a file as it comes, and log its progress, until it has ended or a time.monotonic()."""
-    after, told, end = 0, (None, None), "\n"
+    after, told, end = 0, "", "\n"
     try:
         for page in pages(lambda: bus.output(intent_id, after, wait=max(0, min(CLAIM_WAIT_SECONDS, deadline - time.monotonic())))):
             ended = page.ended or time.monotonic() >= deadline
-            told_now = page.percent, page.message
+            progress = described_progress(page)
             words = [f"{page.missed} bytes are missing here"] if page.missed else []
-            words += [described_progress(page)] if told_now not in (told, (None, None)) else []
+            words += [progress] if progress not in ("", told) else []
             end = write_output(file, page.output)[-1:] or end
             if (words or ended) and end != "\n":
                 end = write_output(file, "\n")
             for sentence in words:
                 log(sentence)
-            after, told = page.next, told_now
+            after, told = page.next, progress
             if ended:
                 break
     except OlderBus as error:
@@ -10718,9 +10718,8 @@ def delete_command(bus, options):
 def keys_add_command(bus, options):
     """Issue a key and print it; it cannot be shown again. A viewer of all owners has the owner '*'."""
     made = bus.admin("generate_key", **given(options, KEY_FIELDS))
-    about = f"id {made.key_id}, owner {made.owner}, role {made.role}"
-    if made.role is None:
-        about = "this is an older bus, whose keys have no role: it may publish and work"
+    about = ("this is an older bus, whose keys have no role: it may publish and work" if made.role is None else
+             f"id {made.key_id}, owner {made.owner}, role {made.role}")
     log(f"{about}; the key is not shown again")
     print_result(made.api_key)
 
