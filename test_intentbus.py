@@ -12409,7 +12409,8 @@ def test_commands_flags_goals_and_ids_are_completed(served, home, monkeypatch, c
                          (["publish", f"--url={served.url}", '"tidy u'], ["tidy up"]), (["publish", "--wait="], []), (["retry", ""], [dead]), (["result", "--json", first[:20]], [first]),
                          (["cancel", ""], [second, first]), (["work", "--", "ti"], []), (["publish", "x", "y", ""], []), (["nothing", ""], []),
                          (["unpause", "--url", ""], []), (["status", "--url", "http://127.0.0.1:9", ""], []),
-                         (["publish", "-wa"], []), (["list", "--goal", "-"], []), (["list", "--goal=-"], ["--goal=-wash"])):
+                         (["publish", "-wa"], []), (["list", "--goal", "-"], []), (["list", "--goal=-"], ["--goal=-wash"]),
+                         (["--url", served.url, "publish", "ti"], ["tidy up", "tidy"])):
         assert [word for word in completed(capsys, *words) if words != ["work", "--"] or word in found] == found, words
     assert set(completed(capsys)) == {name.split()[0] for name in intentbus.COMMANDS}
     for words in ([""], ["keys", ""], ["work", "-"], ["keys", "add", "x", "--role", ""], ["publish", ""], ["status", ""]):
