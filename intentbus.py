@@ -9580,10 +9580,11 @@ class Table:
                 self._widths[column] = max(self._widths[column], least, len(column.header), *map(text_width, texts))
         widths = fitted([self._widths[column] for column in self._columns], [column.yields for column in self._columns],
                         shutil.get_terminal_size().columns)
-        headers = [column.header for column, width in zip(self._columns, widths) if width]
+        shown = [(column, width) for column, width in zip(self._columns, widths) if width]
+        headers = [column.header for column, _ in shown]
         if headers != self._headers:
             self._headers = headers
-            print_line("  ".join(padded(column.header, width, column.spec) for column, width in zip(self._columns, widths) if width).rstrip())
+            print_line("  ".join(padded(column.header, width, column.spec) for column, width in shown).rstrip())
         for row in rows:
             print_line("  ".join(self._painted(column, text, padded(text, width, column.spec))
                                  for column, width, text in zip(self._columns, widths, row) if width).rstrip())
@@ -9739,7 +9740,8 @@ CA = flag("--ca", metavar="FILE", help="trust the certificates in this file, bes
 CONNECTION = (
     flag("--url", help=f"the URL of the bus (INTENT_BUS_URL; default the bus joined, else {URL})"),
     flag("--key-file", help=f"the file with the key (or the key in INTENT_API_KEY; default the bus joined, else {KEY_FILE})"),
-    flag("--namespace", help="the namespace on the bus (INTENT_BUS_NAMESPACE; default default, or all for list, cancel, retry and purge)"),
+    flag("--namespace", help="the namespace on the bus (INTENT_BUS_NAMESPACE; default default, or all for list, cancel, retry and "
+                             "purge)"),
     CA,
     flag("--send-key", action="store_true", help="send the key itself over plain http too, as an Intent Bus 7 needs it; who "
                                                  "listens on the way, or has the port, can read and use it"),
@@ -9764,7 +9766,8 @@ NEW_KEY = (
     flag("--owner", default="owner", help="the owner whose intents it shares"),
     flag("--role", choices=("publish", "work", "both", "viewer"), default="both", help="what the key may do; a viewer looks only"),
     flag("--goal", dest="goals", action="append", help="the only goal that the key may use; may be repeated"),
-    flag("--expires", dest="expires_at", metavar="DURATION", type=lambda text: time.time() + duration(text), help="how long the key is valid"),
+    flag("--expires", dest="expires_at", metavar="DURATION", type=lambda text: time.time() + duration(text),
+         help="how long the key is valid"),
     flag("--payloads", action="store_const", const=True, help="let a viewer see payloads and results"),
 )
 PAYLOAD = flag("payload", nargs="*", default=[], help="JSON, text, @FILE, - or nothing for stdin, or pairs: name=text, name=@FILE, name:=json")
@@ -9934,7 +9937,7 @@ def serve_command(options):
         if not server.stopping:
             deadline.start()
         server.stop()
-    for signal_number in filter(None, (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGBREAK", None))):     # Windows has that one
+    for signal_number in filter(None, (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGBREAK", None))):     # Windows has BREAK
         signal.signal(signal_number, stop)
     if options.tls_cert and HANGUP:     # without a certificate, it ends the bus
         signal.signal(HANGUP, lambda *_: server.renew_certificate())
@@ -10432,7 +10435,8 @@ def run_step(program):
     with contextlib.suppress(UnicodeDecodeError):
         if len(output) <= STEP_BYTES:
             return output.decode()
-    log(f"the step is not recorded: its output is no text of at most {STEP_BYTES} bytes; write it to a file, and print its name")
+    log(f"the step is not recorded: its output is no text of at most {STEP_BYTES} bytes; write it to a file, and print its "
+        "name")
     raise SystemExit(1)
 
 
@@ -10932,13 +10936,14 @@ def install_command(options):
                          "the folder of intentbus.py.")
     import py_compile
     import shutil
-    python = sys.executable if sys.prefix == sys.base_prefix else os.path.realpath(sys.executable)     # a virtual environment may be deleted
+    python = sys.executable if sys.prefix == sys.base_prefix else os.path.realpath(sys.executable)     # no virtual environment's
     start = f"#!{python}"
     if not re.fullmatch(r"\S{1,120}", python):     # Linux takes 127 characters there, and no space
         start = f"""#!/bin/sh\n'''exec' "{python}" "$0" "$@"\n' '''"""
     launcher, library, text = installed_file(), in_home(LIBRARY_FILE), text_at(__file__)
     texts = {launcher: LAUNCHER.format(start=start, library=library, made_by=MADE_BY)}
     older = re.search('^__version__ = "(.*)"$', text_at(library), re.M)
+    replaced = f" in place of {older[1]}" if older and older[1] != __version__ else ""
     if shell := options.completion:
         file, (_, hint, script) = installed_file(shell), COMPLETIONS[shell]
         texts[file] = f"#compdef intentbus\n# {MADE_BY}{script}"     # the first line is for zsh
@@ -10949,7 +10954,7 @@ def install_command(options):
         py_compile.compile(library, doraise=True)
     for path, content in texts.items():
         replace_file(path, content, 0o755 if path == launcher else 0o644)
-    log(f"{launcher} starts {library}, a copy of {__version__}" + (f" in place of {older[1]}" if older and older[1] != __version__ else ""))
+    log(f"{launcher} starts {library}, a copy of {__version__}{replaced}")
     if shell:
         log(f"{file} completes it in {shell}: " + hint.format(file=file, folder=os.path.dirname(file)))
     found, folder = shutil.which("intentbus"), os.path.dirname(launcher)
@@ -11153,7 +11158,7 @@ def run_command(words, open_store):
     """Run the command in a command line; return its exit code."""
     if not words:     # find_command() says the rest
         print(INTRODUCTION.format(INVOCATION), file=sys.stderr)
-    if words[:1] == ["complete"]:     # a shell that install --completion has prepared asks; the user's next line shows any error
+    if words[:1] == ["complete"]:     # a shell that install --completion prepared asks; the user's next line shows any error
         with contextlib.suppress(Error, OSError):
             return print_completions(words[1:] or [""])
         return 1
