@@ -9143,7 +9143,7 @@ def open_client(options, timeout=CLIENT_SECONDS, spool=None):
 
 def database_location(options):
     """Return the path or URL of the database for the flags of a command."""
-    return options.db or os.environ.get("BUS_DB_PATH") or "intentbus.db"
+    return options.db or os.environ.get("BUS_DB_PATH", "").rstrip("\r\n") or "intentbus.db"
 
 
 def file_system(path):
@@ -9163,7 +9163,7 @@ def check_versions(options):
     """Check the versions of Python and SQLite."""
     import sqlite3
     versions = f"Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}"
-    if sys.version_info < (3, 9) or sqlite3.sqlite_version_info < (3, 35):
+    if sqlite3.sqlite_version_info < (3, 35):     # an older Python cannot import this module
         yield bad("python", f"This is {versions}; install Python 3.9 and SQLite 3.35, or newer.")
     else:
         yield ok("python", f"{versions}.")
@@ -9200,7 +9200,12 @@ def check_bus(options):
     except (NotFound, OlderBus):
         yield note("bus", f"{bus.base_url} is an older bus, such as Intent Bus 7, where only publish, work, status, result, set and get "
                           "work. For the rest, run serve of this version in its place; it takes the clients of the older one, too.")
-        yield from check_key_at_older(bus)
+        try:
+            bus.get_status("0" * 32)     # no intent has this id
+        except NotFound:
+            yield ok("key", "The bus takes this key.")
+        except Error as error:
+            yield bad("key", f"The bus refuses this key: {error}")
     except Error as error:
         yield bad("bus", f"{bus.base_url} is in trouble: {error}")
     else:
@@ -9212,16 +9217,6 @@ def check_bus(options):
             yield note("key", time.strftime("It ends at %Y-%m-%d %H:%M; join the bus again before, with a new code from keys invite.",
                                             time.localtime(me.expires_at)))
         yield from check_clock(me.now - time.time())
-
-
-def check_key_at_older(bus):
-    """Check whether an older bus takes the key, by a question after an intent that does not exist."""
-    try:
-        bus.get_status("0" * 32)
-    except NotFound:
-        yield ok("key", "The bus takes this key.")
-    except Error as error:
-        yield bad("key", f"The bus refuses this key: {error}")
 
 
 def check_work(options):
@@ -9241,7 +9236,7 @@ def check_work(options):
 
 def check_schedule(bus, schedule, workers, now):
     """Check whether a schedule has a worker, a time zone, and runs that do well."""
-    of_bus = bool(LOOPBACK.fullmatch(urllib.parse.urlsplit(bus.base_url).hostname))     # this machine's local time is the bus's
+    of_bus = LOOPBACK.fullmatch(urllib.parse.urlsplit(bus.base_url).hostname)     # this machine's local time is the bus's
     who, last = f"The schedule {schedule.name}", None
     if not any(worker.get("namespace") == schedule.get("namespace") and schedule.goal in (worker.goals or [schedule.goal])
                for worker in workers):
@@ -9311,13 +9306,15 @@ def check_spool(options):
         yield bad("spool", str(error))
         return
     for other in others:
-        yield bad("spool", f"Requests that wait for {other.bus} and the key {other.key_name}, not for the URL and key in use: "
-                           f"{other.number}; flush --to-this-bus sends them here, flush --discard deletes them.")
+        key = f" and the key {other.key_name}" if other.key_name else ""
+        yield bad("spool", f"Requests that wait for {other.bus}{key}, not for the URL and key in use: {other.number}; "
+                           "flush --to-this-bus sends them here, flush --discard deletes them.")
+        pending -= other.number
     if refused:
         yield bad("spool", f"A bus refused {refused} requests for good; flush shows them, flush --discard deletes them.")
     elif pending:
         yield note("spool", f"Requests that wait to be sent: {pending}; flush sends them.")
-    else:
+    elif not others:
         yield ok("spool", "No request waits to be sent.")
 
 
@@ -9354,13 +9351,13 @@ INTRODUCTION = """intentbus: publish a job on one machine, and a worker on anoth
   {0} work --goal hello -- echo "{{name}}"    # a worker, anywhere: runs a program for each job
   {0} publish hello name=world              # from cron, a shell, a script
 """
-EPILOG = """
-COMMAND --help shows examples and flags, --version shows the version.
+EPILOG = """COMMAND --help shows examples and flags, --version shows the version.
 Data goes to stdout, messages go to stderr.
 
 exit codes: 0 success; 1 the intent is dead, or a conflict; 2 wrong usage or
-setup; 3 not found; 4 refused; 5 bus unreachable; 6 over a limit; 124 timed out;
-129, 130, 143 stopped by a signal"""
+setup; 3 not found, or no result yet; 4 refused; 5 bus unreachable; 6 over a
+limit, or an idempotency key reused for another intent; 124 timed out; 129, 130,
+143 stopped by a signal"""
 GROUPS = (
     ("run", ("serve", "publish", "work", "progress", "step", "flush")),
     ("inspect", ("status", "result", "output", "show", "list", "workers", "watch", "stats")),
@@ -9415,7 +9412,8 @@ class StderrRelay:
             if begun and (not data or len(begun) > STDERR_LINE_BYTES):
                 lines.append(begun)
                 begun = b""
-            self._add(b"".join(self._labelled(intent, line) for line in lines))
+            label = intent.id[:SHOWN_ID_DIGITS]
+            self._add("".join(f"{label}: {escape(line.decode(errors='replace'), UNPRINTABLE)}\n" for line in lines).encode())
         else:
             self._add(data or begun and b"\n")
             begun = data[-1:].strip(b"\n")
@@ -9428,9 +9426,6 @@ class StderrRelay:
         """Wait until all is written, for PIPE_SECONDS at most."""
         with self._changed:
             self._changed.wait_for(lambda: not self._waiting, PIPE_SECONDS)
-
-    def _labelled(self, intent, line):
-        return f"{intent.id[:SHOWN_ID_DIGITS]}: {escape(line.decode(errors='replace'), UNPRINTABLE)}\n".encode()
 
     def _add(self, text):
         def fits():
@@ -9535,9 +9530,8 @@ class Table:
             self._headers = headers
             print_line("  ".join(padded(column.header, width, column.spec) for column, width in shown).rstrip())
         for row in rows:
-            texts = [text for text, width in zip(row, widths) if width]
             print_line("  ".join(self._painted(column, text, padded(text, width, column.spec))
-                                 for (column, width), text in zip(shown, texts)).rstrip())
+                                 for column, width, text in zip(self._columns, widths, row) if width).rstrip())
 
     def _painted(self, column, text, cell):
         """Return a cell, with its text, in the colour of its state."""
@@ -9573,20 +9567,11 @@ def text_width(text):
 
 def padded(text, width, spec):
     """Return a text with spaces up to a width, at its start if the spec aligns it to the right; a longer text is cut."""
-    space = " " * (width - text_width(text))
     if text_width(text) > width:
         fits = itertools.takewhile(lambda used: used < width, itertools.accumulate(map(text_width, text)))
         text = text[:sum(1 for _ in fits)] + ("\u2026" if (sys.stdout.encoding or "").lower().startswith("utf") else "~")
-        space = " " * (width - text_width(text))     # half of a wide character may be left
+    space = " " * (width - text_width(text))     # of a cut text, half of a wide character may be left
     return space + text if spec.startswith(">") else text + space
-
-
-def folded(text):
-    """Return a text as it is, or for a terminal in lines that end between words."""
-    import shutil
-    import textwrap
-    width = shutil.get_terminal_size().columns
-    return textwrap.fill(text, width, subsequent_indent=" " * 6, break_long_words=False) if sys.stdout.isatty() else text
 
 
 @contextlib.contextmanager
@@ -9671,11 +9656,16 @@ def running_number(text):
     return None if text == "none" else positive_int(text)
 
 
+def takes_value(settings):
+    """Return whether a flag with these settings of add_argument takes a value."""
+    return settings.get("action", "append") == "append"
+
+
 def flag(*names, **settings):
     """Return an argument of a command, as (names, settings) of add_argument; a default is added to the help."""
     if settings.get("type") is duration:
         settings.setdefault("metavar", "DURATION")
-    elif "dest" in settings and settings.get("action", "append") == "append":     # argparse would show the name of the field
+    elif "dest" in settings and takes_value(settings):     # argparse would show the name of the field
         settings.setdefault("metavar", names[0].lstrip("-").upper())
     if default := settings.get("default"):
         settings["help"] += f" (default {format_duration(default) if settings.get('type') is duration else default})"
@@ -9694,7 +9684,8 @@ CA = flag("--ca", metavar="FILE", help="trust the certificates in this file, bes
 CONNECTION = (
     flag("--url", help=f"the URL of the bus (INTENT_BUS_URL; default the bus joined, else {URL})"),
     flag("--key-file", help=f"the file with the key (or the key in INTENT_API_KEY; default the bus joined, else {KEY_FILE})"),
-    flag("--namespace", help="the namespace on the bus (INTENT_BUS_NAMESPACE; default default)"),
+    flag("--namespace", help="the namespace on the bus (INTENT_BUS_NAMESPACE; default default, or all for list, cancel, retry and "
+                             "purge)"),
     CA,
     flag("--send-key", action="store_true", help="send the key itself over plain http too, as an Intent Bus 7 needs it; who "
                                                  "listens on the way, or has the port, can read and use it"),
@@ -9706,8 +9697,8 @@ TABLE = (JSON, flag("--color", choices=("auto", "always", "never"), default="aut
                     help="colour states: auto is on a terminal, unless NO_COLOR is set"))
 YES = flag("--yes", action="store_true", help="do not ask")
 STORED_KEY = flag("key", help="the key of the value")
-PUBLISH_FIELDS = ("priority", "delay", "run_at", "ttl", "max_attempts", "backoff_base", "target_worker", "required_capability",
-                  "visibility", "unique", "replace", "on_success", "on_failure", "idempotency_key")
+GOAL_FLAG = flag("goal", help="the goal of the intents")
+NAME_FLAG = flag("name", help="the name of the schedule")
 STORED_OTHERWISE = {     # by the status of a publish
     "kept": "an unfinished intent has this unique value, and was kept; nothing new is stored",
     "replaced": "an intent with this unique value was waiting, and was replaced",
@@ -9718,9 +9709,10 @@ NEW_KEY = (
     flag("name", help="a name for the key, such as that of its machine"),
     flag("--owner", default="owner", help="the owner whose intents it shares"),
     flag("--role", choices=("publish", "work", "both", "viewer"), default="both", help="what the key may do; a viewer looks only"),
-    flag("--goal", action="append", help="the only goal that the key may use; may be repeated"),
-    flag("--expires", type=duration, metavar="DURATION", help="how long the key is valid"),
-    flag("--payloads", action="store_true", help="let a viewer see payloads and results"),
+    flag("--goal", dest="goals", action="append", help="the only goal that the key may use; may be repeated"),
+    flag("--expires", dest="expires_at", metavar="DURATION", type=lambda text: time.time() + duration(text),
+         help="how long the key is valid"),
+    flag("--payloads", action="store_const", const=True, help="let a viewer see payloads and results"),
 )
 PAYLOAD = flag("payload", nargs="*", default=[], help="JSON, text, @FILE, - or nothing for stdin, or pairs: name=text, name=@FILE, name:=json")
 OF_OWNER_FLAG = flag("--owner", help="the owner of the schedule, if you are an admin (default the key's)")
@@ -9739,7 +9731,6 @@ WAIT = flag("--wait", type=lambda text: duration(text) if text else PUBLISH_WAIT
             help="wait until it has ended (5m if no DURATION is given) and print its result; exit 1 if it is dead")
 FOLLOW = flag("-f", "--follow", action="store_true", help="print what its handler writes to stderr as it comes, until it has ended, "
                                                           "then the result; exit 1 if it is dead")
-
 
 NO_WORKERS = "no workers are there; start one: {}"
 
@@ -9835,20 +9826,13 @@ def bus_command(name, examples, *flags):
         def with_client(options):
             bus = open_client(options)
             if re.fullmatch(SHORT_ID, getattr(options, "id", None) or ""):
-                options.id = whole_id(bus, options.id)
+                with contextlib.suppress(NotFound):     # an admin may see the intent; if not, the request of the command tells
+                    intent = bus.get_status(options.id)
+                    log(f"{options.id} is {intent.id}, {intent.goal}")
+                    options.id = intent.id
             return function(bus, options)
         return command(name, examples, *CONNECTION, *flags)(with_client)
     return register
-
-
-def whole_id(bus, digits):
-    """Return the id that begins with these digits, and tell it."""
-    try:
-        intent = bus.get_status(digits)
-    except NotFound:     # the request of the command tells it; an admin may see the intent
-        return digits
-    log(f"{digits} is {intent.id}, {intent.goal}")
-    return intent.id
 
 
 @command("serve", ["serve", "serve --db ~/bus.db --port 9000 --log",
@@ -9897,11 +9881,10 @@ def serve_command(options):
         if not server.stopping:
             deadline.start()
         server.stop()
-    for signal_name in ("SIGTERM", "SIGINT", "SIGBREAK"):     # only Windows has SIGBREAK
-        if hasattr(signal, signal_name):
-            signal.signal(getattr(signal, signal_name), stop)
-    if options.tls_cert and hasattr(signal, "SIGHUP"):     # without a certificate, it ends the bus
-        signal.signal(signal.SIGHUP, lambda *_: server.renew_certificate())
+    for signal_number in filter(None, (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGBREAK", None))):     # Windows has BREAK
+        signal.signal(signal_number, stop)
+    if options.tls_cert and HANGUP:     # without a certificate, it ends the bus
+        signal.signal(HANGUP, lambda *_: server.renew_certificate())
     signal.set_wakeup_fd(server.wakeup.fileno(), warn_on_full_buffer=False)     # on Windows, a signal ends no wait
     scheme, host = "https" if options.tls_cert else "http", f"[{options.host}]" if ":" in options.host else options.host
     print(f"{scheme}://{host}:{server.server_port}", flush=True)
@@ -9962,16 +9945,17 @@ def log_startup(options, url, database, key_source, other):
          flag("--jsonl", action="store_true", help="publish an intent for each line of stdin, with its JSON as payload"))
 def publish_command(options):
     """Publish an intent and print its id. With --lines or --jsonl, up to 1,000 intents are sent in one request."""
-    fields = {name: value for name, value in vars(options).items() if name in PUBLISH_FIELDS and value is not None}
-    waits = options.follow or options.wait is not None
-    if options.spool and waits:
-        raise Invalid("--spool excludes --wait and --follow: a stored intent may be sent much later.")
+    fields = given(options, PUBLISH)
     if options.follow:
         fields["stream"] = True
+        options.wait = FOREVER if options.wait is None else options.wait
+    waits = options.wait is not None
+    if options.spool and waits:
+        raise Invalid("--spool excludes --wait and --follow: a stored intent may be sent much later.")
     bus = open_client(options, spool=options.spool)
     if options.lines or options.jsonl:
         return publish_lines(bus, options, fields)
-    answer = bus.publish(options.goal, read_payload(options.payload, options.text), **fields)
+    answer = bus.publish(**dict(fields, payload=read_payload(options.payload, options.text)))
     if answer.get("status") == "spooled":
         log(f"{answer.reason} The intent is stored; the next publish --spool, flush or work sends it.")
     elif answer.get("status") in STORED_OTHERWISE:
@@ -9987,7 +9971,6 @@ def publish_command(options):
     if waits:
         try:
             if options.follow:
-                options.wait = FOREVER if options.wait is None else options.wait
                 follow_output(bus, answer.id, time.monotonic() + options.wait, sys.stderr)
             return wait_for_result(bus, answer.id, options)
         except (KeyboardInterrupt, *TRANSIENT):
@@ -9999,11 +9982,11 @@ def publish_command(options):
 
 def publish_lines(bus, options, fields):
     """Publish an intent for each line of stdin and print the ids."""
-    if options.payload or options.wait is not None or options.follow or options.text:
+    if options.payload or options.wait is not None or options.text:
         raise Invalid("--lines and --jsonl read payloads from stdin only, and exclude --wait, --follow and --text.")
     key = fields.pop("idempotency_key", None)
     parse = parse_json if options.jsonl else plain_text
-    intents = (dict(fields, goal=options.goal, payload=parse(line)) for line in binary_stdin() if line.strip())
+    intents = (dict(fields, payload=parse(line)) for line in binary_stdin() if line.strip())
     published = 0
     seconds = float("inf") if key else STREAM_SECONDS     # with a key, the same lines must make the same batches again
     with showing(lambda _: f"{published} published"):
@@ -10045,22 +10028,24 @@ def as_they_come(items):
 def batches(intents, seconds):
     """Yield lists of intents, each of at most BULK_INTENTS, no larger than a request may be, and collected for some seconds."""
     batch = []
-    size = 0
     for intent in as_they_come(intents):
         weight = len(to_json(intent).encode()) + 100     # room for the namespace, which the client adds
-        late = batch and time.monotonic() >= begun + seconds
-        if batch and (late or len(batch) == BULK_INTENTS or size + weight > BODY_BYTES):
+        if batch and (time.monotonic() >= begun + seconds or len(batch) == BULK_INTENTS or size + weight > BODY_BYTES):
             yield batch
             batch = []
-            size = 0
-        if intent is None:
-            continue
-        if not batch:
-            begun = time.monotonic()
-        batch.append(intent)
-        size += weight
+        if intent is not None:
+            if not batch:
+                begun = time.monotonic()
+                size = 0
+            batch.append(intent)
+            size += weight
     if batch:
         yield batch
+
+
+def given(options, fields):
+    """Return those of some fields that a command line gives."""
+    return {name: value for name, value in vars(options).items() if name in fields and value is not None}
 
 
 def binary_stdin():
@@ -10089,7 +10074,13 @@ def read_payload(words, is_text=False):
     read = plain_text if is_text else json_or_text
     pairs = [re.fullmatch(r"([\w.-]+)(:?=)(.*)", word, re.ASCII | re.DOTALL) for word in words]
     if words and all(pairs) and not is_text:
-        return read_pairs(map(re.Match.groups, pairs))
+        payload = {}
+        for name, equals, value in map(re.Match.groups, pairs):
+            if name in payload:
+                raise Invalid(f"The payload has {name} twice.")
+            value = read_file(value[1:]) if value.startswith("@") else value
+            payload[name] = parse_json(value) if equals == ":=" else plain_text(value)
+        return payload
     if len(words) > 1:
         raise Invalid("The payload is one JSON value, one text (quote them for the shell), or name=text pairs.")
     if words and (is_text or not re.match("-$|@", words[0])):
@@ -10100,17 +10091,6 @@ def read_payload(words, is_text=False):
         return {}
     content = binary_stdin().read()
     return read(content) if content or is_text else {}
-
-
-def read_pairs(pairs):
-    """Return the payload for (name, "=" or ":=", value) of each pair; a value may be @FILE."""
-    payload = {}
-    for name, equals, value in pairs:
-        if name in payload:
-            raise Invalid(f"The payload has {name} twice.")
-        value = read_file(value[1:]) if value.startswith("@") else value
-        payload[name] = parse_json(value) if equals == ":=" else plain_text(value)
-    return payload
 
 
 def json_or_text(content):
@@ -10155,19 +10135,19 @@ def wait_for_result(bus, intent_id, options):
 
 def follow_output(bus, intent_id, deadline, file):
     """Write what the handler of an intent writes to a file as it comes, and log its progress, until it has ended or a time.monotonic()."""
-    after, told, end = 0, (None, None), "\n"
+    after, told, end = 0, "", "\n"
     try:
         for page in pages(lambda: bus.output(intent_id, after, wait=max(0, min(CLAIM_WAIT_SECONDS, deadline - time.monotonic())))):
             ended = page.ended or time.monotonic() >= deadline
-            told_now = page.percent, page.message
+            progress = described_progress(page)
             words = [f"{page.missed} bytes are missing here"] if page.missed else []
-            words += [described_progress(page)] if told_now not in (told, (None, None)) else []
+            words += [progress] if progress not in ("", told) else []
             end = write_output(file, page.output)[-1:] or end
             if (words or ended) and end != "\n":
                 end = write_output(file, "\n")
             for sentence in words:
                 log(sentence)
-            after, told = page.next, told_now
+            after, told = page.next, progress
             if ended:
                 break
     except OlderBus as error:
@@ -10255,7 +10235,7 @@ def usable_spool():
                   "work --goal backup --drain --timeout 1h -- ./backup.sh"],
          *CONNECTION,
          flag("--goal", action="append", help="a goal to work on; may be repeated"),
-         flag("--any", action="store_true", help="work on any goal (default if there is a program)"),
+         flag("--any", action="store_true", help="work on any goal (default if there is a program and no --goal)"),
          flag("-j", "--jobs", type=positive_int, default=1, metavar="N", help="how many handlers run at the same time"),
          flag("--once", dest="max_jobs", action="store_const", const=1, help="stop after one intent"),
          flag("--max-jobs", type=positive_int, metavar="N", help="stop after N intents"),
@@ -10278,8 +10258,8 @@ def work_command(options):
     """Claim intents and run a program for each: stdin is its payload, stdout becomes its result.
 
     {name} in an argument becomes that field of the payload; {id}, {goal} and {payload} are filled in too. Exit code 0
-    fulfils the intent, 100 rejects it for good, 126 and 127 stop the worker, any other fails it for a retry. A line
-    "::progress 40 copying" on stderr tells how far it is. Without a program, work prints each payload.
+    fulfils the intent, 75 releases it, 100 rejects it for good, 126 and 127 stop the worker, any other fails it for a retry.
+    A line "::progress 40 copying" on stderr tells how far it is. Without a program, work prints each payload.
     """
     if not (options.goal or options.any or options.program) or options.goal and options.any:
         raise Invalid("work needs --goal GOAL, or --any for any goal, and the program to run after --; without a program, it prints each "
@@ -10337,7 +10317,7 @@ def status_command(bus, options):
 
 @bus_command("result", ["result 01a20a3bf4423c55cce77efa455c0ada --wait=10m"], ID, WAIT, JSON)
 def result_command(bus, options):
-    """Print the result of an intent; exit 1 if it is dead, 3 if it has not ended."""
+    """Print the result of an intent; exit 1 if it is dead, 3 if it has not ended, with --wait 124."""
     if options.wait is not None:
         return wait_for_result(bus, options.id, options)
     intent = bus.get_result(options.id)
@@ -10364,7 +10344,7 @@ def output_command(bus, options):
     if words := described_progress(told):
         log(words)
     if told.output:
-        print_result(told.output[:-1] if told.output.endswith("\n") else told.output)
+        print_result(told.output.removesuffix("\n"))
     elif sys.stdout.isatty():
         log("no output is known; publish with --follow, or start the worker with --stream")
 
@@ -10379,39 +10359,29 @@ def progress_command(options):
     sys.stderr.flush()
 
 
-class StepFailed(Exception):
-    """The program of a step has ended with this exit code."""
-
-    def __init__(self, code):
-        super().__init__(f"exit code {code}")
-        self.code = code
-
-
 def run_step(program):
-    """Run the program of a step; return its stdout, which is printed as it comes; raises StepFailed."""
+    """Run the program of a step; return its stdout, which is printed as it comes; raises SystemExit with the exit code."""
     import subprocess
     try:
         process = subprocess.Popen(program, stdout=subprocess.PIPE)
     except OSError as error:
         log(f"{program[0]} cannot be run: {error.strerror}")
-        raise StepFailed(127 if isinstance(error, FileNotFoundError) else 126) from error
+        raise SystemExit(127 if isinstance(error, FileNotFoundError) else 126) from error
     output = bytearray()
     with process:
         while data := process.stdout.read1():
             sys.stdout.buffer.write(data)
             sys.stdout.buffer.flush()
-            output += data[:STEP_BYTES + 1]
-            del output[STEP_BYTES + 1:]
+            output += data
+            del output[STEP_BYTES + 1:]     # one more shows a cut
     if process.returncode:
-        raise StepFailed(process.returncode if process.returncode > 0 else 128 - process.returncode)
-    try:
-        text = output.decode()
-    except UnicodeDecodeError:
-        text = None
-    if text is None or len(output) > STEP_BYTES:
-        log(f"the step is not recorded: its output is no text of at most {STEP_BYTES} bytes; write it to a file, and print its name")
-        raise StepFailed(1)
-    return text
+        raise SystemExit(process.returncode if process.returncode > 0 else 128 - process.returncode)
+    with contextlib.suppress(UnicodeDecodeError):
+        if len(output) <= STEP_BYTES:
+            return output.decode()
+    log(f"the step is not recorded: its output is no text of at most {STEP_BYTES} bytes; write it to a file, and print its "
+        "name")
+    raise SystemExit(1)
 
 
 @command("step", ['step fetch -- curl -fsS -o data.zip "$url"', "step count -- wc -l data.csv"],
@@ -10425,7 +10395,7 @@ def step_command(options):
     the intent is released. The program may run twice if the machine dies after it and before the record; its files are on
     this machine only.
     """
-    intent_id, token = (os.environ.get(f"INTENT_{name}") for name in ("ID", "CLAIM_TOKEN"))
+    intent_id, token = os.environ.get("INTENT_ID"), os.environ.get("INTENT_CLAIM_TOKEN")
     if not (intent_id and token):
         raise SetupError("step works only in a handler that work has started, where INTENT_ID and INTENT_CLAIM_TOKEN are set.")
     folder = steps_folder(run_name(token))
@@ -10438,8 +10408,8 @@ def step_command(options):
     lease_seconds = float(os.environ.get("INTENT_CLAIM_TIMEOUT") or LEASE_SECONDS)
     try:
         output, known = step_once(bus, intent_id, token, lease_seconds, options.name, functools.partial(run_step, options.program))
-    except StepFailed as failed:
-        return failed.code
+    except SystemExit as ended:
+        return ended.code
     except PayloadTooLarge as error:
         log(f"the step is not recorded: {error} Write its output to a file, and print its name.")
         return 1
@@ -10536,19 +10506,21 @@ def watch_command(bus, options):
 
 def agreed(options, question, counted):
     """Ask whether to do something to the intents that were counted, unless --yes was given; return until of the count."""
+    if options.yes:
+        return counted.until
     question = question.format(f"{counted.number} intent{'s' if counted.number != 1 else ''}")
-    if not options.yes and not (sys.stdin and sys.stdin.isatty()):
+    if not (sys.stdin and sys.stdin.isatty()):
         raise Invalid(f"{question} There is no terminal to ask at; confirm it with --yes.")
-    if not options.yes:
-        print(question, "[y/N] ", end="", file=sys.stderr, flush=True)
-        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-            raise Conflict("Nothing was changed.")
+    print(question, "[y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise Conflict("Nothing was changed.")
     return counted.until
 
 
-def sweep(bus, options, verb, question, **which):
+def sweep(bus, options, verb, question, status=None):
     """Have a verb of an admin change many intents; without --yes, these are counted first."""
     bus.timeout = SWEEP_SECONDS
+    which = dict(goal=options.goal, namespace=options.namespace, status=status)
     until = None if options.yes else agreed(options, question, bus.admin(verb, count=True, **which))
     with showing(lambda seconds: f"{verb}: {seconds:.0f} s so far"):
         return bus.admin(verb, confirm=True, until=until, **which)
@@ -10563,14 +10535,14 @@ def cancel_command(bus, options):
         raise Invalid("cancel needs an id, or --goal GOAL.")
     if options.id:
         return print_answer(options, bus.cancel(options.id), "status")
-    print_answer(options, sweep(bus, options, "cancel", "Cancel {}?", goal=options.goal, namespace=options.namespace), "cancelled")
+    print_answer(options, sweep(bus, options, "cancel", "Cancel {}?"), "cancelled")
 
 
 @bus_command("retry", ["retry 01a20a3bf4423c55cce77efa455c0ada", "retry --goal resize"],
              flag(*ID[0], **ID[1], nargs="?"),
              flag("--goal", help="all dead intents with this goal"), flag("--all", action="store_true", help="all dead intents"),
              flag("--from-start", action="store_true", help="forget the steps that are done"),
-             flag("--limit", type=positive_int, default=None, metavar="N", help="at most N intents"), YES, JSON)
+             flag("--limit", type=positive_int, metavar="N", help="at most N intents"), YES, JSON)
 def retry_command(bus, options):
     """Reopen a dead intent, or many; prints the new status, or the number of intents."""
     if bool(options.id) + bool(options.goal) + options.all != 1:
@@ -10579,33 +10551,30 @@ def retry_command(bus, options):
         raise Invalid("--from-start needs an id.")
     if options.id:
         return print_answer(options, bus.retry(options.id, from_start=options.from_start), "status")
-    which, slices, left = dict(goal=options.goal, namespace=options.namespace), [], options.limit or sys.maxsize
+    which = dict(goal=options.goal, namespace=options.namespace)
     counted = bus.retry(count=True, **which)
     which["until"] = agreed(options, "Retry {}?", counted)     # intents that die again meanwhile are left
-    with showing(lambda _: f"{sum(slices)} of {counted.number} retried"):
-        while left > 0 and (not slices or slices[-1]):
-            slices.append(bus.retry(limit=min(left, 1000), **which).retried)
-            left -= slices[-1]
-    print_answer(options, Record(retried=sum(slices)), "retried")
+    limit, retried = options.limit or sys.maxsize, 0
+    with showing(lambda _: f"{retried} of {counted.number} retried"):
+        while retried < limit and (more := bus.retry(limit=min(limit - retried, 1000), **which).retried):
+            retried += more
+    print_answer(options, Record(retried=retried), "retried")
 
 
-LIMITED_GOAL_FLAG = flag("goal", help="the goal of the intents")
-
-
-@bus_command("limit", ["limit backup 1", "limit backup none"], LIMITED_GOAL_FLAG,
+@bus_command("limit", ["limit backup 1", "limit backup none"], GOAL_FLAG,
              flag("running", type=running_number, metavar="N", help="how many may run at once, over all workers; none for any number"), *TABLE)
 def limit_command(bus, options):
     """Limit how many intents of a goal run at once; a limit outlives a pause."""
     Table(options, LIMIT_TABLE).print([bus.limit(options.goal, running=options.running)])
 
 
-@bus_command("pause", ["pause backup"], LIMITED_GOAL_FLAG, *TABLE)
+@bus_command("pause", ["pause backup"], GOAL_FLAG, *TABLE)
 def pause_command(bus, options):
     """Pause a goal: its intents wait until resume; running ones go on."""
     Table(options, LIMIT_TABLE).print([bus.limit(options.goal, paused=True)])
 
 
-@bus_command("resume", ["resume backup"], LIMITED_GOAL_FLAG, *TABLE)
+@bus_command("resume", ["resume backup"], GOAL_FLAG, *TABLE)
 def resume_command(bus, options):
     """End the pause of a goal."""
     Table(options, LIMIT_TABLE).print([bus.limit(options.goal, paused=False)])
@@ -10620,8 +10589,7 @@ def limits_command(bus, options):
 @command("schedule", ["schedule nightly backup host=nas --every 1d --ttl 6h",
                       """schedule report report '{}' --cron "0 7 * * mon-fri" --timezone Europe/Berlin --dry-run"""],
          *CONNECTION,
-         flag("name", help="a name of your own; the schedule that has it already is replaced"),
-         flag("goal", help="the goal of the intents"), PAYLOAD, JSON,
+         flag("name", help="a name of your own; the schedule that has it already is replaced"), GOAL_FLAG, PAYLOAD, JSON,
          flag("--every", type=duration, help="the time from one run to the next, 10s or more"),
          flag("--cron", metavar='"M H D M W"', help="run at these minutes, hours, days of month, months, days of week"),
          flag("--timezone", metavar="ZONE", help="the time zone of --cron, such as Europe/Berlin or UTC (default that of the bus)"),
@@ -10630,8 +10598,7 @@ def limits_command(bus, options):
          flag("--dry-run", action="store_true", help="print the next five runs and store nothing"), OF_OWNER_FLAG, *INTENT_FLAGS)
 def schedule_command(options):
     """Publish an intent again and again; prints the time of the next run. To change or resume a schedule, give it again."""
-    fields = {name: value for name, value in vars(options).items() if value is not None and name in SCHEDULE}
-    fields["payload"] = read_payload(options.payload)
+    fields = dict(given(options, SCHEDULE), payload=read_payload(options.payload))
     if (options.every is None) == (options.cron is None):
         raise Invalid('schedule needs either --every DURATION or --cron "M H D M W".')
     if not options.dry_run:
@@ -10649,18 +10616,21 @@ def schedule_command(options):
 
 @bus_command("schedules", ["schedules"], OF_OWNER_FLAG, *TABLE)
 def schedules_command(bus, options):
-    """List the schedules: name, goal, every or cron, next run, last run and its id. Times are in this machine's time zone."""
+    """List the schedules: name, goal, every or cron, time zone, next run, last run and its id.
+
+    The times of the runs are in this machine's time zone.
+    """
     none = f"no schedules of the owner {options.owner}" if options.owner else f"no schedules; add one: {example_of('schedule')}"
     Table(options, SCHEDULE_TABLE).print(bus.schedules(options.owner).schedules, none)
 
 
-@bus_command("unschedule", ["unschedule nightly"], flag("name", help="the name of the schedule"), OF_OWNER_FLAG)
+@bus_command("unschedule", ["unschedule nightly"], NAME_FLAG, OF_OWNER_FLAG)
 def unschedule_command(bus, options):
     """Delete a schedule; exit 3 if there is none. Its intents stay."""
     bus.unschedule(options.name, options.owner)
 
 
-@bus_command("run", ["run nightly"], flag("name", help="the name of the schedule"), OF_OWNER_FLAG, JSON)
+@bus_command("run", ["run nightly"], NAME_FLAG, OF_OWNER_FLAG, JSON)
 def run_schedule_command(bus, options):
     """Publish the intent of a schedule now, besides its runs; prints the id."""
     print_answer(options, bus.run(options.name, options.owner), "id")
@@ -10691,22 +10661,13 @@ def delete_command(bus, options):
     return 0 if bus.delete(options.key).deleted else 3
 
 
-def grant_in(options):
-    """Return the fields of the key that the flags of NEW_KEY describe; an older bus knows the first three."""
-    expires_at = None if options.expires is None else time.time() + options.expires
-    limits = dict(goals=options.goal, expires_at=expires_at, payloads=options.payloads or None)
-    return dict(name=options.name, owner=options.owner, role=options.role,
-                **{field: value for field, value in limits.items() if value is not None})
-
-
 @bus_command("keys add", ["keys add phone --role work --goal send_notification --expires 90d", "keys add wall --role viewer"],
              *NEW_KEY)
 def keys_add_command(bus, options):
     """Issue a key and print it; it cannot be shown again. A viewer of all owners has the owner '*'."""
-    made = bus.admin("generate_key", **grant_in(options))
-    about = f"id {made.key_id}, owner {made.owner}, role {made.role}"
-    if made.role is None:
-        about = "this is an older bus, whose keys have no role: it may publish and work"
+    made = bus.admin("generate_key", **given(options, KEY_FIELDS))
+    about = ("this is an older bus, whose keys have no role: it may publish and work" if made.role is None else
+             f"id {made.key_id}, owner {made.owner}, role {made.role}")
     log(f"{about}; the key is not shown again")
     print_result(made.api_key)
 
@@ -10714,7 +10675,7 @@ def keys_add_command(bus, options):
 @bus_command("keys invite", ["keys invite phone --role work"], *NEW_KEY)
 def keys_invite_command(bus, options):
     """Print a code with which another machine can join the bus: once, within ten minutes."""
-    made = bus.admin("invite", **grant_in(options))
+    made = bus.admin("invite", **given(options, KEY_FIELDS))
     expiry = time.strftime("%H:%M", time.localtime(made.expires_at))
     log(f"for {made.name}, role {made.role}: valid until {expiry}, once. On the other machine: {INVOCATION} join URL {made.code}")
     print_result(made.code)
@@ -10774,16 +10735,20 @@ def stats_command(bus, options):
              flag("--status", choices=STATUSES, help="only intents with this status"), YES)
 def purge_command(bus, options):
     """Delete all intents for good; --namespace, --goal and --status choose some of them. Prints their number."""
-    print_result(sweep(bus, options, "purge", "Delete {} for good?", goal=options.goal, status=options.status,
-                       namespace=options.namespace).deleted)
+    print_result(sweep(bus, options, "purge", "Delete {} for good?", options.status).deleted)
 
 
 @command("doctor", ["doctor"], *CONNECTION, DB, JSON)
 def doctor_command(options):
     """Look for common problems and print their cures; exit 1 if one is bad."""
-    findings = [Record(finding._asdict()) for check in CHECKS for finding in check(options)]
+    import shutil
+    import textwrap
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    findings = [finding for check in CHECKS for finding in check(options)]
     for finding in findings:
-        print_result(to_json(finding) if options.json else folded(escape(f"{finding.level:4}  {finding.about:8}  {finding.words}")))
+        line = escape("{:4}  {:8}  {}".format(*finding))
+        print_result(to_json(finding._asdict()) if options.json else
+                     textwrap.fill(line, width, subsequent_indent=" " * 6, break_long_words=False))
     return int(any(finding.level == "bad" for finding in findings))
 
 
@@ -10903,14 +10868,6 @@ def is_ours(path):
     return bool(text)
 
 
-def launcher_start():
-    """Return the start of the launcher, which names the Python; not that of a virtual environment, which may be deleted."""
-    python = sys.executable if sys.prefix == sys.base_prefix else os.path.realpath(sys.executable)
-    if re.fullmatch(r"\S{1,120}", python):
-        return f"#!{python}"
-    return f"""#!/bin/sh\n'''exec' "{python}" "$0" "$@"\n' '''"""     # Linux takes 127 characters there, and no space
-
-
 @command("install", ["install", "install --completion bash"],
          flag("--completion", choices=tuple(COMPLETIONS), help="let this shell complete commands, flags, goals and ids, too"))
 def install_command(options):
@@ -10923,30 +10880,32 @@ def install_command(options):
                          "the folder of intentbus.py.")
     import py_compile
     import shutil
+    python = sys.executable if sys.prefix == sys.base_prefix else os.path.realpath(sys.executable)     # no virtual environment's
+    start = f"#!{python}"
+    if not re.fullmatch(r"\S{1,120}", python):     # Linux takes 127 characters there, and no space
+        start = f"""#!/bin/sh\n'''exec' "{python}" "$0" "$@"\n' '''"""
     launcher, library, text = installed_file(), in_home(LIBRARY_FILE), text_at(__file__)
-    texts = {launcher: LAUNCHER.format(start=launcher_start(), library=library, made_by=MADE_BY)}
+    texts = {launcher: LAUNCHER.format(start=start, library=library, made_by=MADE_BY)}
     older = re.search('^__version__ = "(.*)"$', text_at(library), re.M)
-    hints = [f"{launcher} starts {library}, a copy of {__version__}" + (f" in place of {older[1]}" if older and older[1] != __version__ else "")]
+    replaced = f" in place of {older[1]}" if older and older[1] != __version__ else ""
     if shell := options.completion:
         file, (_, hint, script) = installed_file(shell), COMPLETIONS[shell]
         texts[file] = f"#compdef intentbus\n# {MADE_BY}{script}"     # the first line is for zsh
-        hints.append(f"{file} completes it in {shell}: " + hint.format(file=file, folder=os.path.dirname(file)))
-    for path in texts:
+    for path in (*texts, library):     # this file has MADE_BY, too
         is_ours(path)
-    if os.path.lexists(library) and "def install_command" not in text_at(library):
-        raise SetupError(f"{library} is another program's: rename or delete it first.")
     replace_file(library, text, 0o644)
     with contextlib.suppress(OSError):     # the launcher compiles it then
         py_compile.compile(library, doraise=True)
     for path, content in texts.items():
         replace_file(path, content, 0o755 if path == launcher else 0o644)
+    log(f"{launcher} starts {library}, a copy of {__version__}{replaced}")
+    if shell:
+        log(f"{file} completes it in {shell}: " + hint.format(file=file, folder=os.path.dirname(file)))
     found, folder = shutil.which("intentbus"), os.path.dirname(launcher)
     if folder not in os.environ.get("PATH", "").split(os.pathsep):
-        hints.append(f'{folder} is not in PATH: add this line to ~/.profile and log in again: export PATH="{folder}:$PATH"')
+        log(f'{folder} is not in PATH: add this line to ~/.profile and log in again: export PATH="{folder}:$PATH"')
     elif found and found != launcher:
-        hints.append(f"{found} comes before it in PATH")
-    for hint in hints:
-        log(hint)
+        log(f"{found} comes before it in PATH")
 
 
 @command("uninstall", ["uninstall"])
@@ -10956,9 +10915,8 @@ def uninstall_command(options):
     library = in_home(LIBRARY_FILE)
     folder, module = os.path.split(library)
     compiled = glob.glob(os.path.join(glob.escape(folder), "__pycache__", module.replace(".py", ".*.pyc")))
-    launcher, *completions = (path for path in map(installed_file, (None, *COMPLETIONS)))
-    made = [path for path in (launcher, *completions) if os.path.lexists(path) and is_ours(path)]
-    made += [path for path in (*compiled, library) if launcher in made and os.path.lexists(path)]
+    made = list(filter(is_ours, map(installed_file, (None, *COMPLETIONS))))
+    made += [path for path in (*compiled, library) if installed_file() in made and os.path.lexists(path)]
     if not made:
         raise NotFound("Nothing is installed.")
     try:
@@ -11015,29 +10973,24 @@ def summary_of(name):
 
 
 def summaries(names):
-    """Return a line about each of these commands."""
-    return ["  {:12} {}".format(name, summary_of(name)) for name in names]
-
-
-def overview():
-    """Return the help of the program: the introduction, and the commands in groups."""
-    lines = [INTRODUCTION.format(INVOCATION)]
-    for title, names in GROUPS:
-        lines += [f"{title}:", *summaries(names), ""]
-    return "\n".join(lines) + EPILOG
+    """Return the lines about some commands."""
+    return "".join(f"  {name:12} {summary_of(name)}\n" for name in names)
 
 
 def kinds_of(word):
-    """Return the second words of the commands that begin with a word."""
-    return [name.partition(" ")[2] for name in COMMANDS if name.startswith(f"{word} ")]
+    """Return the commands that begin with a word and have another one."""
+    return [name for name in COMMANDS if name.startswith(f"{word} ")]
 
 
 def help_about(words):
     """Return the help of a command, of a group of commands such as keys, or, without words, of the program."""
-    several = [f"{words[0]} {kind}" for kind in kinds_of(words[0])] if words else []
-    if several and " ".join(words[:2]) not in several:
-        return "\n".join(summaries(several))
-    return Parser(find_command(words)[0]).format_help() if words else overview()
+    if not words:
+        groups = "".join(f"{title}:\n{summaries(names)}\n" for title, names in GROUPS)
+        return f"{INTRODUCTION.format(INVOCATION)}\n{groups}{EPILOG}"
+    kinds = kinds_of(words[0])
+    if kinds and " ".join(words[:2]) not in kinds:
+        return summaries(kinds).rstrip("\n")
+    return Parser(find_command(words)[0]).format_help()
 
 
 def join_wait(words):
@@ -11060,15 +11013,14 @@ def find_command(words):
         name, has_value, _ = words[place].partition("=")
         if name not in kinds:
             raise Invalid(f"There is no flag {name}{suggestion(name, kinds) or '; --help lists the commands.'}")
-        place += 1 if has_value or kinds[name].get("action", "append") != "append" else 2
-    before, words = words[:place], words[place:]
-    for length in (2, 1):
-        name = " ".join(words[:length])
+        place += 2 if takes_value(kinds[name]) and not has_value else 1
+    for end in (place + 2, place + 1):
+        name = " ".join(words[place:end])
         if name in COMMANDS:
-            return name, before + words[length:]
-    if not words:
+            return name, words[:place] + words[end:]
+    if place >= len(words):
         raise Invalid("A COMMAND is missing; --help lists the commands.")
-    raise Invalid(f"There is no command {words[0]!r}{suggestion(words[0], COMMANDS) or '; --help lists the commands.'}")
+    raise Invalid(f"There is no command {words[place]!r}{suggestion(words[place], COMMANDS) or '; --help lists the commands.'}")
 
 
 def known_goals(bus, name):
@@ -11089,7 +11041,8 @@ def known_ids(bus, name):
 def known_names(bus, name):
     """Yield (name, description) of the schedules that a command is about."""
     if name in ("schedule", "unschedule", "run"):
-        yield from ((schedule.name, f"publishes {schedule.goal}") for schedule in bus.schedules().schedules)
+        schedules = bus.request("GET", "/schedules", retries=0).schedules
+        yield from ((schedule.name, f"publishes {schedule.goal}") for schedule in schedules)
 
 
 def known_keys(bus, name):
@@ -11104,8 +11057,8 @@ KNOWN = {"goal": known_goals, "--goal": known_goals, "--on-success": known_goals
 def following(name, words, begun):
     """Yield (word, description) of the words that may come next in the command line of a command."""
     flags = {flag: settings for names, settings in COMMANDS[name][2] for flag in names if flag.startswith("-")}
-    takers = [flag for flag, settings in flags.items() if settings.get("action", "append") == "append"]     # of a value
-    places = [names[0] for names, _ in COMMANDS[name][2] if not names[0].startswith("-")]
+    takers = [flag for flag, settings in flags.items() if takes_value(settings)]
+    places = iter([names[0] for names, _ in COMMANDS[name][2] if not names[0].startswith("-")])
     values = {}
     wanted = None     # the flag whose value comes next
     for word in join_wait(words)[0]:
@@ -11115,17 +11068,17 @@ def following(name, words, begun):
         elif option in takers:
             values[option], wanted = value, None if is_whole else option
         elif not word.startswith("-"):
-            places = places[1:]
+            next(places, None)
     if begun.startswith("-") and not wanted:
         yield from ((flag, settings["help"]) for flag, settings in flags.items())
     option, is_whole, _ = begun.partition("=")
     start = f"{option}=" if is_whole and option in takers and not wanted else ""
-    wanted = wanted or (option if start else next(iter(places), None))
+    wanted = wanted or (option if start else next(places, None))
     yield from ((start + choice, flags[wanted]["help"]) for choice in flags.get(wanted, {}).get("choices") or ())
     if wanted in KNOWN and "--" not in words:
         options = {option: values.get(f"--{option.replace('_', '-')}") for option in ("url", "key_file", "namespace", "ca")}
         bus = open_client(argparse.Namespace(**options, send_key="--send-key" in words), COMPLETION_SECONDS)
-        yield from ((start + word, about) for word, about in KNOWN[wanted](bus, name))
+        yield from ((start + word, about) for word, about in KNOWN[wanted](bus, name) if start or not word.startswith("-"))
 
 
 def print_completions(words):
@@ -11133,14 +11086,12 @@ def print_completions(words):
     # shells pass words as they were typed
     words = [re.sub(r"""\\(.)|["']""", r"\1", word) for word in words]
     *before, begun = words[words[:1] == ["help"] and len(words) > 1:]
-    name, rest = next(((name, before[len(name.split()):]) for name in COMMANDS if before[:len(name.split())] == name.split()),
-                      (None, None))
-    if name:
-        found = following(name, rest, begun)
-    else:
+    try:
+        found = following(*find_command(before), begun)
+    except Invalid:     # no whole command is there yet
         found = ((name.split()[len(before)], summary_of(name)) for name in COMMANDS if name.split()[:len(before)] == before)
         if not before:
-            found = ((word, ", ".join(kinds_of(word)) or about) for word, about in found)
+            found = ((word, ", ".join(kind.split()[1] for kind in kinds_of(word)) or about) for word, about in found)
     found = {word: about for word, about in found if word.startswith(begun)}
     for word, about in found.items():
         print_result(f"{escape(word)}\t{escape(about)}")
@@ -11149,10 +11100,9 @@ def print_completions(words):
 
 def run_command(words, open_store):
     """Run the command in a command line; return its exit code."""
-    if not words:
+    if not words:     # find_command() says the rest
         print(INTRODUCTION.format(INVOCATION), file=sys.stderr)
-        raise Invalid("A COMMAND is missing; --help lists the commands.")
-    if words[0] == "complete":     # a shell that install --completion has prepared asks; the user's next line shows any error
+    if words[:1] == ["complete"]:     # a shell that install --completion prepared asks; the user's next line shows any error
         with contextlib.suppress(Error, OSError):
             return print_completions(words[1:] or [""])
         return 1
@@ -11192,15 +11142,15 @@ def start_child_of_init():
 
     Linux sends process 1 no signal that it does not handle, and makes it the parent of all orphans.
     """
-    passed_on = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
-    signal.pthread_sigmask(signal.SIG_BLOCK, passed_on | {signal.SIGCHLD})     # they wait for sigwait()
+    awaited = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD}
+    signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
     child = os.fork()
     if not child:
         os.setsid()     # else Ctrl-C in a terminal would come twice
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on | {signal.SIGCHLD})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, awaited)
         return
     while True:
-        number = signal.sigwait(passed_on | {signal.SIGCHLD})
+        number = signal.sigwait(awaited)
         if number != signal.SIGCHLD:
             os.kill(child, number)
             continue
@@ -11209,15 +11159,6 @@ def start_child_of_init():
             ended, status = os.waitpid(-1, os.WNOHANG)
             if ended == child:
                 os._exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status))
-
-
-def discard_unwritten(*streams):
-    """Discard the unwritten data of streams, since Python would fail on it at its exit."""
-    for stream in streams:
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def main(arguments: Sequence[str] | None = None, open_store: Callable[[str | None], Store] = sqlite_store) -> int:
@@ -11244,7 +11185,11 @@ def main(arguments: Sequence[str] | None = None, open_store: Callable[[str | Non
         log(reason_of(error))
         return 2
     finally:
-        discard_unwritten(sys.stdout, sys.stderr)
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:     # Python would fail on its unwritten data at the exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":

@@ -11730,6 +11730,8 @@ def test_a_file_of_certificates_that_is_missing_is_named(tmp_path):
 def test_the_doctor_checks_the_place_of_the_database(home, served, monkeypatch):
     asking = argparse.Namespace(db=served.db)
     assert [finding.level for finding in intentbus.check_database(asking)] == ["ok"]
+    monkeypatch.setenv("BUS_DB_PATH", served.db + "\r\n")     # from a file with CR LF, as for serve
+    assert [finding.level for finding in intentbus.check_database(argparse.Namespace(db=None))] == ["ok"]
     os.chmod(served.db, 0o644)
     assert [finding.words for finding in intentbus.check_database(asking)] == [
         f"Others can read {served.db}; run: chmod 600 {served.db}"]
@@ -11778,6 +11780,10 @@ def test_the_doctor_reports_the_spool(home):
     spool.discard("http://x", "other")
     spool.mark_refused(number, "no")
     assert [finding.level for finding in intentbus.check_spool(options)] == ["bad"]
+    spool.discard("http://x", "other")
+    spool.add("http://old", "/intent", "{}", "key")     # of an earlier version, which noted no key
+    (level, _, words), = intentbus.check_spool(options)     # flush sends none of these
+    assert level == "bad" and words.startswith("Requests that wait for http://old, not for the URL and key in use: 1;")
 
 
 # ---- 20. Commands ----
@@ -12392,7 +12398,8 @@ def completed(capsys, *words):
 
 def test_commands_flags_goals_and_ids_are_completed(served, home, monkeypatch, capsys):
     first, second = (served.client.publish(goal, 1).id for goal in ("tidy", "tidy up"))
-    served.client.claim("wash")
+    for goal in ("wash", "-wash"):
+        served.client.claim(goal, worker_name=f"the {goal}er")
     dead = served.client.publish("lost", 1).id
     served.client.cancel(dead)
     served.client.schedule("nightly", "tidy", 1, every=60)
@@ -12406,7 +12413,9 @@ def test_commands_flags_goals_and_ids_are_completed(served, home, monkeypatch, c
                          (["publish", "--on-failure=lo"], ["--on-failure=lost"]), (["keys", "add", "x", "--role=v"], ["--role=viewer"]),
                          (["publish", f"--url={served.url}", '"tidy u'], ["tidy up"]), (["publish", "--wait="], []), (["retry", ""], [dead]), (["result", "--json", first[:20]], [first]),
                          (["cancel", ""], [second, first]), (["work", "--", "ti"], []), (["publish", "x", "y", ""], []), (["nothing", ""], []),
-                         (["unpause", "--url", ""], []), (["status", "--url", "http://127.0.0.1:9", ""], [])):
+                         (["unpause", "--url", ""], []), (["status", "--url", "http://127.0.0.1:9", ""], []),
+                         (["publish", "-wa"], []), (["list", "--goal", "-"], []), (["list", "--goal=-"], ["--goal=-wash"]),
+                         (["--url", served.url, "publish", "ti"], ["tidy up", "tidy"])):
         assert [word for word in completed(capsys, *words) if words != ["work", "--"] or word in found] == found, words
     assert set(completed(capsys)) == {name.split()[0] for name in intentbus.COMMANDS}
     for words in ([""], ["keys", ""], ["work", "-"], ["keys", "add", "x", "--role", ""], ["publish", ""], ["status", ""]):
@@ -12416,6 +12425,14 @@ def test_commands_flags_goals_and_ids_are_completed(served, home, monkeypatch, c
     assert not [line for line in told if len(line.partition("\t")[2].split()) < 2 or line.endswith("In a handler")]
     monkeypatch.setenv("INTENT_API_KEY", "wrong")
     assert completed(capsys, "publish", "") == []
+
+
+@pytest.mark.parametrize("words", [("publish", ""), ("status", ""), ("cancel", ""), ("run", ""), ("keys", "revoke", "")], ids=str)
+def test_a_bus_in_trouble_is_asked_once_for_completions(home, monkeypatch, capsys, impatient, words):
+    monkeypatch.setenv("INTENT_API_KEY", KEY)
+    with Fake("503 Service Unavailable", b'{"error": {"code": "database_busy", "message": "Later."}}') as fake:
+        monkeypatch.setenv("INTENT_BUS_URL", fake.url)
+        assert completed(capsys, *words) == [] and len(fake.asked) == 1
 
 
 def typed(arguments, environment, *steps):
