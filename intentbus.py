@@ -1995,9 +1995,7 @@ def steady_clock():
 
     Linux has CLOCK_BOOTTIME for that. On macOS, CLOCK_MONOTONIC counts sleep, and the clock of time.monotonic() does not.
     """
-    if STEADY is None:
-        return time.monotonic()
-    return time.clock_gettime(STEADY)
+    return time.monotonic() if STEADY is None else time.clock_gettime(STEADY)
 
 
 def this_boot():
@@ -2078,13 +2076,8 @@ class Held:
         self.settled = False       # whether its answer is on the way
 
 
-class Unfinished:
-    """A long operation that has done a slice of its work; go_on() does the next one, and returns the answer, or this."""
-
-    __slots__ = ("request", "go_on")
-
-    def __init__(self, request, go_on):
-        self.request, self.go_on = request, go_on
+# A long operation that has done a slice of its work: go_on() does the next one, and returns the answer, or an Unfinished again.
+Unfinished = collections.namedtuple("Unfinished", "request go_on")
 
 
 class Waiting:
