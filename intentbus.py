@@ -2174,7 +2174,7 @@ class WorkerRegistry:
 
     def __init__(self):
         self._workers = collections.OrderedDict()     # (key id, name): worker, the latest seen last
-        self._of_key = {}                             # key id: {name: number of lanes}, ordered likewise
+        self._of_key = {}                             # key id: {name: worker}, ordered likewise
         self._free_at = {}                            # (key id, name): when its next empty claim is free of charge
         self._serving = collections.Counter()         # lane: number of workers that ask for it
         self._holders = {}                            # id of an intent: the worker that holds it
@@ -2187,11 +2187,12 @@ class WorkerRegistry:
         if worker is None:
             worker = self._workers[key] = self._gone.pop(key, None) or types.SimpleNamespace(
                 key=key, owner=caller.owner, goals={}, lanes={}, asked=None, running={}, since=now, fulfilled=0, failed=0)
+            self._of_key.setdefault(caller.key_id, collections.OrderedDict())[name] = worker
         worker.id, worker.namespace, worker.version = worker_id, namespace, version
+        self._touch(now, worker)
         if worker.asked is not lanes:     # claims with the same fields have the same tuple
             self._serve(worker, goals, lanes)
             self._make_room(caller)
-        self._touch(now, worker)
 
     def hear(self, now, caller, intent):
         """Note that the worker of an intent is there, since it extends the lease or reports."""
@@ -2248,9 +2249,7 @@ class WorkerRegistry:
         """Note that a worker is gone, unless it holds a lease; it may come back."""
         worker = self._workers.get((key_id, name))
         if worker and not worker.running:
-            goals = worker.goals
             self._forget(worker)
-            worker.goals = goals
             self._gone[worker.key] = worker
         if len(self._gone) > GONE_WORKERS:     # the key with most loses its oldest, so that no key displaces the workers of another
             largest, _ = collections.Counter(key_id for key_id, _ in self._gone).most_common(1)[0]
@@ -2258,8 +2257,8 @@ class WorkerRegistry:
 
     def forget_key(self, key_id):
         """Forget the workers of a key that was revoked."""
-        for name in list(self._of_key.get(key_id, ())):
-            self._forget(self._workers[key_id, name])
+        for worker in list(self._of_key.get(key_id, {}).values()):
+            self._forget(worker)
         for key in [key for key in self._gone if key[0] == key_id]:
             del self._gone[key]
 
@@ -2293,27 +2292,25 @@ class WorkerRegistry:
         """Add lanes to a worker; beyond WORKER_LANES, they take the place of its earlier ones."""
         if len(worker.lanes) + len(lanes) > WORKER_LANES:
             self._stop_serving(worker)
+            worker.goals = {}
         self._serving.update(lane for lane in lanes if lane not in worker.lanes)
         worker.asked = lanes
         worker.lanes.update(dict.fromkeys(lanes))
         worker.goals.update(dict.fromkeys(goals))
-        key_id, name = worker.key
-        of_key = self._of_key.setdefault(key_id, collections.OrderedDict())
-        of_key[name] = len(worker.lanes)
-        of_key.move_to_end(name)
 
     def _stop_serving(self, worker):
         for lane in worker.lanes:
             self._serving[lane] -= 1
             if not self._serving[lane]:
                 del self._serving[lane]
-        worker.asked, worker.lanes, worker.goals = None, {}, {}
+        worker.asked, worker.lanes = None, {}
 
     def _make_room(self, caller):
         """Forget the workers that are silent for longest, of a key that has more than it may have, or of all."""
         of_key = self._of_key[caller.key_id]
-        while caller.limits and (len(of_key) > KEY_WORKERS or len(of_key) > 1 and sum(of_key.values()) > KEY_LANES):
-            self._forget(self._workers[caller.key_id, next(iter(of_key))])
+        while caller.limits and len(of_key) > 1 and (
+                len(of_key) > KEY_WORKERS or sum(len(worker.lanes) for worker in of_key.values()) > KEY_LANES):
+            self._forget(next(iter(of_key.values())))
         if len(self._workers) > WORKERS:
             self._forget(next(iter(self._workers.values())))
 
