@@ -2332,11 +2332,11 @@ def step_of(seconds):
 
 
 def percentiles(steps, *parts):
-    """Return the seconds within which each part of the durations lies, given how often each step occurs; None without any."""
+    """Return the seconds within which each part of the durations lies, given how often each step occurs."""
     ordered, number = sorted(steps.items()), sum(steps.values())
     counts = list(itertools.accumulate(times for _, times in ordered))
     return [float(f"{2 ** (ordered[bisect.bisect_left(counts, part * number)][0] / STEPS_PER_DOUBLING):.3g}")
-            for part in parts] if number else None
+            for part in parts]
 
 
 class EventLog:
@@ -2344,17 +2344,17 @@ class EventLog:
 
     def __init__(self, now):
         self._events = collections.deque(maxlen=EVENTS)
-        self._pages = {}                         # (newest, number, owner, goals): the answer of after()
         self.newest = int(now * 1000)            # number of the newest event; it grows over restarts
         self.minutes = collections.Counter()     # (minute of Unix time, kind): times, until they are stored
         self.figures = collections.Counter()     # (minute, owner, namespace, goal, kind): likewise, by FIGURE_MINUTES
         self._step = None                        # the minute in which the step of the figures begins
         self._goals = set()                      # the (owner, namespace, goal) that are counted in it
         self._owned = collections.Counter()      # owner: how many of these
+        self._page = functools.lru_cache(maxsize=EVENTS)(self._page)     # many watchers ask for the same ones
 
     def record(self, now, moves, count=True):
         """Take in the events of moves; count them unless another bus does."""
-        self._pages = {}
+        self._page.cache_clear()
         for intent, event, detail in moves:
             if event:
                 self.newest += 1
@@ -2377,11 +2377,11 @@ class EventLog:
                 return
             self._goals.add(goal)
             self._owned[intent.owner] += 1
-        if event != "claimed":
-            self.figures[(minute, *goal, COUNTED[event])] += 1
         if event == "claimed":
             self.figures[(minute, *goal, f"waited {step_of(intent.claimed_at - intent.run_at)}")] += 1
-        elif event == "fulfilled" and intent.claimed_at:
+            return
+        self.figures[(minute, *goal, COUNTED[event])] += 1
+        if event == "fulfilled" and intent.claimed_at:
             self.figures[(minute, *goal, f"ran {step_of(intent.completed_at - intent.claimed_at)}")] += 1
 
     def stored(self, counted, figures):
@@ -2392,16 +2392,12 @@ class EventLog:
     def after(self, number, owner=None, goals=None):
         """Return up to EVENTS_PAGE events after a number, and how many are dropped since then.
 
-        They are those of an owner's intents or of all, and of some goals or of any. Many watchers ask for the same ones.
+        They are those of an owner's intents or of all, and of some goals or of any.
         """
-        asked = self.newest, number, owner, goals
-        found = self._pages.get(asked) or self._after(number, owner, goals)
-        if len(self._pages) < EVENTS:
-            self._pages[asked] = found
-        return found
+        return self._page(self.newest, number, owner, goals)
 
-    def _after(self, number, owner, goals):
-        oldest = self._events[0][0] if self._events else self.newest + 1
+    def _page(self, newest, number, owner, goals):
+        oldest = self._events[0][0] if self._events else newest + 1
         newer = itertools.takewhile(lambda entry: entry[0] > number, reversed(list(self._events)))
         found = [Record(zip(EVENT_FIELDS, values), number=at, time=when, event=event, detail=detail)
                  for at, when, event, detail, values in newer]
