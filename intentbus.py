@@ -2164,6 +2164,7 @@ GOAL_VALUES = operator.itemgetter("owner", "namespace", "goal")
 FIGURES = ("claimed", "fulfilled", *LOST_OR_FAILED)     # the events that are counted by goal
 COUNTED = dict(published="published", chained="published", scheduled="published", fulfilled="fulfilled", failed="failed", lost="failed",
                dead="failed")
+WITHIN_CHARACTER = bytes(range(0x80, 0xC0))     # the bytes after the first one of a character in UTF-8
 
 
 class WorkerRegistry:
@@ -2271,12 +2272,12 @@ class WorkerRegistry:
                  and (goals is None or not worker.goals or not worker.goals.keys().isdisjoint(goals))]
         found = []
         for worker in there[:most]:
-            running = [(intent_id, since) for intent_id, (goal, since) in list(worker.running.items()) if goals is None or goal in goals]
+            running = {intent_id: since for intent_id, (goal, since) in list(worker.running.items()) if goals is None or goal in goals}
             found.append(Record(
                 name=worker.key[1], id=worker.id, owner=worker.owner, namespace=worker.namespace,
                 goals=[goal for goal in list(worker.goals) if goals is None or goal in goals],
-                last_seen=worker.last_seen, version=worker.version, running=[intent_id for intent_id, _ in running],
-                running_since=[since for _, since in running], since=worker.since, fulfilled=worker.fulfilled, failed=worker.failed))
+                last_seen=worker.last_seen, version=worker.version, running=list(running), running_since=list(running.values()),
+                since=worker.since, fulfilled=worker.fulfilled, failed=worker.failed))
         return found
 
     def listening(self, lane):
@@ -2431,16 +2432,13 @@ class LiveOutput:
             told = before
         else:     # of another claim: a release or a retry gives the number of an attempt again
             told = types.SimpleNamespace(attempt=intent.claim_attempts, claimed_at=intent.claimed_at, percent=None, message=None,
-                                         output=bytearray(), start=before.start + len(before.output) if before else 0)
+                                         output=b"", start=before.start + len(before.output) if before else 0)
         told.key_id, told.ended_at = key_id, None
         told.percent = told.percent if percent is None else percent
         told.message = told.message if message is None else message[:PROGRESS_CHARACTERS]
-        told.output += (output or "").encode()
-        left_out = max(0, len(told.output) - LIVE_BYTES)
-        while left_out < len(told.output) and left_out and told.output[left_out] & 0xC0 == 0x80:     # within a character
-            left_out += 1
-        del told.output[:left_out]
-        told.start += left_out
+        output = told.output + (output or "").encode()
+        told.output = output if len(output) <= LIVE_BYTES else output[-LIVE_BYTES:].lstrip(WITHIN_CHARACTER)
+        told.start += len(output) - len(told.output)
         self._told[intent.id] = told
         self._sizes[key_id] += ROW_BYTES + len(told.output)
         while sum(self._sizes.values()) > LIVE_TOTAL_BYTES:
@@ -2454,9 +2452,8 @@ class LiveOutput:
             return Record(attempt=None, output="", next=0, missed=0, percent=None, message=None)
         end = told.start + len(told.output)
         first = max(told.start, number) if number <= end else told.start     # beyond the end: it is of another bus's numbers
-        output = bytes(told.output[first - told.start:]).decode(errors="replace")
-        return Record(attempt=told.attempt, output=output, next=end, missed=max(0, first - number), percent=told.percent,
-                      message=told.message)
+        return Record(attempt=told.attempt, output=told.output[first - told.start:].decode(errors="replace"), next=end,
+                      missed=max(0, first - number), percent=told.percent, message=told.message)
 
     def read(self, now, intent_id, seconds):
         """Note that somebody reads of an intent, for some seconds and until soon after."""
