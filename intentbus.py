@@ -3243,14 +3243,14 @@ class Bus:
     @sliced
     def cleanup(self, *, caller=OWNER):
         """Apply all due transitions and delete all that is past its retention; return how many of each kind."""
-        total, step = collections.Counter(), None
-        while step is None or any(step.values()):
+        total, more = collections.Counter(), True
+        while more:
             with self.store.transaction() as tx:
-                due = self.apply_due(tx)
-                step = collections.Counter({kind: due[kind] for kind in ("expired_open_dead", "expired_claims_dead")})
-                step.update(self._clean(tx))
+                step = dict(self.apply_due(tx), **self._clean(tx))
+            more = any(step.values())
             total.update(step)
             yield
+        del total["applied"]
         return Record(total)
 
     def inspect(self, intent_id, *, caller=OWNER):

@@ -4452,6 +4452,15 @@ def test_a_cleanup_counts_the_deaths_of_claimed_and_open(bus, clock):
     assert not any(bus.cleanup().values())
 
 
+def test_a_cleanup_goes_on_after_a_pass_without_deaths(bus, clock, monkeypatch):
+    monkeypatch.setattr(intentbus, "DUE_ROWS", 2)
+    for _ in range(2):
+        bus.publish("delayed", 1, delay=5)
+    bus.publish("expired", 1, ttl=10)
+    clock.pass_(10)
+    assert bus.cleanup().expired_open_dead == 1
+
+
 def test_intents_are_claimed_by_priority_then_time(bus, clock):
     for payload, priority in (("a", 100), ("b", 500), ("c", 100), ("d", 0), ("e", 500)):
         bus.publish("g", payload, priority=priority)
