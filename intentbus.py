@@ -2739,7 +2739,7 @@ class Bus:
         if committed is None:
             committed = tx.tally_of(publisher)
             if not self.store.database.shared:
-                self._tallies[publisher] = Tally(committed)
+                self._tallies[publisher] = committed
         return committed, self.store.round_tallies.get(publisher, NO_TALLY), tx.tallies().get(publisher, NO_TALLY)
 
     def _audience(self, intent):
@@ -3525,13 +3525,15 @@ class Bus:
 
     def _committed(self, blocks):
         """Take in the moves and effects of blocks, now that they are on disk."""
+        for block in blocks:
+            for effect, arguments in block.effects:
+                effect(*arguments)
+            for publisher, *counted in block.counted:
+                if publisher in self._tallies:
+                    self._tallies[publisher].add(*counted)
+            for intent_id in block.deleted:
+                self.registry.free(intent_id)
         moves = [move for block in blocks for move in block.moves]
-        for effect, arguments in [entry for block in blocks for entry in block.effects]:
-            effect(*arguments)
-        for publisher, *counted in [entry for block in blocks for entry in block.counted if entry[0] in self._tallies]:
-            self._tallies[publisher].add(*counted)
-        for intent_id in [intent_id for block in blocks for intent_id in block.deleted]:
-            self.registry.free(intent_id)
         self.learn(moves)
         if moves:
             self._note_write()
@@ -3629,8 +3631,7 @@ class Bus:
     def close(self):
         """Store the history and the time, which are kept in memory."""
         with self.store.transaction() as tx:
-            if self.log.minutes or self.log.figures:
-                self._store_history(tx)
+            self._store_history(tx)
             self._note_time(tx)
 
     def _clean(self, tx):
