@@ -2786,9 +2786,9 @@ class Bus:
         count and until are those of purge().
         """
         retry = None if count else functools.partial(self._retry_dead, caller)
-        number, until = yield from self._sweep(retry, DEAD, until, limit, owner=caller.sees, namespace=namespace,
-                                               goals=among(caller.narrowed(goal and (goal,))))
-        return Record(number=number, until=until) if count else Record(retried=number)
+        found = yield from self._sweep(retry, DEAD, until, limit, owner=caller.sees, namespace=namespace,
+                                       goals=caller.narrowed(goal and (goal,)))
+        return found if count else Record(retried=found.number)
 
     # -- Schedules --
 
@@ -3224,7 +3224,7 @@ class Bus:
         later ones, and those that have ended since then, are left.
         """
         return (yield from self._confirmed("deleted", self._delete_all, confirm, count, until, DEAD if status == "dead" else ANY,
-                                           ids=ids, namespace=namespace, goals=among(goal and (goal,)), status=status))
+                                           ids=ids, namespace=namespace, goals=goal and (goal,), status=status))
 
     @sliced
     def cancel_many(self, goal=None, confirm=False, namespace=None, count=False, until=None, status=None, ids=None, *, caller=OWNER):
@@ -3232,13 +3232,13 @@ class Bus:
         if goal is None and status is None and ids is None:
             raise Invalid("goal is required, or status, or ids.", code="invalid_goal")
         return (yield from self._confirmed("cancelled", self._cancel_all, confirm, count, until, NOT_ENDED,
-                                           ids=ids, namespace=namespace, goals=among(goal and (goal,)), status=status))
+                                           ids=ids, namespace=namespace, goals=goal and (goal,), status=status))
 
     def _confirmed(self, done, change, confirm, count, until, kind, **which):
         if not (confirm or count):
             raise Invalid('This changes many intents for good: say {"confirm": true}.', code="confirmation_required")
-        number, until = yield from self._sweep(None if count else change, kind, until, **which)
-        return Record(number=number, until=until) if count else Record({"ok": True, done: number})
+        found = yield from self._sweep(None if count else change, kind, until, **which)
+        return found if count else Record({"ok": True, done: found.number})
 
     @sliced
     def cleanup(self, *, caller=OWNER):
@@ -3278,26 +3278,26 @@ class Bus:
         counted, pass the until of the count.
         """
         change = {"count": None, "retry": functools.partial(self._retry_dead, caller), "delete": self._delete_all}[action]
-        number, until = yield from self._sweep(change, DEAD, until, ids=ids, goals=among(goal and (goal,)), namespace=namespace)
-        return Record(number=number, until=until)
+        return (yield from self._sweep(change, DEAD, until, ids=ids, goals=goal and (goal,), namespace=namespace))
 
-    def _sweep(self, change, kind, until, most=sys.maxsize, ids=None, **which):
-        """Change up to that many intents of a kind in slices, or count them if change is None; return their number, and until.
+    def _sweep(self, change, kind, until, most=sys.maxsize, *, ids=None, goals, namespace, owner=None, status=None):
+        """Change up to that many intents of a kind in slices, or count them if change is None; return {"number", "until"}.
 
         change takes a transaction, a number and values of IN_RANGE, and returns how many intents it has changed.
         """
         number, now = 0, self.clock.now()
         until = (FOREVER if change else now) if until is None else until
+        which = dict(kind=kind, goals=among(goals), namespace=namespace, owner=owner, status=status, until=until)
         ranges = ((one, one + " ") for one in ids) if ids is not None else self.store.id_ranges(
             SLICE_ROWS, DEAD if kind is DEAD else ANY)
         for start, end in ranges:
-            some = dict(dict(kind=kind, owner=None, status=None), **which, until=until, start=start, end=end)
+            some = dict(which, start=start, end=end)
             with self.store.transaction() as tx:
                 number += change(tx, most - number, **some) if change else tx.number_of(**some)
             if number >= most:
                 break
             yield
-        return number, min(until, now)
+        return Record(number=number, until=min(until, now))
 
     def _delete_all(self, tx, most, **which):
         return tx.delete(**which)
