@@ -3343,12 +3343,13 @@ class Bus:
                 states = intents.setdefault(namespace, {})
                 states[status] = states.get(status, 0) + number
         database_bytes, wal_bytes = self.store.database.sizes()
-        limits = [limit for limit in self.limits().limits if caller.may_use(limit.goal)] if whole else []
+        limits = self.limits().limits if whole else []
         ready = [intent for intent in self.store.longest_ready(WAITING_LANES) if caller.may_see(intent.goal, intent.owner)]
+        waiting = self._longest_waiting(ready)
         workers = functools.partial(self.registry.seen, caller.sees, caller.goals, WAITING_LANES)
         return Record(version=__version__, now=now, intents=intents, keys=sum(map(caller.oversees, self.store.keys())),
-                      database_bytes=database_bytes, wal_bytes=wal_bytes, waiting=self._longest_waiting(ready),
-                      goals=self._by_goal(ready, limits, caller), workers=workers(), gone=workers(gone=True),
+                      database_bytes=database_bytes, wal_bytes=wal_bytes, waiting=waiting,
+                      goals=self._by_goal(ready, waiting, limits, caller), workers=workers(), gone=workers(gone=True),
                       limits=limits, history=self._past(int(now // 60) - minutes + 1, 1 if minutes <= 60 else 10) if whole else [])
 
     def _longest_waiting(self, ready):
@@ -3356,10 +3357,10 @@ class Bus:
         waiting = {}
         for intent in sorted(ready, key=operator.attrgetter("run_at")):
             waiting.setdefault((intent.namespace, intent.goal), intent)
-        return [Record(namespace=namespace, goal=goal, run_at=intent.run_at,
-                       listening=self.registry.listening(intent.lane)) for (namespace, goal), intent in waiting.items()]
+        return [Record(intent.pick(("namespace", "goal", "run_at")), listening=self.registry.listening(intent.lane))
+                for intent in waiting.values()]
 
-    def _by_goal(self, ready, limits, caller):
+    def _by_goal(self, ready, longest, limits, caller):
         """Return the figures of up to FIGURE_GOALS goals, the busiest first.
 
         waiting and running are how many there are now, of the WAITING_ROWS and RUNNING_ROWS that are counted; run_at is of the
@@ -3368,8 +3369,8 @@ class Bus:
         """
         goals = collections.defaultdict(lambda: dict(
             waiting=0, running=0, run_at=None, limit=None, paused=False, fulfilled=[0, 0], failed=[0, 0], waited=None, ran=None))
-        for intent in sorted(ready, key=operator.attrgetter("run_at"), reverse=True):
-            goals[intent.namespace, intent.goal]["run_at"] = intent.run_at
+        for of in longest:
+            goals[of.namespace, of.goal]["run_at"] = of.run_at
         room = WAITING_ROWS
         for lane, intent in {intent.lane: intent for intent in ready}.items():
             number = self.store.number_ready(lane, room)
@@ -3380,14 +3381,13 @@ class Bus:
                 goals[namespace, goal]["running"] += number
         for limit in limits:
             goals[limit.namespace, limit.goal].update(limit=limit.running, paused=limit.paused)
-        for place, figures in self._goal_history(caller).items():
-            goals[place].update(figures)
+        self._add_history(goals, caller)
         found = [Record(figures, namespace=namespace, goal=goal) for (namespace, goal), figures in goals.items()]
         found.sort(key=lambda of: (-of.waiting - of.running, -sum(of.fulfilled + of.failed), of.goal, of.namespace))
         return found[:FIGURE_GOALS]
 
-    def _goal_history(self, caller):
-        """Return the figures by (namespace, goal) that come from events of the last day, of the intents that the caller sees."""
+    def _add_history(self, goals, caller):
+        """Add to goals what comes from events of the last day, of the intents that the caller sees."""
         minute = int(self.clock.now() // 60)
         day, hour = minute - HISTORY_MINUTES, minute - 60
         began = time.monotonic()
@@ -3397,8 +3397,7 @@ class Bus:
             self._figures_at = began + max(FIGURE_SECONDS, 100 * took)     # it holds up the loop for 1 % of the time at most
         events = [(*figure, times, times if minute >= hour else 0)     # not stored yet
                   for (minute, *figure), times in list(self.log.figures.items()) if minute >= day]
-        goals, steps = collections.defaultdict(dict), collections.defaultdict(collections.Counter)
-        may_see = functools.lru_cache(None)(caller.may_see)
+        may_see, steps = functools.lru_cache(None)(caller.may_see), collections.defaultdict(collections.Counter)
         for owner, namespace, goal, event, in_day, in_hour in [*self._figures, *events]:
             kind, _, step = event.partition(" ")
             if not may_see(goal, owner):
@@ -3406,11 +3405,10 @@ class Bus:
             if step:
                 steps[namespace, goal, kind][int(step)] += in_day
             else:
-                before = goals[namespace, goal].get(kind, (0, 0))
-                goals[namespace, goal][kind] = [before[0] + in_hour, before[1] + in_day]
+                goals[namespace, goal][kind][0] += in_hour
+                goals[namespace, goal][kind][1] += in_day
         for (namespace, goal, kind), counted in steps.items():
             goals[namespace, goal][kind] = percentiles(counted, 0.5, 0.95)
-        return goals
 
     def _past(self, since, step):
         """Return [[minute, event, times]] of the minutes of Unix time from one on, added up by that many minutes."""
