@@ -2665,8 +2665,7 @@ class Bus:
         """Store intents; return the answer, and the intents as they were wanted."""
         caller.narrowed([goal for fields in wanted for goal in goals_of(fields)])
         with self.store.transaction() as tx:
-            intents = [Intent.new(self._ids.new(tx.now), tx.now, caller.owner, caller.key_id,
-                                  dict(fields, idempotency_key=idempotency_key)) for fields in wanted]
+            intents = [self._new(tx, caller.owner, caller.key_id, dict(fields, idempotency_key=idempotency_key)) for fields in wanted]
             expected = [(intent.id, "published") for intent in intents]
             answer, memo = answer_with(expected), ("idempotency", caller.key_id, idempotency_key)
             if idempotency_key:
@@ -2686,6 +2685,10 @@ class Bus:
             if stored == expected or any(status != "kept" for _, status in stored):
                 self._require_room(tx, caller)
         return answer, intents
+
+    def _new(self, tx, owner, publisher, fields):
+        """Return an intent as published now, with a new id."""
+        return Intent.new(self._ids.new(tx.now), tx.now, owner, publisher, fields)
 
     def _insert(self, tx, intent, replace):
         """Store a new intent, unless the twin of its unique value is kept or, if it waits, replaced; return (id, status)."""
@@ -2867,8 +2870,8 @@ class Bus:
         return Caller(made.publisher, made.owner, "publish", False, limits)
 
     def _intent_of(self, tx, schedule):
-        fields = dict(json.loads(schedule.fields), goal=schedule.goal, payload=json.loads(schedule.payload), schedule=schedule.name)
-        return Intent.new(self._ids.new(tx.now), tx.now, schedule.owner, schedule.publisher, fields)
+        return self._new(tx, schedule.owner, schedule.publisher, dict(
+            json.loads(schedule.fields), goal=schedule.goal, payload=json.loads(schedule.payload), schedule=schedule.name))
 
     def _publish_run(self, tx, schedule, intent):
         tx.insert(intent, "scheduled")
@@ -3446,17 +3449,13 @@ class Bus:
         if change.event == "dead" and self._announce_dead and intent.goal != DEATHS:
             payload = dict(id=after.id, goal=after.goal, namespace=after.namespace, reason=after.last_error,
                            attempts=after.claim_attempts, worker_id=after.worker_id, worker=after.worker, created_at=after.created_at)
-            tx.insert(self._follow_up(tx, after, DEATHS, payload, OWNER.key_id))
+            tx.insert(self._new(tx, after.owner, OWNER.key_id, dict(goal=DEATHS, payload=payload, namespace=after.namespace)))
         if change.callback and after[change.callback]:
             payload = dict(after.pick(("id", "goal", "status")), result=stored_result(after), result_type=after.result_type or "json",
                            error=after.last_error if after.status == "dead" else None, claim_attempts=after.claim_attempts)
-            tx.insert(self._follow_up(tx, after, after[change.callback], payload, after.publisher, caused_by=after.id), "chained")
+            fields = dict(goal=after[change.callback], payload=payload, namespace=after.namespace, caused_by=after.id)
+            tx.insert(self._new(tx, after.owner, after.publisher, fields), "chained")
         return after
-
-    def _follow_up(self, tx, intent, goal, payload, publisher, **columns):
-        """Return a new intent in the namespace of another one, for its owner."""
-        fields = dict(goal=goal, payload=payload, namespace=intent.namespace)
-        return Intent.new(self._ids.new(tx.now), tx.now, intent.owner, publisher, dict(fields, **columns))
 
     def _only_one_open(self, tx, intent, change):
         """Return the change that opens an intent, or that ends it if a newer twin is open; an older one ends."""
