@@ -2160,7 +2160,6 @@ EVENT_FIELDS = (
 )
 EVENT_VALUES = operator.itemgetter(*EVENT_FIELDS)
 LOST_OR_FAILED = ("failed", "lost", "dead")
-GOAL_VALUES = operator.itemgetter("owner", "namespace", "goal")
 FIGURES = ("claimed", "fulfilled", *LOST_OR_FAILED)     # the events that are counted by goal
 COUNTED = dict(published="published", chained="published", scheduled="published", fulfilled="fulfilled", failed="failed", lost="failed",
                dead="failed")
@@ -2176,7 +2175,7 @@ class WorkerRegistry:
     def __init__(self):
         self._workers = collections.OrderedDict()     # (key id, name): worker, the latest seen last
         self._of_key = {}                             # key id: {name: worker}, ordered likewise
-        self._free_at = {}                            # (key id, name): when its next empty claim is free of charge
+        self._free_at = {}                            # (key id, name): when an empty claim of it was free of charge last
         self._serving = collections.Counter()         # lane: number of workers that ask for it
         self._holders = {}                            # id of an intent: the worker that holds it
         self._gone = collections.OrderedDict()        # (key id, name): worker that fell silent, the latest last
@@ -2370,7 +2369,7 @@ class EventLog:
 
         A step has room for FIGURE_GOALS goals. An owner gets room while it has less than is free, so that some is left to others.
         """
-        minute, goal = minute - minute % FIGURE_MINUTES, GOAL_VALUES(intent)
+        minute, goal = minute - minute % FIGURE_MINUTES, (intent.owner, intent.namespace, intent.goal)
         if minute != self._step:
             self._step, self._goals, self._owned = minute, set(), collections.Counter()
         if goal not in self._goals:
@@ -3348,20 +3347,16 @@ class Bus:
         database_bytes, wal_bytes = self.store.database.sizes()
         limits = self.limits().limits if whole else []
         ready = [intent for intent in self.store.longest_ready(WAITING_LANES) if caller.may_see(intent.goal, intent.owner)]
-        waiting = self._longest_waiting(ready)
+        longest = {}
+        for intent in sorted(ready, key=operator.attrgetter("run_at")):
+            longest.setdefault((intent.namespace, intent.goal), intent)
+        waiting = [Record(intent.pick(("namespace", "goal", "run_at")), listening=self.registry.listening(intent.lane))
+                   for intent in longest.values()]
         workers = functools.partial(self.registry.seen, caller.sees, caller.goals, WAITING_LANES)
         return Record(version=__version__, now=now, intents=intents, keys=sum(map(caller.oversees, self.store.keys())),
                       database_bytes=database_bytes, wal_bytes=wal_bytes, waiting=waiting,
-                      goals=self._by_goal(ready, waiting, limits, caller), workers=workers(), gone=workers(gone=True),
+                      goals=self._by_goal(ready, longest, limits, caller), workers=workers(), gone=workers(gone=True),
                       limits=limits, history=self._past(int(now // 60) - minutes + 1, 1 if minutes <= 60 else 10) if whole else [])
-
-    def _longest_waiting(self, ready):
-        """Return {"namespace", "goal", "run_at", "listening"} of each goal that waits, as of its longest waiting intent."""
-        waiting = {}
-        for intent in sorted(ready, key=operator.attrgetter("run_at")):
-            waiting.setdefault((intent.namespace, intent.goal), intent)
-        return [Record(intent.pick(("namespace", "goal", "run_at")), listening=self.registry.listening(intent.lane))
-                for intent in waiting.values()]
 
     def _by_goal(self, ready, longest, limits, caller):
         """Return the figures of up to FIGURE_GOALS goals, the busiest first.
@@ -3372,8 +3367,8 @@ class Bus:
         """
         goals = collections.defaultdict(lambda: dict(
             waiting=0, running=0, run_at=None, limit=None, paused=False, fulfilled=[0, 0], failed=[0, 0], waited=None, ran=None))
-        for of in longest:
-            goals[of.namespace, of.goal]["run_at"] = of.run_at
+        for place, intent in longest.items():
+            goals[place]["run_at"] = intent.run_at
         room = WAITING_ROWS
         for lane, intent in {intent.lane: intent for intent in ready}.items():
             number = self.store.number_ready(lane, room)
