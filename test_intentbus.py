@@ -1832,11 +1832,12 @@ def test_an_intent_reads_both_ways():
     (lambda i: i.failed(1000, "no", False, 1), "dead", "dead", 0, None),
     (lambda i: i.released(1000, 0), "released", "open", 1, 4600),
     (lambda i: i.released(1000, 7), "released", "open", 0, 1007),
+    (lambda i: i.released(4600, 0), "dead", "dead", 0, None),
     (lambda i: i.cancelled(1000), "dead", "dead", 0, None),
     (lambda i: i.advance(1060), "lost", "open", 1, 4600),
     (lambda i: i.advance(4600), "dead", "dead", 0, None),
 ], ids=["claimed", "claimed beyond expiry", "extended", "fulfilled", "failed", "failed for good", "released", "released for later",
-        "cancelled", "lease over", "expired"])
+        "released after its expiry", "cancelled", "lease over", "expired"])
 def test_each_transition_of_a_claimed_intent(transition, event, status, ready, due_at):
     change = transition(claimed())
     after = Intent(claimed(), **change.columns)
