@@ -3403,8 +3403,8 @@ class Bus:
             if step:
                 steps[namespace, goal, kind][int(step)] += in_day
             else:
-                goals[namespace, goal][kind][0] += in_hour
-                goals[namespace, goal][kind][1] += in_day
+                times = goals[namespace, goal].setdefault(kind, [0, 0])
+                times[:] = times[0] + in_hour, times[1] + in_day
         for (namespace, goal, kind), counted in steps.items():
             goals[namespace, goal][kind] = percentiles(counted, 0.5, 0.95)
 
