@@ -3575,8 +3575,9 @@ class Bus:
             with self.store.transaction() as tx:
                 tx.shift(step)
                 self._shift_schedules(tx, step)
-                self._kept = [max(0, self._kept[0] + step), tx.now + step + self._retention]
-                self._note_time(tx, step)
+                kept = [max(0, self._kept[0] + step), tx.now + step + self._retention]
+                self._note_time(tx, step, kept)
+            self._kept = kept     # once it is stored: a step that could not be is tried again
             self.clock.adopt(step)
             self.distrust_memory()
 
@@ -3647,9 +3648,9 @@ class Bus:
         if time.monotonic() < self._figures_at:     # until the summary reads them again
             tx.after_commit(self._figures.extend, [(*figure[1:], times, times) for figure, times in figures.items()])
 
-    def _note_time(self, tx, step=0):
+    def _note_time(self, tx, step=0, kept=None):
         """Store the time, with a step of the wall clock added."""
-        tx.remember("clock", "", "", to_json(dict(self.clock.note(step), kept=self._kept)), FOREVER)
+        tx.remember("clock", "", "", to_json(dict(self.clock.note(step), kept=kept or self._kept)), FOREVER)
 
 
 # ---- 11. Keys ----

@@ -2772,6 +2772,24 @@ def test_a_clock_jump_changes_no_retention_of_ended_intents(store, clock, jump):
 
 
 @ON_A_FILE     # several buses use the clock of their database
+def test_a_jump_that_could_not_be_stored_counts_once(store, clock, tmp_path):
+    bus = assembled(store, clock=clock, bus=dict(retention=3600)).bus
+    bus.publish("g", 1)
+    bus.fulfill(bus.claim("g").id)
+    clock.set(7200)
+    tend(bus)
+    clock.set(-3600)
+    with contextlib.closing(sqlite3.connect(tmp_path / "bus.db")) as db:
+        db.execute("CREATE TRIGGER forbidden BEFORE UPDATE OF value ON memos BEGIN SELECT RAISE(ABORT, 'forbidden'); END")
+        for _ in range(2):
+            with pytest.raises(sqlite3.IntegrityError):
+                tend(bus)
+        db.execute("DROP TRIGGER forbidden")
+    tend(bus)
+    assert len(bus.list().intents) == 1
+
+
+@ON_A_FILE     # several buses use the clock of their database
 @pytest.mark.parametrize("jump", [3600, -3600])
 def test_a_clock_jump_does_not_stall_a_held_claim(started, quick_rechecks, jump):
     clock = dict(ahead=0)
