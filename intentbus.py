@@ -1995,9 +1995,7 @@ def steady_clock():
 
     Linux has CLOCK_BOOTTIME for that. On macOS, CLOCK_MONOTONIC counts sleep, and the clock of time.monotonic() does not.
     """
-    if STEADY is None:
-        return time.monotonic()
-    return time.clock_gettime(STEADY)
+    return time.monotonic() if STEADY is None else time.clock_gettime(STEADY)
 
 
 def this_boot():
@@ -2078,13 +2076,8 @@ class Held:
         self.settled = False       # whether its answer is on the way
 
 
-class Unfinished:
-    """A long operation that has done a slice of its work; go_on() does the next one, and returns the answer, or this."""
-
-    __slots__ = ("request", "go_on")
-
-    def __init__(self, request, go_on):
-        self.request, self.go_on = request, go_on
+# A long operation that has done a slice of its work: go_on() does the next one, and returns the answer, or an Unfinished again.
+Unfinished = collections.namedtuple("Unfinished", "request go_on")
 
 
 class Waiting:
@@ -2167,10 +2160,10 @@ EVENT_FIELDS = (
 )
 EVENT_VALUES = operator.itemgetter(*EVENT_FIELDS)
 LOST_OR_FAILED = ("failed", "lost", "dead")
-GOAL_VALUES = operator.itemgetter("owner", "namespace", "goal")
 FIGURES = ("claimed", "fulfilled", *LOST_OR_FAILED)     # the events that are counted by goal
 COUNTED = dict(published="published", chained="published", scheduled="published", fulfilled="fulfilled", failed="failed", lost="failed",
                dead="failed")
+WITHIN_CHARACTER = bytes(range(0x80, 0xC0))     # the bytes after the first one of a character in UTF-8
 
 
 class WorkerRegistry:
@@ -2181,8 +2174,8 @@ class WorkerRegistry:
 
     def __init__(self):
         self._workers = collections.OrderedDict()     # (key id, name): worker, the latest seen last
-        self._of_key = {}                             # key id: {name: number of lanes}, ordered likewise
-        self._free_at = {}                            # (key id, name): when its next empty claim is free of charge
+        self._of_key = {}                             # key id: {name: worker}, ordered likewise
+        self._free_at = {}                            # (key id, name): when an empty claim of it was free of charge last
         self._serving = collections.Counter()         # lane: number of workers that ask for it
         self._holders = {}                            # id of an intent: the worker that holds it
         self._gone = collections.OrderedDict()        # (key id, name): worker that fell silent, the latest last
@@ -2194,11 +2187,12 @@ class WorkerRegistry:
         if worker is None:
             worker = self._workers[key] = self._gone.pop(key, None) or types.SimpleNamespace(
                 key=key, owner=caller.owner, goals={}, lanes={}, asked=None, running={}, since=now, fulfilled=0, failed=0)
+            self._of_key.setdefault(caller.key_id, collections.OrderedDict())[name] = worker
         worker.id, worker.namespace, worker.version = worker_id, namespace, version
+        self._touch(now, worker)
         if worker.asked is not lanes:     # claims with the same fields have the same tuple
             self._serve(worker, goals, lanes)
             self._make_room(caller)
-        self._touch(now, worker)
 
     def hear(self, now, caller, intent):
         """Note that the worker of an intent is there, since it extends the lease or reports."""
@@ -2255,9 +2249,7 @@ class WorkerRegistry:
         """Note that a worker is gone, unless it holds a lease; it may come back."""
         worker = self._workers.get((key_id, name))
         if worker and not worker.running:
-            goals = worker.goals
             self._forget(worker)
-            worker.goals = goals
             self._gone[worker.key] = worker
         if len(self._gone) > GONE_WORKERS:     # the key with most loses its oldest, so that no key displaces the workers of another
             largest, _ = collections.Counter(key_id for key_id, _ in self._gone).most_common(1)[0]
@@ -2265,8 +2257,8 @@ class WorkerRegistry:
 
     def forget_key(self, key_id):
         """Forget the workers of a key that was revoked."""
-        for name in list(self._of_key.get(key_id, ())):
-            self._forget(self._workers[key_id, name])
+        for worker in list(self._of_key.get(key_id, {}).values()):
+            self._forget(worker)
         for key in [key for key in self._gone if key[0] == key_id]:
             del self._gone[key]
 
@@ -2279,12 +2271,12 @@ class WorkerRegistry:
                  and (goals is None or not worker.goals or not worker.goals.keys().isdisjoint(goals))]
         found = []
         for worker in there[:most]:
-            running = [(intent_id, since) for intent_id, (goal, since) in list(worker.running.items()) if goals is None or goal in goals]
+            running = {intent_id: since for intent_id, (goal, since) in list(worker.running.items()) if goals is None or goal in goals}
             found.append(Record(
                 name=worker.key[1], id=worker.id, owner=worker.owner, namespace=worker.namespace,
                 goals=[goal for goal in list(worker.goals) if goals is None or goal in goals],
-                last_seen=worker.last_seen, version=worker.version, running=[intent_id for intent_id, _ in running],
-                running_since=[since for _, since in running], since=worker.since, fulfilled=worker.fulfilled, failed=worker.failed))
+                last_seen=worker.last_seen, version=worker.version, running=list(running), running_since=list(running.values()),
+                since=worker.since, fulfilled=worker.fulfilled, failed=worker.failed))
         return found
 
     def listening(self, lane):
@@ -2300,27 +2292,25 @@ class WorkerRegistry:
         """Add lanes to a worker; beyond WORKER_LANES, they take the place of its earlier ones."""
         if len(worker.lanes) + len(lanes) > WORKER_LANES:
             self._stop_serving(worker)
+            worker.goals = {}
         self._serving.update(lane for lane in lanes if lane not in worker.lanes)
         worker.asked = lanes
         worker.lanes.update(dict.fromkeys(lanes))
         worker.goals.update(dict.fromkeys(goals))
-        key_id, name = worker.key
-        of_key = self._of_key.setdefault(key_id, collections.OrderedDict())
-        of_key[name] = len(worker.lanes)
-        of_key.move_to_end(name)
 
     def _stop_serving(self, worker):
         for lane in worker.lanes:
             self._serving[lane] -= 1
             if not self._serving[lane]:
                 del self._serving[lane]
-        worker.asked, worker.lanes, worker.goals = None, {}, {}
+        worker.asked, worker.lanes = None, {}
 
     def _make_room(self, caller):
         """Forget the workers that are silent for longest, of a key that has more than it may have, or of all."""
         of_key = self._of_key[caller.key_id]
-        while caller.limits and (len(of_key) > KEY_WORKERS or len(of_key) > 1 and sum(of_key.values()) > KEY_LANES):
-            self._forget(self._workers[caller.key_id, next(iter(of_key))])
+        while caller.limits and len(of_key) > 1 and (
+                len(of_key) > KEY_WORKERS or sum(len(worker.lanes) for worker in of_key.values()) > KEY_LANES):
+            self._forget(next(iter(of_key.values())))
         if len(self._workers) > WORKERS:
             self._forget(next(iter(self._workers.values())))
 
@@ -2342,11 +2332,11 @@ def step_of(seconds):
 
 
 def percentiles(steps, *parts):
-    """Return the seconds within which each part of the durations lies, given how often each step occurs; None without any."""
+    """Return the seconds within which each part of the durations lies, given how often each step occurs."""
     ordered, number = sorted(steps.items()), sum(steps.values())
     counts = list(itertools.accumulate(times for _, times in ordered))
     return [float(f"{2 ** (ordered[bisect.bisect_left(counts, part * number)][0] / STEPS_PER_DOUBLING):.3g}")
-            for part in parts] if number else None
+            for part in parts]
 
 
 class EventLog:
@@ -2354,17 +2344,17 @@ class EventLog:
 
     def __init__(self, now):
         self._events = collections.deque(maxlen=EVENTS)
-        self._pages = {}                         # (newest, number, owner, goals): the answer of after()
         self.newest = int(now * 1000)            # number of the newest event; it grows over restarts
         self.minutes = collections.Counter()     # (minute of Unix time, kind): times, until they are stored
         self.figures = collections.Counter()     # (minute, owner, namespace, goal, kind): likewise, by FIGURE_MINUTES
         self._step = None                        # the minute in which the step of the figures begins
         self._goals = set()                      # the (owner, namespace, goal) that are counted in it
         self._owned = collections.Counter()      # owner: how many of these
+        self._page = functools.lru_cache(maxsize=EVENTS)(self._page)     # many watchers ask for the same ones
 
     def record(self, now, moves, count=True):
         """Take in the events of moves; count them unless another bus does."""
-        self._pages = {}
+        self._page.cache_clear()
         for intent, event, detail in moves:
             if event:
                 self.newest += 1
@@ -2379,7 +2369,7 @@ class EventLog:
 
         A step has room for FIGURE_GOALS goals. An owner gets room while it has less than is free, so that some is left to others.
         """
-        minute, goal = minute - minute % FIGURE_MINUTES, GOAL_VALUES(intent)
+        minute, goal = minute - minute % FIGURE_MINUTES, (intent.owner, intent.namespace, intent.goal)
         if minute != self._step:
             self._step, self._goals, self._owned = minute, set(), collections.Counter()
         if goal not in self._goals:
@@ -2387,11 +2377,11 @@ class EventLog:
                 return
             self._goals.add(goal)
             self._owned[intent.owner] += 1
-        if event != "claimed":
-            self.figures[(minute, *goal, COUNTED[event])] += 1
         if event == "claimed":
             self.figures[(minute, *goal, f"waited {step_of(intent.claimed_at - intent.run_at)}")] += 1
-        elif event == "fulfilled" and intent.claimed_at:
+            return
+        self.figures[(minute, *goal, COUNTED[event])] += 1
+        if event == "fulfilled" and intent.claimed_at:
             self.figures[(minute, *goal, f"ran {step_of(intent.completed_at - intent.claimed_at)}")] += 1
 
     def stored(self, counted, figures):
@@ -2402,16 +2392,12 @@ class EventLog:
     def after(self, number, owner=None, goals=None):
         """Return up to EVENTS_PAGE events after a number, and how many are dropped since then.
 
-        They are those of an owner's intents or of all, and of some goals or of any. Many watchers ask for the same ones.
+        They are those of an owner's intents or of all, and of some goals or of any.
         """
-        asked = self.newest, number, owner, goals
-        found = self._pages.get(asked) or self._after(number, owner, goals)
-        if len(self._pages) < EVENTS:
-            self._pages[asked] = found
-        return found
+        return self._page(self.newest, number, owner, goals)
 
-    def _after(self, number, owner, goals):
-        oldest = self._events[0][0] if self._events else self.newest + 1
+    def _page(self, newest, number, owner, goals):
+        oldest = self._events[0][0] if self._events else newest + 1
         newer = itertools.takewhile(lambda entry: entry[0] > number, reversed(list(self._events)))
         found = [Record(zip(EVENT_FIELDS, values), number=at, time=when, event=event, detail=detail)
                  for at, when, event, detail, values in newer]
@@ -2445,16 +2431,13 @@ class LiveOutput:
             told = before
         else:     # of another claim: a release or a retry gives the number of an attempt again
             told = types.SimpleNamespace(attempt=intent.claim_attempts, claimed_at=intent.claimed_at, percent=None, message=None,
-                                         output=bytearray(), start=before.start + len(before.output) if before else 0)
+                                         output=b"", start=before.start + len(before.output) if before else 0)
         told.key_id, told.ended_at = key_id, None
         told.percent = told.percent if percent is None else percent
         told.message = told.message if message is None else message[:PROGRESS_CHARACTERS]
-        told.output += (output or "").encode()
-        left_out = max(0, len(told.output) - LIVE_BYTES)
-        while left_out < len(told.output) and left_out and told.output[left_out] & 0xC0 == 0x80:     # within a character
-            left_out += 1
-        del told.output[:left_out]
-        told.start += left_out
+        output = told.output + (output or "").encode()
+        told.output = output if len(output) <= LIVE_BYTES else output[-LIVE_BYTES:].lstrip(WITHIN_CHARACTER)
+        told.start += len(output) - len(told.output)
         self._told[intent.id] = told
         self._sizes[key_id] += ROW_BYTES + len(told.output)
         while sum(self._sizes.values()) > LIVE_TOTAL_BYTES:
@@ -2468,9 +2451,8 @@ class LiveOutput:
             return Record(attempt=None, output="", next=0, missed=0, percent=None, message=None)
         end = told.start + len(told.output)
         first = max(told.start, number) if number <= end else told.start     # beyond the end: it is of another bus's numbers
-        output = bytes(told.output[first - told.start:]).decode(errors="replace")
-        return Record(attempt=told.attempt, output=output, next=end, missed=max(0, first - number), percent=told.percent,
-                      message=told.message)
+        return Record(attempt=told.attempt, output=told.output[first - told.start:].decode(errors="replace"), next=end,
+                      missed=max(0, first - number), percent=told.percent, message=told.message)
 
     def read(self, now, intent_id, seconds):
         """Note that somebody reads of an intent, for some seconds and until soon after."""
@@ -2682,8 +2664,7 @@ class Bus:
         """Store intents; return the answer, and the intents as they were wanted."""
         caller.narrowed([goal for fields in wanted for goal in goals_of(fields)])
         with self.store.transaction() as tx:
-            intents = [Intent.new(self._ids.new(tx.now), tx.now, caller.owner, caller.key_id,
-                                  dict(fields, idempotency_key=idempotency_key)) for fields in wanted]
+            intents = [self._new(tx, caller.owner, caller.key_id, dict(fields, idempotency_key=idempotency_key)) for fields in wanted]
             expected = [(intent.id, "published") for intent in intents]
             answer, memo = answer_with(expected), ("idempotency", caller.key_id, idempotency_key)
             if idempotency_key:
@@ -2703,6 +2684,10 @@ class Bus:
             if stored == expected or any(status != "kept" for _, status in stored):
                 self._require_room(tx, caller)
         return answer, intents
+
+    def _new(self, tx, owner, publisher, fields):
+        """Return an intent as published now, with a new id."""
+        return Intent.new(self._ids.new(tx.now), tx.now, owner, publisher, fields)
 
     def _insert(self, tx, intent, replace):
         """Store a new intent, unless the twin of its unique value is kept or, if it waits, replaced; return (id, status)."""
@@ -2756,7 +2741,7 @@ class Bus:
         if committed is None:
             committed = tx.tally_of(publisher)
             if not self.store.database.shared:
-                self._tallies[publisher] = Tally(committed)
+                self._tallies[publisher] = committed
         return committed, self.store.round_tallies.get(publisher, NO_TALLY), tx.tallies().get(publisher, NO_TALLY)
 
     def _audience(self, intent):
@@ -2803,9 +2788,9 @@ class Bus:
         count and until are those of purge().
         """
         retry = None if count else functools.partial(self._retry_dead, caller)
-        number, until = yield from self._sweep(retry, DEAD, until, limit, owner=caller.sees, namespace=namespace,
-                                               goals=among(caller.narrowed(goal and (goal,))))
-        return Record(number=number, until=until) if count else Record(retried=number)
+        found = yield from self._sweep(retry, DEAD, until, limit, owner=caller.sees, namespace=namespace,
+                                       goals=caller.narrowed(goal and (goal,)))
+        return found if count else Record(retried=found.number)
 
     # -- Schedules --
 
@@ -2884,8 +2869,8 @@ class Bus:
         return Caller(made.publisher, made.owner, "publish", False, limits)
 
     def _intent_of(self, tx, schedule):
-        fields = dict(json.loads(schedule.fields), goal=schedule.goal, payload=json.loads(schedule.payload), schedule=schedule.name)
-        return Intent.new(self._ids.new(tx.now), tx.now, schedule.owner, schedule.publisher, fields)
+        return self._new(tx, schedule.owner, schedule.publisher, dict(
+            json.loads(schedule.fields), goal=schedule.goal, payload=json.loads(schedule.payload), schedule=schedule.name))
 
     def _publish_run(self, tx, schedule, intent):
         tx.insert(intent, "scheduled")
@@ -3241,7 +3226,7 @@ class Bus:
         later ones, and those that have ended since then, are left.
         """
         return (yield from self._confirmed("deleted", self._delete_all, confirm, count, until, DEAD if status == "dead" else ANY,
-                                           ids=ids, namespace=namespace, goals=among(goal and (goal,)), status=status))
+                                           ids=ids, namespace=namespace, goals=goal and (goal,), status=status))
 
     @sliced
     def cancel_many(self, goal=None, confirm=False, namespace=None, count=False, until=None, status=None, ids=None, *, caller=OWNER):
@@ -3249,25 +3234,25 @@ class Bus:
         if goal is None and status is None and ids is None:
             raise Invalid("goal is required, or status, or ids.", code="invalid_goal")
         return (yield from self._confirmed("cancelled", self._cancel_all, confirm, count, until, NOT_ENDED,
-                                           ids=ids, namespace=namespace, goals=among(goal and (goal,)), status=status))
+                                           ids=ids, namespace=namespace, goals=goal and (goal,), status=status))
 
     def _confirmed(self, done, change, confirm, count, until, kind, **which):
         if not (confirm or count):
             raise Invalid('This changes many intents for good: say {"confirm": true}.', code="confirmation_required")
-        number, until = yield from self._sweep(None if count else change, kind, until, **which)
-        return Record(number=number, until=until) if count else Record({"ok": True, done: number})
+        found = yield from self._sweep(None if count else change, kind, until, **which)
+        return found if count else Record({"ok": True, done: found.number})
 
     @sliced
     def cleanup(self, *, caller=OWNER):
         """Apply all due transitions and delete all that is past its retention; return how many of each kind."""
-        total, step = collections.Counter(), None
-        while step is None or any(step.values()):
+        total, more = collections.Counter(), True
+        while more:
             with self.store.transaction() as tx:
-                due = self.apply_due(tx)
-                step = collections.Counter({kind: due[kind] for kind in ("expired_open_dead", "expired_claims_dead")})
-                step.update(self._clean(tx))
+                step = dict(self.apply_due(tx), **self._clean(tx))
+            more = any(step.values())
             total.update(step)
             yield
+        del total["applied"]
         return Record(total)
 
     def inspect(self, intent_id, *, caller=OWNER):
@@ -3295,26 +3280,26 @@ class Bus:
         counted, pass the until of the count.
         """
         change = {"count": None, "retry": functools.partial(self._retry_dead, caller), "delete": self._delete_all}[action]
-        number, until = yield from self._sweep(change, DEAD, until, ids=ids, goals=among(goal and (goal,)), namespace=namespace)
-        return Record(number=number, until=until)
+        return (yield from self._sweep(change, DEAD, until, ids=ids, goals=goal and (goal,), namespace=namespace))
 
-    def _sweep(self, change, kind, until, most=sys.maxsize, ids=None, **which):
-        """Change up to that many intents of a kind in slices, or count them if change is None; return their number, and until.
+    def _sweep(self, change, kind, until, most=sys.maxsize, *, ids=None, goals, namespace, owner=None, status=None):
+        """Change up to that many intents of a kind in slices, or count them if change is None; return {"number", "until"}.
 
         change takes a transaction, a number and values of IN_RANGE, and returns how many intents it has changed.
         """
         number, now = 0, self.clock.now()
         until = (FOREVER if change else now) if until is None else until
+        which = dict(kind=kind, goals=among(goals), namespace=namespace, owner=owner, status=status, until=until)
         ranges = ((one, one + " ") for one in ids) if ids is not None else self.store.id_ranges(
             SLICE_ROWS, DEAD if kind is DEAD else ANY)
         for start, end in ranges:
-            some = dict(dict(kind=kind, owner=None, status=None), **which, until=until, start=start, end=end)
+            some = dict(which, start=start, end=end)
             with self.store.transaction() as tx:
                 number += change(tx, most - number, **some) if change else tx.number_of(**some)
             if number >= most:
                 break
             yield
-        return number, min(until, now)
+        return Record(number=number, until=min(until, now))
 
     def _delete_all(self, tx, most, **which):
         return tx.delete(**which)
@@ -3360,23 +3345,20 @@ class Bus:
                 states = intents.setdefault(namespace, {})
                 states[status] = states.get(status, 0) + number
         database_bytes, wal_bytes = self.store.database.sizes()
-        limits = [limit for limit in self.limits().limits if caller.may_use(limit.goal)] if whole else []
+        limits = self.limits().limits if whole else []
         ready = [intent for intent in self.store.longest_ready(WAITING_LANES) if caller.may_see(intent.goal, intent.owner)]
+        longest = {}
+        for intent in sorted(ready, key=operator.attrgetter("run_at")):
+            longest.setdefault((intent.namespace, intent.goal), intent)
+        waiting = [Record(intent.pick(("namespace", "goal", "run_at")), listening=self.registry.listening(intent.lane))
+                   for intent in longest.values()]
         workers = functools.partial(self.registry.seen, caller.sees, caller.goals, WAITING_LANES)
         return Record(version=__version__, now=now, intents=intents, keys=sum(map(caller.oversees, self.store.keys())),
-                      database_bytes=database_bytes, wal_bytes=wal_bytes, waiting=self._longest_waiting(ready),
-                      goals=self._by_goal(ready, limits, caller), workers=workers(), gone=workers(gone=True),
+                      database_bytes=database_bytes, wal_bytes=wal_bytes, waiting=waiting,
+                      goals=self._by_goal(ready, longest, limits, caller), workers=workers(), gone=workers(gone=True),
                       limits=limits, history=self._past(int(now // 60) - minutes + 1, 1 if minutes <= 60 else 10) if whole else [])
 
-    def _longest_waiting(self, ready):
-        """Return {"namespace", "goal", "run_at", "listening"} of each goal that waits, as of its longest waiting intent."""
-        waiting = {}
-        for intent in sorted(ready, key=operator.attrgetter("run_at")):
-            waiting.setdefault((intent.namespace, intent.goal), intent)
-        return [Record(namespace=namespace, goal=goal, run_at=intent.run_at,
-                       listening=self.registry.listening(intent.lane)) for (namespace, goal), intent in waiting.items()]
-
-    def _by_goal(self, ready, limits, caller):
+    def _by_goal(self, ready, longest, limits, caller):
         """Return the figures of up to FIGURE_GOALS goals, the busiest first.
 
         waiting and running are how many there are now, of the WAITING_ROWS and RUNNING_ROWS that are counted; run_at is of the
@@ -3385,8 +3367,8 @@ class Bus:
         """
         goals = collections.defaultdict(lambda: dict(
             waiting=0, running=0, run_at=None, limit=None, paused=False, fulfilled=[0, 0], failed=[0, 0], waited=None, ran=None))
-        for intent in sorted(ready, key=operator.attrgetter("run_at"), reverse=True):
-            goals[intent.namespace, intent.goal]["run_at"] = intent.run_at
+        for place, intent in longest.items():
+            goals[place]["run_at"] = intent.run_at
         room = WAITING_ROWS
         for lane, intent in {intent.lane: intent for intent in ready}.items():
             number = self.store.number_ready(lane, room)
@@ -3397,14 +3379,13 @@ class Bus:
                 goals[namespace, goal]["running"] += number
         for limit in limits:
             goals[limit.namespace, limit.goal].update(limit=limit.running, paused=limit.paused)
-        for place, figures in self._goal_history(caller).items():
-            goals[place].update(figures)
+        self._add_history(goals, caller)
         found = [Record(figures, namespace=namespace, goal=goal) for (namespace, goal), figures in goals.items()]
         found.sort(key=lambda of: (-of.waiting - of.running, -sum(of.fulfilled + of.failed), of.goal, of.namespace))
         return found[:FIGURE_GOALS]
 
-    def _goal_history(self, caller):
-        """Return the figures by (namespace, goal) that come from events of the last day, of the intents that the caller sees."""
+    def _add_history(self, goals, caller):
+        """Add to goals what comes from events of the last day, of the intents that the caller sees."""
         minute = int(self.clock.now() // 60)
         day, hour = minute - HISTORY_MINUTES, minute - 60
         began = time.monotonic()
@@ -3414,8 +3395,7 @@ class Bus:
             self._figures_at = began + max(FIGURE_SECONDS, 100 * took)     # it holds up the loop for 1 % of the time at most
         events = [(*figure, times, times if minute >= hour else 0)     # not stored yet
                   for (minute, *figure), times in list(self.log.figures.items()) if minute >= day]
-        goals, steps = collections.defaultdict(dict), collections.defaultdict(collections.Counter)
-        may_see = functools.lru_cache(None)(caller.may_see)
+        may_see, steps = functools.lru_cache(None)(caller.may_see), collections.defaultdict(collections.Counter)
         for owner, namespace, goal, event, in_day, in_hour in [*self._figures, *events]:
             kind, _, step = event.partition(" ")
             if not may_see(goal, owner):
@@ -3423,11 +3403,10 @@ class Bus:
             if step:
                 steps[namespace, goal, kind][int(step)] += in_day
             else:
-                before = goals[namespace, goal].get(kind, (0, 0))
-                goals[namespace, goal][kind] = [before[0] + in_hour, before[1] + in_day]
+                times = goals[namespace, goal].setdefault(kind, [0, 0])
+                times[:] = times[0] + in_hour, times[1] + in_day
         for (namespace, goal, kind), counted in steps.items():
             goals[namespace, goal][kind] = percentiles(counted, 0.5, 0.95)
-        return goals
 
     def _past(self, since, step):
         """Return [[minute, event, times]] of the minutes of Unix time from one on, added up by that many minutes."""
@@ -3465,17 +3444,13 @@ class Bus:
         if change.event == "dead" and self._announce_dead and intent.goal != DEATHS:
             payload = dict(id=after.id, goal=after.goal, namespace=after.namespace, reason=after.last_error,
                            attempts=after.claim_attempts, worker_id=after.worker_id, worker=after.worker, created_at=after.created_at)
-            tx.insert(self._follow_up(tx, after, DEATHS, payload, OWNER.key_id))
+            tx.insert(self._new(tx, after.owner, OWNER.key_id, dict(goal=DEATHS, payload=payload, namespace=after.namespace)))
         if change.callback and after[change.callback]:
             payload = dict(after.pick(("id", "goal", "status")), result=stored_result(after), result_type=after.result_type or "json",
                            error=after.last_error if after.status == "dead" else None, claim_attempts=after.claim_attempts)
-            tx.insert(self._follow_up(tx, after, after[change.callback], payload, after.publisher, caused_by=after.id), "chained")
+            fields = dict(goal=after[change.callback], payload=payload, namespace=after.namespace, caused_by=after.id)
+            tx.insert(self._new(tx, after.owner, after.publisher, fields), "chained")
         return after
-
-    def _follow_up(self, tx, intent, goal, payload, publisher, **columns):
-        """Return a new intent in the namespace of another one, for its owner."""
-        fields = dict(goal=goal, payload=payload, namespace=intent.namespace)
-        return Intent.new(self._ids.new(tx.now), tx.now, intent.owner, publisher, dict(fields, **columns))
 
     def _only_one_open(self, tx, intent, change):
         """Return the change that opens an intent, or that ends it if a newer twin is open; an older one ends."""
@@ -3542,13 +3517,15 @@ class Bus:
 
     def _committed(self, blocks):
         """Take in the moves and effects of blocks, now that they are on disk."""
+        for block in blocks:
+            for effect, arguments in block.effects:
+                effect(*arguments)
+            for publisher, *counted in block.counted:
+                if publisher in self._tallies:
+                    self._tallies[publisher].add(*counted)
+            for intent_id in block.deleted:
+                self.registry.free(intent_id)
         moves = [move for block in blocks for move in block.moves]
-        for effect, arguments in [entry for block in blocks for entry in block.effects]:
-            effect(*arguments)
-        for publisher, *counted in [entry for block in blocks for entry in block.counted if entry[0] in self._tallies]:
-            self._tallies[publisher].add(*counted)
-        for intent_id in [intent_id for block in blocks for intent_id in block.deleted]:
-            self.registry.free(intent_id)
         self.learn(moves)
         if moves:
             self._note_write()
@@ -3598,8 +3575,9 @@ class Bus:
             with self.store.transaction() as tx:
                 tx.shift(step)
                 self._shift_schedules(tx, step)
-                self._kept = [max(0, self._kept[0] + step), tx.now + step + self._retention]
-                self._note_time(tx, step)
+                kept = [max(0, self._kept[0] + step), tx.now + step + self._retention]
+                self._note_time(tx, step, kept)
+            self._kept = kept     # once it is stored: a step that could not be is tried again
             self.clock.adopt(step)
             self.distrust_memory()
 
@@ -3646,8 +3624,7 @@ class Bus:
     def close(self):
         """Store the history and the time, which are kept in memory."""
         with self.store.transaction() as tx:
-            if self.log.minutes or self.log.figures:
-                self._store_history(tx)
+            self._store_history(tx)
             self._note_time(tx)
 
     def _clean(self, tx):
@@ -3671,9 +3648,9 @@ class Bus:
         if time.monotonic() < self._figures_at:     # until the summary reads them again
             tx.after_commit(self._figures.extend, [(*figure[1:], times, times) for figure, times in figures.items()])
 
-    def _note_time(self, tx, step=0):
+    def _note_time(self, tx, step=0, kept=None):
         """Store the time, with a step of the wall clock added."""
-        tx.remember("clock", "", "", to_json(dict(self.clock.note(step), kept=self._kept)), FOREVER)
+        tx.remember("clock", "", "", to_json(dict(self.clock.note(step), kept=kept or self._kept)), FOREVER)
 
 
 # ---- 11. Keys ----

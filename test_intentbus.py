@@ -1832,11 +1832,12 @@ def test_an_intent_reads_both_ways():
     (lambda i: i.failed(1000, "no", False, 1), "dead", "dead", 0, None),
     (lambda i: i.released(1000, 0), "released", "open", 1, 4600),
     (lambda i: i.released(1000, 7), "released", "open", 0, 1007),
+    (lambda i: i.released(4600, 0), "dead", "dead", 0, None),
     (lambda i: i.cancelled(1000), "dead", "dead", 0, None),
     (lambda i: i.advance(1060), "lost", "open", 1, 4600),
     (lambda i: i.advance(4600), "dead", "dead", 0, None),
 ], ids=["claimed", "claimed beyond expiry", "extended", "fulfilled", "failed", "failed for good", "released", "released for later",
-        "cancelled", "lease over", "expired"])
+        "released after its expiry", "cancelled", "lease over", "expired"])
 def test_each_transition_of_a_claimed_intent(transition, event, status, ready, due_at):
     change = transition(claimed())
     after = Intent(claimed(), **change.columns)
@@ -2768,6 +2769,24 @@ def test_a_clock_jump_changes_no_retention_of_ended_intents(store, clock, jump):
     clock.pass_(100 * 86400)
     tend(bus)
     assert bus.list().intents == []
+
+
+@ON_A_FILE     # several buses use the clock of their database
+def test_a_jump_that_could_not_be_stored_counts_once(store, clock, tmp_path):
+    bus = assembled(store, clock=clock, bus=dict(retention=3600)).bus
+    bus.publish("g", 1)
+    bus.fulfill(bus.claim("g").id)
+    clock.set(7200)
+    tend(bus)
+    clock.set(-3600)
+    with contextlib.closing(sqlite3.connect(tmp_path / "bus.db")) as db:
+        db.execute("CREATE TRIGGER forbidden BEFORE UPDATE OF value ON memos BEGIN SELECT RAISE(ABORT, 'forbidden'); END")
+        for _ in range(2):
+            with pytest.raises(sqlite3.IntegrityError):
+                tend(bus)
+        db.execute("DROP TRIGGER forbidden")
+    tend(bus)
+    assert len(bus.list().intents) == 1
 
 
 @ON_A_FILE     # several buses use the clock of their database
@@ -3712,9 +3731,11 @@ def test_what_a_worker_runs_is_shown_until_it_ends(bus, clock, end, holder):
 
 
 def test_a_worker_whose_key_is_revoked_is_gone_at_once(bus):
+    bus.claim("g", caller=ALICE, worker_name="silent")
+    bus.registry.leave(ALICE.key_id, "silent")
     bus.claim("g", caller=ALICE)
     bus.end_leases(ALICE.key_id)
-    assert bus.workers().workers == [] and bus.publish("g", 1, caller=ALICE).listening == 0
+    assert bus.workers().workers == bus.summary().gone == [] and bus.publish("g", 1, caller=ALICE).listening == 0
 
 
 def test_a_restarted_bus_learns_from_an_extension_who_is_there(store, clock):
@@ -4450,6 +4471,15 @@ def test_a_cleanup_counts_the_deaths_of_claimed_and_open(bus, clock):
     clock.pass_(51)
     assert bus.cleanup().pick(("expired_open_dead", "expired_claims_dead")) == dict(expired_open_dead=0, expired_claims_dead=1)
     assert not any(bus.cleanup().values())
+
+
+def test_a_cleanup_goes_on_after_a_pass_without_deaths(bus, clock, monkeypatch):
+    monkeypatch.setattr(intentbus, "DUE_ROWS", 2)
+    for _ in range(2):
+        bus.publish("delayed", 1, delay=5)
+    bus.publish("expired", 1, ttl=10)
+    clock.pass_(10)
+    assert bus.cleanup().expired_open_dead == 1
 
 
 def test_intents_are_claimed_by_priority_then_time(bus, clock):
