@@ -1107,43 +1107,24 @@ class Database:
 # which sees its own block as well and makes the changes.
 
 ALL = ", ".join(COLUMNS)     # by name: a newer bus on the same database may have added columns
+ALL_INTENTS = f"SELECT {ALL} FROM intents"
 ORDER = "priority DESC, run_at, claim_attempts, created_at, id"     # of claims, within a lane
 INSERTED = [column for column in COLUMNS if column not in UNCLAIMED or column in ("idempotency_key", "caused_by", "schedule")]
 INSERT = f"INSERT INTO intents ({', '.join(INSERTED)}) VALUES (:{', :'.join(INSERTED)})"     # the others are NULL
-ONE = f"SELECT {ALL} FROM intents WHERE id = :id"
-DUE = f"""
-    SELECT   {ALL}
-    FROM     intents
-    WHERE    due_at <= :now
-    ORDER BY due_at
-    LIMIT    :rows
+ONE = ALL_INTENTS + " WHERE id = :id"
+DUE = ALL_INTENTS + " WHERE due_at <= :now ORDER BY due_at LIMIT :rows"
+LOST = ALL_INTENTS + """
+    WHERE claim_expires_at <= :now
+    AND   due_at <= :now
+    AND   expires_at > :now
+    AND   status = 'claimed'
+    LIMIT :rows
 """
-LOST = f"""
-    SELECT {ALL}
-    FROM   intents
-    WHERE  claim_expires_at <= :now
-    AND    due_at <= :now
-    AND    expires_at > :now
-    AND    status = 'claimed'
-    LIMIT  :rows
-"""
-CLAIMED_WITH = f"""
-    SELECT {ALL}
-    FROM   intents
-    WHERE  claim_key = :key_id
-    AND    claim_token_hash = :token_hash
-    AND    status = 'claimed'
-"""
-CLAIMED_BY_KEY = f"""
-    SELECT {ALL}
-    FROM   intents
-    WHERE  claim_key = :key_id
-    AND    status = 'claimed'
-    LIMIT  :rows
-"""
+OF_KEY = ALL_INTENTS + " WHERE claim_key = :key_id AND status = 'claimed'"
+CLAIMED_WITH = OF_KEY + " AND claim_token_hash = :token_hash"
+CLAIMED_BY_KEY = OF_KEY + " LIMIT :rows"
 TWIN = {status: f"""
-    SELECT   {ALL}
-    FROM     intents
+    {ALL_INTENTS}
     WHERE    owner = :owner
     AND      namespace = :namespace
     AND      goal = :goal
@@ -1153,24 +1134,18 @@ TWIN = {status: f"""
     ORDER BY created_at DESC, id DESC
     LIMIT    1
 """ for status in ("open", "claimed")}     # literals, as for ANY
-HEAD_OF_NEXT_LANE = f"""
-    SELECT   {ALL}
-    FROM     intents
+HEAD_OF_PLACE, PUBLIC_HEAD_OF_PLACE, HEAD_OF_NEXT_PRIORITY, HEAD_OF_NEXT_LANE = (f"""
+    {ALL_INTENTS}
     WHERE    ready = 1
-    AND      lane >= :start
-    AND      lane < :end
-    ORDER BY lane, {ORDER}
+    AND      {where}
+    ORDER BY {order}
     LIMIT    1
-"""
-HEAD_OF_PLACE, PUBLIC_HEAD_OF_PLACE = (f"""
-    SELECT   {ALL}
-    FROM     intents
-    WHERE    ready = 1
-    AND      place = :place
-    {more}
-    ORDER BY {ORDER}
-    LIMIT    1
-""" for more in ("", "AND visibility = 'public' AND owner = :publisher"))
+""" for where, order in (
+    ("place = :place", ORDER),
+    ("place = :place AND visibility = 'public' AND owner = :publisher", ORDER),
+    ("lane = :lane AND priority < :priority", ORDER),
+    ("lane >= :start AND lane < :end", f"lane, {ORDER}"),
+))
 HEAD_BESIDE_FULL_GOALS = f"""
     WITH RECURSIVE lanes (lane) AS (     -- one step in the index for each
         SELECT :start
@@ -1179,35 +1154,26 @@ HEAD_BESIDE_FULL_GOALS = f"""
         FROM   lanes
         WHERE  lane IS NOT NULL
     )
-    SELECT   {ALL}
-    FROM     intents
+    {ALL_INTENTS}
     WHERE    id IN (SELECT (SELECT id FROM intents WHERE ready = 1 AND lane = lanes.lane ORDER BY {ORDER} LIMIT 1) FROM lanes)
     AND      REPLACE(:goals, '\t' || goal || '\t', '') = :goals
     AND      :publisher IN ('', owner)
     ORDER BY {ORDER}
     LIMIT    1
 """
-HEAD_OF_NEXT_PRIORITY = f"""
-    SELECT   {ALL}
-    FROM     intents
-    WHERE    ready = 1
-    AND      lane = :lane
-    AND      priority < :priority
-    ORDER BY {ORDER}
-    LIMIT    1
+MATCHING = """
+    AND      (:status IS NULL OR status = :status)
+    AND      (:owner IS NULL OR owner = :owner)
+    AND      (:goals IS NULL OR REPLACE(:goals, '\t' || goal || '\t', '') <> :goals)     -- as among() returns them
+    AND      (:namespace IS NULL OR namespace = :namespace)
 """
-OF_GOALS = "(:goals IS NULL OR REPLACE(:goals, '\t' || goal || '\t', '') <> :goals)"     # :goals is what among() returns
 PAGE = f"""
-    SELECT   {ALL}
-    FROM     intents
+    {ALL_INTENTS}
     WHERE    id < :before
     AND      id >= :floor
     AND      {{kind}}
-    AND      (:status IS NULL OR status = :status)
     AND      (:ready IS NULL OR ready = :ready)
-    AND      (:owner IS NULL OR owner = :owner)
-    AND      {OF_GOALS}
-    AND      (:namespace IS NULL OR namespace = :namespace)
+    {MATCHING}
     ORDER BY id DESC
     LIMIT    :limit
 """
@@ -1232,17 +1198,14 @@ STEP = """
     OFFSET   :rows
 """
 IN_RANGE = f"""
-    SELECT {{columns}}
-    FROM   intents
-    WHERE  {{kind}}
-    AND    id >= :start
-    AND    id < :end
-    AND    created_at <= :until
-    AND    (completed_at IS NULL OR completed_at <= :until)
-    AND    (:status IS NULL OR status = :status)
-    AND    (:owner IS NULL OR owner = :owner)
-    AND    {OF_GOALS}
-    AND    (:namespace IS NULL OR namespace = :namespace)
+    SELECT   {{columns}}
+    FROM     intents
+    WHERE    {{kind}}
+    AND      id >= :start
+    AND      id < :end
+    AND      created_at <= :until
+    AND      (completed_at IS NULL OR completed_at <= :until)
+    {MATCHING}
 """
 GONE = ("id", "namespace", "goal", "publisher", "status", "size", "claim_key", "result_size", "idempotency_key", "limited", "steps")
 DELETE = f"""
