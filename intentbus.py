@@ -1227,25 +1227,6 @@ TALLY = """
     SET         intents = tallies.intents + excluded.intents,
                 bytes = tallies.bytes + excluded.bytes
 """
-TALLIES_OF = """
-    SELECT   namespace, status, SUM(intents), SUM(bytes)
-    FROM     tallies
-    WHERE    publisher = :publisher
-    GROUP BY namespace, status
-"""
-BYTES_OF = """
-    SELECT SUM(bytes)
-    FROM   tallies
-    WHERE  publisher IN (:first, :second)
-"""
-RECALL = """
-    SELECT value
-    FROM   memos
-    WHERE  kind = :kind
-    AND    owner = :owner
-    AND    key = :key
-    AND    expires_at > :now
-"""
 REMEMBER = """
     INSERT INTO memos (kind, owner, key, value, expires_at, size)
     VALUES      (:kind, :owner, :key, :value, :expires_at, :size)
@@ -1282,11 +1263,6 @@ SET_SCHEDULE = f"""
 """
 
 STEP_FIELDS = ("name", "attempt", "seconds", "done_at")
-SET_STEP = """
-    INSERT INTO steps (intent, name, output, size, attempt, seconds, done_at)
-    VALUES      (:intent, :name, :output, :size, :attempt, :seconds, :done_at)
-"""
-
 KEY_FIELDS = ("key_id", "name", "owner", "role", "goals", "expires_at", "payloads", "created_at", "last_used_at", "total_requests")
 Move = collections.namedtuple("Move", "intent event detail", defaults=(None,))     # an intent as a block left it
 GoalLimit = collections.namedtuple("GoalLimit", "namespace goal running paused")     # running: how many may, None for any number
@@ -1377,7 +1353,13 @@ class Reads:
         row = next(iter(self._rows(statement, values)), None)
         return row and Intent(zip(COLUMNS, row))
 
-    def _intents(self, statement, **values):
+    def _value(self, statement, **values):
+        """Return the first column of the first row, or None."""
+        row = next(iter(self._rows(statement, values)), None)
+        return row and row[0]
+
+    def intents(self, statement, **values):
+        """Return the intents that a statement finds: DUE, LOST, CLAIMED_BY_KEY, or one of a range."""
         return [Intent(zip(COLUMNS, row)) for row in self._rows(statement, values)]
 
     def get(self, intent_id):
@@ -1401,21 +1383,26 @@ class Reads:
 
     def number_of_schedules(self, key_id):
         """Return how many schedules a key has made."""
-        return self._first("SELECT COUNT(*) FROM schedules WHERE publisher = :key_id", key_id=key_id)[0]
+        return self._value("SELECT COUNT(*) FROM schedules WHERE publisher = :key_id", key_id=key_id)
 
-    def id_ranges(self, rows, kind=ANY):
+    def id_ranges(self, rows, kind):
         """Yield ranges of ids, as (start, end before which it ends), that hold at most that many intents of a kind each."""
         start = ""
         while start is not None:
-            found = self._first(STEP.format(kind=kind), start=start, rows=rows)
-            end = found and found[0]
+            end = self._value(STEP.format(kind=kind), start=start, rows=rows)
             yield start, end or "g"     # "g" is after every id
             start = end
 
     def recall(self, kind, owner, key, now):
         """Return the text that is remembered under kind, owner and key, or None."""
-        found = self._first(RECALL, kind=kind, owner=owner, key=key, now=now)
-        return found and found[0]
+        return self._value("""
+            SELECT value
+            FROM   memos
+            WHERE  kind = :kind
+            AND    owner = :owner
+            AND    key = :key
+            AND    expires_at > :now
+        """, kind=kind, owner=owner, key=key, now=now)
 
     def steps(self, intent_id):
         """Return the STEP_FIELDS of the steps of an intent that are done, in this order."""
@@ -1429,8 +1416,8 @@ class Reads:
 
     def claimed_of(self, namespace, goal):
         """Return how many intents of a limited goal are claimed."""
-        return self._first("SELECT COUNT(*) FROM intents WHERE limited = 1 AND status = 'claimed' AND namespace = :namespace "
-                           "AND goal = :goal", namespace=namespace, goal=goal)[0]
+        return self._value("SELECT COUNT(*) FROM intents WHERE limited = 1 AND status = 'claimed' AND namespace = :namespace "
+                           "AND goal = :goal", namespace=namespace, goal=goal)
 
     def key(self, key_id):
         """Return an issued key that is not revoked, or None."""
@@ -1520,31 +1507,25 @@ class Transaction(Reads):
 
     def step_output(self, intent_id, name):
         """Return the output of a step that is done, or None."""
-        found = self._first("SELECT output FROM steps WHERE intent = :intent AND name = :name", intent=intent_id, name=name)
-        return found and found[0]
+        return self._value("SELECT output FROM steps WHERE intent = :intent AND name = :name", intent=intent_id, name=name)
 
     def step_bytes(self, intent_id):
         """Return the bytes of all steps of an intent."""
-        return self._first("SELECT SUM(size) FROM steps WHERE intent = :intent", intent=intent_id)[0] or 0
+        return self._value("SELECT SUM(size) FROM steps WHERE intent = :intent", intent=intent_id) or 0
 
     def add_step(self, intent, name, output, seconds):
         """Record a step of an intent, and return the intent as it is then."""
         size = ROW_BYTES + bytes_of(output)
-        self._db.execute(SET_STEP, dict(intent=intent.id, name=name, output=output, size=size, attempt=intent.claim_attempts,
-                                        seconds=seconds, done_at=self.now))
+        self._db.execute("""
+            INSERT INTO steps (intent, name, output, size, attempt, seconds, done_at)
+            VALUES      (:intent, :name, :output, :size, :attempt, :seconds, :done_at)
+        """, dict(intent=intent.id, name=name, output=output, size=size, attempt=intent.claim_attempts, seconds=seconds,
+                  done_at=self.now))
         return self.update(intent, intent.stepped(name, size, seconds))
 
     def forget_steps(self, *intent_ids):
         """Forget the steps of intents."""
         self._db.executemany("DELETE FROM steps WHERE intent = :intent", [dict(intent=intent_id) for intent_id in intent_ids])
-
-    def due(self, now, rows):
-        """Return intents that time changes by now, the longest due first."""
-        return self._intents(DUE, now=now, rows=rows)
-
-    def lost(self, now, rows):
-        """Return intents whose lease has run out, at most that many."""
-        return self._intents(LOST, now=now, rows=rows)
 
     def claimable(self, lanes, key_id, token_hash=None):
         """Return the first intent that is ready in these lanes, or in lanes that they cover, and whose goal has room; or None.
@@ -1617,28 +1598,27 @@ class Transaction(Reads):
         """Return the newest other intent of a unique value, of the first of these statuses that there is; or None."""
         return next(filter(None, (self._intent(TWIN[status], **intent) for status in statuses)), None)
 
-    def claimed_by_key(self, key_id, rows):
-        """Return intents that a key holds under a lease, at most that many."""
-        return self._intents(CLAIMED_BY_KEY, key_id=key_id, rows=rows)
-
     def number_of(self, kind, **which):
         """Return how many intents of a kind are in a range of ids, as IN_RANGE describes them."""
-        return self._first(IN_RANGE.format(columns="COUNT(*)", kind=kind), **which)[0]
+        return self._value(IN_RANGE.format(columns="COUNT(*)", kind=kind), **which)
 
     def select(self, kind, **which):
         """Return these intents."""
-        return self._intents(IN_RANGE.format(columns=ALL, kind=kind), **which)
+        return self.intents(IN_RANGE.format(columns=ALL, kind=kind), **which)
 
     def delete(self, kind, **which):
-        """Delete these intents for good; return how many."""
-        return len(self._delete(IN_RANGE.format(columns="id", kind=kind), True, **which))
+        """Delete these intents, and the memory of their idempotency keys; return how many."""
+        gone = self._delete(IN_RANGE.format(columns="id", kind=kind), **which)
+        keys = {(intent.publisher, intent.idempotency_key) for intent in gone if intent.idempotency_key is not None}
+        self._db.executemany(FORGET, [dict(kind="idempotency", owner=publisher, key=key) for publisher, key in keys])
+        return len(gone)
 
     def delete_old(self, until, rows):
         """Delete intents that ended by a time, the oldest first, at most that many; return their statuses."""
-        return self._delete(OLD, False, until=until, rows=rows)
+        return [intent.status for intent in self._delete(OLD, until=until, rows=rows)]
 
-    def _delete(self, which, for_good, **values):
-        """Delete intents and, if it is for good, the memory of their idempotency keys; return their statuses."""
+    def _delete(self, which, **values):
+        """Delete intents; return their columns in GONE."""
         gone = [Record(zip(GONE, row)) for row in self._rows(DELETE.format(which=which), values)]
         for intent in gone:
             self.count(intent, -1)
@@ -1648,21 +1628,23 @@ class Transaction(Reads):
                 self.deleted.append(intent.id)
                 if intent.limited:
                     self.moves.append(Move(Intent(dict.fromkeys(COLUMNS), namespace=intent.namespace, goal=intent.goal, limited=1), None))
-        if for_good:
-            self._db.executemany(FORGET, [dict(kind="idempotency", owner=publisher, key=key) for publisher, key in {
-                (intent.publisher, intent.idempotency_key) for intent in gone} if key is not None])
-        return [intent.status for intent in gone]
+        return gone
 
     def tally_of(self, publisher):
         """Return the Tally of a publisher before this round."""
         tally = Tally()
-        for kind in self._rows(TALLIES_OF, dict(publisher=publisher)):
+        for kind in self._rows("""
+            SELECT   namespace, status, SUM(intents), SUM(bytes)
+            FROM     tallies
+            WHERE    publisher = :publisher
+            GROUP BY namespace, status
+        """, dict(publisher=publisher)):
             tally.add(*kind)
         return tally
 
-    def stored_bytes(self, *publishers):
+    def stored_bytes(self, first, second):
         """Return the bytes in the stored tallies of two publishers."""
-        return self._first(BYTES_OF, first=publishers[0], second=publishers[1])[0] or 0
+        return self._value("SELECT SUM(bytes) FROM tallies WHERE publisher IN (:first, :second)", first=first, second=second) or 0
 
     def shift(self, seconds):
         """Move the times of all that is unfinished or remembered, since the clock was set by that much."""
@@ -1878,8 +1860,7 @@ class Store(Reads):
                       namespace=namespace, before=before or "g", limit=limit, rows=LIST_ROWS)     # "g" is after every id
         kind = DEAD if status == "dead" else ANY
         if floor is None:
-            found = self._first(PAGE_FLOOR.format(kind=kind), **values)
-            floor = found[0] if found else ""
+            floor = self._value(PAGE_FLOOR.format(kind=kind), **values) or ""
         rows = self._rows(PAGE.format(kind=kind), dict(values, floor=floor))
         return (Intent(zip(COLUMNS, row)) for row in rows), floor or None
 
@@ -1922,8 +1903,8 @@ class Store(Reads):
 
     def number_ready(self, lane, most):
         """Return how many intents are ready in a lane, at most that many."""
-        return self._first("SELECT COUNT(*) FROM (SELECT 1 FROM intents WHERE ready = 1 AND lane = :lane LIMIT :most) AS waiting",
-                           lane=lane, most=most)[0]
+        return self._value("SELECT COUNT(*) FROM (SELECT 1 FROM intents WHERE ready = 1 AND lane = :lane LIMIT :most) AS waiting",
+                           lane=lane, most=most)
 
     def running(self, most):
         """Yield (namespace, goal, owner, number) of the claimed intents; it counts `most` of them at most."""
@@ -1944,7 +1925,7 @@ class Store(Reads):
 
     def newest_id(self):
         """Return the greatest id, or None."""
-        return self._first("SELECT MAX(id) FROM intents")[0]
+        return self._value("SELECT MAX(id) FROM intents")
 
 
 # ---- 7. Clock ----
@@ -2950,7 +2931,7 @@ class Bus:
         lost = not self.store.database.shared
         while lost:
             with self.store.transaction() as tx:
-                lost = tx.lost(tx.now, SLICE_ROWS)
+                lost = tx.intents(LOST, now=tx.now, rows=SLICE_ROWS)
                 for intent in lost:
                     self._change(tx, intent, intent.spared(tx.now))
 
@@ -2961,7 +2942,7 @@ class Bus:
         while held:
             with self.store.transaction() as tx:
                 tx.after_commit(self.registry.forget_key, key_id)
-                held = tx.claimed_by_key(key_id, SLICE_ROWS)
+                held = tx.intents(CLAIMED_BY_KEY, key_id=key_id, rows=SLICE_ROWS)
                 for intent in held:
                     self._change(tx, intent, intent.lost(tx.now))
             yield
@@ -3542,7 +3523,7 @@ class Bus:
     def apply_due(self, tx):
         """Apply due transitions, DUE_ROWS at most, and run due schedules; return counts of transitions, and of deaths by kind."""
         counts = Record(applied=0, expired_open_dead=0, expired_claims_dead=0)
-        for intent in tx.due(tx.now, DUE_ROWS):
+        for intent in tx.intents(DUE, now=tx.now, rows=DUE_ROWS):
             after = self._change(tx, intent, intent.advance(tx.now))
             counts["applied"] += 1
             if after.ended:
