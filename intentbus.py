@@ -1177,26 +1177,8 @@ PAGE = f"""
     ORDER BY id DESC
     LIMIT    :limit
 """
-PAGE_FLOOR = """
-    SELECT   id
-    FROM     intents
-    WHERE    id < :before
-    AND      {kind}
-    ORDER BY id DESC
-    LIMIT    1
-    OFFSET   :rows
-"""
 # kinds of intents: literals, since a partial index serves no parameter
 KINDS = ANY, DEAD, NOT_ENDED = "1 = 1", "status = 'dead'", "status IN ('open', 'claimed')"
-STEP = """
-    SELECT   id
-    FROM     intents
-    WHERE    {kind}
-    AND      id >= :start
-    ORDER BY id
-    LIMIT    1
-    OFFSET   :rows
-"""
 IN_RANGE = f"""
     SELECT   {{columns}}
     FROM     intents
@@ -1264,6 +1246,7 @@ SET_SCHEDULE = f"""
 
 STEP_FIELDS = ("name", "attempt", "seconds", "done_at")
 KEY_FIELDS = ("key_id", "name", "owner", "role", "goals", "expires_at", "payloads", "created_at", "last_used_at", "total_requests")
+ALL_KEYS = f"SELECT {', '.join(KEY_FIELDS)} FROM keys WHERE revoked_at IS NULL"
 Move = collections.namedtuple("Move", "intent event detail", defaults=(None,))     # an intent as a block left it
 GoalLimit = collections.namedtuple("GoalLimit", "namespace goal running paused")     # running: how many may, None for any number
 
@@ -1389,7 +1372,15 @@ class Reads:
         """Yield ranges of ids, as (start, end before which it ends), that hold at most that many intents of a kind each."""
         start = ""
         while start is not None:
-            end = self._value(STEP.format(kind=kind), start=start, rows=rows)
+            end = self._value(f"""
+                SELECT   id
+                FROM     intents
+                WHERE    {kind}
+                AND      id >= :start
+                ORDER BY id
+                LIMIT    1
+                OFFSET   :rows
+            """, start=start, rows=rows)
             yield start, end or "g"     # "g" is after every id
             start = end
 
@@ -1421,22 +1412,12 @@ class Reads:
 
     def key(self, key_id):
         """Return an issued key that is not revoked, or None."""
-        row = self._first(f"""
-            SELECT {", ".join(KEY_FIELDS)}
-            FROM   keys
-            WHERE  key_id = :key_id
-            AND    revoked_at IS NULL
-        """, key_id=key_id)
+        row = self._first(ALL_KEYS + " AND key_id = :key_id", key_id=key_id)
         return row and key_of(row)
 
     def keys(self):
         """Return the issued keys that are not revoked, oldest first."""
-        return [key_of(row) for row in self._rows(f"""
-            SELECT   {", ".join(KEY_FIELDS)}
-            FROM     keys
-            WHERE    revoked_at IS NULL
-            ORDER BY created_at, key_id
-        """, {})]
+        return [key_of(row) for row in self._rows(ALL_KEYS + " ORDER BY created_at, key_id", {})]
 
 
 class Transaction(Reads):
@@ -1711,25 +1692,25 @@ class Transaction(Reads):
 
     # -- Memos and history --
 
-    def remember(self, kind, owner, key, value, expires_at):
-        """Remember a text, in place of an earlier one."""
-        self._db.execute(REMEMBER, dict(kind=kind, owner=owner, key=key, value=value, expires_at=expires_at, size=0))
+    def remember(self, kind, owner, key, value, expires_at, size=0):
+        """Remember a text, in place of an earlier one; only that of a value has a size."""
+        self._db.execute(REMEMBER, dict(kind=kind, owner=owner, key=key, value=value, expires_at=expires_at, size=size))
 
-    def remember_first(self, kind, owner, key, value, expires_at):
+    def remember_first(self, kind, owner, key, value, expires_at, size=0):
         """Remember a text unless there is one; return whether it was remembered."""
-        return self._first(REMEMBER_FIRST, kind=kind, owner=owner, key=key, value=value, expires_at=expires_at, size=0,
+        return self._first(REMEMBER_FIRST, kind=kind, owner=owner, key=key, value=value, expires_at=expires_at, size=size,
                            now=self.now) is not None
 
     def set_value(self, owner, key, value, expires_at, if_absent):
         """Store a value of an owner; return whether it was stored: if_absent, unless there is one."""
         old, until = self._first("SELECT size, expires_at FROM memos WHERE kind = 'store' AND owner = :owner AND key = :key",
                                  owner=owner, key=key) or (None, 0)
-        row = dict(kind="store", owner=owner, key=key, value=value, expires_at=expires_at, size=ROW_BYTES + bytes_of(value))
-        if if_absent and (until > self.now or not self._first(REMEMBER_FIRST, **row, now=self.now)):
-            return False
+        size = ROW_BYTES + bytes_of(value)
         if not if_absent:
-            self._db.execute(REMEMBER, row)
-        self.counted.append((values_of(owner), "", "value", int(old is None), row["size"] - (old or 0)))
+            self.remember("store", owner, key, value, expires_at, size)
+        elif until > self.now or not self.remember_first("store", owner, key, value, expires_at, size):
+            return False
+        self.counted.append((values_of(owner), "", "value", int(old is None), size - (old or 0)))
         return True
 
     def take_memo(self, kind, owner, key):
@@ -1860,7 +1841,15 @@ class Store(Reads):
                       namespace=namespace, before=before or "g", limit=limit, rows=LIST_ROWS)     # "g" is after every id
         kind = DEAD if status == "dead" else ANY
         if floor is None:
-            floor = self._value(PAGE_FLOOR.format(kind=kind), **values) or ""
+            floor = self._value(f"""
+                SELECT   id
+                FROM     intents
+                WHERE    id < :before
+                AND      {kind}
+                ORDER BY id DESC
+                LIMIT    1
+                OFFSET   :rows
+            """, **values) or ""
         rows = self._rows(PAGE.format(kind=kind), dict(values, floor=floor))
         return (Intent(zip(COLUMNS, row)) for row in rows), floor or None
 
