@@ -713,7 +713,8 @@ def next_run(schedule, after):
 # The SQLite file. One connection writes, and its transaction is that of a round; another one reads committed state.
 # A database server takes the place of this class with the same public methods: see examples/postgres_bus.py.
 
-SCHEMA = """
+# the n-th script leads to version n of the schema; a released one never changes
+MIGRATIONS = ("""
     CREATE TABLE intents (
         -- as published
         id TEXT PRIMARY KEY, namespace TEXT NOT NULL, goal TEXT NOT NULL, payload TEXT NOT NULL, owner TEXT NOT NULL,
@@ -746,18 +747,15 @@ SCHEMA = """
         PRIMARY KEY (kind, owner, key)
     );
     CREATE INDEX memos_expires ON memos (expires_at)
-"""
-MORE_INDEXES = """
+""", """
     CREATE INDEX intents_token ON intents (claim_token_hash) WHERE status = 'claimed';
     CREATE INDEX intents_dead ON intents (id) WHERE status = 'dead'
-"""
-HISTORY = """
+""", """
     CREATE TABLE history (     -- how often each event happened, by minutes of Unix time
         minute INTEGER, event TEXT, times INTEGER NOT NULL,
         PRIMARY KEY (minute, event)
     )
-"""
-PLACES = """
+""", """
     ALTER TABLE intents RENAME COLUMN wake_at TO due_at;
     DROP INDEX intents_wake;
     CREATE INDEX intents_due ON intents (due_at) WHERE due_at IS NOT NULL;
@@ -766,8 +764,7 @@ PLACES = """
     SET    place = SUBSTR(lane, 1, LENGTH(lane) - LENGTH(goal) - LENGTH(owner) - 2);
     CREATE INDEX intents_place ON intents (place, priority DESC, run_at, claim_attempts, created_at, id) WHERE ready = 1;
     DELETE FROM memos WHERE kind = 'clock'     -- written in another form from now on
-"""
-SIZES = """
+""", """
     ALTER TABLE intents ADD COLUMN claim_key TEXT;     -- the id of the key that claimed it, or fulfilled it
     ALTER TABLE intents ADD COLUMN size INTEGER NOT NULL DEFAULT 0;     -- counted bytes, 0 if it is older than this
     ALTER TABLE intents ADD COLUMN result_size INTEGER NOT NULL DEFAULT 0;     -- counted bytes, for claim_key
@@ -790,8 +787,7 @@ SIZES = """
     WHERE    kind = 'store'
     GROUP BY owner;
     DELETE FROM memos WHERE kind = 'goal'     -- by owner from now on
-"""
-FEATURES = """
+""", """
     ALTER TABLE keys ADD COLUMN goals TEXT;     -- a JSON array of the only goals it may use
     ALTER TABLE keys ADD COLUMN payloads INTEGER NOT NULL DEFAULT 0;     -- whether a viewer sees payloads and results
     ALTER TABLE keys ADD COLUMN expires_at DOUBLE PRECISION;
@@ -825,17 +821,14 @@ FEATURES = """
         minute INTEGER, namespace TEXT, goal TEXT, event TEXT, times INTEGER NOT NULL,
         PRIMARY KEY (minute, namespace, goal, event)
     )
-"""
-STEPS_TABLE = """
+""", """
     ALTER TABLE intents ADD COLUMN steps INTEGER;     -- how many of its steps are done
     CREATE TABLE steps (
         intent TEXT, name TEXT, output TEXT NOT NULL, size INTEGER NOT NULL, attempt INTEGER NOT NULL,
         seconds DOUBLE PRECISION, done_at DOUBLE PRECISION NOT NULL,
         PRIMARY KEY (intent, name)
     )
-"""
-# the n-th leads to version n; a released one never changes
-MIGRATIONS = (SCHEMA, MORE_INDEXES, HISTORY, PLACES, SIZES, FEATURES, STEPS_TABLE)
+""")
 APPLICATION_ID = 0x1B05     # in the header of the file: it is a database of intentbus
 
 
@@ -931,18 +924,21 @@ class Database:
     def begin(self, in_round=True):
         """Begin a round, or the transaction of a block outside one; raises Busy while another program writes."""
         self._require_files()
-        self._run(self._db.execute, "BEGIN IMMEDIATE")
+        self.execute("BEGIN IMMEDIATE")
         self.in_round = in_round
 
-    def executemany(self, statement, rows):
-        """Run a statement of the round for each row of values."""
-        self._run(self._db.executemany, statement, rows)
+    def execute(self, statement, values=()):
+        """Run a statement of the round."""
+        try:
+            return self._db.execute(statement, values)
+        except self._sqlite.Error as error:
+            raise self._translated(error) from error
 
     def commit(self):
         """Write a round, or a block outside one, to disk. If that fails, nothing of it is stored."""
         self.in_round = False
         try:
-            self._run(self._db.execute, "COMMIT")
+            self.execute("COMMIT")
         except Error:
             self.rollback()
             raise
@@ -951,12 +947,12 @@ class Database:
         """Undo a round, or a block outside one."""
         self.in_round = False
         if self._db.in_transaction:
-            self._run(self._db.execute, "ROLLBACK")
+            self.execute("ROLLBACK")
 
     def enter(self):
         """Begin a block, and return the connection for its statements."""
         if self.in_round:
-            self._run(self._db.execute, "SAVEPOINT block")
+            self.execute("SAVEPOINT block")
         else:
             self.begin(in_round=False)
         return self._db
@@ -964,7 +960,7 @@ class Database:
     def leave(self, connection):
         """Keep the changes of a block; return whether they are committed, as they are outside a round."""
         if self.in_round:
-            self._run(connection.execute, "RELEASE block")
+            self.execute("RELEASE block")
             return False
         self.commit()
         return True
@@ -985,12 +981,6 @@ class Database:
         if translated is not error:
             raise translated from error
 
-    def _run(self, function, *arguments):
-        try:
-            return function(*arguments)
-        except self._sqlite.Error as error:
-            raise self._translated(error) from error
-
     # -- The file --
 
     def sizes(self):
@@ -1000,7 +990,7 @@ class Database:
     def changed_elsewhere(self):
         """Return whether another program has written to the file since the last call; raises Unavailable as begin() does."""
         self._require_files()
-        version, = self._run(self._db.execute, "PRAGMA data_version").fetchone()
+        version, = self.execute("PRAGMA data_version").fetchone()
         changed, self._version = version != self._version, version
         return changed
 
@@ -1013,7 +1003,7 @@ class Database:
         until, blocked = time.monotonic() + RECHECK_SECONDS, True
         self._db.execute(f"PRAGMA busy_timeout = {1000 * LOCK_CHECK_SECONDS:.0f}")
         while blocked and time.monotonic() < until:     # many short tries: a long one waits for readers that came after it
-            blocked, *_ = self._run(self._db.execute, "PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            blocked, *_ = self.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         self._db.execute("PRAGMA busy_timeout = 0")
         self._truncate_above = self.sizes()[1] + WAL_BYTES // 2 if blocked else WAL_BYTES
 
@@ -1813,7 +1803,8 @@ class Store(Reads):
 
     def prepare(self):
         """Write the tallies of the round, the last thing before its commit."""
-        self.database.executemany(TALLY, tally_rows(self.round_tallies))
+        for row in tally_rows(self.round_tallies):
+            self.database.execute(TALLY, row)
 
     def finish(self):
         """Hand over the blocks of the round, once it is committed."""
