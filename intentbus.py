@@ -3652,8 +3652,6 @@ def plain_address(text):
 def network_of(peer):
     """Return the network that an address belongs to: one host can have all addresses of an IPv6 /64."""
     import ipaddress
-    if ":" not in peer:
-        return peer
     with contextlib.suppress(ValueError):
         return ipaddress.IPv6Address(peer).packed[:8]
     return peer
@@ -3831,8 +3829,7 @@ class Keys:
         """Find the claim token in the head of a request for a step; raises Unauthorized. It is the only credential of a handler."""
         if "x-claim-token" not in request.headers:
             raise Unauthorized("A step needs the claim token of its intent, in X-Claim-Token.")
-        if self._require_signatures and not (request.secure or request.local):
-            raise unsigned()
+        self._require_safe_way(request)
 
     def identify_admin(self, request):
         """Check the admin's credentials in the head of a request; raises Unauthorized, Forbidden."""
@@ -3861,10 +3858,14 @@ class Keys:
             self.identify_admin(request)
 
     def _admit_unsigned(self, request):
-        """Let an admin in without a signature; if signatures are required, over https or from this machine only."""
+        """Let an admin in without a signature."""
+        self._require_safe_way(request)
+        request.caller, request.proven = OWNER, True
+
+    def _require_safe_way(self, request):
+        """Raise Forbidden if signatures are required and a request without one came neither over https nor from this machine."""
         if self._require_signatures and not (request.secure or request.local):
             raise unsigned()
-        request.caller, request.proven = OWNER, True
 
     def presents_admin(self, request):
         """Return whether a request has an admin's credentials, right or wrong, rather than a key."""
@@ -3876,12 +3877,12 @@ class Keys:
 
         A signature by the owner key counts as right until confirm() checks it.
         """
-        headers, owner_is_admin = request.headers, not (self._admin_secret or self._dashboard_password)
-        if self.presents_admin(request) or owner_is_admin and basic_credentials(headers)[0] == "admin":
+        headers = request.headers
+        if self.presents_admin(request) or self._owner.admin and basic_credentials(headers)[0] == "admin":
             self.identify_admin(request)
             request.caller = None     # the endpoint asks for its own credentials
             return True
-        if not owner_is_admin or presented_key(headers) is None and "x-key-id" not in headers:
+        if not self._owner.admin or presented_key(headers) is None and "x-key-id" not in headers:
             return False
         self.identify(request)
         return request.key_id == "owner"
@@ -3962,21 +3963,20 @@ class Keys:
             expires_at, made = min(tx.now + INVITATION_SECONDS, grant["expires_at"] or FOREVER), False
             while not made:     # the first half may be taken
                 handle, secret = ("".join(random.SystemRandom().choices(CODE_LETTERS, k=4)) for _ in range(2))
-                invitation = dict(grant, mac=self._mac("invited", handle + secret), tries=0)
+                invitation = dict(grant, mac=hmac_of(self._owner_key, f"invited {handle}{secret}"), tries=0)
                 made = tx.remember_first("invitation", "", handle, to_json(invitation), expires_at)
         return Record(code=f"{handle}-{secret}", expires_at=expires_at, **Record(grant).pick(("name", "owner", "role")))
 
     def join(self, request, code):
         """Return the key that an invitation is for; raises Unauthorized. INVITATION_TRIES wrong codes end it."""
         letters = re.sub(r"[-\s]", "", code).upper().translate(CODE_MISREADINGS)
-        handle, mac = letters[:4], self._mac("invited", letters)
+        handle, mac = letters[:4], hmac_of(self._owner_key, f"invited {letters}")
         with self._store.transaction() as tx:
             found, expires_at = tx.take_memo("invitation", "", handle)
-            invitation = Record(json.loads(found)) if found else None
-            right = invitation is not None and secrets_equal(invitation.mac, mac)
-            if right:
+            invitation = found and Record(json.loads(found))
+            if invitation and secrets_equal(invitation.mac, mac):
                 return self._add(tx, invitation)
-            if invitation is not None and invitation.tries + 1 < INVITATION_TRIES:
+            if invitation and invitation.tries + 1 < INVITATION_TRIES:
                 tx.remember("invitation", "", handle, to_json(dict(invitation, tries=invitation.tries + 1)), expires_at)
         raise self._failed(request, Unauthorized("This code is wrong, used, or too old; ask for a new one."))
 
@@ -4027,10 +4027,7 @@ class Keys:
     def _key(self, key_id):
         if key_id == "owner":
             return self._owner_key
-        return f"tk_{key_id}{self._mac('issued', key_id)[:40]}"
-
-    def _mac(self, purpose, words):
-        return hmac.digest(self._owner_key.encode(), f"{purpose} {words}".encode(), "sha256").hex()
+        return f"tk_{key_id}{hmac_of(self._owner_key, f'issued {key_id}')[:40]}"
 
     def _caller(self, key_id):
         """Return the Caller of a key that has not ended, or None."""
@@ -4056,16 +4053,12 @@ class Keys:
         now = self._store.now()
         if abs(float(timestamp) - now) > SIGNATURE_SECONDS or (
                 request.reads and self._read_nonces[request.key_id].is_stale(float(timestamp), now)):
-            raise self._stale(request, now)
+            proof = hmac_of(request.signing_key, f"{to_json(now)}\n{timestamp}\n{nonce}")     # that this bus knows the key
+            raise Forbidden("Stale timestamp", "invalid_signature", server_time=now, mac=proof)
         targets = canonical_targets(request.path, request.raw_path, request.query)
         if not any(secrets_equal(signature, sign(request.signing_key, request.method, target, timestamp, nonce, request.body))
                    for target in targets):
             raise self._failed(request, Forbidden("Bad signature", "invalid_signature"))
-
-    def _stale(self, request, now):
-        """Return the error for a stale timestamp, with the time and a proof that it is from a bus that knows the key."""
-        text = "\n".join((to_json(now), request.headers["x-timestamp"], request.headers["x-nonce"]))
-        return Forbidden("Stale timestamp", "invalid_signature", server_time=now, mac=hmac_of(request.signing_key, text))
 
     def _spend_nonce(self, request):
         """Remember the nonce of a request; return whether it is new. That of a GET is stored only if other buses need it."""
