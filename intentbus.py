@@ -4231,6 +4231,8 @@ boolean = must_be("true or false", lambda value: isinstance(value, bool))
 string = must_be("a string", lambda value: isinstance(value, str))
 namespace_word = word_of("A-Z a-z 0-9 . _ -")
 token_word = word_of("A-Z a-z 0-9 . _ : -")
+goal_word = text_of(1, 256)
+unix_seconds = number_from(0, 2 ** 40)
 
 
 def label(value):
@@ -4256,7 +4258,7 @@ def list_of(validator):
 def goal_names(value):
     """Accept a list of 1 to KEY_GOALS goals; an empty one must not stand for any goal."""
     must_be(f"a list of 1 to {KEY_GOALS} goals", lambda value: isinstance(value, list) and 0 < len(value) <= KEY_GOALS)(value)
-    return list(dict.fromkeys(map(text_of(1, 256), value)))
+    return list(dict.fromkeys(map(goal_word, value)))
 
 
 def from_query(validator):
@@ -4329,7 +4331,7 @@ LIMITS = {     # of a publish
     "visibility": choice("private", "public"),
     "priority": integer_from(0, 1000),
     "delay": number_from(0, YEAR_SECONDS),
-    "run_at": number_from(0, 2 ** 40),
+    "run_at": unix_seconds,
     "ttl": number_from(1, YEAR_SECONDS),
     "max_attempts": integer_from(1, 20),
     "backoff_base": number_from(1, 3600),
@@ -4337,16 +4339,16 @@ LIMITS = {     # of a publish
     "required_capability": token_word,
     "unique": text_of(1, 128),
     "replace": boolean,
-    "on_success": text_of(1, 256),
-    "on_failure": text_of(1, 256),
+    "on_success": goal_word,
+    "on_failure": goal_word,
     "stream": boolean,
 }
-GOAL = (text_of(1, 256), None)
+GOAL = (goal_word, None)
 TOKEN = (string, None)
 WAIT_SECONDS = (from_query(number_from(0, WAIT_MAX_SECONDS)), 0)
 
 INTENT = {
-    "goal": (text_of(1, 256), REQUIRED),
+    "goal": (goal_word, REQUIRED),
     "payload": (any_payload, REQUIRED),
     **{field: (LIMITS[field], default) for field, default in PUBLISH_DEFAULTS.items()},
     "reward": (anything, None),     # of the 1.x protocol, without effect
@@ -4369,7 +4371,7 @@ SCHEDULE = Fields({
 }, optional=OPTIONAL)
 PAUSE_SCHEDULE = Fields({"paused": (boolean, REQUIRED), "owner": (text_of(1, 64), None)})     # alone: all else stays as it is
 CLAIM_QUERY = {
-    "goal": (list_of(text_of(1, 256)), None),
+    "goal": (list_of(goal_word), None),
     "namespace": (namespace_word, "default"),
     "publisher": GOAL,
     "worker_id": (label, None),
@@ -4411,7 +4413,7 @@ LIST = Fields({
     "search": (text_of(1, 256), None),
 })
 STATUSES = ("open", "claimed", "fulfilled", "dead")
-WHICH = {"goal": GOAL, "namespace": (namespace_word, None), "until": (number_from(0, 2 ** 40), None)}
+WHICH = {"goal": GOAL, "namespace": (namespace_word, None), "until": (unix_seconds, None)}
 RETRY_ONE = Fields({"from_start": (boolean, False)})
 RETRY = Fields({**WHICH, "count": (boolean, False), "limit": (integer_from(1, 1000), 1000)})
 IDS = {"ids": (list_of(string), None)}
@@ -4421,11 +4423,7 @@ PURGE = Fields({**CONFIRMED, "status": (choice(*STATUSES), None)})
 CANCEL = Fields({**CONFIRMED, "status": (choice("open", "claimed"), None)})
 SUMMARY = Fields({"minutes": (from_query(integer_from(1, HISTORY_MINUTES)), 60)})
 SET = Fields({"value": (anything, REQUIRED), "ttl": (number_from(1, 86400), VALUE_TTL_SECONDS), "if_absent": (boolean, False)})
-SET_QUERY = Fields({
-    "value": (string, REQUIRED),
-    "ttl": (from_query(number_from(1, 86400)), VALUE_TTL_SECONDS),
-    "if_absent": (from_query(boolean), False),
-})
+SET_QUERY = Fields({field: (from_query(SET[field]), SET.defaults.get(field, REQUIRED)) for field in SET})
 SCHEDULE_NAME = Fields({"name": (must_be("1 to 128 characters, no control characters", lambda name: len(name) <= 128
                                          and not CONTROL.search(name)), REQUIRED)})
 VALUE_KEY = Fields({"key": (must_be(f"at most {VALUE_KEY_CHARACTERS} characters",
@@ -4435,12 +4433,12 @@ GENERATE_KEY = Fields({
     "name": (text_of(1, 64), ""),
     "role": (choice("publish", "work", "both", "viewer"), "both"),
     "goals": (goal_names, None),
-    "expires_at": (number_from(0, 2 ** 40), None),
+    "expires_at": (unix_seconds, None),
     "payloads": (boolean, False),
 }, optional=("owner",))
 JOIN = Fields({"code": (string, REQUIRED)})
 REVOKE_KEY = Fields({"api_key": (string, None), "key_id": (string, None)})
-LIMITED_GOAL = Fields({"goal": (text_of(1, 256), REQUIRED)})
+LIMITED_GOAL = Fields({"goal": (goal_word, REQUIRED)})
 LIMIT = Fields({
     "running": (running_limit, UNCHANGED),
     "paused": (boolean, None),
@@ -4453,18 +4451,15 @@ class NotJson(Invalid):
     """A text that is not JSON at all."""
 
 
-def refuse_number(digits):
-    """Refuse NaN and Infinity, which JSON does not have (RFC 8259, section 6)."""
-    raise ValueError(f"{digits} is not a JSON number")
-
-
 def finite(digits):
-    """Return the float of these digits; refuse one beyond its range."""
+    """Return the float of these digits; refuse NaN and Infinity, which JSON does not have (RFC 8259, section 6)."""
     value = float(digits)
-    return value if abs(value) != float("inf") else refuse_number(digits[:32])
+    if not math.isfinite(value):
+        raise ValueError(f"{digits[:32]} is not a JSON number")
+    return value
 
 
-DECODER = json.JSONDecoder(parse_constant=refuse_number, parse_float=finite)
+DECODER = json.JSONDecoder(parse_constant=finite, parse_float=finite)
 
 
 def from_json(body, depth=JSON_DEPTH):
