@@ -3897,18 +3897,14 @@ class Keys:
             raise self._no_admin(request)
         if caller is None:
             raise self._failed(request, Unauthorized("Invalid API key."))
-        limited = caller.limits is not None
         if request.signing_key:
-            if limited:
-                self._require_rate(self._rate.delay(caller.key_id))
+            self._require_rate(caller, self._rate.delay)
             self._check_signature(request)
-        if limited:
-            self._require_rate(self._rate.take(caller.key_id))
+        self._require_rate(caller, self._rate.take)
         if request.signing_key and not self._spend_nonce(request):
-            if limited:
-                self.charge(caller, -1)
+            self.charge(caller, -1)
             raise Forbidden("Replay detected", "invalid_signature")
-        if limited:
+        if caller.limits:
             self._used.append((caller.key_id, self._store.now()))
         request.caller, request.proven = caller, True
 
@@ -3942,7 +3938,7 @@ class Keys:
 
     def charge(self, caller, number):
         """Take more tokens for the last request of an issued key, or give them back if number is negative."""
-        if number:
+        if number and caller.limits:
             self._rate.take(caller.key_id, number, force=True)
 
     # -- Issuing --
@@ -4089,9 +4085,9 @@ class Keys:
             error.delay_seconds = FAILURE_SECONDS
         return error
 
-    def _require_rate(self, seconds):
-        """Raise RateLimited if a caller has to wait."""
-        if seconds:
+    def _require_rate(self, caller, wait):
+        """Raise RateLimited if an issued key has to wait for a token, as a method of its bucket tells."""
+        if caller.limits and (seconds := wait(caller.key_id)):
             raise RateLimited("This key sends too many requests; slow down.", headers=[("Retry-After", str(int(seconds) + 1))])
 
 
@@ -5219,8 +5215,7 @@ def reporting(verb, fields):
 def progress_endpoint(api, request, intent_id):
     """Take in progress, once a second, free of charge: it must not use up the rate that reports need."""
     answer = api.bus.progress(intent_id, **request.fields(PROGRESS), caller=request.caller)
-    if request.caller.limits:
-        api.keys.charge(request.caller, -1)
+    api.keys.charge(request.caller, -1)
     return 200, answer
 
 
