@@ -832,11 +832,6 @@ MIGRATIONS = ("""
 APPLICATION_ID = 0x1B05     # in the header of the file: it is a database of intentbus
 
 
-def statements_since(version):
-    """Return the statements that bring a database from a schema version to this one's."""
-    return [statement for script in MIGRATIONS[version:] for statement in script.split(";")]
-
-
 def lock(file):
     """Lock an open file until this process ends; raises OSError while another process holds the lock."""
     if POSIX:
@@ -895,7 +890,7 @@ class Database:
             self._prepare("WAL" if shared_memory else "DELETE")
             self._reader = self._connect(readonly=True)
             paths = [self.path + end for end in ("", "-shm", "-wal")]     # the last two exist only beside a write-ahead log
-            self._files, self._log_bytes = [(path, os.stat(path)) for path in paths if os.path.exists(path)], 0
+            self._files = [(path, os.stat(path)) for path in paths if os.path.exists(path)]
         except OSError as error:
             raise SetupError(f"The database {self.path} cannot be opened: {error.strerror}.") from error
         except sqlite3.Error as error:
@@ -1083,12 +1078,8 @@ class Database:
             self._db.execute("PRAGMA journal_mode = TRUNCATE")     # a deleted journal may be back after a power cut
             self.warning = f"{self.path} is on a file system without shared memory: the bus works, but slower."
         self.new = version == 0
-        self._db.execute("BEGIN IMMEDIATE")
-        for statement in statements_since(version):
-            self._db.execute(statement)
-        self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        self._db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
-        self._db.execute("COMMIT")
+        self._db.executescript(";".join(["BEGIN IMMEDIATE", *MIGRATIONS[version:], f"PRAGMA application_id = {APPLICATION_ID}",
+                                         f"PRAGMA user_version = {len(MIGRATIONS)}", "COMMIT"]))
         self._version, = self._db.execute("PRAGMA data_version").fetchone()
 
 

@@ -66,14 +66,8 @@ TUNE = """
 SELECTIONS = [IN_RANGE.format(columns=ALL, kind=kind) for kind in KINDS]
 ID_SELECTIONS = [IN_RANGE.format(columns="id", kind=kind) for kind in KINDS]
 INSTEAD = {     # of a statement of the Store, because other buses change rows at the same time
-    ONE: ONE + " FOR UPDATE",
-    DUE: DUE + " FOR UPDATE SKIP LOCKED",
-    ONE_SCHEDULE: ONE_SCHEDULE + " FOR UPDATE",
-    DUE_SCHEDULES: DUE_SCHEDULES + " FOR UPDATE SKIP LOCKED",
-    CLAIMED_WITH: CLAIMED_WITH + " FOR UPDATE",
-    CLAIMED_BY_KEY: CLAIMED_BY_KEY + " FOR UPDATE",
-    TWIN["open"]: TWIN["open"] + " FOR UPDATE",
-    **{selection: selection + " FOR UPDATE" for selection in SELECTIONS},
+    **{one: one + " FOR UPDATE" for one in (ONE, ONE_SCHEDULE, CLAIMED_WITH, CLAIMED_BY_KEY, TWIN["open"], *SELECTIONS)},
+    **{due: due + " FOR UPDATE SKIP LOCKED" for due in (DUE, DUE_SCHEDULES)},
     **{DELETE.format(which=ids): DELETE.format(which=ids + " FOR UPDATE") for ids in ID_SELECTIONS},
     DELETE.format(which=OLD): DELETE.format(which=OLD + " FOR UPDATE SKIP LOCKED"),
     TALLY: "INSERT INTO tallies VALUES (:namespace, :publisher, :status, :intents, :bytes)",
@@ -164,7 +158,7 @@ TAKE = """
     VALUES      ('rate', '', :name, '', :now + :cost::FLOAT)
     ON CONFLICT (kind, owner, key) DO UPDATE
     SET         expires_at = GREATEST(memos.expires_at, :now) + :cost
-    WHERE       :force OR GREATEST(memos.expires_at, :now) + :cost <= :now + :full::FLOAT
+    WHERE       :force OR GREATEST(memos.expires_at, :now) + :cost <= :now + 60::FLOAT     -- a minute's rate fills it
     RETURNING   expires_at
 """
 TIME_AND_BUSES = """
@@ -413,7 +407,7 @@ class SharedTokenBucket:
     def take(self, name, number=1, force=False):
         """Do as TokenBucket does."""
         cost = number * self._cost_seconds
-        taken = self._database.run_unsynced(TAKE, dict(name=name, cost=cost, full=60, force=force, now=self._database.clock.now()))
+        taken = self._database.run_unsynced(TAKE, dict(name=name, cost=cost, force=force, now=self._database.clock.now()))
         return 0 if taken else cost
 
     def delay(self, name):
@@ -570,7 +564,7 @@ class PostgresDatabase:
         if version < len(MIGRATIONS):     # a role that may not create anything can run a bus on tables that are there
             tune = () if version else TUNE.split(";")
             for statement in ("CREATE TABLE IF NOT EXISTS intentbus (version INTEGER NOT NULL)", "DELETE FROM intentbus",
-                              *intentbus.statements_since(version), *tune):
+                              *";".join(MIGRATIONS[version:]).split(";"), *tune):
                 db.keep(statement.replace("TEXT", 'TEXT COLLATE "C"'))     # lanes and ids are compared as bytes
             db.keep("INSERT INTO intentbus VALUES (:version)", dict(version=len(MIGRATIONS)))
         (tables,), = db.execute("SELECT 'intents'::REGCLASS::OID")
