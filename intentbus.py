@@ -1308,19 +1308,21 @@ def claim_order(intent):
 
 
 class Reads:
-    """The statements that change nothing; `_rows(statement, values)` returns an iterable of tuples."""
+    """The statements that change nothing; `_rows(statement, values)` returns an iterable of tuples.
+
+    The first of these is what _first(), _value() (its first column) and _intent() return, or None.
+    """
 
     def _first(self, statement, **values):
         return next(iter(self._rows(statement, values)), None)
 
+    def _value(self, statement, **values):
+        row = self._first(statement, **values)
+        return row and row[0]
+
     def _intent(self, statement, **values):
         row = next(iter(self._rows(statement, values)), None)
         return row and Intent(zip(COLUMNS, row))
-
-    def _value(self, statement, **values):
-        """Return the first column of the first row, or None."""
-        row = next(iter(self._rows(statement, values)), None)
-        return row and row[0]
 
     def intents(self, statement, **values):
         """Return the intents that a statement finds: DUE, LOST, CLAIMED_BY_KEY, or one of a range."""
@@ -1334,12 +1336,12 @@ class Reads:
         return intent
 
     def next_due(self):
-        """Return when time changes an intent next, or a schedule runs, in Unix seconds, or None."""
+        """Return when time changes an intent next, or a schedule runs, in Unix seconds; FOREVER if nothing is due."""
         found = self._first("""
             SELECT (SELECT MIN(due_at) FROM intents WHERE due_at IS NOT NULL),
                    (SELECT MIN(next_run_at) FROM schedules WHERE next_run_at IS NOT NULL)
         """)
-        return min((at for at in found if at is not None), default=None)
+        return min((at for at in found if at is not None), default=FOREVER)
 
     def schedules(self, statement=SCHEDULES_OF, **values):
         """Return the schedules that a statement finds: ONE_SCHEDULE, DUE_SCHEDULES, or SCHEDULES_OF an owner or, for None, all."""
@@ -1485,9 +1487,9 @@ class Transaction(Reads):
                   done_at=self.now))
         return self.update(intent, intent.stepped(name, size, seconds))
 
-    def forget_steps(self, *intent_ids):
-        """Forget the steps of intents."""
-        self._db.executemany("DELETE FROM steps WHERE intent = :intent", [dict(intent=intent_id) for intent_id in intent_ids])
+    def forget_steps(self, intent_id):
+        """Forget the steps of an intent."""
+        self._db.execute("DELETE FROM steps WHERE intent = :intent", dict(intent=intent_id))
 
     def claimable(self, lanes, key_id, token_hash=None):
         """Return the first intent that is ready in these lanes, or in lanes that they cover, and whose goal has room; or None.
@@ -1496,7 +1498,7 @@ class Transaction(Reads):
         """
         held = token_hash and self._intent(CLAIMED_WITH, token_hash=token_hash, key_id=key_id)
         first = held or min((head for lane in lanes for head in self._heads(lane)), default=None, key=claim_order)
-        if first and self._limits and (first.namespace, first.goal) in self._limits:
+        if first and (first.namespace, first.goal) in self._limits:
             first["limited"] = 1
         return first
 
@@ -1525,7 +1527,7 @@ class Transaction(Reads):
         return self._store.limits
 
     def _has_room(self, of):     # an intent or a GoalLimit
-        limit = self._limits and self._limits.get((of.namespace, of.goal))
+        limit = self._limits.get((of.namespace, of.goal))
         return not limit or not limit.paused and (limit.running is None or self.claimed_of(of.namespace, of.goal) < limit.running)
 
     def ready_lanes(self, namespace, goal):
@@ -3503,7 +3505,7 @@ class Bus:
         for schedule in due:
             self._run_due(tx, schedule)
         if counts.applied < DUE_ROWS and len(due) < SLICE_ROWS:
-            tx.after_commit(setattr, self, "next_due", tx.next_due() or FOREVER)
+            tx.after_commit(setattr, self, "next_due", tx.next_due())
         return counts
 
     def shift_clock(self):

@@ -259,7 +259,7 @@ class PostgresTransaction(intentbus.Transaction):
 
     def next_due(self):
         """Return when to look for due intents next: soon, since other transactions may be adding some."""
-        return min(super().next_due() or intentbus.FOREVER, self.now + RECHECK_SECONDS)
+        return min(super().next_due(), self.now + RECHECK_SECONDS)
 
     def tally_of(self, publisher):
         """Do as in Transaction; no other bus adds to the tally before this block has ended."""
