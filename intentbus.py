@@ -1115,18 +1115,17 @@ TWIN = {status: f"""
     ORDER BY created_at DESC, id DESC
     LIMIT    1
 """ for status in ("open", "claimed")}     # literals, as for ANY
-HEAD_OF_PLACE, PUBLIC_HEAD_OF_PLACE, HEAD_OF_NEXT_PRIORITY, HEAD_OF_NEXT_LANE = (f"""
+HEAD = f"""
     {ALL_INTENTS}
     WHERE    ready = 1
-    AND      {where}
-    ORDER BY {order}
+    AND      {{where}}
+    ORDER BY {{order}}
     LIMIT    1
-""" for where, order in (
-    ("place = :place", ORDER),
-    ("place = :place AND visibility = 'public' AND owner = :publisher", ORDER),
-    ("lane = :lane AND priority < :priority", ORDER),
-    ("lane >= :start AND lane < :end", f"lane, {ORDER}"),
-))
+"""
+HEAD_OF_NEXT_LANE = HEAD.format(where="lane >= :start AND lane < :end", order=f"lane, {ORDER}")
+HEAD_OF_PLACE = HEAD.format(where="place = :place", order=ORDER)
+PUBLIC_HEAD_OF_PLACE = HEAD.format(where="place = :place AND visibility = 'public' AND owner = :publisher", order=ORDER)
+HEAD_OF_NEXT_PRIORITY = HEAD.format(where="lane = :lane AND priority < :priority", order=ORDER)
 HEAD_BESIDE_FULL_GOALS = f"""
     WITH RECURSIVE lanes (lane) AS (     -- one step in the index for each
         SELECT :start
