@@ -4453,8 +4453,7 @@ DECODER = json.JSONDecoder(parse_constant=finite, parse_float=finite)
 def from_json(body, depth=JSON_DEPTH):
     """Return the value of a JSON text in bytes; raises Invalid for text that is no JSON, or cannot be stored as it is."""
     body = without_mark(body)
-    if nesting(body, depth) > depth:
-        raise Invalid(f"The JSON is nested deeper than {depth} levels.", code="invalid_json")
+    require_shallow(body, depth)
     try:
         value = DECODER.decode(body.decode())
         if b"\\u" in body:
@@ -4491,20 +4490,18 @@ def as_text(value):
     return value if isinstance(value, str) else "" if value is None else to_json(value)
 
 
-def nesting(body, limit):
-    """Return how deep the brackets of a JSON text are nested, or a number over the limit; 0 if they are too few to exceed it."""
+def require_shallow(body, limit):
+    """Raise Invalid if the brackets of a JSON text are nested deeper than that."""
     if body.count(b"[") + body.count(b"{") <= limit:
-        return 0
+        return
     brackets = JSON_STRINGS.sub(b"", body).translate(BRACKETS, NO_BRACKETS)
-    for depth in range(limit + 1):     # the innermost pairs go in each pass
-        if not brackets:
-            return depth
+    for _ in range(limit + 1):     # the innermost pairs go in each pass
         before, brackets = brackets, brackets.replace(b"[]", b"")
-        if brackets == before:     # it is no JSON; the parser takes stack for each bracket until it finds out
+        if brackets == before:     # none is left, or it is no JSON; the parser takes stack for each until it finds out
             if brackets.count(b"[") > limit:
                 raise NotJson(f"The JSON is nested deeper than {limit} levels, and not closed.", code="invalid_json")
-            return 0
-    return limit + 1
+            return
+    raise Invalid(f"The JSON is nested deeper than {limit} levels.", code="invalid_json")
 
 
 # ---- 13. Page ----
