@@ -1208,6 +1208,12 @@ FORGET = """
     AND         owner = :owner
     AND         key = :key
 """
+EXPIRED = "SELECT kind, owner, key FROM memos WHERE expires_at <= :now LIMIT :rows"
+FORGET_THESE = """
+    DELETE FROM memos
+    WHERE       (kind, owner, key) IN ({which})
+    RETURNING   kind, owner, size
+"""
 
 SCHEDULE_COLUMNS = (
     "owner", "name", "publisher", "goal", "fields", "every", "cron", "timezone", "overlap", "made_at", "next_run_at", "last_run_at",
@@ -1704,15 +1710,9 @@ class Transaction(Reads):
 
     def forget_expired(self, rows):
         """Forget texts whose time is over, at most that many; return the kind of each."""
-        expired = [dict(kind=kind, owner=owner, key=key, size=size) for kind, owner, key, size in self._rows("""
-            SELECT kind, owner, key, size
-            FROM   memos
-            WHERE  expires_at <= :now
-            LIMIT  :rows
-        """, dict(now=self.now, rows=rows))]
-        self._db.executemany(FORGET, expired)
-        self.counted += [(values_of(memo["owner"]), "", "value", -1, -memo["size"]) for memo in expired if memo["kind"] == "store"]
-        return [memo["kind"] for memo in expired]
+        expired = list(self._rows(FORGET_THESE.format(which=EXPIRED), dict(now=self.now, rows=rows)))
+        self.counted += [(values_of(owner), "", "value", -1, -size) for kind, owner, size in expired if kind == "store"]
+        return [kind for kind, _, _ in expired]
 
     def forget_oldest(self, kind, owner, most):
         """Forget the texts of an owner that expire first, as long as there are more than that many."""

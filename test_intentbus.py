@@ -14721,6 +14721,19 @@ def test_tallies_stay_right_while_several_buses_fold_them(buses):
 
 
 @ON_POSTGRES
+def test_a_value_that_is_being_set_again_is_not_forgotten(buses):
+    one, other = buses().store, buses().store
+    with one.transaction() as tx:
+        tx.set_value("owner", "k", "1", tx.now - 1, if_absent=False)
+    with one.transaction() as first:
+        first.set_value("owner", "k", "2", first.now + 60, if_absent=False)
+        assert first.recall("store", "owner", "k", first.now) == "2"
+        with other.transaction() as second:
+            assert second.forget_expired(10) == []
+    assert one.recall("store", "owner", "k", one.now()) == "2"
+
+
+@ON_POSTGRES
 def test_a_row_locked_for_long_by_another_bus_is_a_503(buses):
     one, other = buses(), buses()
     intent_id = one.publish()

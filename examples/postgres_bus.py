@@ -35,8 +35,8 @@ except ImportError as missing:
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))     # where intentbus.py is
 
 import intentbus
-from intentbus import (ALL, CLAIMED_BY_KEY, CLAIMED_WITH, COLUMNS, DELETE, DUE, DUE_SCHEDULES, IN_RANGE, KINDS, MIGRATIONS, OLD, ONE,
-                       ONE_SCHEDULE, ORDER, RECHECK_SECONDS, TALLY, TWIN, Held, Intent, Move, SetupError)
+from intentbus import (ALL, CLAIMED_BY_KEY, CLAIMED_WITH, COLUMNS, DELETE, DUE, DUE_SCHEDULES, EXPIRED, FORGET_THESE, IN_RANGE, KINDS,
+                       MIGRATIONS, OLD, ONE, ONE_SCHEDULE, ORDER, RECHECK_SECONDS, TALLY, TWIN, Held, Intent, Move, SetupError)
 
 THREADS = 10                # of one bus, each with a connection; PostgreSQL allows 100 connections by default
 CONNECT_SECONDS = 5         # how long to wait for a server to answer
@@ -70,6 +70,7 @@ INSTEAD = {     # of a statement of the Store, because other buses change rows a
     **{due: due + " FOR UPDATE SKIP LOCKED" for due in (DUE, DUE_SCHEDULES)},
     **{DELETE.format(which=ids): DELETE.format(which=ids + " FOR UPDATE") for ids in ID_SELECTIONS},
     DELETE.format(which=OLD): DELETE.format(which=OLD + " FOR UPDATE SKIP LOCKED"),
+    FORGET_THESE.format(which=EXPIRED): FORGET_THESE.format(which=EXPIRED + " FOR UPDATE SKIP LOCKED"),
     TALLY: "INSERT INTO tallies VALUES (:namespace, :publisher, :status, :intents, :bytes)",
 }
 FOLD_TALLIES = """
