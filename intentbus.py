@@ -1202,6 +1202,7 @@ REMEMBER_FIRST = REMEMBER + """
     RETURNING   key
 """
 
+OLD_VALUE = "SELECT size, expires_at FROM memos WHERE kind = 'store' AND owner = :owner AND key = :key"
 FORGET = """
     DELETE FROM memos
     WHERE       kind = :kind
@@ -1691,8 +1692,7 @@ class Transaction(Reads):
 
     def set_value(self, owner, key, value, expires_at, if_absent):
         """Store a value of an owner; return whether it was stored: if_absent, unless there is one."""
-        old, until = self._first("SELECT size, expires_at FROM memos WHERE kind = 'store' AND owner = :owner AND key = :key",
-                                 owner=owner, key=key) or (None, 0)
+        old, until = self._first(OLD_VALUE, owner=owner, key=key) or (None, 0)
         size = ROW_BYTES + bytes_of(value)
         if not if_absent:
             self.remember("store", owner, key, value, expires_at, size)

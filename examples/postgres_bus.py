@@ -36,7 +36,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))     # wh
 
 import intentbus
 from intentbus import (ALL, CLAIMED_BY_KEY, CLAIMED_WITH, COLUMNS, DELETE, DUE, DUE_SCHEDULES, EXPIRED, FORGET_THESE, IN_RANGE, KINDS,
-                       MIGRATIONS, OLD, ONE, ONE_SCHEDULE, ORDER, RECHECK_SECONDS, TALLY, TWIN, Held, Intent, Move, SetupError)
+                       MIGRATIONS, OLD, OLD_VALUE, ONE, ONE_SCHEDULE, ORDER, RECHECK_SECONDS, TALLY, TWIN, Held, Intent, Move, SetupError)
 
 THREADS = 10                # of one bus, each with a connection; PostgreSQL allows 100 connections by default
 CONNECT_SECONDS = 5         # how long to wait for a server to answer
@@ -66,7 +66,7 @@ TUNE = """
 SELECTIONS = [IN_RANGE.format(columns=ALL, kind=kind) for kind in KINDS]
 ID_SELECTIONS = [IN_RANGE.format(columns="id", kind=kind) for kind in KINDS]
 INSTEAD = {     # of a statement of the Store, because other buses change rows at the same time
-    **{one: one + " FOR UPDATE" for one in (ONE, ONE_SCHEDULE, CLAIMED_WITH, CLAIMED_BY_KEY, TWIN["open"], *SELECTIONS)},
+    **{found: found + " FOR UPDATE" for found in (ONE, ONE_SCHEDULE, CLAIMED_WITH, CLAIMED_BY_KEY, TWIN["open"], OLD_VALUE, *SELECTIONS)},
     **{due: due + " FOR UPDATE SKIP LOCKED" for due in (DUE, DUE_SCHEDULES)},
     **{DELETE.format(which=ids): DELETE.format(which=ids + " FOR UPDATE") for ids in ID_SELECTIONS},
     DELETE.format(which=OLD): DELETE.format(which=OLD + " FOR UPDATE SKIP LOCKED"),
@@ -266,6 +266,11 @@ class PostgresTransaction(intentbus.Transaction):
         """Do as in Transaction; no other bus adds to the tally before this block has ended."""
         self._db.keep(LOCK, dict(name=f"{self._store.database.channel} {publisher}"))
         return super().tally_of(publisher)
+
+    def set_value(self, owner, key, *value):
+        """Do as in Transaction; no other block sets this value before this one has ended, so each counts what it replaces."""
+        self._db.keep(LOCK, dict(name=f"{self._store.database.channel} value {owner} {key}"))
+        return super().set_value(owner, key, *value)
 
     def revoke_key(self, key_id):
         """Do as in Transaction, and tell the other buses."""
