@@ -4193,7 +4193,7 @@ def integer_from(low, high):
 
 def choice(*words):
     """Accept one of these words."""
-    return must_be(" or ".join(f'"{word}"' for word in words), lambda value: isinstance(value, str) and value in words)
+    return must_be(" or ".join(f'"{word}"' for word in words), lambda value: value in words)
 
 
 def text_of(low, high):
@@ -4395,7 +4395,7 @@ LIST = Fields({
     "goal": GOAL,
     "namespace": (namespace_word, None),
     "limit": (from_query(integer_from(1, 500)), 50),
-    "before": (must_be("the id of an intent", lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{1,32}", value)), None),
+    "before": (must_be("the id of an intent", lambda value: re.fullmatch("[0-9a-f]{1,32}", value)), None),
     "payload": (from_query(integer_from(0, 1)), 0),
     "preview": (from_query(integer_from(0, PREVIEW_CHARACTERS)), 0),
     "search": (text_of(1, 256), None),
