@@ -713,7 +713,8 @@ def next_run(schedule, after):
 # The SQLite file. One connection writes, and its transaction is that of a round; another one reads committed state.
 # A database server takes the place of this class with the same public methods: see examples/postgres_bus.py.
 
-SCHEMA = """
+# the n-th script leads to version n of the schema; a released one never changes
+MIGRATIONS = ("""
     CREATE TABLE intents (
         -- as published
         id TEXT PRIMARY KEY, namespace TEXT NOT NULL, goal TEXT NOT NULL, payload TEXT NOT NULL, owner TEXT NOT NULL,
@@ -746,18 +747,15 @@ SCHEMA = """
         PRIMARY KEY (kind, owner, key)
     );
     CREATE INDEX memos_expires ON memos (expires_at)
-"""
-MORE_INDEXES = """
+""", """
     CREATE INDEX intents_token ON intents (claim_token_hash) WHERE status = 'claimed';
     CREATE INDEX intents_dead ON intents (id) WHERE status = 'dead'
-"""
-HISTORY = """
+""", """
     CREATE TABLE history (     -- how often each event happened, by minutes of Unix time
         minute INTEGER, event TEXT, times INTEGER NOT NULL,
         PRIMARY KEY (minute, event)
     )
-"""
-PLACES = """
+""", """
     ALTER TABLE intents RENAME COLUMN wake_at TO due_at;
     DROP INDEX intents_wake;
     CREATE INDEX intents_due ON intents (due_at) WHERE due_at IS NOT NULL;
@@ -766,8 +764,7 @@ PLACES = """
     SET    place = SUBSTR(lane, 1, LENGTH(lane) - LENGTH(goal) - LENGTH(owner) - 2);
     CREATE INDEX intents_place ON intents (place, priority DESC, run_at, claim_attempts, created_at, id) WHERE ready = 1;
     DELETE FROM memos WHERE kind = 'clock'     -- written in another form from now on
-"""
-SIZES = """
+""", """
     ALTER TABLE intents ADD COLUMN claim_key TEXT;     -- the id of the key that claimed it, or fulfilled it
     ALTER TABLE intents ADD COLUMN size INTEGER NOT NULL DEFAULT 0;     -- counted bytes, 0 if it is older than this
     ALTER TABLE intents ADD COLUMN result_size INTEGER NOT NULL DEFAULT 0;     -- counted bytes, for claim_key
@@ -790,8 +787,7 @@ SIZES = """
     WHERE    kind = 'store'
     GROUP BY owner;
     DELETE FROM memos WHERE kind = 'goal'     -- by owner from now on
-"""
-FEATURES = """
+""", """
     ALTER TABLE keys ADD COLUMN goals TEXT;     -- a JSON array of the only goals it may use
     ALTER TABLE keys ADD COLUMN payloads INTEGER NOT NULL DEFAULT 0;     -- whether a viewer sees payloads and results
     ALTER TABLE keys ADD COLUMN expires_at DOUBLE PRECISION;
@@ -825,23 +821,15 @@ FEATURES = """
         minute INTEGER, namespace TEXT, goal TEXT, event TEXT, times INTEGER NOT NULL,
         PRIMARY KEY (minute, namespace, goal, event)
     )
-"""
-STEPS_TABLE = """
+""", """
     ALTER TABLE intents ADD COLUMN steps INTEGER;     -- how many of its steps are done
     CREATE TABLE steps (
         intent TEXT, name TEXT, output TEXT NOT NULL, size INTEGER NOT NULL, attempt INTEGER NOT NULL,
         seconds DOUBLE PRECISION, done_at DOUBLE PRECISION NOT NULL,
         PRIMARY KEY (intent, name)
     )
-"""
-# the n-th leads to version n; a released one never changes
-MIGRATIONS = (SCHEMA, MORE_INDEXES, HISTORY, PLACES, SIZES, FEATURES, STEPS_TABLE)
+""")
 APPLICATION_ID = 0x1B05     # in the header of the file: it is a database of intentbus
-
-
-def statements_since(version):
-    """Return the statements that bring a database from a schema version to this one's."""
-    return [statement for script in MIGRATIONS[version:] for statement in script.split(";")]
 
 
 def lock(file):
@@ -902,7 +890,7 @@ class Database:
             self._prepare("WAL" if shared_memory else "DELETE")
             self._reader = self._connect(readonly=True)
             paths = [self.path + end for end in ("", "-shm", "-wal")]     # the last two exist only beside a write-ahead log
-            self._files, self._log_bytes = [(path, os.stat(path)) for path in paths if os.path.exists(path)], 0
+            self._files = [(path, os.stat(path)) for path in paths if os.path.exists(path)]
         except OSError as error:
             raise SetupError(f"The database {self.path} cannot be opened: {error.strerror}.") from error
         except sqlite3.Error as error:
@@ -931,18 +919,21 @@ class Database:
     def begin(self, in_round=True):
         """Begin a round, or the transaction of a block outside one; raises Busy while another program writes."""
         self._require_files()
-        self._run(self._db.execute, "BEGIN IMMEDIATE")
+        self.execute("BEGIN IMMEDIATE")
         self.in_round = in_round
 
-    def executemany(self, statement, rows):
-        """Run a statement of the round for each row of values."""
-        self._run(self._db.executemany, statement, rows)
+    def execute(self, statement, values=()):
+        """Run a statement of the round."""
+        try:
+            return self._db.execute(statement, values)
+        except self._sqlite.Error as error:
+            raise self._translated(error) from error
 
     def commit(self):
         """Write a round, or a block outside one, to disk. If that fails, nothing of it is stored."""
         self.in_round = False
         try:
-            self._run(self._db.execute, "COMMIT")
+            self.execute("COMMIT")
         except Error:
             self.rollback()
             raise
@@ -951,12 +942,12 @@ class Database:
         """Undo a round, or a block outside one."""
         self.in_round = False
         if self._db.in_transaction:
-            self._run(self._db.execute, "ROLLBACK")
+            self.execute("ROLLBACK")
 
     def enter(self):
         """Begin a block, and return the connection for its statements."""
         if self.in_round:
-            self._run(self._db.execute, "SAVEPOINT block")
+            self.execute("SAVEPOINT block")
         else:
             self.begin(in_round=False)
         return self._db
@@ -964,7 +955,7 @@ class Database:
     def leave(self, connection):
         """Keep the changes of a block; return whether they are committed, as they are outside a round."""
         if self.in_round:
-            self._run(connection.execute, "RELEASE block")
+            self.execute("RELEASE block")
             return False
         self.commit()
         return True
@@ -985,12 +976,6 @@ class Database:
         if translated is not error:
             raise translated from error
 
-    def _run(self, function, *arguments):
-        try:
-            return function(*arguments)
-        except self._sqlite.Error as error:
-            raise self._translated(error) from error
-
     # -- The file --
 
     def sizes(self):
@@ -1000,7 +985,7 @@ class Database:
     def changed_elsewhere(self):
         """Return whether another program has written to the file since the last call; raises Unavailable as begin() does."""
         self._require_files()
-        version, = self._run(self._db.execute, "PRAGMA data_version").fetchone()
+        version, = self.execute("PRAGMA data_version").fetchone()
         changed, self._version = version != self._version, version
         return changed
 
@@ -1013,7 +998,7 @@ class Database:
         until, blocked = time.monotonic() + RECHECK_SECONDS, True
         self._db.execute(f"PRAGMA busy_timeout = {1000 * LOCK_CHECK_SECONDS:.0f}")
         while blocked and time.monotonic() < until:     # many short tries: a long one waits for readers that came after it
-            blocked, *_ = self._run(self._db.execute, "PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            blocked, *_ = self.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         self._db.execute("PRAGMA busy_timeout = 0")
         self._truncate_above = self.sizes()[1] + WAL_BYTES // 2 if blocked else WAL_BYTES
 
@@ -1093,12 +1078,8 @@ class Database:
             self._db.execute("PRAGMA journal_mode = TRUNCATE")     # a deleted journal may be back after a power cut
             self.warning = f"{self.path} is on a file system without shared memory: the bus works, but slower."
         self.new = version == 0
-        self._db.execute("BEGIN IMMEDIATE")
-        for statement in statements_since(version):
-            self._db.execute(statement)
-        self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        self._db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
-        self._db.execute("COMMIT")
+        self._db.executescript(";".join(["BEGIN IMMEDIATE", *MIGRATIONS[version:], f"PRAGMA application_id = {APPLICATION_ID}",
+                                         f"PRAGMA user_version = {len(MIGRATIONS)}", "COMMIT"]))
         self._version, = self._db.execute("PRAGMA data_version").fetchone()
 
 
@@ -1107,43 +1088,24 @@ class Database:
 # which sees its own block as well and makes the changes.
 
 ALL = ", ".join(COLUMNS)     # by name: a newer bus on the same database may have added columns
+ALL_INTENTS = f"SELECT {ALL} FROM intents"
 ORDER = "priority DESC, run_at, claim_attempts, created_at, id"     # of claims, within a lane
 INSERTED = [column for column in COLUMNS if column not in UNCLAIMED or column in ("idempotency_key", "caused_by", "schedule")]
 INSERT = f"INSERT INTO intents ({', '.join(INSERTED)}) VALUES (:{', :'.join(INSERTED)})"     # the others are NULL
-ONE = f"SELECT {ALL} FROM intents WHERE id = :id"
-DUE = f"""
-    SELECT   {ALL}
-    FROM     intents
-    WHERE    due_at <= :now
-    ORDER BY due_at
-    LIMIT    :rows
+ONE = ALL_INTENTS + " WHERE id = :id"
+DUE = ALL_INTENTS + " WHERE due_at <= :now ORDER BY due_at LIMIT :rows"
+LOST = ALL_INTENTS + """
+    WHERE claim_expires_at <= :now
+    AND   due_at <= :now
+    AND   expires_at > :now
+    AND   status = 'claimed'
+    LIMIT :rows
 """
-LOST = f"""
-    SELECT {ALL}
-    FROM   intents
-    WHERE  claim_expires_at <= :now
-    AND    due_at <= :now
-    AND    expires_at > :now
-    AND    status = 'claimed'
-    LIMIT  :rows
-"""
-CLAIMED_WITH = f"""
-    SELECT {ALL}
-    FROM   intents
-    WHERE  claim_key = :key_id
-    AND    claim_token_hash = :token_hash
-    AND    status = 'claimed'
-"""
-CLAIMED_BY_KEY = f"""
-    SELECT {ALL}
-    FROM   intents
-    WHERE  claim_key = :key_id
-    AND    status = 'claimed'
-    LIMIT  :rows
-"""
+OF_KEY = ALL_INTENTS + " WHERE claim_key = :key_id AND status = 'claimed'"
+CLAIMED_WITH = OF_KEY + " AND claim_token_hash = :token_hash"
+CLAIMED_BY_KEY = OF_KEY + " LIMIT :rows"
 TWIN = {status: f"""
-    SELECT   {ALL}
-    FROM     intents
+    {ALL_INTENTS}
     WHERE    owner = :owner
     AND      namespace = :namespace
     AND      goal = :goal
@@ -1153,24 +1115,17 @@ TWIN = {status: f"""
     ORDER BY created_at DESC, id DESC
     LIMIT    1
 """ for status in ("open", "claimed")}     # literals, as for ANY
-HEAD_OF_NEXT_LANE = f"""
-    SELECT   {ALL}
-    FROM     intents
+HEAD = f"""
+    {ALL_INTENTS}
     WHERE    ready = 1
-    AND      lane >= :start
-    AND      lane < :end
-    ORDER BY lane, {ORDER}
+    AND      {{where}}
+    ORDER BY {{order}}
     LIMIT    1
 """
-HEAD_OF_PLACE, PUBLIC_HEAD_OF_PLACE = (f"""
-    SELECT   {ALL}
-    FROM     intents
-    WHERE    ready = 1
-    AND      place = :place
-    {more}
-    ORDER BY {ORDER}
-    LIMIT    1
-""" for more in ("", "AND visibility = 'public' AND owner = :publisher"))
+HEAD_OF_NEXT_LANE = HEAD.format(where="lane >= :start AND lane < :end", order=f"lane, {ORDER}")
+HEAD_OF_PLACE = HEAD.format(where="place = :place", order=ORDER)
+PUBLIC_HEAD_OF_PLACE = HEAD.format(where="place = :place AND visibility = 'public' AND owner = :publisher", order=ORDER)
+HEAD_OF_NEXT_PRIORITY = HEAD.format(where="lane = :lane AND priority < :priority", order=ORDER)
 HEAD_BESIDE_FULL_GOALS = f"""
     WITH RECURSIVE lanes (lane) AS (     -- one step in the index for each
         SELECT :start
@@ -1179,70 +1134,40 @@ HEAD_BESIDE_FULL_GOALS = f"""
         FROM   lanes
         WHERE  lane IS NOT NULL
     )
-    SELECT   {ALL}
-    FROM     intents
+    {ALL_INTENTS}
     WHERE    id IN (SELECT (SELECT id FROM intents WHERE ready = 1 AND lane = lanes.lane ORDER BY {ORDER} LIMIT 1) FROM lanes)
     AND      REPLACE(:goals, '\t' || goal || '\t', '') = :goals
     AND      :publisher IN ('', owner)
     ORDER BY {ORDER}
     LIMIT    1
 """
-HEAD_OF_NEXT_PRIORITY = f"""
-    SELECT   {ALL}
-    FROM     intents
-    WHERE    ready = 1
-    AND      lane = :lane
-    AND      priority < :priority
-    ORDER BY {ORDER}
-    LIMIT    1
+MATCHING = """
+    AND      (:status IS NULL OR status = :status)
+    AND      (:owner IS NULL OR owner = :owner)
+    AND      (:goals IS NULL OR REPLACE(:goals, '\t' || goal || '\t', '') <> :goals)     -- as among() returns them
+    AND      (:namespace IS NULL OR namespace = :namespace)
 """
-OF_GOALS = "(:goals IS NULL OR REPLACE(:goals, '\t' || goal || '\t', '') <> :goals)"     # :goals is what among() returns
 PAGE = f"""
-    SELECT   {ALL}
-    FROM     intents
+    {ALL_INTENTS}
     WHERE    id < :before
     AND      id >= :floor
     AND      {{kind}}
-    AND      (:status IS NULL OR status = :status)
     AND      (:ready IS NULL OR ready = :ready)
-    AND      (:owner IS NULL OR owner = :owner)
-    AND      {OF_GOALS}
-    AND      (:namespace IS NULL OR namespace = :namespace)
+    {MATCHING}
     ORDER BY id DESC
     LIMIT    :limit
 """
-PAGE_FLOOR = """
-    SELECT   id
-    FROM     intents
-    WHERE    id < :before
-    AND      {kind}
-    ORDER BY id DESC
-    LIMIT    1
-    OFFSET   :rows
-"""
 # kinds of intents: literals, since a partial index serves no parameter
 KINDS = ANY, DEAD, NOT_ENDED = "1 = 1", "status = 'dead'", "status IN ('open', 'claimed')"
-STEP = """
-    SELECT   id
-    FROM     intents
-    WHERE    {kind}
-    AND      id >= :start
-    ORDER BY id
-    LIMIT    1
-    OFFSET   :rows
-"""
 IN_RANGE = f"""
-    SELECT {{columns}}
-    FROM   intents
-    WHERE  {{kind}}
-    AND    id >= :start
-    AND    id < :end
-    AND    created_at <= :until
-    AND    (completed_at IS NULL OR completed_at <= :until)
-    AND    (:status IS NULL OR status = :status)
-    AND    (:owner IS NULL OR owner = :owner)
-    AND    {OF_GOALS}
-    AND    (:namespace IS NULL OR namespace = :namespace)
+    SELECT   {{columns}}
+    FROM     intents
+    WHERE    {{kind}}
+    AND      id >= :start
+    AND      id < :end
+    AND      created_at <= :until
+    AND      (completed_at IS NULL OR completed_at <= :until)
+    {MATCHING}
 """
 GONE = ("id", "namespace", "goal", "publisher", "status", "size", "claim_key", "result_size", "idempotency_key", "limited", "steps")
 DELETE = f"""
@@ -1264,25 +1189,6 @@ TALLY = """
     SET         intents = tallies.intents + excluded.intents,
                 bytes = tallies.bytes + excluded.bytes
 """
-TALLIES_OF = """
-    SELECT   namespace, status, SUM(intents), SUM(bytes)
-    FROM     tallies
-    WHERE    publisher = :publisher
-    GROUP BY namespace, status
-"""
-BYTES_OF = """
-    SELECT SUM(bytes)
-    FROM   tallies
-    WHERE  publisher IN (:first, :second)
-"""
-RECALL = """
-    SELECT value
-    FROM   memos
-    WHERE  kind = :kind
-    AND    owner = :owner
-    AND    key = :key
-    AND    expires_at > :now
-"""
 REMEMBER = """
     INSERT INTO memos (kind, owner, key, value, expires_at, size)
     VALUES      (:kind, :owner, :key, :value, :expires_at, :size)
@@ -1296,11 +1202,18 @@ REMEMBER_FIRST = REMEMBER + """
     RETURNING   key
 """
 
+OLD_VALUE = "SELECT size, expires_at FROM memos WHERE kind = 'store' AND owner = :owner AND key = :key"
 FORGET = """
     DELETE FROM memos
     WHERE       kind = :kind
     AND         owner = :owner
     AND         key = :key
+"""
+EXPIRED = "SELECT kind, owner, key FROM memos WHERE expires_at <= :now LIMIT :rows"
+FORGET_THESE = """
+    DELETE FROM memos
+    WHERE       (kind, owner, key) IN ({which})
+    RETURNING   kind, owner, size
 """
 
 SCHEDULE_COLUMNS = (
@@ -1319,12 +1232,8 @@ SET_SCHEDULE = f"""
 """
 
 STEP_FIELDS = ("name", "attempt", "seconds", "done_at")
-SET_STEP = """
-    INSERT INTO steps (intent, name, output, size, attempt, seconds, done_at)
-    VALUES      (:intent, :name, :output, :size, :attempt, :seconds, :done_at)
-"""
-
 KEY_FIELDS = ("key_id", "name", "owner", "role", "goals", "expires_at", "payloads", "created_at", "last_used_at", "total_requests")
+ALL_KEYS = f"SELECT {', '.join(KEY_FIELDS)} FROM keys WHERE revoked_at IS NULL"
 Move = collections.namedtuple("Move", "intent event detail", defaults=(None,))     # an intent as a block left it
 GoalLimit = collections.namedtuple("GoalLimit", "namespace goal running paused")     # running: how many may, None for any number
 
@@ -1405,16 +1314,24 @@ def claim_order(intent):
 
 
 class Reads:
-    """The statements that change nothing; `_rows(statement, values)` returns an iterable of tuples."""
+    """The statements that change nothing; `_rows(statement, values)` returns an iterable of tuples.
+
+    The first of these is what _first(), _value() (its first column) and _intent() return, or None.
+    """
 
     def _first(self, statement, **values):
         return next(iter(self._rows(statement, values)), None)
+
+    def _value(self, statement, **values):
+        row = self._first(statement, **values)
+        return row and row[0]
 
     def _intent(self, statement, **values):
         row = next(iter(self._rows(statement, values)), None)
         return row and Intent(zip(COLUMNS, row))
 
-    def _intents(self, statement, **values):
+    def intents(self, statement, **values):
+        """Return the intents that a statement finds: DUE, LOST, CLAIMED_BY_KEY, or one of a range."""
         return [Intent(zip(COLUMNS, row)) for row in self._rows(statement, values)]
 
     def get(self, intent_id):
@@ -1425,12 +1342,12 @@ class Reads:
         return intent
 
     def next_due(self):
-        """Return when time changes an intent next, or a schedule runs, in Unix seconds, or None."""
+        """Return when time changes an intent next, or a schedule runs, in Unix seconds; FOREVER if nothing is due."""
         found = self._first("""
             SELECT (SELECT MIN(due_at) FROM intents WHERE due_at IS NOT NULL),
                    (SELECT MIN(next_run_at) FROM schedules WHERE next_run_at IS NOT NULL)
         """)
-        return min((at for at in found if at is not None), default=None)
+        return min((at for at in found if at is not None), default=FOREVER)
 
     def schedules(self, statement=SCHEDULES_OF, **values):
         """Return the schedules that a statement finds: ONE_SCHEDULE, DUE_SCHEDULES, or SCHEDULES_OF an owner or, for None, all."""
@@ -1438,21 +1355,34 @@ class Reads:
 
     def number_of_schedules(self, key_id):
         """Return how many schedules a key has made."""
-        return self._first("SELECT COUNT(*) FROM schedules WHERE publisher = :key_id", key_id=key_id)[0]
+        return self._value("SELECT COUNT(*) FROM schedules WHERE publisher = :key_id", key_id=key_id)
 
-    def id_ranges(self, rows, kind=ANY):
+    def id_ranges(self, rows, kind):
         """Yield ranges of ids, as (start, end before which it ends), that hold at most that many intents of a kind each."""
         start = ""
         while start is not None:
-            found = self._first(STEP.format(kind=kind), start=start, rows=rows)
-            end = found and found[0]
+            end = self._value(f"""
+                SELECT   id
+                FROM     intents
+                WHERE    {kind}
+                AND      id >= :start
+                ORDER BY id
+                LIMIT    1
+                OFFSET   :rows
+            """, start=start, rows=rows)
             yield start, end or "g"     # "g" is after every id
             start = end
 
     def recall(self, kind, owner, key, now):
         """Return the text that is remembered under kind, owner and key, or None."""
-        found = self._first(RECALL, kind=kind, owner=owner, key=key, now=now)
-        return found and found[0]
+        return self._value("""
+            SELECT value
+            FROM   memos
+            WHERE  kind = :kind
+            AND    owner = :owner
+            AND    key = :key
+            AND    expires_at > :now
+        """, kind=kind, owner=owner, key=key, now=now)
 
     def steps(self, intent_id):
         """Return the STEP_FIELDS of the steps of an intent that are done, in this order."""
@@ -1466,27 +1396,17 @@ class Reads:
 
     def claimed_of(self, namespace, goal):
         """Return how many intents of a limited goal are claimed."""
-        return self._first("SELECT COUNT(*) FROM intents WHERE limited = 1 AND status = 'claimed' AND namespace = :namespace "
-                           "AND goal = :goal", namespace=namespace, goal=goal)[0]
+        return self._value("SELECT COUNT(*) FROM intents WHERE limited = 1 AND status = 'claimed' AND namespace = :namespace "
+                           "AND goal = :goal", namespace=namespace, goal=goal)
 
     def key(self, key_id):
         """Return an issued key that is not revoked, or None."""
-        row = self._first(f"""
-            SELECT {", ".join(KEY_FIELDS)}
-            FROM   keys
-            WHERE  key_id = :key_id
-            AND    revoked_at IS NULL
-        """, key_id=key_id)
+        row = self._first(ALL_KEYS + " AND key_id = :key_id", key_id=key_id)
         return row and key_of(row)
 
     def keys(self):
         """Return the issued keys that are not revoked, oldest first."""
-        return [key_of(row) for row in self._rows(f"""
-            SELECT   {", ".join(KEY_FIELDS)}
-            FROM     keys
-            WHERE    revoked_at IS NULL
-            ORDER BY created_at, key_id
-        """, {})]
+        return [key_of(row) for row in self._rows(ALL_KEYS + " ORDER BY created_at, key_id", {})]
 
 
 class Transaction(Reads):
@@ -1557,31 +1477,25 @@ class Transaction(Reads):
 
     def step_output(self, intent_id, name):
         """Return the output of a step that is done, or None."""
-        found = self._first("SELECT output FROM steps WHERE intent = :intent AND name = :name", intent=intent_id, name=name)
-        return found and found[0]
+        return self._value("SELECT output FROM steps WHERE intent = :intent AND name = :name", intent=intent_id, name=name)
 
     def step_bytes(self, intent_id):
         """Return the bytes of all steps of an intent."""
-        return self._first("SELECT SUM(size) FROM steps WHERE intent = :intent", intent=intent_id)[0] or 0
+        return self._value("SELECT SUM(size) FROM steps WHERE intent = :intent", intent=intent_id) or 0
 
     def add_step(self, intent, name, output, seconds):
         """Record a step of an intent, and return the intent as it is then."""
         size = ROW_BYTES + bytes_of(output)
-        self._db.execute(SET_STEP, dict(intent=intent.id, name=name, output=output, size=size, attempt=intent.claim_attempts,
-                                        seconds=seconds, done_at=self.now))
+        self._db.execute("""
+            INSERT INTO steps (intent, name, output, size, attempt, seconds, done_at)
+            VALUES      (:intent, :name, :output, :size, :attempt, :seconds, :done_at)
+        """, dict(intent=intent.id, name=name, output=output, size=size, attempt=intent.claim_attempts, seconds=seconds,
+                  done_at=self.now))
         return self.update(intent, intent.stepped(name, size, seconds))
 
-    def forget_steps(self, *intent_ids):
-        """Forget the steps of intents."""
-        self._db.executemany("DELETE FROM steps WHERE intent = :intent", [dict(intent=intent_id) for intent_id in intent_ids])
-
-    def due(self, now, rows):
-        """Return intents that time changes by now, the longest due first."""
-        return self._intents(DUE, now=now, rows=rows)
-
-    def lost(self, now, rows):
-        """Return intents whose lease has run out, at most that many."""
-        return self._intents(LOST, now=now, rows=rows)
+    def forget_steps(self, intent_id):
+        """Forget the steps of an intent."""
+        self._db.execute("DELETE FROM steps WHERE intent = :intent", dict(intent=intent_id))
 
     def claimable(self, lanes, key_id, token_hash=None):
         """Return the first intent that is ready in these lanes, or in lanes that they cover, and whose goal has room; or None.
@@ -1590,7 +1504,7 @@ class Transaction(Reads):
         """
         held = token_hash and self._intent(CLAIMED_WITH, token_hash=token_hash, key_id=key_id)
         first = held or min((head for lane in lanes for head in self._heads(lane)), default=None, key=claim_order)
-        if first and self._limits and (first.namespace, first.goal) in self._limits:
+        if first and (first.namespace, first.goal) in self._limits:
             first["limited"] = 1
         return first
 
@@ -1619,7 +1533,7 @@ class Transaction(Reads):
         return self._store.limits
 
     def _has_room(self, of):     # an intent or a GoalLimit
-        limit = self._limits and self._limits.get((of.namespace, of.goal))
+        limit = self._limits.get((of.namespace, of.goal))
         return not limit or not limit.paused and (limit.running is None or self.claimed_of(of.namespace, of.goal) < limit.running)
 
     def ready_lanes(self, namespace, goal):
@@ -1654,28 +1568,27 @@ class Transaction(Reads):
         """Return the newest other intent of a unique value, of the first of these statuses that there is; or None."""
         return next(filter(None, (self._intent(TWIN[status], **intent) for status in statuses)), None)
 
-    def claimed_by_key(self, key_id, rows):
-        """Return intents that a key holds under a lease, at most that many."""
-        return self._intents(CLAIMED_BY_KEY, key_id=key_id, rows=rows)
-
     def number_of(self, kind, **which):
         """Return how many intents of a kind are in a range of ids, as IN_RANGE describes them."""
-        return self._first(IN_RANGE.format(columns="COUNT(*)", kind=kind), **which)[0]
+        return self._value(IN_RANGE.format(columns="COUNT(*)", kind=kind), **which)
 
     def select(self, kind, **which):
         """Return these intents."""
-        return self._intents(IN_RANGE.format(columns=ALL, kind=kind), **which)
+        return self.intents(IN_RANGE.format(columns=ALL, kind=kind), **which)
 
     def delete(self, kind, **which):
-        """Delete these intents for good; return how many."""
-        return len(self._delete(IN_RANGE.format(columns="id", kind=kind), True, **which))
+        """Delete these intents, and the memory of their idempotency keys; return how many."""
+        gone = self._delete(IN_RANGE.format(columns="id", kind=kind), **which)
+        keys = {(intent.publisher, intent.idempotency_key) for intent in gone if intent.idempotency_key is not None}
+        self._db.executemany(FORGET, [dict(kind="idempotency", owner=publisher, key=key) for publisher, key in keys])
+        return len(gone)
 
     def delete_old(self, until, rows):
         """Delete intents that ended by a time, the oldest first, at most that many; return their statuses."""
-        return self._delete(OLD, False, until=until, rows=rows)
+        return [intent.status for intent in self._delete(OLD, until=until, rows=rows)]
 
-    def _delete(self, which, for_good, **values):
-        """Delete intents and, if it is for good, the memory of their idempotency keys; return their statuses."""
+    def _delete(self, which, **values):
+        """Delete intents; return their columns in GONE."""
         gone = [Record(zip(GONE, row)) for row in self._rows(DELETE.format(which=which), values)]
         for intent in gone:
             self.count(intent, -1)
@@ -1685,21 +1598,23 @@ class Transaction(Reads):
                 self.deleted.append(intent.id)
                 if intent.limited:
                     self.moves.append(Move(Intent(dict.fromkeys(COLUMNS), namespace=intent.namespace, goal=intent.goal, limited=1), None))
-        if for_good:
-            self._db.executemany(FORGET, [dict(kind="idempotency", owner=publisher, key=key) for publisher, key in {
-                (intent.publisher, intent.idempotency_key) for intent in gone} if key is not None])
-        return [intent.status for intent in gone]
+        return gone
 
     def tally_of(self, publisher):
         """Return the Tally of a publisher before this round."""
         tally = Tally()
-        for kind in self._rows(TALLIES_OF, dict(publisher=publisher)):
+        for kind in self._rows("""
+            SELECT   namespace, status, SUM(intents), SUM(bytes)
+            FROM     tallies
+            WHERE    publisher = :publisher
+            GROUP BY namespace, status
+        """, dict(publisher=publisher)):
             tally.add(*kind)
         return tally
 
-    def stored_bytes(self, *publishers):
+    def stored_bytes(self, first, second):
         """Return the bytes in the stored tallies of two publishers."""
-        return self._first(BYTES_OF, first=publishers[0], second=publishers[1])[0] or 0
+        return self._value("SELECT SUM(bytes) FROM tallies WHERE publisher IN (:first, :second)", first=first, second=second) or 0
 
     def shift(self, seconds):
         """Move the times of all that is unfinished or remembered, since the clock was set by that much."""
@@ -1766,25 +1681,24 @@ class Transaction(Reads):
 
     # -- Memos and history --
 
-    def remember(self, kind, owner, key, value, expires_at):
-        """Remember a text, in place of an earlier one."""
-        self._db.execute(REMEMBER, dict(kind=kind, owner=owner, key=key, value=value, expires_at=expires_at, size=0))
+    def remember(self, kind, owner, key, value, expires_at, size=0):
+        """Remember a text, in place of an earlier one; only that of a value has a size."""
+        self._db.execute(REMEMBER, dict(kind=kind, owner=owner, key=key, value=value, expires_at=expires_at, size=size))
 
-    def remember_first(self, kind, owner, key, value, expires_at):
+    def remember_first(self, kind, owner, key, value, expires_at, size=0):
         """Remember a text unless there is one; return whether it was remembered."""
-        return self._first(REMEMBER_FIRST, kind=kind, owner=owner, key=key, value=value, expires_at=expires_at, size=0,
+        return self._first(REMEMBER_FIRST, kind=kind, owner=owner, key=key, value=value, expires_at=expires_at, size=size,
                            now=self.now) is not None
 
     def set_value(self, owner, key, value, expires_at, if_absent):
         """Store a value of an owner; return whether it was stored: if_absent, unless there is one."""
-        old, until = self._first("SELECT size, expires_at FROM memos WHERE kind = 'store' AND owner = :owner AND key = :key",
-                                 owner=owner, key=key) or (None, 0)
-        row = dict(kind="store", owner=owner, key=key, value=value, expires_at=expires_at, size=ROW_BYTES + bytes_of(value))
-        if if_absent and (until > self.now or not self._first(REMEMBER_FIRST, **row, now=self.now)):
-            return False
+        old, until = self._first(OLD_VALUE, owner=owner, key=key) or (None, 0)
+        size = ROW_BYTES + bytes_of(value)
         if not if_absent:
-            self._db.execute(REMEMBER, row)
-        self.counted.append((values_of(owner), "", "value", int(old is None), row["size"] - (old or 0)))
+            self.remember("store", owner, key, value, expires_at, size)
+        elif until > self.now or not self.remember_first("store", owner, key, value, expires_at, size):
+            return False
+        self.counted.append((values_of(owner), "", "value", int(old is None), size - (old or 0)))
         return True
 
     def take_memo(self, kind, owner, key):
@@ -1796,15 +1710,9 @@ class Transaction(Reads):
 
     def forget_expired(self, rows):
         """Forget texts whose time is over, at most that many; return the kind of each."""
-        expired = [dict(kind=kind, owner=owner, key=key, size=size) for kind, owner, key, size in self._rows("""
-            SELECT kind, owner, key, size
-            FROM   memos
-            WHERE  expires_at <= :now
-            LIMIT  :rows
-        """, dict(now=self.now, rows=rows))]
-        self._db.executemany(FORGET, expired)
-        self.counted += [(values_of(memo["owner"]), "", "value", -1, -memo["size"]) for memo in expired if memo["kind"] == "store"]
-        return [memo["kind"] for memo in expired]
+        expired = list(self._rows(FORGET_THESE.format(which=EXPIRED), dict(now=self.now, rows=rows)))
+        self.counted += [(values_of(owner), "", "value", -1, -size) for kind, owner, size in expired if kind == "store"]
+        return [kind for kind, _, _ in expired]
 
     def forget_oldest(self, kind, owner, most):
         """Forget the texts of an owner that expire first, as long as there are more than that many."""
@@ -1887,7 +1795,8 @@ class Store(Reads):
 
     def prepare(self):
         """Write the tallies of the round, the last thing before its commit."""
-        self.database.executemany(TALLY, tally_rows(self.round_tallies))
+        for row in tally_rows(self.round_tallies):
+            self.database.execute(TALLY, row)
 
     def finish(self):
         """Hand over the blocks of the round, once it is committed."""
@@ -1915,8 +1824,15 @@ class Store(Reads):
                       namespace=namespace, before=before or "g", limit=limit, rows=LIST_ROWS)     # "g" is after every id
         kind = DEAD if status == "dead" else ANY
         if floor is None:
-            found = self._first(PAGE_FLOOR.format(kind=kind), **values)
-            floor = found[0] if found else ""
+            floor = self._value(f"""
+                SELECT   id
+                FROM     intents
+                WHERE    id < :before
+                AND      {kind}
+                ORDER BY id DESC
+                LIMIT    1
+                OFFSET   :rows
+            """, **values) or ""
         rows = self._rows(PAGE.format(kind=kind), dict(values, floor=floor))
         return (Intent(zip(COLUMNS, row)) for row in rows), floor or None
 
@@ -1959,8 +1875,8 @@ class Store(Reads):
 
     def number_ready(self, lane, most):
         """Return how many intents are ready in a lane, at most that many."""
-        return self._first("SELECT COUNT(*) FROM (SELECT 1 FROM intents WHERE ready = 1 AND lane = :lane LIMIT :most) AS waiting",
-                           lane=lane, most=most)[0]
+        return self._value("SELECT COUNT(*) FROM (SELECT 1 FROM intents WHERE ready = 1 AND lane = :lane LIMIT :most) AS waiting",
+                           lane=lane, most=most)
 
     def running(self, most):
         """Yield (namespace, goal, owner, number) of the claimed intents; it counts `most` of them at most."""
@@ -1981,7 +1897,7 @@ class Store(Reads):
 
     def newest_id(self):
         """Return the greatest id, or None."""
-        return self._first("SELECT MAX(id) FROM intents")[0]
+        return self._value("SELECT MAX(id) FROM intents")
 
 
 # ---- 7. Clock ----
@@ -2972,7 +2888,7 @@ class Bus:
         lost = not self.store.database.shared
         while lost:
             with self.store.transaction() as tx:
-                lost = tx.lost(tx.now, SLICE_ROWS)
+                lost = tx.intents(LOST, now=tx.now, rows=SLICE_ROWS)
                 for intent in lost:
                     self._change(tx, intent, intent.spared(tx.now))
 
@@ -2983,7 +2899,7 @@ class Bus:
         while held:
             with self.store.transaction() as tx:
                 tx.after_commit(self.registry.forget_key, key_id)
-                held = tx.claimed_by_key(key_id, SLICE_ROWS)
+                held = tx.intents(CLAIMED_BY_KEY, key_id=key_id, rows=SLICE_ROWS)
                 for intent in held:
                     self._change(tx, intent, intent.lost(tx.now))
             yield
@@ -3556,7 +3472,7 @@ class Bus:
     def apply_due(self, tx):
         """Apply due transitions, DUE_ROWS at most, and run due schedules; return counts of transitions, and of deaths by kind."""
         counts = Record(applied=0, expired_open_dead=0, expired_claims_dead=0)
-        for intent in tx.due(tx.now, DUE_ROWS):
+        for intent in tx.intents(DUE, now=tx.now, rows=DUE_ROWS):
             after = self._change(tx, intent, intent.advance(tx.now))
             counts["applied"] += 1
             if after.ended:
@@ -3565,7 +3481,7 @@ class Bus:
         for schedule in due:
             self._run_due(tx, schedule)
         if counts.applied < DUE_ROWS and len(due) < SLICE_ROWS:
-            tx.after_commit(setattr, self, "next_due", tx.next_due() or FOREVER)
+            tx.after_commit(setattr, self, "next_due", tx.next_due())
         return counts
 
     def shift_clock(self):
@@ -3705,8 +3621,6 @@ def plain_address(text):
 def network_of(peer):
     """Return the network that an address belongs to: one host can have all addresses of an IPv6 /64."""
     import ipaddress
-    if ":" not in peer:
-        return peer
     with contextlib.suppress(ValueError):
         return ipaddress.IPv6Address(peer).packed[:8]
     return peer
@@ -3884,8 +3798,7 @@ class Keys:
         """Find the claim token in the head of a request for a step; raises Unauthorized. It is the only credential of a handler."""
         if "x-claim-token" not in request.headers:
             raise Unauthorized("A step needs the claim token of its intent, in X-Claim-Token.")
-        if self._require_signatures and not (request.secure or request.local):
-            raise unsigned()
+        self._require_safe_way(request)
 
     def identify_admin(self, request):
         """Check the admin's credentials in the head of a request; raises Unauthorized, Forbidden."""
@@ -3914,10 +3827,14 @@ class Keys:
             self.identify_admin(request)
 
     def _admit_unsigned(self, request):
-        """Let an admin in without a signature; if signatures are required, over https or from this machine only."""
+        """Let an admin in without a signature."""
+        self._require_safe_way(request)
+        request.caller, request.proven = OWNER, True
+
+    def _require_safe_way(self, request):
+        """Raise Forbidden if signatures are required and a request without one came neither over https nor from this machine."""
         if self._require_signatures and not (request.secure or request.local):
             raise unsigned()
-        request.caller, request.proven = OWNER, True
 
     def presents_admin(self, request):
         """Return whether a request has an admin's credentials, right or wrong, rather than a key."""
@@ -3929,12 +3846,12 @@ class Keys:
 
         A signature by the owner key counts as right until confirm() checks it.
         """
-        headers, owner_is_admin = request.headers, not (self._admin_secret or self._dashboard_password)
-        if self.presents_admin(request) or owner_is_admin and basic_credentials(headers)[0] == "admin":
+        headers = request.headers
+        if self.presents_admin(request) or self._owner.admin and basic_credentials(headers)[0] == "admin":
             self.identify_admin(request)
             request.caller = None     # the endpoint asks for its own credentials
             return True
-        if not owner_is_admin or presented_key(headers) is None and "x-key-id" not in headers:
+        if not self._owner.admin or presented_key(headers) is None and "x-key-id" not in headers:
             return False
         self.identify(request)
         return request.key_id == "owner"
@@ -3949,18 +3866,14 @@ class Keys:
             raise self._no_admin(request)
         if caller is None:
             raise self._failed(request, Unauthorized("Invalid API key."))
-        limited = caller.limits is not None
         if request.signing_key:
-            if limited:
-                self._require_rate(self._rate.delay(caller.key_id))
+            self._require_rate(caller, self._rate.delay)
             self._check_signature(request)
-        if limited:
-            self._require_rate(self._rate.take(caller.key_id))
+        self._require_rate(caller, self._rate.take)
         if request.signing_key and not self._spend_nonce(request):
-            if limited:
-                self.charge(caller, -1)
+            self.charge(caller, -1)
             raise Forbidden("Replay detected", "invalid_signature")
-        if limited:
+        if caller.limits:
             self._used.append((caller.key_id, self._store.now()))
         request.caller, request.proven = caller, True
 
@@ -3994,7 +3907,7 @@ class Keys:
 
     def charge(self, caller, number):
         """Take more tokens for the last request of an issued key, or give them back if number is negative."""
-        if number:
+        if number and caller.limits:
             self._rate.take(caller.key_id, number, force=True)
 
     # -- Issuing --
@@ -4015,21 +3928,20 @@ class Keys:
             expires_at, made = min(tx.now + INVITATION_SECONDS, grant["expires_at"] or FOREVER), False
             while not made:     # the first half may be taken
                 handle, secret = ("".join(random.SystemRandom().choices(CODE_LETTERS, k=4)) for _ in range(2))
-                invitation = dict(grant, mac=self._mac("invited", handle + secret), tries=0)
+                invitation = dict(grant, mac=hmac_of(self._owner_key, f"invited {handle}{secret}"), tries=0)
                 made = tx.remember_first("invitation", "", handle, to_json(invitation), expires_at)
         return Record(code=f"{handle}-{secret}", expires_at=expires_at, **Record(grant).pick(("name", "owner", "role")))
 
     def join(self, request, code):
         """Return the key that an invitation is for; raises Unauthorized. INVITATION_TRIES wrong codes end it."""
         letters = re.sub(r"[-\s]", "", code).upper().translate(CODE_MISREADINGS)
-        handle, mac = letters[:4], self._mac("invited", letters)
+        handle, mac = letters[:4], hmac_of(self._owner_key, f"invited {letters}")
         with self._store.transaction() as tx:
             found, expires_at = tx.take_memo("invitation", "", handle)
-            invitation = Record(json.loads(found)) if found else None
-            right = invitation is not None and secrets_equal(invitation.mac, mac)
-            if right:
+            invitation = found and Record(json.loads(found))
+            if invitation and secrets_equal(invitation.mac, mac):
                 return self._add(tx, invitation)
-            if invitation is not None and invitation.tries + 1 < INVITATION_TRIES:
+            if invitation and invitation.tries + 1 < INVITATION_TRIES:
                 tx.remember("invitation", "", handle, to_json(dict(invitation, tries=invitation.tries + 1)), expires_at)
         raise self._failed(request, Unauthorized("This code is wrong, used, or too old; ask for a new one."))
 
@@ -4080,10 +3992,7 @@ class Keys:
     def _key(self, key_id):
         if key_id == "owner":
             return self._owner_key
-        return f"tk_{key_id}{self._mac('issued', key_id)[:40]}"
-
-    def _mac(self, purpose, words):
-        return hmac.digest(self._owner_key.encode(), f"{purpose} {words}".encode(), "sha256").hex()
+        return f"tk_{key_id}{hmac_of(self._owner_key, f'issued {key_id}')[:40]}"
 
     def _caller(self, key_id):
         """Return the Caller of a key that has not ended, or None."""
@@ -4109,16 +4018,12 @@ class Keys:
         now = self._store.now()
         if abs(float(timestamp) - now) > SIGNATURE_SECONDS or (
                 request.reads and self._read_nonces[request.key_id].is_stale(float(timestamp), now)):
-            raise self._stale(request, now)
+            proof = hmac_of(request.signing_key, f"{to_json(now)}\n{timestamp}\n{nonce}")     # that this bus knows the key
+            raise Forbidden("Stale timestamp", "invalid_signature", server_time=now, mac=proof)
         targets = canonical_targets(request.path, request.raw_path, request.query)
         if not any(secrets_equal(signature, sign(request.signing_key, request.method, target, timestamp, nonce, request.body))
                    for target in targets):
             raise self._failed(request, Forbidden("Bad signature", "invalid_signature"))
-
-    def _stale(self, request, now):
-        """Return the error for a stale timestamp, with the time and a proof that it is from a bus that knows the key."""
-        text = "\n".join((to_json(now), request.headers["x-timestamp"], request.headers["x-nonce"]))
-        return Forbidden("Stale timestamp", "invalid_signature", server_time=now, mac=hmac_of(request.signing_key, text))
 
     def _spend_nonce(self, request):
         """Remember the nonce of a request; return whether it is new. That of a GET is stored only if other buses need it."""
@@ -4149,9 +4054,9 @@ class Keys:
             error.delay_seconds = FAILURE_SECONDS
         return error
 
-    def _require_rate(self, seconds):
-        """Raise RateLimited if a caller has to wait."""
-        if seconds:
+    def _require_rate(self, caller, wait):
+        """Raise RateLimited if an issued key has to wait for a token, as a method of its bucket tells."""
+        if caller.limits and (seconds := wait(caller.key_id)):
             raise RateLimited("This key sends too many requests; slow down.", headers=[("Retry-After", str(int(seconds) + 1))])
 
 
@@ -4265,7 +4170,7 @@ def integer_from(low, high):
 
 def choice(*words):
     """Accept one of these words."""
-    return must_be(" or ".join(f'"{word}"' for word in words), lambda value: isinstance(value, str) and value in words)
+    return must_be(" or ".join(f'"{word}"' for word in words), lambda value: value in words)
 
 
 def text_of(low, high):
@@ -4291,6 +4196,8 @@ boolean = must_be("true or false", lambda value: isinstance(value, bool))
 string = must_be("a string", lambda value: isinstance(value, str))
 namespace_word = word_of("A-Z a-z 0-9 . _ -")
 token_word = word_of("A-Z a-z 0-9 . _ : -")
+goal_word = text_of(1, 256)
+unix_seconds = number_from(0, 2 ** 40)
 
 
 def label(value):
@@ -4316,7 +4223,7 @@ def list_of(validator):
 def goal_names(value):
     """Accept a list of 1 to KEY_GOALS goals; an empty one must not stand for any goal."""
     must_be(f"a list of 1 to {KEY_GOALS} goals", lambda value: isinstance(value, list) and 0 < len(value) <= KEY_GOALS)(value)
-    return list(dict.fromkeys(map(text_of(1, 256), value)))
+    return list(dict.fromkeys(map(goal_word, value)))
 
 
 def from_query(validator):
@@ -4389,7 +4296,7 @@ LIMITS = {     # of a publish
     "visibility": choice("private", "public"),
     "priority": integer_from(0, 1000),
     "delay": number_from(0, YEAR_SECONDS),
-    "run_at": number_from(0, 2 ** 40),
+    "run_at": unix_seconds,
     "ttl": number_from(1, YEAR_SECONDS),
     "max_attempts": integer_from(1, 20),
     "backoff_base": number_from(1, 3600),
@@ -4397,16 +4304,16 @@ LIMITS = {     # of a publish
     "required_capability": token_word,
     "unique": text_of(1, 128),
     "replace": boolean,
-    "on_success": text_of(1, 256),
-    "on_failure": text_of(1, 256),
+    "on_success": goal_word,
+    "on_failure": goal_word,
     "stream": boolean,
 }
-GOAL = (text_of(1, 256), None)
+GOAL = (goal_word, None)
 TOKEN = (string, None)
 WAIT_SECONDS = (from_query(number_from(0, WAIT_MAX_SECONDS)), 0)
 
 INTENT = {
-    "goal": (text_of(1, 256), REQUIRED),
+    "goal": (goal_word, REQUIRED),
     "payload": (any_payload, REQUIRED),
     **{field: (LIMITS[field], default) for field, default in PUBLISH_DEFAULTS.items()},
     "reward": (anything, None),     # of the 1.x protocol, without effect
@@ -4429,7 +4336,7 @@ SCHEDULE = Fields({
 }, optional=OPTIONAL)
 PAUSE_SCHEDULE = Fields({"paused": (boolean, REQUIRED), "owner": (text_of(1, 64), None)})     # alone: all else stays as it is
 CLAIM_QUERY = {
-    "goal": (list_of(text_of(1, 256)), None),
+    "goal": (list_of(goal_word), None),
     "namespace": (namespace_word, "default"),
     "publisher": GOAL,
     "worker_id": (label, None),
@@ -4465,13 +4372,13 @@ LIST = Fields({
     "goal": GOAL,
     "namespace": (namespace_word, None),
     "limit": (from_query(integer_from(1, 500)), 50),
-    "before": (must_be("the id of an intent", lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{1,32}", value)), None),
+    "before": (must_be("the id of an intent", lambda value: re.fullmatch("[0-9a-f]{1,32}", value)), None),
     "payload": (from_query(integer_from(0, 1)), 0),
     "preview": (from_query(integer_from(0, PREVIEW_CHARACTERS)), 0),
     "search": (text_of(1, 256), None),
 })
 STATUSES = ("open", "claimed", "fulfilled", "dead")
-WHICH = {"goal": GOAL, "namespace": (namespace_word, None), "until": (number_from(0, 2 ** 40), None)}
+WHICH = {"goal": GOAL, "namespace": (namespace_word, None), "until": (unix_seconds, None)}
 RETRY_ONE = Fields({"from_start": (boolean, False)})
 RETRY = Fields({**WHICH, "count": (boolean, False), "limit": (integer_from(1, 1000), 1000)})
 IDS = {"ids": (list_of(string), None)}
@@ -4481,11 +4388,7 @@ PURGE = Fields({**CONFIRMED, "status": (choice(*STATUSES), None)})
 CANCEL = Fields({**CONFIRMED, "status": (choice("open", "claimed"), None)})
 SUMMARY = Fields({"minutes": (from_query(integer_from(1, HISTORY_MINUTES)), 60)})
 SET = Fields({"value": (anything, REQUIRED), "ttl": (number_from(1, 86400), VALUE_TTL_SECONDS), "if_absent": (boolean, False)})
-SET_QUERY = Fields({
-    "value": (string, REQUIRED),
-    "ttl": (from_query(number_from(1, 86400)), VALUE_TTL_SECONDS),
-    "if_absent": (from_query(boolean), False),
-})
+SET_QUERY = Fields({field: (from_query(SET[field]), SET.defaults.get(field, REQUIRED)) for field in SET})
 SCHEDULE_NAME = Fields({"name": (must_be("1 to 128 characters, no control characters", lambda name: len(name) <= 128
                                          and not CONTROL.search(name)), REQUIRED)})
 VALUE_KEY = Fields({"key": (must_be(f"at most {VALUE_KEY_CHARACTERS} characters",
@@ -4495,12 +4398,12 @@ GENERATE_KEY = Fields({
     "name": (text_of(1, 64), ""),
     "role": (choice("publish", "work", "both", "viewer"), "both"),
     "goals": (goal_names, None),
-    "expires_at": (number_from(0, 2 ** 40), None),
+    "expires_at": (unix_seconds, None),
     "payloads": (boolean, False),
 }, optional=("owner",))
 JOIN = Fields({"code": (string, REQUIRED)})
 REVOKE_KEY = Fields({"api_key": (string, None), "key_id": (string, None)})
-LIMITED_GOAL = Fields({"goal": (text_of(1, 256), REQUIRED)})
+LIMITED_GOAL = Fields({"goal": (goal_word, REQUIRED)})
 LIMIT = Fields({
     "running": (running_limit, UNCHANGED),
     "paused": (boolean, None),
@@ -4513,25 +4416,21 @@ class NotJson(Invalid):
     """A text that is not JSON at all."""
 
 
-def refuse_number(digits):
-    """Refuse NaN and Infinity, which JSON does not have (RFC 8259, section 6)."""
-    raise ValueError(f"{digits} is not a JSON number")
-
-
 def finite(digits):
-    """Return the float of these digits; refuse one beyond its range."""
+    """Return the float of these digits; refuse NaN and Infinity, which JSON does not have (RFC 8259, section 6)."""
     value = float(digits)
-    return value if abs(value) != float("inf") else refuse_number(digits[:32])
+    if not math.isfinite(value):
+        raise ValueError(f"{digits[:32]} is not a JSON number")
+    return value
 
 
-DECODER = json.JSONDecoder(parse_constant=refuse_number, parse_float=finite)
+DECODER = json.JSONDecoder(parse_constant=finite, parse_float=finite)
 
 
 def from_json(body, depth=JSON_DEPTH):
     """Return the value of a JSON text in bytes; raises Invalid for text that is no JSON, or cannot be stored as it is."""
     body = without_mark(body)
-    if nesting(body, depth) > depth:
-        raise Invalid(f"The JSON is nested deeper than {depth} levels.", code="invalid_json")
+    require_shallow(body, depth)
     try:
         value = DECODER.decode(body.decode())
         if b"\\u" in body:
@@ -4568,20 +4467,18 @@ def as_text(value):
     return value if isinstance(value, str) else "" if value is None else to_json(value)
 
 
-def nesting(body, limit):
-    """Return how deep the brackets of a JSON text are nested, or a number over the limit; 0 if they are too few to exceed it."""
+def require_shallow(body, limit):
+    """Raise Invalid if the brackets of a JSON text are nested deeper than that."""
     if body.count(b"[") + body.count(b"{") <= limit:
-        return 0
+        return
     brackets = JSON_STRINGS.sub(b"", body).translate(BRACKETS, NO_BRACKETS)
-    for depth in range(limit + 1):     # the innermost pairs go in each pass
-        if not brackets:
-            return depth
+    for _ in range(limit + 1):     # the innermost pairs go in each pass
         before, brackets = brackets, brackets.replace(b"[]", b"")
-        if brackets == before:     # it is no JSON; the parser takes stack for each bracket until it finds out
+        if brackets == before:     # none is left, or it is no JSON; the parser takes stack for each until it finds out
             if brackets.count(b"[") > limit:
                 raise NotJson(f"The JSON is nested deeper than {limit} levels, and not closed.", code="invalid_json")
-            return 0
-    return limit + 1
+            return
+    raise Invalid(f"The JSON is nested deeper than {limit} levels.", code="invalid_json")
 
 
 # ---- 13. Page ----
@@ -5281,8 +5178,7 @@ def reporting(verb, fields):
 def progress_endpoint(api, request, intent_id):
     """Take in progress, once a second, free of charge: it must not use up the rate that reports need."""
     answer = api.bus.progress(intent_id, **request.fields(PROGRESS), caller=request.caller)
-    if request.caller.limits:
-        api.keys.charge(request.caller, -1)
+    api.keys.charge(request.caller, -1)
     return 200, answer
 
 

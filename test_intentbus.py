@@ -14773,6 +14773,35 @@ def test_tallies_stay_right_while_several_buses_fold_them(buses):
 
 
 @ON_POSTGRES
+def test_a_value_that_is_being_set_again_is_not_forgotten(buses):
+    one, other = buses().store, buses().store
+    with one.transaction() as tx:
+        tx.set_value("owner", "k", "1", tx.now - 1, False)
+    with one.transaction() as first:
+        first.set_value("owner", "k", "2", first.now + 60, False)
+        assert first.recall("store", "owner", "k", first.now) == "2"
+        with other.transaction() as second:
+            assert second.forget_expired(10) == []
+    assert one.recall("store", "owner", "k", one.now()) == "2"
+
+
+@ON_POSTGRES
+@pytest.mark.parametrize("before", ["", "x" * 50], ids=["new", "known"])
+def test_a_value_that_two_buses_set_at_once_is_counted_once(buses, before):
+    one, other = buses(), buses()
+    if before:
+        one.client.set("k", before)
+    with one.store.transaction() as tx:
+        tx.set_value("owner", "k", '"first"', tx.now + 60, False)
+        assert tx.recall("store", "owner", "k", tx.now) == '"first"'     # it is sent
+        second = in_thread(other.client.set, "k", "second, and longer")
+        wait_until(lambda: second.ended() or postgres("SELECT 1 FROM pg_locks WHERE NOT granted"))
+    second()
+    with one.store.transaction() as tx:
+        assert tx.tally_of(intentbus.values_of("owner")) == {("", "value"): (1, 1000 + len('"second, and longer"'))}
+
+
+@ON_POSTGRES
 def test_a_row_locked_for_long_by_another_bus_is_a_503(buses):
     one, other = buses(), buses()
     intent_id = one.publish()

@@ -35,8 +35,8 @@ except ImportError as missing:
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))     # where intentbus.py is
 
 import intentbus
-from intentbus import (ALL, CLAIMED_BY_KEY, CLAIMED_WITH, COLUMNS, DELETE, DUE, DUE_SCHEDULES, IN_RANGE, KINDS, MIGRATIONS, OLD, ONE,
-                       ONE_SCHEDULE, ORDER, RECHECK_SECONDS, TALLY, TWIN, Held, Intent, Move, SetupError)
+from intentbus import (ALL, CLAIMED_BY_KEY, CLAIMED_WITH, COLUMNS, DELETE, DUE, DUE_SCHEDULES, EXPIRED, FORGET_THESE, IN_RANGE, KINDS,
+                       MIGRATIONS, OLD, OLD_VALUE, ONE, ONE_SCHEDULE, ORDER, RECHECK_SECONDS, TALLY, TWIN, Held, Intent, Move, SetupError)
 
 THREADS = 10                # of one bus, each with a connection; PostgreSQL allows 100 connections by default
 CONNECT_SECONDS = 5         # how long to wait for a server to answer
@@ -66,16 +66,11 @@ TUNE = """
 SELECTIONS = [IN_RANGE.format(columns=ALL, kind=kind) for kind in KINDS]
 ID_SELECTIONS = [IN_RANGE.format(columns="id", kind=kind) for kind in KINDS]
 INSTEAD = {     # of a statement of the Store, because other buses change rows at the same time
-    ONE: ONE + " FOR UPDATE",
-    DUE: DUE + " FOR UPDATE SKIP LOCKED",
-    ONE_SCHEDULE: ONE_SCHEDULE + " FOR UPDATE",
-    DUE_SCHEDULES: DUE_SCHEDULES + " FOR UPDATE SKIP LOCKED",
-    CLAIMED_WITH: CLAIMED_WITH + " FOR UPDATE",
-    CLAIMED_BY_KEY: CLAIMED_BY_KEY + " FOR UPDATE",
-    TWIN["open"]: TWIN["open"] + " FOR UPDATE",
-    **{selection: selection + " FOR UPDATE" for selection in SELECTIONS},
+    **{found: found + " FOR UPDATE" for found in (ONE, ONE_SCHEDULE, CLAIMED_WITH, CLAIMED_BY_KEY, TWIN["open"], OLD_VALUE, *SELECTIONS)},
+    **{due: due + " FOR UPDATE SKIP LOCKED" for due in (DUE, DUE_SCHEDULES)},
     **{DELETE.format(which=ids): DELETE.format(which=ids + " FOR UPDATE") for ids in ID_SELECTIONS},
     DELETE.format(which=OLD): DELETE.format(which=OLD + " FOR UPDATE SKIP LOCKED"),
+    FORGET_THESE.format(which=EXPIRED): FORGET_THESE.format(which=EXPIRED + " FOR UPDATE SKIP LOCKED"),
     TALLY: "INSERT INTO tallies VALUES (:namespace, :publisher, :status, :intents, :bytes)",
 }
 FOLD_TALLIES = """
@@ -164,7 +159,7 @@ TAKE = """
     VALUES      ('rate', '', :name, '', :now + :cost::FLOAT)
     ON CONFLICT (kind, owner, key) DO UPDATE
     SET         expires_at = GREATEST(memos.expires_at, :now) + :cost
-    WHERE       :force OR GREATEST(memos.expires_at, :now) + :cost <= :now + :full::FLOAT
+    WHERE       :force OR GREATEST(memos.expires_at, :now) + :cost <= :now + 60::FLOAT     -- a minute's rate fills it
     RETURNING   expires_at
 """
 TIME_AND_BUSES = """
@@ -265,12 +260,17 @@ class PostgresTransaction(intentbus.Transaction):
 
     def next_due(self):
         """Return when to look for due intents next: soon, since other transactions may be adding some."""
-        return min(super().next_due() or intentbus.FOREVER, self.now + RECHECK_SECONDS)
+        return min(super().next_due(), self.now + RECHECK_SECONDS)
 
     def tally_of(self, publisher):
         """Do as in Transaction; no other bus adds to the tally before this block has ended."""
         self._db.keep(LOCK, dict(name=f"{self._store.database.channel} {publisher}"))
         return super().tally_of(publisher)
+
+    def set_value(self, owner, key, *value):
+        """Do as in Transaction; no other block sets this value before this one has ended, so each counts what it replaces."""
+        self._db.keep(LOCK, dict(name=f"{self._store.database.channel} value {owner} {key}"))
+        return super().set_value(owner, key, *value)
 
     def revoke_key(self, key_id):
         """Do as in Transaction, and tell the other buses."""
@@ -413,7 +413,7 @@ class SharedTokenBucket:
     def take(self, name, number=1, force=False):
         """Do as TokenBucket does."""
         cost = number * self._cost_seconds
-        taken = self._database.run_unsynced(TAKE, dict(name=name, cost=cost, full=60, force=force, now=self._database.clock.now()))
+        taken = self._database.run_unsynced(TAKE, dict(name=name, cost=cost, force=force, now=self._database.clock.now()))
         return 0 if taken else cost
 
     def delay(self, name):
@@ -570,7 +570,7 @@ class PostgresDatabase:
         if version < len(MIGRATIONS):     # a role that may not create anything can run a bus on tables that are there
             tune = () if version else TUNE.split(";")
             for statement in ("CREATE TABLE IF NOT EXISTS intentbus (version INTEGER NOT NULL)", "DELETE FROM intentbus",
-                              *intentbus.statements_since(version), *tune):
+                              *";".join(MIGRATIONS[version:]).split(";"), *tune):
                 db.keep(statement.replace("TEXT", 'TEXT COLLATE "C"'))     # lanes and ids are compared as bytes
             db.keep("INSERT INTO intentbus VALUES (:version)", dict(version=len(MIGRATIONS)))
         (tables,), = db.execute("SELECT 'intents'::REGCLASS::OID")
