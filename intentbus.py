@@ -7081,11 +7081,6 @@ def replace_file(path, text, mode):
         raise SetupError(f"The file {path} cannot be written: {error.strerror}.") from error
 
 
-def is_damage(error):
-    """Return whether an error means that an SQLite file is no database, or a damaged one."""
-    return re.search("not a database|malformed|corrupt", str(error)) is not None
-
-
 def key_name(key):
     """Return the id of an issued key, or a short hash of another: the spool tells keys apart by it."""
     issued = ISSUED.fullmatch(key)
@@ -7103,33 +7098,26 @@ class Spool:
         """Open the file, or create it, readable by its owner only; raises SetupError."""
         self._path = in_home(path)
         self._lock = threading.Lock()     # all threads share one connection
+        self._db = None
         make_parent_folder(self._path)
-        self._open()
+        self._run("SELECT 1")
 
     def _open(self):
         import sqlite3
-        for attempt in range(2):
-            try:
-                os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
-                self._file = os.stat(self._path).st_ino
-                self._db = sqlite3.connect(self._path, timeout=SPOOL_LOCK_SECONDS, isolation_level=None,
-                                           check_same_thread=False)
-                self._db.row_factory = lambda cursor, values: Record(zip((column[0] for column in cursor.description), values))
-                self._db.execute("PRAGMA synchronous = FULL")     # a spooled request survives a power cut
-                self._db.execute("PRAGMA fullfsync = 1")
-                self._db.execute(SPOOL_SCHEMA)
-                if "key_name" not in {column.name for column in self._db.execute("PRAGMA table_info(requests)")}:
-                    self._db.execute("ALTER TABLE requests ADD COLUMN key_name TEXT")     # a spool of an earlier version
-                return
-            except (OSError, sqlite3.Error) as error:
-                if attempt or not is_damage(error):
-                    reason = getattr(error, "strerror", None) or error
-                    raise SetupError(f"The spool {self._path} cannot be used: {reason}.") from error
-                self._put_aside(error)
+        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
+        self._file = os.stat(self._path).st_ino
+        self._db = sqlite3.connect(self._path, timeout=SPOOL_LOCK_SECONDS, isolation_level=None, check_same_thread=False)
+        self._db.row_factory = lambda cursor, values: Record(zip((column[0] for column in cursor.description), values))
+        self._db.execute("PRAGMA synchronous = FULL")     # a spooled request survives a power cut
+        self._db.execute("PRAGMA fullfsync = 1")
+        self._db.execute(SPOOL_SCHEMA)
+        if "key_name" not in {column.name for column in self._db.execute("PRAGMA table_info(requests)")}:
+            self._db.execute("ALTER TABLE requests ADD COLUMN key_name TEXT")     # a spool of an earlier version
 
     def _put_aside(self, error):
-        """Rename the damaged file, unless another process has done so."""
+        """Close the damaged file, and rename it unless another process has done so."""
         self._db.close()
+        self._db = None
         aside = f"{self._path}.damaged-{time.time():.0f}"
         try:
             if os.stat(self._path).st_ino == self._file:
@@ -7224,18 +7212,18 @@ class Spool:
 
     def _run(self, statement, **values):
         import sqlite3
-        try:
-            with self._lock:
+        with self._lock:
+            for attempt in range(2):
                 try:
+                    if not self._db:
+                        self._open()
                     return self._db.execute(statement, values).fetchall()
-                except sqlite3.Error as error:
-                    if not is_damage(error):
-                        raise
+                except (OSError, sqlite3.Error) as error:
+                    damaged = isinstance(error, sqlite3.Error) and re.search("not a database|malformed|corrupt", str(error))
+                    if attempt or not damaged:
+                        reason = getattr(error, "strerror", None) or error
+                        raise SetupError(f"The spool {self._path} cannot be used: {reason}.") from error
                     self._put_aside(error)
-                    self._open()
-                    return self._db.execute(statement, values).fetchall()
-        except sqlite3.Error as error:
-            raise SetupError(f"The spool {self._path} cannot be used: {error}.") from error
 
 
 # ---- 17. Client ----
