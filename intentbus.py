@@ -7585,7 +7585,7 @@ class Spooler:
         self._mine = dict(bus=client.base_url, key_name=key_name)
         self._opening = threading.Lock()
         self._spool = None
-        self.reporting = set()     # numbers of the outcomes that other threads are sending right now
+        self._reporting = set()     # numbers of the outcomes that other threads are sending right now
 
     @property
     def spool(self):
@@ -7597,7 +7597,11 @@ class Spooler:
     def publish(self, path, body, idempotency_key):
         """Send all earlier publishes, then this one, and return its answer; if the bus cannot take it now, store it."""
         try:
-            with self._after_earlier_ones():
+            with contextlib.ExitStack() as turn:
+                with contextlib.suppress(SetupError, StorageFull):     # a bad disk does not keep this one back
+                    if os.path.exists(self._path):
+                        turn.enter_context(self.spool.send_lock(self._client.timeout))
+                        self._flush()
                 return self._client.publish_once(path, body, idempotency_key, retries=0)
         except TRANSIENT as error:
             try:
@@ -7606,28 +7610,24 @@ class Spooler:
                 raise type(error)(f"{error} It cannot be stored either: {failure}") from error
             return Record(id=None, ids=[], status="spooled", namespace=self._client.namespace, reason=str(error))
 
-    @contextlib.contextmanager
-    def _after_earlier_ones(self):
-        """Send the requests in the spool first, which must not keep later ones back: neither a refusal nor a bad disk does."""
-        with contextlib.ExitStack() as turn:
-            with contextlib.suppress(SetupError, StorageFull):
-                if os.path.exists(self._path):
-                    turn.enter_context(self.spool.send_lock(self._client.timeout))
-                    self._flush()
-            yield
-
     def report(self, path, body, intent_id, send):
         """Have send() report an outcome; a transient error leaves it in the spool and is raised."""
         try:
             number = self.spool.add(**self._mine, path=path, body=encode_body(body).decode(), intent_id=intent_id)
         except SetupError:     # an outcome that cannot be stored can still be sent
             return send()
-        self.reporting.add(number)
+        self._reporting.add(number)
         try:
-            with self._removing(number):
-                answer = send()
+            answer = send()
+        except TRANSIENT:
+            raise
+        except Error:
+            self.spool.remove(number)
+            raise
+        else:
+            self.spool.remove(number)
         finally:
-            self.reporting.discard(number)
+            self._reporting.discard(number)
         if answer.next and self._is_done(answer.next):
             answer["next"] = None
         return answer
@@ -7656,8 +7656,8 @@ class Spooler:
         """Send the requests in the spool; return how many the bus accepted, or raise the first error that left one waiting."""
         with self.spool.send_lock(self._client.timeout):
             accepted, errors = self._flush()
-        for error in errors:
-            raise error
+        if errors:
+            raise errors[0]
         return accepted
 
     def _flush(self):
@@ -7677,7 +7677,7 @@ class Spooler:
 
     def _due(self):
         """Return the requests to send, but for the outcomes that a thread is sending."""
-        return [request for request in self.spool.pending(**self._mine) if request.number not in self.reporting]
+        return [request for request in self.spool.pending(**self._mine) if request.number not in self._reporting]
 
     def _send_publish(self, request):
         try:
@@ -7699,17 +7699,6 @@ class Spooler:
                     claim_token=body["claim_token"], error=f"The result was refused: {error}", retry=False))
         self.spool.remove(request.number)
         return 1
-
-    @contextlib.contextmanager
-    def _removing(self, number):
-        """Remove a request from the spool unless a transient error leaves it unanswered."""
-        try:
-            yield
-        except Error as error:
-            if not isinstance(error, TRANSIENT):
-                self.spool.remove(number)
-            raise
-        self.spool.remove(number)
 
 
 IGNORED = {     # fields that an Intent Bus 7 ignores, with the consequence
