@@ -7350,7 +7350,6 @@ PERHAPS_A_MOMENT = (MOMENT[0], None)
 UNSURE = (anything, None)     # may be missing, as it is at older buses, and is None then
 ANSWER_ID = (must_be("an id", lambda value: isinstance(value, str) and re.fullmatch("[0-9A-Za-z_-]{1,128}", value)), REQUIRED)
 DONE = (must_be("true", lambda value: value is True), REQUIRED)
-REPORTED = answer_of(ok=DONE, id=ANSWER_ID, extended_by=UNSURE, claim_expires_at=UNSURE)
 CLAIMED = answer_of(**{**dict.fromkeys(NAMING_FIELDS + CLAIM_FIELDS, UNSURE), "id": ANSWER_ID, "goal": TEXT}, payload=UNSURE,
                     claim_token=(string, None), claim_timeout=(number_from(1, 2 ** 40), None), stream=(boolean, False))
 ENDED = answer_of(ok=DONE, id=ANSWER_ID, status=UNSURE, run_at=PERHAPS_A_MOMENT, next=(lambda value: value and CLAIMED(value), None))
@@ -7367,7 +7366,6 @@ LISTED_WORKER = answer_of(owner=TEXT, last_seen=MOMENT, goals=(array_of(string),
                           fulfilled=UNSURE, failed=UNSURE)
 LISTED_EVENT = answer_of(event=TEXT, time=MOMENT, id=UNSURE, goal=UNSURE, status=UNSURE, worker_id=UNSURE, worker=UNSURE,
                          last_error=UNSURE)
-ONE_GOAL = dict(namespace=TEXT, goal=TEXT, run_at=PERHAPS_A_MOMENT)
 GOAL_LIMIT = answer_of(namespace=TEXT, goal=TEXT, running=UNSURE, paused=TRUTH, claimed=COUNT)
 GOAL_FIGURES = answer_of(namespace=TEXT, goal=TEXT, waiting=COUNT, running=COUNT, run_at=PERHAPS_A_MOMENT, limit=UNSURE,
                          paused=TRUTH, fulfilled=(array_of(COUNT[0]), REQUIRED), failed=(array_of(COUNT[0]), REQUIRED),
@@ -7382,7 +7380,7 @@ ANSWERS = {     # of a bus, to a method and path: an answer without these fields
     "POST /intent": answer_of(id=ANSWER_ID, status=UNSURE, namespace=UNSURE, listening=UNSURE, never_claimed=UNSURE),
     "POST /intents": answer_of(ids=(array_of(ANSWER_ID[0]), REQUIRED), statuses=(array_of(string), ())),
     "POST /claim": CLAIMED,
-    "POST /extend_claim/*": REPORTED,
+    "POST /extend_claim/*": answer_of(ok=DONE, id=ANSWER_ID, extended_by=UNSURE, claim_expires_at=UNSURE),
     "POST /progress/*": answer_of(ok=DONE, claim_expires_at=MOMENT, followed=TRUTH),
     "POST /step/*": answer_of(done=TRUTH, output=(string, None)),
     "POST /fulfill/*": ENDED,
@@ -7419,11 +7417,10 @@ ANSWERS = {     # of a bus, to a method and path: an answer without these fields
     "POST /admin/cancel": counted_or(cancelled=COUNT),
     "GET /admin/summary": answer_of(
         intents=(must_be("objects", lambda value: isinstance(value, dict) and all(isinstance(of, dict) for of in value.values())), REQUIRED),
-        goals=(array_of(GOAL_FIGURES), ()), waiting=(array_of(answer_of(**ONE_GOAL)), ()), workers=(array_of(LISTED_WORKER), ()),
-        gone=(array_of(LISTED_WORKER), ())),
+        goals=(array_of(GOAL_FIGURES), ()), waiting=(array_of(answer_of(namespace=TEXT, goal=TEXT, run_at=PERHAPS_A_MOMENT)), ()),
+        workers=(array_of(LISTED_WORKER), ()), gone=(array_of(LISTED_WORKER), ())),
 }
 ANY_ANSWER = answer_of()     # to other requests
-MAY_BE_EMPTY = ("POST /claim",)     # 204
 ERROR_ANSWER = answer_of(code=(must_be("a word", lambda value: isinstance(value, str) and re.fullmatch("[a-z][a-z_]*", value)), REQUIRED),
                          message=TEXT)
 
@@ -8076,7 +8073,7 @@ class IntentClient:
 
     def admin(self, verb: str, **body: Any) -> Any:
         """Call /admin/VERB; by GET if there is no body."""
-        body = {field: value for field, value in body.items() if value is not None}
+        body = present(**body)
         if verb == "purge" and body.keys() - {"confirm", "namespace"}:     # an older bus, which would ignore these, has no summary
             self.admin("summary")
         if body.get("role") == "viewer" or not body.keys().isdisjoint(("goals", "expires_at")):
@@ -8109,7 +8106,7 @@ class IntentClient:
         """
         query = dict(query or {}, wait=round(wait, 3) or None)
         try:
-            encoded = urllib.parse.urlencode({name: value for name, value in query.items() if value is not None}, True)
+            encoded = urllib.parse.urlencode(present(**query), True)
             target = urllib.parse.quote(path) + ("?" + encoded if encoded else "")
         except ValueError as error:
             raise Invalid(f"This cannot be sent in UTF-8: {error}.") from error
@@ -8170,7 +8167,7 @@ class IntentClient:
 
         An answer is not signed, so a time in it counts only with a MAC: a wrong one would have us sign for a later time.
         """
-        if status == 204 and endpoint in MAY_BE_EMPTY:
+        if status == 204 and endpoint == "POST /claim":
             return None
         try:
             value = from_json(content, 2 * JSON_DEPTH)     # a payload stands some levels deep in it
@@ -8230,24 +8227,20 @@ class Postpone(Exception):
     """A handler raises this when it cannot work now; the intent is released, and the attempt does not count."""
 
 
-def ask_until(deadline, ask, *arguments):
-    """Return the answer of a bus to ask(), repeated after transient errors until a time.monotonic(); raises Postpone then."""
-    while True:
-        try:
-            return ask(*arguments)
-        except TRANSIENT as error:
-            if time.monotonic() >= deadline:
-                raise Postpone(str(error)) from error
-            time.sleep(random.uniform(0, RECHECK_SECONDS))
-
-
 def step_once(bus, intent_id, claim_token, lease_seconds, name, run):
     """Return the output of a step, and whether it was recorded before; otherwise it is that of run(), and recorded now.
 
     Raises NotFound if the lease is lost, Postpone if the bus is away for as long as a lease.
     """
     def ask(*news):
-        return ask_until(time.monotonic() + lease_seconds, bus.step, intent_id, claim_token, name, *news)
+        deadline = time.monotonic() + lease_seconds
+        while True:
+            try:
+                return bus.step(intent_id, claim_token, name, *news)
+            except TRANSIENT as error:
+                if time.monotonic() >= deadline:
+                    raise Postpone(str(error)) from error
+                time.sleep(random.uniform(0, RECHECK_SECONDS))
     known = ask()
     if known.done:
         return known.output, True
