@@ -7318,8 +7318,8 @@ def encode_body(body):
 
 
 def answer_of(**fields):
-    """Accept a JSON object with these fields, each (validator, default), and with any others; return it as a Record."""
-    fields = Fields(fields, strict=False)
+    """Accept a JSON object with these fields, each a validator or (validator, default), and with any others; return a Record."""
+    fields = Fields({field: kind if isinstance(kind, tuple) else (kind, REQUIRED) for field, kind in fields.items()}, strict=False)
 
     def validator(value):
         try:
@@ -7344,85 +7344,84 @@ def counted_or(**fields):
     return lambda value: (counted if isinstance(value, dict) and "number" in value else done)(value)
 
 
-TEXT, TRUTH, COUNT = (string, REQUIRED), (boolean, REQUIRED), (integer_from(0, 2 ** 63), REQUIRED)
-MOMENT = (number_from(0, 2 ** 40), REQUIRED)     # Unix seconds, within the range of dates
-PERHAPS_A_MOMENT = (MOMENT[0], None)
+COUNT = integer_from(0, 2 ** 63)
+MOMENT = number_from(0, 2 ** 40)     # Unix seconds, within the range of dates
+PERHAPS_A_MOMENT = (MOMENT, None)
 UNSURE = (anything, None)     # may be missing, as it is at older buses, and is None then
-ANSWER_ID = (must_be("an id", lambda value: isinstance(value, str) and re.fullmatch("[0-9A-Za-z_-]{1,128}", value)), REQUIRED)
-DONE = (must_be("true", lambda value: value is True), REQUIRED)
-CLAIMED = answer_of(**{**dict.fromkeys(NAMING_FIELDS + CLAIM_FIELDS, UNSURE), "id": ANSWER_ID, "goal": TEXT}, payload=UNSURE,
+ANSWER_ID = must_be("an id", lambda value: isinstance(value, str) and re.fullmatch("[0-9A-Za-z_-]{1,128}", value))
+DONE = must_be("true", lambda value: value is True)
+CLAIMED = answer_of(**{**dict.fromkeys(NAMING_FIELDS + CLAIM_FIELDS, UNSURE), "id": ANSWER_ID, "goal": string}, payload=UNSURE,
                     claim_token=(string, None), claim_timeout=(number_from(1, 2 ** 40), None), stream=(boolean, False))
 ENDED = answer_of(ok=DONE, id=ANSWER_ID, status=UNSURE, run_at=PERHAPS_A_MOMENT, next=(lambda value: value and CLAIMED(value), None))
-CHANGED = answer_of(id=ANSWER_ID, status=TEXT)
-STATE = {**dict.fromkeys(STATUS_FIELDS, UNSURE), "id": ANSWER_ID, "status": TEXT, "claimed_at": PERHAPS_A_MOMENT}
-ATTEMPT = answer_of(attempt=COUNT, outcome=TEXT, ended_at=MOMENT, claimed_at=PERHAPS_A_MOMENT, worker=UNSURE, error=UNSURE)
-DONE_STEP = answer_of(name=TEXT, attempt=COUNT, seconds=(number_from(0, 2 ** 40), None), done_at=MOMENT)
+CHANGED = answer_of(id=ANSWER_ID, status=string)
+STATE = {**dict.fromkeys(STATUS_FIELDS, UNSURE), "id": ANSWER_ID, "status": string, "claimed_at": PERHAPS_A_MOMENT}
+ATTEMPT = answer_of(attempt=COUNT, outcome=string, ended_at=MOMENT, claimed_at=PERHAPS_A_MOMENT, worker=UNSURE, error=UNSURE)
+DONE_STEP = answer_of(name=string, attempt=COUNT, seconds=(number_from(0, 2 ** 40), None), done_at=MOMENT)
 RESULT_STATE = dict(STATE, result=UNSURE, result_type=UNSURE, history=(array_of(ATTEMPT), ()),     # which older buses do not have
                     steps=(array_of(DONE_STEP), ()))
-LISTED_INTENT = answer_of(id=ANSWER_ID, status=TEXT, goal=TEXT, claim_attempts=COUNT, max_attempts=COUNT, created_at=MOMENT,
+LISTED_INTENT = answer_of(id=ANSWER_ID, status=string, goal=string, claim_attempts=COUNT, max_attempts=COUNT, created_at=MOMENT,
                           last_error=UNSURE, worker=UNSURE, preview=UNSURE)
-LISTED_WORKER = answer_of(owner=TEXT, last_seen=MOMENT, goals=(array_of(string), REQUIRED), name=UNSURE, id=UNSURE, version=UNSURE,
-                          running=(array_of(string), ()), running_since=(array_of(MOMENT[0]), ()), since=PERHAPS_A_MOMENT,
+LISTED_WORKER = answer_of(owner=string, last_seen=MOMENT, goals=array_of(string), name=UNSURE, id=UNSURE, version=UNSURE,
+                          running=(array_of(string), ()), running_since=(array_of(MOMENT), ()), since=PERHAPS_A_MOMENT,
                           fulfilled=UNSURE, failed=UNSURE)
-LISTED_EVENT = answer_of(event=TEXT, time=MOMENT, id=UNSURE, goal=UNSURE, status=UNSURE, worker_id=UNSURE, worker=UNSURE,
+LISTED_EVENT = answer_of(event=string, time=MOMENT, id=UNSURE, goal=UNSURE, status=UNSURE, worker_id=UNSURE, worker=UNSURE,
                          last_error=UNSURE)
-GOAL_LIMIT = answer_of(namespace=TEXT, goal=TEXT, running=UNSURE, paused=TRUTH, claimed=COUNT)
-GOAL_FIGURES = answer_of(namespace=TEXT, goal=TEXT, waiting=COUNT, running=COUNT, run_at=PERHAPS_A_MOMENT, limit=UNSURE,
-                         paused=TRUTH, fulfilled=(array_of(COUNT[0]), REQUIRED), failed=(array_of(COUNT[0]), REQUIRED),
-                         waited=UNSURE, ran=UNSURE)
-LISTED_SCHEDULE = answer_of(name=TEXT, owner=TEXT, goal=TEXT, every=(number_from(1, 2 ** 40), None), cron=(string, None),
+GOAL_LIMIT = answer_of(namespace=string, goal=string, running=UNSURE, paused=boolean, claimed=COUNT)
+GOAL_FIGURES = answer_of(namespace=string, goal=string, waiting=COUNT, running=COUNT, run_at=PERHAPS_A_MOMENT, limit=UNSURE,
+                         paused=boolean, fulfilled=array_of(COUNT), failed=array_of(COUNT), waited=UNSURE, ran=UNSURE)
+LISTED_SCHEDULE = answer_of(name=string, owner=string, goal=string, every=(number_from(1, 2 ** 40), None), cron=(string, None),
                             timezone=(string, None), made_at=MOMENT, next_run_at=PERHAPS_A_MOMENT, last_run_at=PERHAPS_A_MOMENT, last_id=UNSURE)
 PERHAPS_GOALS = (array_of(string), None)
-LISTED_KEY = answer_of(key_id=TEXT, owner=TEXT, role=TEXT, total_requests=COUNT, name=UNSURE, goals=PERHAPS_GOALS,
+LISTED_KEY = answer_of(key_id=string, owner=string, role=string, total_requests=COUNT, name=UNSURE, goals=PERHAPS_GOALS,
                        expires_at=PERHAPS_A_MOMENT, last_used_at=PERHAPS_A_MOMENT)
-API_KEY = (must_be("a key", lambda value: isinstance(value, str) and re.fullmatch("[!-~]+", value)), REQUIRED)
+API_KEY = must_be("a key", lambda value: isinstance(value, str) and re.fullmatch("[!-~]+", value))
 ANSWERS = {     # of a bus, to a method and path: an answer without these fields comes from another server
     "POST /intent": answer_of(id=ANSWER_ID, status=UNSURE, namespace=UNSURE, listening=UNSURE, never_claimed=UNSURE),
-    "POST /intents": answer_of(ids=(array_of(ANSWER_ID[0]), REQUIRED), statuses=(array_of(string), ())),
+    "POST /intents": answer_of(ids=array_of(ANSWER_ID), statuses=(array_of(string), ())),
     "POST /claim": CLAIMED,
     "POST /extend_claim/*": answer_of(ok=DONE, id=ANSWER_ID, extended_by=UNSURE, claim_expires_at=UNSURE),
-    "POST /progress/*": answer_of(ok=DONE, claim_expires_at=MOMENT, followed=TRUTH),
-    "POST /step/*": answer_of(done=TRUTH, output=(string, None)),
+    "POST /progress/*": answer_of(ok=DONE, claim_expires_at=MOMENT, followed=boolean),
+    "POST /step/*": answer_of(done=boolean, output=(string, None)),
     "POST /fulfill/*": ENDED,
     "POST /fail/*": ENDED,
     "POST /release/*": ENDED,
     "GET /status/*": answer_of(**STATE),
     "GET /result/*": answer_of(**RESULT_STATE),
-    "GET /output/*": answer_of(output=(string, ""), next=COUNT, missed=COUNT, ended=TRUTH, attempt=UNSURE, message=(string, None),
+    "GET /output/*": answer_of(output=(string, ""), next=COUNT, missed=COUNT, ended=boolean, attempt=UNSURE, message=(string, None),
                                percent=(number_from(0, 100), None)),
-    "GET /intents": answer_of(intents=(array_of(LISTED_INTENT), REQUIRED), next=(ANSWER_ID[0], None)),
-    "GET /workers": answer_of(workers=(array_of(LISTED_WORKER), REQUIRED)),
-    "GET /events": answer_of(events=(array_of(LISTED_EVENT), REQUIRED), next=COUNT, missed=(COUNT[0], 0)),
-    "GET /whoami": answer_of(key_id=TEXT, owner=TEXT, role=TEXT, goals=PERHAPS_GOALS, expires_at=PERHAPS_A_MOMENT, now=MOMENT),
-    "POST /join": answer_of(api_key=API_KEY, name=TEXT, role=TEXT),
+    "GET /intents": answer_of(intents=array_of(LISTED_INTENT), next=(ANSWER_ID, None)),
+    "GET /workers": answer_of(workers=array_of(LISTED_WORKER)),
+    "GET /events": answer_of(events=array_of(LISTED_EVENT), next=COUNT, missed=(COUNT, 0)),
+    "GET /whoami": answer_of(key_id=string, owner=string, role=string, goals=PERHAPS_GOALS, expires_at=PERHAPS_A_MOMENT, now=MOMENT),
+    "POST /join": answer_of(api_key=API_KEY, name=string, role=string),
     "POST /cancel/*": CHANGED,
     "POST /retry/*": CHANGED,
     "POST /retry": counted_or(retried=COUNT),
-    "POST /schedule/*": answer_of(name=TEXT, next_run_at=PERHAPS_A_MOMENT, status=TEXT),
-    "GET /schedules": answer_of(schedules=(array_of(LISTED_SCHEDULE), REQUIRED)),
-    "POST /unschedule/*": answer_of(ok=DONE, name=TEXT),
-    "POST /run/*": answer_of(id=ANSWER_ID, status=TEXT, namespace=TEXT),
+    "POST /schedule/*": answer_of(name=string, next_run_at=PERHAPS_A_MOMENT, status=string),
+    "GET /schedules": answer_of(schedules=array_of(LISTED_SCHEDULE)),
+    "POST /unschedule/*": answer_of(ok=DONE, name=string),
+    "POST /run/*": answer_of(id=ANSWER_ID, status=string, namespace=string),
     "POST /limit/*": GOAL_LIMIT,
-    "GET /limits": answer_of(limits=(array_of(GOAL_LIMIT), REQUIRED)),
+    "GET /limits": answer_of(limits=array_of(GOAL_LIMIT)),
     "POST /set/*": answer_of(ok=DONE),
-    "GET /get/*": answer_of(value=(anything, REQUIRED)),
-    "POST /delete/*": answer_of(deleted=TRUTH),
+    "GET /get/*": answer_of(value=anything),
+    "POST /delete/*": answer_of(deleted=boolean),
     "POST /admin/generate_key": answer_of(api_key=API_KEY, key_id=(string, None), owner=(string, None), role=(string, None)),
-    "POST /admin/invite": answer_of(code=TEXT, expires_at=MOMENT, name=TEXT, role=TEXT),
-    "POST /admin/revoke_key": answer_of(ok=DONE, schedules=(COUNT[0], 0)),
+    "POST /admin/invite": answer_of(code=string, expires_at=MOMENT, name=string, role=string),
+    "POST /admin/revoke_key": answer_of(ok=DONE, schedules=(COUNT, 0)),
     "GET /admin/keys": array_of(LISTED_KEY),
-    "GET /admin/intents/*": answer_of(**RESULT_STATE, payload=(any_payload, REQUIRED), owner=TEXT, publisher=TEXT),
-    "GET /admin/dead": array_of(answer_of(intent_id=TEXT)),
+    "GET /admin/intents/*": answer_of(**RESULT_STATE, payload=any_payload, owner=string, publisher=string),
+    "GET /admin/dead": array_of(answer_of(intent_id=string)),
     "POST /admin/purge": counted_or(deleted=COUNT),
     "POST /admin/cancel": counted_or(cancelled=COUNT),
     "GET /admin/summary": answer_of(
-        intents=(must_be("objects", lambda value: isinstance(value, dict) and all(isinstance(of, dict) for of in value.values())), REQUIRED),
-        goals=(array_of(GOAL_FIGURES), ()), waiting=(array_of(answer_of(namespace=TEXT, goal=TEXT, run_at=PERHAPS_A_MOMENT)), ()),
+        intents=must_be("objects", lambda value: isinstance(value, dict) and all(isinstance(of, dict) for of in value.values())),
+        goals=(array_of(GOAL_FIGURES), ()), waiting=(array_of(answer_of(namespace=string, goal=string, run_at=PERHAPS_A_MOMENT)), ()),
         workers=(array_of(LISTED_WORKER), ()), gone=(array_of(LISTED_WORKER), ())),
 }
 ANY_ANSWER = answer_of()     # to other requests
-ERROR_ANSWER = answer_of(code=(must_be("a word", lambda value: isinstance(value, str) and re.fullmatch("[a-z][a-z_]*", value)), REQUIRED),
-                         message=TEXT)
+ERROR_ANSWER = answer_of(code=must_be("a word", lambda value: isinstance(value, str) and re.fullmatch("[a-z][a-z_]*", value)),
+                         message=string)
 
 
 def error_of_page(content):
