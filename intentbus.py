@@ -7285,9 +7285,8 @@ def proxy_to(parts):
         return None, None
     kind, _, address = proxy.strip().rpartition("://")
     credentials, _, place = address.rstrip("/").rpartition("@")
-    variable = f"{parts.scheme}_proxy"
     if kind not in ("", "http", "https") or not re.fullmatch(r"([\w.-]+|\[[0-9a-fA-F:.]+\])(:[0-9]{1,5})?", place, re.ASCII):
-        raise SetupError(f"{variable} names no HTTP proxy (SOCKS and others are not supported): change or unset it, or add "
+        raise SetupError(f"{parts.scheme}_proxy names no HTTP proxy (SOCKS and others are not supported): change or unset it, or add "
                          f"{parts.hostname} to no_proxy.")
     encoded = base64.b64encode(urllib.parse.unquote(credentials).encode()).decode()
     return place, {"Proxy-Authorization": f"Basic {encoded}"} if credentials else {}
@@ -7295,10 +7294,8 @@ def proxy_to(parts):
 
 def reason_and_cure(error, proxy):
     """Return (reason, cure), two sentences, for an error of the network."""
-    clock = ""
     if code := getattr(error, "verify_code", 0):
-        if code in CURES:
-            clock = time.strftime(" (the clock of this machine says %Y-%m-%d %H:%M)")
+        clock = time.strftime(" (the clock of this machine says %Y-%m-%d %H:%M)") if code in CURES else ""
         reason = f"its certificate is not trusted: {error.verify_message}{clock}"
     else:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
@@ -7440,18 +7437,13 @@ def endpoint_of(method, path):
 
 
 class TimedReader(io.RawIOBase):
-    """The incoming bytes of a socket, up to a time: http.client calls its makefile() in place of the socket's."""
+    """The incoming bytes of a socket, up to a time."""
 
     def __init__(self, sock, deadline):
         super().__init__()
         self._sock = sock
         self._deadline = deadline
-        self._file = None
-
-    def makefile(self, mode):
-        """Return a buffered reader of the socket."""
-        self._file = self._sock.makefile(mode, buffering=0)
-        return io.BufferedReader(self)
+        self._file = sock.makefile("rb", buffering=0)
 
     def readable(self):
         """Return True, for BufferedReader."""
@@ -7464,8 +7456,7 @@ class TimedReader(io.RawIOBase):
 
     def close(self):
         """Close the reader, which lets the socket close."""
-        if self._file:
-            self._file.close()
+        self._file.close()
         super().close()
 
 
@@ -7524,13 +7515,16 @@ class KeptConnection:
 
     def _exchange(self, kept, request, deadline):
         import http.client
+        def timed_response(sock, *rest, **options):     # which calls makefile() of a socket
+            reader = types.SimpleNamespace(makefile=lambda mode: io.BufferedReader(TimedReader(sock, deadline)))
+            return http.client.HTTPResponse(reader, *rest, **options)
         link = kept.link
         headers = dict(request.header_items())
         target = request.selector
         if self._proxy and request.type == "http":
             target = request.full_url
             headers.update(self._proxy[1])
-        link.response_class = lambda sock, *rest, **options: http.client.HTTPResponse(TimedReader(sock, deadline), *rest, **options)
+        link.response_class = timed_response
         link.timeout = time_left(deadline)
         if link.sock:
             link.sock.settimeout(link.timeout)
@@ -7818,8 +7812,7 @@ class IntentClient:
         self.key_name = key_name(key)
         self._spooler = Spooler(self, spool, self.key_name) if spool else None
         local = LOOPBACK.fullmatch(parts.hostname)
-        issued = ISSUED.fullmatch(self._key)
-        self._key_id = issued[1] if issued else "owner"
+        self._key_id = self.key_name if ISSUED.fullmatch(key) else "owner"
         self.secure = bool(local) or parts.scheme == "https"
         # over plain http, whichever program has the port would get the key
         self._identity = {"X-API-KEY": self._key} if send_key or parts.scheme == "https" else {"X-Key-ID": self._key_id}
@@ -8724,14 +8717,15 @@ class Guardian:
     """
 
     def __init__(self, kill_after):
-        self._arguments = ["sh", "-c", self.SCRIPT, "guardian", f"{kill_after:.0f}"]
+        self._kill_after = kill_after
         self._process = None
 
     def __enter__(self):
         import subprocess
         with contextlib.suppress(OSError):     # without a guardian, too, a worker can work
-            self._process = POSIX and subprocess.Popen([*self._arguments, steps_folder("")], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                                                       stderr=subprocess.DEVNULL, **process_group_options())
+            self._process = POSIX and subprocess.Popen(
+                ["sh", "-c", self.SCRIPT, "guardian", f"{self._kill_after:.0f}", steps_folder("")], stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **process_group_options())
 
     def __exit__(self, *error):
         if self._process:
