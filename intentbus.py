@@ -10781,8 +10781,10 @@ class Parser(argparse.ArgumentParser):
         function, self._examples, flags = COMMANDS[name]
         super().__init__(f"{INVOCATION} {name}", description=function.__doc__)
         self._flags = [flag for names, _ in flags for flag in names]
+        self._by_field = {}     # an option has the name of the field that it sets
         for names, settings in sorted(flags, key=CONNECTION.__contains__):     # the flags of all commands come last
-            self.add_argument(*names, **settings)
+            option = self.add_argument(*names, **settings)
+            self._by_field[option.dest] = option
 
     def parse(self, words):
         """Return the options in a command line; flags may stand anywhere before "--"."""
@@ -10796,6 +10798,17 @@ class Parser(argparse.ArgumentParser):
             if not any(flag.startswith(word) for flag in self._flags):
                 message = f"there is no flag {word}{suggestion(word, self._flags)}"
         raise Invalid(f"{message.rstrip('?')}; see {self.prog} --help.")
+
+    def by_flag(self, error):
+        """Return the error of a bus about a field, in the words of the flag that has set the field."""
+        field, _, words = str(error).partition(" ")
+        option = self._by_field.get(field)
+        if not (option and option.option_strings and error.code == f"invalid_{field}"):
+            return error
+        if option.type is duration:
+            words = re.sub(r"a number from (\d+) to (\d+)", lambda found: "from {} to {}".format(
+                *(format_duration(int(seconds)) for seconds in found.groups())), words)
+        return Invalid(f"{option.option_strings[-1]} {words.replace('Unix seconds', 'a time')}", error.code)
 
     def format_help(self):
         """Return the examples, then the usual help."""
@@ -10953,13 +10966,17 @@ def run_command(words, open_store):
         return 0
     words, apart = join_wait(words)
     name, words = find_command(words)
-    options = Parser(name).parse(words + program)
+    parser = Parser(name)
+    options = parser.parse(words + program)
     if apart and getattr(options, "payload", None) == []:
         raise Invalid(f"{apart} may be the payload or the time to wait: write --wait={apart}, or put the payload first.")
     if getattr(options, "namespace", "") is None:
         options.namespace = os.environ.get("INTENT_BUS_NAMESPACE", "").strip() or None
     options.open_store = open_store
-    code = COMMANDS[name][0](options) or 0
+    try:
+        code = COMMANDS[name][0](options) or 0
+    except Invalid as error:
+        raise parser.by_flag(error) from None
     sys.stdout.flush()
     return code
 
