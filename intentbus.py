@@ -7706,6 +7706,12 @@ def process_name(program=None):
     return label(words.encode("ascii", "replace").decode())[:64 - len(number)] + number
 
 
+def worker_header(worker_name):
+    """Return the header for the name of a worker, by default that of this process; a header can carry Latin-1."""
+    name = worker_name or process_name()
+    return {"X-Worker-Name": label(name.encode("latin-1", "replace").decode("latin-1"))}
+
+
 def present(**fields: Any) -> dict[str, Any]:
     """Return the fields that are not None; the bus has defaults for the others."""
     return {field: value for field, value in fields.items() if value is not None}
@@ -7888,7 +7894,7 @@ class IntentClient:
                 self._require_newer("serve one of several goals only; start a worker for each")
             token = claim_token or os.urandom(16).hex()
             return self.request("POST", "/claim", dict(claim_token=token), query=query, wait=wait,
-                                headers={"X-Worker-Name": worker_name or process_name()}, retries=0 if claim_token else RETRIES)
+                                headers=worker_header(worker_name), retries=0 if claim_token else RETRIES)
         return self._spooler.claim(send) if self._spooler else send()
 
     def _claim_query(self, goal=None, namespace=None, publisher=None, worker_id=None, capabilities=(), lease=None):
@@ -7945,7 +7951,7 @@ class IntentClient:
         def send():
             if next_claim is None:
                 return self.request("POST", path, body)
-            headers = {"X-Claim-Token": token, "X-Worker-Name": worker_name or process_name()}
+            headers = dict(worker_header(worker_name), **{"X-Claim-Token": token})
             return self.request("POST", path, dict(body, next_token=token), headers=headers,
                                 query=dict(self._claim_query(**wanted), next=1))
         return spooler.report(path, body, intent_id, send) if spooler else send()

@@ -10700,6 +10700,14 @@ def test_retry_of_an_empty_id_retries_nothing(served):
     assert served.client.get_status(intent_id).status == "dead"
 
 
+@pytest.mark.parametrize("given, shown", [("Büro 1", "Büro 1"), ("会議 1", "?? 1"), ("a\r\nX: 1", "a??X: 1"), ("x" * 70, "x" * 64)])
+def test_any_name_of_a_worker_fits_a_header(served, given, shown):
+    served.publish(), served.publish()
+    claimed = served.client.claim("g", worker_name=given)
+    assert served.client.fulfill(claimed.id, claimed.claim_token, next_claim=dict(goal="g", worker_name=given)).next
+    assert [worker.name for worker in served.client.workers().workers] == [shown]
+
+
 ENCRYPTED = ("https://bus.example", "https://10.0.0.1", "https://127.0.0.1:8787", "HTTPS://LOCALHOST")
 IN_THE_OPEN = ("http://127.0.0.1:8787", "http://localhost", "http://127.1.2.3", "http://[::1]:8787", "HTTP://LOCALHOST:1",
                "http://bus.example", "http://10.0.0.1:8787", "http://localhost.example", "http://127.0.0.1.example", "http://[::2]")
