@@ -7471,7 +7471,7 @@ def time_left(deadline):
 class KeptConnection:
     """A handler of urllib's OpenerDirector that keeps a connection of each thread open; urllib's own close it each time.
 
-    `open` of the opener returns an Exchange, whose content is complete. Its timeout bounds all of the exchange.
+    `open` of the opener returns (status, headers, content). Its timeout bounds all of the exchange.
     """
 
     handler_order = 500     # as that of urllib's own handlers
@@ -7486,9 +7486,10 @@ class KeptConnection:
         """Be added to an opener."""
 
     def http_open(self, request):
-        """Send a request and receive the answer; a connection that has gone stale is replaced.
+        """Send a request; return the status, headers and whole content of the answer.
 
-        The same bytes are sent again then. The nonce in them keeps the bus from doing the work of a request twice.
+        A connection that has gone stale is replaced, and the same bytes are sent again. The nonce in them keeps the bus from
+        doing the work of a request twice.
         """
         import http.client
         deadline = steady_clock() + request.timeout
@@ -7545,10 +7546,7 @@ class KeptConnection:
         if len(content) <= ANSWER_BYTES:
             kept.used_at = steady_clock()
             self._kept.connection = kept
-        return Exchange(response.status, response.headers, content)
-
-
-Exchange = collections.namedtuple("Exchange", "status headers content")
+        return response.status, response.headers, content
 
 
 class OpenConnection:
@@ -7596,7 +7594,7 @@ class Spooler:
         except TRANSIENT as error:
             try:
                 self.spool.add(**self._mine, path=path, body=encode_body(body).decode(), idempotency_key=idempotency_key)
-            except (SetupError, StorageFull) as failure:
+            except SetupError as failure:
                 raise type(error)(f"{error} It cannot be stored either: {failure}") from error
             return Record(id=None, ids=[], status="spooled", namespace=self._client.namespace, reason=str(error))
 
@@ -8137,18 +8135,18 @@ class IntentClient:
                    "User-Agent": f"intentbus/{__version__}", "Content-Type": "application/json"}
         request = urllib.request.Request(self.base_url + target, data, headers, method=method)
         try:
-            answer = self._opener.open(request, timeout=timeout)
+            status, headers, content = self._opener.open(request, timeout=timeout)
         except (OSError, http.client.HTTPException) as error:
             way = f" through the proxy {self._proxy}" if self._proxy else ""
             reason, cure = reason_and_cure(error, self._proxy)
             raise Unreachable(f"The bus at {self.base_url} cannot be reached{way}: {reason}. {cure}") from error
-        if 300 <= answer.status < 400:
-            location = str(answer.headers.get("Location")).partition(target)[0].rstrip("/")
+        if 300 <= status < 400:
+            location = str(headers.get("Location")).partition(target)[0].rstrip("/")
             raise Unreachable(f"{self.base_url} redirects to {location}. If that is the bus, use it as the URL; otherwise a portal "
                               "or a proxy is in the way.")
-        if len(answer.content) > ANSWER_BYTES:
+        if len(content) > ANSWER_BYTES:
             raise Unreachable(f"{self.base_url} answered more than {ANSWER_BYTES} bytes: this is not a bus, or ask it for less.")
-        return self._read(answer.status, answer.headers, answer.content, endpoint, f"{timestamp}\n{nonce}")
+        return self._read(status, headers, content, endpoint, f"{timestamp}\n{nonce}")
 
     def _is_of_a_bus(self, headers):
         """Return whether an answer without our JSON is of an older bus, by its header, or by the name and version at /."""
@@ -8156,8 +8154,8 @@ class IntentClient:
         if "X-Intent-Version" in headers:
             return True
         with contextlib.suppress(OSError, http.client.HTTPException):
-            answer = self._opener.open(urllib.request.Request(self.base_url + "/"), timeout=self.timeout)
-            return answer.status == 200 and re.fullmatch(rb"(?i)[^<\n]{,99}intent.?bus\b[^<\n]{,99}\d\.\d[^<\n]{,99}", answer.content.strip())
+            status, _, content = self._opener.open(urllib.request.Request(self.base_url + "/"), timeout=self.timeout)
+            return status == 200 and re.fullmatch(rb"(?i)[^<\n]{,99}intent.?bus\b[^<\n]{,99}\d\.\d[^<\n]{,99}", content.strip())
         return False
 
     def _read(self, status, headers, content, endpoint, sent):
@@ -8208,8 +8206,6 @@ class IntentClient:
 
 HANGUP = getattr(signal, "SIGHUP", None)     # Windows has none
 PAST_TENSES = {"fulfill": "fulfilled", "fail": "failed", "release": "released"}
-
-
 LEFT_OUT = "\n[Some output is left out here: there was too much at once.]\n"
 
 
@@ -8329,7 +8325,7 @@ class Lease:
         output = self._news.get("output", "") + (news.get("output") or "")
         if len(output) > LIVE_CHARACTERS:
             output = LEFT_OUT + output[-LIVE_CHARACTERS:]
-        self._news.update({name: value for name, value in news.items() if value is not None}, **{"output": output} if output else {})
+        self._news.update(present(**dict(news, output=output or None)))
 
     def _call(self):
         """Tell the bus the news, which extends the lease, too, or just extend it; then let others call."""
