@@ -7698,10 +7698,10 @@ IGNORED = {     # fields that an Intent Bus 7 ignores, with the consequence
 
 
 def process_name(program=None):
-    """Return how people know this process: its host, program and number; in ASCII, for a header."""
+    """Return how people know this process: its host, program and number."""
     number = f" {os.getpid()}"
     words = f"{socket.gethostname().partition('.')[0]} {os.path.basename(program or sys.argv[0] or 'python')}"
-    return label(words.encode("ascii", "replace").decode())[:64 - len(number)] + number
+    return label(words)[:64 - len(number)] + number
 
 
 def worker_header(worker_name):
