@@ -13045,7 +13045,7 @@ def test_watch_follows_the_bus_over_a_restart(served, home):
 
 
 def test_a_key_that_would_have_ended_already_is_refused(served):
-    assert_complaint(at(served, "keys", "add", "x", "--expires", "0s"), 2, "expires_at must be Unix seconds to come")
+    assert_complaint(at(served, "keys", "add", "x", "--expires", "0s"), 2, "--expires must be a time to come")
     assert served.client.admin("keys") == []
 
 
