@@ -9882,7 +9882,7 @@ def batches(intents, seconds):
 
 
 def given(options, fields):
-    """Return those of some fields that a command line gives."""
+    """Return the values that a command line gives to these fields."""
     return {name: value for name, value in vars(options).items() if name in fields and value is not None}
 
 

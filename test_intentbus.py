@@ -1767,6 +1767,13 @@ def test_each_part_uses_only_the_parts_above_it():
     assert defined["IntentClient"] == 17 and not low
 
 
+def test_each_name_of_the_module_is_defined_once():
+    names = collections.Counter(target.id if isinstance(target, ast.Name) else getattr(target, "name", None)
+                                for node in TREE.body
+                                for target in (node.targets if isinstance(node, ast.Assign) else [node]))
+    assert [name for name, times in names.items() if name and times > 1] == []
+
+
 def test_only_the_standard_library_is_imported():
     names = {alias.name for node in ast.walk(TREE) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in ast.walk(TREE) if isinstance(node, ast.ImportFrom)}
