@@ -11696,7 +11696,7 @@ def test_the_doctor_finds_schedules_that_do_not_do_well(check_work, clock):
     (level, about, words), = check()
     assert (level, about) == ("note", "schedule") and words.startswith("The schedule nightly publishes backup, and no worker is there for it")
     with bus.hold("POST", "/claim?goal=other&goal=backup&wait=60"):
-        assert check() == []
+        wait_until(lambda: check() == [])     # the worker is listed after the commit of its claim
         id = bus.client.run("nightly").id
         assert check() == []     # it has just begun
         due = clock.wall + 60
