@@ -9742,11 +9742,12 @@ def other_database(options):
 
 def log_startup(options, url, database, key_source, other):
     """Log the state of a bus that has just started, and the next commands to try."""
+    import shlex
     log(f"{__version__}, database {database.path}, the key is {key_source}")
     if not database.new and key_source.startswith("new"):
         log("warning: the owner key is new, so the keys that were issued before it are not valid; if that is a mistake, put the old one back")
     if other:
-        log(f"warning: this database is new and empty; to go on with the one of an earlier start, use --db {other}")
+        log(f"warning: this database is new and empty; to go on with the one of an earlier start, use --db {shlex.quote(other)}")
     if database.warning:
         log(database.warning)
     if not options.tls_cert and options.host not in ("127.0.0.1", "::1", "localhost"):
@@ -9757,7 +9758,7 @@ def log_startup(options, url, database, key_source, other):
     log("next, in two other terminals:")
     where = "" if url == URL and not os.path.exists(os.path.expanduser(CONFIG_FILE)) else f" --url {url}"
     if options.key_file != KEY_FILE and not os.environ.get("BUS_SECRET"):
-        where += f" --key-file {options.key_file}"
+        where += f" --key-file {shlex.quote(options.key_file)}"
     print(f"  {INVOCATION} work{where} --goal hello\n  {INVOCATION} publish{where} hello name=world", file=sys.stderr)
 
 

@@ -11856,7 +11856,7 @@ def test_serve_makes_a_key_prints_its_url_and_exits_0(tmp_path):
 @pytest.mark.parametrize("url, key_file, environment, words", [
     ("http://127.0.0.1:8787", "~/.apikey", {}, ["publish hello name=world", "sign in with the owner key"]),
     ("http://127.0.0.1:9", "~/.apikey", {}, ["publish --url http://127.0.0.1:9 hello"]),
-    ("https://h:8787", "k", {"DASHBOARD_PASSWORD": "x"}, ["publish --url https://h:8787 --key-file k hello", "sign in with DASHBOARD_PASSWORD"]),
+    ("https://h:8787", "my key", {"DASHBOARD_PASSWORD": "x"}, ["publish --url https://h:8787 --key-file 'my key' hello", "sign in with DASHBOARD_PASSWORD"]),
     ("http://127.0.0.1:8787", "k", {"BUS_SECRET": KEY, "BUS_ADMIN_SECRET": "x"}, ["publish hello name", "sign in with a viewer's key"])])
 def test_a_bus_that_starts_says_what_works(store, home, monkeypatch, capsys, url, key_file, environment, words):
     for variable, value in environment.items():
