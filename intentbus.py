@@ -7706,7 +7706,7 @@ def process_name(program=None):
 
 def worker_header(worker_name):
     """Return the header for the name of a worker, by default that of this process; a header can carry Latin-1."""
-    name = worker_name or process_name()
+    name = str(worker_name or process_name())
     return {"X-Worker-Name": label(name.encode("latin-1", "replace").decode("latin-1"))}
 
 
@@ -9883,8 +9883,8 @@ def batches(intents, seconds):
 
 
 def given(options, fields):
-    """Return the values that a command line gives to these fields."""
-    return {name: value for name, value in vars(options).items() if name in fields and value is not None}
+    """Return the values that a command line gives to these fields, but for the namespace, which the client adds."""
+    return {name: value for name, value in vars(options).items() if name in fields and name != "namespace" and value is not None}
 
 
 def binary_stdin():

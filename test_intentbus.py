@@ -13170,6 +13170,13 @@ def test_the_runs_of_a_schedule_are_events_and_counted(started, clock):
     assert minutes == {"published": 1}
 
 
+@pytest.mark.parametrize("words", [["1"], ["--lines"], ["--jsonl"]], ids=str)
+@pytest.mark.parametrize("given, variable, namespace", [("", "", "default"), ("", "home", "home"), ("n", "home", "n")])
+def test_an_empty_namespace_is_none(served, words, given, variable, namespace):
+    code, id, _ = at(served, "publish", "g", *words, "--namespace", given, stdin=b"1\n", INTENT_BUS_NAMESPACE=variable)
+    assert code == 0 and served.client.get_status(id.strip()).namespace == namespace
+
+
 @SLOW
 @pytest.mark.parametrize("flag, payload", [("--lines", str), ("--jsonl", int)])
 def test_a_line_of_stdin_is_an_intent(served, flag, payload):
