@@ -8191,6 +8191,8 @@ class IntentClient:
         if message.startswith("Missing API key") and "X-Key-ID" in self._identity:
             message = ("Missing API key: over plain http only its id is sent, and this bus takes the key alone. Use https, or pass "
                        "--send-key if you trust the network and all users of its machine.")
+        if "needs the owner key" in message and os.path.exists(os.path.expanduser(KEY_FILE)):
+            message += f" If that is this machine, add --key-file {KEY_FILE}."
         raised = error_class(message, error.code)
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             raised.details["retry_after"] = max(0, min(float(headers.get("Retry-After", "")), RETRY_MAX_SECONDS))
