@@ -9053,6 +9053,15 @@ def test_a_request_that_does_not_arrive_in_time_gets_a_408(served, monkeypatch, 
     assert response.headers["connection"] == "close"
 
 
+def test_a_connection_ends_some_time_after_its_last_request(served, monkeypatch):
+    monkeypatch.setattr(intentbus, "IDLE_SECONDS", 0.1)
+    with served.connect() as sock:
+        for number in range(3):
+            sock.sendall(kept("GET", "/health", number))
+            assert sock.recv(65536).startswith(b"HTTP/1.1 200")
+        assert sock.recv(1) == b""
+
+
 WRONG_KEYS = {
     "a wrong key": dict(key="wrong"), "no key": dict(key=None), "a wrong Basic": dict(key=None, Authorization="Basic " + "eDp5"),
     "a wrong admin": dict(key=None, X_Admin_Token="wrong"), "a key that was never issued": dict(key="tk_" + "0" * 56),
@@ -10713,6 +10722,11 @@ def test_any_name_of_a_worker_fits_a_header(served, given, shown):
     claimed = served.client.claim("g", worker_name=given)
     assert served.client.fulfill(claimed.id, claimed.claim_token, next_claim=dict(goal="g", worker_name=given)).next
     assert [worker.name for worker in served.client.workers().workers] == [shown]
+
+
+def test_the_name_of_a_process_ends_with_its_number():
+    name = intentbus.process_name("x" * 100)
+    assert len(name) == 64 and name.endswith(f"x {os.getpid()}")
 
 
 ENCRYPTED = ("https://bus.example", "https://10.0.0.1", "https://127.0.0.1:8787", "HTTPS://LOCALHOST")
@@ -15335,6 +15349,12 @@ def test_what_an_original_bus_would_ignore_is_not_sent(original, ask, words):
     with pytest.raises(intentbus.OlderBus, match=words):
         ask(original.client())
     assert set(original.targets()) <= {"GET /whoami", "GET /"} and (original.values, original.intents) == ({"k": "theirs"}, {})
+
+
+def test_an_original_bus_serves_a_list_of_one_goal(original):
+    client = original.client()
+    client.publish("g", 1)
+    assert client.claim(["g"]).goal == "g"
 
 
 def test_a_bus_is_asked_once_whether_it_is_older(served, recwarn):
