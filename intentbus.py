@@ -8182,7 +8182,17 @@ class IntentClient:
         if error.message == "Replay detected":     # a connection failed, and the request was sent again
             raise Unreachable(f"The answer of {self.base_url} was lost; the request may have been carried out.")
         error_class = ERRORS.get(status, Unavailable if status in (502, 504) else Error)     # a proxy sends 502 and 504
-        message = error.message
+        raised = error_class(self._with_cure(error.message), error.code)
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            raised.details["retry_after"] = max(0, min(float(headers.get("Retry-After", "")), RETRY_MAX_SECONDS))
+        with contextlib.suppress(TypeError, ValueError, AttributeError):
+            server_time = json.loads(content, parse_float=str, parse_int=str)["error"].get("server_time")     # as it is written
+            if secrets_equal(error.get("mac"), hmac_of(self._key, f"{server_time}\n{sent}")):
+                raised.details["server_time"] = float(server_time)
+        raise raised
+
+    def _with_cure(self, message):
+        """Return the message of a bus that refuses a key, with what this side knows of the cause and the cure."""
         if message == "Bad signature":
             message += f": the key in use is not the bus's key with the id {self._key_id}."
         if message == "Invalid API key." and self._key_id != "owner":
@@ -8193,14 +8203,7 @@ class IntentClient:
                        "--send-key if you trust the network and all users of its machine.")
         if "needs the owner key" in message and os.path.exists(os.path.expanduser(KEY_FILE)):
             message += f" If that is this machine, add --key-file {KEY_FILE}."
-        raised = error_class(message, error.code)
-        with contextlib.suppress(TypeError, ValueError, OverflowError):
-            raised.details["retry_after"] = max(0, min(float(headers.get("Retry-After", "")), RETRY_MAX_SECONDS))
-        with contextlib.suppress(TypeError, ValueError, AttributeError):
-            server_time = json.loads(content, parse_float=str, parse_int=str)["error"].get("server_time")     # as it is written
-            if secrets_equal(error.get("mac"), hmac_of(self._key, f"{server_time}\n{sent}")):
-                raised.details["server_time"] = float(server_time)
-        raise raised
+        return message
 
 
 # ---- 18. Worker ----
