@@ -2167,7 +2167,7 @@ class WorkerRegistry:
         if worker and not worker.running:
             self._forget(worker)
             self._gone[worker.key] = worker
-        if len(self._gone) > GONE_WORKERS:     # the key with most loses its oldest, so that no key displaces the workers of another
+        if len(self._gone) > GONE_WORKERS:     # the key with most loses its oldest: no key displaces the workers of another
             largest, _ = collections.Counter(key_id for key_id, _ in self._gone).most_common(1)[0]
             del self._gone[next(key for key in self._gone if key[0] == largest)]
 
@@ -3199,7 +3199,7 @@ class Bus:
         return (yield from self._sweep(change, DEAD, until, ids=ids, goals=goal and (goal,), namespace=namespace))
 
     def _sweep(self, change, kind, until, most=sys.maxsize, *, ids=None, goals, namespace, owner=None, status=None):
-        """Change up to that many intents of a kind in slices, or count them if change is None; return {"number", "until"}.
+        """Change up to `most` intents of a kind in slices, or count them if change is None; return {"number", "until"}.
 
         change takes a transaction, a number and values of IN_RANGE, and returns how many intents it has changed.
         """
@@ -4468,7 +4468,7 @@ def as_text(value):
 
 
 def require_shallow(body, limit):
-    """Raise Invalid if the brackets of a JSON text are nested deeper than that."""
+    """Raise Invalid if the brackets of a JSON text are nested deeper than limit."""
     if body.count(b"[") + body.count(b"{") <= limit:
         return
     brackets = JSON_STRINGS.sub(b"", body).translate(BRACKETS, NO_BRACKETS)
@@ -5780,7 +5780,7 @@ class Certificate:
         self.renew(at_once=True)
 
     def renew(self, at_once):
-        """Load the files if they have changed, or at once; return whether they were loaded. Raises SetupError if they are of no use.
+        """Load the files if they have changed, or at once; return whether they were loaded. Raises SetupError if they cannot be used.
 
         A change is loaded once the files stay as they are from one call to the next: a renewal writes one after the other.
         """
@@ -5793,7 +5793,7 @@ class Certificate:
         if not at_once and (self._seen == self._loaded or self._seen != seen):
             return False
         self._loaded = self._seen
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)     # a new one: one that has failed to load files is of no use
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)     # a new one: after a failure to load files, a context cannot be used again
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         try:
             context.load_cert_chain(*self._files)
@@ -6128,7 +6128,7 @@ class Budget:
             del self._of[before]
 
     def blamed(self, account):
-        """Return the connection that takes some for longest, of an account or of all, if these take too much; else None."""
+        """Return the connection that has taken bytes for longest, of an account or of all, if these take too much; else None."""
         too_much = account != OWNER.key_id and self._of[account] > self._account_bytes
         if too_much or self._all > self._total_bytes:
             return next(connection for connection, (name, _) in self._taken.items() if name == account or not too_much)
@@ -7705,7 +7705,7 @@ def process_name(program=None):
 
 
 def worker_header(worker_name):
-    """Return the header for the name of a worker, by default that of this process; a header can carry Latin-1."""
+    """Return the header with the name of a worker, by default that of this process, in Latin-1."""
     name = str(worker_name or process_name())
     return {"X-Worker-Name": label(name.encode("latin-1", "replace").decode("latin-1"))}
 
@@ -9669,7 +9669,7 @@ def bus_command(name, examples, *flags):
         def with_client(options):
             bus = open_client(options)
             if re.fullmatch(SHORT_ID, getattr(options, "id", None) or ""):
-                with contextlib.suppress(NotFound):     # an admin may see the intent; if not, the request of the command tells
+                with contextlib.suppress(NotFound):     # the request of the command raises it, unless an admin may see the intent
                     intent = bus.get_status(options.id)
                     log(f"{options.id} is {intent.id}, {intent.goal}")
                     options.id = intent.id
@@ -10830,12 +10830,12 @@ def summary_of(name):
 
 
 def summaries(names):
-    """Return the lines about some commands."""
+    """Return a line about each of these commands."""
     return "".join(f"  {name:12} {summary_of(name)}\n" for name in names)
 
 
 def kinds_of(word):
-    """Return the commands that begin with a word and have another one."""
+    """Return the commands of two words that begin with this word."""
     return [name for name in COMMANDS if name.startswith(f"{word} ")]
 
 
@@ -10957,7 +10957,7 @@ def print_completions(words):
 
 def run_command(words, open_store):
     """Run the command in a command line; return its exit code."""
-    if not words:     # find_command() says the rest
+    if not words:     # find_command() raises the error
         print(INTRODUCTION.format(INVOCATION), file=sys.stderr)
     if words[:1] == ["complete"]:     # a shell that install --completion prepared asks; the user's next line shows any error
         with contextlib.suppress(Error, OSError):
